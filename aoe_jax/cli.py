@@ -1,6 +1,7 @@
 """Shared by all commands: flags, logging to stderr, and how a program ends."""
 
 import ast
+import atexit
 import contextlib
 import logging
 import os
@@ -8,6 +9,7 @@ import runpy
 import signal
 import sys
 import textwrap
+import threading
 import traceback
 from pathlib import Path
 
@@ -28,6 +30,8 @@ flags.DEFINE_float(
     "retry_seconds",
     60.0,
     "seconds for which reads and writes are repeated when a disk or the network fails",
+    lower_bound=0,
+    upper_bound=10**6,
 )
 flags.DEFINE_bool("help", False, "show this help", short_name="h")
 flags.disclaim_key_flags()  # flags that functions here define belong to their callers
@@ -36,12 +40,34 @@ _EXAMPLE = "configs/tiny.py of the repository"
 _NO_CONFIG = f"--config is missing; name a Python file with get_config(), such as {_EXAMPLE}"
 _HELP_WIDTH = 100  # columns, like those of the docstrings
 _BROKEN_PIPE = 128 + signal.SIGPIPE  # like programs that the signal ends
+_NOTES_OF_JAX = ("---", "For simplicity")
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
     "tuple": "numbers, such as (0, 2)",
 }
+
+
+class Forgiving:
+    """A file that drops what cannot be written: a disk that is full of a log ends no command."""
+
+    def __init__(self, file):
+        """Writes to `file`, such as stderr."""
+        self._file = file
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def write(self, text):
+        """Writes a text if possible."""
+        with contextlib.suppress(OSError, ValueError):
+            self._file.write(text)
+
+    def flush(self):
+        """Flushes if possible."""
+        with contextlib.suppress(OSError, ValueError):
+            self._file.flush()
 
 
 class _FieldParser(flags.ArgumentParser):
@@ -57,7 +83,7 @@ class _FieldParser(flags.ArgumentParser):
             return self.kind(argument)
         try:
             return tuple(ast.literal_eval(f"[{argument.strip('()[]')}]"))
-        except SyntaxError as e:
+        except (SyntaxError, RecursionError, MemoryError) as e:
             raise ValueError(e) from e
 
     def flag_type(self):
@@ -172,11 +198,36 @@ def path_of(flag, in_store=False):
     return parsed_path(required(flag), f"--{flag.name}", in_store)
 
 
+def refuse(wanted, *unused):
+    """Refuses unused flags that are on the command line; `wanted` says what they belong to."""
+    for flag in unused:
+        require_flag(not flag.present, flag.name, flag.value, wanted)
+
+
+def file_to_write(flag):
+    """The path of a flag for a file that is written at the end, or None. Raises `UserError` now if
+    there is no folder for it.
+    """
+    if not flag.value:
+        return None
+    path = path_of(flag)
+    require_flag(not path.is_dir(), flag.name, path, "is a folder; name a file")
+    require_flag(path.parent.is_dir(), flag.name, path, f"there is no folder {path.parent}")
+    return path
+
+
+def refuse_empty(*of):
+    """Refuses flags that are on the command line without a value."""
+    for flag in of:
+        if flag.present and not flag.value:
+            raise UserError(f"--{flag.name}= names nothing; see --help")
+
+
 def run(main):
     """Parses the command line, sets up logging, calls `main()` and exits with what it returns.
 
     The last line on stderr says why the program ended early: a `Failure` with its exit status, a
-    device without enough memory (2), a fault of a disk or of the network (5), a request to stop
+    device without enough memory (2), a fault of a disk, a network or memory (5), a request to stop
     (`Stopped`), a pipe that nobody reads (141), or any other exception (1), whose traceback comes
     before.
     """
@@ -194,7 +245,7 @@ def run(main):
         if not debug:
             _hide_background_errors()
         status = main()
-        if problem := _flush(sys.stdout):
+        if problem := _flush_stdout():
             raise problem
     except Failure as e:
         if debug:
@@ -210,21 +261,24 @@ def run(main):
     except BrokenPipeError:
         _end_at_once(_BROKEN_PIPE, "error: nobody reads the output any more")
     except Exception as e:
+        status, first_line = faults.status_of(e), (str(e).strip().splitlines() or [""])[0][:300]
         if faults.fills_device(e):
-            status, last_line = UserError.status, f"error: {_device_is_full(e)}"
+            last_line = f"error: {_device_is_full(e)}"
         elif faults.lacks_credentials(e):
-            status, wanted = UserError.status, "log in to the object store on this machine"
+            wanted = "log in to the object store on this machine"
             last_line = f"error: {faults.reason(e)}; {wanted}"
-        elif isinstance(e, OSError) and faults.is_fault(e):
-            status, last_line = MachineFault.status, f"error: {e}{_notes(e)}"
+        elif status == MachineFault.status:
+            reason = faults.reason(e)
+            why = first_line if reason in first_line else f"{first_line} ({reason})"
+            last_line = f"error: {why if first_line else reason}{_notes(e)}"
         else:
-            first_line = (str(e).strip().splitlines() or [""])[0][:300]
-            status, last_line = 1, f"failed: {type(e).__name__}: {first_line}{_notes(e)}"
-        if debug or status == 1:
+            last_line = f"failed: {type(e).__name__}: {first_line}{_notes(e)}"
+        of_system = isinstance(e, OSError | MemoryError) or faults.is_of_network(e)
+        is_foreseen = status == UserError.status or (status == MachineFault.status and of_system)
+        if debug or not is_foreseen:
             traceback.print_exc()
         _end_at_once(status, last_line)
-    _flush(sys.stderr)
-    sys.exit(status)
+    _end(status or 0)
 
 
 def print_if_possible(text):
@@ -232,17 +286,17 @@ def print_if_possible(text):
     try:
         print(text, flush=True)
     except OSError as e:
-        _flush(sys.stdout)
+        _flush_stdout()
         log.warning(f"the result cannot be printed ({faults.reason(e)})")
 
 
 def _open_standard_files():
     """Opens standard files that are closed, because other files would get their numbers."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
+        os.set_inheritable(number, True)  # child processes need them too
     os.close(number)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = Forgiving(sys.stderr or open(2, "w", closefd=False))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")
 
 
@@ -253,19 +307,21 @@ def _check_working_directory():
         raise UserError("the working directory has been deleted; change to another one") from e
 
 
-def _flush(file):
-    """Flushes stdout or stderr; returns the error if it cannot be written, and drops the rest."""
+def _flush_stdout():
+    """Flushes stdout; returns the error if it cannot be written, and drops the rest."""
     try:
-        file.flush()
+        sys.stdout.flush()
     except OSError as e:
         with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), file.fileno())
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return e
     return None
 
 
 def _notes(error):
-    return "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+    # JAX adds notes about its traceback to the exceptions of functions that it calls.
+    firsts = [note.partition("\n")[0] for note in getattr(error, "__notes__", [])]
+    return "".join(f"; {first}" for first in firsts if not first.startswith(_NOTES_OF_JAX))
 
 
 def _device_is_full(error):
@@ -280,11 +336,23 @@ def _device_is_full(error):
     return f"the memory of a device is exhausted ({faults.reason(error)}); {cure}"
 
 
+def _end(status):
+    # Like sys.exit without the interpreter's end: before Python 3.14, a thread of a C++ library
+    # that asks for Python meanwhile aborts the process.
+    try:  # a signal changes no status, as with sys.exit
+        with contextlib.suppress(BaseException):
+            threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stderr.flush()
+        _flush_stdout()
+    finally:
+        os._exit(status)
+
+
 def _end_at_once(status, last_line):
     # Unlike sys.exit, this gives threads in the background no time to print tracebacks.
-    with contextlib.suppress(OSError):
-        print(last_line, file=sys.stderr, flush=True)
-    _flush(sys.stdout)
+    print(last_line, file=sys.stderr, flush=True)
+    _flush_stdout()
     os._exit(status)
 
 
@@ -347,9 +415,11 @@ def _flag_mistake(error):
         name, _, value = text.removeprefix("flag --").split(": ", 1)[0].partition("=")
         kind = FLAGS[name].flag_type() if name in FLAGS else ""
         if kind in _TYPES:
-            lowest = getattr(FLAGS[name].parser, "lower_bound", None)
+            parser = FLAGS[name].parser
+            lowest, highest = (getattr(parser, f"{end}_bound", None) for end in ("lower", "upper"))
             bound = "" if lowest is None else f", {lowest} or greater"
-            none = " or None" if getattr(FLAGS[name].parser, "has_none", False) else ""
+            bound = bound if highest is None else f" from {lowest} to {highest}"
+            none = " or None" if getattr(parser, "has_none", False) else ""
             return f"--{name}={value}: must be {_TYPES[kind]}{bound}{none}"
     return text[:400]
 

@@ -57,8 +57,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "seed of tokens, of noise and of a drawn
 def main():
     checkpoint = local_copy(cli.path_of(_CHECKPOINT, in_store=True))
     output = cli.path_of(_OUTPUT, in_store=True)
-    is_used = _NEURONS.value is not None or not _SCORE.present
-    require_flag(is_used, "score", _SCORE.value, "belongs to --score_neurons")
+    if _NEURONS.value is None:
+        cli.refuse("belongs to --score_neurons", _SCORE)
     summary = _upcycle(checkpoint, output) if _UPCYCLE.value else _convert(checkpoint, output)
     print(f"{summary}; wrote {output}")
 
@@ -67,11 +67,9 @@ def _convert(checkpoint, output):
     is_whole = _NEURONS.value is not None
     if is_whole == (_D_LOW.value is not None):
         raise UserError("--score_neurons and --d_low: give one of them, or --upcycle")
-    for flag in (_EXPERTS, _TOP_K, _GRANULARITY, _NOISE):
-        require_flag(not flag.present, flag.name, flag.value, "belongs to --upcycle")
-    for flag in (_MESH, _TOKENS, _SEED):
-        is_used = is_whole or _DATA.present or not flag.present
-        require_flag(is_used, flag.name, flag.value, "belongs to --score_neurons or --data")
+    cli.refuse("belongs to --upcycle", _EXPERTS, _TOP_K, _GRANULARITY, _NOISE)
+    if not is_whole and not _DATA.present:
+        cli.refuse("belongs to --score_neurons or --data", _MESH, _TOKENS, _SEED)
     from aoe_jax.formats.conversion import convert, convert_summary  # starts JAX
 
     report = convert(
@@ -99,9 +97,8 @@ def _upcycle(checkpoint, output):
     from aoe_jax.formats.reading import is_of_run  # starts JAX
     from aoe_jax.formats.upcycling import Upcycling, upcycle, upcycle_summary
 
-    for flag in (_MESH, _TOKENS):
-        is_used = is_of_run(checkpoint) or _DATA.present or not flag.present
-        require_flag(is_used, flag.name, flag.value, "belongs to --data or to a model of a run")
+    if not is_of_run(checkpoint) and not _DATA.present:
+        cli.refuse("belongs to --data or to a model of a run", _MESH, _TOKENS)
     form = Upcycling(
         kind=_UPCYCLE.value,
         n_experts=_EXPERTS.value,

@@ -10,7 +10,7 @@ XLA's `cost_analysis()` counts the body of a loop once and cannot look into Pall
   states of itself. Cycles are the compiler's estimate, on TPU. Starting a kernel takes no time.
 - A loop of unknown length counts as zero trips: here, the further rounds of expert parallelism
   (`moe/parallel/transports.py`), which balanced loads do not need. A condition counts as its branch
-  with the most traffic.
+  with the most FLOPs, of equals the one with the most traffic.
 """
 
 import math
@@ -139,7 +139,7 @@ class Program:
                     found += self._walk(self._called(i, "body"), times * n_trips)
             elif i.opcode == "conditional":
                 branches = [self._walk(self.computations[name], times) for name in _branches(i)]
-                found += max(branches, key=lambda ops: sum(o.times * o.hbm_bytes for o in ops))
+                found += max(branches, key=_work)
             elif i.opcode in ("call", "async-start") or self._wraps_collective(i):
                 called = self._called(i, "to_apply", "calls", "called_computations")
                 inner = self._walk(called, times)
@@ -378,6 +378,11 @@ def scope(operation):
 
 def _root(instructions):
     return next(i for i in instructions.values() if i.is_root)
+
+
+def _work(operations):
+    flops = sum(o.times * o.flops for o in operations)
+    return flops, sum(o.times * o.hbm_bytes for o in operations)
 
 
 def _branches(conditional):

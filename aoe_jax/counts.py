@@ -61,7 +61,8 @@ def _millions(count):
 
 def experts_per_token(config: Config):
     """Mean number of experts that process a token; None where the scores decide it (top-p)."""
-    return config.routing.experts_per_token(config.experts)
+    choice = config.routing.choice(config.experts)
+    return choice.per_token if choice else 1
 
 
 def _layer_parameters(config):

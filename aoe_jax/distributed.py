@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import FailedElsewhere, MachineFault, UserError
-from aoe_jax.faults import status_of
+from aoe_jax.faults import is_fault, status_of
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +120,11 @@ def _meet():
     host, _, port = _COORDINATOR.value.rpartition(":")
     address = "must be HOST:PORT of process 0, such as 10.0.0.1:12345"
     require_flag(host and port.isdecimal(), "coordinator", _COORDINATOR.value, address)
+    wanted = "IPv6 is not supported; name an IPv4 address or a host name"
+    require_flag(":" not in host, "coordinator", _COORDINATOR.value, wanted)
+    wanted = "the port must be from 1 to 65535"
+    in_range = len(port) < 6 and 0 < int(port) < 2**16
+    require_flag(in_range, "coordinator", _COORDINATOR.value, wanted)
     below = f"must be below --processes={_PROCESSES.value}; processes count from 0"
     require_flag(_PROCESS.value < _PROCESSES.value, "process", _PROCESS.value, below)
     deadline = time.monotonic() + _JOIN_TIMEOUT.value
@@ -234,7 +239,7 @@ def agree(what, text):
 
 
 def see_the_same(value, read, what):
-    """Checks that every process can read an int that process 0 has just written; returns it in all.
+    """Checks that every process can read an int that process 0 sees; returns it in all.
 
     `value` is that int in process 0 and None in the others; `read()` reads it, or returns None.
     After a minute, or a shorter `--join_timeout`, it raises `MachineFault` if process 0 does not
@@ -244,16 +249,20 @@ def see_the_same(value, read, what):
         return value
     value, seen = gathered(value or 0)[0], False
     deadline = time.monotonic() + min(_JOIN_TIMEOUT.value, 60)  # a network disk shows it late
-    while not seen and time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            seen = read() == value
-        time.sleep(0 if seen else 0.2)
+    with together():  # one host alone may lack credentials for a store
+        while not seen and time.monotonic() < deadline:
+            try:
+                seen = read() == value
+            except Exception as e:  # a network disk or a store may fail for a while
+                if not isinstance(e, OSError) and not is_fault(e):
+                    raise
+            time.sleep(0 if seen else 0.2)
     blind = [process for process, sees in enumerate(gathered(seen)) if not sees]
     if 0 in blind:
-        raise MachineFault(f"{what}: what process 0 wrote there is gone; is its disk mounted?")
+        raise MachineFault(f"{what}: what process 0 saw there is gone; is its disk mounted?")
     if blind:
         raise UserError(
-            f"{what}: process {', '.join(map(str, blind))} does not see what process 0 wrote "
+            f"{what}: process {', '.join(map(str, blind))} does not see what process 0 sees "
             "there; all processes must share that folder"
         )
     return value

@@ -12,7 +12,6 @@ from absl import flags
 
 from aoe_jax import cli, distributed
 from aoe_jax.config.checks import require_flag
-from aoe_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a training run, or of a model")
 _SPLIT = flags.DEFINE_string("split", "test", "validation or test, also of speech tasks")
@@ -28,17 +27,12 @@ _DATA = flags.DEFINE_string("tasks-data", None, "a folder of TASK/SPLIT.jsonl, n
 
 def main():
     workdir, text = cli.path_of(_WORKDIR, in_store=True), _TEXT.value or ""
-    for flag in (_TASKS, _TEXT):
-        if flag.present and not flag.value:
-            raise UserError(f"--{flag.name}= names nothing; see --help")
+    cli.refuse_empty(_TASKS, _TEXT)
     require_flag(not (_TASKS.value and text), "text", text, "give it without --tasks")
-    uses_tasks = _TASKS.value or text.startswith("task:")
-    for flag in (_FEWSHOT, _LIMIT, _DATA):
-        wanted = "belongs to --tasks or --text=task:NAME"
-        require_flag(uses_tasks or not flag.present, flag.name, flag.value, wanted)
-    wanted = "belongs to the evaluation on a split; leave out --tasks and --text"
-    is_used = not (_TASKS.value or text)
-    require_flag(is_used or not _CORPORA.present, "data", _CORPORA.value, wanted)
+    if not _TASKS.value and not text.startswith("task:"):
+        cli.refuse("belongs to --tasks or --text=task:NAME", _FEWSHOT, _LIMIT, _DATA)
+    if _TASKS.value or text:
+        cli.refuse("belongs to the evaluation on a split; leave out --tasks and --text", _CORPORA)
     distributed.start()
     model = {"step": _STEP.value, "mesh": _MESH.value}
     settings = {

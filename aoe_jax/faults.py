@@ -13,7 +13,8 @@ log = logging.getLogger(__name__)
 
 # For how long reads and writes are repeated; the command line sets it to --retry_seconds.
 retry_seconds = 60.0
-paused_at = 0.0  # the time of the newest pause before another try, on the monotonic clock
+paused_at = 0.0  # the time of the newest wait that ends by itself, on the monotonic clock
+SECOND_LOOK = 1.0  # seconds before another look: a network disk may show a new file late
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 
 # Errors of the system that depend on the file or the arguments, so that repeating is useless.
@@ -37,18 +38,25 @@ _STATUSES = "RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|
 _AS_TEXT = re.compile(
     "|".join(
         [re.escape(os.strerror(code)) for code in errno.errorcode if code not in _LASTING]
-        + [_STATUSES, "ABORTED|CANCELLED", "Out of memory", r"HTTP response code: (429|5\d\d)"]
+        + [_STATUSES, "ABORTED|CANCELLED", "Out of memory", r"HTTP (response )?code: (429|5\d\d)"]
+        + ["^Forbidden: "]  # of gcsfs, for status 403
     )
 )
 # On CPU, allocations within a program fail with INTERNAL.
 _FILLED = re.compile("RESOURCE_EXHAUSTED|INTERNAL: .*Out of memory")
 
-# Exceptions of clients of object stores, by package and name.
+# Exceptions of clients of object stores and of downloads, by package and name.
 _UNREACHABLE = {
     "aiohttp.ClientError",
     "botocore.ConnectionError",
     "botocore.HTTPClientError",
+    "google.RefreshError",
     "google.TransportError",
+    "httpx.TransportError",
+    "httpx2.TransportError",
+    "requests.ChunkedEncodingError",
+    "requests.ConnectionError",
+    "requests.Timeout",
 }
 _NO_CREDENTIALS = {"botocore.NoCredentialsError", "google.DefaultCredentialsError"}
 
@@ -65,44 +73,55 @@ def is_fault(error: BaseException) -> bool:
     if fills_device(error):
         return False
     for cause in _causes(error):
+        if "huggingface_hub.OfflineModeIsEnabled" in _names(cause):  # the user's choice
+            return False
         if isinstance(cause, MemoryError):
             return True
         code = getattr(cause, "errno", None) if isinstance(cause, OSError) else None
         if code is not None:
             passes = code not in _LASTING
         else:
-            passes = isinstance(cause, TimeoutError | ConnectionError) or _is_of_network(cause)
+            passes = isinstance(cause, TimeoutError | ConnectionError) or is_of_network(cause)
         if passes or (code is None and _AS_TEXT.search(str(cause))):
             return True
     return False
 
 
+def _of_jax(error):
+    return [cause for cause in _causes(error) if type(cause).__name__ == "JaxRuntimeError"]
+
+
 def fills_device(error: BaseException) -> bool:
     """Whether an exception of JAX says that a program needs more memory than its device has."""
-    return any(
-        type(cause).__name__ == "JaxRuntimeError" and _FILLED.match(str(cause))
-        for cause in _causes(error)
-    )
+    return any(_FILLED.match(str(cause)) for cause in _of_jax(error))
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status of a program that an exception ends."""
+    """The exit status of a program that an exception ends. An exception of JAX needs its traceback,
+    so it is unforeseen even if a fault caused it.
+    """
     if isinstance(error, Failure):
         return error.status
     if fills_device(error) or lacks_credentials(error):
         return UserError.status
-    return MachineFault.status if is_fault(error) else 1
+    return MachineFault.status if is_fault(error) and not _of_jax(error) else 1
 
 
 def _names(error):
     return {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).mro()}
 
 
-def _is_of_network(error):
-    """Whether an object store could not be reached or was overloaded, by its client's exception."""
-    status = str(getattr(error, "code", None) or getattr(error, "status", ""))
-    overloaded = status in ("408", "429") or re.fullmatch(r"5\d\d", status)
-    return bool(overloaded or _names(error) & _UNREACHABLE)
+def is_of_network(error: BaseException) -> bool:
+    """Whether a server could not be reached or was overloaded, or a store refused access, as it
+    does when a token has expired; by the exception of its client.
+    """
+    of_store = str(getattr(error, "code", None) or getattr(error, "status", ""))
+    answer = str(getattr(getattr(error, "response", None), "status_code", ""))
+    return bool(
+        re.fullmatch(r"401|403|408|429|5\d\d", of_store)
+        or re.fullmatch(r"408|429|5\d\d", answer)
+        or _names(error) & _UNREACHABLE
+    )
 
 
 def lacks_credentials(error: BaseException) -> bool:
@@ -110,9 +129,10 @@ def lacks_credentials(error: BaseException) -> bool:
     return any(_names(cause) & _NO_CREDENTIALS for cause in _causes(error))
 
 
-def is_forbidden(error: BaseException) -> bool:
-    """Whether only the user can change what prevents a write."""
-    return getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
+def is_fault_of_write(error: BaseException) -> bool:
+    """Whether a fault prevented a write, and not what only the user can change."""
+    forbidden = (errno.EACCES, errno.EPERM, errno.EROFS)
+    return is_fault(error) and getattr(error, "errno", None) not in forbidden
 
 
 def reason(error: BaseException) -> str:
@@ -138,15 +158,19 @@ def pauses() -> Iterator[float | None]:
 
 
 def patiently(what, call):
-    """Returns `call()`, repeated while faults prevent it; raises `MachineFault` after
-    `retry_seconds`. Messages begin with `what`, such as "checkpoint 5 cannot be read".
+    """Returns `call()`, repeated while faults prevent it; raises `MachineFault` when
+    `retry_seconds` have passed since the first one. Messages begin with `what`, such as "checkpoint
+    5 cannot be read".
     """
-    for pause in pauses():
+    waits = None
+    while True:
         try:
             return call()
         except Exception as e:
             if isinstance(e, Failure) or not is_fault(e):
                 raise
+            waits = waits or pauses()
+            pause = next(waits)
             if pause is None:
                 raise MachineFault(
                     f"{what} ({reason(e)}); it was tried for {retry_seconds:g} s"
@@ -163,7 +187,7 @@ def patiently_if_allowed(what, call):
             return call()
         except PermissionError as e:
             where = f": {e.filename}" if e.filename else ""
-            raise UserError(f"{what} ({e.strerror}{where})") from e
+            raise UserError(f"{what} ({reason(e)}{where})") from e
 
     return patiently(what, attempt)
 
@@ -182,11 +206,13 @@ class Tolerated:
         return self
 
     def __exit__(self, kind, error, trace):
+        if error is not None and not isinstance(error, Exception):  # such as a request to stop
+            return False
         before, self.error = self.error, error
-        if isinstance(error, Exception):
+        if error is not None:
             self.failures += 1
             if before is None:
                 log.warning(f"{self._name} cannot be written ({reason(error)}); the run goes on")
-        elif error is None and before is not None:
+        elif before is not None:
             log.warning(f"{self._name} is written again; {self.failures} writes have failed so far")
-        return isinstance(error, Exception)
+        return error is not None

@@ -58,9 +58,8 @@ def _contrast():
 
     if _CONTRAST.value is not None:
         return Contrast(_CONTRAST.value, _ALPHA.value, _STRONG_K.value, _WEAK_RANK.value)
-    for flag in (_ALPHA, _STRONG_K, _WEAK_RANK):
-        wanted = "belongs to --contrast; set that too, or leave this out"
-        require_flag(not flag.present, flag.name, flag.value, wanted)
+    wanted = "belongs to --contrast; set that too, or leave this out"
+    cli.refuse(wanted, _ALPHA, _STRONG_K, _WEAK_RANK)
     return None
 
 

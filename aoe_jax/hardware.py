@@ -113,7 +113,7 @@ PEAK_FLOPS = {kind: CHIPS[generation].flops for kind, generation in GENERATIONS.
 }
 
 _PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which figures depend
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which figures depend
 
 
 def target_device():
@@ -168,7 +168,7 @@ def machine():
         "processes": jax.process_count(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        **{name: installed[name] for name in PACKAGES if name in installed},
+        **{name: installed[name] for name in _PACKAGES if name in installed},
         "allocator": os.environ.get("GLIBC_TUNABLES") or "default",
     }
 
@@ -182,7 +182,7 @@ def topology_devices(topology, n_slices=1):
     """
     generation, _, shape = topology.partition(":")
     known = f"{', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 or h100:8"
-    is_known = generation in CHIPS and re.fullmatch(r"\d+(x\d+)*", shape)
+    is_known = generation in CHIPS and re.fullmatch(r"[0-9]{1,6}(x[0-9]{1,6})*", shape)
     require_flag(is_known, "topology", topology, f"is unknown; name one of {known}")
     jax.config.update("jax_platforms", "cpu")  # this machine's devices may be busy
     target = Path(__file__).parent / f"{generation}.txtpb"  # XLA's description of a GPU

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aoe_jax.errors import UserError, shown
-from aoe_jax.faults import is_fault, patiently, patiently_if_allowed
+from aoe_jax.faults import is_fault, patiently, patiently_if_allowed, reason
 from aoe_jax.paths import file_system, is_remote
 
 _BYTES = 2**24  # the largest JSON file, by default; parsed it takes 25x the memory
@@ -72,7 +72,7 @@ def read_text(path: Path, name: str, at_most: int) -> str:
     try:
         return patiently_if_allowed(what, lambda: read_regular(path, at_most)).decode("utf-8")
     except OSError as e:
-        raise UserError(f"{what} ({e.strerror}); name a text file") from e
+        raise UserError(f"{what} ({reason(e)}); name a text file") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{name} is not UTF-8 at byte {e.start}; convert or remove it") from e
 
@@ -92,13 +92,13 @@ def read_json(
         try:
             return read_regular(path, at_most)
         except PermissionError as e:  # waiting does not help
-            raise UserError(f"{path} cannot be read ({e.strerror}); {wanted}") from e
+            raise UserError(f"{path} cannot be read ({reason(e)}); {wanted}") from e
 
     try:
         value = json.loads(patiently(f"{path} cannot be read", read))
     except (OSError, ValueError, RecursionError) as e:
-        why = "it is nested too deeply" if isinstance(e, RecursionError) else e
-        raise UserError(f"{path} cannot be read ({getattr(e, 'strerror', why)}); {wanted}") from e
+        why = "it is nested too deeply" if isinstance(e, RecursionError) else reason(e)
+        raise UserError(f"{path} cannot be read ({why}); {wanted}") from e
     if not isinstance(value, dict):
         raise UserError(f"{path} cannot be read: it holds no JSON object; {wanted}")
     if problem := misfit(value, schema or {}):
@@ -139,7 +139,7 @@ def read_metrics(path: Path):
     except OSError as e:
         if is_fault(e):
             raise
-        raise UserError(f"{path} cannot be read ({e.strerror}); move it away") from e
+        raise UserError(f"{path} cannot be read ({reason(e)}); move it away") from e
 
 
 def _is_metrics(line):

@@ -128,10 +128,9 @@ class _Experts(nn.Module, kw_only=True):
         return y, aux
 
     @nn.nowrap  # it is called before the module has a scope
-    def _config(self, d_model=None):
-        return ExpertsConfig(
-            kind=self.kind, n_experts=self.n_experts, top_k=self.top_k, d_ffn=self.d_ffn
-        )
+    def _config(self, d_model=None, **more):
+        sizes = {"n_experts": self.n_experts, "top_k": self.top_k, "d_ffn": self.d_ffn}
+        return ExpertsConfig(kind=self.kind, **sizes, **more)
 
 
 class AoE(_Experts, kw_only=True):
@@ -183,11 +182,7 @@ class AoE(_Experts, kw_only=True):
             wanted = f"is for factorised gates; set None with score_neurons={self.score_neurons}"
             raise ValueError(f"d_low={self.d_low}: {wanted}")
         d_low = ExpertsConfig.d_low if d_model is None else max(1, d_model // 3)
-        return ExpertsConfig(
-            kind=self.kind,
-            n_experts=self.n_experts,
-            top_k=self.top_k,
-            d_ffn=self.d_ffn,
+        return super()._config(
             d_low=d_low if self.d_low is None else self.d_low,
             score_neurons=self.score_neurons,
             score=self.score,

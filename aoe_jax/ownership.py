@@ -26,15 +26,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from aoe_jax import faults
 from aoe_jax.errors import Failure, InUse, MachineFault, UserError
-from aoe_jax.faults import Tolerated, is_fault, is_forbidden, patiently
+from aoe_jax.faults import SECOND_LOOK, Tolerated, is_fault, is_fault_of_write, patiently, reason
 from aoe_jax.json_files import COUNT, Kind, matching, misfit, or_none, read_regular, write_json
+from aoe_jax.locking import kernel
 from aoe_jax.paths import create, is_remote
 
 log = logging.getLogger(__name__)
 
 RENEW, STALE = 10.0, 60.0  # seconds
-_SECOND_LOOK = 1.0  # seconds
 RENEWED = "owner_renewed.json"
 _CLAIM = re.compile(r"owner_(\d+)\.json")
 _FILE_BYTES = 2**12
@@ -87,7 +88,7 @@ class Owner:
         """
         found = patiently(f"{self._folder} cannot be read", self._read)
         if found.get("nonce") != self.nonce:
-            time.sleep(_SECOND_LOOK)  # a claim that does not count is removed at once
+            time.sleep(SECOND_LOOK)  # a claim that does not count is removed at once
             found = patiently(f"{self._folder} cannot be read", self._read)
         if found.get("nonce") != self.nonce:
             raise lost(self._folder, self._place, found)
@@ -144,11 +145,11 @@ def make_folder(folder: Path, flag: str):
     is_there = folder.exists() if is_remote(folder) else os.path.lexists(folder)
     if is_there and not folder.is_dir():
         raise UserError(f"--{flag}={folder} is a file or a broken link; name a folder")
-    _write_or_refuse(folder, flag, lambda: folder.mkdir(parents=True, exist_ok=True))
+    write_or_refuse(folder, flag, lambda: folder.mkdir(parents=True, exist_ok=True))
     return not is_there
 
 
-def _write_or_refuse(folder, flag, write):
+def write_or_refuse(folder, flag, write):
     """Returns `write()`; raises `UserError` at once for what only the user can change."""
 
     def attempt():
@@ -157,9 +158,9 @@ def _write_or_refuse(folder, flag, write):
         except FileNotFoundError as e:  # the folder was there a moment ago
             raise OSError(errno.ESTALE, "it is gone; is its disk mounted?") from e
         except OSError as e:
-            if is_fault(e) and not is_forbidden(e):
+            if is_fault_of_write(e):
                 raise
-            raise UserError(f"--{flag}={folder} cannot be written: {e.strerror}") from e
+            raise UserError(f"--{flag}={folder} cannot be written: {reason(e)}") from e
 
     return patiently(f"--{flag}={folder} cannot be written", attempt)
 
@@ -213,7 +214,7 @@ def _bytes_of(path):
     except OSError as e:
         if is_fault(e):
             raise
-        raise UserError(f"{path} cannot be read ({e.strerror}); remove it") from e
+        raise UserError(f"{path} cannot be read ({reason(e)}); remove it") from e
 
 
 def _acquire(folder, flag, take_over):
@@ -221,13 +222,13 @@ def _acquire(folder, flag, take_over):
     nonce = secrets.randbits(31) | 1
     ours = {"nonce": nonce, **_this_process(), "time": time.time()}
     while True:
-        number, other = _write_or_refuse(folder, flag, lambda: _newest(folder))
+        number, other = write_or_refuse(folder, flag, lambda: _newest(folder))
         if other and not _has_ended(other):
             _wait_until_stale(folder, flag, other, 0 if take_over else STALE)
         elif other == {}:  # a file that is not whole yet says nothing about its owner
             _wait_until_stale(folder, flag, other, STALE)
         claim = folder / f"owner_{number + 1}.json"
-        if _write_or_refuse(folder, flag, lambda: _take(folder, claim, number, other, ours)):
+        if write_or_refuse(folder, flag, lambda: _take(folder, claim, number, other, ours)):
             if other is not None:
                 log.info(f"{folder} was taken over from {in_words(other)}")
             return claim, nonce
@@ -273,6 +274,7 @@ def _wait_until_stale(folder, flag, other, seconds):
 
     before, deadline = state(), time.monotonic() + seconds
     while time.monotonic() < deadline:
+        faults.paused_at = time.monotonic()  # this is no hang
         time.sleep(min(1, seconds / 20))
         if (now := state()) != before:
             if now[0] == other:
@@ -292,8 +294,7 @@ def _this_process():
 def _kernel():
     """The running kernel and the PID namespace of this process; None if they are unknown."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        return f"{kernel()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from etils import epath
 
 from aoe_jax.errors import UserError
-from aoe_jax.locking import exclusive
+from aoe_jax.faults import patiently_if_allowed
+from aoe_jax.locking import exclusive, new_folder
 
 STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that reads it
 # Commands write these into a model's directory; copies of the model stay valid without them.
@@ -28,7 +29,23 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False):
     the flag or field, for messages, and `in_store` says whether the path may be in an object store.
     Raises `UserError` for a path that cannot be used, or if the package for its store is missing.
     """
-    match = re.match(r"([\w+.-]+):/", str(text))
+    path = named_path(text, name, in_store)
+    if is_remote(path):
+        scheme = os.fspath(path).partition(":")[0]
+        try:
+            fsspec_settings()
+            __import__(STORES[scheme])
+        except ImportError as e:
+            missing = f"the package {STORES[scheme]} is missing; pip install 'aoe_jax[{scheme}]'"
+            raise UserError(f"{name}={text}: {missing}") from e
+    return path
+
+
+def named_path(text: str | os.PathLike, name: str, in_store=False):
+    """Like `parsed_path`, for a path that may only be named: its store needs no package."""
+    if not str(text).strip():
+        raise UserError(f"{name}={text}: is empty; name a path")
+    match = re.match(r"\s*([\w+.-]+):/", str(text))
     if not match:
         return _path_on_disk(text, name)
     scheme = match[1]
@@ -36,12 +53,6 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False):
     wanted = f"name a folder, or {known}" if in_store else "it must be on a disk"
     if scheme not in STORES or not in_store or not str(text).startswith(f"{scheme}://"):
         raise UserError(f"{name}={text}: {wanted}")
-    try:
-        fsspec_settings()
-        __import__(STORES[scheme])
-    except ImportError as e:
-        missing = f"the package {STORES[scheme]} is missing; pip install 'aoe_jax[{scheme}]'"
-        raise UserError(f"{name}={text}: {missing}") from e
     return epath.Path(text)
 
 
@@ -86,7 +97,7 @@ def find(pattern: str) -> dict:
     """
     if not is_remote(pattern):
         first, *parts = Path(os.path.abspath(os.path.expanduser(pattern))).parts
-        found = [path for path in _matching(Path(first), parts) if not os.path.isdir(path)]
+        found = [path for path in _matching(Path(first), parts) if not path.is_dir()]
         found = [] if pattern.endswith("/") else found
         return {path: size_and_version(path) if path.exists() else None for path in found}
     scheme, found = pattern.partition("://")[0], file_system(pattern).glob(pattern, detail=True)
@@ -106,24 +117,36 @@ def _matching(folder, parts):
     if part == "**":
         yield from _matching(folder, rest)
     elif not has_magic(part):
-        if os.path.lexists(folder / part):
-            yield from _matching(folder / part, rest)
+        path = folder / part
+        if path.exists() or path.is_symlink():  # unlike os.path.lexists, these raise errors
+            yield from _matching(path, rest)
         return
     try:
         entries = list(os.scandir(folder))
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as e:
+        if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
         return
     for entry in entries:
         path, is_hidden = folder / entry.name, entry.name.startswith(".")
         if part == "**":
             if is_hidden or _is_cycle(path):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from _matching(path, parts)
             elif not rest:
                 yield path
         elif fnmatch.fnmatchcase(entry.name, part) and (part[0] == "." or not is_hidden):
             yield from _matching(path, rest)
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError as e:
+        if e.errno != errno.ELOOP:  # a loop of links is a broken link
+            raise
+        return False
 
 
 def _is_cycle(folder):
@@ -175,8 +198,8 @@ def unused(path):
 
 
 def move(source, target):
-    """Moves a file or folder; makes the folders above `target`. In a store, file by file. Raises
-    `UserError` if there is a file in the place of one of these folders.
+    """Moves a file or folder, also to another disk; makes the folders above `target`. In a store,
+    file by file. Raises `UserError` if there is a file in the place of one of these folders.
     """
     if is_remote(source):
         file_system(source).mv(os.fspath(source), os.fspath(target), recursive=True)
@@ -186,7 +209,12 @@ def move(source, target):
     except (FileExistsError, NotADirectoryError) as e:
         what = "cannot be made: it, or a folder above it, is a file; move that away"
         raise UserError(f"{target.parent} {what}") from e
-    os.replace(source, target)
+    try:
+        os.replace(source, target)
+    except OSError as e:
+        if e.errno != errno.EXDEV:
+            raise
+        shutil.move(source, target)
 
 
 def put(source: Path, target):
@@ -210,6 +238,11 @@ def local_copy(folder, cache="~/.cache/aoe_jax"):
     """Returns the folder of a model on a disk: the folder itself, or a copy in `cache`."""
     if not is_remote(folder):
         return folder
+    what = f"{folder} cannot be copied to {cache}"
+    return patiently_if_allowed(what, functools.partial(_copied, folder, cache))
+
+
+def _copied(folder, cache):
     root, store = os.fspath(folder).rstrip("/"), file_system(folder)
     files = sorted(store.find(root, detail=True).items())
     state = [(name, _of_store(file)) for name, file in files if Path(name).name not in _REPORTS]
@@ -217,9 +250,8 @@ def local_copy(folder, cache="~/.cache/aoe_jax"):
     target = Path(cache).expanduser() / "copies" / f"{folder.name}-{key}"
     with exclusive(target.with_name(f".{target.name}.lock")):
         if not target.exists():
-            with tempfile.TemporaryDirectory(dir=target.parent) as partial:
-                store.get(f"{root}/", f"{partial}/copy/", recursive=True)
-                os.replace(f"{partial}/copy", target)
+            with new_folder(target) as new:
+                store.get(f"{root}/", f"{new}/", recursive=True)
     return target
 
 

@@ -33,14 +33,14 @@ _OUTPUT = flags.DEFINE_string("output", None, "where probe.json goes; default: -
 
 def main():
     checkpoint = cli.path_of(_CHECKPOINT)
+    cli.refuse_empty(_TASKS, _TEXT)
     distributed.start()
     from aoe_jax.evaluation.probing import probe_checkpoint
 
     wanted = "names other tokens than --text; give one of them"
     require_flag(not (_TEXT.value and _CORPORA.value), "data", _CORPORA.value, wanted)
-    for flag in (_FEWSHOT, _LIMIT, _DATA):
-        unused = flag.present and not _TASKS.value
-        require_flag(not unused, flag.name, flag.value, "belongs to --tasks")
+    if not _TASKS.value:
+        cli.refuse("belongs to --tasks", _FEWSHOT, _LIMIT, _DATA)
     probe_checkpoint(
         checkpoint,
         cli.path_of(_OUTPUT) if _OUTPUT.value else checkpoint,

@@ -1,5 +1,4 @@
-"""How arrays are split over the mesh: its axes, the rules from logical axes to mesh axes, and the
-shardings of a train state.
+"""How arrays are split over the mesh: its axes, and the rules from logical axes to mesh axes.
 
     data    copies of the model; batches are split over it
     fsdp    batches, parameters and optimiser state are split over it
@@ -11,7 +10,6 @@ One device is the mesh (1, 1, 1, 1). `MeshAxes` names the axes of another mesh.
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass
 
 import jax
@@ -20,7 +18,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import count_slices
-from aoe_jax.parameters import STACKS
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -154,31 +151,6 @@ def batch_sharding(mesh):
 def replicated(mesh):
     """The sharding of an array that every device has whole."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def state_shardings(mesh, abstract_state):
-    """The shardings of a train state, of which `abstract_state` has the shapes.
-
-    Parameters are split as they are declared (`methods.declared_parameters`), and the optimiser's
-    copies like them. All else, such as counters and the state of routing, is replicated. Raises
-    `ValueError` for a parameter that is not declared.
-    """
-    from aoe_jax.methods import declared_parameters  # which imports this module
-
-    declared = declared_parameters()
-
-    def sharding(path, a):
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        if not names or jax.tree_util.GetAttrKey("routing_state") in path:
-            return replicated(mesh)
-        name = re.sub(r"layer_\d+", "layers", "/".join(names))
-        if name not in declared:
-            raise ValueError(f"parameter {name} is not declared in aoe_jax.parameters or a method")
-        is_stacked = names[0] in STACKS
-        split = declared[name].split[-(a.ndim - is_stacked) :] if a.ndim > is_stacked else ()
-        return NamedSharding(mesh, spec_of(*((None,) * is_stacked), *split))
-
-    return jax.tree_util.tree_map_with_path(sharding, abstract_state)
 
 
 def with_shardings(abstract, shardings):

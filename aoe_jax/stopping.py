@@ -4,9 +4,15 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 from aoe_jax.errors import Interrupted, Preempted
+
+Result = TypeVar("Result")
 
 # Becomes a command after PR_SET_PDEATHSIG (1), which sends SIGTERM (15) when the parent dies.
 _BOUND = """
@@ -29,6 +35,22 @@ def bound(command, core=None):
     """
     core = "" if core is None else str(core)
     return [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), core, *command]
+
+
+def interruptibly(call: Callable[[], Result]) -> Result:
+    """Returns `call()`, made in another thread, so that signals are handled meanwhile. A library
+    would hold them up until it returns.
+    """
+    result = Future()
+
+    def work():
+        try:
+            result.set_result(call())
+        except BaseException as e:
+            result.set_exception(e)
+
+    threading.Thread(target=work, daemon=True, name="works for the main thread").start()
+    return result.result()
 
 
 class StopRequests:

@@ -11,14 +11,15 @@ gone, as on a disk that is no longer mounted, it only waits, because a start wou
 It passes SIGTERM, SIGINT and SIGHUP (as SIGTERM) on, and ends with the command. If it is killed,
 the command gets SIGTERM (on Linux). Attempts get `--start-over` and `--go-back` until the run has
 begun anew or gone back, later ones `--resume-only`, and only the first gets `--take-over`.
-`WORKDIR/attempts/HOST.jsonl` has a line for every attempt, unless the workdir is in an object
-store. The exit status is 0 if the run has finished, else that of the last attempt, where signal N
-counts as 128 + N.
+`WORKDIR/attempts/HOST.jsonl` has a line for every attempt; in an object store, where each is
+written as a new object, supervisors of one host may lose lines of each other. The exit status is 0
+if the run has finished, else that of the last attempt, where signal N counts as 128 + N.
 """
 
 import contextlib
 import json
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.errors import DivergedError, Interrupted, MachineFault, UserError
+from aoe_jax.faults import is_fault, reason
 from aoe_jax.json_files import COUNT, NUMBER, TEXT, or_none, read_json
 from aoe_jax.paths import is_remote, parsed_path
 from aoe_jax.stopping import bound
@@ -45,7 +47,9 @@ _PAUSE = flags.DEFINE_float(
     "seconds before the first restart, doubled for each attempt without a new step",
     lower_bound=0,
 )
+_LOOK_EVERY = 0.5  # seconds until a run that has begun is seen
 _LONGEST_PAUSE = 60.0  # seconds; several supervisors must meet within --join_timeout
+_MOST_DOUBLINGS = 60  # of the pause, so that it stays a float after any number of attempts
 _FINAL = {UserError.status, DivergedError.status, Interrupted.status}
 _PASSED_ON = {  # signal to the supervisor -> signal to the command
     signal.SIGTERM: signal.SIGTERM,
@@ -53,7 +57,6 @@ _PASSED_ON = {  # signal to the supervisor -> signal to the command
     signal.SIGHUP: signal.SIGTERM,
 }
 _MOVES_FILES = ("start-over", "go-back")
-_RESUME_ONLY = "--resume-only"
 
 
 class Supervisor:
@@ -63,7 +66,7 @@ class Supervisor:
         """`command` are arguments of Python, and `workdir` is the directory of their run."""
         self._command, self._workdir = [sys.executable, *command], workdir
         self._process, self._asked_to_stop = None, threading.Event()
-        self._has_begun = False
+        self._has_begun, self._history = False, None
         for number in _PASSED_ON:
             signal.signal(number, self._pass_on)
 
@@ -75,21 +78,15 @@ class Supervisor:
     def run(self, restarts: int, pause: float) -> int:
         """Returns the exit status of the last attempt."""
         attempt, idle, before = 0, 0, self._heartbeat()
-        history = before.get("history")  # it changes when a run begins anew or goes back
+        self._history = before.get("history")
         while True:
             attempt += 1
-            if self._command == _without(_MOVES_FILES, self._command):
-                self._has_begun = self._has_begun or self._has_heartbeat() is True
+            self._look_for_beginning()
             if self._has_begun and self._has_heartbeat() is False:
                 log.warning(f"{self._workdir}/heartbeat.json is gone; is its disk mounted?")
                 status, steps = MachineFault.status, 0
             else:
-                if self._has_begun and _RESUME_ONLY not in self._command:
-                    self._command.append(_RESUME_ONLY)  # its disk may vanish before it looks
                 status, steps = self._attempt(attempt)
-                self._command = _without(("take-over",), self._command)
-                if self._heartbeat().get("history", history) != history:
-                    self._command = _without(_MOVES_FILES, self._command)
             idle = 0 if steps > 0 else idle + 1
             now = self._heartbeat()
             if now.get("status") == "finished" and now != before:
@@ -99,33 +96,72 @@ class Supervisor:
             if idle > restarts:
                 log.error(f"gave up: {idle} attempts in a row saved no new step")
                 return status
-            seconds = min(pause * 2 ** max(idle - 1, 0), _LONGEST_PAUSE)
+            seconds = min(pause * 2 ** min(max(idle - 1, 0), _MOST_DOUBLINGS), _LONGEST_PAUSE)
             log.warning(
                 f"attempt {attempt} ended with status {status}; the next starts in {seconds:g} s"
             )
             if self._asked_to_stop.wait(seconds):
                 return status
 
+    def _look_for_beginning(self):
+        """Once the run has begun, or has begun anew or gone back as asked, attempts only resume
+        it, because its disk may vanish before they look.
+        """
+        resumes = _without(_MOVES_FILES, self._command)
+        if self._command == resumes:
+            has_begun = self._has_heartbeat() is True
+        else:  # that changes the history
+            has_begun = self._heartbeat().get("history", self._history) != self._history
+        if has_begun and not self._has_begun:
+            self._has_begun = True
+            self._command = [*_without(("resume-only",), resumes), "--resume-only"]
+
     def _attempt(self, number):
         """Runs the command once; returns its exit status and the number of steps it added."""
         first_step, began = _saved(self._heartbeat()), time.time()
-        # Its own session: a Ctrl-C in the terminal must reach it only once, through this process.
-        self._process = subprocess.Popen(bound(self._command), start_new_session=True)
-        if self._asked_to_stop.is_set():  # it came while the process was made
-            self._process.send_signal(signal.SIGTERM)
-        status = self._process.wait()
-        status = status if status >= 0 else 128 - status  # like shells, if a signal ended it
+        status = self._run_command()
         heartbeat = self._heartbeat()
         step = _saved(heartbeat)
         line = {"attempt": number, "began": began, "ended": time.time(), "exit_status": status}
         line |= {"first_saved": first_step, "saved": step, "status": heartbeat.get("status")}
-        with contextlib.suppress(OSError):
-            if not is_remote(self._workdir) and self._workdir.is_dir():
-                file = self._workdir / "attempts" / f"{socket.gethostname()}.jsonl"
-                file.parent.mkdir(exist_ok=True)
-                with file.open("a") as lines:
-                    lines.write(json.dumps(line) + "\n")
+        with contextlib.suppress(Exception):
+            if self._workdir.is_dir():
+                self._log(json.dumps(line) + "\n")
         return status, step - first_step
+
+    def _log(self, line):
+        file = self._workdir / "attempts" / f"{socket.gethostname()}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        if is_remote(file):  # a store cannot append to an object
+            file.write_text((file.read_text() if file.exists() else "") + line)
+            return
+        with open(file, "a", opener=_open_own) as lines:
+            lines.write(line)
+
+    def _run_command(self):
+        """Runs the command once; returns its exit status, 5 if a fault prevents its start."""
+        try:
+            # Its own session: a Ctrl-C in the terminal must reach it only once, through this
+            # process.
+            self._process = subprocess.Popen(bound(self._command), start_new_session=True)
+        except OSError as e:
+            if not is_fault(e):
+                raise
+            log.warning(f"the command cannot be started ({reason(e)})")
+            return MachineFault.status
+        self._command = _without(("take-over",), self._command)
+        if self._asked_to_stop.is_set():  # it came while the process was made
+            self._process.send_signal(signal.SIGTERM)
+        ended = threading.Event()
+        # Not this thread, which passes signals on: a disk may hang.
+        threading.Thread(target=self._look_until, args=[ended], daemon=True).start()
+        status = self._process.wait()
+        ended.set()
+        return status if status >= 0 else 128 - status  # like shells, if a signal ended it
+
+    def _look_until(self, ended):
+        while not self._has_begun and not ended.wait(_LOOK_EVERY):
+            self._look_for_beginning()
 
     def _heartbeat(self):
         path = self._workdir / "heartbeat.json"
@@ -140,6 +176,11 @@ class Supervisor:
         with contextlib.suppress(Exception):
             return (self._workdir / "heartbeat.json").exists()
         return None  # unknown: the disk or store fails
+
+
+def _open_own(path, flags):
+    # Opening a FIFO would wait for a reader, and a link leads elsewhere.
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666)
 
 
 def _saved(heartbeat):

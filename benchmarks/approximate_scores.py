@@ -19,7 +19,7 @@ from aoe_jax.moe.dispatch import Local
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import top_k as choose_top_k
-from aoe_jax.moe.scoring import activation_norms, norms
+from aoe_jax.moe.scoring import activation_norms, scores_of_all
 
 
 class Approximation(NamedTuple):
@@ -49,7 +49,8 @@ def choice_scores(method, x, w_gate_down, prepared, top_k, bias=None):
     candidates = choose_top_k(estimates, min(method.candidates * top_k, n_experts), bias=bias)
     transport = Local(Devices(), n_experts, all_used=True)
     round = transport.plan(candidates)
-    code = grouped_matmul(transport.dispatch(x, round), w_gate_down, transport.groups(round))
+    rows, groups = transport.dispatch(x, round)
+    code = grouped_matmul(rows, w_gate_down, groups)
     exact_norms = transport.slot_values(activation_norms(code), round, candidates.token.shape[0])
     scores = jnp.full_like(estimates, -jnp.inf)
     return scores.at[candidates.token, candidates.expert].set(exact_norms, unique_indices=True)
@@ -70,7 +71,7 @@ def agreement(chosen, other):
 
 def exact():
     """float32 scoring, to which the others are compared."""
-    return Approximation(lambda w_gate_down, _: w_gate_down, norms)
+    return Approximation(lambda w_gate_down, _: w_gate_down, scores_of_all)
 
 
 def bfloat16():
@@ -100,20 +101,18 @@ def _scaled(rounded, largest, accumulator):
     `rounded`.
     """
 
-    def quantise(a, axis):
-        scale = jnp.max(jnp.abs(a), axis, keepdims=True) / largest
+    def quantise(a):
+        scale = jnp.max(jnp.abs(a), axis=1, keepdims=True) / largest
         scale = jnp.where(scale > 0, scale, 1)
         return rounded(a / scale), scale
 
     def estimate(x, prepared):
         w, w_scale = prepared
-        x, x_scale = quantise(x, 1)
+        x, x_scale = quantise(x)
         c = jnp.einsum("td,ndr->tnr", x, w, preferred_element_type=accumulator)
         return activation_norms(c.astype(jnp.float32) * w_scale[:, 0]) * x_scale
 
-    return Approximation(
-        lambda w_gate_down, _: quantise(w_gate_down, 1), estimate, operation_cost=0.5
-    )
+    return Approximation(lambda w_gate_down, _: quantise(w_gate_down), estimate, operation_cost=0.5)
 
 
 def random_projection(r, s, candidates=None):
@@ -125,7 +124,7 @@ def random_projection(r, s, candidates=None):
     def project(w_gate_down, _):
         return w_gate_down @ matrix
 
-    return Approximation(project, norms, operations=s / r, candidates=candidates)
+    return Approximation(project, scores_of_all, operations=s / r, candidates=candidates)
 
 
 def principal(r, s, candidates=None, use_data=True):
@@ -157,7 +156,7 @@ def _project(w_gate_down, found):
 
 def _estimate_principal(x, prepared):
     w, left = prepared
-    kept = norms(x, w)
+    kept = scores_of_all(x, w)
     return jnp.sqrt(kept**2 + left * jnp.sum(x * x, axis=1, keepdims=True))
 
 

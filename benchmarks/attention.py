@@ -1,43 +1,30 @@
 """Attention alone, compiled for a TPU or GPU that is not here: memory and likely time by backend.
 
-`python -m benchmarks.attention [--topology=v5e:2x2] [--shapes=BxHxGxSxh,...] [--json=FILE]` with
-`libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`), or with `--topology=h100:1` and JAX's
-CUDA wheels. Forward and backward pass in bfloat16, on one device. Traffic and likely time are those
-of `aoe_jax/costs.py`; the softmax inside the kernels, which runs beside their products, is not in
-the time.
+`python -m benchmarks.attention [--topology=v5e:2x2] [--shapes=BxHxGxSxh,...] [--block=512]
+[--json=FILE]` with `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`), or with
+`--topology=h100:1` and JAX's CUDA wheels. Forward and backward pass in bfloat16, on one device.
+Traffic and likely time are those of `aoe_jax/costs.py`; softmax and transposes inside the kernels,
+which run beside their products, are not in the time.
 """
 
-from functools import partial
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from aoe_jax.doctor.kernels import everywhere, with_gradients
 from aoe_jax.hardware import chip_part, topology_devices
-from aoe_jax.hlo import compile_and_read
-from aoe_jax.model.attention import backend_for, causal_attention
+from aoe_jax.model.attention import backend_for, splash
 from aoe_jax.plan import read_program
+from benchmarks.compiling import compiled_attention
 from benchmarks.timing import parse_shapes, run_benchmark, save
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "GENERATION:SHAPE")
+_BLOCK = flags.DEFINE_integer(
+    "block", splash.MAX_BLOCK, "positions in a block of splash", lower_bound=splash.LANES
+)
 _SHAPES = flags.DEFINE_list("shapes", ["8x12x12x2048x64", "2x12x12x8192x64"], "BxHxGxSxh")
 
 
 def figure(devices, chip, backend, shape):
-    """Compiles one backend for one shape `(B, H, G, S, h)`."""
-    b, n_heads, n_kv, s, h = shape
-    mesh = Mesh(np.array(devices[:1]), ("one",), axis_types=(AxisType.Auto,))
-    here = NamedSharding(mesh, PartitionSpec())
-    *arrays, g = (
-        jax.ShapeDtypeStruct((b, n, s, h), jnp.bfloat16, sharding=here)
-        for n in (n_heads, n_kv, n_kv, n_heads)
-    )
-    function = with_gradients(partial(causal_attention, backend=backend))
-    with jax.set_mesh(mesh):
-        compiled, text = compile_and_read(everywhere(mesh, function).lower(arrays, g, ()))
+    """The figures of one backend for one shape."""
+    compiled, text = compiled_attention(devices, backend, shape)
     found = read_program(text, chip, shape=())
     return {
         "backend": backend,
@@ -49,6 +36,7 @@ def figure(devices, chip, backend, shape):
 
 
 def main():
+    splash.MAX_BLOCK = _BLOCK.value
     generation, devices = topology_devices(_TOPOLOGY.value)
     chip = chip_part(generation, devices)
     figures = []

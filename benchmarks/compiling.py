@@ -1,5 +1,5 @@
-"""Shared by the compile checks: grouped products and stacked layers, lowered for a device that is
-not here.
+"""Shared by the compile checks: attention, grouped products and stacked layers for a device that
+is not here.
 
 M rows, D contracted width, F output width, E experts.
 """
@@ -8,11 +8,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+import numpy as np
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 from aoe_jax.config.run import Config
 from aoe_jax.doctor import kernels
-from aoe_jax.hardware import topology_devices
+from aoe_jax.hardware import CHIPS, topology_devices
+from aoe_jax.hlo import compile_and_read
+from aoe_jax.model.attention import causal_attention
 from aoe_jax.model.decoder import RMSNorm
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.grouped_matmul.megablox import tiles
@@ -23,22 +26,35 @@ from benchmarks.timing import check_names
 from configs import paper, tiny
 
 # The smallest topology of each TPU generation that the compiler knows.
-TOPOLOGIES = {
+TPUS = {
     "v4": "v4:2x2x1",
     "v5e": "v5e:2x2",
     "v5p": "v5p:2x2x1",
     "v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
 }
-
+TOPOLOGIES = {generation: TPUS.get(generation, f"{generation}:1") for generation in CHIPS}
 
 PRODUCTS = ("forward", "d_rows", "d_weights")
 
 
-def tpu_devices(generation):
-    """Devices of a TPU that need not be here, compiled for with `libtpu`."""
+def devices_of(generation):
+    """Devices of a generation, which need not be here."""
     check_names("generations", [generation], TOPOLOGIES)
     return topology_devices(TOPOLOGIES[generation])[1]
+
+
+def compiled_attention(devices, backend, shape):
+    """`hlo.compile_and_read` of one backend for one shape `(B, H, G, S, h)`, on one device."""
+    b, n_heads, n_kv, s, h = shape
+    mesh = Mesh(np.array(devices[:1]), ("one",), axis_types=(AxisType.Auto,))
+    *arrays, g = (
+        jax.ShapeDtypeStruct((b, n, s, h), jnp.bfloat16, sharding=replicated(mesh))
+        for n in (n_heads, n_kv, n_kv, n_heads)
+    )
+    function = kernels.with_gradients(partial(causal_attention, backend=backend))
+    with jax.set_mesh(mesh):
+        return compile_and_read(kernels.everywhere(mesh, function).lower(arrays, g, ()))
 
 
 def expert_shapes():

@@ -8,7 +8,6 @@ which the train text grows when `xz` compresses both in one stream.
 """
 
 import lzma
-from pathlib import Path
 
 from absl import flags
 
@@ -28,7 +27,7 @@ def xz_size(text: bytes):
 
 
 def main():
-    workdir = Path(cli.required(_WORKDIR))
+    workdir = cli.path_of(_WORKDIR)
     data = read_run_config(workdir / "config.json").data
     evaluation = read_json(workdir / "eval.json")
     source = data.sources[0]

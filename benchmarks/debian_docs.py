@@ -52,7 +52,7 @@ def _run(package, *command, cwd):
 
 
 def main():
-    output = Path(cli.required(flags.FLAGS["output"]))
+    output = cli.path_of(flags.FLAGS["output"])
     with new_directory(output) as partial_output:
         for package in flags.FLAGS.packages:
             print(f"{package}: {collect(package, partial_output)} documents", flush=True)

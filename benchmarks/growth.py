@@ -13,7 +13,6 @@ FSDP. The last lines say from which number of chips on which arm receives least.
 """
 
 import dataclasses
-from pathlib import Path
 
 from absl import flags
 from matplotlib.figure import Figure
@@ -121,7 +120,7 @@ def overtakings(figures):
 
 
 def main():
-    folder = Path(cli.required(_OUTPUT))
+    folder = cli.path_of(_OUTPUT)
     check_names("chips", _CHIPS.value, TOPOLOGIES)
     folder.mkdir(parents=True, exist_ok=True)
     figures = []

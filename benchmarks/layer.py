@@ -99,15 +99,15 @@ def _phases(config, n_tokens):
         return routing.expert.reshape(-1, k), routing.weight.reshape(-1, k)
 
     def dispatch(x, expert, weight):
-        return transport.dispatch(x, transport.plan(by_token(expert, weight)))
+        return transport.dispatch(x, transport.plan(by_token(expert, weight)))[0]
 
     scores = score(x, w["w_gate_down"])
     expert, weight = route(scores)
     routing, layout = round = transport.plan(by_token(expert, weight))
-    rows, row_weight = transport.dispatch(x, round), transport.row_values(routing.weight, round)
+    rows, groups = transport.dispatch(x, round)
+    row_weight = transport.row_values(routing.weight, round)
 
     def experts(rows, row_weight, w):
-        groups = transport.groups(round)
         gate, _ = gate_pre_activations(rows, groups, w)
         return swiglu(rows, gate, row_weight, groups, w)
 

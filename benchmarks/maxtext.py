@@ -78,7 +78,14 @@ MODEL = {
 
 
 # The fastest of what was tried: see docs/plans.md.
-BEST = {"attention": "flash", "num_vocab_tiling": 16, "remat_policy": "minimal_with_context"}
+BEST = {
+    "attention": "flash",
+    "num_vocab_tiling": 16,
+    "remat_policy": "minimal_with_context",
+    "sa_q_layout": "SEQ_MINOR",
+    "sa_k_layout": "SEQ_MINOR",
+    "sa_v_layout": "SEQ_MINOR",
+}
 BEST_XLA_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 
 
@@ -190,7 +197,7 @@ RECIPES = {
 _INSTALL = "the docstring of benchmarks/maxtext.py says how to install MaxText"
 
 
-def compile_maxtext(python, fields, xla_flags=""):
+def compile_maxtext(python, fields, xla_flags):
     """Compiles a train step of MaxText, with `fields` of its `base.yml`, by the Python of an
     environment that has it; returns the figures that `maxtext_compile.py` writes, and the optimised
     HLO. Raises `UserError` if there is no such Python, no MaxText there, or MaxText failed.
@@ -305,7 +312,6 @@ def table(figures):
 
 
 def in_words(versions):
-    """Versions of packages as a phrase."""
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 

@@ -17,7 +17,7 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.counts import layer_flops_per_token
-from benchmarks.compiling import TOPOLOGIES, lower_layers, tpu_devices
+from benchmarks.compiling import TPUS, devices_of, lower_layers
 from benchmarks.timing import parse_shapes, report, run_benchmark
 
 NO_LOSS, EIGHTH = BalanceConfig(aux_weight=0.0), BalanceConfig(aux_tokens=0.125)
@@ -38,7 +38,7 @@ def arms(n_experts, top_k, d_ffn, d_low):
     }
 
 
-_GENERATIONS = flags.DEFINE_list("generations", ["v5e", "v5p"], f"of {', '.join(TOPOLOGIES)}")
+_GENERATIONS = flags.DEFINE_list("generations", ["v5e", "v5p"], f"of {', '.join(TPUS)}")
 _TOKENS = flags.DEFINE_integer("tokens", 16384, "tokens", lower_bound=1)
 _LAYERS = flags.DEFINE_integer("layers", 4, "stacked layers", lower_bound=1)
 _D_MODEL = flags.DEFINE_integer("d_model", 768, "model width", lower_bound=2)
@@ -50,7 +50,7 @@ _SHAPES = flags.DEFINE_list(
 def main():
     form = "n_experts x top_k x d_ffn x d_low, such as 8x2x3072x256"
     shapes, figures = parse_shapes(_SHAPES.value, form), []
-    devices = {generation: tpu_devices(generation)[0] for generation in _GENERATIONS.value}
+    devices = {generation: devices_of(generation)[0] for generation in _GENERATIONS.value}
     for generation, device in devices.items():
         for shape in shapes:
             temp = {}

@@ -11,7 +11,6 @@ from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import topology_devices
 from aoe_jax.plan import plan
-from aoe_jax.sharding import fill_mesh
 from benchmarks.timing import check_names, report, run_benchmark
 from configs import large, paper
 
@@ -62,8 +61,7 @@ def plans_of(name):
     generation, devices = topology_devices(topology)
     fields = {"train.batch_size": sequences * len(devices), **fields}
     for variant in variants:
-        config = fill_mesh(configuration(module, variant, fields), len(devices))
-        figure = plan(config, generation, devices)
+        figure = plan(configuration(module, variant, fields), generation, devices)
         if not figure["fits"]:
             raise UserError(f"--rows={name}: {variant} does not fit")
         file = module.__name__.rpartition(".")[2]

@@ -73,7 +73,6 @@ class Host:
             )
 
     def step_clock(self, seconds):
-        """Steps the clock of the host."""
         self._clock.value = seconds
 
     def trainer(self):

@@ -29,7 +29,6 @@ Axis letters: see `aoe_jax/moe/__init__.py`.
 import itertools
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -171,7 +170,7 @@ def compare(choose, exact, inputs, w_gate_down, prepared, bias):
 
 
 def main():
-    root = Path(cli.required(_WORKDIR)).absolute()
+    root = cli.path_of(_WORKDIR).absolute()
     root.mkdir(parents=True, exist_ok=True)
     config = configuration("aoe", SPARSE, AOE, {"train": {"steps": _STEPS.value}})
     router = configuration("moe", SPARSE, {"balance": {"aux_tokens": 1.0}})

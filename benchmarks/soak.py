@@ -49,7 +49,8 @@ SETTINGS = {
     "checkpoint.every": 7,
     "checkpoint.keep": 3,
 }
-MOMENTS = ("start", "preparation", "steps", "save")
+# moment of a stop -> the most seconds from it to the signal
+MOMENTS = {"start": 6, "preparation": 1, "steps": 4, "save": 0.05}
 PATIENCE = 300  # seconds of waiting for a moment, before that counts as a failure
 
 
@@ -80,7 +81,6 @@ class Soak:
         return ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *fields]
 
     def start(self, workdir):
-        """Starts the training program."""
         return subprocess.Popen(
             [sys.executable, *self.command(workdir)],
             cwd=self.cwd,
@@ -123,9 +123,7 @@ class Soak:
                 process.kill()
                 raise Failure(f"{moment} did not come within {PATIENCE} s")
             time.sleep(0.001)
-        time.sleep(
-            {"start": 6, "preparation": 1, "steps": 4, "save": 0.05}[moment] * chance.random()
-        )
+        time.sleep(MOMENTS[moment] * chance.random())
         process.send_signal(number)
         _, stderr = process.communicate(timeout=PATIENCE)
         return process.returncode, stderr
@@ -204,7 +202,7 @@ def soak(root: Path, kills, terms, seed, settings=None):
     chance.shuffle(stops)
     happened, finished, run = collections.Counter(), 0, root / "run_0"
     for number in tqdm(stops, desc="stops", unit="stop"):
-        moment = chance.choice(MOMENTS)
+        moment = chance.choice([*MOMENTS])
         status, stderr = work.attempt(run, moment, number, chance)
         # SIGTERM while Python is still importing ends the process like any program.
         early = number == signal.SIGTERM and status == -signal.SIGTERM and moment == "start"

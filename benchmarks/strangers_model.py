@@ -63,10 +63,10 @@ def corpus():
     return (np.frombuffer(b"".join(parts[name]), np.uint8) for name in ("train", "validation"))
 
 
-def validation_nll(model, text, n_batches=16):
+def validation_nll(model, text):
     """The mean negative log-likelihood over pieces of the text, the same for all models."""
     rng, score = np.random.default_rng(0), nnx.jit(losses)
-    batches = (batch_of(text, rng, BATCH, LENGTH) for _ in range(n_batches))
+    batches = (batch_of(text, rng, BATCH, LENGTH) for _ in range(16))
     return mean([float(score(model, batch)[1]) for batch in batches]).value
 
 

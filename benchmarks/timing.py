@@ -4,7 +4,6 @@ import os
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -46,7 +45,6 @@ def medians(functions, repeats):
 
 
 def machine_in_words():
-    """`machine` as one line."""
     return ", ".join(f"{name} {value}" for name, value in machine().items())
 
 
@@ -75,7 +73,7 @@ def torch_packages():
 
 def new_workdir(flag):
     """The path of the flag `--workdir`; raises `UserError` without it, or if the path exists."""
-    root = Path(cli.required(flag)).absolute()
+    root = cli.path_of(flag).absolute()
     if root.exists():
         raise UserError(f"--workdir={root} exists already; name a new directory")
     return root
@@ -113,13 +111,18 @@ def run_benchmark(main, timed=False):
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR
         os.execv(sys.executable, sys.orig_argv)
     flags.DEFINE_string("json", None, "a file for the figures")
-    cli.run(main)
+
+    def checked():
+        cli.file_to_write(flags.FLAGS["json"])  # a mistake is told before hours of work
+        return main()
+
+    cli.run(checked)
 
 
 def save(value):
     """Writes a value to the file of `--json`, if there is one."""
-    if flags.FLAGS.json:
-        write_json(Path(flags.FLAGS.json), value)
+    if file := cli.file_to_write(flags.FLAGS["json"]):
+        write_json(file, value)
 
 
 def report(figures):

@@ -28,7 +28,6 @@ import dataclasses
 import math
 from collections import Counter
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -44,10 +43,10 @@ from tabulate import tabulate
 from aoe_jax import cli
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.experts import ExpertsConfig
-from aoe_jax.errors import UserError
 from aoe_jax.json_files import write_json
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import TopK
+from aoe_jax.ownership import make_folder
 
 CLASSES, EXPERTS, STAGES = 3, 2, 2
 MOST = 0.9  # An expert serves a class if it gets at least this share of it.
@@ -79,7 +78,6 @@ class Setting:
     held_out: int = 1000  # inputs of each class to measure on
 
     def experts(self, kind):
-        """The layer's `ExpertsConfig`."""
         shape = {"d_ffn": 2 * self.d_model, "d_low": max(1, self.d_model // 4)}
         return ExpertsConfig(kind=kind, n_experts=EXPERTS, top_k=1, **shape)
 
@@ -253,27 +251,15 @@ def draw(figures, setting):
     return figure
 
 
-def _destinations(given):
-    """Returns the file and the folder to write to, or None; raises `UserError` before training."""
-    file = Path(given.json).expanduser() if given.json else None
-    folder = Path(given.output).expanduser() if given.output else None
-    for name, path in (("json", file and file.parent), ("output", folder)):
-        try:
-            if path:
-                path.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            wanted = f"{path} cannot be made ({e.strerror}); name another place"
-            raise UserError(f"--{name}={given[name].value}: {wanted}") from e
-    require_flag(not (file and file.is_dir()), "json", given.json, "is a folder; name a file")
-    return file, folder
-
-
 def main():
     given = flags.FLAGS
     for name, least in (("seeds", 2), ("steps", 1), ("d_model", 2)):
         value = given[name].value
         require_flag(value >= least, name, value, f"must be {least} or more")
-    file, folder = _destinations(given)
+    file, folder = cli.file_to_write(given["json"]), None
+    if given.output:
+        folder = cli.path_of(given["output"])
+        make_folder(folder, "output")
     setting = Setting(steps=given.steps, d_model=given.d_model)
     figures = [
         summary(arm, train_seeds(*layer, setting, given.seeds)) for arm, layer in ARMS.items()

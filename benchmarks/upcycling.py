@@ -16,11 +16,12 @@ from pathlib import Path
 from absl import flags
 from tabulate import tabulate
 
+from aoe_jax import cli
 from aoe_jax.compare.statistics import mean
 from aoe_jax.config.run import Config
 from aoe_jax.evaluation.run import evaluate_workdir
-from aoe_jax.formats.exporting import export
 from aoe_jax.formats.upcycling import Upcycling, upcycle
+from aoe_jax.formats.writing import export
 from aoe_jax.json_files import read_metrics
 from aoe_jax.training.loop import train
 from benchmarks.timing import configuration, report, run_benchmark
@@ -99,7 +100,7 @@ def rows(of_seeds):
 def main():
     given = flags.FLAGS
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(given.output or scratch)
+        folder = cli.path_of(given["output"]) if given.output else Path(scratch)
         of_seeds = [curves(folder / f"seed_{seed}", seed) for seed in range(given.seeds)]
     print(tabulate(list(rows(of_seeds)), "keys", "github", disable_numparse=True))
     figures = [

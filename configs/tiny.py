@@ -22,7 +22,7 @@ def get_config(variant="aoe"):
     )
     config.experts.update(kind="aoe", n_experts=8, top_k=2, d_ffn=256, d_low=32)
     # L_aux from an eighth of the tokens: no worse here than from all of them, see
-    # benchmarks/balance.py.
+    # configs/compare/balance.py.
     config.balance.update(aux_weight=0.01, aux_tokens=0.125)
     config.data.update(name="sotu", seq_len=256)
     config.train.update(

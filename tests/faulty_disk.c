@@ -3,6 +3,7 @@
 // path that contains PART fails with the error; with ERRNO 0 a read is short, as if the file ended,
 // and with -1 the operation never returns.
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -102,4 +103,25 @@ int rename(const char *from, const char *to) {
 int mkdir(const char *path, mode_t mode) {
   if (fails('m', path)) return -1;
   return NEXT(int, "mkdir", const char *, mode_t)(path, mode);
+}
+
+// s: look at a path
+#define STAT(name)                                                            \
+  int name(const char *path, struct stat64 *to) {                             \
+    if (fails('s', path)) return -1;                                          \
+    return NEXT(int, #name, const char *, struct stat64 *)(path, to);         \
+  }
+STAT(stat64)
+STAT(lstat64)
+
+// d: list a folder
+DIR *opendir(const char *path) {
+  if (fails('d', path)) return NULL;
+  return NEXT(DIR *, "opendir", const char *)(path);
+}
+
+// f: flush to the disk
+int fsync(int fd) {
+  if (fails_fd('f', fd)) return -1;
+  return NEXT(int, "fsync", int)(fd);
 }

@@ -1,6 +1,6 @@
 """A server with the part of Google Cloud Storage's JSON API that gcsfs and tensorstore use.
 
-It checks preconditions on generations, on which ownership rests, and answers 503 on request.
+It checks preconditions on generations, on which ownership rests, and answers an error on request.
 """
 
 import base64
@@ -28,7 +28,8 @@ class Store(ThreadingHTTPServer):
         self.objects, self.lock = {}, threading.Lock()
         self.generations, self.uploads = itertools.count(1_000_000), {}
         self.fails_until = 0.0  # on the monotonic clock
-        self.failed = 0  # requests that were answered by 503
+        self.failure = 503  # the status until then
+        self.failed = 0  # requests that were answered by it
 
     def handle_error(self, request, client_address):
         """Says nothing of clients that hang up, as killed ones do."""
@@ -71,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if time.monotonic() < self.server.fails_until:
                 self.server.failed += 1
-                raise _Refused(503)
+                raise _Refused(self.server.failure)
             with self.server.lock:
                 status, answer, headers = self._answer(parts.path)
         except _Refused as e:

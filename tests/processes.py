@@ -3,10 +3,12 @@
 import socket
 
 from tests.hasty import xla_flags
-from tests.runs import finish, scratch, shared, start, train_command
+from tests.runs import DENSE, finish, scratch, shared, start, train_command
 
 # Two devices a process where there are two processes.
 MESH = {"mesh__data": 2, "mesh__expert": 2}
+# For tests of what does not depend on the model: one device a process, and each saves its share.
+DENSE_FSDP = DENSE | {"train__eval_every": 0, "mesh__fsdp": 2}
 
 
 def free_port():
@@ -45,3 +47,11 @@ def two_processes():
     """Workdir and stderr of a run of two processes."""
     workdir = scratch("multiprocess") / "two"
     return workdir, train_on(workdir, 2, **MESH)
+
+
+@shared
+def two_dense_processes():
+    """Workdir of a run of two processes with `DENSE_FSDP`."""
+    workdir = scratch("multiprocess") / "two_dense"
+    train_on(workdir, 2, 2, **DENSE_FSDP)
+    return workdir

@@ -35,7 +35,7 @@ FOR_TPUS = {
     "aoe_jax.compare",
     "aoe_jax.compare.plan",
     "benchmarks.attention",
-    "benchmarks.tpu_compile",
+    "benchmarks.grouped_compile",
 }  # may compile for them
 
 SETTINGS = {
@@ -64,6 +64,9 @@ SETTINGS = {
     "checkpoint.every": EVERY,
     "checkpoint.keep": 2,
 }
+
+# Half the time of a run, for tests of what does not depend on the model.
+DENSE = {"model__n_layers": 1, "experts__kind": "dense"}
 
 
 @functools.cache
@@ -165,6 +168,11 @@ def train_command(workdir, **changes):
         if value is not None
     ]
     return ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *overrides]
+
+
+def dense_command(workdir, **changes):
+    """`train_command` of `DENSE`, with changes."""
+    return train_command(workdir, **DENSE | changes)
 
 
 def fine_tuned(directory, workdir, **changes):
@@ -302,6 +310,15 @@ def whole_run(accumulate):
 def finished_run():
     """`whole_run` without accumulation."""
     return whole_run(1)
+
+
+@shared
+def dense_run():
+    """Workdir of an uninterrupted run of `dense_command`."""
+    workdir = scratch("runs") / "dense"
+    status, _, stderr = run(dense_command(workdir))
+    assert status == 0, stderr
+    return workdir
 
 
 def read_metrics(workdir):

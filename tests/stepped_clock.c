@@ -4,9 +4,12 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <linux/futex.h>
+#include <stdarg.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
@@ -46,4 +49,22 @@ time_t time(time_t *result) {
   clock_gettime(CLOCK_REALTIME, &now);
   if (result) *result = now.tv_sec;
   return now.tv_sec;
+}
+
+// The kernel's clock is not stepped: a wait until a time of day, as absl makes it, ends by that.
+long syscall(long number, ...) {
+  static long (*next)(long, ...);
+  if (!next) next = (long (*)(long, ...))dlsym(RTLD_NEXT, "syscall");
+  long a[6];
+  va_list list;
+  va_start(list, number);
+  for (int i = 0; i < 6; i++) a[i] = va_arg(list, long);
+  va_end(list);
+  struct timespec until;
+  if (number == SYS_futex && a[1] & FUTEX_CLOCK_REALTIME && a[3]) {
+    until = *(struct timespec *)a[3];
+    until.tv_sec = until.tv_sec > difference() ? until.tv_sec - difference() : 0;
+    a[3] = (long)&until;
+  }
+  return next(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }

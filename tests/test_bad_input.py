@@ -110,7 +110,11 @@ COMMAND_LINE = {
     ),
     "weight that is no number": Mistake(
         wrong_config("data.name=sotu=0.9, text@/a=much"),
-        ["config.data.name='sotu=0.9, text@/a=much'", "the weight 'much' of text@/a is no number"],
+        ["config.data.name='sotu=0.9, text@/a=much'", "the weight 'much' of text@/a must be a"],
+    ),
+    "weight with a huge exponent": Mistake(
+        wrong_config("data.name=sotu=1e2000000000"),
+        ["config.data.name='sotu=1e2000000000'", "must be a number from 1e-15 to 1e15"],
     ),
     "several corpora and one path": Mistake(
         wrong_config("data.name=sotu, lm1b", "data.path=/a"), ["config.data.path='/a'", "NAME@PATH"]
@@ -127,6 +131,16 @@ COMMAND_LINE = {
     ),
     "too few processes": Mistake(
         flags(CONFIG, "--processes=0"), ["--processes=0", "whole number, 1 or greater"]
+    ),
+    "negative time of retries": Mistake(
+        flags(CONFIG, "--retry_seconds=-5"),
+        ["--retry_seconds=-5: must be a number from 0 to 1000000"],
+    ),
+    "endless retries": Mistake(
+        flags(CONFIG, "--retry_seconds=1e300"), ["--retry_seconds=1e300", "from 0 to 1000000"]
+    ),
+    "time of retries that is no number": Mistake(
+        flags(CONFIG, "--retry_seconds=nan"), ["--retry_seconds=nan", "must be finite"]
     ),
     "profile of no steps": Mistake(flags(CONFIG, "--profile=x"), ["--profile=x", "STEP:N", "20:3"]),
     "seed out of range": Mistake(
@@ -153,6 +167,14 @@ COMMAND_LINE = {
         flags(CONFIG, "--coordinator=here", "--processes=2", "--process=0"),
         ["--coordinator=here", "HOST:PORT"],
     ),
+    "coordinator with a large port": Mistake(
+        flags(CONFIG, "--coordinator=localhost:99999", "--processes=2", "--process=0"),
+        ["--coordinator=localhost:99999", "the port must be from 1 to 65535"],
+    ),
+    "coordinator with an IPv6 address": Mistake(
+        flags(CONFIG, "--coordinator=[::1]:1234", "--processes=2", "--process=1"),
+        ["--coordinator=[::1]:1234", "IPv6 is not supported; name an IPv4 address"],
+    ),
     "unknown topology": Mistake(
         ["-m", "aoe_jax.plan", CONFIG, "--topology=v9:2x2"],
         ["--topology=v9:2x2", "v4, v5e, v5p, v6e, tpu7x, a100, l4, h100, b200"],
@@ -162,7 +184,7 @@ COMMAND_LINE = {
         ["--topology=h100:8", "pip install 'jax[cuda13]'"],
     ),
     "unknown backend of a benchmark": Mistake(
-        ["-m", "benchmarks.gpu_compile", "--backends=mosaic"],
+        ["-m", "benchmarks.grouped_compile", "--backends=mosaic"],
         ["--backends=mosaic is unknown", "blocked"],
     ),
     "no config file, but an override": Mistake(

@@ -4,27 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
 from aoe_jax import costs, hlo
 from aoe_jax.hardware import CHIPS, topology_devices
 from aoe_jax.model.attention import causal_attention, splash
 from aoe_jax.moe.grouped_matmul import grouped_matmul, megablox, mosaic_gpu
-from aoe_jax.moe.parallel.collectives import sum_gradients
+from aoe_jax.sharding import replicated
 
 
-def operations(function, *shapes, topology="v5e:2x2", n_devices=1, axis=None):
-    """Of `function` on each device, as compiled for TPU; `axis` splits the first axis of shapes."""
-    _, devices = topology_devices(topology)
-    spec = PartitionSpec(axis) if axis else PartitionSpec()
-    mesh = Mesh(np.array(devices[:n_devices]), ("fsdp",), axis_types=(AxisType.Auto,))
-    mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+def operations(function, *shapes):
+    """Of `function` as compiled for a TPU."""
+    _, devices = topology_devices("v5e:2x2")
+    mesh = Mesh(np.array(devices[:1]), ("one",), axis_types=(AxisType.Auto,))
+    here = replicated(mesh)
     with jax.set_mesh(mesh):
-        args = [
-            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-            for shape, dtype in shapes
-        ]
-        _, text = hlo.compile_and_read(jax.jit(mapped).lower(*args))
+        args = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in shapes]
+        _, text = hlo.compile_and_read(jax.jit(function).lower(*args))
     return costs.Program(text).operations
 
 
@@ -48,6 +44,15 @@ def test_loops_count_as_often_as_they_run():
     least = 2 * (5 * 1024 * 1024 + 2 * 2048 * 1024)
     assert least <= total(found, "hbm_bytes") < 3 * least
     assert total(operations(unknown, x, w, ((1,), jnp.int32)), "flops") == 0
+
+
+def test_the_branch_with_more_flops_counts():
+    def product_or_zeros(x, w, n):
+        return jax.lax.cond(n[0] > 0, lambda: x @ w, lambda: jnp.zeros((2048, 1024), x.dtype))
+
+    x, w = ((2048, 1024), jnp.bfloat16), ((1024, 1024), jnp.bfloat16)
+    found = operations(product_or_zeros, x, w, ((1,), jnp.int32))
+    assert total(found, "flops") == 2 * 2048 * 1024 * 1024
 
 
 def test_narrow_arrays_are_padded():
@@ -107,23 +112,6 @@ def test_attention_counts_by_its_blocks():
     assert sorted(o.flops for o in kernels) == [2 * product, 3 * product, 4 * product]
     assert total(kernels, "occupied_flops") == 2 * total(kernels, "flops")
     assert total(found, "hbm_bytes") < 0.2e9  # scores would be 0.13 GB for each pass over them
-
-
-@pytest.mark.parametrize(("topology", "n"), [("v5e:4x4", 16), ("v5p:4x4x4", 64)])
-def test_gradients_are_reduced_and_scattered_natively(topology, n):
-    """Over an axis that spans the slice, too; each device sends what one reduce-scatter would."""
-    shape = (64, 2048, 1408)
-    found = operations(
-        lambda g: sum_gradients(g, "fsdp", 1),
-        ((n * shape[0], *shape[1:]), jnp.float32),
-        topology=topology,
-        n_devices=n,
-        axis="fsdp",
-    )
-    kinds = [o.collective for o in found if o.collective]
-    assert kinds == ["reduce-scatter"] * 2
-    received = sum(o.sent_bytes * (1 - 1 / o.group_size) for o in found if o.collective)
-    assert received == pytest.approx(4 * np.prod(shape) * (1 - 1 / n), rel=1e-3)
 
 
 COLLECTIVES = """HloModule step, num_partitions=16

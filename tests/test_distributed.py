@@ -90,3 +90,16 @@ def test_without_a_device(tmp_path, platform, why):
     assert status == MachineFault.status and "Traceback" not in stderr, stderr
     last = stderr.strip().splitlines()[-1]
     assert last.startswith(f"error: JAX finds no device (JAX_PLATFORMS={platform}): {why}")
+
+
+def test_a_process_that_may_not_look_tells_the_others(monkeypatch):
+    def refuse():
+        raise UserError("log in to the object store on this machine")
+
+    shared = []
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "_JOIN_TIMEOUT", SimpleNamespace(value=300))
+    monkeypatch.setattr(distributed, "gathered", lambda v: shared.append(int(v)) or [int(v), 0])
+    with pytest.raises(UserError, match="log in"):
+        distributed.see_the_same(7, refuse, "gs://bucket/run")
+    assert shared == [7, UserError.status]

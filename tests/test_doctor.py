@@ -94,7 +94,7 @@ def test_a_wrong_kernel_is_status_1():
     assert status == 1 and "Traceback" not in stderr, stderr
     last = stdout.splitlines()[-1]
     assert last.startswith("FAIL attention blocks: 3 of 3 checks failed; 2x2x2x32x16 (BxHxGxSxh): ")
-    assert "largest error 1.0e-02" in last and last.endswith("fallback: none, blocks is plain JAX")
+    assert "largest error 1.0e-02" in last and last.endswith("fallback: none, it is plain JAX")
 
 
 def test_a_folder_that_is_not_there_is_a_mistake():
@@ -169,7 +169,7 @@ def test_a_wrong_grouped_product_is_named(monkeypatch, breakage):
     found = judged(config, {"aoe": config})
     verdict = found["grouped products ragged"]
     assert not verdict["passed"] and not found["AoE layer"]["passed"]
-    assert verdict["fallback"] == "none, no setting replaces 'ragged'"
+    assert verdict["fallback"] == "--config.experts.grouped_matmul=blocked"
     if breakage is raising:
         assert "RuntimeError: no such instruction" in verdict["text"]
     if breakage is wrong_gradient:
@@ -302,8 +302,8 @@ def test_a_dense_model_has_no_grouped_products():
 
 def test_fallbacks_are_settings():
     config = small().to_dict()
-    hopper = examination.fallback("grouped products mosaic_gpu", config)
-    assert hopper.startswith("--config.model.dtype=float32")
+    found = examination.fallback("grouped products megablox", config)
+    assert found == "--config.experts.grouped_matmul=blocked"
     config["mesh"] |= {"expert": 2}
     assert examination.fallback("AoE layer", config) == "--config.mesh.expert=1"
     config["mesh"] |= {"transport": "all_to_all"}
@@ -370,6 +370,8 @@ def test_reasons_of_plain_backends():
     h100 = reasons("NVIDIA H100 80GB HBM3", "9.0", model__dtype="bfloat16")
     assert h100["attention"] == "for NVIDIA GPUs from Ampere on"
     assert "both must be multiples of 64" in h100["grouped"]
+    h100 = reasons("NVIDIA H100 80GB HBM3", "9.0", experts__grouped_matmul="blocked")
+    assert h100["grouped"] == "set by config.experts.grouped_matmul=blocked"
 
 
 def test_twins_have_equal_parameters():

@@ -3,8 +3,10 @@
 import errno
 import os
 
+import google.auth.exceptions
 import pyarrow
 import pytest
+import requests
 from aiohttp import ServerDisconnectedError
 from gcsfs.retry import HttpError
 from jax.errors import JaxRuntimeError
@@ -22,6 +24,13 @@ def caused_by(cause):
         return e
 
 
+def answer(status):
+    """What `requests` raises after such an answer of a server."""
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError(f"answer {status}", response=response)
+
+
 FAULTS = [
     *(OSError(code, os.strerror(code)) for code in (errno.EIO, errno.EFBIG, errno.EDQUOT)),
     OSError(errno.ESTALE, os.strerror(errno.ESTALE)),
@@ -31,7 +40,16 @@ FAULTS = [
     MemoryError(),
     HttpError({"code": 503, "message": "try later"}),
     HttpError({"code": 429, "message": "too many"}),
+    *(HttpError({"code": code, "message": "no"}) for code in (401, 403)),
+    OSError("Forbidden: https://storage.googleapis.com/b/x\nno"),  # of gcsfs, without an errno
+    requests.exceptions.ProxyError(),  # of gcsfs, for status 502
+    requests.exceptions.ReadTimeout(),
+    google.auth.exceptions.RefreshError("no token"),
     ServerDisconnectedError(),
+    answer(503),
+    requests.ConnectionError("the name is not known"),
+    requests.exceptions.ChunkedEncodingError("IncompleteRead(5 bytes read, 7 more expected)"),
+    RuntimeError("Failed to get url http://x. HTTP code: 502."),  # of TFDS
     ValueError("RESOURCE_EXHAUSTED: quota exceeded"),  # of a store
     ValueError("Error reading local file: Input/output error"),
     pyarrow.ArrowIOError("Error reading bytes from file. Detail: [errno 5] Input/output error"),
@@ -46,7 +64,9 @@ OTHERS = [
     OSError("Truncated compressed stream"),  # of pyarrow, without an errno
     OSError("zlib inflate failed: incorrect data check"),
     BrokenPipeError(errno.EPIPE, "Broken pipe"),
-    HttpError({"code": 403, "message": "no"}),
+    HttpError({"code": 400, "message": "no"}),
+    requests.exceptions.InvalidURL("no host"),
+    answer(404),
     ValueError("Error decoding zarr metadata"),
     KeyError("arrays"),
 ]
@@ -68,6 +88,7 @@ def test_statuses():
     assert faults.status_of(HttpError({"code": 503, "message": "x"})) == MachineFault.status
     assert faults.status_of(ServerDisconnectedError()) == MachineFault.status
     assert faults.status_of(MachineFault("x")) == MachineFault.status
+    assert faults.status_of(JaxRuntimeError("UNAVAILABLE: a process is lost")) == 1
     assert faults.status_of(KeyError("x")) == 1
 
 

@@ -7,16 +7,17 @@ import time
 
 import pytest
 
-from aoe_jax.errors import MachineFault
-from aoe_jax.formats.exporting import export
-from tests.hasty import xla_flags
-from tests.processes import MESH, free_port, two_processes
+from aoe_jax.errors import MachineFault, UserError
+from aoe_jax.formats.writing import export
+from tests.processes import DENSE_FSDP, free_port, two_dense_processes
 from tests.runs import (
     EVERY,
     ROOT,
     STEPS,
     contents,
     corpus_folder,
+    dense_command,
+    dense_run,
     finish,
     finished_run,
     run,
@@ -24,11 +25,10 @@ from tests.runs import (
     scratch,
     shared,
     start,
-    train_command,
 )
 from tests.test_faults import last_line
 
-LASTS = 2.0  # seconds of a fault that passes
+LASTS = 0.7  # seconds of a fault that passes: the second try fails too
 
 
 @shared
@@ -77,7 +77,7 @@ class Fault:
 
 def stopped_run(folder):
     """A run that has a step left."""
-    return shutil.copytree(finished_run(), folder), train_command(folder, train__steps=STEPS + 1)
+    return shutil.copytree(dense_run(), folder), dense_command(folder, train__steps=STEPS + 1)
 
 
 STATE = f"checkpoints/{STEPS}/"
@@ -93,6 +93,9 @@ READS = [  # error, operations, part of the path
     ("ESTALE", "o", SHARD),
     ("EIO", "r", SHARD),
     ("EIO", "o", "run/metrics.jsonl"),
+    ("ESTALE", "s", "run/metrics.jsonl"),
+    ("ENOTCONN", "d", "run/checkpoints"),
+    ("EIO", "f", "run/owner"),
 ]
 WRITES = [
     ("ENOSPC", "w", "checkpoints/"),
@@ -141,10 +144,25 @@ def test_a_read_that_fails_for_a_while(tmp_path):
 @pytest.mark.parametrize("operation", ["o", "r"])
 def test_data_that_fails_for_a_while(tmp_path, operation):
     """The first batch, of a store that is complete."""
-    finished_run()
+    dense_run()
     fault = Fault(tmp_path, "EIO", operation, SHARD)
-    status, _, stderr = fault.passing(train_command(tmp_path / "run"), "cannot be read")
-    assert status == 0 and same_end(tmp_path / "run", finished_run()), stderr
+    status, _, stderr = fault.passing(dense_command(tmp_path / "run"), "cannot be read")
+    assert status == 0 and same_end(tmp_path / "run", dense_run()), stderr
+
+
+@pytest.mark.parametrize(
+    "case", **ids([("ENOSPC", "w", "cache/tokens/"), ("EIO", "m", "cache/tokens/")])
+)
+def test_a_corpus_that_cannot_be_tokenised(tmp_path, case):
+    """For a while, or at all."""
+    command = dense_command(tmp_path / "run", data__cache=tmp_path / "cache")
+    fault = Fault(tmp_path, *case)
+    status, _, stderr = fault.lasting(command)
+    assert status == MachineFault.status and "Traceback" not in stderr, stderr
+    assert "cannot be opened, or tokenised in data.cache=" in last_line(stderr)
+    status, _, stderr = fault.passing(command, "next try in")
+    assert status == 0 and same_end(tmp_path / "run", dense_run()), stderr
+    assert len([path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]) == 1
 
 
 def test_reads_that_are_short(tmp_path):
@@ -159,29 +177,29 @@ def test_reads_that_are_short(tmp_path):
 @pytest.mark.parametrize("case", **ids(WRITES))
 def test_writes_that_fail(tmp_path, case):
     """A lasting fault ends the run, which goes on later as if nothing had been."""
-    workdir, command = tmp_path / "run", train_command(tmp_path / "run")
+    workdir, command = tmp_path / "run", dense_command(tmp_path / "run")
     fault = Fault(tmp_path, *case)
     status, _, stderr = fault.lasting(command)
     assert status == MachineFault.status and "Traceback" not in stderr, stderr
     assert "the same command goes on" in last_line(stderr)
     fault.end()
     status, _, stderr = run(command)
-    assert status == 0 and same_end(workdir, finished_run()), stderr
+    assert status == 0 and same_end(workdir, dense_run()), stderr
 
 
 @pytest.mark.parametrize("case", ["w checkpoints/", "m checkpoints/", "w run/metrics.jsonl"])
 def test_writes_that_fail_for_a_while(tmp_path, case):
     fault = Fault(tmp_path, "EIO", *case.split())
-    status, _, stderr = fault.passing(train_command(tmp_path / "run"), "cannot be")
-    assert status == 0 and same_end(tmp_path / "run", finished_run()), stderr
+    status, _, stderr = fault.passing(dense_command(tmp_path / "run"), "cannot be")
+    assert status == 0 and same_end(tmp_path / "run", dense_run()), stderr
 
 
 @pytest.mark.parametrize("case", **ids(NEEDLESS))
 def test_files_that_a_run_can_do_without(tmp_path, case):
     fault = Fault(tmp_path, *case)
-    status, _, stderr = fault.lasting(train_command(tmp_path / "run"))
+    status, _, stderr = fault.lasting(dense_command(tmp_path / "run"))
     assert status == 0 and "cannot be written" in stderr and "the run goes on" in stderr, stderr
-    assert same_end(tmp_path / "run", finished_run())
+    assert same_end(tmp_path / "run", dense_run())
 
 
 @pytest.mark.parametrize("case", **ids([("EIO", "o", STATE), ("EIO", "r", SHARD)]))
@@ -193,9 +211,38 @@ def test_evaluation(tmp_path, case):
     assert contents(workdir) == before
 
 
+@pytest.mark.parametrize("part", ["run/config.json", SHARD])
+def test_evaluation_while_a_disk_fails(tmp_path, part):
+    workdir, _ = stopped_run(tmp_path / "run")
+    command = ["eval.py", f"--workdir={workdir}", "--split=validation"]
+    status, _, stderr = Fault(tmp_path, "ESTALE", "s", part).passing(command, "next try in")
+    assert status == 0 and (workdir / "eval.json").exists(), stderr
+
+
+@pytest.mark.parametrize("operation", "sd")
+def test_a_folder_of_texts_that_fails_for_a_while(tmp_path, operation):
+    """It is not taken for a path that does not exist."""
+    shutil.copytree(corpus_folder(), tmp_path / "texts")
+    texts = {"data__name": "text", "data__path": tmp_path / "texts", "train__steps": 1}
+    fault = Fault(tmp_path, "ENOTCONN", operation, "/texts")
+    status, _, stderr = fault.passing(dense_command(tmp_path / "run", **texts), "next try in")
+    assert status == 0, stderr
+
+
+def test_an_evaluation_that_cannot_be_written(tmp_path):
+    """It is printed whole, and a read-only disk is a mistake."""
+    workdir = shutil.copytree(finished_run(), tmp_path / "run")
+    fault = Fault(tmp_path, "EROFS", "c", "eval.json")
+    status, stdout, stderr = fault.lasting(["eval.py", f"--workdir={workdir}"])
+    assert status == 2 and "bits" in stdout and "layer" in stdout, stdout
+    assert (
+        last_line(stderr) == f"error: --workdir={workdir} cannot be written: Read-only file system"
+    )
+
+
 def test_evaluation_of_a_model(tmp_path):
     """A disk that fails is not taken for a damaged model."""
-    export(finished_run(), tmp_path / "model")
+    export(dense_run(), tmp_path / "model")
     command = ["eval.py", f"--workdir={tmp_path / 'model'}"]
     status, _, stderr = Fault(tmp_path, "EIO", "o", "model.safetensors").lasting(command)
     assert status == MachineFault.status and "Traceback" not in stderr, stderr
@@ -214,12 +261,20 @@ def test_export(tmp_path, code):
 def prepare_command(output):
     return [
         *("-m", "aoe_jax.data.prepare", f"--input={corpus_folder()}/*.txt", "--validation=0.3"),
-        *("--test=0.3", f"--output={output}", f"--tokenizer={finished_run() / 'tokenizer.json'}"),
+        *("--test=0.3", f"--output={output}", f"--tokenizer={dense_run() / 'tokenizer.json'}"),
     ]
 
 
 @pytest.mark.parametrize(
-    "case", **ids([("EDQUOT", "w", "store/"), ("EIO", "w", "store/"), ("EIO", "r", "texts/")])
+    "case",
+    **ids(
+        [
+            ("EDQUOT", "w", "store/"),
+            ("EIO", "w", "store/"),
+            ("EIO", "r", "texts/"),
+            ("ENOTCONN", "s", "texts/"),
+        ]
+    ),
 )
 def test_preparation(tmp_path, case):
     command = prepare_command(tmp_path / "store")
@@ -240,10 +295,15 @@ def test_preparation_that_fails_for_a_while(tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    ("case", "process"),
-    [(("EIO", "or", STATE + "state"), 1), (("ENOTCONN", "o", "run/config.json"), 0)],
+    ("case", "process", "kind"),
+    [
+        (("EIO", "or", STATE + "state"), 1, MachineFault),
+        (("ENOTCONN", "o", "run/config.json"), 0, MachineFault),
+        (("EIO", "c", "run/.process_1"), 1, MachineFault),
+        (("EROFS", "c", "run/.process_1"), 1, UserError),
+    ],
 )
-def test_two_processes_of_which_one_cannot_read(tmp_path, case, process):
+def test_two_processes_of_which_one_cannot_begin(tmp_path, case, process, kind):
     """Both end, with the same status; nothing is touched."""
     workdir, command = stopped_run(tmp_path / "run")
     fault, before = Fault(tmp_path, *case), contents(workdir)
@@ -253,19 +313,34 @@ def test_two_processes_of_which_one_cannot_read(tmp_path, case, process):
         for i in range(2)
     ]
     outcomes = [finish(process) for process in processes]
-    assert [status for status, _, _ in outcomes] == [MachineFault.status] * 2, outcomes
+    assert [status for status, _, _ in outcomes] == [kind.status] * 2, outcomes
     assert f"process {process} failed; see its log" in outcomes[1 - process][2]
     assert contents(workdir) == before
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_two_processes_of_which_one_cannot_write(tmp_path, process):
+@pytest.mark.parametrize(("operations", "process"), [("w", 0), ("w", 1), ("m", 0)])
+def test_two_processes_of_which_one_cannot_write(tmp_path, operations, process):
     """If a write fails in one process, the save ends in both, and both repeat it."""
-    whole, _ = two_processes()
+    whole = two_dense_processes()
     flags = [f"--coordinator=localhost:{free_port()}", "--processes=2", "--retry_seconds=60"]
-    command = [*train_command(tmp_path / "run", **MESH), *flags]
-    other = start([*command, f"--process={1 - process}"], XLA_FLAGS=xla_flags(2))
-    fault = Fault(tmp_path, "EIO", "w", "checkpoints/")
-    fault.variables["XLA_FLAGS"] = xla_flags(2)
+    command = [*dense_command(tmp_path / "run", **DENSE_FSDP), *flags]
+    other = start([*command, f"--process={1 - process}"])
+    fault = Fault(tmp_path, "EIO", operations, "checkpoints/")
     status, _, stderr = fault.passing([*command, f"--process={process}"], "cannot be saved")
     assert [status, finish(other)[0]] == [0, 0] and same_end(tmp_path / "run", whole), stderr
+
+
+def test_two_processes_of_which_one_can_never_write(tmp_path):
+    """Both end, with the same status, and go on later as if nothing had been."""
+    whole = two_dense_processes()
+    command = [*dense_command(tmp_path / "run", **DENSE_FSDP), "--processes=2", "--retry_seconds=1"]
+    fault = Fault(tmp_path, "EIO", "w", "checkpoints/")
+    for wanted, variables in ((MachineFault.status, fault.variables), (0, {})):
+        address = f"--coordinator=localhost:{free_port()}"
+        processes = [
+            start([*command, address, f"--process={i}"], **more)
+            for i, more in enumerate(({}, variables))
+        ]
+        outcomes = [finish(process) for process in processes]
+        assert [status for status, _, _ in outcomes] == [wanted] * 2, outcomes
+    assert same_end(tmp_path / "run", whole)

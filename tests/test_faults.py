@@ -15,15 +15,15 @@ from tests.runs import (
     LOG_EVERY,
     STEPS,
     contents,
+    dense_command,
+    dense_run,
     disk,
     finish,
-    finished_run,
     read_metrics,
     run,
     same_end,
     start,
     tiny_config,
-    train_command,
     truncate_state,
     untimed,
 )
@@ -51,7 +51,7 @@ def last_line(stderr):
     ("number", "status", "word"), [(15, 0, "preempted"), (2, 130, "interrupted")]
 )
 def test_asked_to_stop_while_training(tmp_path, number, status, word):
-    process = start(train_command(tmp_path / "run"))
+    process = start(dense_command(tmp_path / "run"))
     wait_for(process, lambda: (tmp_path / "run" / "checkpoints" / str(EVERY)).exists())
     process.send_signal(number)
     returned, _, stderr = finish(process)
@@ -66,14 +66,14 @@ def test_asked_to_stop_while_training(tmp_path, number, status, word):
         word,
         step,
     )
-    returned, _, stderr = run(train_command(tmp_path / "run"))
+    returned, _, stderr = run(dense_command(tmp_path / "run"))
     assert (
         returned == 0
         and f"going on from step {step}" in stderr
         and last_line(stderr)[9:].startswith("done: ")
     )
     assert heartbeat(tmp_path / "run")["status"] == "finished"
-    assert same_end(tmp_path / "run", finished_run())
+    assert same_end(tmp_path / "run", dense_run())
 
 
 # Its validation lasts until the signal has come, so that it comes in the middle.
@@ -95,7 +95,7 @@ cli.run(train.main)
 
 def patched(code, workdir, **changes):
     """The command line of a training whose program is changed by `code`."""
-    return ["-c", code, *train_command(workdir, **changes)[1:]]
+    return ["-c", code, *dense_command(workdir, **changes)[1:]]
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -112,14 +112,16 @@ def test_asked_to_stop_while_validating(tmp_path, last):
         f"preempted: saved at step {stopped_at} of"
     ), stderr
     assert not (workdir / "summary.json").exists()
-    status, _, stderr = run(train_command(workdir))
+    status, _, stderr = run(dense_command(workdir))
     assert status == 0, stderr
-    assert same_end(workdir, finished_run())
+    assert same_end(workdir, dense_run())
 
 
 def test_asked_to_stop_before_training(tmp_path):
-    code = "import os, signal, train\nfrom aoe_jax import cli\nfrom aoe_jax.training import loop\n"
-    code += "loop.new_state = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\ncli.run(train.main)"
+    code = "import os, signal, train\nfrom aoe_jax import cli\n"
+    code += "from aoe_jax.training import beginning\n"
+    code += "beginning.new_state = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+    code += "cli.run(train.main)"
     status, _, stderr = run(patched(code, tmp_path / "run"))
     assert status == 0 and last_line(stderr).startswith("preempted: the same command goes on"), (
         stderr
@@ -131,8 +133,8 @@ POISONED = """
 import numpy as np
 import train
 from aoe_jax import cli
-from aoe_jax.training import loop
-batches = loop.train_batches
+from aoe_jax.training import beginning
+batches = beginning.train_batches
 class Poisoned:
     def __init__(self, data): self.data = iter(data)
     def __iter__(self): return self
@@ -142,7 +144,7 @@ class Poisoned:
         if self.data.get_state()["next_index"] in {bad}:
             batch["weights"][0, 0] = np.nan
         return batch
-loop.train_batches = lambda *arguments: Poisoned(batches(*arguments))
+beginning.train_batches = lambda *arguments: Poisoned(batches(*arguments))
 cli.run(train.main)
 """
 
@@ -199,22 +201,22 @@ def test_run_that_cannot_get_on(tmp_path):
         assert heartbeat(tmp_path / "run")["status"] == "diverged"
         assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"4", "8"}
     # With better data it goes on.
-    status, _, stderr = run(train_command(tmp_path / "run", **changes))
+    status, _, stderr = run(dense_command(tmp_path / "run", **changes))
     assert status == 0, stderr
 
 
 def test_damaged_newest_checkpoint(tmp_path):
-    workdir = shutil.copytree(finished_run(), tmp_path / "run")
+    workdir = shutil.copytree(dense_run(), tmp_path / "run")
     (workdir / "summary.json").unlink()
     truncate_state(workdir)
-    status, _, stderr = run(train_command(workdir))
+    status, _, stderr = run(dense_command(workdir))
     assert status == 0 and "Traceback" not in stderr, stderr
     assert (
         f"checkpoint of step {STEPS} is damaged" in stderr
         and f"going on from step {STEPS - EVERY}" in stderr
     )
     assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
-    assert same_end(workdir, finished_run())
+    assert same_end(workdir, dense_run())
 
 
 @pytest.fixture
@@ -224,10 +226,10 @@ def small_disk(tmp_path):
 
 
 def test_full_disk(small_disk):
-    """One checkpoint of 1.3 MB fits, many do not; the run goes on once there is space."""
+    """One checkpoint of 0.9 MB fits, all do not; the run goes on once there is space."""
     changes = {"model__vocab_size": 2000, "checkpoint__keep": 9}
     workdir = small_disk / "run"
-    status, _, stderr = run([*train_command(workdir, **changes), "--retry_seconds=1"])
+    status, _, stderr = run([*dense_command(workdir, **changes), "--retry_seconds=1"])
     assert status == 5 and "Traceback" not in stderr, stderr
     assert "cannot be saved (No space left on device); it was tried for 1 s" in stderr
     newest = max(
@@ -236,7 +238,7 @@ def test_full_disk(small_disk):
     assert "the same command goes on from the newest checkpoint" in last_line(stderr)
     assert heartbeat(workdir)["saved"] == newest
     subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
-    status, _, stderr = run(train_command(workdir, **changes))
+    status, _, stderr = run(dense_command(workdir, **changes))
     assert status == 0 and f"going on from step {newest}" in stderr, stderr
     assert not list((workdir / "checkpoints").glob("*tmp*"))
 
@@ -248,7 +250,7 @@ def test_disk_that_is_full_to_the_last_byte(small_disk):
         small_disk / "run",
         {"train__steps": 3000, "train__eval_every": 0, "train__log_every": 1},
     )
-    process = start([*train_command(workdir, **changes), "--retry_seconds=1"])
+    process = start([*dense_command(workdir, **changes), "--retry_seconds=1"])
     wait_for(process, lambda: (heartbeat(workdir)["step"] or 0) >= EVERY)
     with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as file:
         while True:
@@ -264,7 +266,7 @@ def test_disk_that_is_full_to_the_last_byte(small_disk):
 def test_two_runs_begin_in_one_workdir(tmp_path):
     """Neither finds the folder at its start: one of them trains, the other changes nothing."""
     processes = [
-        start(train_command(tmp_path / "run", train__learning_rate=rate)) for rate in (0.003, 0.01)
+        start(dense_command(tmp_path / "run", train__learning_rate=rate)) for rate in (0.003, 0.01)
     ]
     outcomes = [finish(process) for process in processes]
     assert sorted(status for status, _, _ in outcomes) == [0, 5], outcomes
@@ -279,15 +281,15 @@ def test_two_runs_begin_in_one_workdir(tmp_path):
 
 
 def test_two_processes_in_one_workdir(tmp_path):
-    first = start(train_command(tmp_path / "run"))
+    first = start(dense_command(tmp_path / "run"))
     wait_for(first, lambda: heartbeat(tmp_path / "run")["status"] == "training")
     first.send_signal(signal.SIGSTOP)
-    status, _, stderr = run(train_command(tmp_path / "run"))
+    status, _, stderr = run(dense_command(tmp_path / "run"))
     assert status == 5 and "is in use by process" in stderr, stderr
     first.send_signal(signal.SIGCONT)
     status, _, stderr = finish(first)
     assert status == 0, stderr
-    assert same_end(tmp_path / "run", finished_run())
+    assert same_end(tmp_path / "run", dense_run())
 
 
 def test_unforeseen_exception_has_a_last_line(tmp_path):
@@ -304,17 +306,17 @@ def test_unforeseen_exception_has_a_last_line(tmp_path):
 
 
 def test_a_run_that_must_be_there(tmp_path):
-    status, _, stderr = run([*train_command(tmp_path / "run"), "--resume-only"])
+    status, _, stderr = run([*dense_command(tmp_path / "run"), "--resume-only"])
     assert status == 5 and "heartbeat.json is gone; is its disk mounted?" in last_line(stderr)
     assert not (tmp_path / "run").exists()
 
 
 def test_history_is_not_erased(tmp_path):
     """A run whose checkpoints are gone stops, until its user says how to begin."""
-    workdir = shutil.copytree(finished_run(), tmp_path / "run")
+    workdir = shutil.copytree(dense_run(), tmp_path / "run")
     shutil.move(workdir / "checkpoints", tmp_path / "checkpoints")
     before = contents(workdir)
-    longer = train_command(workdir, train__steps=STEPS + 2)
+    longer = dense_command(workdir, train__steps=STEPS + 2)
     status, _, stderr = run(longer)
     assert status == 2 and contents(workdir) == before, stderr
     assert (
@@ -334,11 +336,11 @@ def test_history_is_not_erased(tmp_path):
     assert (aside / "metrics.jsonl.whole").read_bytes() == before["metrics.jsonl"]
     training, _ = untimed(workdir)
     before_that = (STEPS - EVERY) // LOG_EVERY
-    assert training[:before_that] == untimed(finished_run())[0][:before_that]
+    assert training[:before_that] == untimed(dense_run())[0][:before_that]
 
-    status, _, stderr = run([*train_command(workdir), "--start-over"])
+    status, _, stderr = run([*dense_command(workdir), "--start-over"])
     assert status == 0 and "going on" not in stderr, stderr
-    assert same_end(workdir, finished_run())
+    assert same_end(workdir, dense_run())
     assert len([*(workdir / "set_aside").iterdir()]) == 2
 
 
@@ -347,23 +349,23 @@ LATE_DISK = """
 import os, time
 import train
 from aoe_jax import cli
-from aoe_jax.training import health, loop
-method = loop._Run.{before}
+from aoe_jax.training.loop import Beginning, _Run
+method = {before}
 def late(*arguments):
     if not os.path.exists({hidden!r}):
         os.rename({workdir!r}, {hidden!r})
         os.rename({disk!r}, {workdir!r})
     return method(*arguments)
-loop._Run.{before} = late
+{before} = late
 cli.run(train.main)
 """
 
 
-@pytest.mark.parametrize("before", ["claim_workdir", "open", "save"])
+@pytest.mark.parametrize("before", ["Beginning.claim_workdir", "_Run.open", "_Run.save"])
 def test_a_disk_that_is_mounted_after_the_start(tmp_path, before):
     """A run that began without it changes nothing of the run that is there."""
     disk, workdir = tmp_path / "disk", tmp_path / "run"
-    wanted = contents(shutil.copytree(finished_run(), disk))
+    wanted = contents(shutil.copytree(dense_run(), disk))
     code = LATE_DISK.format(
         before=before, hidden=str(tmp_path / "hidden"), disk=str(disk), workdir=str(workdir)
     )
@@ -376,15 +378,15 @@ def test_saves_by_the_clock_and_repeated_steps(tmp_path):
     """Both change nothing of what is computed."""
     changes = {"checkpoint__every": 100, "checkpoint__every_minutes": 1e-6, "checkpoint__keep": 99}
     workdir = tmp_path / "run"
-    status, _, stderr = run(train_command(workdir, **changes, train__repeat_every=5))
+    status, _, stderr = run(dense_command(workdir, **changes, train__repeat_every=5))
     assert status == 0, stderr
     saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert saved == [*range(LOG_EVERY, STEPS + 1, LOG_EVERY)]
-    assert same_end(workdir, finished_run())
+    assert same_end(workdir, dense_run())
 
 
 def test_exported_model_scores_as_its_run(tmp_path):
-    whole = shutil.copytree(finished_run(), tmp_path / "run")
+    whole = shutil.copytree(dense_run(), tmp_path / "run")
     model = f"--output={tmp_path / 'model'}"
     command = ["-m", "aoe_jax.export", f"--workdir={whole}", model]
     status, _, stderr = run(command)
@@ -401,7 +403,7 @@ def test_exported_model_scores_as_its_run(tmp_path):
     assert reports[0]["nll"] == read_metrics(whole)[1][-1]["validation_nll"]
     status, _, stderr = run(command)
     assert status == 2 and f"{model} exists already" in stderr
-    status, _, stderr = run(train_command(tmp_path / "model"))
+    status, _, stderr = run(dense_command(tmp_path / "model"))
     assert (
         status == 2
         and "belongs to a model, not to a training run; train.init_from starts" in stderr

@@ -133,7 +133,7 @@ def read_store(directory: Path):
 
 def read_lines(workdir: Path):
     Checkpoints(workdir)
-    JsonLines(workdir / "metrics.jsonl", 7).close()
+    JsonLines(workdir / "metrics.jsonl", 7, 1).close()
 
 
 def read_documents(file: Path):

@@ -54,6 +54,7 @@ MISTAKES = {
     ),
     "too long": ([f"--prompt={'war ' * 60}"], ["prompt 0 has", "model.max_len=64"]),
     "no tokens": (["--max_tokens=0"], ["--max_tokens=0: must be 1"]),
+    "tokens without end": (["--max_tokens=2147483647"], ["with 2147483647 more it is longer"]),
     "cold and picky": (["--temperature=0", "--top_k=5"], ["--temperature=0", "leave --top_k"]),
     "nowhere": (["--workdir=/nowhere"], ["/nowhere"]),
 }

@@ -7,8 +7,8 @@ import signal
 import pytest
 
 from aoe_jax.errors import Hang
-from tests.processes import MESH, start_on
-from tests.runs import EVERY, STEPS, finish, finished_run, run, same_end, start, train_command
+from tests.processes import DENSE_FSDP, start_on
+from tests.runs import EVERY, STEPS, dense_command, dense_run, finish, run, same_end, start
 from tests.test_fault_matrix import STATE, Fault
 from tests.test_faults import SLOW_SAVES, heartbeat, last_line, patched, wait_for
 
@@ -18,9 +18,9 @@ import os
 import jax
 import train
 from aoe_jax import cli
-from aoe_jax.training import loop, watchdog
+from aoe_jax.training import beginning, watchdog
 watchdog.TERM_SECONDS = 1.0
-batches, reading = loop.train_batches, os.pipe()[0]
+batches, reading = beginning.train_batches, os.pipe()[0]
 class Hanging:
     def __init__(self, data): self.data = iter(data)
     def __iter__(self): return self
@@ -32,7 +32,7 @@ class Hanging:
 def read_that_hangs():
     open({marker!r}, "w").close()
     os.read(reading, 1)
-loop.train_batches = lambda *arguments: Hanging(batches(*arguments))
+beginning.train_batches = lambda *arguments: Hanging(batches(*arguments))
 cli.run(train.main)
 """
 
@@ -44,9 +44,15 @@ def without_data(tmp_path, who, batch=7):
 
 def goes_on(workdir, step):
     """Whether the run continues from a step and ends as if nothing had been."""
-    status, _, stderr = run(train_command(workdir))
+    status, _, stderr = run(dense_command(workdir))
     assert status == 0 and f"going on from step {step}" in stderr, stderr
-    return same_end(workdir, finished_run())
+    return same_end(workdir, dense_run())
+
+
+def says_where(stderr, workdir, when):
+    """Whether the last line has the status and the step of process 0, and where its stacks are."""
+    words = rf"error: process 0 \({when}\) made no progress for \d+ s \(train\.hang_timeout=3\): "
+    return re.fullmatch(f"{words}its stacks are in {workdir}/hang", last_line(stderr))
 
 
 @pytest.mark.parametrize(
@@ -57,28 +63,43 @@ def test_a_hang_ends(tmp_path, batch, when):
     workdir = tmp_path / "run"
     program = without_data(tmp_path, 0, batch)
     status, _, stderr = run(patched(program, workdir, train__hang_timeout=3))
-    assert status == Hang.status, stderr
-    assert last_line(stderr) == (
-        f"error: process 0, {when} made no progress for 3 s (train.hang_timeout=3): its stacks are "
-        f"in {workdir}/hang"
-    )
+    assert status == Hang.status and says_where(stderr, workdir, when), stderr
     assert "read_that_hangs" in (workdir / "hang" / "process_0.txt").read_text()
     if batch == 7:
         assert goes_on(workdir, 6)
 
 
+@pytest.mark.parametrize(
+    ("operation", "file", "when"),
+    [
+        ("c", "run/owner_1.json", "restoring"),
+        ("o", "run/config.json", "restoring"),
+        ("r", "/validation-0", "validating, after step 10"),
+    ],
+)
+def test_a_disk_that_hangs(tmp_path, operation, file, when):
+    """When the owner's file is made, while the files of a run are read, and in its first
+    validation.
+    """
+    whole, workdir = dense_run(), tmp_path / "run"
+    if file.startswith("run/"):
+        shutil.copytree(whole, workdir)
+        (workdir / "summary.json").unlink()
+    fault = Fault(tmp_path, "HANG", operation, file)
+    command = dense_command(workdir, train__hang_timeout=3)
+    status, _, stderr = finish(start(command, **fault.variables))
+    assert status == Hang.status and says_where(stderr, workdir, when), stderr
+
+
 def test_a_restore_that_hangs(tmp_path):
     """The disk does not answer a read of the newest checkpoint."""
-    workdir = shutil.copytree(finished_run(), tmp_path / "run")
+    workdir = shutil.copytree(dense_run(), tmp_path / "run")
     (workdir / "summary.json").unlink()
     fault = Fault(tmp_path, "HANG", "r", STATE + "state")
-    process = start(train_command(workdir, train__hang_timeout=3), **fault.variables)
+    process = start(dense_command(workdir, train__hang_timeout=3), **fault.variables)
     status, _, stderr = finish(process)
-    assert status == Hang.status, stderr
-    assert last_line(stderr) == (
-        f"error: process 0, restoring, after step {STEPS} made no progress for 3 s "
-        f"(train.hang_timeout=3): its stacks are in {workdir}/hang"
-    )
+    when = f"restoring, after step {STEPS}"
+    assert status == Hang.status and says_where(stderr, workdir, when), stderr
     assert "read_checkpoint" in (workdir / "hang" / "process_0.txt").read_text()
     assert not [*workdir.glob("owner_*.json")]
     fault.end()
@@ -86,23 +107,23 @@ def test_a_restore_that_hangs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "reader"), [("config.json", "check_start"), ("tokenizer.json", "state_from_model")]
+    ("file", "reader", "when"),
+    [
+        ("config.json", "check_start", "restoring"),
+        ("tokenizer.json", "state_from_model", "restoring, after step 0"),
+    ],
 )
-def test_a_first_model_that_hangs(tmp_path, file, reader):
+def test_a_first_model_that_hangs(tmp_path, file, reader, when):
     """The disk does not answer when `train.init_from` is opened."""
     workdir, model = tmp_path / "run", tmp_path / "model"
     status, _, stderr = run(
-        ["-m", "aoe_jax.export", f"--workdir={finished_run()}", f"--output={model}"]
+        ["-m", "aoe_jax.export", f"--workdir={dense_run()}", f"--output={model}"]
     )
     assert status == 0, stderr
     fault = Fault(tmp_path, "HANG", "o", f"model/{file}")
-    command = train_command(workdir, train__init_from=model, train__hang_timeout=3)
+    command = dense_command(workdir, train__init_from=model, train__hang_timeout=3)
     status, _, stderr = finish(start(command, **fault.variables))
-    assert status == Hang.status, stderr
-    assert last_line(stderr) == (
-        "error: process 0, restoring, after step 0 made no progress for 3 s "
-        f"(train.hang_timeout=3): its stacks are in {workdir}/hang"
-    )
+    assert status == Hang.status and says_where(stderr, workdir, when), stderr
     assert reader in (workdir / "hang" / "process_0.txt").read_text()
 
 
@@ -114,9 +135,10 @@ def test_sigterm_in_a_hang(tmp_path):
     process.send_signal(signal.SIGTERM)
     status, _, stderr = finish(process)
     assert status == 0, stderr
-    assert last_line(stderr) == (
-        "preempted: process 0, training, after step 7 made no progress for 1 s after SIGTERM; "
-        "saved; the same command goes on from the newest checkpoint"
+    assert re.fullmatch(
+        r"preempted: process 0 \(training, after step 7\) made no progress for \d+ s after "
+        "SIGTERM; saved; the same command goes on from the newest checkpoint",
+        last_line(stderr),
     )
     assert goes_on(workdir, 7)
 
@@ -125,12 +147,12 @@ def test_processes_that_are_late(tmp_path):
     """One of two processes has no data, the other waits for it in a collective."""
     workdir = tmp_path / "run"
     program = "-c", without_data(tmp_path, 1)
-    processes = start_on(workdir, 2, program=program, train__hang_timeout=10, **MESH)
+    processes = start_on(workdir, 2, 2, program=program, train__hang_timeout=10, **DENSE_FSDP)
     outcomes = [finish(process) for process in processes]
     assert [status for status, _, _ in outcomes].count(Hang.status) >= 1, outcomes
     for process, (status, _, stderr) in enumerate(outcomes):
         if status == Hang.status:  # JAX may end the second before its report
-            assert f"error: process {process}, training, after step" in last_line(stderr)
+            assert f"error: process {process} (training, after step" in last_line(stderr)
             assert "process 1 is behind" in last_line(stderr)
     assert "read_that_hangs" in (workdir / "hang" / "process_1.txt").read_text()
 

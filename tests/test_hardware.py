@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from aoe_jax.errors import UserError
 from aoe_jax.hardware import (
     CHIPS,
     count_chips,
@@ -29,6 +30,12 @@ def test_every_tpu_by_the_name_its_compiler_gives_it(topology, n_devices, n_chip
     assert peak_flops_per_device(devices) == CHIPS[generation].flops * n_chips / n_devices
     shape = topology.partition(":")[2]
     assert slice_shape(devices)[: shape.count("x") + 1] == tuple(map(int, shape.split("x")))
+
+
+@pytest.mark.parametrize("shape", ["", "x", "٣", "9" * 5000])
+def test_shapes_that_are_none(shape):
+    with pytest.raises(UserError, match=f"--topology=h100:{shape}: is unknown"):
+        topology_devices(f"h100:{shape}")
 
 
 def test_unknown_devices_have_no_peak():

@@ -43,5 +43,5 @@ def status_and_errors(code):
 def test_no_backend_is_started():
     status, errors = status_and_errors(CODE)
     assert status == 0, errors
-    status, errors = status_and_errors(CODE + "import jax; jax.numpy.zeros(1)")
+    status, errors = status_and_errors("import jax; jax.numpy.zeros(1)")
     assert status == 1 and "Unable to initialize backend" in errors

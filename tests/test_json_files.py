@@ -4,7 +4,7 @@ import os
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import COUNT, TEXT, or_none, read_json, read_metrics, write_json
+from aoe_jax.json_files import COUNT, TEXT, or_none, read_json, read_metrics, read_text, write_json
 
 
 def test_json_is_replaced_whole(tmp_path):
@@ -32,6 +32,18 @@ def test_mistakes(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(UserError, match=rf"value\.json cannot be read.*{message}.*; name another"):
         read_json(path, "name another")
+
+
+def test_an_error_without_a_number(tmp_path, monkeypatch):
+    """As clients of object stores raise it."""
+
+    def fail(path, at_most):
+        raise FileNotFoundError("bucket/value.json")
+
+    monkeypatch.setattr("aoe_jax.json_files.read_regular", fail)
+    for read in (read_json, lambda path: read_text(path, str(path), 9)):
+        with pytest.raises(UserError, match=r"cannot be read \(bucket/value\.json\); name"):
+            read(tmp_path / "value.json")
 
 
 SCHEMA = {"name": TEXT, "step": or_none(COUNT), "parts": [{"size": COUNT}], "files": {str: TEXT}}

@@ -17,13 +17,13 @@ import pytest
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.config.training import CheckpointConfig
+from aoe_jax.model.declared import state_shardings
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import (
     batch_sharding,
     make_mesh,
     put_batch,
     replicated,
-    state_shardings,
     with_shardings,
 )
 from aoe_jax.training.checkpoint import Checkpoints, Progress

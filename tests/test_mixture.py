@@ -10,6 +10,7 @@ import numpy as np
 from aoe_jax.data.tokenised import open_corpus
 from tests.processes import train_on
 from tests.runs import (
+    DENSE,
     EVERY,
     SETTINGS,
     STEPS,
@@ -84,10 +85,13 @@ def test_killed_run_ends_as_an_uninterrupted_one():
 
 
 def test_two_processes_train_as_one_does():
-    workdir = scratch("mixture") / "two"
-    train_on(workdir, 2, n_devices=2, **mixture())
-    np.testing.assert_allclose(losses(workdir), losses(mixed_run()), rtol=1e-5)
-    assert position(workdir, STEPS) == position(mixed_run(), STEPS)
+    one, two = (scratch("mixture") / name for name in ("one", "two"))
+    settings = mixture() | DENSE | {"train__steps": 8}
+    status, _, stderr = run(train_command(one, **settings))
+    assert status == 0, stderr
+    train_on(two, 2, n_devices=2, **settings)
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    assert position(two, 8) == position(one, 8)
 
 
 def test_evaluation_is_of_all_tokens_and_by_source(tmp_path):

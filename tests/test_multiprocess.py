@@ -10,9 +10,18 @@ import time
 import numpy as np
 
 from tests.hasty import xla_flags
-from tests.processes import free_port, start_on, train_on, two_processes
+from tests.processes import (
+    DENSE_FSDP,
+    MESH,
+    free_port,
+    start_on,
+    train_on,
+    two_dense_processes,
+    two_processes,
+)
 from tests.runs import (
     EVERY,
+    SETTINGS,
     STEPS,
     finish,
     finished_run,
@@ -23,15 +32,19 @@ from tests.runs import (
     train_command,
 )
 
-# JAX notices after 100 s that a process has been killed.
+# JAX notices after 100 s that a process has been killed, and within 1 s a SIGTERM, in which the run
+# must not end.
 NOTICES_SOON = """
 import functools
+import time
 import jax
 import train
 from aoe_jax import cli
+from aoe_jax.training.loop import _Run
 
-initialize = jax.distributed.initialize
+initialize, end_step = jax.distributed.initialize, _Run._validate_and_save
 jax.distributed.initialize = functools.partial(initialize, heartbeat_timeout_seconds=20)
+_Run._validate_and_save = lambda run: (time.sleep(0.1), end_step(run))
 cli.run(train.main)
 """
 
@@ -70,20 +83,17 @@ def evaluated(workdir, **variables):
 
 
 def test_from_four_processes_to_two_to_one():
-    """And from mesh (2, 1, 4, 1) to (1, 8, 1, 1) to a single device: the curve of one process that
-    stops where they do.
-    """
+    """And from mesh (2, 1, 2, 1) to (1, 4, 1, 1) to a single device: the curve of one process."""
     moved, alone = (scratch("multiprocess") / name for name in ("moved", "alone"))
-    stages, batch = (4, 8, 10), {"train__batch_size": 8}
-    for steps in stages:
-        status, _, stderr = run(train_command(alone, train__steps=steps, **batch))
-        assert status == 0, stderr
-    train_on(
-        moved, 4, 8, mesh__data=2, mesh__expert=4, train__steps=stages[0], model__unroll=2, **batch
-    )
-    (stderr, _) = train_on(moved, 2, 8, mesh__fsdp=8, train__steps=stages[1], **batch)
+    rate = SETTINGS["train.learning_rate"]  # at every step, however many there are to be
+    constant = {"train__warmup": 0, "train__final_learning_rate": rate, "train__eval_every": 0}
+    stages = (4, 8, 10)
+    status, _, stderr = run(train_command(alone, train__steps=stages[2], **constant))
+    assert status == 0, stderr
+    train_on(moved, 4, train__steps=stages[0], **MESH, **constant)
+    (stderr, _) = train_on(moved, 2, mesh__fsdp=4, train__steps=stages[1], **constant)
     assert f"going on from step {stages[0]}" in stderr
-    status, _, stderr = run(train_command(moved, train__steps=stages[2], **batch))
+    status, _, stderr = run(train_command(moved, train__steps=stages[2], **constant))
     assert status == 0, stderr
     assert f"going on from step {stages[1]}" in stderr
     np.testing.assert_allclose(losses(moved), losses(alone), rtol=1e-5)
@@ -95,7 +105,7 @@ def checkpoints(workdir):
 
 def stop_one(workdir, number, after):
     """Sends a signal to process 1 of two once there is a checkpoint: `(statuses, stderr)`."""
-    processes = start_on(workdir, 2, 2, program=("-c", NOTICES_SOON))
+    processes = start_on(workdir, 2, 2, program=("-c", NOTICES_SOON), **DENSE_FSDP)
     deadline = time.monotonic() + 120
     while not (workdir / "checkpoints" / str(after)).exists():
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
@@ -124,16 +134,16 @@ def test_one_process_of_two_is_stopped():
         "start all processes again: they go on from the newest checkpoint" in stderr[0]
         or "another task" in stderr[0]
     )
-    train_on(workdir, 2, 2)
-    np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)
+    train_on(workdir, 2, 2, **DENSE_FSDP)
+    np.testing.assert_allclose(losses(workdir), losses(two_dense_processes()), rtol=1e-5)
 
 
 def test_two_processes_go_on_from_local_copies(tmp_path):
     """From the newest that both have, and on the same curve."""
     local = tmp_path / "local"
     local.mkdir()
-    settings = {"checkpoint__every": 100, "checkpoint__local_every": 2}
-    settings |= {"checkpoint__local_path": str(local), "mesh__fsdp": 2}
+    settings = DENSE_FSDP | {"checkpoint__every": 100, "checkpoint__local_every": 2}
+    settings |= {"checkpoint__local_path": str(local)}
 
     def copies(process):
         files = local.glob(f"*/process_{process}/*.npz")
@@ -151,7 +161,8 @@ def test_two_processes_go_on_from_local_copies(tmp_path):
     common = max(copies(0).keys() & copies(1).keys())
     stderr = train_on(tmp_path / "run", 2, 2, **settings)
     assert f"going on from the local copies of step {common}" in stderr[0]
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(finished_run()), rtol=1e-5)
+    whole = two_dense_processes()
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(whole), rtol=1e-5)
 
 
 def test_ctrl_c_in_one_process_of_two_stops_both():
@@ -191,6 +202,34 @@ def test_a_process_that_never_joins_is_named():
             status == 5 and "error: process 1 has not joined within --join_timeout=4 s" in stderr
         ), stderr
     assert not workdir.exists()
+
+
+# Process 1 lists the newest checkpoint late.
+LATE_LIST = """
+import sys
+import train
+from aoe_jax import cli
+from aoe_jax.training.checkpoint import Checkpoints
+
+listed, looks = Checkpoints._complete_steps, []
+
+def late(self):
+    looks.append(1)
+    return listed(self)[: -1 if "--process=1" in sys.argv and len(looks) < 4 else None]
+
+Checkpoints._complete_steps = late
+cli.run(train.main)
+"""
+
+
+def test_a_process_that_sees_a_checkpoint_late(tmp_path):
+    workdir = shutil.copytree(two_dense_processes(), tmp_path / "run")
+    program = "-c", LATE_LIST
+    processes = start_on(workdir, 2, 2, program=program, train__steps=STEPS + 2, **DENSE_FSDP)
+    outcomes = [finish(process) for process in processes]
+    assert [status for status, _, _ in outcomes] == [0, 0], outcomes
+    assert f"going on from step {STEPS}" in outcomes[0][2]
+    assert not (workdir / "damaged_checkpoints").exists()
 
 
 def test_nobody_at_the_coordinators_address():

@@ -1,5 +1,6 @@
 """Runs and models in an object store: a server on this machine."""
 
+import contextlib
 import gzip
 import json
 import logging
@@ -14,6 +15,7 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from gcsfs.retry import HttpError
 from moto.server import ThreadedMotoServer
 
 from aoe_jax import cli, faults, ownership
@@ -23,14 +25,17 @@ from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model
-from aoe_jax.formats.exporting import export
+from aoe_jax.formats.writing import export
 from aoe_jax.ownership import is_own_file, owned, read_owner
 from aoe_jax.paths import Mirror, create, file_system, local_copy, move, parsed_path
+from aoe_jax.supervise import Supervisor
 from aoe_jax.training.checkpoint import Checkpoints
+from aoe_jax.training.run_folder import RunFolder, Start
 from tests import forking
 from tests.hasty import xla_flags
 from tests.object_store import object_store
 from tests.runs import (
+    DENSE,
     EVERY,
     ROOT,
     contents,
@@ -45,35 +50,52 @@ from tests.runs import (
 )
 from tests.test_faults import last_line
 
+ELSEWHERE = {"nonce": 7, "host": "tpu-3", "pid": 11, "started": 1, "kernel": "other", "time": 0}
 
-@pytest.fixture(scope="module")
-def store():
-    with object_store() as store, pytest.MonkeyPatch.context() as patch:
-        for name, value in store.variables.items():
-            patch.setenv(name, value)
+
+@pytest.fixture(scope="session")
+def store_server():
+    """A server of Google Cloud Storage. etils keeps a store's address as long as the process is."""
+    with object_store() as store:
         yield store
 
 
-@pytest.fixture(scope="module")
-def s3():
-    """A server of moto with a bucket; the servers of one process have the same content."""
+@pytest.fixture(scope="session")
+def s3_server():
+    """A server of S3: the variables of the environment in which programs use it."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="localhost", port=0)
     server.start()
     host, port = server.get_host_and_port()
-    variables = {
+    yield {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
+    server.stop()
+
+
+@pytest.fixture
+def store(store_server):
+    with in_environment(store_server.variables):
+        yield store_server
+
+
+@pytest.fixture
+def s3(s3_server):
+    with in_environment(s3_server):
         fsspec.filesystem("s3").makedirs("bucket", exist_ok=True)
         yield
         fsspec.filesystem("s3").clear_instance_cache()
-    server.stop()
+
+
+@contextlib.contextmanager
+def in_environment(variables):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture
@@ -107,6 +129,9 @@ def test_what_is_a_path():
     for text, words in (
         ("az://b/x", r"--workdir=az://b/x: name a folder, or gs://BUCKET/\.\.\. or s3://BUCKET"),
         ("gs:/b/x", "name a folder, or gs://"),
+        ("", "--workdir=: is empty; name a path"),
+        (" gs://b/x", "--workdir= gs://b/x: name a folder, or gs://"),
+        ("\tgs://b/x", "name a folder, or gs://"),
     ):
         with pytest.raises(UserError, match=words):
             parsed_path(text, "--workdir", in_store=True)
@@ -167,17 +192,56 @@ def test_one_owner(folder, monkeypatch):
         with pytest.raises(UserError, match="is in use by"), owned(folder, "workdir"):
             pass
     assert read_owner(folder) is None
-    elsewhere = {"nonce": 7, "host": "tpu-3", "pid": 11, "started": 1, "kernel": "other", "time": 0}
-    (folder / "owner_1.json").write_text(json.dumps(elsewhere))
+    (folder / "owner_1.json").write_text(json.dumps(ELSEWHERE))
     with owned(folder, "workdir") as owner:
         owner.check()
 
 
-def test_a_store_that_fails_for_a_while(folder, store, monkeypatch):
+@pytest.mark.parametrize("failure", [401, 403, 502, 503])
+def test_a_store_that_fails_for_a_while(folder, store, monkeypatch, failure):
     monkeypatch.setattr(faults, "retry_seconds", 30)
-    store.fails_until = time.monotonic() + 3
-    assert faults.patiently("the file cannot be made", lambda: create(folder / "a", b"1"))
-    assert store.failed
+    monkeypatch.setattr(store, "failure", failure)
+    failed, store.fails_until = store.failed, time.monotonic() + 3
+    file = folder / str(failure)
+    assert faults.patiently("the file cannot be made", lambda: create(file, b"1"))
+    assert store.failed > failed
+
+
+def test_a_former_owner_uploads_nothing(folder):
+    with contextlib.ExitStack() as held:
+        run = RunFolder(folder)
+        run.open(Start(), held)
+        (run.figures / "metrics.jsonl").write_text("1")
+        run.upload()
+        (run.figures / "metrics.jsonl").write_text("of the former owner")
+        (folder / "owner_2.json").write_text(json.dumps(ELSEWHERE))
+        (folder / "owner_1.json").unlink()
+        with pytest.raises(UserError, match="was taken over by process 11 on tpu-3"):
+            run.upload()
+    assert (folder / "metrics.jsonl").read_text() == "1"
+
+
+def test_attempts_of_a_supervisor(folder, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    (folder / "config.json").write_text("{}")
+    assert Supervisor(["-c", "raise SystemExit(5)"], folder).run(restarts=1, pause=0) == 5
+    (file,) = (folder / "attempts").iterdir()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["attempt"], line["exit_status"]) for line in lines] == [(1, 5), (2, 5)]
+
+
+def test_a_model_is_copied_after_a_fault(folder, tmp_path, monkeypatch):
+    (folder / "config.json").write_text("{}")
+    get, failures = file_system(folder).get, [HttpError({"code": 503, "message": "try later"})]
+
+    def fail_once(*arguments, **options):
+        if failures:
+            raise failures.pop()
+        get(*arguments, **options)
+
+    monkeypatch.setattr(file_system(folder), "get", fail_once)
+    copy = local_copy(folder, tmp_path / "cache")
+    assert (copy / "config.json").read_text() == "{}" and not failures
 
 
 def test_a_server_that_cannot_be_reached(s3, monkeypatch):
@@ -246,6 +310,8 @@ def test_a_corpus_from_texts_in_a_store(folder, tmp_path):
     assert disk.pop("plan.json") != remote.pop("plan.json")
     assert disk.pop("manifest.json") != remote.pop("manifest.json")  # the name of the store
     assert disk == remote and any(name.startswith("train-") for name in disk)
+    (shard := next(stores[1].glob("train-*"))).unlink()
+    assert repair(stores[1], 1, [f"{folder}/**/*.txt", f"{folder}/lines.*"]) == [shard.name]
     (folder / "lines.jsonl.gz").write_bytes(gzip.compress(lines[0].encode()))
     with pytest.raises(
         UserError, match=r"lines\.jsonl\.gz has changed since the preparation began"
@@ -300,7 +366,8 @@ def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
 
 def test_everything_in_a_store(folder, store, tmp_path):
     """The script for users: prepare, train, stop, go on, evaluate, export, generate."""
-    fields = settings(data__name=None, data__path=None, data__cache=tmp_path, train__steps=400)
+    changes = DENSE | {"data__name": None, "data__path": None, "train__steps": 400}
+    fields = settings(data__cache=tmp_path, **changes)
     fields |= {"train.log_every": 20, "train.eval_every": 0, "checkpoint.every": 200}
     changes = [f"--config.{name}={value}" for name, value in fields.items() if value is not None]
     script = subprocess.run(

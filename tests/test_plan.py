@@ -262,6 +262,13 @@ def test_a_plan_for_four_chips():
     assert (
         report["step_seconds"] == max(report["seconds"].values()) and 0 < report["mfu_bound"] <= 1
     )
+    assert report["hbm_traffic_bytes"] > 2 * memory["state"]  # it is read and written
+    scopes, likely = report["seconds_by_scope"], report["likely_step_seconds"]
+    assert {"attention", "experts", "loss", "network", "update"} <= scopes.keys()
+    assert sum(scopes.values()) == pytest.approx(likely) and likely > report["step_seconds"]
+    assert report["likely_mfu"] == pytest.approx(
+        report["mfu_bound"] * report["step_seconds"] / likely
+    )
     compiled = report["compiled_collectives"]
     assert {entry["kind"] for entry in compiled} == {"all-gather", "all-reduce", "reduce-scatter"}
     gathers = [entry for entry in compiled if entry["kind"] == "all-gather"]
@@ -309,6 +316,12 @@ def test_the_command_line():
     assert status == 0, stderr
     assert "fits" in stdout and "all_gather" in stdout
     assert json.loads(file.read_text())["mesh"]["fsdp"] == 4
+
+
+def test_a_report_without_a_folder_is_refused_at_once():
+    status, stdout, stderr = planned("--topology=v5e:2x2", "--json=nowhere/report.json")
+    assert status == 2 and stdout == ""
+    assert stderr == "error: --json=nowhere/report.json: there is no folder nowhere\n"
 
 
 def test_what_does_not_fit_is_status_3_and_a_mesh_that_does_is_suggested():

@@ -1,8 +1,10 @@
 """The supervisor, over commands that end in every way, and over a real run that is killed."""
 
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import pytest
 from aoe_jax.errors import UserError
 from aoe_jax.supervise import Supervisor, _without, _workdir_of
 from tests.hasty import xla_flags
-from tests.runs import ROOT, finished_run, same_end, train_command
+from tests.runs import ROOT, dense_command, dense_run, same_end
 from tests.test_faults import heartbeat, wait_for
 
 # Ends each attempt as told: exit status, status of the heartbeat, steps that it adds.
@@ -39,6 +41,7 @@ if status == "wait":
     (workdir / "waits").touch()
     time.sleep(60)
 if word == "gone":
+    time.sleep(1)
     workdir.rename(workdir.with_name("aside"))
 if status < 0:
     os.kill(os.getpid(), -status)
@@ -127,16 +130,19 @@ def test_asked_to_stop(tmp_path):
     assert process.returncode == 0 and len(attempts(tmp_path / "run")) == 1
 
 
-def test_a_run_whose_disk_is_gone(tmp_path):
+@pytest.mark.parametrize("plan", [[(5, "failed", 1)], []], ids=["later", "first_attempt"])
+def test_a_run_whose_disk_is_gone(tmp_path, plan):
     """Nothing is started before it is there again."""
-    process = supervise(tmp_path, [(5, "failed", 1), (5, "gone", 1), (0, "finished", 1)], 9)
+    process = supervise(tmp_path, [*plan, (5, "gone", 1), (0, "finished", 1)], 9)
     wait_for(process, (tmp_path / "aside").exists)
     time.sleep(0.5)
     assert not (tmp_path / "run").exists()
     (tmp_path / "aside").rename(tmp_path / "run")
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0 and "run/heartbeat.json is gone; is its disk" in stderr, stderr
-    assert (tmp_path / "run" / "count").read_text() == "3"
+    assert (tmp_path / "run" / "count").read_text() == str(len(plan) + 2)
+    given = (tmp_path / "run" / "given").read_text().splitlines()
+    assert given == ["", *["--resume-only"] * (len(plan) + 1)]
 
 
 def test_a_disk_that_fails_is_no_sign_of_a_run(monkeypatch):
@@ -172,6 +178,50 @@ def test_a_heartbeat_of_somebody_else_counts_as_none(tmp_path, monkeypatch, cont
     assert Supervisor(["-c", "raise SystemExit(2)"], tmp_path).run(restarts=0, pause=0) == 2
 
 
+def test_the_pause_stays_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    supervisor, pauses = Supervisor(["train.py"], tmp_path), []
+    monkeypatch.setattr(supervisor, "_attempt", lambda _: (5, 0))
+    monkeypatch.setattr(supervisor._asked_to_stop, "wait", pauses.append)
+    assert supervisor.run(restarts=1100, pause=5.0) == 5
+    assert pauses[:5] == [5, 10, 20, 40, 60] and pauses[-1] == 60 and len(pauses) == 1100
+
+
+def test_a_command_that_cannot_be_started(tmp_path, monkeypatch):
+    """It is tried again after a fault, with all its flags; not if its program is missing."""
+    popen, codes, given = subprocess.Popen, [errno.EMFILE, errno.EAGAIN], []
+
+    def start(command, **options):
+        given.append(command[-1])
+        if codes:
+            code = codes.pop()
+            raise OSError(code, os.strerror(code))
+        return popen(command, **options)
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    supervisor = Supervisor(["-c", "raise SystemExit(2)", "--take-over"], tmp_path)
+    assert supervisor.run(restarts=2, pause=0) == 2 and given == ["--take-over"] * 3
+    assert [line["exit_status"] for line in attempts(tmp_path)] == [5, 5, 2]
+    codes.append(errno.ENOENT)
+    with pytest.raises(FileNotFoundError):
+        supervisor.run(restarts=2, pause=0)
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "link"])
+def test_attempts_are_written_to_a_file_of_the_run_only(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "attempts").mkdir()
+    file = tmp_path / "attempts" / f"{socket.gethostname()}.jsonl"
+    if kind == "FIFO":
+        os.mkfifo(file)
+    else:
+        file.symlink_to(tmp_path / "mine")
+    assert Supervisor(["-c", "raise SystemExit(2)"], tmp_path).run(restarts=0, pause=0) == 2
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_the_last_workdir_counts(tmp_path):
     command = ["train.py", "--workdir=a", "--workdir", "b", "-workdir=c"]
     assert _workdir_of(command) == Path("c") and _workdir_of(command[:-1]) == Path("b")
@@ -199,7 +249,7 @@ def test_without_a_command():
 def test_a_run_that_is_killed_twice(tmp_path):
     workdir = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "aoe_jax.supervise", "--pause=0.1", "--", *train_command(workdir)],
+        [sys.executable, "-m", "aoe_jax.supervise", "--pause=0.1", "--", *dense_command(workdir)],
         cwd=ROOT,
         env=os.environ | {"XLA_FLAGS": xla_flags()},
         stderr=subprocess.PIPE,
@@ -211,7 +261,7 @@ def test_a_run_that_is_killed_twice(tmp_path):
         time.sleep(0.1)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
-    assert same_end(workdir, finished_run())
+    assert same_end(workdir, dense_run())
     assert [line["exit_status"] for line in attempts(workdir)] == [137, 137, 0]
 
 
@@ -219,12 +269,12 @@ def test_a_supervisor_that_is_killed(tmp_path):
     """Its run saves and ends too; another supervisor, started at once, waits for that."""
     workdir = tmp_path / "run"
     command = [sys.executable, "-m", "aoe_jax.supervise", "--pause=1", "--restarts=99"]
-    command += ["--", *train_command(workdir)]
+    command += ["--", *dense_command(workdir)]
     options = {"cwd": ROOT, "env": os.environ | {"XLA_FLAGS": xla_flags()}}
     first, second = (tmp_path / name for name in ("first", "second"))
     with first.open("w") as file:
         process = subprocess.Popen(command, **options, stderr=file)
-    wait_for(process, lambda: heartbeat(workdir)["status"] == "training")
+    wait_for(process, lambda: (heartbeat(workdir)["step"] or 0) > 0)
     pid = heartbeat(workdir)["pid"]
     os.kill(pid, signal.SIGSTOP)  # as slow as a large save
     process.kill()
@@ -237,4 +287,4 @@ def test_a_supervisor_that_is_killed(tmp_path):
     assert successor.wait(timeout=300) == 0, second.read_text()
     assert "preempted: saved at step" in first.read_text(), first.read_text()
     assert "going on from step" in second.read_text()
-    assert same_end(workdir, finished_run())
+    assert same_end(workdir, dense_run())

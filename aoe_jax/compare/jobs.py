@@ -77,7 +77,7 @@ def read_machines(workdir: Path):
 
 @dataclass(frozen=True)
 class Machine:
-    """This machine as a place for jobs of a suite."""
+    """This machine, which runs the jobs of a suite."""
 
     backend: str
     slots: list[Slot]

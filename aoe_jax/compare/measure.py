@@ -30,7 +30,6 @@ from aoe_jax.errors import UserError
 from aoe_jax.hardware import topology_devices
 from aoe_jax.json_files import NUMBER, Kind, read_json, write_json
 from aoe_jax.plan import plan
-from aoe_jax.sharding import fill_mesh
 from aoe_jax.stopping import StopRequests
 
 log = logging.getLogger("aoe_jax.compare.measure")  # __name__ is __main__ on the command line
@@ -236,12 +235,10 @@ def _traced(point, configs: Mapping[str, Config], failed):
     generation, devices = topology_devices(point["value"])
     figures = {}
     for arm, config in configs.items():
-        found = plan(fill_mesh(config, len(devices)), generation, devices, compiles=False)
+        found = plan(config, generation, devices, compiles=False)
         figures[arm] = {
             "seconds": found["step_seconds"],
             "received_bytes": sum(found["collective_bytes"].values()),
-            "bound_by": found["bound_by"],
-            "mfu_bound": found["mfu_bound"],
         }
     return figures
 

@@ -12,6 +12,7 @@ equal training FLOPs, which spend them on parameters or on tokens.
 Losses of arms that are not causal compare only with each other; the report names these arms.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,14 @@ from aoe_jax import cli
 from aoe_jax.compare.statistics import EQUAL_FLOPS, markdown_table, mean
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
+from aoe_jax.json_files import read_regular
 
 _RESULTS = flags.DEFINE_string("results", None, "a directory with runs.csv, such as results/small")
 _ARMS = flags.DEFINE_list(
     "arms", [], "two arms by their names in the suite, such as aoe_d3_free,moe_free"
 )
 
+_BYTES = 2**26  # the largest runs.csv
 NUMBERS = ["active_non_embedding", "flops", "validation_nll"]
 
 
@@ -38,7 +41,7 @@ def finished_runs(folder: Path):
     file = folder / "runs.csv"
     advice = "name the folder of a report"
     try:
-        runs = pd.read_csv(file)
+        runs = pd.read_csv(io.BytesIO(read_regular(file, _BYTES)))
     except (OSError, ValueError) as e:  # ValueError: not text, or empty
         reason = getattr(e, "strerror", None) or "it is no table"
         raise UserError(f"--results={folder}: {file} cannot be read ({reason}); {advice}") from e
@@ -48,6 +51,7 @@ def finished_runs(folder: Path):
     require_flag(len(finished), "results", folder, f"no run of {file} has finished")
     numbers = finished[NUMBERS].apply(pd.to_numeric, errors="coerce")
     is_whole = numbers.notna().all(axis=None)
+    is_whole &= not finished.duplicated(["size", "arm", "seed"]).any()
     require_flag(is_whole, "results", folder, f"{file} is damaged; make the report again")
     return finished.assign(**numbers)
 

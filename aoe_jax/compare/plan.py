@@ -8,7 +8,6 @@ minutes for each arm, on one core. `--set` is the flag of `aoe_jax.compare`, suc
 """
 
 import logging
-from pathlib import Path
 
 from absl import flags
 
@@ -19,7 +18,6 @@ from aoe_jax.config.checks import require_flag
 from aoe_jax.hardware import topology_devices
 from aoe_jax.json_files import write_json
 from aoe_jax.plan import plan
-from aoe_jax.sharding import fill_mesh
 
 log = logging.getLogger("aoe_jax.compare.plan")  # __name__ is __main__ on the command line
 
@@ -62,17 +60,17 @@ def row(name, figure):
 def main():
     suite = load_suite(cli.path_of(_SUITE), _SET.value)
     runs = first_runs(suite, _SIZES.value)
-    topology = cli.required(_TOPOLOGY)
+    topology, file = cli.required(_TOPOLOGY), cli.file_to_write(_JSON)
     generation, devices = topology_devices(topology, _SLICES.value)
     figures, rows = {}, []
     for run in runs:
         name = f"{run.size}: {run.arm}"
-        figures[name] = plan(fill_mesh(run.config, len(devices)), generation, devices)
+        figures[name] = plan(run.config, generation, devices)
         rows.append(row(name, figures[name]))
         log.info("%d of %d: %s", len(rows), len(runs), ", ".join(rows[-1].values()))
-        if _JSON.value:
+        if file:
             report = {"topology": topology, "settings": _SET.value, "figures": figures}
-            write_json(Path(_JSON.value), report)
+            write_json(file, report)
     print(markdown_table(rows))
     return 0 if all(figure["fits"] for figure in figures.values()) else 3
 

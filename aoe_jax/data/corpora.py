@@ -26,8 +26,8 @@ from aoe_jax.config.checks import require
 from aoe_jax.data import SPLITS, sotu
 from aoe_jax.data.documents import DOCUMENT_BYTES
 from aoe_jax.data.token_store import file_sha256
-from aoe_jax.errors import UserError
-from aoe_jax.faults import patiently_if_allowed
+from aoe_jax.errors import Failure, UserError
+from aoe_jax.faults import is_fault, patiently_if_allowed
 from aoe_jax.json_files import read_text
 from aoe_jax.locking import exclusive
 from aoe_jax.paths import parsed_path
@@ -65,7 +65,9 @@ def load_corpus(name: str, path: str | None, cache: str, text_field: str = "text
     """
     if name == "text":
         return _text_folder(path)
-    return _tfds_corpus(_tfds_builder(name, path or str(Path(cache, "tfds"))), name, text_field)
+    data_dir, what = path or str(Path(cache, "tfds")), f"data.name={name!r}: TFDS cannot prepare it"
+    builder = patiently_if_allowed(what, partial(_tfds_builder, name, data_dir))
+    return _tfds_corpus(builder, name, text_field)
 
 
 def slug(name: str) -> str:
@@ -79,13 +81,13 @@ def _text_folder(path: str | None) -> Corpus:
     The hash of its path decides on a file's split: one in twenty for validation and for test, at
     least one each. In all but small folders, files that are added leave the others in their splits.
     """
-    root = parsed_path(path or "", "config.data.path")
-    wanted = "no such folder; data.name='text' needs a folder of .txt files"
-    require(path and os.path.isdir(root), "data.path", path, wanted)
+    root = path and parsed_path(path, "config.data.path")
     what = f"data.path={path!r} cannot be read"
+    wanted = "no such folder of .txt files; correct the path, or mount its disk"
+    require(root and patiently_if_allowed(what, root.is_dir), "data.path", path, wanted)
     files = patiently_if_allowed(what, partial(_texts_below, root))
     require(files, "data.path", path, "the folder has no .txt files; make one for each document")
-    names, digest = [], hashlib.sha256()
+    hashes, digest = {}, hashlib.sha256()
     for file in files:
         size = file.stat().st_size
         wanted = f"{file} has {size} bytes; a document has at most {DOCUMENT_BYTES}, so split it"
@@ -93,21 +95,24 @@ def _text_folder(path: str | None) -> Corpus:
         if size == 0:
             logger.warning(f"data.path: skipped the empty file {file}")
             continue
-        names.append(file.relative_to(root).as_posix())
+        name = file.relative_to(root).as_posix()
         what = f"data.path={path!r}: {file} cannot be read"
         try:
-            found = patiently_if_allowed(what, partial(file_sha256, file))
+            hashes[name] = patiently_if_allowed(what, partial(file_sha256, file))
         except OSError as error:
             raise UserError(f"{what} ({error.strerror})") from error
-        digest.update(f"{names[-1]!r} {found}\n".encode())
+        digest.update(f"{name!r} {hashes[name]}\n".encode())
     wanted = "train, validation and test need at least 3 documents, one a file"
-    found = f"{len(names)} non-empty .txt file(s); {wanted}"
-    require(len(names) >= len(SPLITS), "data.path", path, found)
-    splits = _split_by_hash(names)
+    found = f"{len(hashes)} non-empty .txt file(s); {wanted}"
+    require(len(hashes) >= len(SPLITS), "data.path", path, found)
+    splits = _split_by_hash(list(hashes))
 
     def documents(split: str) -> Iterator[str]:
         for name in splits[split]:
-            yield read_text(root / name, f"data.path={path!r}: {root / name}", DOCUMENT_BYTES)
+            text = read_text(root / name, f"data.path={path!r}: {root / name}", DOCUMENT_BYTES)
+            is_same = hashlib.sha256(text.encode()).hexdigest() == hashes[name]
+            require(is_same, "data.path", path, f"{root / name} has just changed; start again")
+            yield text
 
     return Corpus("text", digest.hexdigest(), documents)
 
@@ -197,7 +202,7 @@ def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
                 if not builder.is_prepared():
                     doing = "prepare"
                     _download_and_prepare(builder, name)
-    except UserError:
+    except Failure:
         raise
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(_unknown_name(name)) from error
@@ -211,7 +216,9 @@ def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         raise UserError(
             f"data.name={name!r}: needs a package that is not installed ({error}); {how}"
         ) from error
-    except Exception as error:  # TFDS, the network, the disk or the builder failed
+    except Exception as error:  # TFDS or the builder failed
+        if is_fault(error):
+            raise
         first_line = (str(error).strip().splitlines() or ["no message"])[0]
         reason = f"TFDS cannot {doing} it: {type(error).__name__}: {first_line}"
         if doing == "load":

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from aoe_jax.errors import UserError, shown
-from aoe_jax.faults import is_fault, patiently_if_allowed
+from aoe_jax.faults import is_fault, patiently_if_allowed, reason
 from aoe_jax.json_files import open_regular
 from aoe_jax.paths import file_system, find, is_remote, parsed_path
 
@@ -25,6 +26,8 @@ _READ_BYTES = 2**20
 DOCUMENT_BYTES = 2**29  # the largest document, and the longest line of JSON
 # Text is seldom compressed more than tenfold. Files are checked from 64 MiB on.
 _RATIO, _RATIO_FROM = 256, 2**26
+_MOST_VALUES = 2**21  # in a line of JSON, counted by its "[", "{" and ","
+_NO_MARKS = bytes({*range(256)} - {*b'[{,"'})
 _BATCH_ROWS, _BATCH_BYTES = 256, 2**26  # of Parquet that are in memory at a time, on average
 
 
@@ -80,7 +83,7 @@ def pieces_of(path, size: int, piece_bytes: int) -> list[tuple[Piece, int]]:
         except (OSError, pyarrow.ArrowException) as error:
             if is_fault(error):
                 raise
-            raise UserError(f"--input: {path} cannot be read ({_reason(error)})") from error
+            raise UserError(f"--input: {path} cannot be read ({reason(error)})") from error
     cuts = [*range(0, size, piece_bytes), size]
     if kind == _TEXT or compression or size == 0:
         cuts = [0, size]
@@ -109,7 +112,7 @@ def documents(piece: Piece, text_field: str) -> Iterator[tuple[str, int]]:
         if is_fault(error):
             raise
         raise UserError(
-            f"--input: {piece.path} cannot be read ({_reason(error)}); mend or remove it"
+            f"--input: {piece.path} cannot be read ({reason(error)}); mend or remove it"
         ) from error
 
 
@@ -130,11 +133,12 @@ def _open(path) -> pyarrow.NativeFile:
 
 def _row_groups(path, piece_bytes: int) -> Iterator[tuple[Piece, int]]:
     with _open(path) as raw, pyarrow.parquet.ParquetFile(raw) as file:
-        sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        _refuse_missing_rows(sum(g.num_rows for g in groups), file.metadata.num_rows, path)
     start = size = 0
-    for stop, group in enumerate(sizes, 1):
-        size += group
-        if size >= piece_bytes or stop == len(sizes):
+    for stop, group in enumerate(groups, 1):
+        size += group.total_byte_size
+        if size >= piece_bytes or stop == len(groups):
             yield Piece(str(path), start, stop), size
             start, size = stop, 0
 
@@ -143,16 +147,18 @@ def _parquet(piece: Piece, raw: pyarrow.NativeFile, text_field: str) -> Iterator
     try:  # without a dictionary, 256 rows that refer to one long text would be 256 copies
         opened = pyarrow.parquet.ParquetFile(raw, read_dictionary=[text_field])
     except KeyError:
-        names = pyarrow.parquet.read_schema(raw).names
-        raise UserError(
-            f"--text_field={text_field!r}: {piece.path} has no such column; it has {shown(names)}"
-        ) from None
+        schema = pyarrow.parquet.read_schema(raw)
+        problem = f"has no such column; it has {shown(schema.names)}"
+        if text_field in schema.names:
+            problem = f"has a {schema.field(text_field).type} there, not a text"
+        raise UserError(f"--text_field={text_field!r}: {piece.path} {problem}") from None
     with opened as file:
-        done = 0
+        done = n_bytes = n_compressed = 0
         for group in range(piece.start, piece.stop):
             where, seen = f"row group {group} of {piece.path}", 0
             metadata = file.metadata.row_group(group)
-            rows = _batch_rows(metadata, text_field, piece.path)
+            rows, size = _batch_rows(metadata, text_field, piece.path)
+            n_compressed += size
             for batch in file.iter_batches(rows, row_groups=[group], columns=[text_field]):
                 seen += len(batch)
                 read = done + metadata.total_byte_size * seen // max(metadata.num_rows, 1)
@@ -163,17 +169,32 @@ def _parquet(piece: Piece, raw: pyarrow.NativeFile, text_field: str) -> Iterator
                         raise UserError(
                             f"--input: {where} is not UTF-8 ({error.reason}); mend or remove it"
                         ) from error
-                    yield _checked(text, where, text_field), read
+                    text = _checked(text, where, text_field)
+                    n_bytes += len(text)  # each reference to a text in a dictionary counts
+                    _refuse_bomb(n_bytes, n_compressed, piece.path)
+                    yield text, read
+            _refuse_missing_rows(seen, metadata.num_rows, where)
             done += metadata.total_byte_size
 
 
-def _batch_rows(group: pyarrow.parquet.RowGroupMetaData, text_field: str, path: str) -> int:
-    """How many rows of a row group to read at a time."""
+def _refuse_missing_rows(n_rows: int, n_expected: int, where):
+    if n_rows < n_expected:
+        raise UserError(
+            f"--input: {where} has {n_rows} rows instead of {n_expected}; mend or remove it"
+        )
+
+
+def _batch_rows(
+    group: pyarrow.parquet.RowGroupMetaData, text_field: str, path: str
+) -> tuple[int, int]:
+    """How many rows of a row group to read at a time, and the compressed size of its texts."""
     columns = map(group.column, range(group.num_columns))
     texts = [column for column in columns if column.path_in_schema == text_field]
     n_bytes = sum(column.total_uncompressed_size for column in texts)
-    _refuse_bomb(n_bytes, sum(column.total_compressed_size for column in texts), path)
-    return min(max(group.num_rows * _BATCH_BYTES // max(n_bytes, 1), 1), _BATCH_ROWS)
+    n_compressed = sum(column.total_compressed_size for column in texts)
+    _refuse_bomb(n_bytes, n_compressed, path)
+    rows = min(max(group.num_rows * _BATCH_BYTES // max(n_bytes, 1), 1), _BATCH_ROWS)
+    return rows, n_compressed
 
 
 def _text(piece: Piece, raw: pyarrow.NativeFile, compression: str | None) -> str:
@@ -235,6 +256,7 @@ def _json_lines(
 
 
 def _value(line: bytes, where: str, text_field: str) -> object:
+    _refuse_many_values(line, where, text_field)
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -250,6 +272,19 @@ def _value(line: bytes, where: str, text_field: str) -> object:
     return value[text_field]
 
 
+def _refuse_many_values(line: bytes, where: str, text_field: str):
+    """Refuses a line whose values would need far more memory than its texts."""
+    if len(line) <= _MOST_VALUES:
+        return
+    marks = line.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NO_MARKS)
+    in_texts = sum(len(text[0]) for text in re.finditer(rb'"[^"]*"?', marks))
+    if len(marks) - in_texts > _MOST_VALUES:
+        raise UserError(
+            f"--input: {where} has more than {_MOST_VALUES} values, which would need too much "
+            f"memory; remove its fields other than {text_field!r}"
+        )
+
+
 def _checked(text: object, where: str, text_field: str) -> str:
     if not isinstance(text, str):
         kind = type(text).__name__
@@ -261,7 +296,3 @@ def _checked(text: object, where: str, text_field: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]

@@ -20,8 +20,8 @@ READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
 class PackedWindows:
     """Random access to the consecutive windows of a token stream.
 
-    Window `i` has tokens `i * L` to `i * L + L`, where L is `seq_len`, so each token after the
-    first is a target once. Tokens at the end that fill no window are left out.
+    Window `i` has tokens `i * L` to `i * L + L`, both included, where L is `seq_len`, so each
+    token after the first is a target once. Tokens at the end that fill no window are left out.
     """
 
     def __init__(self, store: TokenStore, seq_len: int, loss_mask: bool = False):

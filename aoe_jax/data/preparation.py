@@ -13,6 +13,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ from aoe_jax.data.token_store import (
     write_splits,
 )
 from aoe_jax.data.tokenizer import (
+    MOST_TOKENS,
     TRAINING_CHARACTERS,
     Tokenizer,
     load_tokenizer,
@@ -88,8 +90,11 @@ class Settings:
         for name in ("validation", "test"):
             value, wanted = getattr(self, name), "must be a share of the documents below 0.5"
             require_flag(0 < value < 0.5, name, value, f"{wanted}, above 0")
-        size, wanted = self.bpe_size, "give bpe:N, N tokens, at least 257; or a tokenizer's file"
-        is_size = size is None or (size.isdecimal() and 256 < int(size) < 2**31)
+        size = self.bpe_size
+        wanted = f"give bpe:N, N from 257 to {MOST_TOKENS} tokens; or a tokenizer's file"
+        is_size = size is None or (
+            size.isdecimal() and len(size) <= 8 and 257 <= int(size) <= MOST_TOKENS
+        )
         require_flag(is_size, "tokenizer", repr(self.tokenizer), wanted)
 
     @property
@@ -142,7 +147,7 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
         )
         logger.info(
             f"wrote {output}; train on it with --config.data.name=prepared "
-            f"--config.data.path={_absolute(output)}"
+            f"--config.data.path={shlex.quote(str(_absolute(output)))}"
         )
 
 
@@ -191,9 +196,10 @@ def check(output: Path) -> list[str]:
     return damaged
 
 
-def repair(output: Path, processes: int) -> list[str]:
+def repair(output: Path, processes: int, inputs: Sequence[str] = ()) -> list[str]:
     """Writes the damaged shards of a complete store again, from its input; returns their names.
-    Raises `UserError` as `check` does, and if the input is missing or has changed.
+    Raises `UserError` as `check` does, if the input is missing or has changed, or if it is in an
+    object store and `inputs`, glob patterns, do not match it: somebody else may have made the plan.
     """
     wanted = f"has no {PLAN_FILE}, so it cannot be repaired; prepare it again"
     require_flag((output / PLAN_FILE).exists(), "output", output, wanted)
@@ -201,6 +207,11 @@ def repair(output: Path, processes: int) -> list[str]:
         damaged = check(output)
         if damaged:
             plan = _read_plan(output, "prepare it again, in another folder")
+            named = set(map(os.fspath, find_files(inputs, _absolute(output))))
+            for path, *_ in plan["files"]:
+                wanted = f"its {PLAN_FILE} names input in an object store, {path}; allow that by "
+                is_allowed = not is_remote(path) or path in named
+                require_flag(is_allowed, "output", output, f"{wanted}--input")
             units = sorted({int(name.split("-")[1].split(".")[0]) for name in damaged})
             wanted = f"{PLAN_FILE} is that of another store; prepare it again, in another folder"
             require_flag(units[-1] < len(plan["units"]), "output", output, wanted)
@@ -319,6 +330,8 @@ def _sample(plan: dict) -> Iterator[str]:
 
 def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
     if not is_remote(output):
+        wanted = "its units is a link, and files behind it would be deleted; remove the link"
+        require_flag(not (output / "units").is_symlink(), "output", output, wanted)
         (output / "units").mkdir(exist_ok=True)
         for killed in (output / "units").glob("*.partial-*"):
             remove_folder(killed)
@@ -326,7 +339,7 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
     total, done = sum(sizes), sum(sizes) - sum(sizes[unit] for unit in units)
     # Bytes that the processes have read of each unit.
     read = multiprocessing.get_context("spawn").Array("q", len(sizes), lock=False)
-    names = {unit: f"{_pieces(plan, unit)[0].path} (unit {unit})" for unit in units}
+    names = {unit: f"{_pieces(plan, unit)[0].path} (unit {unit} of {output})" for unit in units}
     bar = tqdm(
         desc="preparing", total=total, initial=done, unit="B", unit_scale=True, mininterval=1
     )

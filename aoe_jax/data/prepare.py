@@ -53,13 +53,10 @@ def main():
         tokenizer = cli.required(_TOKENIZER)
         settings = Settings(tokenizer, _TEXT_FIELD.value, _VALIDATION.value, _TEST.value)
         prepare(_INPUT.value, settings, output, _PROCESSES.value)
-    elif _INPUT.value or _TOKENIZER.value or (_CHECK.value and _REPAIR.value):
-        raise UserError(
-            "--check or --repair takes --output alone, because the store names its input; leave "
-            "out other flags"
-        )
+    elif (_CHECK.value and (_INPUT.value or _REPAIR.value)) or _TOKENIZER.value:
+        raise UserError("--check and --repair take --output alone; leave out other flags")
     elif _REPAIR.value:
-        damaged = repair(output, _PROCESSES.value)
+        damaged = repair(output, _PROCESSES.value, _INPUT.value)
         names = ", ".join(damaged) or "nothing, all shards are as they were written"
         log.info(f"wrote again: {names}")
     elif damaged := check(output):

@@ -32,7 +32,7 @@ from aoe_jax.json_files import (
     sync,
     write_json,
 )
-from aoe_jax.locking import exclusive
+from aoe_jax.locking import exclusive, partial_path
 from aoe_jax.paths import file_system, is_remote
 
 FORMAT_VERSION = 2
@@ -40,7 +40,7 @@ PLAN_FILE = "plan.json"  # in a store of `aoe_jax.data.prepare`: how it follows 
 RECORD_TOKENS = 4096
 RECORDS_PER_SHARD = 32768  # 256 MiB of uint16 tokens before compression
 _BATCH_CHARACTERS = 2**21
-_SHARD = re.compile(rf"({'|'.join(SPLITS)})(-[0-9]{{5,}}){{1,2}}\.array_record", re.ASCII)
+_SHARD = re.compile(rf"({'|'.join(SPLITS)})(-[0-9]{{5,9}}){{1,2}}\.array_record", re.ASCII)
 _HASH = re.compile("[0-9a-f]{64}")
 # The part that a manifest and the notes of a preparation have in common.
 SPLITS_SCHEMA = {
@@ -92,6 +92,7 @@ def write_splits(
 class _SplitWriter:
     def __init__(self, folder: Path, prefix: str, tokenizer: Tokenizer):
         self._folder, self._prefix, self._tokenizer = folder, prefix, tokenizer
+        self._at_once = min(_BATCH_CHARACTERS, tokenizer.at_once)
         self._dtype = _token_dtype(tokenizer)
         # Pieces of documents that are not tokenised yet; None is the end of a document.
         self._pieces: list[str | None] = []
@@ -101,10 +102,10 @@ class _SplitWriter:
         self._numbers = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}
 
     def add(self, text: str):
-        for piece in pieces(text):
+        for piece in pieces(text, self._tokenizer.at_once):
             self._pieces.append(piece)
             self._characters += len(piece)
-            if self._characters >= _BATCH_CHARACTERS:
+            if self._characters >= self._at_once:
                 self._tokenise()
         self._pieces.append(None)
 
@@ -185,7 +186,8 @@ def read_manifest(directory: Path) -> dict:
     path = directory / "manifest.json"
     if not path.exists():
         if not directory.is_dir():
-            raise UserError(f"token store {str(directory)!r}: no such folder")
+            wanted = "correct the path, or mount its disk"
+            raise UserError(f"token store {str(directory)!r}: no such folder; {wanted}")
         if (directory / PLAN_FILE).exists():
             raise UserError(
                 f"token store {str(directory)!r}: it is not finished; repeat the command `python "
@@ -305,6 +307,9 @@ class TokenStore:
                 is_whole = file_sha256(path) == shard["sha256"]
             except FileNotFoundError:
                 is_whole = False
+                if not (path.parent / "manifest.json").exists() or path.exists():
+                    gone = "the whole store was gone; is its disk mounted?"
+                    raise OSError(errno.ESTALE, gone) from None
             if not is_whole:
                 raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from error
             raise OSError(errno.EIO, f"its hash is right, but reading failed: {error}") from error
@@ -314,7 +319,7 @@ class TokenStore:
         with exclusive(path.with_name(f".{path.name}.lock")):
             if path.exists() and path.stat().st_size == shard["file_bytes"]:
                 return
-            partial = path.with_name(f"{path.name}.partial")
+            partial = partial_path(path)
             copy = functools.partial(file_system(source).get_file, source, str(partial))
             try:
                 patiently(f"{source} cannot be copied to {path.parent}", copy)

@@ -4,11 +4,11 @@ import contextlib
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -32,7 +32,8 @@ from aoe_jax.data.tokenizer import (
     train_tokenizer,
 )
 from aoe_jax.errors import UserError
-from aoe_jax.locking import exclusive
+from aoe_jax.faults import patiently_if_allowed
+from aoe_jax.locking import exclusive, new_folder
 from aoe_jax.paths import is_remote, parsed_path
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,11 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     `UserError` as `cached_token_stores` and `TokenStore` do, and if the prepared stores have
     several tokenizers, or another than `data.tokenizer`.
     """
+    what = f"data.name={data.name!r}: cannot be opened, or tokenised in data.cache={data.cache!r}"
+    return patiently_if_allowed(what, partial(_open_at_once, data, vocab_size))
+
+
+def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     sources, tokenizer = data.sources, data.tokenizer
     given = {
         source.label: parsed_path(source.path, "data.path", in_store=True)
@@ -126,8 +132,8 @@ def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: in
     for directory in directories:
         if not (directory / "manifest.json").is_file():
             raise UserError(
-                f"data.name: 'prepared' names {directory}, which is no token store; make one with "
-                "`python -m aoe_jax.data.prepare`"
+                f"data.name: 'prepared' names {directory}, which is no token store; correct the "
+                "path, mount its disk, or make one with `python -m aoe_jax.data.prepare`"
             )
         hashes[str(directory)] = read_manifest(directory)["tokenizer_sha256"]
     if len(set(hashes.values())) > 1:
@@ -148,7 +154,8 @@ def cached_token_stores(
 
     A store is `<cache>/tokens/<corpus name>-<hash of the corpus and the tokenizer>`, so another
     tokenizer, vocabulary size or text makes another store. If several processes share the cache,
-    one builds a store and the others wait. `tokenizer` is the path of a file; if it is None,
+    one builds a store and the others wait; where a lock excludes only processes of the same host,
+    each host builds it, and the first one counts. `tokenizer` is the path of a file; if it is None,
     byte-level BPE of `vocab_size` tokens is trained on the train splits of all corpora. Raises
     `UserError` if the tokenizer or a text cannot be used, or `vocab_size` is too small.
     """
@@ -186,25 +193,19 @@ def _short_hash(value: list) -> str:
 def build_token_store(corpus: Corpus, tokenizer: Tokenizer, directory: Path):
     """Tokenises a corpus into `directory`, which is created only when it is complete.
 
-    One process at a time may do this. Memory is bounded by a batch of documents or the longest
-    document. Raises `UserError` as `write_splits` does, and if a split has no documents.
+    One process of a host at a time may do this. Memory is bounded by a batch of documents or the
+    longest document. Raises `UserError` as `write_splits` does, and if a split has no documents.
     """
-    partial = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        splits = write_splits(partial, _documents(corpus), tokenizer)
+    with new_folder(directory) as new:
+        splits = write_splits(new, _documents(corpus), tokenizer)
         for split, numbers in splits.items():
             if numbers["documents"] == 0:
                 raise UserError(
                     f"data.name={corpus.name!r}: its {split} split has no text; give a larger "
                     "corpus"
                 )
-        tokenizer.save(partial)
-        write_manifest(partial, corpus.name, corpus.fingerprint, tokenizer, splits)
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        tokenizer.save(new)
+        write_manifest(new, corpus.name, corpus.fingerprint, tokenizer, splits)
 
 
 def _documents(corpus: Corpus) -> Iterator[tuple[str, str]]:

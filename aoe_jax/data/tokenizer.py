@@ -2,10 +2,12 @@
 SentencePiece model.
 """
 
+import base64
 import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,13 +19,15 @@ import numpy as np
 import sentencepiece
 import tiktoken
 import tokenizers
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from aoe_jax.config.checks import require
 from aoe_jax.errors import UserError
-from aoe_jax.faults import patiently_if_allowed
+from aoe_jax.faults import patiently_if_allowed, reason
 from aoe_jax.json_files import read_regular, write_whole
 from aoe_jax.paths import local_file, parsed_path
+from aoe_jax.stopping import interruptibly
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (
@@ -38,8 +42,12 @@ _END_OF_TEXT_NAMES = (
 )
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 FILE_BYTES = 2**27  # the largest tokenizer's file; the largest on the hub have 35 MB
-_MOST_TOKENS = 2**24
+MOST_TOKENS = 2**24
+_TIKTOKEN_TOKENS = 2**20  # the check of more tokens would need gigabytes of memory
 PIECE_CHARACTERS = 2**21  # a tokenizer is given at most this many at once
+# Normalizers of the hub make a text up to 32 times as long; NFKC alone 18 times.
+_USUAL_GROWTH, _MOST_GROWTH = 32, 2**12
+_MOST_ADDED = 2**10  # special tokens that are put before and after a text
 TRAINING_CHARACTERS = 2**24  # the first ones of a document train byte-level BPE
 _TRAINING_PIECE = 2**16
 _AFTER_A_WORD = re.compile(r"(?<=\S)(?=[ \n])")
@@ -64,6 +72,27 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
         yield text[start:stop]
         start = stop
     yield text[start:]
+
+
+def _growth(part: dict | None) -> float:
+    """A bound on how many times as long a normalizer or a decoder makes a text, from its part of a
+    `tokenizer.json`.
+    """
+    if not part:
+        return 1.0
+    if parts := part.get("normalizers") or part.get("decoders"):
+        return math.prod(map(_growth, parts), start=1.0)
+    if charsmap := part.get("precompiled_charsmap"):
+        return _longest_text(base64.b64decode(charsmap))
+    longest = max(len(part.get("content") or ""), len(part.get("prepend") or ""))
+    is_text = "String" in (part.get("pattern") or ())  # an expression may match between characters
+    return max(1, longest) if is_text else 1 + longest
+
+
+def _longest_text(charsmap: bytes) -> int:
+    """The length of the longest text by which a map of SentencePiece replaces characters."""
+    texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")
+    return max(len(text.decode(errors="replace")) for text in texts)
 
 
 def _is_panic(error: BaseException) -> bool:
@@ -108,6 +137,7 @@ class Tokenizer:
         sha256: the hash of the file, which identifies the tokenizer.
         prefix: ids of the special tokens that the file puts before each text, such as `<s>`; often
             empty.
+        at_once: at most how many characters it should be given at once.
     """
 
     file_name: ClassVar[str]
@@ -115,11 +145,19 @@ class Tokenizer:
     end_name: str
     token_count: int
     prefix: list[int]
+    at_once: int = PIECE_CHARACTERS
 
     def __init__(self, content: bytes, threads: int | None):
         """Keeps the bytes of the file; see `load_tokenizer`."""
         self._content, self._threads = content, threads or cores()
         self.sha256 = hashlib.sha256(content).hexdigest()
+
+    def _allow_growth(self, growth: float):
+        """Sets `at_once` for a normalizer that makes a text at most `growth` times as long."""
+        if growth > _MOST_GROWTH:
+            wanted = f"at most {_MOST_GROWTH} times as long is possible"
+            raise UserError(f"makes a text {growth:g} times as long; {wanted}")
+        self.at_once = int(PIECE_CHARACTERS * _USUAL_GROWTH / max(growth, _USUAL_GROWTH))
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, uint32 `[tokens]`, without special tokens.
@@ -130,7 +168,9 @@ class Tokenizer:
             return self._encode(texts)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids, without special tokens. Raises `UserError` as `encode` does."""
+        """The text of token ids, without special tokens and ids that the tokenizer lacks. Raises
+        `UserError` as `encode` does.
+        """
         with _failures_are_named("decode tokens"):
             return self._decode(tokens)
 
@@ -147,19 +187,27 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, content: str, threads: int | None = None):
         """Raises `UserError` if there is no end-of-text token; errors of the library pass."""
         super().__init__(content.encode(), threads)
+        spec = json.loads(content)
+        # Before the library reads it, because it normalizes the names of added tokens.
+        self._allow_growth(max(_growth(spec.get("normalizer")), _growth(spec.get("decoder"))))
         self._tokenizer = tokenizer = tokenizers.Tokenizer.from_str(content)
+        if (added := tokenizer.num_special_tokens_to_add(is_pair=False)) > _MOST_ADDED:
+            raise UserError(f"adds {added} tokens to a text; at most {_MOST_ADDED} are possible")
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if hasattr(tokenizer.model, "dropout"):  # it drops merges at random
+            tokenizer.model.dropout = None
         if threads == 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.token_count = max(vocabulary.values(), default=-1) + 1
-        if self.token_count > _MOST_TOKENS:  # the library would count up to the highest
+        if self.token_count > MOST_TOKENS:  # the library would count up to the highest
             raise UserError(
-                f"has a token {self.token_count - 1}; at most {_MOST_TOKENS} are possible"
+                f"has a token {self.token_count - 1}; at most {MOST_TOKENS} are possible"
             )
-        self._tiktoken = _as_tiktoken(tokenizer)
+        is_small = len(vocabulary) <= _TIKTOKEN_TOKENS
+        self._tiktoken = _as_tiktoken(tokenizer) if is_small else None
         self.end_name = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
         if self.end_name is None:
             raise UserError(f"has no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
@@ -214,6 +262,8 @@ class SentencePieceTokenizer(Tokenizer):
         if not model:
             raise RuntimeError("it is empty")
         super().__init__(model, threads)
+        settings = ModelProto.FromString(model).normalizer_spec
+        self._allow_growth(_longest_text(settings.precompiled_charsmap))
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.end_of_text = self._processor.eos_id()
         if self.end_of_text < 0:
@@ -227,8 +277,8 @@ class SentencePieceTokenizer(Tokenizer):
         return [np.array(ids, np.uint32) for ids in encoded]
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        tokens = [int(token) for token in tokens]
-        return self._processor.decode([t for t in tokens if not self._processor.is_control(t)])
+        known = [token for token in map(int, tokens) if token < self.token_count]
+        return self._processor.decode([t for t in known if not self._processor.is_control(t)])
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -236,10 +286,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Only the first `TRAINING_CHARACTERS` of a document count. The vocabulary is smaller than
     `vocab_size` if the documents have too few pairs to merge. Raises `UserError` if `vocab_size` is
-    below 257.
+    below 257 or above `MOST_TOKENS`.
     """
-    wanted = f"must be at least 257 (256 bytes and {END_OF_TEXT})"
-    require(vocab_size >= 257, "model.vocab_size", vocab_size, wanted)
+    wanted = f"must be at least 257 (256 bytes and {END_OF_TEXT}) and at most {MOST_TOKENS}"
+    require(257 <= vocab_size <= MOST_TOKENS, "model.vocab_size", vocab_size, wanted)
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -250,7 +300,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     sample = (pieces(text[:TRAINING_CHARACTERS], _TRAINING_PIECE) for text in documents)
-    tokenizer.train_from_iterator(itertools.chain.from_iterable(sample), trainer)
+    texts = itertools.chain.from_iterable(sample)
+    interruptibly(lambda: tokenizer.train_from_iterator(texts, trainer))
     return HuggingFaceTokenizer(tokenizer.to_str(pretty=True))
 
 
@@ -268,7 +319,7 @@ def load_tokenizer(
     try:
         content = patiently_if_allowed(what, lambda: read_regular(path, FILE_BYTES))
     except OSError as error:
-        raise UserError(f"{what} ({error.strerror}); {wanted}") from error
+        raise UserError(f"{what} ({reason(error)}); {wanted}") from error
     try:
         kind, given = SentencePieceTokenizer, content
         if content[:1] == b"{":
@@ -280,8 +331,8 @@ def load_tokenizer(
     except BaseException as error:  # the libraries raise bare Exception, RuntimeError and others
         if not (isinstance(error, Exception) or _is_panic(error)):
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{setting}={str(path)!r}: is no tokenizer ({reason}); {wanted}") from error
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{setting}={str(path)!r}: is no tokenizer ({why}); {wanted}") from error
 
 
 def saved_tokenizer(folder: Path) -> Path:
@@ -292,7 +343,7 @@ def saved_tokenizer(folder: Path) -> Path:
 
 def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises `UserError` if a model with `vocab_size` lacks an embedding for some token."""
-    wanted = f"the tokenizer has {tokenizer.token_count} tokens; set it to at least that"
+    wanted = f"the tokenizer has {tokenizer.token_count} tokens; it must be at least that"
     require(vocab_size >= tokenizer.token_count, "model.vocab_size", vocab_size, wanted)
 
 
@@ -313,7 +364,7 @@ def _as_tiktoken(tokenizer: tokenizers.Tokenizer) -> tiktoken.Encoding | None:
     if (
         spec["normalizer"]
         or model["type"] != "BPE"
-        or any(options)  # such as dropout
+        or any(options)  # such as end_of_word_suffix
         or split.get("type") != "ByteLevel"
         or split.get("add_prefix_space") is not False
         or split.get("use_regex") is not True

@@ -16,12 +16,10 @@ sequence.
 """
 
 from functools import partial
-from pathlib import Path
 
 from absl import flags
 
 from aoe_jax import cli, distributed
-from aoe_jax.config.checks import require_flag
 from aoe_jax.json_files import write_json
 
 _CONFIG = cli.define_config_flag()
@@ -30,10 +28,7 @@ _JSON = flags.DEFINE_string("json", None, "a file for all figures")
 
 def main():
     """Examines, prints, and returns 1 if anything failed."""
-    if _JSON.value:
-        folder, is_folder = Path(_JSON.value).parent, Path(_JSON.value).is_dir()
-        require_flag(not is_folder, "json", _JSON.value, "is a folder; name a file")
-        require_flag(folder.is_dir(), "json", _JSON.value, f"there is no folder {folder}")
+    file = cli.file_to_write(_JSON)
     distributed.start()
     import jax  # may start only after `distributed.start`
 
@@ -48,8 +43,8 @@ def main():
             print(line, flush=True)
 
     report = examine(config, show)
-    if _JSON.value and first:
-        write_json(Path(_JSON.value), report)
+    if file and first:
+        write_json(file, report)
     return 0 if report["passed"] else 1
 
 

@@ -30,7 +30,7 @@ WHY = {
 MODELS = {"aoe": "AoE", "router": "MoE"}
 
 
-def examine(config: Config, show=print):
+def examine(config: Config, show):
     """Examines all devices of all processes, part after part.
 
     The configuration is made to fit (`steps.fitted`). `show` is called with each line of text as
@@ -98,9 +98,12 @@ def choose_backends(config, models, device):
             weights.setdefault(shape, set()).add(weight)
     has_kernels = grouped_backend(device, *EASY, (1, 64, 64)) == "mosaic_gpu"
     for shape, names in weights.items():
-        name = grouped_backend(device, dtype, kernels.rows_per_device(config), shape)
-        check = partial(check_mosaic_gpu, dtype, *shape[1:])
-        why = WHY.get(name) or _why_plain(device, has_kernels, check)
+        name = config.experts.grouped_matmul
+        why = f"set by config.experts.grouped_matmul={name}"
+        if name == "auto":
+            name = grouped_backend(device, dtype, kernels.rows_per_device(config), shape)
+            check = partial(check_mosaic_gpu, dtype, *shape[1:])
+            why = WHY.get(name) or _why_plain(device, has_kernels, check)
         kernel = f"grouped products of {', '.join(sorted(names))} {'x'.join(map(str, shape))}"
         found.append({"kernel": kernel, "backend": name, "why": why, "shape": shape})
     return found
@@ -270,11 +273,10 @@ def fallback(kernel, config):
     kind, _, backend = kernel.rpartition(" ")
     if kind == "attention":
         is_plain = backend == "blocks"
-        return "none, blocks is plain JAX" if is_plain else "--config.model.attention=blocks"
-    if backend == "mosaic_gpu":
-        return "--config.model.dtype=float32, which uses backend 'blocked'"
+        return "none, it is plain JAX" if is_plain else "--config.model.attention=blocks"
     if kind == "grouped products":
-        return f"none, no setting replaces '{backend}'"
+        is_plain = backend in ("blocked", "rowwise")
+        return "none, it is plain JAX" if is_plain else "--config.experts.grouped_matmul=blocked"
     if config["mesh"]["transport"] == "all_to_all":
         return "--config.mesh.transport=ring"
     return "--config.mesh.expert=1" if config["mesh"]["expert"] > 1 else "none"

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from aoe_jax.config.run import Config
 from aoe_jax.counts import experts_per_token
@@ -29,7 +29,7 @@ from aoe_jax.model.attention.reference import reference_attention
 from aoe_jax.moe import reference
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.layer import ExpertsLayer
-from aoe_jax.sharding import MESH_AXES
+from aoe_jax.sharding import MESH_AXES, replicated
 
 PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # of float32 operands: bfloat16 and TF32
 BLOCK = 128  # rows whose error is computed together, such as positions of a head
@@ -74,7 +74,7 @@ def drawn(mesh, shapes, dtype):
         parts = jnp.split(flat.astype(dtype), np.cumsum(sizes)[:-1])
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    return jax.jit(draw, out_shardings=NamedSharding(mesh, PartitionSpec()))()
+    return jax.jit(draw, out_shardings=replicated(mesh))()
 
 
 def with_gradients(function):

@@ -37,7 +37,7 @@ class Sampling:
         wanted = "must be 0 (the likeliest token) or greater"
         require_flag(0 <= t < math.inf, "temperature", t, wanted)
         require_flag(k is None or k >= 1, "top_k", k, "must be 1 or greater")
-        require_flag(p is None or 0 < p <= 1, "top_p", p, "must be between 0 and 1")
+        require_flag(p is None or 0 < p <= 1, "top_p", p, "must be above 0 and at most 1")
         if t == 0 and (k or p):
             wanted = "takes the likeliest token: leave --top_k and --top_p out"
             raise UserError(f"--temperature=0 {wanted}")
@@ -140,7 +140,7 @@ class Generator:
 
     def _check(self, prompts, limits):
         longest = self._model.config.model.max_len
-        for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=False)):
+        for number, (prompt, limit) in enumerate(zip(prompts, limits.tolist(), strict=False)):
             if not len(prompt):
                 wanted = f"begin a text with the token {self._model.start}"
                 raise UserError(f"prompt {number} is empty; {wanted}")

@@ -96,6 +96,12 @@ def load_model(directory: Path, step="newest", mesh=None):
     devices, has_run = sharding.make_mesh(config, jax.devices()), not is_model(directory)
     setting = f"the tokenizer of the {'run' if has_run else 'model'}"
     tokenizer = load_tokenizer(saved_tokenizer(directory), setting=setting)
+    if tokenizer.token_count > config.model.vocab_size:
+        log.warning(
+            f"the tokenizer of {directory} has {tokenizer.token_count} tokens, the model "
+            f"{config.model.vocab_size}: its results are wrong for texts with one of the other "
+            "tokens"
+        )
     start, prefix = tokenizer.end_of_text, []
     if has_run:
         checkpoints = Checkpoints(directory)
@@ -128,6 +134,12 @@ def _refuse_nan(directory, params, mesh):
                 f"{directory}: the parameter {path} has values that are not finite; the model has "
                 "diverged or is damaged. Use another one, or another --step"
             )
+
+
+def check_split(split):
+    """Raises `UserError` unless `split` is held out from training."""
+    held_out = ("validation", "test")
+    require_flag(split in held_out, "split", split, f"choose one of {', '.join(held_out)}")
 
 
 def corpus_of(model: Model, directory: Path, named: str | None = None):
@@ -172,8 +184,8 @@ def on_devices_here(config, axes=None):
             axes = {name: getattr(config.mesh, name) for name in ("fsdp", "expert", "tensor")}
         if n % math.prod(axes.values()):
             log.warning(
-                f"the mesh of training does not fit {n} devices: each holds the whole model; see "
-                "--mesh"
+                f"the mesh of training does not fit {n} devices: each device holds the whole "
+                "model; --mesh splits it"
             )
             axes = {}
     rows = max(n // axes.get("tensor", 1), axes.get("fsdp", 1) * axes.get("expert", 1))
@@ -191,7 +203,7 @@ def mesh_axes(text):
     """Parses `--mesh`, such as `fsdp=4,expert=2`; None for None. Raises `UserError`."""
     if text is None:
         return None
-    form = re.compile(rf"({'|'.join(sharding.MESH_AXES)})=([1-9][0-9]*)")
+    form = re.compile(rf"({'|'.join(sharding.MESH_AXES)})=([1-9][0-9]{{0,8}})")
     parts = [form.fullmatch(part) for part in text.split(",")]
     axes = {part[1]: int(part[2]) for part in parts if part}
     wanted = f"write it as fsdp=4,expert=2; the axes are {', '.join(sharding.MESH_AXES)}"

@@ -21,10 +21,9 @@ from aoe_jax.compare.step_times import seconds_in_turn
 from aoe_jax.config.checks import require, require_flag
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.models import Model, corpus_of, load_model
+from aoe_jax.evaluation.models import Model, check_split, corpus_of, load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
-from aoe_jax.evaluation.run import TextTokens, check_split, read_text
-from aoe_jax.json_files import write_json
+from aoe_jax.evaluation.run import TextTokens, read_text, write_report
 from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
 from aoe_jax.moe.scoring import SCORES
 from aoe_jax.ownership import make_folder
@@ -198,8 +197,7 @@ def probe_checkpoint(
     report = {"step": model.step, "tokens": tokens, "probes": entries}
     if jax.process_index() == 0:
         print(probe_table(report))
-        write_json(output / "probe.json", report)
-        log.info("wrote %s", output / "probe.json")
+        write_report(output / "probe.json", report, "output")
     return report
 
 

@@ -10,25 +10,18 @@ import jax
 import numpy as np
 
 from aoe_jax import json_files
-from aoe_jax.config.checks import require_flag
 from aoe_jax.counts import log_run
 from aoe_jax.data.documents import DOCUMENT_BYTES
 from aoe_jax.data.tokenizer import pieces
 from aoe_jax.errors import DivergedError, UserError
 from aoe_jax.evaluation.load import draw_loads, load_statistics, load_table
-from aoe_jax.evaluation.models import Model, corpus_of, load_model
+from aoe_jax.evaluation.models import Model, check_split, corpus_of, load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.faults import Tolerated
+from aoe_jax.ownership import write_or_refuse
 from aoe_jax.paths import parsed_path
 
 log = logging.getLogger(__name__)
-
-SPLITS = ("validation", "test")
-
-
-def check_split(split):
-    """Raises `UserError` unless `split` is one of `SPLITS`."""
-    require_flag(split in SPLITS, "split", split, f"choose one of {', '.join(SPLITS)}")
 
 
 def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data=None):
@@ -95,10 +88,10 @@ def _report(model, stores, document_mask, name, about, file, picture):
         print(f"{name}: {n_texts}{result.tokens} tokens, step {model.step}\n{result.in_words()}")
         for source, own in result.sources.items():
             print(f"{source}: {own.tokens} tokens | {own.in_words()}")
-        json_files.write_json(file, report)
-        log.info("wrote %s", file)
         if statistics:
             print(load_table(statistics))
+        write_report(file, report, "workdir")
+        if statistics:
             title = f"{config.experts.kind}, {name}, step {model.step}"
             with Tolerated(picture):
                 content = io.BytesIO()
@@ -106,6 +99,14 @@ def _report(model, stores, document_mask, name, about, file, picture):
                 json_files.write_whole(file.with_name(picture), content.getvalue())
                 log.info("wrote %s", file.with_name(picture))
     return report
+
+
+def write_report(file: Path, report: dict, flag):
+    """Writes a report. Raises `UserError`, which names the `flag` of its folder, if the folder is
+    read-only, and `MachineFault` if its disk fails.
+    """
+    write_or_refuse(file.parent, flag, lambda: json_files.write_json(file, report))
+    log.info("wrote %s", file)
 
 
 def _figures(result):
@@ -123,7 +124,7 @@ class TextTokens:
         end = np.array([self.end_of_text], np.int32)
         tokens = [end]
         for text in texts:
-            for piece in pieces(text):
+            for piece in pieces(text, tokenizer.at_once):
                 tokens += [ids.astype(np.int32) for ids in tokenizer.encode([piece])]
             tokens.append(end)
         self._tokens = np.concatenate(tokens)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import Model, multiple
 from aoe_jax.model.decoder import output_projection
-from aoe_jax.model.decoding import check_decodes, decodes, extend, prefill
+from aoe_jax.model.decoding import check_decodes, extend, prefill
 from aoe_jax.model.loss import target_log_probs
 from aoe_jax.model.vocabulary import on_each_token
 from aoe_jax.sharding import batch_sharding, put_batch, replicated
@@ -33,8 +33,9 @@ class Scorer:
     def __init__(self, model: Model, batch_tokens=BATCH_TOKENS):
         """`batch_tokens` is about how many tokens a batch has; raises as `check_decodes` does."""
         check_decodes(model.decoder, by_token=False)
-        self._shares_contexts = decodes(model.decoder)
         self._model, self._batch_tokens = model, batch_tokens
+        causality = model.decoder.routing.causality(model.decoder.experts)
+        self._shares_contexts = not causality.no_decoding
         # A text's length need not be such that every device has the same share of its tokens.
         balance = dataclasses.replace(model.decoder.balance, aux_tokens=1.0)
         decoder = model.decoder.clone(balance=balance)

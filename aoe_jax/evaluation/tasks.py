@@ -28,10 +28,10 @@ except ModuleNotFoundError as e:
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.evaluation.harness import HarnessModel
-from aoe_jax.evaluation.models import load_model
-from aoe_jax.evaluation.run import check_split
+from aoe_jax.evaluation.models import check_split, load_model
+from aoe_jax.evaluation.run import write_report
 from aoe_jax.evaluation.speeches import SPEECH_TASKS, speech_task
-from aoe_jax.json_files import read_json, write_json
+from aoe_jax.json_files import read_json
 from aoe_jax.model.decoding import check_decodes
 
 log = logging.getLogger(__name__)
@@ -241,6 +241,6 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
     if is_first:
         print(tasks_table(report))
         made = {"step": model.step, "split": settings.get("split", "test"), "limit": limit}
-        write_json(file, known | {name: made | entry for name, entry in report.items()})
-        log.info("wrote %s", file)
+        entries = {name: made | entry for name, entry in report.items()}
+        write_report(file, known | entries, "workdir")
     return report

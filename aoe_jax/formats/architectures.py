@@ -25,7 +25,7 @@ import numpy as np
 
 from aoe_jax.errors import UserError
 from aoe_jax.formats.tensor_files import Stored
-from aoe_jax.methods import declared_parameters
+from aoe_jax.model.declared import declared_parameters
 
 OWN = "aoe"  # the model_type of our own format
 _LAYER = "model.layers.{L}."
@@ -414,25 +414,16 @@ def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str,
     no such parameter.
     """
     n_dense = next((a.shape[0] for path, a in shapes.items() if path.startswith("dense_")), 0)
-    return {
-        path: find_layout(
-            model_type, path, a.shape, names, n_dense if path.startswith("layers/") else 0
-        )
-        for path, a in shapes.items()
-    }
-
-
-def find_layout(
-    model_type: str, path: str, shape: tuple[int, ...], names=(), first_layer: int = 0
-) -> Layout:
-    """The `Layout` of one parameter or routing state, see `find_layouts`."""
-    parameter = declared_parameters().get(path)
-    axes = parameter.axes if parameter else "n"  # a state of routing has one axis at most
-    rows = ARCHITECTURES[model_type].tensors.get(path)
-    if model_type == OWN and not rows:
-        group = "experts." if axes.startswith("n ") else ""
-        rows = [(f"{_LAYER}mlp.{group}{path.rpartition('/')[2]}",)]
-    if not rows:
-        raise UserError(f"a model of model_type {model_type!r} has no parameter {path}")
-    known = [Layout(axes, shape, *row, first_layer=first_layer) for row in rows]
-    return next((one for one in known if one.first in names), known[0])
+    declared, found = declared_parameters(), {}
+    for path, a in shapes.items():
+        axes = declared[path].axes if path in declared else "n"  # of a state of routing
+        rows = ARCHITECTURES[model_type].tensors.get(path)
+        if model_type == OWN and not rows:
+            group = "experts." if axes.startswith("n ") else ""
+            rows = [(f"{_LAYER}mlp.{group}{path.rpartition('/')[2]}",)]
+        if not rows:
+            raise UserError(f"a model of model_type {model_type!r} has no parameter {path}")
+        first_layer = n_dense if path.startswith("layers/") else 0
+        known = [Layout(axes, a.shape, *row, first_layer=first_layer) for row in rows]
+        found[path] = next((one for one in known if one.first in names), known[0])
+    return found

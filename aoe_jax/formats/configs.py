@@ -4,12 +4,11 @@ import contextlib
 import dataclasses
 import logging
 import math
-from pathlib import Path
 
 import numpy as np
 
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError, naming, shown
+from aoe_jax.errors import UserError, shown
 from aoe_jax.formats.architectures import ARCHITECTURES, NOT_IMPLEMENTED, OWN
 from aoe_jax.json_files import COUNT, NUMBER
 
@@ -41,7 +40,7 @@ def computed_fields(config: Config):
     fields["experts.d_wide"] = experts.width(model.d_model)
     # These decide how a model is computed, but not its results; d_wide follows from the last two.
     unused = {"model.dtype", "model.remat", "model.unroll", "model.attention", "model.max_len"}
-    unused |= {"experts.score_gradient", "experts.gradient_sums"}
+    unused |= {"experts.score_gradient", "experts.gradient_sums", "experts.grouped_matmul"}
     unused |= {"experts.d_ffn", "experts.round_to"}
     settings = dataclasses.fields(routing)
     unused |= {f"routing.{f.name}" for f in settings if f.metadata.get("training_only")}
@@ -63,23 +62,13 @@ def differences(there, here):
     }
 
 
-def is_choice(name):
-    """Whether a field decides how experts are chosen and weighted, not which parameters exist."""
-    return name == "experts.top_k" or name.startswith("routing.")
-
-
-def from_json(path: Path, values: dict):
-    """The configuration of a model, from the content of its `config.json`; errors name the path.
+def from_json(values: dict):
+    """The configuration of a model, from the content of its `config.json`.
 
     `model.dtype` is float32, `data.seq_len` is `WINDOW` or what the model can take, and other
     groups have their defaults. Raises `UserError` if the architecture is unknown, a field is
     missing or has an invalid value, or something is not implemented here.
     """
-    with naming(path):
-        return _from_json(values)
-
-
-def _from_json(values):
     name = values.get("model_type")
     take = "`python -m aoe_jax.export` takes the model out of a training run"
     _require(name is not None, f"it has no model_type; {take}")
@@ -166,8 +155,9 @@ def _check_attention(values, model):
     is_usual = model.qk_norm != "all" or head_dim == width
     _require(is_usual, f"head_dim={head_dim} is not implemented; {wanted}")
     types, wanted = values.get("layer_types"), "only 'full_attention' in every layer is"
-    n_layers = model.n_dense_layers + model.n_layers
-    is_full = types is None or (types and types == ["full_attention"] * n_layers)
+    n_layers, usual = model.n_dense_layers + model.n_layers, "full_attention"
+    is_list = isinstance(types, list) and len(types) == n_layers
+    is_full = types is None or (is_list and all(of_layer == usual for of_layer in types))
     _require(is_full, f"layer_types={shown(types)} is not implemented; {wanted}")
     if "use_sliding_window" in ARCHITECTURES[values["model_type"]].only:
         return
@@ -263,7 +253,7 @@ def to_json(config: Config, routing_state=()):
             values |= {"auto_map": _AUTO_MAP, "selection_bias": has_bias}
             takes_bias = has_bias
         with contextlib.suppress(UserError):
-            found = computed_fields(from_json(Path(), values)) | {"selection_bias": takes_bias}
+            found = computed_fields(from_json(values)) | {"selection_bias": takes_bias}
             names = differences(found, wanted)
             if not names:
                 return values

@@ -18,7 +18,7 @@ from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.model_card import made_of, write_card
 from aoe_jax.formats.reading import ModelReader, parameter_shapes, read_config, read_step
 from aoe_jax.formats.scoring_neurons import agreement, in_front, observed_choices, telling_neurons
-from aoe_jax.formats.tokenizer_files import copy_tokenizer
+from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_model, write_run
 from aoe_jax.json_files import write_json
 from aoe_jax.moe.routing import TopK
@@ -78,9 +78,17 @@ def convert(
         else:
             report = {"d_low": d_low, "d_wide": converted.experts.d_wide}
             parameter, energy = _factorised(reader, config.model.n_layers, d_low)
-        values = to_json(converted) | copy_tokenizer(checkpoint, partial_output)
+
+        def checked(path, layer):
+            array = parameter(path, layer)
+            where = path if layer is None else f"{path} of layer {layer}"
+            _require_finite(array, where)
+            return array
+
+        special = write_tokenizer(checkpoint, partial_output, converted.model.max_len)
+        values = to_json(converted) | special
         values["torch_dtype"] = reader.dtype("embed/embedding").name
-        write_model(partial_output, values, parameter_shapes(converted), parameter)
+        write_model(partial_output, values, parameter_shapes(converted), checked)
         write_run(partial_output, checkpoint, read_step(checkpoint), converted)
         if not is_whole:
             mean = sum(layer["mean"] for layer in energy) / len(energy)
@@ -207,10 +215,14 @@ def _gate(reader, layer):
     """The gates of a layer, `[n, d, f]`; raises `UserError` if they are not finite."""
     w_gate = reader.layer(_GATE, layer)
     for expert, w in enumerate(w_gate):
-        if not np.isfinite(w.astype(np.float32)).all():
-            where = f"the gate of expert {expert} in layer {layer}"
-            raise UserError(f"--checkpoint: {where} is not finite; it is damaged")
+        _require_finite(w, f"the gate of expert {expert} in layer {layer}")
     return w_gate
+
+
+def _require_finite(array, name):
+    for part in np.atleast_1d(array):  # float32 is 10 times as fast as bfloat16
+        if not np.isfinite(part.astype(np.float32)).all():
+            raise UserError(f"--checkpoint: {name} is not finite; it is damaged")
 
 
 def _factorise(w_gate, rank):

@@ -18,16 +18,19 @@ from aoe_jax.config.run import Config
 from aoe_jax.config.training import TrainConfig
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError, naming, shown
+from aoe_jax.faults import patiently_if_allowed
 from aoe_jax.formats.architectures import find_layouts
 from aoe_jax.formats.configs import computed_fields, differences, from_json
 from aoe_jax.formats.tensor_files import stored_tensors
 from aoe_jax.json_files import COUNT, or_none, read_json
-from aoe_jax.model.decoder import Decoder
-from aoe_jax.sharding import replicated, state_shardings
+from aoe_jax.model.declared import state_shardings
+from aoe_jax.model.decoder import initial_params
+from aoe_jax.sharding import replicated
 
 log = logging.getLogger(__name__)
 
 RUN_FILE = "aoe_jax.json"  # of an exported model: {"step": number, "config": its run's}
+_LONGEST = 2**17  # tokens of a window; attention may need memory for their square
 _RUN = {"step": or_none(COUNT), "config": {str: {}}}
 _WANTED = "name a directory with a model's config.json and safetensors files"
 _WITHOUT = "remove the file to load the model without it"
@@ -36,7 +39,8 @@ _WITHOUT = "remove the file to load the model without it"
 def is_model(directory: Path) -> bool:
     """Whether a directory holds a model, whose `config.json` has a `model_type`, not a run."""
     path = directory / "config.json"
-    return path.exists() and "model_type" in read_json(path, _WANTED)
+    is_there = patiently_if_allowed(f"{path} cannot be read", path.exists)
+    return is_there and "model_type" in read_json(path, _WANTED)
 
 
 def is_of_run(directory: Path) -> bool:
@@ -49,13 +53,16 @@ def read_config(directory: Path) -> Config:
 
     A model that `aoe_jax.export` wrote has the configuration of its run without `data.cache` and
     the groups `train` and `mesh`; `train.batch_size` is the size of the run's micro-batches, at
-    most the default. For other models, `model`, `experts` and `routing` come from `config.json`,
-    and other groups have their defaults; `model.dtype` is that of the embedding table, float32 for
-    float16. `data.tokenizer` is always the directory's own. Raises `UserError` if a file cannot be
-    read, the architecture is unknown, or something in it is not implemented here.
+    most the default, and `data.seq_len` is at most 2**17. For other models, `model`, `experts` and
+    `routing` come from `config.json`, and other groups have their defaults; `model.dtype` is that
+    of the embedding table, float32 for float16. `data.tokenizer` is always the directory's own.
+    Raises `UserError` if a file cannot be read, the architecture is unknown, or something in it is
+    not implemented here.
     """
     path = directory / "config.json"
-    config = from_json(path, read_json(path, _WANTED))
+    values = read_json(path, _WANTED)
+    with naming(path):
+        config = from_json(values)
     table = stored_tensors(directory).get("model.embed_tokens.weight")
     if table is not None and table.dtype.name == "bfloat16":
         model = dataclasses.replace(config.model, dtype="bfloat16")
@@ -66,6 +73,7 @@ def read_config(directory: Path) -> Config:
     # Somebody else may have written the paths in the configuration. Those of corpora appear in
     # messages only, see `evaluation.models.corpus_of`.
     own = {"tokenizer": str(tokenizer) if tokenizer.exists() else None, "cache": DataConfig.cache}
+    own["seq_len"] = min(config.data.seq_len, _LONGEST)
     data = dataclasses.replace(config.data, **own)
     # The batch of the run may be that of a pod, or of any size if somebody else wrote the file.
     rows = config.train.batch_size // config.train.accumulate
@@ -100,11 +108,7 @@ def read_begin_token(directory: Path, vocab_size: int) -> int | None:
 
 def parameter_shapes(config: Config):
     """The shape of every parameter by its path, such as `layers/attention/q`; `[L, ...]` there."""
-    # The mesh must divide the batch.
-    shape = (config.train.batch_size // config.train.accumulate, config.data.seq_len)
-    decoder = Decoder.from_config(config)
-    init = jax.eval_shape(lambda: decoder.init(jax.random.key(0), jnp.zeros(shape, jnp.int32)))
-    return flatten_dict(init["params"], sep="/")
+    return flatten_dict(jax.eval_shape(lambda: initial_params(config, 0)), sep="/")
 
 
 class ModelReader:
@@ -135,13 +139,13 @@ class ModelReader:
         self._check_tensors(known | self._of_extra_layers(config, values))
 
     def _of_extra_layers(self, config, values):
-        """The tensors of a layer after the last one, which predicts a further token."""
+        """The tensors of the layer of multi-token prediction, which follows the last layer."""
         if not values.get("num_nextn_predict_layers"):
             return set()
         end = config.model.n_dense_layers + config.model.n_layers
         extra = {name for name in self._stored if name.startswith(f"model.layers.{end}.")}
         if extra:
-            log.info("left out: layer %d, which predicts a further token", end)
+            log.info("left out: layer %d, of multi-token prediction", end)
         return extra
 
     def _check_tensors(self, known):

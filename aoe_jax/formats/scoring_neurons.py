@@ -94,7 +94,7 @@ def agreement(model: Model, batches: Iterable[dict], w_score, score):
     """
 
     def observe(ctx, chosen, scores, w_score):
-        found, count = scores_of_all(SCORES[score], ctx.x, w_score), chosen.sum(axis=1)
+        found, count = scores_of_all(ctx.x, w_score, SCORES[score]), chosen.sum(axis=1)
         rank = jnp.argsort(jnp.argsort(-found, axis=1), axis=1)
         agreed = jnp.sum(chosen * (rank < count[:, None]))
         by_chance = jnp.sum(count * count) / chosen.shape[1]

@@ -18,6 +18,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2_000_000_000
 _INDEX_BYTES = 2**26  # of the index of the largest models of the hub: 20 MB
 _FILE = matching(re.compile(r"[^/\0-\x1f]+\.safetensors"), "the name of a safetensors file")
+_NAME_CHARACTERS = 1000  # the longest name of a tensor
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -88,11 +89,11 @@ def _read_header(path):
         raise UserError(f"{what} ({e}); it is no safetensors file, or damaged") from e
     stored = {}
     for name, (shape, dtype) in tensors.items():
-        if not name.isprintable():
+        if not name.isprintable() or len(name) > _NAME_CHARACTERS:
             raise UserError(f"{path}: tensor {shown(name)}: no model has such a name")
         if dtype not in _DTYPES:
             wanted = f"is of type {dtype}; only {', '.join(_DTYPES)} can be read"
-            raise UserError(f"{path}: tensor {name[:1000]} {wanted}")
+            raise UserError(f"{path}: tensor {name} {wanted}")
         stored[name] = Stored(path, name, shape, np.dtype(_DTYPES[dtype]))
     return stored
 

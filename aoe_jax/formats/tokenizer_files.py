@@ -8,19 +8,34 @@ from pathlib import Path
 import tokenizers
 
 from aoe_jax.data.tokenizer import SentencePieceTokenizer, load_tokenizer, saved_tokenizer
+from aoe_jax.formats.reading import is_model
 from aoe_jax.json_files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
 # Patterns of the tokenizer, its settings and chat templates, as models of the hub have them.
-_FILES = ("*token*.json", "tokenizer.model", "generation_config.json", "chat_template.*")
+_FILES = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.*",
+)
 
 
 def write_tokenizer(folder: Path, output: Path, max_len: int):
-    """Writes the tokenizer of a run, with settings that add no special tokens to a text, as in
-    training, and returns the special tokens for `config.json`. Raises `UserError` if the tokenizer
-    in `folder` cannot be read.
+    """Writes the tokenizer of a run or a model, and returns the special tokens for `config.json`.
+
+    That of a model has its settings; that of a run has settings that add no special tokens to a
+    text, as in training. Raises `UserError` if the tokenizer of a run cannot be read.
     """
+    if is_model(folder):
+        for pattern in _FILES:
+            for file in filter(Path.is_file, folder.glob(pattern)):
+                shutil.copyfile(file, output / file.name)
+        known = read_json(folder / "config.json")
+        return {name: known.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     tokenizer = load_tokenizer(saved_tokenizer(folder), setting="tokenizer")
     source, kind = saved_tokenizer(folder), "LlamaTokenizer"
     file = shutil.copyfile(source, output / source.name)  # without the source's permissions
@@ -56,12 +71,3 @@ def read_prefix(folder: Path, tokenizer, begin_token: int | None) -> list[int]:
     file = folder / "tokenizer_config.json"
     settings = read_json(file, "remove it to do without") if file.exists() else {}
     return [begin_token] if begin_token is not None and settings.get("add_bos_token") else []
-
-
-def copy_tokenizer(folder: Path, output: Path):
-    """Copies a model's tokenizer and its settings; returns the special tokens for `config.json`."""
-    for pattern in _FILES:
-        for file in filter(Path.is_file, folder.glob(pattern)):
-            shutil.copyfile(file, output / file.name)
-    known = read_json(folder / "config.json")
-    return {name: known.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -42,7 +42,7 @@ from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.model_card import made_of, write_card
 from aoe_jax.formats.reading import ModelReader, is_model, is_of_run, parameter_shapes, read_step
 from aoe_jax.formats.scoring_neurons import in_front
-from aoe_jax.formats.tokenizer_files import copy_tokenizer, write_tokenizer
+from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_model, write_run
 from aoe_jax.json_files import write_json
 from aoe_jax.moe.routing import TopK
@@ -160,10 +160,9 @@ def upcycle(
             before = mean_nll(model, held_out)
         if is_run:
             read, step = _of_run(model), model.step
-            special = write_tokenizer(checkpoint, partial_output, config.model.max_len)
         else:
             read, step = ModelReader(checkpoint, dense).layer, read_step(checkpoint)
-            special = copy_tokenizer(checkpoint, partial_output)
+        special = write_tokenizer(checkpoint, partial_output, config.model.max_len)
         dtype = read("embed/embedding", None).dtype.name
         values = to_json(config) | special | {"torch_dtype": dtype}
         write_model(partial_output, values, parameter_shapes(config), _upcycled(read, form))

@@ -5,8 +5,6 @@ or a layer of its own, `(x, weights, layer, ctx) -> (y, LayerStats)`. Both inher
 (`moe/routing.py`). A run has one of them as `config.routing`.
 """
 
-from functools import cache
-
 from aoe_jax.methods.capacity import Capacity
 from aoe_jax.methods.da_moe import DAMoE
 from aoe_jax.methods.dense import Dense
@@ -22,7 +20,6 @@ from aoe_jax.methods.thor import Thor
 from aoe_jax.methods.threshold import Threshold
 from aoe_jax.methods.uoe import UoE
 from aoe_jax.moe.routing import ExpertChoice, TopK, TopP
-from aoe_jax.parameters import DECODER, EXPERTS, LARGE_ROUTER, ROUTER, SHARED_EXPERT, SHARED_SCALE
 
 ROUTERS = {
     method.name: method
@@ -42,18 +39,3 @@ ROUTERS = {
     )
 }
 LAYERS = {method.name: method for method in (Dense, Capacity, UoE, Smear, Thor)}
-
-
-@cache
-def declared_parameters():
-    """Every parameter that any model has, by its path in the tree of parameters."""
-    from aoe_jax.config.experts import ExpertsConfig
-
-    experts, of_layers = ExpertsConfig(kind="router"), {}
-    for method in (ROUTERS | LAYERS).values():
-        of_layers |= method().parameters(experts)
-    of_layers |= LARGE_ROUTER | ROUTER | EXPERTS | SHARED_EXPERT | SHARED_SCALE
-    found = DECODER | {f"layers/experts/{name}": p for name, p in of_layers.items()}
-    dense = {f"layers/experts/{name}": p for name, p in Dense().parameters(experts).items()}
-    of_dense = {path: p for path, p in (DECODER | dense).items() if path.startswith("layers/")}
-    return found | {f"dense_{path}": p for path, p in of_dense.items()}

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.methods.unchosen import Unchosen
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.layer import ExpertsLayer, config_of_kind
-from aoe_jax.moe.routing import Unchosen
 from aoe_jax.parameters import EXPERTS, matrix_init
 
 

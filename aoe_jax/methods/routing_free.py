@@ -3,21 +3,20 @@ a token.
 
     G[t, i] = ReLU(score[t, i] - b[i]);  token t goes to expert i where G >= theta, with weight G
 
-b is a parameter. With f[t, i] in {0, 1} for what is active, G as 0 elsewhere, and means over the
-experts of all layers together:
+b is a parameter. f[t, i] is 1 where G >= theta and 0 elsewhere. With means over the experts of all
+layers together:
 
     L = lambda (mu mean_i(mean_t(f) mean_t(G)) + (1 - mu) mean_t(mean_i(f) mean_i(G)))
     after each step  lambda <- lambda (1 + eta)^sign(share of active pairs - K / n),  at most 1
 
-So a token has K = `experts.top_k` experts a layer on average, in whatever distribution over layers,
-experts and tokens.
+So a token has K = `experts.top_k` experts a layer on average, however they are distributed.
 
-It follows the paper; as in the authors' code, what is below theta counts as 0 in the losses, and
-lambda is at most 1. Their code also learns a factor of each score, which the paper does not have.
-With AoE this is the published method without their initialisation: norms start near sqrt(r) here.
-With micro-batches, mean_t(G) is that of each. Using a router's logits in place of norms is this
-project's addition. Logits are around 0, so few pairs are active at b = 0, and an expert that is
-never active has no gradient and stays inactive: let b start below 0.
+It follows the paper. As in the authors' code, G below theta counts as 0 in the losses, and lambda
+is at most 1. Their code also learns a factor of each score, which the paper does not have. With AoE
+this is the published method without its initialisation: norms start near sqrt(r) here. Each
+micro-batch has its own mean_t(G). Using a router's logits in place of norms is this project's
+addition. Logits are around 0, so few pairs are active at b = 0, and an expert that is never active
+has no gradient and stays inactive: start b below 0.
 
 Causal: each token is routed by itself, and lambda does not affect it. Costs n slots per token.
 """

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.config.checks import setting
-from aoe_jax.moe.balance import updated_bias
 from aoe_jax.moe.routing import Choice, FixedK, best_experts, by_token
 
 
@@ -82,9 +81,8 @@ class SigmoidTopK(FixedK):
         return {"selection_bias": jnp.zeros(experts.n_experts)}
 
     def update(self, config, state, stats, weights):
-        unit, rate = jnp.ones(stats.load.shape[0]), config.balance.bias_rate
-        bias = updated_bias(state["selection_bias"], stats.load, unit, rate)
-        return {"selection_bias": bias}, {}
+        unit = jnp.ones(stats.load.shape[0])
+        return super().update(config, state, stats._replace(score_spread=unit), weights)
 
     def check(self, config):
         experts = config.experts

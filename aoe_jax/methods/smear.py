@@ -41,10 +41,11 @@ from flax.linen import initializers
 from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.config.checks import setting
+from aoe_jax.methods.unchosen import Unchosen
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.experts import KEPT_EXPERTS, single_expert
-from aoe_jax.moe.routing import Causality, Unchosen
-from aoe_jax.moe.scoring import norms
+from aoe_jax.moe.routing import Causality
+from aoe_jax.moe.scoring import scores_of_all
 from aoe_jax.parameters import Parameter, expert_init, matrices_of, ones_init, vector, zeros_init
 
 ROUTER_SCALE = 0.01  # initial scale of the router's weights, and gain of their norm
@@ -187,7 +188,7 @@ class Smear(Unchosen):
                 v = mean_tokens(segments, token_weights)
                 if "w_gate_down" in w:
                     flat = v.reshape(-1, v.shape[-1]).astype(layer.dtype)
-                    scores = norms(flat, w["w_gate_down"]).reshape(*v.shape[:-1], -1)
+                    scores = scores_of_all(flat, w["w_gate_down"]).reshape(*v.shape[:-1], -1)
                 else:
                     scores = router_scores(v, weights)
                 scores = checkpoint_name(scores, KEPT_EXPERTS)

@@ -29,11 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from aoe_jax.config.checks import setting
+from aoe_jax.methods.unchosen import Unchosen
 from aoe_jax.model.loss import consistent_cross_entropy
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.layer import apply_experts
-from aoe_jax.moe.routing import Unchosen, by_token
+from aoe_jax.moe.routing import by_token
 from aoe_jax.parameters import matrices_of
 
 
@@ -95,7 +96,7 @@ class Thor(Unchosen):
     def training_sums(self, features, key, sum_over_targets):
         hidden, stats = jax.lax.map(features, jax.random.split(key, self.passes))
         function = partial(consistent_cross_entropy, self.consistency_weight)
-        loss, nll, divergence = sum_over_targets(function, tuple(hidden))
+        loss, nll, divergence = sum_over_targets(tuple(hidden), function)
         stats = jax.tree.map(lambda a: a.mean(axis=0), stats)
         return loss, nll / self.passes, {"divergence": divergence}, stats
 

@@ -189,6 +189,14 @@ class Decoder(nn.Module):
         return logits(hidden, table, self.output_bias if self.model.output_bias else None), stats
 
 
+def initial_params(config: Config, seed):
+    """The parameters before the first step."""
+    # A shape that the mesh divides evenly.
+    shape = (config.train.batch_size // config.train.accumulate, config.data.seq_len)
+    decoder = Decoder.from_config(config)
+    return decoder.init(jax.random.key(seed), jnp.zeros(shape, jnp.int32))["params"]
+
+
 def initial_routing_state(config: Config):
     """The routing state before the first step, `[L, ...]` by name."""
     n_layers, d_model = config.model.n_layers, config.model.d_model

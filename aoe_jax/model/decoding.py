@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aoe_jax.errors import UserError
-from aoe_jax.methods import declared_parameters
+from aoe_jax.model.declared import declared_parameters, state_shardings
 from aoe_jax.model.decoder import Decoder, DecoderLayer, dense_layer, make_norm, output_projection
 from aoe_jax.model.vocabulary import embed, logits
-from aoe_jax.sharding import state_shardings
 
 
 class Cache(NamedTuple):
@@ -22,11 +21,6 @@ class Cache(NamedTuple):
 
     layers: tuple  # `(keys, values)` of each layer, `[B, G, M, h]`
     length: jax.Array  # [B] int32, positions that count
-
-
-def decodes(decoder: Decoder):
-    """Whether a text can go through the model token by token, with a cache."""
-    return not decoder.routing.causality(decoder.experts).no_decoding
 
 
 def check_decodes(decoder: Decoder, by_token=True):

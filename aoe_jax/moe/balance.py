@@ -4,7 +4,6 @@ All in float32 at least. Functions of `[n]` also take stacked layers `[L, n]`.
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -95,14 +94,14 @@ def sequence_balance_loss(scores, routing, ctx, stride):
     counts = jnp.zeros((n_sequences, n_experts), weights.dtype)
     counts = counts.at[sequence, routing.expert].add(weights[routing.token], mode="drop")
     probability = jax.nn.softmax(scores.for_balance) * sampled[:, None]
-    within_sequence = partial(devices.total, axes=("tensor",))
-    counts, probability, n_tokens, n_sampled = within_sequence(
+    counts, probability, n_tokens, n_sampled = devices.total(
         (
             counts,
             probability.reshape(n_sequences, -1, n_experts).sum(axis=1),
             weights.reshape(n_sequences, -1).sum(axis=1),
             sampled.reshape(n_sequences, -1).sum(axis=1),
-        )
+        ),
+        ("tensor",),
     )
     load = counts / jnp.maximum(n_tokens, 1)[:, None]
     mean_probability = probability / jnp.maximum(n_sampled, 1)[:, None]

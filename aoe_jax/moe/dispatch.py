@@ -61,12 +61,12 @@ class Local:
 
         gather, gather_routing   tokens and routing of the devices that share experts
         plan, round              the slots of each round, and its rows; without a gradient
-        dispatch, groups         `[T, d]` -> rows `[R, d]`, and the rows of each expert
+        dispatch                 `[T, d]` -> rows `[R, d]`, and the rows of each expert
         row_values               from slots to rows, `[P]` -> `[R]`
         slot_values              from rows to slots, `[R]` -> `[P]`; 0 for slots without a row here
         complete                 values of slots, `[P]`, with those of other devices added
         combine                  each token's rows, summed in float32 at least: `[R, d]` -> `[T, d]`
-        further_rounds           adds the results of the rounds after the first
+        further_rounds           `first` plus `function(plan, number, args)` of later rounds
         scatter                  the transpose of `gather`: outputs to the owners of the tokens
     """
 
@@ -95,14 +95,11 @@ class Local:
     def round(self, plan, number):
         return plan
 
-    def groups(self, round):
-        return round[1].groups
-
     def dispatch(self, x, round):
         routing, rows = round
         if routing.slots_per_token is None:
-            return _take(x, rows.token)
-        return _gather_tokens(x, rows, routing.slots_per_token)
+            return _take(x, rows.token), rows.groups
+        return _gather_tokens(x, rows, routing.slots_per_token), rows.groups
 
     def row_values(self, values, round):
         return permute(values, round[1].slot, round[1].row)
@@ -121,7 +118,6 @@ class Local:
         return _sum_by_token(y, rows, routing.slots_per_token)
 
     def further_rounds(self, first, function, plan, args):
-        """`first`, the result of round 0, plus `function(plan, number, args)` of the others."""
         return first
 
 

@@ -19,18 +19,18 @@ from aoe_jax.moe.grouped_matmul import grouped_matmul
 KEPT_EXPERTS = "experts"
 
 
-def gate_pre_activations(rows, groups, w, code=None):
+def gate_pre_activations(rows, groups, w, code=None, product=grouped_matmul):
     """The gate before its SiLU: rows `[R, d]` -> `(gate [R, f], code [R, r])`.
 
     The code is the low-rank activation of a factorised gate (computed if it is not given), or None
-    for a whole gate. `groups` are the rows of each expert, as `grouped_matmul` takes them. `w` has
+    for a whole gate. `groups` are the rows of each expert, as the `product` takes them. `w` has
     `w_gate [n, d, f]`, or AoE's `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`.
     """
     if "w_gate" in w:
-        return checkpoint_name(grouped_matmul(rows, w["w_gate"], groups), KEPT_EXPERTS), None
+        return checkpoint_name(product(rows, w["w_gate"], groups), KEPT_EXPERTS), None
     if code is None:
-        code = checkpoint_name(grouped_matmul(rows, w["w_gate_down"], groups), KEPT_EXPERTS)
-    return grouped_matmul(code, w["w_gate_up"], groups), code
+        code = checkpoint_name(product(rows, w["w_gate_down"], groups), KEPT_EXPERTS)
+    return product(code, w["w_gate_up"], groups), code
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -45,16 +45,15 @@ first_neurons.defvjp(
 )
 
 
-def swiglu(rows, gate, row_weight, groups, w):
+def swiglu(rows, gate, row_weight, groups, w, product=grouped_matmul):
     """`(weight SiLU(gate) * (x W_up)) W_down` of each row: `[R, d]`; zero for rows of no expert.
 
-    The weight is applied before `W_down`, so its gradient needs no expert's output. `rows [R, d]`
-    and `gate [R, f]` are in expert order, and `groups` are the rows of each expert.
-    `row_weight [R]`, float32, is the weight of a row's expert in the output of its token. `w` has
-    the matrices `w_up [n, d, f]` and `w_down [n, f, d]`.
+    `row_weight [R]`, float32, is the weight of a row's expert in the output of its token. It is
+    applied before `W_down`, so its gradient needs no expert's output. `rows [R, d]` and
+    `gate [R, f]` are in expert order, and `groups` are the rows of each expert.
     """
-    up = checkpoint_name(grouped_matmul(rows, w["w_up"], groups), KEPT_EXPERTS)
-    return grouped_matmul(weighted_product(gate, up, row_weight), w["w_down"], groups)
+    up = checkpoint_name(product(rows, w["w_up"], groups), KEPT_EXPERTS)
+    return product(weighted_product(gate, up, row_weight), w["w_down"], groups)
 
 
 def single_expert(x, w):

@@ -24,7 +24,7 @@ from aoe_jax.moe.experts import (
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.parallel import collectives
 from aoe_jax.moe.parallel.transports import is_local, make_transport
-from aoe_jax.moe.routing import Context, Method, TopK, softmax_over_chosen
+from aoe_jax.moe.routing import Context, Method, TopK
 from aoe_jax.moe.scoring import SCORES, aoe_scores, router_scores, score_columns
 from aoe_jax.parameters import LARGE_ROUTER, ROUTER, SHARED_EXPERT, matrices_of, shared_expert
 from aoe_jax.sharding import AXES, MeshAxes, spec_of
@@ -37,12 +37,11 @@ def moe_block(x, weights, layer, ctx):
     parameters by name, on a mesh this device's pieces.
     """
     with jax.named_scope("score"):
+        score, with_score = router_scores, weights
         if layer.experts.kind == "aoe":
             w_score = score_columns(weights, layer.experts, ctx.devices)
-            with_score = weights | {"w_score": w_score}
-            scores = aoe_scores(x, with_score, layer, ctx)
-        else:
-            with_score, scores = weights, router_scores(x, weights, layer, ctx)
+            score, with_score = aoe_scores, weights | {"w_score": w_score}
+        scores = score(x, with_score, layer, ctx)
     with jax.named_scope("route"):
         routing = layer.routing(scores.values, with_score, ctx)
     with jax.named_scope("balance"):
@@ -79,11 +78,11 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
     `weights` are the matrices of experts by name; `code [T, n, r]` are AoE's codes, if kept.
     """
     with jax.named_scope("plan"):
-        n_tokens = x.shape[0]
-        transport = make_transport(ctx.devices, routing, layer.experts, layer.routing, n_tokens)
+        transport = make_transport(ctx.devices, routing, layer.experts, layer.routing, x.shape[0])
         routing = transport.gather_routing(routing)
         plan = transport.plan(routing)
         n_slots = routing.expert.shape[0]
+    product = partial(grouped_matmul, backend=layer.experts.grouped_matmul)
 
     def rows_through_experts(x, slot_weight, weights, code):
         # Weights are gathered and cast in here, where the backward pass does it again: neither
@@ -93,22 +92,24 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
         with jax.named_scope("dispatch"):
             x = transport.gather(x)
             round = transport.round(plan, 0)
-            rows, groups = transport.dispatch(x, round), transport.groups(round)
+            rows, groups = transport.dispatch(x, round)
         with jax.named_scope("experts"):
             row_code = None if code is None else take_code(code, round)
-            gate, row_code = gate_pre_activations(rows, groups, w, row_code)
+            gate, row_code = gate_pre_activations(rows, groups, w, row_code, product)
             if layer.sparse_scoring:  # the chosen scores again, now with a gradient
                 gate, scores = layer.row_scores(gate, row_code, ctx.devices)
                 scores = transport.slot_values(scores, round, n_slots)
                 w_score = score_columns(w, layer.experts, ctx.devices)
-                further = partial(_scores_of_round, transport, SCORES[layer.experts.score], n_slots)
+                score = SCORES[layer.experts.score]
+                further = partial(_scores_of_round, transport, product, score, n_slots)
                 scores = transport.further_rounds(scores, further, plan, (x, w_score))
-                scores = transport.complete(scores)
-                slot_weight = softmax_over_chosen(scores, routing.slots_per_token)
-            y = swiglu(rows, gate, transport.row_values(slot_weight, round), groups, w)
+                scores = transport.complete(scores).reshape(-1, routing.slots_per_token)
+                slot_weight = jax.nn.softmax(scores).reshape(-1)
+            row_weight = transport.row_values(slot_weight, round)
+            y = swiglu(rows, gate, row_weight, groups, w, product)
         with jax.named_scope("combine"):
             y = transport.combine(y, round, x.shape[0])
-        further = partial(_outputs_of_round, transport)
+        further = partial(_outputs_of_round, transport, product)
         y = transport.further_rounds(y, further, plan, (x, slot_weight, w))
         with jax.named_scope("combine"):
             return transport.scatter(y)
@@ -117,19 +118,19 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
     return run(x, routing.weight, weights, code)
 
 
-def _scores_of_round(transport, score, n_slots, plan, number, args):
+def _scores_of_round(transport, product, score, n_slots, plan, number, args):
     x, w_score = args
     round = transport.round(plan, number)
-    code = grouped_matmul(transport.dispatch(x, round), w_score, transport.groups(round))
-    return transport.slot_values(score(code), round, n_slots)
+    rows, groups = transport.dispatch(x, round)
+    return transport.slot_values(score(product(rows, w_score, groups)), round, n_slots)
 
 
-def _outputs_of_round(transport, plan, number, args):
+def _outputs_of_round(transport, product, plan, number, args):
     x, slot_weight, w = args
     round = transport.round(plan, number)
-    rows, groups = transport.dispatch(x, round), transport.groups(round)
-    gate, _ = gate_pre_activations(rows, groups, w)
-    y = swiglu(rows, gate, transport.row_values(slot_weight, round), groups, w)
+    rows, groups = transport.dispatch(x, round)
+    gate, _ = gate_pre_activations(rows, groups, w, product=product)
+    y = swiglu(rows, gate, transport.row_values(slot_weight, round), groups, w, product)
     return transport.combine(y, round, x.shape[0])
 
 
@@ -169,8 +170,7 @@ class ExpertsLayer(nn.Module):
           token_weights: `[...]`, 1 for a token that counts in statistics and balance losses, 0 for
             padding; None: all count.
           routing_state: `Method.state` of this layer; None: that before training.
-          attention_peaks: `[..., H]`, see `routing.Context`; a method that needs them and gets none
-            raises a ValueError.
+          attention_peaks: `[..., H]`, see `routing.Context`; required if the method needs them.
           layer_index: the number of the layer in its model.
           positions: `[...]` int32, in the sequences; None: counted along the last axis but d.
 
@@ -179,6 +179,7 @@ class ExpertsLayer(nn.Module):
           statistics have a gradient only where `balance` has a loss.
         """
         method, d = self.routing, x.shape[-1]
+        function = moe_block if self.experts.kind in ("aoe", "router") else method
         if method.needs_attention_peaks and attention_peaks is None:
             raise ValueError(f"router {method.name!r} needs attention_peaks")
         sizes = self.experts.sizes(d)
@@ -210,7 +211,7 @@ class ExpertsLayer(nn.Module):
                 positions=flat(positions),
                 layer_index=layer_index,
             )
-            y, stats = self.block(ctx.x, weights, self, ctx)
+            y, stats = function(ctx.x, weights, self, ctx)
             per_token = jax.tree.map(lambda a: a.reshape(x.shape[:-1]), stats.per_token)
             return y.reshape(x.shape), stats._replace(per_token=None), per_token
 
@@ -239,11 +240,6 @@ class ExpertsLayer(nn.Module):
         return nn.with_partitioning(init, tuple(spec))
 
     @property
-    def block(self):
-        """The function that computes the layer: `(x, weights, layer, ctx) -> (y, stats)`."""
-        return moe_block if self.experts.kind in ("aoe", "router") else self.routing
-
-    @property
     def parameters(self):
         """The parameters by name, `Parameter`s, in the order in which they are drawn."""
         e = self.experts
@@ -261,8 +257,7 @@ class ExpertsLayer(nn.Module):
         return self.experts.sparse_scoring(self.routing)
 
     def statistics(self, scores, routing, weights, ctx):
-        for_balance = self.routing.balance_logits(scores.for_balance)
-        scores = scores._replace(for_balance=for_balance)
+        scores = scores._replace(for_balance=self.routing.balance_logits(scores.for_balance))
         stats = balance.statistics(scores, routing, self.balance, ctx)
         if self.observe is None:
             return stats
@@ -307,9 +302,7 @@ def config_of_kind(kind, experts):
 
 
 def AoELayer(experts: ExpertsConfig | None = None, **settings: Any) -> ExpertsLayer:
-    """An `ExpertsLayer` of Autonomy-of-Experts (Algorithm 2): experts ranked by the norm of their
-    own activations, without a router. `aoe_jax.AoE` takes plain arguments instead.
-    """
+    """An `ExpertsLayer` of AoE (Algorithm 2); `aoe_jax.AoE` takes plain arguments instead."""
     return ExpertsLayer(config_of_kind("aoe", experts), **settings)
 
 

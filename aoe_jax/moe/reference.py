@@ -21,8 +21,7 @@ def l2_norm(c):
 
 
 def top_k_weights(p, top_k, norm_topk_prob=True):
-    """Weights `[T, n]` of token-choice top-K on scores `p [T, n]`; ties go to the lower expert
-    number.
+    """Weights `[T, n]` of top-k by scores `p [T, n]`; ties go to the lower expert number.
 
     `norm_topk_prob` takes the softmax over the K chosen scores (the paper); without it, the softmax
     over all n, not normalised again (the authors' released code).
@@ -37,9 +36,7 @@ def top_k_weights(p, top_k, norm_topk_prob=True):
 
 
 def top_p_weights(p, threshold):
-    """Weights `[T, n]` of top-p (Huang et al. 2024): the most probable experts until their sum
-    exceeds the threshold.
-    """
+    """Weights `[T, n]` of top-p: the most probable experts until their sum passes the threshold."""
 
     def weights_of_token(p):
         probability = jax.nn.softmax(p)
@@ -55,9 +52,7 @@ def top_p_weights(p, threshold):
 
 
 def expert_choice_weights(p, capacity):
-    """Weights `[T, n]` of expert choice (Zhou et al. 2022): each expert takes the `capacity` tokens
-    that rate it highest.
-    """
+    """Weights `[T, n]` of expert choice: an expert takes its `capacity` tokens of highest score."""
     probability = jax.nn.softmax(p, axis=-1)
     columns = []
     for i in range(p.shape[1]):

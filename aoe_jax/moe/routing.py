@@ -88,7 +88,7 @@ class Method(Group):
     group = "routing"
     name: ClassVar[str]
     needs_attention_peaks: ClassVar[bool] = False
-    passes: ClassVar[int] = 1  # forward passes of a training step; if more, see `training_sums`
+    passes: ClassVar[int] = 1  # forward passes of a training step, see `training_sums`
 
     def causality(self, experts) -> Causality:
         """Whether the method is causal with the sizes of `experts`."""
@@ -97,11 +97,6 @@ class Method(Group):
     def choice(self, experts) -> Choice | None:
         """How tokens choose; None: they do not, and one expert (or a merged one) processes each."""
         return Choice()
-
-    def experts_per_token(self, experts):
-        """`Choice.per_token`; 1 where tokens do not choose."""
-        choice = self.choice(experts)
-        return choice.per_token if choice else 1
 
     def balance_logits(self, scores):
         """The logits whose softmax is the probability of an expert in balance losses: `[T, n]`."""
@@ -128,13 +123,15 @@ class Method(Group):
         return {}
 
     def training_sums(self, features, key, sum_over_targets):
-        """The loss of a batch by several `passes`, as sums over targets.
+        """The loss of a batch as sums over targets; by default the cross-entropy of one pass.
 
         `features` is `key -> (hidden [B, S, d], LayerStats)`, one pass, and `sum_over_targets` is
-        `(function of hidden, table, targets, weights; hidden) -> sums`. Returns
-        `(loss, nll, further sums by name, LayerStats)`.
+        `(hidden, function of hidden, table, targets, weights) -> sums`, where the default function
+        is the cross-entropy. Returns `(loss, nll, further sums by name, LayerStats)`.
         """
-        raise NotImplementedError
+        hidden, stats = features(key)
+        nll = sum_over_targets(hidden)
+        return nll, nll, {}, stats
 
     def update(self, config, state, stats, weights) -> tuple[dict, dict]:
         """`(state, parameters that the method itself changes, by name)` after a step.
@@ -165,11 +162,6 @@ def by_mask(chosen, weight):
     return by_token(expert, jnp.where(chosen, weight, 0))
 
 
-def softmax_over_chosen(values, slots_per_token):
-    """Softmax over each token's slots: `[P]` -> `[P]`."""
-    return jax.nn.softmax(values.reshape(-1, slots_per_token)).reshape(-1)
-
-
 def best_experts(scores, k, bias=None):
     """The k experts of highest score plus bias, the lower number first in ties: `[T, k]`."""
     ranked = jax.lax.stop_gradient(scores if bias is None else scores + bias)
@@ -189,19 +181,6 @@ def top_k(scores, k, norm_topk_prob=True, bias=None):
     return by_token(expert, jnp.take_along_axis(jax.nn.softmax(scores), expert, axis=1))
 
 
-class Unchosen(Method):
-    """The base of layers whose tokens choose no experts."""
-
-    def choice(self, experts):
-        return None
-
-    def check(self, config):
-        config.balance.refuse_losses(f"a {self.name} layer has no load to balance; set it to 0")
-        if config.mesh.transport == "all_to_all":
-            wanted = f"is not implemented for experts.kind={self.name!r}; leave it at 'ring'"
-            config.mesh.refuse("transport", wanted)
-
-
 class FixedK(Method):
     """The base of routers that give every token `experts.top_k` experts.
 
@@ -217,8 +196,6 @@ class FixedK(Method):
         return {"selection_bias": jnp.zeros(experts.n_experts)} if balance.bias_rate else {}
 
     def update(self, config, state, stats, weights):
-        if "selection_bias" not in state:
-            return state, {}
         rate = config.balance.bias_rate
         bias = updated_bias(state["selection_bias"], stats.load, stats.score_spread, rate)
         return {"selection_bias": bias}, {}
@@ -264,8 +241,6 @@ class ExpertChoice(Method):
 
     C is the number of tokens of the batch times `capacity_factor / n`, rounded up. Weights are the
     softmax over experts, not normalised again. Padding is never taken and does not count for C.
-
-    Not causal, so its training loss cannot be compared with that of token choice.
     """
 
     name = "expert_choice"

@@ -53,7 +53,7 @@ def aoe_scores(x, weights, layer, ctx):
         both = devices.score(partial(sparse_scores, score=score, stride=stride), x, w)
         return Scores(*(checkpoint_name(scores, KEPT_ROUTING) for scores in both))
     if not layer.keeps_code(devices):
-        (values,) = devices.score(lambda x, w: (scores_of_all(score, x, w),), x, w)
+        (values,) = devices.score(lambda x, w: (scores_of_all(x, w, score),), x, w)
         return Scores.of(values, stride)
 
     def codes(x, w):
@@ -73,12 +73,14 @@ def score_columns(weights, experts, devices):
 
 
 def router_scores(x, weights, layer, ctx):
-    """The logits of a router for tokens `x [T, d]` (Algorithm 1), as `Scores`."""
+    """The logits of a router for tokens `x [T, d]` (Algorithm 1), as `Scores`.
+
+    Those of the "large router" ablation (Table 2, row 4) are `SiLU(x W_hidden) W_router`. The paper
+    gives only its parameter count, about `n r d`; one hidden layer is this project's reading.
+    """
     if "w_router_hidden" in weights:
-        logits = large_router_logits(x, weights["w_router_hidden"], weights["w_router"])
-    else:
-        logits = router_logits(x, weights["w_router"])
-    return Scores.of(logits, layer.balance.aux_stride)
+        x = jax.nn.silu(router_logits(x, weights["w_router_hidden"]))
+    return Scores.of(router_logits(x, weights["w_router"]), layer.balance.aux_stride)
 
 
 def codes_of_all(x, w_score, dtype=None):
@@ -134,7 +136,7 @@ def largest(c):
 SCORES = {"norm": activation_norms, "max": largest}
 
 
-def scores_of_all(score, x, w_score):
+def scores_of_all(x, w_score, score=activation_norms):
     """The scores of all experts: `x [T, d]`, `w_score [n, d, r]` of any dtype -> `[T, n]`.
 
     A single activation in bfloat16 often equals that of another expert, and ties would favour the
@@ -142,11 +144,6 @@ def scores_of_all(score, x, w_score):
     """
     dtype = jnp.promote_types(x.dtype, jnp.float32) if score is largest else None
     return score(codes_of_all(x, w_score.astype(x.dtype), dtype))
-
-
-def norms(x, w_score):
-    """`scores_of_all` by the norm, the paper's."""
-    return scores_of_all(activation_norms, x, w_score)
 
 
 def sparse_scores(x, w_score, score, stride):
@@ -162,7 +159,7 @@ def sparse_scores(x, w_score, score, stride):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _sparse_scores(x, w_score, score, stride):
-    values = scores_of_all(score, x, w_score)
+    values = scores_of_all(x, w_score, score)
     return values, values[::stride]
 
 
@@ -171,7 +168,7 @@ def _sparse_scores_forward(x, w_score, score, stride):
 
 
 def _sparse_scores_backward(score, stride, residuals, g):
-    _, pull_back = jax.vjp(partial(scores_of_all, score), *residuals)
+    _, pull_back = jax.vjp(partial(scores_of_all, score=score), *residuals)
     d_x, d_w = pull_back(g[1])
     after = g[0].shape[0] - 1 - (residuals[0].shape[0] - 1) * stride
     padding = [(0, after, stride - 1), (0, 0, 0)]
@@ -185,12 +182,3 @@ def router_logits(x, w_router):
     """Router logits `x W_router`, float32 at least: `x [T, d]`, `w_router [d, n]` -> `[T, n]`."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.matmul(x.astype(dtype), w_router.astype(dtype), precision=jax.lax.Precision.HIGHEST)
-
-
-def large_router_logits(x, w_hidden, w_router):
-    """Logits of the "large router" ablation (Table 2, row 4): `SiLU(x W_hidden) W_router`.
-
-    The paper gives only the parameter count, about `n r d`; one hidden layer is this project's
-    reading. `x [T, d]`, `w_hidden [d, m]`, `w_router [m, n]` -> `[T, n]` float32 at least.
-    """
-    return router_logits(jax.nn.silu(router_logits(x, w_hidden)), w_router)

@@ -59,8 +59,7 @@ def abstract_batch(config, n_rows, split=None):
 
 
 def plan(config: Config, generation, devices, compiles=True, chip=None):
-    """Compiles the train step of a configuration, whose mesh is filled in, for the devices of a
-    topology.
+    """Compiles the train step of a configuration for the devices of a topology.
 
     `generation` is a name of `hardware.CHIPS`, and `chip` the figures of a device as a
     `hardware.Chip`; None: those of the generation. Unless it `compiles`, the step is only traced,
@@ -73,6 +72,7 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
     optimised program. Bytes and FLOPs are per device and step.
     """
     n_devices = len(devices)
+    config = sharding.fill_mesh(config, n_devices)
     chip = chip or chip_part(generation, devices)
     mesh = sharding.make_mesh(config, devices)
     fits = likely = text = None
@@ -238,6 +238,7 @@ def suggest(config: Config, generation, devices):
     meshes with fewer copies of the model are tried, since they split the state further, and every
     mesh splits the batch over all axes except tensor.
     """
+    config = sharding.fill_mesh(config, len(devices))
     others = [c for c in candidates(config, len(devices)) if c.mesh.data < config.mesh.data]
     for changed in others[:SUGGESTIONS]:
         log.info("trying %s", changed.mesh)

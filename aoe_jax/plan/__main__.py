@@ -13,7 +13,6 @@ meshes, the nearest first.
 """
 
 from functools import partial
-from pathlib import Path
 
 from absl import flags
 
@@ -21,7 +20,6 @@ from aoe_jax import cli
 from aoe_jax.hardware import topology_devices
 from aoe_jax.json_files import write_json
 from aoe_jax.plan import plan, suggest, table
-from aoe_jax.sharding import fill_mesh
 
 _CONFIG = cli.define_config_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:16x16 or h100:8")
@@ -34,16 +32,16 @@ _JSON = flags.DEFINE_string("json", None, "a file for the report")
 
 def main():
     config, topology = cli.parsed_config(_CONFIG), cli.required(_TOPOLOGY)
+    file = cli.file_to_write(_JSON)
     generation, devices = topology_devices(topology, _SLICES.value)
-    config = fill_mesh(config, len(devices))
     report = plan(config, generation, devices)
     print(table(report))
     if not report["fits"] and _SUGGEST.value:
         better = report["suggestion"] = suggest(config, generation, devices)
         found = f"this mesh fits:\n{table(better)}" if better else "no other mesh was found to fit"
         print(f"\n{found}")
-    if _JSON.value:
-        write_json(Path(_JSON.value), report)
+    if file:
+        write_json(file, report)
     return 0 if report["fits"] else 3
 
 

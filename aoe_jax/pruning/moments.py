@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from aoe_jax.evaluation.models import Model
-from aoe_jax.moe import scoring
+from aoe_jax.moe.scoring import scores_of_all
 from aoe_jax.sharding import replicated
 from aoe_jax.training.step import features
 
@@ -140,7 +140,7 @@ def _score_sums(ctx, chosen, scores, given):
 def _merged_sums(ctx, chosen, scores, given):
     """Sums `[D]` of the merged experts' scores over their own tokens and over all, with counts."""
     (w_gate_down, members), token_weights = given, ctx.token_weights
-    own, norms = chosen @ members, scoring.norms(ctx.x, w_gate_down)
+    own, norms = chosen @ members, scores_of_all(ctx.x, w_gate_down)
     of_all = _product("t,td->d", token_weights, norms)
     n_all = jnp.full_like(of_all, token_weights.sum())
     return ctx.devices.total(((own * norms).sum(axis=0), own.sum(axis=0), of_all, n_all))

@@ -14,8 +14,7 @@ from aoe_jax.evaluation.calibration import calibration_batches, evaluator
 from aoe_jax.evaluation.models import Model, load_model, source_config
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.model_card import made_of, write_card
-from aoe_jax.formats.reading import is_model
-from aoe_jax.formats.tokenizer_files import copy_tokenizer, write_tokenizer
+from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_arrays, write_run
 from aoe_jax.json_files import write_json
 from aoe_jax.load_figures import load_entropy
@@ -81,7 +80,9 @@ def prune(
         report |= {"nll": nll, "layers": layers}
         # The mesh of the run may not divide D.
         config = dataclasses.replace(_pruned(source_config(workdir), n_experts), mesh=MeshConfig())
-        values = _write(workdir, partial_output, model.step, config, params)
+        values = to_json(config) | write_tokenizer(workdir, partial_output, config.model.max_len)
+        write_arrays(partial_output, values, params, {}, None)
+        write_run(partial_output, workdir, model.step, config)
         write_json(partial_output / "prune.json", report)
         counts = f"{model.config.experts.n_experts} experts of a layer became {n_experts}"
         result = f"{counts} by `{method}`; validation nll: {_nll(report)}"
@@ -142,17 +143,6 @@ def _pruned(config, n_experts):
     experts = dataclasses.replace(config.experts, n_experts=n_experts)
     balance = dataclasses.replace(config.balance, bias_rate=0.0)
     return dataclasses.replace(config, experts=experts, balance=balance)
-
-
-def _write(workdir, directory, step, config, params):
-    values = to_json(config)
-    if is_model(workdir):
-        values |= copy_tokenizer(workdir, directory)
-    else:
-        values |= write_tokenizer(workdir, directory, config.model.max_len)
-    write_arrays(directory, values, params, {}, None)
-    write_run(directory, workdir, step, config)
-    return values
 
 
 def prune_table(report):

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from tqdm.utils import ObjectWrapper
 
 MAX_EXPERTS = 32  # with more, the line shows no columns
 _STATUS_WIDTH = len("validating")
@@ -19,24 +18,6 @@ def load_columns(load):
     """The loads of experts `[n]` as a text of n columns; half of the height is the mean load."""
     height = load * len(_COLUMNS) / max(2 * load.mean(), 1e-9)
     return "".join(_COLUMNS[min(int(h), len(_COLUMNS) - 1)] for h in height)
-
-
-class _Forgiving(ObjectWrapper):
-    """A file that drops what cannot be written; tqdm would keep its lock after an exception."""
-
-    def write(self, text):
-        with contextlib.suppress(OSError, ValueError):
-            self._wrapped.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError):
-            self._wrapped.flush()
-
-    def __eq__(self, other):
-        return self._wrapped == other  # so tqdm knows that the log goes to the same terminal
-
-    def __hash__(self):
-        return hash(self._wrapped)
 
 
 class Bar:
@@ -54,7 +35,6 @@ class Bar:
                 total=steps,
                 initial=first_step,
                 desc=self._status,
-                file=_Forgiving(sys.stderr),
                 bar_format=_FORMAT,
                 dynamic_ncols=True,
                 leave=False,

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import math
 import time
@@ -17,7 +18,7 @@ from aoe_jax.distributed import all_agree, gathered, together
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.json_files import read_metrics
 from aoe_jax.paths import is_remote, move, unused
-from aoe_jax.training.checkpoint_content import SECOND_LOOK, Damaged, beside_arrays, read_checkpoint
+from aoe_jax.training.checkpoint_content import PROGRESS, Damaged, beside_arrays, read_checkpoint
 from aoe_jax.training.save_barrier import SaveBarrier
 
 log = logging.getLogger(__name__)
@@ -75,11 +76,13 @@ class Checkpoints:
         if config is not None:
             self.open(config, max(self.steps(), default=0))
 
-    def open(self, config: CheckpointConfig, saved: int):
+    def open(self, config: CheckpointConfig, saved: int, is_in_place=lambda: True):
         """Begins to save in a run that goes on from the checkpoint of step `saved`, 0 for none; all
-        processes call it together. Validation nlls of later steps are forgotten.
+        processes call it together. Validation nlls of later steps are forgotten. `is_in_place` says
+        in process 0 whether the workdir is still that of the run: where a disk was mounted, a save
+        would make the same folders in its mount point.
         """
-        self._config = config
+        self._config, self._is_in_place = config, is_in_place
         self.saved = saved  # the step of the newest checkpoint that is known to be complete
         self._nlls = {step: nll for step, nll in self._nlls.items() if step <= saved}
         self._open()
@@ -87,10 +90,9 @@ class Checkpoints:
     def _open(self):
         with together():
             if jax.process_index() == 0:
+                faults.patiently(f"{self.directory} cannot be made", self._make_folder)
                 problem = f"an unfinished save in {self.directory} cannot be deleted"
                 faults.patiently(problem, self._delete_half_saves)
-                problem = f"{self.directory} cannot be made"
-                faults.patiently(problem, lambda: self.directory.mkdir(parents=True, exist_ok=True))
         alone = jax.process_count() == 1
         saving = ocp.AsyncOptions(
             timeout_secs=int(self._config.timeout),
@@ -107,6 +109,12 @@ class Checkpoints:
                 lambda: _Manager(self.directory, options=options),
             )
         self._manager = manager
+
+    def _make_folder(self):
+        if not self._is_in_place():
+            problem = "the workdir is gone or was taken over; is its disk mounted?"
+            raise OSError(errno.ESTALE, problem)
+        self.directory.mkdir(parents=True, exist_ok=True)
 
     def _delete_half_saves(self):
         """Deletes the unfinished saves of killed runs and of failed saves, which fill the disk."""
@@ -138,6 +146,8 @@ class Checkpoints:
 
     def _complete_steps(self):
         if not self.directory.exists():
+            if not is_remote(self.directory) and self.directory.is_symlink():
+                raise OSError(errno.ESTALE, "it is a link to nothing; is its disk mounted?")
             return []
         if not self.directory.is_dir():
             raise UserError(f"{self.directory} is a file; move it away, and bring the folder back")
@@ -167,7 +177,7 @@ class Checkpoints:
                 f"--step=best: no checkpoint of {workdir} has a validation nll; train with "
                 "checkpoint.keep_best"
             )
-        if not which.isdecimal() or int(which) not in steps:
+        if which not in map(str, steps):
             raise UserError(
                 f"--step={which}: {workdir} has checkpoints of steps "
                 f"{', '.join(map(str, steps))}; or give newest, best"
@@ -181,7 +191,7 @@ class Checkpoints:
         or if the save before this one failed, it returns when this one has succeeded. Raises
         `MachineFault` if nothing could be saved for `faults.retry_seconds`.
         """
-        wait = not self._finish() or wait
+        wait = not self.finish() or wait
         state = vars(state)
         run = beside_arrays(state, data_state, dataclasses.asdict(progress))
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
@@ -191,12 +201,17 @@ class Checkpoints:
                 if self._is_complete(step):
                     self._failed, self.saved = False, step
                     return
-            self._saving, self._problem = step, None
-            # Several processes wait for each other in there, so a fault of one must end the run.
-            alone = jax.process_count() == 1
-            with self._problem_kept() if alone else contextlib.nullcontext():
-                self._manager.save(step, args=args, force=True)  # at any step
-            if not wait or self._finish():
+            self._saving, self._problem = None, None
+            if not self._can_make_folders():
+                self._failed = True
+                log.warning(f"checkpoint {self._path(step)} cannot be saved: {self._why()}")
+            else:
+                self._saving = step
+                # Processes wait for each other in there, so a fault of one must end the run.
+                alone = jax.process_count() == 1
+                with self._problem_kept() if alone else contextlib.nullcontext():
+                    self._manager.save(step, args=args, force=True)  # at any step
+            if not wait or self.finish():
                 return
             # The clocks of processes differ, and all must go on or end.
             if not all_agree(pause is not None):
@@ -206,21 +221,37 @@ class Checkpoints:
                 )
             time.sleep(pause)
 
-    def _finish(self):
+    def _can_make_folders(self):
+        """Whether process 0 can make the folder of a checkpoint; if that failed in the background,
+        the other processes would wait 300 s.
+        """
+        if jax.process_count() == 1 or is_remote(self.directory):
+            return True
+        if jax.process_index() == 0:
+            folder = self.directory / f"probe{ocp.utils.TMP_DIR_SUFFIX}"  # see _delete_half_saves
+            with self._problem_kept():
+                folder.mkdir(exist_ok=True)
+                folder.rmdir()
+        return all_agree(self._problem is None)
+
+    def finish(self):
         """Waits for the save in the background; returns whether it succeeded in all processes."""
         if self._saving is None:
             return not self._failed
         with self._problem_kept():
             self._manager.wait_until_finished()
         step, self._saving = self._saving, None
-        self._failed = not all_agree(self._problem is None)
+        has_problem = not all_agree(self._problem is None)
+        if has_problem:
+            self._close()
+        self._failed = not self._is_complete(step)
         if self._failed:
             self._close()
-            self._failed = not self._is_complete(step)
+        else:
+            self.saved = step
+        if has_problem or self._failed:
             result = "cannot be saved" if self._failed else "is complete, but other work failed"
             log.warning(f"checkpoint {self._path(step)} {result}: {self._why()}")
-        if not self._failed:
-            self.saved = step
         return not self._failed
 
     def _close(self):
@@ -237,10 +268,14 @@ class Checkpoints:
                 log.warning("in the save that failed: %s", faults.reason(e))
 
     def _is_complete(self, step):
+        def look():
+            is_there = self._is_in_place() and step in self._complete_steps()
+            return is_there and self._is_in_place()
+
         is_there = False
         with together(), contextlib.suppress(OSError):
-            # Process 0 alone gives a complete checkpoint its name.
-            is_there = jax.process_index() == 0 and step in self._complete_steps()
+            if jax.process_index() == 0:  # which gives a complete checkpoint its name
+                is_there = faults.patiently(f"{self._path(step)} cannot be read", look)
         return bool(gathered(is_there)[0])
 
     @contextlib.contextmanager
@@ -248,23 +283,26 @@ class Checkpoints:
         try:
             yield
         except Exception as e:  # of Orbax, tensorstore, JAX and clients of stores
-            if not faults.is_fault(e):
+            # The folder of the checkpoints was there: its disk may be away.
+            if not faults.is_fault(e) and not isinstance(e, FileNotFoundError):
                 raise
             self._problem = self._problem or e
 
     def _why(self):
-        return faults.reason(self._problem) if self._problem else "another process failed"
+        if self._problem:
+            return faults.reason(self._problem)
+        return "another process failed, or the workdir is gone or was taken over"
 
     def has_failed(self):
         """Whether the newest save failed; several processes find that out at their next save."""
         alone = jax.process_count() == 1
         if alone and self._saving and (self._problem or not self._manager.is_saving_in_progress()):
-            self._finish()
+            self.finish()
         return self._failed
 
     def close(self):
         """Waits for the save in the background. Raises `MachineFault` if it failed."""
-        if not self._finish():
+        if not self.finish():
             raise MachineFault(f"the newest checkpoint cannot be saved: {self._why()}")
         if self._manager:
             self._manager.close()
@@ -289,7 +327,7 @@ class Checkpoints:
                 looked = time.monotonic()
                 with together():
                     check_place()
-                was_there = all_agree(time.monotonic() - looked < SECOND_LOOK / 4)
+                was_there = all_agree(time.monotonic() - looked < faults.SECOND_LOOK / 4)
                 if not was_there and step != looked_again:
                     looked_again = step
                     continue
@@ -319,8 +357,7 @@ class Checkpoints:
         """
         state, run = read_checkpoint(self._path(step), vars(abstract_state))
         state = dataclasses.replace(abstract_state, **state)
-        names = [field.name for field in dataclasses.fields(Progress)]
-        progress = Progress(**{name: run["progress"].get(name) for name in names})
+        progress = Progress(**{name: run["progress"].get(name) for name in PROGRESS})
         return state, progress, run["data"]
 
     def restore_model(self, step, abstract_state):

@@ -15,7 +15,6 @@ from aoe_jax.json_files import COUNT, NUMBER, TEXT, Kind, misfit, or_none, read_
 from aoe_jax.paths import is_remote
 from aoe_jax.training.fingerprints import by_path, fingerprints
 
-SECOND_LOOK = 1.0  # seconds before another try: a network disk may show a new file late
 _RUN_BYTES = 2**24  # the largest file beside the state
 _ARRAY = Kind(
     "a shape, a dtype and a fingerprint", lambda value: isinstance(value, list) and len(value) == 3
@@ -80,7 +79,7 @@ def _read_twice(path, wanted):
     try:
         return _read_alone(path, wanted)
     except Damaged:
-        time.sleep(SECOND_LOOK)
+        time.sleep(faults.SECOND_LOOK)
         return _read_alone(path, wanted)
 
 

@@ -4,7 +4,7 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aoe_jax.distributed import gathered
 from aoe_jax.errors import MachineFault
@@ -57,7 +57,13 @@ def _sum(a):
 def local_fingerprints(tree):
     """The fingerprints of the pieces of arrays that are on the devices of this process."""
     pieces = [piece.data for leaf in jax.tree.leaves(tree) for piece in leaf.addressable_shards]
-    return jax.device_get([_sum_of_one(piece) for piece in pieces])
+    return jax.device_get([_sum_of_piece(piece) for piece in pieces])
+
+
+def _sum_of_piece(piece):
+    # Its device is not all of the mesh of the run.
+    with jax.set_mesh(Mesh([piece.device], "piece")):
+        return _sum_of_one(piece)
 
 
 _sum_of_one = jax.jit(_sum)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from aoe_jax import faults
 from aoe_jax.errors import DivergedError
-from aoe_jax.faults import Tolerated, is_fault, pauses
 from aoe_jax.json_files import write_json
 from aoe_jax.load_figures import dead_experts
 from aoe_jax.paths import is_remote
@@ -100,16 +100,19 @@ class Heartbeat:
     began: float | None = None  # the time when the run began for the first time
     status: str | None = None
     moved: float = -math.inf  # the time of the newest call, on the monotonic clock
+    slowest: float = 0.0  # seconds of the longest of the newest steps
     _written: float = -math.inf
-    _tolerated: Tolerated = field(default_factory=lambda: Tolerated("heartbeat.json"))
+    _tolerated: faults.Tolerated = field(default_factory=lambda: faults.Tolerated("heartbeat.json"))
 
     def beat(self, status, step=None):
-        """Notes a status (restoring, compiling, training, validating, saving; at the end finished,
-        preempted, interrupted, diverged or failed) and, if it has changed, the step.
+        """Notes a status (preparing, restoring, compiling, training, validating, saving; at the end
+        finished, preempted, interrupted, diverged or failed) and, if it has changed, the step.
         """
         self.step = self.step if step is None else step
-        now = self.moved = time.monotonic()
-        before, self.status = self.status, status
+        now, moved = time.monotonic(), max(self.moved, faults.paused_at)
+        before, self.status, self.moved = self.status, status, now
+        if before == "training":
+            self.slowest = max(0.9 * self.slowest, now - moved)
         pause = 10 if is_remote(self.workdir) else 1
         if status == before and now < self._written + pause:
             return
@@ -125,10 +128,10 @@ class Heartbeat:
 
     def finish(self, step):
         """Notes the end of a run, by which its supervisor recognises it; repeated after faults."""
-        for pause in pauses():
+        for pause in faults.pauses():
             self._written = -math.inf
             self.beat("finished", step)
             error = self._tolerated.error
-            if error is None or not is_fault(error) or pause is None:
+            if error is None or not faults.is_fault(error) or pause is None:
                 return
             time.sleep(pause)

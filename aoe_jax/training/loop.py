@@ -1,9 +1,8 @@
-"""Training from start to end: `train` lists the phases, `_Run` implements them."""
+"""Training from start to end: `train` lists the phases, `Beginning` and `_Run` implement them."""
 
 import contextlib
 import json
 import logging
-import secrets
 import threading
 import time
 from pathlib import Path
@@ -13,10 +12,8 @@ import jax.numpy as jnp
 
 from aoe_jax import sharding
 from aoe_jax.config.run import Config
-from aoe_jax.counts import log_run, parameter_counts
-from aoe_jax.data.pipeline import train_batches
-from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.distributed import agree, all_agree, together
+from aoe_jax.counts import parameter_counts
+from aoe_jax.distributed import all_agree, together
 from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped, UserError
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.faults import Tolerated, patiently
@@ -24,24 +21,14 @@ from aoe_jax.json_files import write_json
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.stopping import StopRequests
 from aoe_jax.training.bar import Bar
-from aoe_jax.training.checkpoint import Checkpoints, Progress, check_store
+from aoe_jax.training.beginning import Beginning
+from aoe_jax.training.checkpoint import check_store
 from aoe_jax.training.fingerprints import check_repetition, local_fingerprints
 from aoe_jax.training.health import Health, Heartbeat
-from aoe_jax.training.local_copies import LocalCopies
-from aoe_jax.training.profile import run_traced, traced_of_run
+from aoe_jax.training.profile import run_traced
 from aoe_jax.training.run_folder import RunFolder, Start
-from aoe_jax.training.starting import check_start, state_from_model
-from aoe_jax.training.step import new_state, train_step_on
 from aoe_jax.training.telemetry import Telemetry
 from aoe_jax.training.watchdog import Watchdog
-from aoe_jax.training.workdir import (
-    check_data,
-    check_history,
-    check_workdir,
-    claim_workdir,
-    read_heartbeat,
-)
-from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
 
@@ -74,19 +61,22 @@ def train(
     check_store(workdir)  # before anything is written there
     filled = sharding.fill_mesh(config, jax.device_count())
     mesh, heartbeat = sharding.make_mesh(filled, jax.devices()), Heartbeat(workdir)
-    with contextlib.ExitStack() as held, _end_is_reported(heartbeat), jax.set_mesh(mesh):
-        folder = RunFolder(workdir, start or Start(), held)
-        run = _Run(filled, workdir, folder, mesh, heartbeat, stop or StopRequests(), held)
-        run.check(profile, wandb)
-        with run.watched():
-            run.restore()
-            run.claim_workdir(config)
-            run.open(wandb)
-            run.compile()
-            with run.stop.between_steps(jax.distributed.is_initialized()):
-                with jax.transfer_guard("disallow"):
-                    run.take_steps()
-                return run.finish()
+    stop, folder = stop or StopRequests(), RunFolder(workdir)
+    watchdog = Watchdog(folder, heartbeat, stop, filled.train.hang_timeout)
+    with watchdog, contextlib.ExitStack() as held, _end_is_reported(heartbeat), jax.set_mesh(mesh):
+        heartbeat.beat("restoring")
+        folder.open(start or Start(), held)
+        begun = Beginning(filled, folder, mesh, heartbeat)
+        begun.check(profile, wandb)
+        begun.restore()
+        begun.claim_workdir(config)
+        run = _Run(begun, stop)
+        run.open(wandb, held, watchdog)
+        run.compile()
+        with stop.between_steps(jax.distributed.is_initialized()):
+            with jax.transfer_guard("disallow"):
+                run.take_steps()
+            return run.finish()
 
 
 def result(summary):
@@ -114,146 +104,28 @@ def _end_is_reported(heartbeat):
 
 
 class _Run:
-    """One training run. `train` calls its public methods in the order in which they stand here."""
+    """The steps of a run. `train` calls its public methods in the order in which they stand."""
 
-    def __init__(self, config, workdir, folder, mesh, heartbeat, stop, held):
-        self.config, self.workdir, self.folder, self.mesh = config, workdir, folder, mesh
-        self.heartbeat, self.stop, self.held = heartbeat, stop, held
-        self.started, self.is_main = time.perf_counter(), jax.process_index() == 0
-        self.batch_sharding = sharding.batch_sharding(mesh)
+    def __init__(self, begun, stop):
+        self.config, self.folder, self.workdir = begun.config, begun.folder, begun.workdir
+        self.mesh, self.heartbeat, self.is_main = begun.mesh, begun.heartbeat, begun.is_main
+        self.corpus, self.checkpoints, self.local = begun.corpus, begun.checkpoints, begun.local
+        self.data, self.batch, self.jitted_step = begun.data, begun.batch, begun.jitted_step
+        self.step, self.state, self.progress = begun.step, begun.state, begun.progress
+        self.started, self.traced, self.stop = begun.started, begun.traced, stop
+        self.first_step, self.saved_at = self.step, time.monotonic()
+        self.batch_sharding = sharding.batch_sharding(self.mesh)
         self.has_validated = False  # whether a batch was scored, which compiles the evaluation step
         self.at_rest = threading.Lock()
-        self.bar = None
-        self.local = None  # the copies on the disks of the hosts
         self.position = None  # the position in the data while the loop waits for a batch
         self.unreported = None  # step and metrics, which are read while the next step runs
-
-    def check(self, profile, wandb):
-        """Checks for mistakes of the user; writes nothing but token stores."""
-        config, workdir, steps = self.config, self.workdir, self.config.train.steps
-        with together():
-            log_run(config)
-            self.checkpoints = Checkpoints(workdir)
-            saved = self._saved_steps()
-            self.step = max(saved, default=0)
-            has_begun = bool(saved) or self.checkpoints.has_figures
-            check_workdir(workdir, config, has_begun)
-            if config.train.init_from and not self.step:
-                self.heartbeat.beat("restoring", self.step)
-                with self.watched():  # a model in a store is copied here
-                    check_start(config)
-            self.corpus = open_corpus(config.data, config.model.vocab_size)
-            if has_begun:
-                check_data(workdir, self.corpus)
-            self.heartbeat.history = read_heartbeat(workdir)["history"] or secrets.randbits(31)
-            if wandb is not None:
-                check_wandb(workdir, wandb)
-        agree("the step, configuration or data", f"{self.step} {config} {self.corpus.identities}")
-        self.saved_step = self.step
-        if config.checkpoint.local_path:
-            given = self.heartbeat.history, self.corpus.identities, self.folder.nonce
-            self.local = LocalCopies(workdir, config, *given)
-            self.step = max(self.step, self.local.newest())
-        with together():
-            is_finished = patiently(
-                f"{workdir} cannot be read", lambda: (workdir / "summary.json").exists()
-            )
-            if self.step > steps or (self.step == steps and is_finished):
-                raise UserError(
-                    f"config.train.steps={steps}: {workdir} is already at step {self.step}; raise "
-                    "it to go on, or use another --workdir"
-                )
-        profile = profile and traced_of_run(profile, self.step, steps)
-        self.traced = profile if self.is_main else range(0)
-
-    def _saved_steps(self):
-        """The steps of all checkpoints; looks twice before it reports that some are missing."""
-        with contextlib.suppress(UserError):
-            return self._saved_steps_at_once()
-        return self._saved_steps_at_once()
-
-    def _saved_steps_at_once(self):
-        self.folder.check_in_place()
-        steps = self.checkpoints.steps()
-        what = f"the files of {self.workdir} cannot be read"
-        patiently(what, lambda: check_history(self.workdir, steps))
-        return steps
-
-    def restore(self):
-        """Makes the first state: from local copies, a checkpoint, a model, or at random."""
-        config, train = self.config, self.config.train
-        process = jax.process_index()
-        self.rows = sharding.rows_of_process(self.batch_sharding, train.batch_size, process)
-        self.data = iter(
-            train_batches(
-                self.corpus.train,
-                self.corpus.weights,
-                config.data.seq_len,
-                train.batch_size,
-                train.seed,
-                self.rows,
-                config.data.loss_mask,
-            )
-        )
-        self.jitted_step, abstract = train_step_on(self.mesh, config)
-        self.progress = Progress()
-        if self.step or train.init_from:
-            self.heartbeat.beat("restoring", self.step)
-            self.state = self._from_disk(abstract)
-        else:
-            self.heartbeat.beat("compiling", self.step)
-            self.state = new_state(config, abstract)
-        self.first_step, self.saved_at = self.step, time.monotonic()
-        self.heartbeat.beat("restoring", self.step)
-        with together():  # before anything is written
-            self.batch = self._next_batch()
-
-    def _from_disk(self, abstract):
-        """The state in the newest local copies or checkpoint, else that of `train.init_from`."""
-        config, copied = self.config, self.step
-        if copied > self.saved_step:
-            if found := self.local.restore(copied, abstract):
-                state, self.progress, position = found
-                self.data.set_state(position)
-                self.data.start_prefetch()
-                log.info(f"going on from the local copies of step {copied}")
-                return state
-            self.step = self.saved_step
-            log.warning(f"the local copies of step {copied} cannot be used; back to {self.step}")
-            self.heartbeat.beat("restoring", self.step)
-        if self.step:
-            self.step, state, self.progress = self.checkpoints.restore_newest(
-                abstract, self.data, self._look_before_next_restore
-            )
-            self.saved_step = self.step
-            log.info("going on from step %d", self.step)
-            return state
-        if config.train.init_from:
-            return state_from_model(config, self.mesh, abstract, self.corpus.tokenizer)
-        return new_state(config, abstract)
-
-    def _look_before_next_restore(self):
-        self.heartbeat.beat("restoring", self.step)  # each checkpoint has the time of hang_timeout
-        self.folder.check_in_place()
-
-    def claim_workdir(self, given):
-        """Makes the workdir the run's own; `given` is the configuration as the user gave it."""
-        self.heartbeat.beat("restoring", self.step)  # each phase has the time of hang_timeout
-        with together():
-            if self.is_main:
-                self.folder.check_owner()
-                what = f"--workdir={self.workdir} cannot be written"
-                patiently(what, lambda: claim_workdir(self.workdir, given, self.corpus))
-                self.heartbeat.began = read_heartbeat(self.workdir)["began"] or time.time()
-        self.heartbeat.saved = self.saved_step
-        self.heartbeat.copied = self.local and self.local.saved
-        self.heartbeat.may_write = self.folder.is_in_place
 
     def _beat(self, status, step):
         self.heartbeat.beat(status, step)
         self.bar.status(status)
 
-    def open(self, wandb):
+    def open(self, wandb, held, watchdog):
+        """Opens the figures until `held` is closed, and the checkpoints to save."""
         config, train, progress = self.config, self.config.train, self.progress
         self.heartbeat.beat("restoring", self.step)
         # A run that lacks only its summary validates its last step again.
@@ -262,15 +134,16 @@ class _Run:
             self.folder.check_owner()
             given = self.folder.figures, config, self.step, progress.validated, wandb
             self.bar = Bar(self.step, train.steps, shows=self.is_main)
-            self.held.enter_context(contextlib.closing(self.bar))
+            held.enter_context(contextlib.closing(self.bar))
+            watchdog.clear, watchdog.save = self.bar.close, self.save_from_outside
             began, bar = self.heartbeat.began, self.bar
             self.telemetry = patiently(
                 "metrics.jsonl cannot be opened",
                 lambda: Telemetry(*given, writes=self.is_main, began=began, bar=bar),
             )
-            self.held.enter_context(contextlib.closing(self.telemetry))
+            held.enter_context(contextlib.closing(self.telemetry))
         self.health = Health(train.max_skipped, train.batch_size, progress.skipped_in_row)
-        self.checkpoints.open(config.checkpoint, self.saved_step)
+        self.checkpoints.open(config.checkpoint, self.heartbeat.saved, self.folder.is_in_place)
         if self.local:
             self.local.begin(self.step)
 
@@ -284,12 +157,6 @@ class _Run:
         self.eval_step = compile_eval_step(decoder, config.data.document_mask, self.mesh)
         self.telemetry.start(self.state, self.train_step)
         self._beat("training", self.step)
-
-    def watched(self):
-        """A context that ends a process that hangs."""
-        timeout, save = self.config.train.hang_timeout, self.save_from_outside
-        given = self.workdir, self.folder, self.heartbeat, self.stop, timeout, save
-        return Watchdog(*given, clear=lambda: self.bar and self.bar.close())
 
     def take_steps(self):
         steps, folder = self.config.train.steps, self.folder.figures / "profile"
@@ -384,15 +251,15 @@ class _Run:
 
     def _stop_if_asked(self):
         if self.stop.asked():
-            steps = self.config.train.steps
-            then = "the same command goes on from there"
-            raise self.stop.end(f"saved at step {self.step} of {steps}; {then}")
+            place = f"step {self.step} of {self.config.train.steps}"
+            raise self.stop.end(f"saved at {place}; the same command goes on from there")
 
     def validate(self):
         """Scores the validation split; raises `Stopped` if the run is asked to stop meanwhile."""
         train = self.config.train
 
         def put(batch):
+            self._beat("validating" if self.has_validated else "compiling", self.step)
             self._stop_if_asked()
             return sharding.put_batch(self.batch_sharding, batch)
 
@@ -403,7 +270,7 @@ class _Run:
             return sums
 
         batch_size, seq_len = train.batch_size // train.accumulate, self.config.data.seq_len
-        self._beat("validating" if self.has_validated else "compiling", self.step)
+        self._beat("validating", self.step)
         with self.telemetry.clock("evaluation"):
             self.validation = evaluate(score, self.corpus.validation, seq_len, batch_size, put)
         self.telemetry.evaluation(self.step, self.validation)
@@ -417,8 +284,9 @@ class _Run:
             with together():
                 self.folder.check_owner()
                 patiently("metrics.jsonl cannot be written", self.sync)
-            position = self.data.get_state()
-            self.checkpoints.save(self.step, self.state, position, self.progress, wait)
+            self.checkpoints.finish()  # the save before this one; each has the time of hang_timeout
+            self._beat("saving", self.step)
+            self.checkpoints.save(self.step, self.state, self.data.get_state(), self.progress, wait)
         self.saved_at = time.monotonic()
         self.heartbeat.saved = self.checkpoints.saved
         self._beat("training", self.step)

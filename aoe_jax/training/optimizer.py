@@ -5,7 +5,7 @@ import optax
 
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.training import TrainConfig
-from aoe_jax.methods import declared_parameters
+from aoe_jax.model.declared import declared_parameters
 
 
 def learning_rate_schedule(config: TrainConfig):

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 def steps_to_trace(text):
     """The `range` of steps of a flag's value `STEP:N`; raises `UserError` for other values."""
-    numbers = re.fullmatch(r"0*([1-9]\d*):0*([1-9]\d*)", text, re.ASCII)
+    numbers = re.fullmatch(r"0*([1-9]\d{0,8}):0*([1-9]\d{0,8})", text, re.ASCII)
     wanted = "must be STEP:N, such as 20:3 for 3 steps from step 20 on; both at least 1"
     require_flag(numbers, "profile", text, wanted)
     first, n_steps = map(int, numbers.groups())

@@ -11,7 +11,7 @@ import jax
 from aoe_jax.distributed import see_the_same, together
 from aoe_jax.errors import MachineFault
 from aoe_jax.faults import patiently
-from aoe_jax.ownership import lost, owned, place, read_owner
+from aoe_jax.ownership import lost, owned, place, read_owner, write_or_refuse
 from aoe_jax.paths import Mirror, is_remote
 from aoe_jax.training.workdir import set_aside
 
@@ -34,14 +34,17 @@ class RunFolder:
     that of the owner, in all processes.
     """
 
-    def __init__(self, workdir: Path, start: Start, held: contextlib.ExitStack):
+    def __init__(self, workdir: Path):
+        """Touches no file before `open`."""
+        self.figures, self.workdir = workdir, workdir
+        self.nonce = self._owner = self._mirror = None
+
+    def open(self, start: Start, held: contextlib.ExitStack):
         """Owns the workdir until `held` is closed, and sets old files aside if `start` says so.
         Raises `InUse` if another process owns it, `UserError` if a process does not see it, and
         `MachineFault` if there is no run to resume.
         """
-        self.figures, self._workdir = workdir, workdir
-        self._owner = self._mirror = None
-        is_main = jax.process_index() == 0
+        workdir, is_main = self.workdir, jax.process_index() == 0
         with together():
             if is_main:
                 self._owner = held.enter_context(owned(workdir, "workdir", start.take_over))
@@ -52,6 +55,9 @@ class RunFolder:
         )
         with together():
             self._place = place(workdir)
+            if not is_main and not is_remote(workdir):  # every process saves its part of the state
+                file = workdir / f".process_{jax.process_index()}"
+                write_or_refuse(workdir, "workdir", lambda: (file.touch(), file.unlink()))
             if is_main and start.resume_only and not (workdir / "heartbeat.json").exists():
                 raise MachineFault(f"{workdir}/heartbeat.json is gone; is its disk mounted?")
             if is_main and (start.over or start.go_back is not None):
@@ -63,7 +69,7 @@ class RunFolder:
                 self._mirror = Mirror(self.figures, workdir)
 
     def _fetch(self, name):
-        if (file := self._workdir / name).exists():
+        if (file := self.workdir / name).exists():
             (self.figures / name).write_bytes(file.read_bytes())
 
     def check_owner(self):
@@ -75,22 +81,23 @@ class RunFolder:
 
     def check_in_place(self):
         """Checks in every process that it sees the file of the owner; raises like `Owner.check`."""
-        patiently(f"{self._workdir} cannot be read", self._see_owner)
+        patiently(f"{self.workdir} cannot be read", self._see_owner)
 
     def _see_owner(self):
-        found = read_owner(self._workdir)
+        found = read_owner(self.workdir)
         if found is None:
             raise OSError(errno.ESTALE, "the file of its owner is gone; is its disk mounted?")
         if found.get("nonce") != self.nonce:
-            raise lost(self._workdir, self._place, found)
+            raise lost(self.workdir, self._place, found)
 
     def is_in_place(self):
         """Whether this is process 0 and the workdir is the one that it owns, not another disk."""
         return self._owner is not None and self._owner.is_in_place()
 
     def upload(self):
-        """Copies the figures so far to an object store."""
+        """Copies the figures so far to an object store; raises like `Owner.check`."""
         if self._mirror:
+            self.check_owner()
             self._mirror.upload()
 
     def release(self):

@@ -12,7 +12,7 @@ from aoe_jax.data.tokenizer import FILE_BYTES, saved_tokenizer
 from aoe_jax.distributed import together
 from aoe_jax.errors import UserError
 from aoe_jax.faults import is_fault
-from aoe_jax.formats.configs import computed_fields, differences, is_choice
+from aoe_jax.formats.configs import computed_fields, differences
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.json_files import read_json
 from aoe_jax.model.decoder import initial_routing_state
@@ -32,7 +32,9 @@ def check_start(config: Config):
             raise
         raise _refused(config, e) from e
     differing = differences(there, here)
-    if others := [f"config.{text}" for name, text in differing.items() if not is_choice(name)]:
+    # These decide how experts are chosen and weighted, not which parameters exist.
+    free = [name for name in differing if name == "experts.top_k" or name.startswith("routing.")]
+    if others := [f"config.{text}" for name, text in differing.items() if name not in free]:
         raise _refused(config, f"it is another model: {'; '.join(others)}")
     if differing:
         how = "; ".join(f"config.{text}" for text in differing.values())

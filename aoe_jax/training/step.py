@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from aoe_jax.config.run import Config
-from aoe_jax.model.decoder import Decoder, initial_routing_state, output_projection
+from aoe_jax.model.declared import state_shardings
+from aoe_jax.model.decoder import Decoder, initial_params, initial_routing_state, output_projection
 from aoe_jax.model.loss import cross_entropy
 from aoe_jax.model.vocabulary import sum_over_tokens
 from aoe_jax.moe.balance import balance_loss
-from aoe_jax.sharding import replicated, state_shardings, with_shardings
+from aoe_jax.sharding import replicated, with_shardings
 from aoe_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 
@@ -29,11 +30,7 @@ class TrainState:
 
 def init_state(config: Config, seed):
     """The state before the first step; jit it with output shardings: it may not fit one device."""
-    # A shape that the mesh divides evenly.
-    shape = (config.train.batch_size // config.train.accumulate, config.data.seq_len)
-    decoder = Decoder.from_config(config)
-    params = decoder.init(jax.random.key(seed), jnp.zeros(shape, jnp.int32))["params"]
-    return first_state(config, params, initial_routing_state(config))
+    return first_state(config, initial_params(config, seed), initial_routing_state(config))
 
 
 def first_state(config: Config, params, routing_state):
@@ -65,7 +62,7 @@ def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask):
     With `document_mask`, tokens attend within their document only.
     """
     hidden, stats = features(decoder, params, routing_state, batch, document_mask)
-    return _sum_over_targets(params, batch, cross_entropy, hidden), stats
+    return _sum_over_targets(params, batch, hidden), stats
 
 
 def features(decoder, params, routing_state, batch, document_mask, key=None):
@@ -80,7 +77,7 @@ def _token_weights(batch):
     return (batch["segment_ids"] > 0).astype(jnp.float32)
 
 
-def _sum_over_targets(params, batch, function, hidden):
+def _sum_over_targets(params, batch, hidden, function=cross_entropy):
     with jax.named_scope("loss"):
         table, bias = output_projection(params)
         return sum_over_tokens(function, hidden, table, bias, batch["targets"], batch["weights"])
@@ -99,12 +96,7 @@ def training_loss(
     document_mask = config.data.document_mask
     one_pass = partial(features, decoder, params, routing_state, batch, document_mask)
     sum_over_targets = partial(_sum_over_targets, params, batch)
-    reported = {}
-    if method.passes == 1:
-        hidden, stats = one_pass(key)
-        loss = nll = sum_over_targets(cross_entropy, hidden)
-    else:
-        loss, nll, reported, stats = method.training_sums(one_pass, key, sum_over_targets)
+    loss, nll, reported, stats = method.training_sums(one_pass, key, sum_over_targets)
     loss, nll, reported = jax.tree.map(lambda value: value / total_weight, (loss, nll, reported))
     with jax.named_scope("balance"):
         for_losses, so_far = _with_shares_so_far(stats, so_far)

@@ -80,7 +80,9 @@ class Telemetry:
         self._began, self._useful = began or time.time(), 0.0
         self._writers, self._tensorboard = [], None
         if writes:
-            self._lines = JsonLines(workdir / "metrics.jsonl", start_step, validated)
+            self._lines = JsonLines(
+                workdir / "metrics.jsonl", start_step, config.checkpoint.every, validated
+            )
             self._useful = self._lines.compute_seconds
             self._writers = [self._lines]
             with Tolerated(TensorBoard.name):

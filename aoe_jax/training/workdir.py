@@ -1,4 +1,4 @@
-"""The directory of a run: checks of its configuration, data and checkpoints."""
+"""Checks the directory of a run: its configuration, data and checkpoints."""
 
 import logging
 import time
@@ -45,6 +45,7 @@ FREE = {
     "data.cache",
     "data.path",
     "model.attention",
+    "experts.grouped_matmul",
     "model.unroll",
 }
 
@@ -135,8 +136,7 @@ def set_aside(workdir: Path, go_back: int | None = None):
             metrics.with_name("metrics.jsonl.whole").write_bytes(metrics.read_bytes())
         names = [f"checkpoints/{step}" for step in reversed(steps) if step > go_back]
         names += ["metrics.jsonl.whole", "summary.json", "training.png"]
-    # A clock that was set back gives the same name twice.
-    folder = unused(workdir / "set_aside" / time.strftime("%Y-%m-%d_%H-%M-%S"))
+    folder = folder_aside(workdir)
     moved = [name for name in names if (workdir / name).exists()]
     for name in moved:
         move(workdir / name, folder / name)
@@ -145,6 +145,12 @@ def set_aside(workdir: Path, go_back: int | None = None):
         write_json(workdir / "heartbeat.json", heartbeat)
     if moved:
         log.info(f"moved {', '.join(sorted(moved))} to {folder}")
+
+
+def folder_aside(workdir: Path) -> Path:
+    """The path of a folder in `workdir/set_aside` that does not exist yet."""
+    # A clock that was set back gives the same name twice.
+    return unused(workdir / "set_aside" / time.strftime("%Y-%m-%d_%H-%M-%S"))
 
 
 def check_data(workdir: Path, corpus: TokenisedCorpus):

@@ -9,6 +9,7 @@ TensorBoard keeps the last, as histograms over experts.
 
 import errno
 import json
+import logging
 import os
 import re
 import secrets
@@ -21,6 +22,8 @@ import numpy as np
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import TEXT, finite, read_json, read_metrics, write_json, write_whole
+from aoe_jax.paths import move
+from aoe_jax.training.workdir import folder_aside
 
 # tensorboardX imports PyTorch if it is installed, which takes seconds and is not needed here.
 _has_torch = sys.modules.setdefault("torch", None)
@@ -33,6 +36,8 @@ finally:
     if not _has_torch:
         del sys.modules["torch"]
 
+log = logging.getLogger(__name__)
+
 _IDENTITY = {"project": TEXT, "id": TEXT}  # of a run at Weights & Biases
 _UPLOAD_SECONDS = 60.0  # at the end of a run; `wandb sync` uploads the rest
 
@@ -41,18 +46,27 @@ class JsonLines:
     """One JSON object a line, null for numbers that are not finite.
 
     A line survives a kill of the process as soon as it is written; lines that cannot be written are
-    kept for the next write. Unless `validated`, the validation of `start_step` is dropped too.
+    kept for the next write. Lines after `start_step` are dropped, and, unless `validated`, the
+    validation of that step. The whole file is kept in `set_aside/` if the last of them is more than
+    `2 * every` steps later (`every` is `checkpoint.every`), or if lines are dropped that are no
+    figures.
     """
 
     name = "metrics.jsonl"
 
-    def __init__(self, path: Path, start_step, validated=True):
+    def __init__(self, path: Path, start_step, every, validated=True):
+        lines = [*read_metrics(path)]
         kept = [
             line
-            for line in read_metrics(path)
+            for line in lines
             if line["step"] < start_step + (validated or "validation_nll" not in line)
         ]
         self.compute_seconds = sum(line.get("compute_seconds") or 0 for line in kept)
+        whole = path.read_bytes() if path.exists() else b""
+        beyond = max((line["step"] for line in lines), default=0) - start_step
+        # A kill leaves up to two intervals, since the last save may be incomplete, and half a line.
+        if beyond > 2 * every or whole.count(b"\n") > len(lines):
+            _set_aside(path, whole)
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file, self._unwritten = path.open("r+b", buffering=0), b""
         self._size = self._file.seek(0, os.SEEK_END)  # size of the whole lines
@@ -80,6 +94,18 @@ class JsonLines:
     def close(self):
         with self._file:
             self._flush()
+
+
+def _set_aside(path, content):
+    copies = path.parent.glob(f"set_aside/*/{path.name}.whole")
+    if any(copy.read_bytes() == content for copy in copies):
+        return
+    copy = path.with_name(f"{path.name}.whole")
+    copy.write_bytes(content)
+    target = folder_aside(path.parent) / copy.name
+    move(copy, target)
+    where = target.relative_to(path.parent)
+    log.warning(f"{path.name} has lines that this run drops; the whole file is in {where}")
 
 
 def _shortest(values):

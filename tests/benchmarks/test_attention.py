@@ -1,7 +1,12 @@
 """The figures of attention by backend, for a TPU that is not here."""
 
 import json
+import math
 
+import pytest
+
+from aoe_jax import costs
+from benchmarks.compiling import compiled_attention, devices_of
 from tests.runs import run
 
 
@@ -16,3 +21,16 @@ def test_figures_of_both_backends(tmp_path):
     for figure in (splash, blocks):
         assert figure["hbm_traffic_bytes"] >= least and figure["likely_seconds"] > 0
     assert "v5e 1x2x1x256x64 splash: temporary 0.0" in stdout
+
+
+@pytest.mark.parametrize(("generation", "traffic"), [("v5e", 1.2), ("tpu7x", 1.9)])  # in GB
+def test_splash_keeps_no_scores_and_pads_no_heads(generation, traffic):
+    shape = b, n_heads, _, length, width = 8, 12, 12, 2048, 64
+    compiled, text = compiled_attention(devices_of(generation), "splash", shape)
+    program = costs.Program(text)
+    instructions = [i for part in program.computations.values() for i in part.values()]
+    assert [i.target for i in instructions].count("tpu_custom_call") == 3
+    largest = max(math.prod(a.dims) for i in instructions for a in i.arrays)
+    assert largest <= 2 * b * n_heads * length * width
+    assert sum(o.times * o.hbm_bytes for o in program.operations) <= 1e9 * traffic
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.3e9

@@ -15,6 +15,10 @@ def test_three_kills(tmp_path, monkeypatch):
     files = soak.speech_files()[:20]
     monkeypatch.setattr(soak, "speech_files", lambda: files)
     settings = {
+        "model.n_layers": 1,
+        "experts.kind": "dense",
+        "balance.aux_weight": 0.0,
+        "balance.bias_rate": 0.0,
         "train.steps": 60,
         "train.eval_every": 30,
         "model.vocab_size": 512,

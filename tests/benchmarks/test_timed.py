@@ -199,11 +199,11 @@ def test_prepare(tmp_path):
             "--models=huge is unknown; choose from tiny, deep, sparse",
         ),
         (
-            ["-m", "benchmarks.tpu_compile", "--generations=v1"],
+            ["-m", "benchmarks.grouped_compile", "--generations=v1"],
             "--generations=v1 is unknown; choose from v4, v5e",
         ),
         (
-            ["-m", "benchmarks.gpu_compile"],
+            ["-m", "benchmarks.grouped_compile", "--generations=h100"],
             "the compiler for GPUs is missing; pip install 'jax[cuda13]'",
         ),
         (
@@ -215,7 +215,6 @@ def test_prepare(tmp_path):
             ["-m", "benchmarks.prepare", "--workdir=benchmarks"],
             "benchmarks exists already; name a new directory",
         ),
-        (["-m", "benchmarks.balance"], "--workdir is missing"),
         (["-m", "benchmarks.selection"], "--workdir is missing"),
     ],
 )

@@ -76,7 +76,7 @@ def test_learns_and_repeats():
 
 
 def test_command(tmp_path):
-    file, folder = tmp_path / "new" / "figures.json", tmp_path / "pictures"
+    file, folder = tmp_path / "figures.json", tmp_path / "pictures"
     flags = ["--seeds=2", "--steps=3", "--d_model=8", f"--json={file}", f"--output={folder}"]
     command = ["-m", "benchmarks.two_stage", *flags]
     status, stdout, stderr = finish(start(command, XLA_FLAGS=xla_flags()))
@@ -116,7 +116,7 @@ def test_command(tmp_path):
         ("--json=.", "--json=.: is a folder; name a file"),
         (
             "--output=README.md/pictures",
-            "--output=README.md/pictures: README.md/pictures cannot be made",
+            "--output=README.md/pictures cannot be written: Not a directory",
         ),
     ],
 )

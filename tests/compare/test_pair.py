@@ -1,5 +1,7 @@
 """Any two arms from the committed results of a suite, and missing ones."""
 
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -61,8 +63,15 @@ def test_runs_that_have_not_finished_do_not_count(tmp_path):
     (tmp_path / "runs.csv").write_text("\n".join([lines[0], lines[2]]))
     with pytest.raises(UserError, match=r"no run of .*runs\.csv has finished"):
         finished_runs(tmp_path)
-    (tmp_path / "runs.csv").write_text("\n".join([*lines, "s,b,1,finished,10"]))
-    with pytest.raises(UserError, match=r"runs\.csv is damaged"):
+    for more in ("s,b,1,finished,10", lines[1]):
+        (tmp_path / "runs.csv").write_text("\n".join([*lines, more]))
+        with pytest.raises(UserError, match=r"runs\.csv is damaged"):
+            finished_runs(tmp_path)
+
+
+def test_a_fifo_is_no_table(tmp_path):
+    os.mkfifo(tmp_path / "runs.csv")
+    with pytest.raises(UserError, match=r"runs\.csv cannot be read \(it is a FIFO"):
         finished_runs(tmp_path)
 
 

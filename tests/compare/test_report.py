@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from aoe_jax.compare.report import balance_of, failed
+from aoe_jax.compare.report import balanced, failed
 from aoe_jax.compare.statistics import exponent, minimum
 from aoe_jax.compare.suite import Arm
 from aoe_jax.counts import parameter_counts
@@ -24,28 +24,27 @@ def flat(text):
     return re.sub(r"\s+", " ", text)
 
 
-def test_arms_are_named_as_they_are_at_each_size():
-    found = comparison(TWO, lambda run: 1.0)
-    assert [balance_of(found, size, "aoe") for size in "ab"] == [
-        ("AoE, r=8", "L_aux"),
-        ("AoE, r=16", "L_aux"),
+def test_arms_that_differ_in_their_balance_alone_are_compared():
+    assert balanced(comparison(TWO, lambda run: 1.0)) == [
+        (size, arm, arm) for size in TWO for arm in ("moe", "aoe")
     ]
-    assert balance_of(found, "a", "moe") == ("MoE", "L_aux")
-    assert balance_of(found, "a", "dense") is None
-    no_loss = {"aux_weight": 0.0}
     others = {
-        "aoe": other_router(aoe(4, "none"), "expert_choice"),
+        "free": moe("free"),
+        "chosen": other_router(aoe(4, "none"), "expert_choice"),
         "capacity": capacity(1.25),
-        "uoe": Arm("UoE", {"experts": {"kind": "uoe"}, "balance": no_loss}, matched=False),
+        "uoe": Arm(
+            "UoE",
+            {"experts": {"kind": "uoe"}, "balance": {"aux_weight": 0.0}},
+            matched=False,
+        ),
         "over_all": weights_over_all(moe("free")),
     }
     found = results(suite_of({"a": TWO["a"]}, arms=ARMS | others), lambda run: 1.0)
-    assert {arm: balance_of(found, "a", arm) for arm in others} == {
-        "aoe": ("AoE, r=8, expert choice router", "expert choice"),
-        "capacity": ("MoE, capacity 1.25", "L_aux"),
-        "uoe": ("uoe", "nothing"),
-        "over_all": ("MoE, weights over all", "loss-free bias"),
-    }
+    pairs = [("moe", "moe"), ("free", "moe")]
+    pairs += [(arm, arm) for arm in ("aoe", "chosen", "capacity", "uoe", "over_all")]
+    assert balanced(found) == [("a", *pair) for pair in pairs]
+    rows = table(markdown(found), "Balance of load")
+    assert rows[1][0] == "a: MoE, loss-free" and rows[1][-1].endswith("] to MoE, L_aux")
 
 
 def test_gaps_during_training_are_paired():

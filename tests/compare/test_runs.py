@@ -324,8 +324,8 @@ def test_the_sweep_measures_what_is_missing():
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert head.startswith(machines[1]["commit"].removesuffix("-dirty"))
-    assert f"aoe_jax at {machines[1]['commit']}." in markdown
-    assert "Machine: abacus, 1 cores; python 2" in markdown
+    assert f"Machine: commit {machines[1]['commit']}, backend cpu, device " in markdown
+    assert "Machine: backend cpu, device abacus, cores 1, devices 1, python 2, jax 0" in markdown
     assert "took part one after another" in markdown
     assert "## Throughput against settings" in markdown
     of = {(row["arm"], row["x"]): row for row in rows("throughput.csv")}

@@ -9,9 +9,10 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 
+from aoe_jax import faults
 from aoe_jax.data import SPLITS, corpora
 from aoe_jax.data.corpora import load_corpus
-from aoe_jax.errors import UserError
+from aoe_jax.errors import MachineFault, UserError
 from tests.data.hub import POEMS, hub
 from tests.runs import ROOT
 
@@ -43,6 +44,17 @@ class NoNetwork(OnlyTrain):
         raise OSError("network is unreachable")
 
 
+class FullDisk(OnlyTrain):
+    """A data set that cannot be written as long as there are `failures`."""
+
+    failures = ()
+
+    def _split_generators(self, dl_manager):
+        if self.failures:
+            raise self.failures.pop()
+        return super()._split_generators(dl_manager)
+
+
 class NeedsPackage(OnlyTrain):
     """A data set that needs a package to be prepared."""
 
@@ -66,6 +78,15 @@ def test_text_folder_has_every_file_once(text_folder, tmp_path):
     assert all(found.values())
     contents = sorted(path.read_bytes().decode() for path in text_folder.rglob("*.txt"))
     assert sorted(text for texts in found.values() for text in texts) == contents
+
+
+def test_a_text_that_changes_before_it_is_read_is_noticed(text_folder, tmp_path):
+    """Otherwise the new text would be kept in the cache as the one before."""
+    corpus = load_corpus("text", str(text_folder), str(tmp_path))
+    for file in text_folder.rglob("*.txt"):
+        file.write_text("other words")
+    with pytest.raises(UserError, match=r"data.path=.*\.txt has just changed; start again"):
+        documents(corpus)
 
 
 @pytest.mark.parametrize("count", [3, 4, 10])
@@ -113,7 +134,7 @@ def test_empty_files_are_skipped_with_a_warning(text_folder, tmp_path, caplog):
 def test_text_folder_mistakes(tmp_path):
     folder = tmp_path / "texts"
     for missing in (str(folder), None):
-        with pytest.raises(UserError, match=r"data.path=.*no such folder"):
+        with pytest.raises(UserError, match=r"data.path=.*no such folder .*mount its disk"):
             load_corpus("text", missing, str(tmp_path))
     folder.mkdir()
     (folder / "readme.md").write_text("not text")
@@ -204,6 +225,26 @@ def test_tfds_data_lies_in_the_cache_by_default(tmp_path):
 def test_tfds_mistakes(tmp_path, name, text_field, message):
     with pytest.raises(UserError, match=message):
         load_corpus(name, str(tmp_path), "unused", text_field)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ESTALE])
+def test_tfds_waits_for_a_fault(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(faults, "_FIRST_PAUSE", 0.01)
+    fault = OSError(code, os.strerror(code))
+    monkeypatch.setattr(FullDisk, "failures", [fault] * 2)
+    assert documents(load_corpus("full_disk", str(tmp_path / "a"), "unused", "body"))["test"]
+    monkeypatch.setattr(FullDisk, "failures", [fault] * 99)
+    monkeypatch.setattr(faults, "retry_seconds", 0.1)
+    wanted = rf"data.name='full_disk': TFDS cannot prepare it \({os.strerror(code)}\); it was tried"
+    with pytest.raises(MachineFault, match=wanted):
+        load_corpus("full_disk", str(tmp_path / "b"), "unused", "body")
+
+
+def test_tfds_without_permission(tmp_path, monkeypatch):
+    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    monkeypatch.setattr(FullDisk, "failures", [denied])
+    with pytest.raises(UserError, match=r"TFDS cannot prepare it \(Permission denied\)"):
+        load_corpus("full_disk", str(tmp_path), "unused", "body")
 
 
 def test_tfds_data_in_another_file_format(tmp_path):

@@ -185,6 +185,10 @@ def test_mistakes_in_parquet(tmp_path):
         match=r"--text_field='body': .*a\.parquet has no such column; it has \['id', 'text'\]",
     ):
         read(tmp_path / "a.parquet", field="body")
+    lists = pyarrow.table({"text": [["a"], ["b"]]})
+    pyarrow.parquet.write_table(lists, tmp_path / "lists.parquet")
+    with pytest.raises(UserError, match=r"lists\.parquet has a list<element: string> there, not a"):
+        read(tmp_path / "lists.parquet")
     with pytest.raises(
         UserError, match=r"--text_field='text': row group 2 of .*a\.parquet has a NoneType there"
     ):
@@ -193,6 +197,24 @@ def test_mistakes_in_parquet(tmp_path):
     (tmp_path / "a.parquet").write_bytes(content[:10] + bytes(200) + content[210:])
     with pytest.raises(UserError, match=r"a\.parquet cannot be read"):
         read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("number", "problem"),
+    [
+        (b"\xd0\x0f", r"a\.parquet has 1000 rows instead of 1001"),
+        (b"\xe8\x07", r"row group 1 of .*a\.parquet has 500 rows instead of 501"),
+    ],
+)
+def test_parquet_without_some_of_its_rows(tmp_path, number, problem):
+    """Its footer promises 1,001 rows (2,002 as a varint), or 501 in the last row group."""
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts(1000)}), path, row_group_size=500)
+    content = bytearray(path.read_bytes())
+    content[content.rindex(number)] += 2
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=problem):
+        read(path)
 
 
 def test_parquet_that_is_not_utf8(tmp_path):
@@ -243,6 +265,19 @@ def test_a_line_is_read_once_and_has_a_longest_length(tmp_path, monkeypatch):
         list(documents(first, "text"))
 
 
+def test_a_line_has_few_values_but_any_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_documents, "_MOST_VALUES", 50)
+    long = r'[a], {"b": "c\", \\"}' * 50
+    (tmp_path / "a.jsonl").write_bytes(json_lines([long]))
+    assert read(tmp_path / "a.jsonl") == [[long]]
+    for value in (b"[]", b'{"a": 1}', b'"\\\\"'):
+        values = b", ".join([value] * 99)
+        (tmp_path / "b.jsonl").write_bytes(b'{"text": "a", "m": [' + values + b"]}\n")
+        wanted = r"the line at byte 0 of .*b\.jsonl has more than 50 values.*other than 'text'"
+        with pytest.raises(UserError, match=wanted):
+            read(tmp_path / "b.jsonl")
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 def test_longest_text(tmp_path, monkeypatch, name):
     monkeypatch.setattr(data_documents, "DOCUMENT_BYTES", 1000)
@@ -270,6 +305,15 @@ def test_a_parquet_bomb(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(pyarrow.table(texts), tmp_path / "a.parquet", **options)
     with pytest.raises(UserError, match=r"expand to more than 256 times that size"):
         read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("group_rows", [3, 2000])
+def test_a_parquet_bomb_of_one_text_in_its_dictionary(tmp_path, monkeypatch, group_rows):
+    monkeypatch.setattr(data_documents, "_RATIO_FROM", 2**16)
+    table, path = pyarrow.table({"text": ["a" * 10**4] * 2000}), tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path, row_group_size=group_rows, compression="zstd")
+    with pytest.raises(UserError, match=r"expand to more than 256 times that size"):
+        read(path)
 
 
 def test_long_rows_of_parquet_are_read_in_small_batches(tmp_path, monkeypatch):
@@ -325,6 +369,16 @@ def test_folders_that_cannot_be_listed_are_no_empty_folders(tmp_path, monkeypatc
     errors.append(errno.EACCES)
     with pytest.raises(UserError, match=r"cannot be read \(Permission denied: .*/a\)"):
         find_files([pattern], tmp_path / "out")
+
+
+@pytest.mark.parametrize("pattern", ["*", "**", "**/*.txt", "**/a.txt"])
+def test_a_loop_of_links_is_a_broken_link(tmp_path, pattern):
+    (tmp_path / "a.txt").symlink_to("b.txt")
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    with pytest.raises(UserError, match=r"[ab]\.txt is a broken link; mend or remove it"):
+        find_files([str(tmp_path / pattern)], tmp_path / "out")
+    with pytest.raises(UserError, match="matches no file"):
+        find_files([str(tmp_path / "*" / "*")], tmp_path / "out")
 
 
 def test_links_to_folders_above_themselves(tmp_path):

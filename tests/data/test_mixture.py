@@ -223,7 +223,7 @@ def test_prepared_stores_that_do_not_fit(folders):
         corpus_of(here, "prepared@{mine}, text@{digits}", vocab_size=280)
     with pytest.raises(
         UserError,
-        match=rf"data\.name: 'prepared' names {folders['cache']}, which is no token store",
+        match=rf"data\.name: 'prepared' names {folders['cache']}, which is no .*mount its disk",
     ):
         corpus_of(here, "prepared@{nothing}, text@{digits}")
     assert not any(

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.resources
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -252,6 +253,21 @@ def test_damaged_store_says_how_to_repair_it(whole, tmp_path):
         TokenStore(store, "train")
 
 
+@pytest.mark.parametrize("use", [lambda inputs, store: repair(store, 1), prepared])
+def test_a_link_in_place_of_units_is_refused(inputs, whole, tmp_path, use):
+    store, elsewhere = shutil.copytree(whole, tmp_path / "store"), tmp_path / "elsewhere"
+    (elsewhere / "mine.partial-1").mkdir(parents=True)
+    (elsewhere / "00000.json").write_text("mine")
+    (store / "units").symlink_to(elsewhere)
+    (store / "train-00000-00000.array_record").unlink()
+    if use is prepared:
+        (store / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"--output=.*store: its units is a link"):
+        use(inputs, store)
+    assert sorted(os.listdir(elsewhere)) == ["00000.json", "mine.partial-1"]
+    assert (elsewhere / "00000.json").read_text() == "mine"
+
+
 def test_repair_refuses_what_would_come_out_otherwise(inputs, tmp_path):
     folder = shutil.copytree(inputs[0].removesuffix("**"), tmp_path / "in")
     store = prepared((str(folder / "**"), None), tmp_path / "store")
@@ -266,6 +282,17 @@ def test_repair_refuses_what_would_come_out_otherwise(inputs, tmp_path):
     assert contents(store) == before
     (store / "plan.json").unlink()
     with pytest.raises(UserError, match=r"has no plan\.json, so it cannot be repaired"):
+        repair(store, 1)
+
+
+@pytest.mark.parametrize("place", ["gs://somebody/a.txt", "http://127.0.0.1/a.txt"])
+def test_repair_does_not_follow_a_plan_into_a_store(whole, tmp_path, place):
+    store = shutil.copytree(whole, tmp_path / "store")
+    (store / "train-00000-00000.array_record").unlink()
+    plan = json.loads((store / "plan.json").read_text())
+    plan["files"][0][0] = place
+    (store / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError, match=rf"input in an object store, {place}; .*--input"):
         repair(store, 1)
 
 
@@ -301,7 +328,7 @@ def test_mistakes(inputs, tmp_path):
     for name, value in [("validation", 0.0), ("test", 0.5), ("validation", -1.0)]:
         with pytest.raises(UserError, match=rf"--{name}={value}: must be a share of the documents"):
             Settings("bpe:300", **{name: value})
-    for tokenizer in ("bpe:256", "bpe:", "bpe:many", "bpe:-5"):
+    for tokenizer in ("bpe:256", "bpe:", "bpe:many", "bpe:-5", "bpe:16777217", "bpe:" + "9" * 5000):
         with pytest.raises(UserError, match=rf"--tokenizer='{tokenizer}': give bpe:N"):
             Settings(tokenizer)
     with pytest.raises(UserError, match=r"--tokenizer='none.json': cannot be read"):
@@ -351,7 +378,7 @@ def test_full_disk(inputs, whole, small_disk, monkeypatch):
     filler.write_bytes(bytes(20_700_000))
     with pytest.raises(
         MachineFault,
-        match=r"unit 0\) cannot be processed \(No space left on device\)",
+        match=r"unit 0 of .*\) cannot be processed \(No space left on device\)",
     ) as error:
         prepared(inputs, small_disk / "store")
     assert error.value.__notes__ == ["the same command goes on where it was"]

@@ -165,15 +165,18 @@ def test_training_on_a_store_of_a_sentencepiece_model(tmp_path):
             "--tokenizer='bpe:3': give bpe:N",
         ),
         (["--output=x", "--processes=0"], "--processes=0"),
-        (["--output=x", "--check"], "token store 'x': no such folder"),
+        (
+            ["--output=x", "--check"],
+            "token store 'x': no such folder; correct the path, or mount its disk",
+        ),
         (["--output=x", "--repair"], "--output=x: has no plan.json, so it cannot be repaired"),
         (
             ["--output=x", "--repair", "--check"],
-            "--check or --repair takes --output alone",
+            "--check and --repair take --output alone",
         ),
         (
-            ["--output=x", "--repair", "--input=y"],
-            "--check or --repair takes --output alone",
+            ["--output=x", "--check", "--input=y"],
+            "--check and --repair take --output alone",
         ),
     ],
 )

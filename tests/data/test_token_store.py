@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from aoe_jax import faults
 from aoe_jax.data import SPLITS, token_store
 from aoe_jax.data.corpora import load_corpus
 from aoe_jax.data.token_store import RECORD_TOKENS, TokenStore
 from aoe_jax.data.tokenised import build_token_store, cached_token_stores
 from aoe_jax.data.tokenizer import HuggingFaceTokenizer, load_tokenizer, train_tokenizer
-from aoe_jax.errors import UserError
+from aoe_jax.errors import MachineFault, UserError
 
 VOCAB_SIZE = 300
 
@@ -156,7 +157,7 @@ def test_killed_build_leaves_no_store_and_is_cleaned_up(text_folder, tmp_path):
     killed.communicate()
     assert killed.returncode == -9
     (left,) = (path for path in (cache / "tokens").iterdir() if path.is_dir())
-    assert left.name.endswith(".partial") and any(left.glob("train-*.array_record"))
+    assert ".partial-" in left.name and any(left.glob("train-*.array_record"))
     directory = prepare_text(text_folder, cache)
     assert [path for path in (cache / "tokens").iterdir() if path.is_dir()] == [directory]
     assert len(stored_documents(directory, "train")) > 30
@@ -203,6 +204,28 @@ def test_damaged_stores(text_folder, tmp_path):
     refuses("manifest.json cannot be read")
     manifest.unlink()
     refuses("manifest.json is missing")
+
+
+def test_a_disk_that_is_away_is_no_damage(text_folder, tmp_path, monkeypatch):
+    directory, away = prepare_text(text_folder, tmp_path), tmp_path / "away"
+    store, other = TokenStore(directory, "train"), TokenStore(directory, "train")
+
+    def until_it_is_back():
+        away.rename(directory)
+        yield 0.0
+
+    directory.rename(away)
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "pauses", until_it_is_back)
+        assert len(store.read(0, 50)) == 50
+    directory.rename(away)
+    monkeypatch.setattr(faults, "retry_seconds", 0.1)
+    with pytest.raises(MachineFault, match="the whole store was gone; is its disk mounted"):
+        other.read(0, 50)
+    away.rename(directory)
+    (directory / "train-00000.array_record").unlink()
+    with pytest.raises(UserError, match="train-00000.array_record cannot be read.*delete this"):
+        other.read(0, 50)
 
 
 def test_few_files_are_open_at_a_time(tmp_path):

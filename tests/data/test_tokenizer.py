@@ -1,8 +1,11 @@
+import base64
 import importlib.resources
 import itertools
 import json
 import os
 import random
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from aoe_jax.config.checks import require
 from aoe_jax.data import tokenizer as data_tokenizer
 from aoe_jax.data.sotu import speech_files
 from aoe_jax.data.tokenizer import (
@@ -21,7 +25,8 @@ from aoe_jax.data.tokenizer import (
     saved_tokenizer,
     train_tokenizer,
 )
-from aoe_jax.errors import UserError
+from aoe_jax.errors import Interrupted, UserError
+from aoe_jax.stopping import interruptibly
 from tests.data.texts import texts
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log"]
@@ -42,6 +47,29 @@ def test_trained_tokenizer_has_the_size_asked_for_and_every_byte(tmp_path):
     assert (
         encode(loaded, STRANGE) == encode(tokenizer, STRANGE) and loaded.sha256 == tokenizer.sha256
     )
+
+
+def test_training_does_not_hold_up_signals():
+    """The library works in another thread; it does not look for signals."""
+    threads = []
+
+    def documents():
+        threads.append(threading.current_thread())
+        yield from TEXTS
+
+    train_tokenizer(documents(), 300)
+    assert threads[0] is not threading.main_thread()
+
+    def handler(number, frame):
+        raise Interrupted("now")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    with pytest.raises(Interrupted):
+        interruptibly(threading.Event().wait)
+    signal.signal(signal.SIGALRM, before)
+    with pytest.raises(UserError, match="of the call"):
+        interruptibly(lambda: require(False, "x.y", 1, "of the call"))
 
 
 def test_small_corpus_gives_a_smaller_vocabulary():
@@ -169,6 +197,23 @@ def test_tokenizers_that_tiktoken_is_not_sure_to_match_are_left_to_their_library
     assert [ids.tolist() for ids in tokenizer.encode(documents)] == by_the_library(path, documents)
 
 
+def test_a_large_vocabulary_is_left_to_its_library(tmp_path, monkeypatch):
+    path = trained(tmp_path)
+    monkeypatch.setattr(data_tokenizer, "_TIKTOKEN_TOKENS", 1999)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer._tiktoken is None
+    assert [ids.tolist() for ids in tokenizer.encode([STRANGE])] == by_the_library(path, [STRANGE])
+
+
+def test_no_merges_are_dropped_at_random(tmp_path):
+    path = trained(tmp_path, lambda spec: spec["model"].update(dropout=0.5))
+    tokenizer, text = load_tokenizer(path), "the state of the Union " * 20
+    found = encode(tokenizer, text)
+    assert found == tokenizer._encode_by_tokenizers([text])[0].tolist()
+    trained(tmp_path)
+    assert found == by_the_library(path, [text])[0]
+
+
 def test_loaded_tokenizer_encodes_whole_documents(tmp_path):
     path = trained(tmp_path, vocab_size=257)
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -243,6 +288,8 @@ def test_sentencepiece(tmp_path, llama_model, threads):
     assert saved_tokenizer(tmp_path) == tmp_path / "tokenizer.model"
     assert load_tokenizer(tmp_path / "tokenizer.model").sha256 == tokenizer.sha256
     assert tokenizer.decode([2, *encoded[3], 2]) == documents[3]
+    # A model may have more tokens than its tokenizer.
+    assert tokenizer.decode([*encoded[3], np.uint32(32000), 32063]) == documents[3]
 
 
 def test_sentencepiece_without_an_end(tmp_path):
@@ -264,6 +311,8 @@ def test_sentencepiece_without_an_end(tmp_path):
 def test_mistakes(tmp_path):
     with pytest.raises(UserError, match=r"model.vocab_size=256: must be at least 257"):
         train_tokenizer(TEXTS, 256)
+    with pytest.raises(UserError, match=r"model.vocab_size=2147483647: .* at most 16777216"):
+        train_tokenizer(TEXTS, 2**31 - 1)
     with pytest.raises(
         UserError,
         match=r"data.tokenizer='.*none.json': cannot be read \(No such file.*; give the path",
@@ -360,6 +409,51 @@ def test_hostile_tokenizers(tmp_path, capfd, change, message):
     with pytest.raises(UserError, match=rf"data\.tokenizer='.*tokenizer\.json': {message}"):
         load_tokenizer(path)
     assert capfd.readouterr().err == ""
+
+
+def doubling(times, kind="normalizers"):
+    part = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    return {"type": "Sequence", kind: [part] * times}
+
+
+def added_to_a_text(count):
+    """A part that puts so many tokens before a text."""
+    parts = [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    token = {"id": "x", "ids": [0] * count, "tokens": ["x"] * count}
+    kind = {"type": "TemplateProcessing", "special_tokens": {"x": token}}
+    return kind | {"single": parts, "pair": parts}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"normalizer": doubling(13)},
+            "makes a text 8192 times as long; at most 4096",
+        ),
+        (
+            {"decoder": doubling(13, "decoders")},
+            "makes a text 8192 times as long; at most 4096",
+        ),
+        ({"normalizer": {"type": "Prepend", "prepend": "a" * 5000}}, "5001 times as long"),
+        ({"post_processor": added_to_a_text(1025)}, "adds 1025 tokens to a text; at most 1024"),
+    ],
+)
+def test_tokenizers_that_lengthen_a_text_too_much(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(trained(tmp_path, lambda spec: spec.update(change), 300))
+
+
+def test_tokenizers_that_lengthen_a_text_are_given_less_at_once(tmp_path):
+    charsmap = base64.b64encode(b"\0\4\0\0" + bytes(1024) + b"x" * 64 + b"\0").decode()
+    for normalizer, share in (
+        (doubling(5), 1),
+        (doubling(6), 2),
+        ({"type": "Precompiled", "precompiled_charsmap": charsmap}, 2),
+    ):
+        content = trained(tmp_path, lambda spec: spec.update(normalizer=normalizer), 300)
+        tokenizer = load_tokenizer(content)
+        assert tokenizer.at_once == data_tokenizer.PIECE_CHARACTERS // share
 
 
 def test_a_fifo_is_no_tokenizer(tmp_path):

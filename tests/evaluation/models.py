@@ -11,8 +11,9 @@ import numpy as np
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.evaluation.models import Model
+from aoe_jax.model.declared import state_shardings
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings
+from aoe_jax.sharding import fill_mesh, make_mesh
 from tests.settings import config_of
 
 SETTINGS = {

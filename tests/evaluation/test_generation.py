@@ -217,7 +217,7 @@ def test_draws_have_the_probabilities_asked_for():
     [
         ({"temperature": -1.0}, r"--temperature=-1\.0: must be 0"),
         ({"top_k": 0}, "--top_k=0: must be 1"),
-        ({"top_p": 1.5}, r"--top_p=1\.5: must be between"),
+        ({"top_p": 1.5}, r"--top_p=1\.5: must be above 0"),
         ({"temperature": 0.0, "top_k": 3}, "--temperature=0 takes the likeliest token"),
     ],
 )

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
@@ -38,7 +40,12 @@ def test_batches_are_what_the_devices_divide():
     assert (split.mesh.data, split.train.batch_size, split.model.unroll) == (2, 8, 1)
 
 
-@pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "experts=2", "fsdp=2,fsdp=2", "fsdp=two", ""])
+MANY = "9" * 5000  # digits, more than Python takes as a number
+
+
+@pytest.mark.parametrize(
+    "text", ["fsdp", "fsdp=0", "experts=2", "fsdp=2,fsdp=2", "fsdp=two", f"fsdp={MANY}", ""]
+)
 def test_mistakes_in_writing(text):
     with pytest.raises(
         UserError, match=f"--mesh={text}: write it as fsdp=4,expert=2; the axes are data, fsdp"
@@ -53,6 +60,16 @@ def test_what_does_not_divide():
         UserError, match=r"config\.mesh\.expert=8: must divide experts\.n_experts=4"
     ):
         on_devices_here(tiny_config(), {"expert": 8})
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path, caplog):
+    workdir = shutil.copytree(finished_run(), tmp_path / "run")
+    file = str(workdir / "tokenizer.json")
+    tokenizer = tokenizers.Tokenizer.from_file(file)
+    tokenizer.add_tokens([f"<{number}>" for number in range(512)])
+    tokenizer.save(file)
+    load_model(workdir)
+    assert "tokens, the model 512: " in caplog.text
 
 
 @pytest.mark.parametrize("token", ["a", -1, 300, True])

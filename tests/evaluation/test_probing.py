@@ -14,7 +14,7 @@ from aoe_jax.evaluation import probing
 from aoe_jax.evaluation.run import evaluate_workdir
 from benchmarks.parity import random_model, save
 from tests.evaluation.models import make_config, make_model
-from tests.runs import corpus_folder, finished_run, kind_run
+from tests.runs import corpus_folder, finished_run, kind_run, run
 
 pytestmark = pytest.mark.usefixtures("ragged")
 
@@ -91,3 +91,8 @@ def test_a_choice_by_a_selection_bias_is_refused():
 def test_what_has_no_router(tmp_path):
     with pytest.raises(UserError, match=r"experts\.kind='aoe': a probe drops a router"):
         probing.probe_checkpoint(finished_run(), tmp_path)
+
+
+def test_tasks_without_a_name():
+    status, _, stderr = run(["-m", "aoe_jax.probe", "--checkpoint=x", "--tasks="])
+    assert status == 2 and stderr == "error: --tasks= names nothing; see --help\n"

@@ -2,17 +2,17 @@
 
 import dataclasses
 import json
-from pathlib import Path
+import tracemalloc
 
 import pytest
 
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import as_own, computed_fields, from_json, to_json
+from aoe_jax.formats.reading import read_config
 from aoe_jax.moe.routing import TopK
 from tests.runs import tiny_config
 
-PATH = Path("DIR/config.json")
 MIXTRAL = to_json(tiny_config(experts__kind="router"))
 
 SIGMOID = {"experts__kind": "router", "routing__name": "sigmoid_top_k"}
@@ -127,7 +127,7 @@ def test_there_and_back(variant):
     values = json.loads(json.dumps(to_json(config, state)))
     assert values["model_type"] == model_type
     for form in (values, json.loads(json.dumps(as_own(config)))):
-        found = from_json(PATH, form)
+        found = from_json(form)
         assert computed_fields(found) == computed_fields(config)
         assert found.model.max_len == config.model.max_len
 
@@ -147,7 +147,6 @@ def test_what_does_not_matter_does_not_count():
 def test_a_mixtral_of_the_hub():
     """As published, with fields that transformers has no more."""
     found = from_json(
-        PATH,
         {
             "architectures": ["MixtralForCausalLM"],
             "attention_dropout": 0.0,
@@ -244,6 +243,7 @@ REFUSED = {
     "word for a number": (changed(hidden_size="wide"), ["config.model.d_model='wide'"]),
     "heads": (changed(num_key_value_heads=3), ["n_kv_heads=3", "n_heads"]),
     "head_dim": (OLMOE | {"head_dim": 64}, ["head_dim=64 is not implemented", "16"]),
+    "huge head_dim": (LLAMA | {"head_dim": 2**21}, ["head_dim=2097152: must be", "at most"]),
     "odd head_dim": (changed(head_dim=15), ["config.model.head_dim=15: must be even"]),
     "layer_types": (
         QWEN3_MOE | {"layer_types": ["full_attention", "sliding_attention"]},
@@ -352,16 +352,26 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
-def test_refused_by_name(mistake):
+def test_refused_by_name(mistake, tmp_path):
     values, words = REFUSED[mistake]
+    (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError) as error:
-        from_json(PATH, values)
-    for word in [str(PATH), *words]:
+        read_config(tmp_path)
+    for word in [str(tmp_path / "config.json"), *words]:
         assert word in str(error.value)
 
 
+def test_many_layers_need_no_memory():
+    tracemalloc.start()
+    with pytest.raises(UserError, match="layer_types="):
+        from_json(QWEN3_MOE | {"layer_types": ["full_attention"], "num_hidden_layers": 2**20})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
 def test_other_groups_are_at_their_defaults():
-    found = from_json(PATH, MIXTRAL)
+    found = from_json(MIXTRAL)
     assert (found.train, found.checkpoint, found.balance) == (
         Config().train,
         Config().checkpoint,

@@ -267,6 +267,29 @@ def test_neurons_beyond_the_width_are_refused(tmp_path):
         convert(directory, tmp_path / "aoe", score_neurons=33)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("norm", "--checkpoint: .*norm.* is not finite; it is damaged"),
+        ("embed_tokens", "--checkpoint: embed/embedding is not finite"),
+        ("w1", "--checkpoint: the gate of expert . in layer 0 is not finite"),
+        ("w2", "--checkpoint: layers/experts/w_down of layer 0 is not finite"),
+    ],
+)
+def test_damaged_parameters_are_refused(tmp_path, part, words, dtype):
+    directory = written(tmp_path, tiny_config(experts__kind="router"), dtype)[0]
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if part in name)
+    damaged = tensors[name].copy()
+    damaged.flat[-1] = np.nan
+    save_file(tensors | {name: damaged}, file)
+    with pytest.raises(UserError, match=words):
+        convert(directory, tmp_path / "aoe", 8)
+    assert not (tmp_path / "aoe").exists()
+
+
 REFUSED = {
     "aoe": ({}, 8, "has experts.kind='aoe'; only a router MoE"),
     "dense": ({"experts__kind": "dense"}, 8, "has experts.kind='dense'; only a router MoE"),

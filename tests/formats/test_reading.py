@@ -109,7 +109,7 @@ def test_a_layer_that_predicts_further_tokens_is_left_out(tmp_path, caplog):
     with caplog.at_level("INFO"):
         logits = logits_here(directory)
     np.testing.assert_allclose(logits, hub_models()["glm4_moe"][1], rtol=0, atol=1e-4)
-    assert "left out: layer 3, which predicts a further token" in caplog.text
+    assert "left out: layer 3, of multi-token prediction" in caplog.text
     change_config(directory, num_nextn_predict_layers=0)
     with pytest.raises(UserError, match="model.layers.3.eh_proj.weight is unknown"):
         load(directory)

@@ -62,3 +62,10 @@ def test_names_that_would_write_to_the_terminal(tmp_path):
     save_file({"a\n\x1b[2J": np.zeros(2, np.float32)}, tmp_path / SINGLE)
     with pytest.raises(UserError, match=r"tensor 'a\\n\\x1b\[2J': no model has such a name"):
         stored_tensors(tmp_path)
+
+
+def test_very_long_names(tmp_path):
+    save_file({"x" * 100_000: np.zeros(2, np.float32)}, tmp_path / SINGLE)
+    with pytest.raises(UserError, match="no model has such a name") as error:
+        stored_tensors(tmp_path)
+    assert len(str(error.value)) < 2000

@@ -112,3 +112,16 @@ def test_the_token_before_a_text_is_that_of_transformers(tmp_path, adds):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json cannot be read"):
         read_prefix(tmp_path, ours, 1)
+
+
+def test_only_the_files_of_a_tokenizer_are_copied(tmp_path):
+    """Among the files of a model there may be a secret, such as an access token."""
+    folder, output = tmp_path / "model", tmp_path / "converted"
+    folder.mkdir()
+    output.mkdir()
+    (folder / "config.json").write_text('{"model_type": "mixtral"}')
+    needed = {"tokenizer.json", "special_tokens_map.json", "chat_template.jinja"}
+    for name in needed | {"token.json", "access_tokens.json"}:
+        (folder / name).write_text("{}")
+    write_tokenizer(folder, output, 64)
+    assert {path.name for path in output.iterdir()} == needed

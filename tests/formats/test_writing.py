@@ -18,7 +18,8 @@ from aoe_jax.formats import tensor_files
 from aoe_jax.formats.configs import as_own, to_json
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.formats.writing import new_directory, write_arrays, write_model
-from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings
+from aoe_jax.model.declared import state_shardings
+from aoe_jax.sharding import fill_mesh, make_mesh
 from aoe_jax.training.step import init_state
 from benchmarks.parity import TOKENS as HUB_TOKENS
 from benchmarks.parity import logits_here, logits_there

@@ -38,7 +38,7 @@ def scores_of_formula(params, x):
 
 def relative_norms(x, w_score):
     """`relative_scores` of AoE."""
-    norms = scoring.norms(x, w_score)
+    norms = scoring.scores_of_all(x, w_score)
     return relative_scores(norms, {"w_score": w_score}, context(norms, x=x))
 
 

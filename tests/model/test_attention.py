@@ -83,11 +83,12 @@ def test_blocks_compute_what_the_reference_does(x64, length, masked):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(
-    ("length", "n_heads", "n_kv", "masked"), [(256, 2, 2, False), (200, 4, 2, True)]
+    ("length", "n_heads", "n_kv", "masked", "width"),
+    [(256, 2, 2, False, 16), (200, 4, 2, True, 16), (200, 2, 1, True, LANES)],
 )
-def test_splash_computes_what_the_reference_does(length, n_heads, n_kv, masked):
+def test_splash_computes_what_the_reference_does(length, n_heads, n_kv, masked, width):
     """In Pallas's interpreter, with padding to whole tiles and with grouped heads."""
-    args, cotangent, documents = arrays(length, jnp.float32, n_heads, n_kv, 16)
+    args, cotangent, documents = arrays(length, jnp.float32, n_heads, n_kv, width)
     documents = documents if masked else None
     got = value_and_gradients(splash, args, cotangent, documents)
     want = value_and_gradients(reference_attention, args, cotangent, documents)

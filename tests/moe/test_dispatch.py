@@ -71,7 +71,7 @@ def test_round_trip_and_gradients(routing, rows):
 
     def there_and_back(x, weight):
         round = (routing, rows)
-        weighted = LOCAL.dispatch(x, round) * LOCAL.row_values(weight, round)[:, None]
+        weighted = LOCAL.dispatch(x, round)[0] * LOCAL.row_values(weight, round)[:, None]
         return LOCAL.combine(weighted, round, 30)
 
     got, pull_back = jax.vjp(there_and_back, x, routing.weight)

@@ -2,7 +2,7 @@
 GPU interpreter.
 
 The interpreter is public from JAX 0.12, and is run by the smoke suite there. `python -m
-benchmarks.gpu_compile` compiles the kernels for a GPU.
+benchmarks.grouped_compile` compiles the kernels for a GPU.
 """
 
 import logging

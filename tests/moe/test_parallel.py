@@ -18,7 +18,10 @@ from aoe_jax.methods import LAYERS
 from aoe_jax.methods.capacity import Capacity
 from aoe_jax.methods.dynmoe import DynMoE
 from aoe_jax.methods.routing_free import RoutingFree
+from aoe_jax.methods.thor import Thor
+from aoe_jax.methods.uoe import UoE
 from aoe_jax.moe.balance import balance_loss
+from aoe_jax.moe.grouped_matmul import BACKENDS
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.parallel import collectives as parallel
 from aoe_jax.moe.parallel.transports import make_transport
@@ -153,6 +156,23 @@ def test_so_do_products_of_rows_in_places(x64, shape, transport, kind):
     """The backend of CPUs, `blocked`, for which a layer lays its rows out otherwise."""
     layer, params, x, weights = make(KINDS[kind], transport)
     assert_same(on_mesh(shape, layer, params, x, weights), alone(kind))
+
+
+def test_a_backend_by_configuration(x64, ragged, monkeypatch):
+    """In every product of every round; the platform's is not called."""
+    layer, params, x, weights = make(KINDS["aoe"], "all_to_all")
+    want, named = alone("aoe"), dataclasses.replace(layer.experts, grouped_matmul="blocked")
+    monkeypatch.delitem(BACKENDS, "ragged")
+    assert_same(on_mesh((1, 2, 2, 2), layer.clone(experts=named), params, x, weights), want)
+
+
+@pytest.mark.parametrize("routing", [UoE(routing_neurons=4), Thor(inference="token")])
+def test_a_backend_by_configuration_in_other_layers(ragged, monkeypatch, routing):
+    experts = ExpertsConfig(routing.name, 8, 2, d_ffn=12, grouped_matmul="blocked")
+    layer, x = ExpertsLayer(experts, routing), jnp.ones((B, S, D))
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    monkeypatch.delitem(BACKENDS, "ragged")
+    assert jax.eval_shape(layer.apply, params, x)[0].shape == x.shape
 
 
 def test_balance_losses_from_some_of_the_tokens(x64, ragged):

@@ -22,6 +22,6 @@ def test_the_largest_activations_of_bfloat16_hardly_ever_tie():
     """In bfloat16 one token in seven would have two equal scores around its eighth expert."""
     x = jax.random.normal(jax.random.key(0), (512, 64), jnp.bfloat16)
     w_score = jax.random.normal(jax.random.key(1), (64, 64, 4), jnp.bfloat16)
-    scores = np.sort(scores_of_all(largest, x, w_score), axis=1)
+    scores = np.sort(scores_of_all(x, w_score, largest), axis=1)
     assert scores.dtype == np.float32
     assert np.mean(scores[:, -8] == scores[:, -9]) < 0.002

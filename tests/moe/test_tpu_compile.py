@@ -1,8 +1,8 @@
 """Grouped products compiled for TPUs that are absent, forward and backward, with `libtpu` from its
 wheel.
 
-`python -m benchmarks.tpu_compile` compiles every shape for every generation; here every shape is
-compiled for one.
+`python -m benchmarks.grouped_compile --shapes=all` compiles every shape for every generation; here
+every shape is compiled for one.
 """
 
 import math
@@ -22,17 +22,17 @@ from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.counts import layer_flops_per_token
 from aoe_jax.hardware import topology_devices
-from aoe_jax.moe.grouped_matmul import grouped_matmul, megablox
+from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.parallel.collectives import sum_gradients
 from aoe_jax.sharding import fill_mesh, make_mesh
 from benchmarks.compiling import (
     PRODUCTS,
-    TOPOLOGIES,
+    TPUS,
+    devices_of,
     expert_shapes,
     lower_for,
     lower_layers,
     megablox_tile_flops,
-    tpu_devices,
 )
 from configs import paper
 
@@ -51,7 +51,7 @@ def test_tiles_compute_little_more_than_is_useful(n_experts):
 EVERY_SHAPE = list(
     zip(
         expert_shapes(),
-        cycle(TOPOLOGIES),
+        cycle(TPUS),
         cycle(["float32", "bfloat16"]),
         cycle([32768, 131072, 96]),
     )
@@ -64,7 +64,7 @@ def test_every_shape_compiles(shape, generation, dtype, m):
     declares.
     """
     lowered = lower_for(
-        tpu_devices(generation)[0], "megablox", m, *shape, 64 if m > 32768 else 8, dtype
+        devices_of(generation)[0], "megablox", m, *shape, 64 if m > 32768 else 8, dtype
     )
     assert kernels_and_dense_products(lowered) == (3, 0)
     assert lowered.compile().cost_analysis()["flops"] <= 1.10 * 6 * m * shape[0] * shape[1]
@@ -78,17 +78,18 @@ def test_one_product_alone():
 
 
 EIGHT, SIXTY_FOUR = (8, 2, 3072, 256), (64, 8, 768, 512)  # n_experts, top_k, d_ffn, d_low
-LAYERS = [
-    ("aoe", "v4", SIXTY_FOUR, None),
-    ("aoe", "v5p", EIGHT, 16),
-    ("router", "v5e", EIGHT, None),
+LAYERS = [  # and the GB of traffic that two layers take at most, forward and backward
+    ("aoe", "v4", SIXTY_FOUR, None, 13.5),
+    ("aoe", "v5p", EIGHT, 16, 7.3),
+    ("router", "v5e", EIGHT, None, 5.5),
 ]
 
 
-@pytest.mark.parametrize(("kind", "generation", "shape", "score_neurons"), LAYERS)
-def test_useful_flops_of_a_layer(kind, generation, shape, score_neurons):
-    """Forward and backward, loss-free; no expert is computed but the chosen, whose norms are
-    computed twice. The neurons of whole gates that score cost no pass over their gates.
+@pytest.mark.parametrize(("kind", "generation", "shape", "score_neurons", "traffic"), LAYERS)
+def test_work_of_a_layer(kind, generation, shape, score_neurons, traffic):
+    """Loss-free; no expert is computed but the chosen, whose norms are computed twice, and no array
+    has the hidden width of all experts for all tokens. The neurons of whole gates that score cost
+    no pass over their gates.
     """
     n_tokens, (n_experts, top_k, d_ffn, d_low) = 4096, shape
     experts = ExpertsConfig(
@@ -99,16 +100,23 @@ def test_useful_flops_of_a_layer(kind, generation, shape, score_neurons):
         experts=experts,
         balance=BalanceConfig(aux_weight=0.0),
     )
-    lowered = lower_layers(tpu_devices(generation)[0], config, n_tokens)
+    lowered = lower_layers(devices_of(generation)[0], config, n_tokens)
     compiled, text = hlo.compile_and_read(lowered)
     # The compiler counts the body of the scan once, that is one layer.
     ratio = compiled.cost_analysis()["flops"] / (n_tokens * layer_flops_per_token(config)[1])
     assert 0.95 < ratio <= 1.10
+    program = costs.Program(text)
+    sizes, n_layers = config.experts.sizes(config.model.d_model), config.model.n_layers
+    scored = n_tokens * n_experts * sizes["r"] if kind == "aoe" else 0
+    instructions = (i for part in program.computations.values() for i in part.values())
+    largest = max(math.prod(a.dims) for i in instructions for a in i.arrays)
+    kept = n_layers * n_tokens * top_k * sizes["f"]
+    assert largest <= max(scored, kept) < n_tokens * n_experts * sizes["f"]
+    operations = program.operations
+    assert sum(o.times * o.hbm_bytes for o in operations) <= 1e9 * traffic
     if score_neurons:
-        operations = costs.Program(text, [megablox.kernel_cost]).operations
         scoring = sum(o.times * o.hbm_bytes for o in operations if "row_scores" in o.op_name)
-        bytes_of_gates = config.model.n_layers * n_tokens * top_k * d_ffn * 2
-        assert 0 < scoring < bytes_of_gates / 2
+        assert 0 < scoring < kept  # half of the bytes of all gates
 
 
 @pytest.mark.smoke
@@ -116,7 +124,7 @@ def test_the_mesh_chooses_the_backend():
     """No argument is needed: on a CPU host, a program for a TPU mesh gets the TPU kernel, inside
     scan and remat too.
     """
-    mesh = jax.sharding.Mesh(np.array(tpu_devices("v5e")), ("data",))
+    mesh = jax.sharding.Mesh(np.array(devices_of("v5e")), ("data",))
     spec = jax.sharding.PartitionSpec
 
     @partial(
@@ -158,7 +166,7 @@ MESHES = [
 
 @pytest.mark.parametrize(("topology", "fsdp"), MESHES)
 def test_gradients_are_summed_by_native_reduce_scatters(topology, fsdp):
-    """An all-reduce would send twice the bytes."""
+    """Each device sends what a single one would; an all-reduce sends twice the bytes."""
     devices = topology_devices(topology)[1]
     config = paper.get_config("moe_aux")
     config.mesh.fsdp = fsdp
@@ -177,4 +185,6 @@ def test_gradients_are_summed_by_native_reduce_scatters(topology, fsdp):
         _, text = hlo.compile_and_read(jax.jit(sums).lower(g))
     found = [o for o in costs.Program(text).operations if o.collective]
     assert {o.collective for o in found} == {"reduce-scatter"}
-    assert math.prod(o.group_size for o in found) == mesh.shape["fsdp"]
+    assert math.prod(o.group_size for o in found) == fsdp
+    sent = sum(o.sent_bytes * (1 - 1 / o.group_size) for o in found)
+    assert sent == pytest.approx(4 * g.size * (1 - 1 / fsdp), rel=1e-3)

@@ -11,10 +11,11 @@ from contextlib import closing
 import numpy as np
 import pytest
 
+from aoe_jax.cli import Forgiving
 from aoe_jax.errors import Hang
 from aoe_jax.training.bar import MAX_EXPERTS, Bar, load_columns
 from aoe_jax.training.telemetry import Telemetry, layer_figures
-from tests.runs import finish, start, tiny_config, train_command
+from tests.runs import dense_command, finish, start, tiny_config
 from tests.terminal import Terminal, shown
 from tests.test_faults import heartbeat, patched, wait_for
 from tests.test_hangs import without_data
@@ -26,10 +27,11 @@ log = logging.getLogger("aoe_jax")
 def attached(monkeypatch):
     """A terminal that is stderr from now on; pytest resets stderr after fixtures."""
     terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal.file)
-    handler = logging.StreamHandler(terminal.file)
+    monkeypatch.setattr(sys, "stderr", Forgiving(terminal.file))
+    handler = logging.StreamHandler(sys.stderr)
     monkeypatch.setattr(log, "handlers", [handler])
-    monkeypatch.setattr(log, "level", logging.INFO)
+    monkeypatch.setattr(log, "level", log.level)
+    log.setLevel(logging.INFO)  # loggers below it may have noted that they are off
     monkeypatch.setattr(log, "propagate", False)
     return terminal
 
@@ -139,7 +141,7 @@ def lines_of_log(terminal):
 
 def test_a_run_that_is_asked_to_stop_leaves_a_clean_terminal(tmp_path):
     terminal = Terminal()
-    process = start(train_command(tmp_path, train__steps=100_000), stderr=terminal.file)
+    process = start(dense_command(tmp_path, train__steps=100_000), stderr=terminal.file)
     wait_for(process, lambda: (heartbeat(tmp_path)["step"] or 0) > 5)
     process.send_signal(signal.SIGTERM)
     assert finish(process)[0] == 0
@@ -153,4 +155,5 @@ def test_a_run_that_hangs_leaves_a_clean_terminal(tmp_path):
     terminal = Terminal()
     process = start(command, stderr=terminal.file)
     assert finish(process)[0] == Hang.status
-    assert lines_of_log(terminal)[-1].startswith("error: process 0, training, after step 6 made no")
+    last = lines_of_log(terminal)[-1]
+    assert last.startswith("error: process 0 (training, after step 6) made no"), last

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from aoe_jax import faults
@@ -190,7 +191,7 @@ def test_what_is_kept_is_kept_by_the_next_start_too(tmp_path):
 def test_checkpoints_by_the_word_of_a_user(tmp_path):
     checkpoints = Checkpoints(write(tmp_path, CheckpointConfig(keep=9), [1, 2, 3], NLL.get))
     assert [checkpoints.find(word) for word in ("newest", "best", "1")] == [3, 2, 1]
-    for word in ("4", "last", "-1"):
+    for word in ("4", "last", "-1", "٣", "9" * 5000):
         with pytest.raises(
             UserError,
             match=f"--step={word}: .*has checkpoints of steps 1, 2, 3; or give newest, best",
@@ -388,6 +389,7 @@ def test_every_flipped_bit_of_the_arrays_is_seen(tmp_path):
 FAULTS = [
     OSError(errno.EMFILE, "Too many open files"),
     OSError(errno.EIO, "Input/output error"),
+    OSError("Forbidden: https://storage.googleapis.com/b/x\nno"),  # of gcsfs
     MemoryError(),
 ]
 
@@ -419,6 +421,47 @@ def check_unreadable(saved, tmp_path, monkeypatch, fault, kind, words):
             Checkpoints(workdir).restore_newest(ABSTRACT, batches())
     assert contents(workdir) == before
     assert Checkpoints(workdir).restore_newest(ABSTRACT, batches())[0] == 5
+
+
+def test_checkpoints_on_another_disk(saved, tmp_path, monkeypatch):
+    """A damaged one is moved to the disk of the workdir; a disk that is not mounted is a fault."""
+    workdir = copy_of(saved, tmp_path)
+    with disk(tmp_path / "disk", "9m") as other:
+        shutil.move(workdir / "checkpoints", other / "mine")
+        (workdir / "checkpoints").symlink_to(other / "mine")
+        (other / "mine" / "5" / "run" / "metadata").write_text("{")
+        damaged = contents(other / "mine" / "5")
+        assert Checkpoints(workdir).restore_newest(ABSTRACT, batches())[0] == 4
+        assert contents(workdir / "damaged_checkpoints" / "5") == damaged
+        assert Checkpoints(workdir).steps() == [3, 4]
+        gc.collect()  # else a file may still be open
+    monkeypatch.setattr(faults, "retry_seconds", 0.1)
+    with pytest.raises(MachineFault, match=r"a link to nothing; is its disk mounted\?"):
+        Checkpoints(workdir).steps()
+
+
+def test_the_disk_of_the_checkpoints_is_away_during_a_save(tmp_path, monkeypatch):
+    """It comes back, and a later time it does not."""
+    disk_of_run, away = tmp_path / "disk", tmp_path / "away"
+    (disk_of_run / "mine").mkdir(parents=True)
+    (tmp_path / "checkpoints").symlink_to(disk_of_run / "mine")
+    checkpoints, waits = Checkpoints(tmp_path, CheckpointConfig(every=1)), []
+
+    def until_it_is_back():
+        waits.append("of the save, then of the look at it")
+        if len(waits) == 2:
+            away.rename(disk_of_run)
+        yield from itertools.repeat(0.0)
+
+    disk_of_run.rename(away)
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "pauses", until_it_is_back)
+        checkpoints.save(1, noise(1), {"next_index": 1}, Progress(1, 1, True), wait=True)
+    assert checkpoints.saved == 1 and Checkpoints(tmp_path).steps() == [1]
+    disk_of_run.rename(away)
+    monkeypatch.setattr(faults, "retry_seconds", 0.1)
+    with pytest.raises(MachineFault, match=r"a link to nothing; is its disk mounted\?"):
+        checkpoints.save(2, noise(2), {"next_index": 2}, Progress(1, 1, True), wait=True)
 
 
 @unread
@@ -548,6 +591,36 @@ def test_a_fault_beside_a_save_that_succeeds(tmp_path, monkeypatch, caplog):
     assert checkpoints.saved == 2 and Checkpoints(tmp_path).steps() == [2]
 
 
+def test_a_save_into_the_mount_point_of_a_disk_does_not_count(tmp_path, caplog):
+    """The disk of the workdir is unmounted when a save begins, and back at the next one."""
+    workdir, disk_of_run = tmp_path / "run", tmp_path / "disk"
+    (workdir / "checkpoints").mkdir(parents=True)
+    (workdir / "owner").touch()
+    checkpoints = Checkpoints(workdir)
+    checkpoints.open(CheckpointConfig(every=1), 0, is_in_place=(workdir / "owner").exists)
+    workdir.rename(disk_of_run)
+    workdir.mkdir()
+    checkpoints.save(1, noise(1), {"next_index": 1}, Progress(1, 1, True))
+    assert not checkpoints.finish() and checkpoints.saved == 0
+    assert "another process failed, or the workdir is gone or was taken over" in caplog.text
+    assert step_folders(workdir) == ["1"]
+    shutil.rmtree(workdir)
+    disk_of_run.rename(workdir)
+    checkpoints.save(2, noise(2), {"next_index": 2}, Progress(1, 1, True))
+    assert checkpoints.saved == 2 and step_folders(workdir) == ["2"]
+    checkpoints.close()
+
+
+def test_an_unfinished_save_of_another_run_is_not_deleted(tmp_path, monkeypatch):
+    """Its disk was mounted in the place of the workdir."""
+    half = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    monkeypatch.setattr(faults, "retry_seconds", 0.1)
+    with pytest.raises(MachineFault, match="the workdir is gone"):
+        Checkpoints(tmp_path).open(CheckpointConfig(every=1), 0, is_in_place=lambda: False)
+    assert half.exists()
+
+
 def test_fingerprints_do_not_depend_on_the_sharding():
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     x = jax.random.normal(jax.random.key(0), (8, 6, 4))
@@ -573,7 +646,15 @@ def test_fingerprints_do_not_depend_on_the_sharding():
 
 
 def test_a_repetition_that_differs_is_named():
-    state = {"kernel": jnp.ones((8, 4)), "scale": jnp.ones(3)}
+    """Also on a mesh, where each device has a piece."""
+    mesh = Mesh(jax.devices(), ("fsdp",), axis_types=(AxisType.Auto,))
+    kernel = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("fsdp")))
+    with jax.set_mesh(mesh):
+        refuses_a_change({"kernel": kernel, "scale": jnp.ones(3)})
+    refuses_a_change({"kernel": jnp.ones((8, 4)), "scale": jnp.ones(3)})
+
+
+def refuses_a_change(state):
     first = local_fingerprints(state)
     check_repetition(7, first, state)
     with pytest.raises(MachineFault, match="step 7 had two results, which differ in process 0: a"):

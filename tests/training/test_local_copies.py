@@ -17,7 +17,7 @@ from aoe_jax.training import local_copies
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.local_copies import LocalCopies
 from aoe_jax.training.step import TrainState
-from tests.runs import disk, finish, finished_run, same_end, start, tiny_config, train_command
+from tests.runs import dense_command, dense_run, disk, finish, same_end, start, tiny_config
 from tests.training.test_checkpoint import ABSTRACT, flip_bit, state_of
 
 DATA = {"position": 4}
@@ -182,7 +182,7 @@ def test_a_killed_run_goes_on_from_its_copies(tmp_path, case):
     local.mkdir()
     settings = {"checkpoint__every": 8, "checkpoint__local_every": 2}
     settings |= {"checkpoint__local_path": str(local), "checkpoint__keep_every": 8}
-    process = start(train_command(workdir, **settings))
+    process = start(dense_command(workdir, **settings))
     deadline = time.monotonic() + 120
     while not any(step_of(path) > 8 for path in local.rglob("*.npz")):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
@@ -199,7 +199,7 @@ def test_a_killed_run_goes_on_from_its_copies(tmp_path, case):
             path.write_bytes(b"damaged")
     elif copied > saved:
         words = f"going on from the local copies of step {copied}\n"
-    status, _, stderr = finish(start([*train_command(workdir, **settings), *flags]))
+    status, _, stderr = finish(start([*dense_command(workdir, **settings), *flags]))
     assert status == 0 and words in stderr, stderr
     assert ("cannot be used; back to" in stderr) == (case == "damaged" and copied > saved)
-    assert same_end(workdir, finished_run()) and files(tmp_path) == []
+    assert same_end(workdir, dense_run()) and files(tmp_path) == []

@@ -10,13 +10,13 @@ import psutil
 import pytest
 
 from aoe_jax.counts import parameter_counts
+from aoe_jax.model.declared import state_shardings
 from aoe_jax.sharding import (
     batch_sharding,
     fill_mesh,
     make_mesh,
     put_batch,
     replicated,
-    state_shardings,
 )
 from aoe_jax.training.memory import device_memory, host_memory, program_memory
 from aoe_jax.training.step import init_state, make_train_step

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from aoe_jax.training.picture import draw_run, write_picture
-from tests.runs import finished_run, kind_run, read_metrics, run, train_command
+from tests.runs import dense_command, finished_run, kind_run, read_metrics, run
 
 
 def lines_of(workdir):
@@ -70,7 +70,7 @@ def test_a_run_draws_it_and_survives_without(tmp_path):
     with Image.open(finished_run() / "training.png") as picture:
         assert picture.size[0] > 2 * picture.size[1]
     (tmp_path / "training.png").mkdir()
-    status, stdout, stderr = run(train_command(tmp_path, train__steps=2, train__warmup=0.5))
+    status, stdout, stderr = run(dense_command(tmp_path, train__steps=2, train__warmup=0.5))
     assert status == 0, stderr
     assert "training.png cannot be written (Is a directory); the run goes on" in stderr
     assert "--workdir" in stdout

@@ -24,7 +24,8 @@ PARTS = (
 
 
 @pytest.mark.parametrize(
-    "text", ["x", "", "5", "5:", ":5", "5:0", "0:3", "-1:2", "1:2:3", "1.5:2", "5:x"]
+    "text",
+    ["x", "", "5", "5:", ":5", "5:0", "0:3", "-1:2", "1:2:3", "1.5:2", "5:x", f"5:{'9' * 5000}"],
 )
 def test_values_that_are_none(text):
     with pytest.raises(UserError) as error:

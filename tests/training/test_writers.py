@@ -13,6 +13,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.training.telemetry import Telemetry
 from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb, check_wandb
 from tests.runs import (
+    EVERY,
     finish,
     finished_run,
     read_events,
@@ -27,22 +28,38 @@ LAYERS = {"load_entropy": np.array([1 / 3, 2 / 3], np.float32), "dead_experts": 
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    writer = JsonLines(path, 0)
+    writer = JsonLines(path, 0, EVERY)
     for step in (2, 4, 6):
         writer.write(step, "train", {"loss": step}, {}, {})
     writer.close()
     with path.open("a") as file:
         file.write('{"step": 8, "lo')  # the half line of a killed run
     kept = path.read_text().splitlines()[:2]
-    writer = JsonLines(path, 5)
+    writer = JsonLines(path, 5, EVERY)
     assert path.read_text().splitlines() == kept
     writer.write(6, "train", {"loss": 60}, {}, {})
     writer.close()
     assert path.read_text().splitlines() == [*kept, '{"step": 6, "loss": 60}']
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize(
+    "more", ['{"step": 9, "loss": 1}', '{"step": 2, "note": "a text"}', "my own words"]
+)
+def test_lines_that_nobody_expects_are_kept_aside(tmp_path, more):
+    """Lines of a checkpoint that is gone, of another version, or of the user."""
+    path = tmp_path / "metrics.jsonl"
+    before = '{"step": 2, "loss": 1}\n{"step": 8, "loss": 1}\n' + more + "\n"
+    path.write_text(before)
+    for _ in range(2):
+        JsonLines(path, 2, EVERY).close()
+        assert path.read_text() == '{"step": 2, "loss": 1}\n'
+    (copy,) = tmp_path.glob("set_aside/*/*")
+    assert copy.name == "metrics.jsonl.whole" and copy.read_text() == before
 
 
 def test_lines_are_on_disk_at_once(tmp_path):
-    writer = JsonLines(tmp_path / "metrics.jsonl", 0)
+    writer = JsonLines(tmp_path / "metrics.jsonl", 0, EVERY)
     writer.write(1, "train", {"loss": 0.1}, LAYERS, {})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text) == {
@@ -54,7 +71,7 @@ def test_lines_are_on_disk_at_once(tmp_path):
 
 def test_numbers_keep_their_precision(tmp_path):
     values = np.random.default_rng(0).lognormal(0, 20, 500).astype(np.float32)
-    writer = JsonLines(tmp_path / "metrics.jsonl", 0)
+    writer = JsonLines(tmp_path / "metrics.jsonl", 0, EVERY)
     writer.write(1, "train", {"nll": float(values[0])}, {"norm": values}, {})
     writer.close()
     line = json.loads((tmp_path / "metrics.jsonl").read_text())

@@ -25,7 +25,7 @@ def splash_attention(q, k, v, segment_ids=None):
     # Padding lies after all positions, so no position attends to it.
     padding = -length % LANES
     q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, padding), (0, 0))) for a in (q, k, v))
-    attend = _kernel(q.shape[1], length + padding)
+    attend = _kernel(q.shape[1], length + padding, q.shape[-1])
     if segment_ids is None:
         y = jax.vmap(attend)(q, k, v)
     else:
@@ -58,6 +58,8 @@ def kernel_cost(name, operands, results):
         return None
     q, k, v, *others = (a for a in operands if len(a.dims) >= 3 and a.dtype[0] in "bf")
     *_, n_heads, length, width = q.dims
+    if length < LANES:  # heads narrower than that are transposed
+        length, width = width, length
     n_q, n_kv = operands[0].dims[-2:]
     n_met = sum(-(-n_kv * (i + 1) // n_q) for i in range(n_q))  # pairs of blocks
     share = n_met / (n_q if kind == "dkv" else n_kv)
@@ -66,13 +68,15 @@ def kernel_cost(name, operands, results):
     else:
         once, again, share = (q, *others), (k, v), share * n_heads / k.dims[-3]
     traffic = sum(a.hbm_bytes for a in (*once, *results)) + share * sum(a.hbm_bytes for a in again)
-    pairs = math.prod(q.dims[:-1]) * length * n_met / (n_q * n_kv)
+    pairs = math.prod(q.dims[:-2]) * length**2 * n_met / (n_q * n_kv)
     occupied = -(-width // LANES) * LANES
     return 2 * _PRODUCTS[kind] * pairs * width, traffic, 2 * _PRODUCTS[kind] * pairs * occupied
 
 
-def _kernel(n_heads, length):
+def _kernel(n_heads, length, width):
     size = block_size(length)
+    # Narrow heads have positions in their last axis, or they would be padded to LANES.
+    layout = kernels.QKVLayout.SEQ_MINOR if width < LANES else kernels.QKVLayout.HEAD_DIM_MINOR
     sizes = kernels.BlockSizes(
         block_q=size,
         block_kv=size,
@@ -80,6 +84,9 @@ def _kernel(n_heads, length):
         block_kv_dkv=size,
         block_q_dq=size,
         block_kv_dq=size,
+        q_layout=layout,
+        k_layout=layout,
+        v_layout=layout,
     )
     return kernels.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((length, length))] * n_heads),

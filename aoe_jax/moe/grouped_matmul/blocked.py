@@ -2,12 +2,12 @@
 block by block.
 
 B is a little more than the mean group, so with balanced loads almost all rows go through the
-batched product, which reads every expert's weights in place. Rows lie where that product reads and
-writes them, in E stretches of B places. What is left of larger groups lies in the places that
-smaller groups leave free; there the batched product is wrong, and a loop over blocks of such rows,
-each block one dense matmul, puts it right; its trip count is dynamic. Where groups are so uneven,
-or so many rows unused, that less than half of the batched product would be useful, all rows go
-through the loop: never more is done than about twice the useful work and two blocks a group.
+batched product, which reads every expert's weights in place. Rows are stored where that product
+reads and writes them, in E stretches of B places. The rest of larger groups fills places that
+smaller groups leave free. There the batched product is wrong, and a loop of dynamic length
+overwrites it, one dense matmul per block of such rows. If less than half of the batched product
+would be useful, all rows go through the loop. So the work is at most about twice the useful work
+and two blocks a group.
 
 B rows of a group's head, N = E B places, S rows of a block; other letters: see `__init__.py`.
 """

@@ -37,7 +37,7 @@ def is_local(devices, fixed_k):
 def make_transport(devices, routing, experts, method, n_tokens):
     """The transport of a layer for the `Routing` of this device's `n_tokens` tokens."""
     choice = method.choice(experts)
-    per_token = method.experts_per_token(experts) or experts.top_k
+    per_token = (choice.per_token or experts.top_k) if choice else 1
     if is_local(devices, routing.slots_per_token == per_token):
         return Local(devices, experts.n_experts, all_used=bool(choice and choice.is_fixed))
     share = n_tokens * devices.size("tensor") * per_token
@@ -126,11 +126,9 @@ class Ring(_Rounds):
         slot = jax.lax.dynamic_slice_in_dim(plan.slot, start, self.size)
         return jnp.where(used, slot, plan.slot[-1]), jnp.diff(within, prepend=0)
 
-    def groups(self, round):
-        return round[1]
-
     def dispatch(self, x, round):
-        return _take_rows(x, round[0] // self.slots_per_token)
+        slot, group_sizes = round
+        return _take_rows(x, slot // self.slots_per_token), group_sizes
 
     def row_values(self, values, round):
         return values.at[round[0]].get(mode="fill", fill_value=0)
@@ -195,13 +193,10 @@ class AllToAll(_Rounds):
         received = self.devices.exchange(sent, 0, 0)
         return _AllToAllRound(slot.reshape(-1), order, inverse, group_sizes, sent, received)
 
-    def groups(self, round):
-        return round.group_sizes
-
     def dispatch(self, x, round):
         rows = _take_rows(x, round.slot // self.slots_per_token)
         rows = self.devices.exchange_rows(rows, round.sent, round.received)
-        return permute(rows, round.order, round.inverse)
+        return permute(rows, round.order, round.inverse), round.group_sizes
 
     def row_values(self, values, round):
         sent = values.at[round.slot].get(mode="fill", fill_value=0)

@@ -1,0 +1,16 @@
+"""What layers share whose tokens choose no experts: dense, SMEAR and THOR."""
+
+from aoe_jax.moe.routing import Method
+
+
+class Unchosen(Method):
+    """The base of layers whose tokens choose no experts."""
+
+    def choice(self, experts):
+        return None
+
+    def check(self, config):
+        config.balance.refuse_losses(f"a {self.name} layer has no load to balance; set it to 0")
+        if config.mesh.transport == "all_to_all":
+            wanted = f"is not implemented for experts.kind={self.name!r}; leave it at 'ring'"
+            config.mesh.refuse("transport", wanted)
