@@ -38,7 +38,9 @@ _TAKE_OVER = flags.DEFINE_bool(
 )
 
 _RESUME_ONLY = flags.DEFINE_bool(
-    "resume-only", False, "never begin a run: end with status 5 while WORKDIR has none"
+    "resume-only",
+    False,
+    "never begin a run: end with status 5 while WORKDIR has none, and with 0 if it has finished",
 )
 
 

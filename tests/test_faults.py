@@ -311,6 +311,16 @@ def test_a_run_that_must_be_there(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_finished_run_is_finished_again(tmp_path):
+    """Its supervisor does not know it if the disk vanished before the last heartbeat."""
+    workdir = shutil.copytree(dense_run(), tmp_path / "run")
+    unfinished = heartbeat(workdir) | {"status": "training"}
+    (workdir / "heartbeat.json").write_text(json.dumps(unfinished))
+    status, _, stderr = run([*dense_command(workdir), "--resume-only"])
+    assert status == 0 and heartbeat(workdir)["status"] == "finished", stderr
+    assert same_end(workdir, dense_run())
+
+
 def test_history_is_not_erased(tmp_path):
     """A run whose checkpoints are gone stops, until its user says how to begin."""
     workdir = shutil.copytree(dense_run(), tmp_path / "run")

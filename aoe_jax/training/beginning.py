@@ -41,7 +41,7 @@ class Beginning:
         self.is_main = jax.process_index() == 0
         self.local = None  # the copies on the disks of the hosts
 
-    def check(self, profile, wandb):
+    def check(self, profile, wandb, resume_only):
         """Checks for mistakes of the user; writes nothing but token stores."""
         config, workdir, steps = self.config, self.workdir, self.config.train.steps
         self.heartbeat.beat("restoring")
@@ -75,6 +75,8 @@ class Beginning:
         with together():
             summary = workdir / "summary.json"
             is_finished = patiently(f"{workdir} cannot be read", summary.exists)
+            # The end of a run may be unknown to its supervisor: its disk vanished just then.
+            is_finished = is_finished and not resume_only
             if self.step > steps or (self.step == steps and is_finished):
                 raise UserError(
                     f"config.train.steps={steps}: {workdir} is already at step {self.step}; raise "

@@ -50,8 +50,8 @@ def train(
     trace of the steps `profile`; and `wandb/` if `wandb` is a project of Weights & Biases. A run
     that is stopped at any moment and started again ends in the same state, on CPU bit for bit.
 
-    Raises the exceptions of `errors.py`: `UserError` also if `train.steps` is reached already, and
-    `Stopped` once the state is saved.
+    Raises the exceptions of `errors.py`: `UserError` also if the run has finished, unless `start`
+    only resumes, and `Stopped` once the state is saved.
     """
     if config.routing.name == "sparsemixer":
         raise UserError(
@@ -61,13 +61,13 @@ def train(
     check_store(workdir)  # before anything is written there
     filled = sharding.fill_mesh(config, jax.device_count())
     mesh, heartbeat = sharding.make_mesh(filled, jax.devices()), Heartbeat(workdir)
-    stop, folder = stop or StopRequests(), RunFolder(workdir)
+    stop, start, folder = stop or StopRequests(), start or Start(), RunFolder(workdir)
     watchdog = Watchdog(folder, heartbeat, stop, filled.train.hang_timeout)
     with watchdog, contextlib.ExitStack() as held, _end_is_reported(heartbeat), jax.set_mesh(mesh):
         heartbeat.beat("restoring")
-        folder.open(start or Start(), held)
+        folder.open(start, held)
         begun = Beginning(filled, folder, mesh, heartbeat)
-        begun.check(profile, wandb)
+        begun.check(profile, wandb, start.resume_only)
         begun.restore()
         begun.claim_workdir(config)
         run = _Run(begun, stop)
