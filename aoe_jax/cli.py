@@ -1,15 +1,10 @@
-"""Shared by all commands: flags, logging to stderr, and how a program ends."""
+"""Shared by all commands: their flags and how they run."""
 
 import ast
-import atexit
-import contextlib
-import logging
 import os
 import runpy
-import signal
 import sys
 import textwrap
-import threading
 import traceback
 from pathlib import Path
 
@@ -17,12 +12,10 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from aoe_jax import faults
+from aoe_jax import faults, program
 from aoe_jax.config.checks import misfit, require, require_flag
-from aoe_jax.errors import Failure, Interrupted, MachineFault, Stopped, UserError, shown
+from aoe_jax.errors import Stopped, UserError, shown
 from aoe_jax.paths import local_file, parsed_path
-
-log = logging.getLogger(__name__)
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("debug", False, "show the traceback of a user's mistake")
@@ -39,35 +32,12 @@ flags.disclaim_key_flags()  # flags that functions here define belong to their c
 _EXAMPLE = "configs/tiny.py of the repository"
 _NO_CONFIG = f"--config is missing; name a Python file with get_config(), such as {_EXAMPLE}"
 _HELP_WIDTH = 100  # columns, like those of the docstrings
-_BROKEN_PIPE = 128 + signal.SIGPIPE  # like programs that the signal ends
-_NOTES_OF_JAX = ("---", "For simplicity")
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
     "tuple": "numbers, such as (0, 2)",
 }
-
-
-class Forgiving:
-    """A file that drops what cannot be written: a disk that is full of a log ends no command."""
-
-    def __init__(self, file):
-        """Writes to `file`, such as stderr."""
-        self._file = file
-
-    def __getattr__(self, name):
-        return getattr(self._file, name)
-
-    def write(self, text):
-        """Writes a text if possible."""
-        with contextlib.suppress(OSError, ValueError):
-            self._file.write(text)
-
-    def flush(self):
-        """Flushes if possible."""
-        with contextlib.suppress(OSError, ValueError):
-            self._file.flush()
 
 
 class _FieldParser(flags.ArgumentParser):
@@ -224,14 +194,10 @@ def refuse_empty(*of):
 
 
 def run(main):
-    """Parses the command line, sets up logging, calls `main()` and exits with what it returns.
-
-    The last line on stderr says why the program ended early: a `Failure` with its exit status, a
-    device without enough memory (2), a fault of a disk, a network or memory (5), a request to stop
-    (`Stopped`), a pipe that nobody reads (141), or any other exception (1), whose traceback comes
-    before.
+    """Parses the command line, sets up logging, calls `main()`, and ends the program: with what it
+    returns, or by `program.end_early`.
     """
-    _open_standard_files()
+    program.open_standard_files()
     # After a mistake on the command line, FLAGS.debug is not parsed.
     debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(sys.argv[1:])
     try:
@@ -239,65 +205,15 @@ def run(main):
         if FLAGS.help:
             print(_help(main.__module__))
             sys.exit(0)
-        _set_up_logging()
+        program.set_up_logging(debug)
         faults.retry_seconds = FLAGS.retry_seconds
         _check_working_directory()
-        if not debug:
-            _hide_background_errors()
         status = main()
-        if problem := _flush_stdout():
+        if problem := program.flush_stdout():
             raise problem
-    except Failure as e:
-        if debug:
-            traceback.print_exc()
-        _end_at_once(e.status, f"error: {e}{_notes(e) if isinstance(e, MachineFault) else ''}")
-    except Stopped as e:
-        if e.others_go_on:
-            _end_at_once(e.status, str(e))
-        print(e, file=sys.stderr, flush=True)
-        status = e.status
-    except KeyboardInterrupt:
-        _end_at_once(Interrupted.status, "interrupted")
-    except BrokenPipeError:
-        _end_at_once(_BROKEN_PIPE, "error: nobody reads the output any more")
-    except Exception as e:
-        status, first_line = faults.status_of(e), (str(e).strip().splitlines() or [""])[0][:300]
-        if faults.fills_device(e):
-            last_line = f"error: {_device_is_full(e)}"
-        elif faults.lacks_credentials(e):
-            wanted = "log in to the object store on this machine"
-            last_line = f"error: {faults.reason(e)}; {wanted}"
-        elif status == MachineFault.status:
-            reason = faults.reason(e)
-            why = first_line if reason in first_line else f"{first_line} ({reason})"
-            last_line = f"error: {why if first_line else reason}{_notes(e)}"
-        else:
-            last_line = f"failed: {type(e).__name__}: {first_line}{_notes(e)}"
-        of_system = isinstance(e, OSError | MemoryError) or faults.is_of_network(e)
-        is_foreseen = status == UserError.status or (status == MachineFault.status and of_system)
-        if debug or not is_foreseen:
-            traceback.print_exc()
-        _end_at_once(status, last_line)
-    _end(status or 0)
-
-
-def print_if_possible(text):
-    """Prints a text; only logs a warning if that fails, because the command has done its work."""
-    try:
-        print(text, flush=True)
-    except OSError as e:
-        _flush_stdout()
-        log.warning(f"the result cannot be printed ({faults.reason(e)})")
-
-
-def _open_standard_files():
-    """Opens standard files that are closed, because other files would get their numbers."""
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)  # child processes need them too
-    os.close(number)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = Forgiving(sys.stderr or open(2, "w", closefd=False))  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")
+    except (Exception, Stopped, KeyboardInterrupt) as e:
+        program.end_early(e, debug)
+    program.end(status or 0)
 
 
 def _check_working_directory():
@@ -305,55 +221,6 @@ def _check_working_directory():
         os.getcwd()
     except FileNotFoundError as e:
         raise UserError("the working directory has been deleted; change to another one") from e
-
-
-def _flush_stdout():
-    """Flushes stdout; returns the error if it cannot be written, and drops the rest."""
-    try:
-        sys.stdout.flush()
-    except OSError as e:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return e
-    return None
-
-
-def _notes(error):
-    # JAX adds notes about its traceback to the exceptions of functions that it calls.
-    firsts = [note.partition("\n")[0] for note in getattr(error, "__notes__", [])]
-    return "".join(f"; {first}" for first in firsts if not first.startswith(_NOTES_OF_JAX))
-
-
-def _device_is_full(error):
-    """Says which fields or flags of this command need less memory."""
-    if "config" in FLAGS:
-        cure = (
-            "raise train.accumulate, lower train.batch_size, set model.remat='layer', or split the "
-            "model by mesh.fsdp; python -m aoe_jax.plan computes what fits"
-        )
-    else:
-        cure = "split the model over more devices, such as --mesh=fsdp=4, or give it less at a time"
-    return f"the memory of a device is exhausted ({faults.reason(error)}); {cure}"
-
-
-def _end(status):
-    # Like sys.exit without the interpreter's end: before Python 3.14, a thread of a C++ library
-    # that asks for Python meanwhile aborts the process.
-    try:  # a signal changes no status, as with sys.exit
-        with contextlib.suppress(BaseException):
-            threading._shutdown()
-        atexit._run_exitfuncs()
-        sys.stderr.flush()
-        _flush_stdout()
-    finally:
-        os._exit(status)
-
-
-def _end_at_once(status, last_line):
-    # Unlike sys.exit, this gives threads in the background no time to print tracebacks.
-    print(last_line, file=sys.stderr, flush=True)
-    _flush_stdout()
-    os._exit(status)
 
 
 def _parse(argv):
@@ -432,29 +299,3 @@ def _refuse_field(group, *fields):
         known = ", ".join(field_types()["routing"])
         raise UserError(f"config.routing.{field} is unknown; fields of routers are {known}")
     Config.from_config_dict({group: {field: None}})
-
-
-def _hide_background_errors():
-    # Orbax's threads print tracebacks when a read or write fails; the failure itself is raised too.
-    absl_logging.set_verbosity(absl_logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
-
-    def hook(kind, error, trace):
-        if str(error) != "Event loop is closed":
-            sys.__excepthook__(kind, error, trace)
-
-    def unraisable_hook(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            sys.__unraisablehook__(unraisable)
-
-    sys.excepthook, sys.unraisablehook = hook, unraisable_hook
-
-
-def _set_up_logging():
-    absl_logging.use_absl_handler()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("aoe_jax")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
