@@ -10,8 +10,9 @@ random moments:
   `train.hang_timeout`;
 - the local copies of one process are lost (`checkpoint.local_path`);
 - the clock of one host is stepped by up to two hours, forward or back (`tests/stepped_clock.c`);
-- the disk of the run is unmounted for up to 20 s, if this program may mount; with `--store` the run
-  is in an object store instead (`tests/object_store.py`), which answers 503 for up to a minute.
+- the disk of the run, once that has begun, is unmounted for up to 20 s, if this program may mount;
+  with `--store` the run is in an object store instead (`tests/object_store.py`), which answers 503
+  for up to a minute.
 
 A run that reaches its end is compared with the first, bit for bit, as in `benchmarks.soak`. The
 program fails at the first difference, or when a supervisor gives up.
@@ -121,6 +122,15 @@ class Pod:
                 return
             time.sleep(0.5 if is_remote(self.workdir) else 0.05)
 
+    def wait_for_beginning(self):
+        """Waits until the supervisors have seen that the run has begun."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.has_ended() and time.monotonic() < deadline:
+            if read_heartbeat(self.workdir):
+                time.sleep(2)
+                return
+            time.sleep(0.05)
+
     def send(self, number, everyone, chance):
         """Sends a signal to one training process or to all; a stopped one continues later."""
         trainers = [trainer for host in self._hosts for trainer in host.trainer()]
@@ -190,8 +200,11 @@ class Disk:
         """Unmounts the disk, also while files on it are open."""
         subprocess.run(["umount", "--lazy", self.path], check=True)
 
-    def vanish(self, chance):
-        """Unmounts the disk for a while."""
+    def vanish(self, chance, pod):
+        """Unmounts the disk for a while, once the run has begun: nobody but its user can know that
+        the disk of a new run is missing.
+        """
+        pod.wait_for_beginning()
         self.unmount()
         time.sleep(20 * chance.random())
         self._mount()
@@ -208,7 +221,7 @@ def _place(root: Path, in_store, chance):
         with object_store() as store:
             os.environ.update(store.variables)
 
-            def fail():
+            def fail(pod):
                 store.fails_until = time.monotonic() + 60 * chance.random()
 
             yield parsed_path("gs://bucket/runs", "--workdir", in_store=True), {"503": fail}
@@ -233,7 +246,7 @@ def soak(root: Path, processes, events, seed, settings=None, in_store=False):
     work = Soak(root, {"train.hang_timeout": HANG_TIMEOUT} | settings)
     clock_library = build_clock(root)
 
-    def lose_copies():
+    def lose_copies(pod):
         for copy in copies.glob(f"*/process_{chance.randrange(processes)}/*.npz"):
             copy.unlink(missing_ok=True)
 
@@ -281,7 +294,7 @@ def _disturb(pod, more_events, chance):
     """Lets one thing happen; returns its name."""
     events = {
         f"{number.name} to {'all' if everyone else 'one'}": functools.partial(
-            pod.send, number, everyone, chance
+            Pod.send, number=number, everyone=everyone, chance=chance
         )
         for number, everyone in (
             (signal.SIGKILL, False),
@@ -291,9 +304,9 @@ def _disturb(pod, more_events, chance):
             (signal.SIGSTOP, False),
         )
     }
-    events |= {"clock is stepped": functools.partial(pod.step_clock, chance)} | more_events
+    events |= {"clock is stepped": functools.partial(Pod.step_clock, chance=chance)} | more_events
     name = chance.choice([*events])
-    events[name]()
+    events[name](pod)
     return name
 
 
