@@ -7,7 +7,8 @@ command is started again after a preemption, a hang, a lost process, a fault of 
 unforeseen error, and while another process owns the workdir, such as one that still saves; not
 after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. The supervisor gives up after
 `--restarts` restarts in a row that saved no new step. While the files of a run that has begun are
-gone, as on a disk that is no longer mounted, it only waits, because a start would begin a new run.
+gone, as on a disk that is no longer mounted, it only waits, because a start would begin a new run;
+each wait counts as a restart.
 It passes SIGTERM, SIGINT and SIGHUP (as SIGTERM) on, and ends with the command. If it is killed,
 the command gets SIGTERM (on Linux). Attempts get `--start-over` and `--go-back` until the run has
 begun anew or gone back, later ones `--resume-only`, and only the first gets `--take-over`.
@@ -77,19 +78,22 @@ class Supervisor:
 
     def run(self, restarts: int, pause: float) -> int:
         """Returns the exit status of the last attempt."""
-        attempt, idle, before = 0, 0, self._heartbeat()
-        self._history = before.get("history")
+        attempt, idle, before = 0, 0, None
         while True:
             attempt += 1
-            self._look_for_beginning()
-            if self._has_begun and self._has_heartbeat() is False:
-                log.warning(f"{self._workdir}/heartbeat.json is gone; is its disk mounted?")
+            if before is None and (before := self._heartbeat()) is not None:
+                self._history = before.get("history")
+            if before is not None:
+                self._look_for_beginning()
+            if before is None or (self._has_begun and self._has_heartbeat() is False):
+                why = "cannot be read" if before is None else "is gone; is its disk mounted?"
+                log.warning(f"{self._workdir}/heartbeat.json {why}")
                 status, steps = MachineFault.status, 0
             else:
                 status, steps = self._attempt(attempt)
             idle = 0 if steps > 0 else idle + 1
-            now = self._heartbeat()
-            if now.get("status") == "finished" and now != before:
+            now = self._heartbeat() or {}
+            if now.get("status") == "finished" and before is not None and now != before:
                 return 0  # also if the process was killed after that
             if status in _FINAL or self._asked_to_stop.is_set():
                 return status
@@ -111,16 +115,17 @@ class Supervisor:
         if self._command == resumes:
             has_begun = self._has_heartbeat() is True
         else:  # that changes the history
-            has_begun = self._heartbeat().get("history", self._history) != self._history
+            history = (self._heartbeat() or {}).get("history", self._history)
+            has_begun = history != self._history
         if has_begun and not self._has_begun:
-            self._has_begun = True
             self._command = [*_without(("resume-only",), resumes), "--resume-only"]
+            self._has_begun = True
 
     def _attempt(self, number):
         """Runs the command once; returns its exit status and the number of steps it added."""
-        first_step, began = _saved(self._heartbeat()), time.time()
+        first_step, began = _saved(self._heartbeat() or {}), time.time()
         status = self._run_command()
-        heartbeat = self._heartbeat()
+        heartbeat = self._heartbeat() or {}
         step = _saved(heartbeat)
         line = {"attempt": number, "began": began, "ended": time.time(), "exit_status": status}
         line |= {"first_saved": first_step, "saved": step, "status": heartbeat.get("status")}
@@ -164,13 +169,17 @@ class Supervisor:
             self._look_for_beginning()
 
     def _heartbeat(self):
+        """The heartbeat of the run, empty if there is none; None while its disk fails."""
         path = self._workdir / "heartbeat.json"
         step = or_none(COUNT)
         schema = {"saved": step, "copied": step, "status": or_none(TEXT), "time": or_none(NUMBER)}
         schema |= {"history": or_none(COUNT)}
-        with contextlib.suppress(Exception):  # the next attempt says why it cannot be read
+        try:
             return read_json(path, schema=schema)
-        return {}
+        except MachineFault:
+            return None
+        except Exception:  # the next attempt says why it cannot be read
+            return {}
 
     def _has_heartbeat(self):
         with contextlib.suppress(Exception):

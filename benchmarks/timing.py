@@ -1,5 +1,6 @@
 """Shared by the benchmarks: interleaved medians, configurations, flags, the machine in words."""
 
+import functools
 import os
 import statistics
 import sys
@@ -112,6 +113,7 @@ def run_benchmark(main, timed=False):
         os.execv(sys.executable, sys.orig_argv)
     flags.DEFINE_string("json", None, "a file for the figures")
 
+    @functools.wraps(main)  # --help shows its docstring
     def checked():
         cli.file_to_write(flags.FLAGS["json"])  # a mistake is told before hours of work
         return main()

@@ -66,6 +66,12 @@ def test_help_is_short(module):
     assert ("config" in flags) == ("--config.GROUP.FIELD" in stdout)
 
 
+def test_help_of_a_benchmark():
+    status, stdout, stderr = finish(start(["-m", "benchmarks.plans", "--help"]))
+    assert status == 0, stderr
+    assert stdout.startswith("The table of plans") and "--rows=" in stdout
+
+
 def source_of(module):
     file = ROOT.joinpath(*module.split("."))
     return (file / "__main__.py" if file.is_dir() else file.with_suffix(".py")).read_text()

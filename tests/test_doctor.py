@@ -176,6 +176,18 @@ def test_a_wrong_grouped_product_is_named(monkeypatch, breakage):
         assert "(d_rows, " in verdict["text"]
 
 
+def test_the_fallback_of_grouped_products_passes(monkeypatch):
+    monkeypatch.setitem(grouped_matmul.BACKENDS, "ragged", raising(None))
+    monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "ragged")
+    monkeypatch.setattr(kernels, "attention_cases", lambda *args: [])
+    config = fitted(small(experts__d_wide=32, experts__grouped_matmul="blocked"), 1)
+    found = judged(config, {"aoe": config})
+    assert {name: verdict["passed"] for name, verdict in found.items()} == {
+        "grouped products blocked": True,
+        "AoE layer": True,
+    }
+
+
 @pytest.mark.parametrize(
     ("breakage", "dtype"),
     [

@@ -314,11 +314,17 @@ def test_a_run_that_must_be_there(tmp_path):
 def test_a_finished_run_is_finished_again(tmp_path):
     """Its supervisor does not know it if the disk vanished before the last heartbeat."""
     workdir = shutil.copytree(dense_run(), tmp_path / "run")
-    unfinished = heartbeat(workdir) | {"status": "training"}
-    (workdir / "heartbeat.json").write_text(json.dumps(unfinished))
-    status, _, stderr = run([*dense_command(workdir), "--resume-only"])
-    assert status == 0 and heartbeat(workdir)["status"] == "finished", stderr
-    assert same_end(workdir, dense_run())
+    whole, timeless = heartbeat(workdir), ("time", "pid", "copied")
+    (workdir / "heartbeat.json").write_text(json.dumps(whole | {"status": "training"}))
+    before = contents(workdir)
+    status, stdout, stderr = run([*dense_command(workdir), "--resume-only"])
+    assert status == 0 and f"result    step {STEPS}" in stdout, stderr
+    found, after = heartbeat(workdir), contents(workdir)
+    assert [found[name] for name in found if name not in timeless] == [
+        whole[name] for name in found if name not in timeless
+    ]
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    assert changed == {"heartbeat.json"}
 
 
 def test_history_is_not_erased(tmp_path):

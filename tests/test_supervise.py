@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from aoe_jax.errors import UserError
+from aoe_jax import supervise as supervise_module
+from aoe_jax.errors import MachineFault, UserError
+from aoe_jax.json_files import read_json
 from aoe_jax.supervise import Supervisor, _without, _workdir_of
 from tests.hasty import xla_flags
 from tests.runs import ROOT, dense_command, dense_run, same_end
@@ -176,6 +178,30 @@ def test_a_heartbeat_of_somebody_else_counts_as_none(tmp_path, monkeypatch, cont
     else:
         (tmp_path / "heartbeat.json").write_text(content)
     assert Supervisor(["-c", "raise SystemExit(2)"], tmp_path).run(restarts=0, pause=0) == 2
+
+
+def test_nothing_starts_while_the_first_heartbeat_cannot_be_read(tmp_path, monkeypatch):
+    """Later it would not be known whether the run has begun anew."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    (tmp_path / "heartbeat.json").write_text('{"status": "finished", "history": 7}')
+    supervisor, commands = Supervisor(["train.py", "--start-over"], tmp_path), []
+    answers = [MachineFault("it cannot be read"), None]
+
+    def read(*arguments, **options):
+        if answers and (error := answers.pop(0)):
+            raise error
+        return read_json(*arguments, **options)
+
+    def attempt(number):
+        commands.append((number, supervisor._command))
+        return UserError.status, 0
+
+    monkeypatch.setattr(supervise_module, "read_json", read)
+    monkeypatch.setattr(supervisor, "_attempt", attempt)
+    assert supervisor.run(restarts=1, pause=0) == 2
+    assert [(number, command[1:]) for number, command in commands] == [
+        (2, ["train.py", "--start-over"])
+    ]
 
 
 def test_the_pause_stays_bounded(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ The prose and most tables are in `templates/report.md.j2`, which reads `Results`
 made from the Markdown. The functions here compute what takes the template more than a few lines.
 """
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -213,15 +214,16 @@ def not_in_turn(r: Results):
 
 
 def balanced(r: Results):
-    """Groups arms that differ in their balance alone: rows `(size, arm, first arm of its group)`.
-    Arms whose tokens choose no experts are left out.
+    """Groups arms that differ in balance and tuned rates alone: rows `(size, arm, first arm of its
+    group)`. Arms whose tokens choose no experts are left out.
     """
     groups = {}
     for size, arm in r.pairs:
         config = r.configs[size, arm]
         if config.routing.choice(config.experts):
-            layer = config.experts, config.routing, config.train.scoring_rate
-            groups.setdefault((size, *layer), []).append(arm)
+            train = dataclasses.replace(config.train, learning_rate=1.0, final_learning_rate=0.0)
+            rest = config.model, config.experts, config.routing, train
+            groups.setdefault((size, *rest), []).append(arm)
     return [(key[0], arm, arms[0]) for key, arms in groups.items() for arm in arms]
 
 

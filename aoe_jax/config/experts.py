@@ -40,9 +40,7 @@ class ExpertsConfig(Group):
     # dtype in which the gradients of experts are summed over fsdp; bfloat16 sends half the bytes.
     gradient_sums: str = setting("float32", choices=("float32", "bfloat16"), kinds=_USUAL)
     # The backend of `moe/grouped_matmul/`; auto: by platform, dtype and widths.
-    grouped_matmul: str = setting(
-        "auto", choices=("auto", "blocked"), kinds=("aoe", "router", "uoe", "thor")
-    )
+    grouped_matmul: str = setting("auto", choices=("auto", "blocked"))
     # Width of a further expert that every token uses beside the chosen ones; 0: none.
     d_shared: int = setting(0, kinds=_USUAL, at_least=0)
     shared_gate: bool = False  # sigmoid(x w) scales the output of that expert (Qwen2-MoE)

@@ -54,7 +54,9 @@ def main():
         settings = Settings(tokenizer, _TEXT_FIELD.value, _VALIDATION.value, _TEST.value)
         prepare(_INPUT.value, settings, output, _PROCESSES.value)
     elif (_CHECK.value and (_INPUT.value or _REPAIR.value)) or _TOKENIZER.value:
-        raise UserError("--check and --repair take --output alone; leave out other flags")
+        raise UserError(
+            "--check takes --output alone, --repair --output and --input; leave out the rest"
+        )
     elif _REPAIR.value:
         damaged = repair(output, _PROCESSES.value, _INPUT.value)
         names = ", ".join(damaged) or "nothing, all shards are as they were written"

@@ -251,7 +251,7 @@ def grouped_case(config: Config, backend, shape):
         shape=f"{m}x{d}x{f}x{n} (MxDxFxE)",
         arguments={"rows": (m, d), "weights": shape},
         result=(m, f),
-        function=grouped_matmul,
+        function=partial(grouped_matmul, backend=backend),
         reference=plain,
         inputs={name: (sizes,) for name, sizes in group_sizes(m, n).items()},
         roundings=1,

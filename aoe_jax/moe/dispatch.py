@@ -33,8 +33,7 @@ class Rows(NamedTuple):
 def sort_slots(expert, n_experts):
     """Sorts slots by expert, stably. `expert [P]` int32 is n for an unused slot.
 
-    Returns `(slot [P], row [P], group_sizes [n])`: the slot of each row, the row of each slot, and
-    the number of rows of each expert.
+    Returns the slot of each row and the row of each slot, `[P]`, and the rows of each expert `[n]`.
     """
     slots = jnp.arange(expert.shape[0], dtype=jnp.int32)
     _, slot = jax.lax.sort((expert, slots), num_keys=1, is_stable=True)
@@ -42,10 +41,10 @@ def sort_slots(expert, n_experts):
     return slot, row, jnp.sum(expert[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
 
 
-def lay_out(routing, n_experts, all_used=False):
-    """The `Rows` of a `Routing`; `all_used` says that it has no unused slot."""
+def lay_out(routing, n_experts, all_used=False, backend="auto"):
+    """The `Rows` of a `Routing` for a backend; `all_used`: it has no unused slot."""
     slot, row, group_sizes = sort_slots(routing.expert, n_experts)
-    places = place_rows(group_sizes, slot.shape[0])
+    places = place_rows(group_sizes, slot.shape[0], backend)
     if places is None:
         groups = WholeGroups(group_sizes) if all_used else group_sizes
         return Rows(slot, row, routing.token[slot], groups)
@@ -70,9 +69,10 @@ class Local:
         scatter                  the transpose of `gather`: outputs to the owners of the tokens
     """
 
-    def __init__(self, devices, n_experts, all_used=False):
+    def __init__(self, devices, n_experts, all_used=False, backend="auto"):
         """`all_used` says that every slot has an expert, as where each token has K of them."""
-        self.devices, self.n_experts, self.all_used = devices, n_experts, all_used
+        self.devices = devices
+        self.lay_out = partial(lay_out, n_experts=n_experts, all_used=all_used, backend=backend)
 
     def gather(self, x):
         return self.devices.gather(x, "tensor")
@@ -90,7 +90,7 @@ class Local:
         return Routing(token, expert, weight, k)
 
     def plan(self, routing):
-        return routing, lay_out(routing, self.n_experts, self.all_used)
+        return routing, self.lay_out(routing)
 
     def round(self, plan, number):
         return plan

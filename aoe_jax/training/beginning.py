@@ -13,6 +13,7 @@ from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.distributed import agree, gathered, see_the_same, together
 from aoe_jax.errors import UserError
 from aoe_jax.faults import SECOND_LOOK, patiently
+from aoe_jax.json_files import read_json
 from aoe_jax.sharding import batch_sharding, put_batch, rows_of_process
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.local_copies import LocalCopies
@@ -73,17 +74,30 @@ class Beginning:
             self.local = LocalCopies(workdir, config, history, stores, self.folder.nonce)
             self.step = max(self.step, self.local.newest())
         with together():
-            summary = workdir / "summary.json"
-            is_finished = patiently(f"{workdir} cannot be read", summary.exists)
-            # The end of a run may be unknown to its supervisor: its disk vanished just then.
-            is_finished = is_finished and not resume_only
-            if self.step > steps or (self.step == steps and is_finished):
+            summary, is_finished = workdir / "summary.json", False
+            if self.is_main and self.step == steps:
+                is_finished = patiently(f"{workdir} cannot be read", summary.exists)
+            if self.step > steps or (is_finished and not resume_only):
                 raise UserError(
                     f"config.train.steps={steps}: {workdir} is already at step {self.step}; raise "
                     "it to go on, or use another --workdir"
                 )
             profile = profile and traced_of_run(profile, self.step, steps)
+        self.is_finished = bool(gathered(is_finished)[0])
         self.traced = profile if self.is_main else range(0)
+
+    def finish_again(self):
+        """Notes the end of a run that has finished, unknown to its supervisor, as where its disk
+        vanished just then; changes nothing else, and returns its `summary.json`.
+        """
+        with together():
+            summary = read_json(self.workdir / "summary.json")
+            if self.is_main:
+                self.folder.check_owner()
+                self.heartbeat.began = read_heartbeat(self.workdir)["began"]
+                self.heartbeat.may_write = self.folder.is_in_place
+                self.heartbeat.finish(self.step)
+        return summary
 
     def _newest_saved(self):
         """The step of the newest checkpoint, else 0; looks twice before it reports that some are

@@ -127,11 +127,14 @@ class Heartbeat:
                 self._written = -math.inf
 
     def finish(self, step):
-        """Notes the end of a run, by which its supervisor recognises it; repeated after faults."""
+        """Notes the end of a run, by which its supervisor recognises it; repeated after faults, and
+        while the workdir is not in place.
+        """
         for pause in faults.pauses():
             self._written = -math.inf
             self.beat("finished", step)
-            error = self._tolerated.error
-            if error is None or not faults.is_fault(error) or pause is None:
+            error, is_written = self._tolerated.error, self._written > -math.inf
+            is_hopeless = error is not None and not faults.is_fault(error)
+            if (error is None and is_written) or is_hopeless or pause is None:
                 return
             time.sleep(pause)

@@ -68,6 +68,8 @@ def train(
         folder.open(start, held)
         begun = Beginning(filled, folder, mesh, heartbeat)
         begun.check(profile, wandb, start.resume_only)
+        if begun.is_finished:
+            return begun.finish_again()
         begun.restore()
         begun.claim_workdir(config)
         run = _Run(begun, stop)
@@ -351,7 +353,8 @@ class _Run:
             self._draw(summary)
         if self.local:
             self.local.delete()
-        self.heartbeat.finish(self.step)
+        if self.is_main:
+            self.heartbeat.finish(self.step)
         self.bar.status("finished")
         log.info("done: %s", json.dumps(metrics))
         return summary

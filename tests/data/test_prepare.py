@@ -172,11 +172,11 @@ def test_training_on_a_store_of_a_sentencepiece_model(tmp_path):
         (["--output=x", "--repair"], "--output=x: has no plan.json, so it cannot be repaired"),
         (
             ["--output=x", "--repair", "--check"],
-            "--check and --repair take --output alone",
+            "--check takes --output alone, --repair --output and --input",
         ),
         (
             ["--output=x", "--check", "--input=y"],
-            "--check and --repair take --output alone",
+            "--check takes --output alone, --repair --output and --input",
         ),
     ],
 )

@@ -129,6 +129,13 @@ def test_the_last_heartbeat_is_tried_again(tmp_path, monkeypatch):
     assert (found["status"], found["step"]) == ("finished", 24)
 
 
+def test_the_last_heartbeat_waits_for_a_disk_that_vanished(tmp_path, monkeypatch):
+    answers = [False, False, True]
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    Heartbeat(tmp_path, may_write=lambda: answers.pop(0)).finish(24)
+    assert json.loads((tmp_path / "heartbeat.json").read_text())["status"] == "finished"
+
+
 def test_the_last_heartbeat_is_not_tried_again_in_vain(tmp_path, monkeypatch, caplog):
     (tmp_path / "heartbeat.json").mkdir()
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waits"))

@@ -96,14 +96,16 @@ def backend_for(device, dtype, m, shape):
     return backend
 
 
-def place_rows(group_sizes, m):
-    """Row layout that the default backend wants for m rows; None means sorted by expert.
+def place_rows(group_sizes, m, backend):
+    """Row layout that a backend or `"auto"` wants for m rows; None means sorted by expert.
 
     Products of rows in this layout do not move them first.
     """
-    if _are_few(m, group_sizes.shape[0]) or _default_backend(target_device()) != "blocked":
+    if _are_few(m, group_sizes.shape[0]):
         return None
-    return place_for_blocked(group_sizes, m)
+    if backend == "auto":
+        backend = _default_backend(target_device())
+    return place_for_blocked(group_sizes, m) if backend == "blocked" else None
 
 
 def _are_few(m, n_experts):

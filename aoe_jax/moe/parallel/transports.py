@@ -39,7 +39,8 @@ def make_transport(devices, routing, experts, method, n_tokens):
     choice = method.choice(experts)
     per_token = (choice.per_token or experts.top_k) if choice else 1
     if is_local(devices, routing.slots_per_token == per_token):
-        return Local(devices, experts.n_experts, all_used=bool(choice and choice.is_fixed))
+        all_used = bool(choice and choice.is_fixed)
+        return Local(devices, experts.n_experts, all_used, experts.grouped_matmul)
     share = n_tokens * devices.size("tensor") * per_token
     transport = TRANSPORTS[devices.transport]
     return transport(devices, experts.n_experts, routing.slots_per_token, share)
