@@ -9,6 +9,7 @@ after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. The super
 `--restarts` restarts in a row that saved no new step. While the files of a run that has begun are
 gone, as on a disk that is no longer mounted, it only waits, because a start would begin a new run;
 each wait counts as a restart.
+
 It passes SIGTERM, SIGINT and SIGHUP (as SIGTERM) on, and ends with the command. If it is killed,
 the command gets SIGTERM (on Linux). Attempts get `--start-over` and `--go-back` until the run has
 begun anew or gone back, later ones `--resume-only`, and only the first gets `--take-over`.
