@@ -71,7 +71,7 @@ class Local:
 
     def __init__(self, devices, n_experts, all_used=False, backend="auto"):
         """`all_used` says that every slot has an expert, as where each token has K of them."""
-        self.devices = devices
+        self.devices, self.n_experts = devices, n_experts
         self.lay_out = partial(lay_out, n_experts=n_experts, all_used=all_used, backend=backend)
 
     def gather(self, x):
