@@ -17,7 +17,10 @@ from benchmarks.timing import parse_shapes, run_benchmark, save
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "GENERATION:SHAPE")
 _BLOCK = flags.DEFINE_integer(
-    "block", splash.MAX_BLOCK, "positions in a block of splash", lower_bound=splash.LANES
+    "block",
+    splash.MAX_BLOCK,
+    f"positions in a block of splash; from {splash.LONG} positions on, twice as many",
+    lower_bound=splash.LANES,
 )
 _SHAPES = flags.DEFINE_list("shapes", ["8x12x12x2048x64", "2x12x12x8192x64"], "BxHxGxSxh")
 

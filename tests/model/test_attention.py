@@ -30,7 +30,7 @@ from aoe_jax.model.attention.layer import (
     rotary_tables,
 )
 from aoe_jax.model.attention.reference import reference_attention
-from aoe_jax.model.attention.splash import LANES, MAX_BLOCK, block_size
+from aoe_jax.model.attention.splash import LANES, LONG, MAX_BLOCK, block_size
 from aoe_jax.sharding import MESH_AXES
 from tests.runs import finish, start
 
@@ -97,10 +97,10 @@ def test_splash_computes_what_the_reference_does(length, n_heads, n_kv, masked, 
 
 
 def test_splash_blocks_divide_every_length():
-    lengths = range(LANES, 40 * LANES, LANES)
-    sizes = {length: block_size(length) for length in lengths}
+    sizes = {length: block_size(length) for length in range(LANES, LONG, LANES)}
     assert all(length % size == 0 and size <= MAX_BLOCK for length, size in sizes.items())
     assert sizes[2048] == 512 and sizes[1152] == 384 and sizes[128] == 128
+    assert block_size(LONG) == 2 * MAX_BLOCK and block_size(LONG + LANES) == 5 * LANES
 
 
 def test_bfloat16():

@@ -14,6 +14,7 @@ from aoe_jax.model.attention.blocks import KEPT_ATTENTION
 DTYPES = ("bfloat16", "float32")
 LANES = 128  # positions are padded to a multiple of this
 MAX_BLOCK = 512  # positions of a block of queries or keys
+LONG = 8192  # sequences from this length on have blocks of twice as many, to read keys less often
 
 
 def splash_attention(q, k, v, segment_ids=None):
@@ -37,8 +38,11 @@ def splash_attention(q, k, v, segment_ids=None):
 
 
 def block_size(length):
-    """The largest multiple of `LANES` up to `MAX_BLOCK` that divides `length`."""
-    return max(size for size in range(LANES, MAX_BLOCK + 1, LANES) if length % size == 0)
+    """The largest multiple of `LANES` that divides `length`, up to `MAX_BLOCK`, or twice that from
+    `LONG` on.
+    """
+    largest = MAX_BLOCK if length < LONG else 2 * MAX_BLOCK
+    return max(size for size in range(LANES, largest + 1, LANES) if length % size == 0)
 
 
 # Products of [block, block] by [block, h] for each pair of blocks.
