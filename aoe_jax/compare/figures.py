@@ -312,7 +312,7 @@ def coactivation(entries):
             expected *= n * (k - 1) / (k * (n - 1))
         ratio = np.where(np.eye(n, dtype=bool), np.nan, together / np.maximum(expected, 1e-9))
         image = axes.imshow(ratio, cmap="PuOr_r", vmin=0, vmax=2)
-        axes.set_title(title, loc="left", fontsize=7)
+        axes.set_title(textwrap.fill(title, LABEL_WIDTH), loc="left", fontsize=7)
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)

@@ -209,17 +209,23 @@ class Results:
 
     @functools.cached_property
     def isoflop_sizes(self):
-        """Lists of three or more sizes that cost the baseline equal training FLOPs."""
+        """Lists of three or more sizes of a setting that cost the baseline equal training FLOPs."""
         of_baseline = self.runs[self.runs["arm"] == self.suite.baseline]
         flops = of_baseline.groupby("size")["flops"].first().sort_values()
         lists = []
         for size, value in flops.items():
-            if lists and value <= EQUAL_FLOPS * flops[lists[-1][0]]:
-                lists[-1].append(size)
+            alike = [sizes for sizes in lists if self._setting(sizes[0]) == self._setting(size)]
+            if alike and value <= EQUAL_FLOPS * flops[alike[-1][0]]:
+                alike[-1].append(size)
             else:
                 lists.append([size])
         in_order = [[size for size in self.suite.sizes if size in sizes] for sizes in lists]
         return [sizes for sizes in in_order if len(sizes) > 2]
+
+    def _setting(self, size):
+        """What sizes have in common that differ in size alone: corpus, experts, experts a token."""
+        config = self.configs[size, self.suite.baseline]
+        return config.data, config.experts.n_experts, config.experts.top_k
 
     def over_sizes(self, sizes, arm):
         return pd.concat([self.finished(size, arm) for size in sizes])
@@ -238,13 +244,15 @@ class Results:
         return found
 
     def scaling(self, scale):
-        """Fits power laws over sizes, without those of equal FLOPs, for arms with two or more sizes
-        that all differ in x, a key of SCALES: `{arm: ({x: [nll of each seed]}, Fit)}`.
+        """Fits power laws over sizes, without those of equal FLOPs, if they are of one setting, for
+        arms with two or more sizes that all differ in x, a key of SCALES:
+        `{arm: ({x: [nll of each seed]}, Fit)}`.
         """
         isoflop = set().union(*self.isoflop_sizes)
         sizes = [size for size in self.suite.sizes if size not in isoflop]
+        is_one_setting = len({self._setting(size) for size in sizes}) == 1
         found = {}
-        for arm in self.suite.arms if sizes else ():
+        for arm in self.suite.arms if is_one_setting else ():
             rows = self.over_sizes(sizes, arm)
             groups = _groups(rows, scale)
             if len(groups) == rows["size"].nunique() > 1:

@@ -158,6 +158,16 @@ def test_only_sizes_of_equal_flops_are_compared():
     assert "isoflop_1.png" in text and "isoflop_2.png" in text and "isoflop_3.png" not in text
 
 
+def test_no_fit_over_settings():
+    """Other corpora, or other numbers of experts, are no larger or smaller models."""
+    settings = {
+        name: replace(size, changes=size.changes | {"data": {"name": "text", "path": f"texts_{i}"}})
+        for i, (name, size) in enumerate(SIZES.items())
+    }
+    found = comparison(settings, valley(150_000))
+    assert found.isoflop_sizes == [] and found.scaling("active_non_embedding") == {}
+
+
 def test_scaling_is_fitted_over_sizes():
     nll = {("a", 0): 5.0, ("a", 1): 5.2, ("b", 0): 4.5, ("b", 1): 4.68}
     sizes = {"a": TWO["a"], "b": size_at(4 * FLOPS, 64)}
