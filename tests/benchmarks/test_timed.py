@@ -131,6 +131,16 @@ def test_decoding(tmp_path):
     assert len([line for line in stdout.splitlines() if "from the start" in line]) == 2
 
 
+def test_earlier(tmp_path):
+    file = tmp_path / "figures.json"
+    command = ["-m", "benchmarks.earlier", "--commit=HEAD", "--variants=dense_active"]
+    status, stdout, stderr = run([*command, "--rounds=1", "--steps=1", f"--json={file}"])
+    assert status == 0, stderr
+    (figure,) = json.loads(file.read_text())["figures"]
+    assert figure["seconds"] == figure["all_seconds"][0] > 0
+    assert f"time {figure['seconds']:.3f}" in stdout and 0.5 < figure["flops"] < 2
+
+
 def test_scoring(tmp_path):
     file = tmp_path / "figures.json"
     status, stdout, stderr = run(
@@ -216,6 +226,9 @@ def test_prepare(tmp_path):
             "benchmarks exists already; name a new directory",
         ),
         (["-m", "benchmarks.selection"], "--workdir is missing"),
+        (["-m", "benchmarks.earlier"], "--commit is missing"),
+        (["-m", "benchmarks.earlier", "--commit=none"], "--commit=none: fatal: not a valid"),
+        (["-m", "benchmarks.earlier", "--commit=HEAD", "--variants=a"], "choose one of aoe, moe"),
     ],
 )
 def test_mistakes(command, message):
