@@ -6,8 +6,8 @@ DIR has the `runs.csv` of a report, such as `results/small` or the working direc
 table has, for each size, the final validation nll of both arms (nats a token; means and standard
 errors over the seeds that both have finished), and the first minus the second with its 95% interval
 (Student's t). The last columns are the exponents of a power law in active parameters without
-embeddings from the previous size to this one, without an interval. They are a dash between sizes of
-equal training FLOPs, which spend them on parameters or on tokens.
+embeddings from the previous size to this one, without an interval. They are a dash between sizes
+whose parameters or training FLOPs are about equal.
 
 Losses of arms that are not causal compare only with each other; the report names these arms.
 """
@@ -20,7 +20,7 @@ import pandas as pd
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.compare.statistics import EQUAL_FLOPS, markdown_table, mean
+from aoe_jax.compare.statistics import ABOUT_EQUAL, markdown_table, mean
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_regular
@@ -60,8 +60,8 @@ def pairs(runs: pd.DataFrame, arms):
     """Compares two arms at every size that both have; raises `UserError` if there is none.
 
     Returns a frame with a row for each size: `size`; `nlls`, a pair of `Estimate`s; `difference`,
-    an `Estimate`; `exponents`, a pair of floats, NaN at the first size and between sizes of equal
-    parameters or equal training FLOPs.
+    an `Estimate`; `exponents`, a pair of floats, NaN at the first size and between sizes whose
+    parameters or training FLOPs are about equal.
     """
     given = ",".join(arms)
     are_two = len(arms) == len({*arms}) == 2
@@ -79,7 +79,7 @@ def pairs(runs: pd.DataFrame, arms):
     sizes = [size for size in runs["size"].unique() if size in wide.index]
     steps = np.log(wide.groupby("size").mean().loc[sizes]).diff()
     parameters, flops, nll = (steps[name][arms] for name in NUMBERS)
-    same = (parameters == 0) | (flops.abs() < np.log(EQUAL_FLOPS))
+    same = (parameters.abs() < np.log(ABOUT_EQUAL)) | (flops.abs() < np.log(ABOUT_EQUAL))
     exponents = -nll.div(parameters).mask(same)  # a of nll ~ parameters ** -a
     rows = []
     for size in sizes:

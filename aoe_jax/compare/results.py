@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from aoe_jax.compare.statistics import EQUAL_FLOPS, at, fit_parabola, fit_power_law, mean
+from aoe_jax.compare.statistics import ABOUT_EQUAL, at, fit_parabola, fit_power_law, mean
 from aoe_jax.compare.suite import Suite
 from aoe_jax.counts import experts_per_token
 
@@ -215,7 +215,7 @@ class Results:
         lists = []
         for size, value in flops.items():
             alike = [sizes for sizes in lists if self._setting(sizes[0]) == self._setting(size)]
-            if alike and value <= EQUAL_FLOPS * flops[alike[-1][0]]:
+            if alike and value <= ABOUT_EQUAL * flops[alike[-1][0]]:
                 alike[-1].append(size)
             else:
                 lists.append([size])
@@ -239,7 +239,7 @@ class Results:
             rows = self.over_sizes(sizes, arm)
             groups, flops = _groups(rows, "active_non_embedding"), rows["flops"]
             fit = fit_parabola(groups)
-            if fit and flops.max() <= EQUAL_FLOPS * flops.min():
+            if fit and flops.max() <= ABOUT_EQUAL * flops.min():
                 found[arm] = groups, fit
         return found
 

@@ -9,7 +9,7 @@ import pandas as pd
 from scipy import optimize, stats
 
 CONFIDENCE = 0.95
-EQUAL_FLOPS = 1.1  # ratio up to which training FLOPs count as equal
+ABOUT_EQUAL = 1.1  # ratio up to which training FLOPs, or parameters, count as equal
 MIN_SIZES, MIN_SIZES_WITH_FLOOR, MIN_SIZES_OF_PARABOLA = 2, 4, 3
 N_RESAMPLES = 500  # of a bootstrap
 

@@ -52,7 +52,7 @@ class Size:
     changes: Mapping  # group -> field -> value
     seeds: int  # 0, 1, ...: each sets the initial parameters and the order of the data
     arms: tuple[str, ...] | None = None  # None: all
-    rate_factor: float = 1.0  # multiplies the learning rates found by tuning
+    rate_factor: float = 1.0  # multiplies the learning rate, tuned or configured
 
 
 @dataclass(frozen=True)
@@ -216,20 +216,18 @@ class Suite:
     def _config(self, size, arm, seed, rate):
         with naming(f"suite {self.name}, size {size}, arm {arm}"):
             groups = self._groups(arm, self.sizes[size].changes)
-            train = {"seed": seed}
-            if rate is not None:
-                rate *= self.sizes[size].rate_factor
-                final = groups["train"]["final_learning_rate"]
-                final *= rate / groups["train"]["learning_rate"]
-                train |= {"learning_rate": rate, "final_learning_rate": final}
+            configured = groups["train"]["learning_rate"]
+            rate = (configured if rate is None else rate) * self.sizes[size].rate_factor
+            final = groups["train"]["final_learning_rate"] * (rate / configured)
+            train = {"seed": seed, "learning_rate": rate, "final_learning_rate": final}
             return Config.from_config_dict(_changed(groups, {"train": train}))
 
     def runs(self, learning_rates=None):
         """Returns all runs, size by size and seed by seed.
 
-        `learning_rates` are tuned peaks by arm; None keeps the configured rate. Raises `UserError`
-        if a configuration is invalid, the arms of a size differ in their recipe, or matched arms
-        differ in total parameters.
+        `learning_rates` are tuned peaks by arm; None stands for the configured one. Raises
+        `UserError` if a configuration is invalid, the arms of a size differ in their recipe, or
+        matched arms differ in total parameters.
         """
         learning_rates, runs = learning_rates or {}, []
         for name, size in self.sizes.items():

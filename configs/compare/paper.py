@@ -1,8 +1,7 @@
 """Tables 2, 3 and 5 of the paper, for a pod: `--suite=configs/compare/paper.py`; one seed, as in
 the paper.
 
-Arms are the variants of `configs/paper.py`. These commands tell whether they fit a slice (results
-in `results/paper_plans.md`):
+Arms are the variants of `configs/paper.py`. These commands tell whether they fit a slice:
 
     python -m aoe_jax.compare.plan --suite=configs/compare/paper.py --sizes=732M \
         --topology=v5e:4x4 --set=mesh.fsdp=16 --set=train.accumulate=32

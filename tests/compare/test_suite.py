@@ -60,7 +60,7 @@ def test_a_learning_rate_of_the_tuning_moves_the_final_one_too():
     )
 
 
-def test_a_size_may_have_a_part_of_the_rate_of_the_tuning():
+def test_a_size_may_have_a_part_of_the_learning_rate():
     wide = suite(sizes={"small": SMALL, "wide": Size({}, 1, rate_factor=0.5)})
     rates = {
         run.size: run.config.train.learning_rate
@@ -68,8 +68,9 @@ def test_a_size_may_have_a_part_of_the_rate_of_the_tuning():
         if run.arm == "moe"
     }
     assert rates == {"small": 1e-3, "wide": 5e-4}
-    own = {run.size: run.config.train.learning_rate for run in wide.runs() if run.arm == "moe"}
-    assert own["small"] == own["wide"]  # without tuning it stays
+    own = {run.size: run.config.train for run in wide.runs() if run.arm == "moe"}
+    for rate in ("learning_rate", "final_learning_rate"):  # also of the configured one
+        assert getattr(own["wide"], rate) == getattr(own["small"], rate) / 2
     with pytest.raises(UserError, match=r"sizes\['wide'\].rate_factor=0: must be greater than 0"):
         suite(sizes={"wide": Size({}, 1, rate_factor=0)})
 
