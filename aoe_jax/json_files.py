@@ -6,7 +6,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,17 +152,19 @@ def write_json(path: Path, value, indent=2):
     write_whole(path, (json.dumps(finite(value), indent=indent) + "\n").encode())
 
 
-def write_whole(path: Path, content: bytes):
-    """Writes a file. A kill or a power cut leaves either the old file or the new one. Raises
-    `UserError` if a folder has its name, or its name with `.partial`.
+def write_whole(path: Path, content: bytes | Iterable[bytes]):
+    """Writes a file, also from pieces. A kill or a power cut leaves either the old file or the new
+    one. Raises `UserError` if a folder has its name, or its name with `.partial`.
     """
+    pieces = [content] if isinstance(content, bytes) else content
     if is_remote(path):  # it appears whole
-        path.write_bytes(content)
+        path.write_bytes(b"".join(pieces))
         return
     partial = path.with_name(path.name + ".partial")
     try:
         partial.unlink(missing_ok=True)  # writing to a FIFO would wait, a link leads elsewhere
-        partial.write_bytes(content)
+        with partial.open("wb") as file:
+            file.writelines(pieces)
         replace_durably(partial, path)
     except OSError as e:
         for folder in (partial, path):

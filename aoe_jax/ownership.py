@@ -145,7 +145,8 @@ def make_folder(folder: Path, flag: str):
     is_there = folder.exists() if is_remote(folder) else os.path.lexists(folder)
     if is_there and not folder.is_dir():
         raise UserError(f"--{flag}={folder} is a file or a broken link; name a folder")
-    write_or_refuse(folder, flag, lambda: folder.mkdir(parents=True, exist_ok=True))
+    if not is_remote(folder):  # a client would make the bucket
+        write_or_refuse(folder, flag, lambda: folder.mkdir(parents=True, exist_ok=True))
     return not is_there
 
 
@@ -155,7 +156,11 @@ def write_or_refuse(folder, flag, write):
     def attempt():
         try:
             return write()
-        except FileNotFoundError as e:  # the folder was there a moment ago
+        except FileNotFoundError as e:
+            if is_remote(folder):
+                bucket = "/".join(os.fspath(folder).split("/")[:3])
+                raise UserError(f"--{flag}={folder}: there is no bucket {bucket}") from e
+            # The folder was there a moment ago.
             raise OSError(errno.ESTALE, "it is gone; is its disk mounted?") from e
         except OSError as e:
             if is_fault_of_write(e):
@@ -276,7 +281,11 @@ def _wait_until_stale(folder, flag, other, seconds):
     while time.monotonic() < deadline:
         faults.paused_at = time.monotonic()  # this is no hang
         time.sleep(min(1, seconds / 20))
-        if (now := state()) != before:
+        asked = time.monotonic()
+        now, answered = state(), time.monotonic()
+        if answered > asked + 1:  # neither could the owner renew while the disk was away
+            deadline = max(deadline, answered) + min(seconds, 2 * RENEW)
+        if now != before:
             if now[0] == other:
                 raise in_use
             return

@@ -20,16 +20,18 @@ from aoe_jax.faults import patiently_if_allowed
 from aoe_jax.locking import exclusive, new_folder
 
 STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that reads it
+FILE_BYTES = 2**27  # the largest tokenizer's file; the largest on the hub have 35 MB
 # Commands write these into a model's directory; copies of the model stay valid without them.
 _REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "probe.json"}
 
 
-def parsed_path(text: str | os.PathLike, name: str, in_store=False):
+def parsed_path(text: str | os.PathLike, name: str, in_store=False, is_pattern=False):
     """Returns the path that a user wrote, such as ~/runs/tiny or gs://BUCKET/runs/tiny. `name` is
-    the flag or field, for messages, and `in_store` says whether the path may be in an object store.
-    Raises `UserError` for a path that cannot be used, or if the package for its store is missing.
+    the flag or field, for messages; `in_store` says whether the path may be in an object store, and
+    `is_pattern` whether it is a glob pattern. Raises `UserError` for a path that cannot be used, or
+    if the package for its store is missing.
     """
-    path = named_path(text, name, in_store)
+    path = named_path(text, name, in_store, is_pattern)
     if is_remote(path):
         scheme = os.fspath(path).partition(":")[0]
         try:
@@ -41,18 +43,18 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False):
     return path
 
 
-def named_path(text: str | os.PathLike, name: str, in_store=False):
+def named_path(text: str | os.PathLike, name: str, in_store=False, is_pattern=False):
     """Like `parsed_path`, for a path that may only be named: its store needs no package."""
     if not str(text).strip():
         raise UserError(f"{name}={text}: is empty; name a path")
-    match = re.match(r"\s*([\w+.-]+):/", str(text))
-    if not match:
+    if not is_remote(text) and not re.match(r"\s*[\w+.-]+:/", str(text)):
         return _path_on_disk(text, name)
-    scheme = match[1]
     known = " or ".join(f"{scheme}://BUCKET/..." for scheme in STORES)
     wanted = f"name a folder, or {known}" if in_store else "it must be on a disk"
-    if scheme not in STORES or not in_store or not str(text).startswith(f"{scheme}://"):
+    if not in_store or not re.match(rf"({'|'.join(STORES)})://[^/]", str(text)):
         raise UserError(f"{name}={text}: {wanted}")
+    if has_magic(str(text)) and not is_pattern:  # the clients would take it for a pattern
+        raise UserError(f"{name}={text}: a path in a store must not have *, ? or [")
     return epath.Path(text)
 
 
@@ -246,12 +248,17 @@ def _copied(folder, cache):
     root, store = os.fspath(folder).rstrip("/"), file_system(folder)
     files = sorted(store.find(root, detail=True).items())
     state = [(name, _of_store(file)) for name, file in files if Path(name).name not in _REPORTS]
+    parts = {name: name.removeprefix(f"{root.partition('://')[2]}/") for name, _ in files}
+    for name, part in parts.items():
+        if part.startswith("/") or ".." in part.split("/"):
+            raise UserError(f"{folder} has an object {name!r}, whose copy would be elsewhere")
     key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     target = Path(cache).expanduser() / "copies" / f"{folder.name}-{key}"
     with exclusive(target.with_name(f".{target.name}.lock")):
         if not target.exists():
             with new_folder(target) as new:
-                store.get(f"{root}/", f"{new}/", recursive=True)
+                wanted = [name for name in parts if not name.endswith("/")]
+                store.get(wanted, [f"{new}/{parts[name]}" for name in wanted])
     return target
 
 
@@ -265,6 +272,8 @@ def _temporary_copy(file):
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = Path(folder, file.name)
+    if size_and_version(file)[0] > FILE_BYTES:
+        raise UserError(f"{file} has more than {FILE_BYTES} bytes; name another file")
     copy.write_bytes(file.read_bytes())
     return copy
 

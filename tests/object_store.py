@@ -9,6 +9,7 @@ import email.policy
 import hashlib
 import itertools
 import json
+import re
 import threading
 import time
 from contextlib import contextmanager
@@ -98,6 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _answer(self, path):
+        if (bucket := re.search("/b/([^/]+)", path)) and bucket[1] != BUCKET:
+            raise _Refused(404)
         _, _, rest = path.partition(f"/b/{BUCKET}")
         if path.startswith("/upload/"):
             return self._upload()

@@ -18,7 +18,7 @@ import pytest
 from gcsfs.retry import HttpError
 from moto.server import ThreadedMotoServer
 
-from aoe_jax import cli, faults, ownership
+from aoe_jax import cli, faults, ownership, paths
 from aoe_jax.config.data import DataConfig
 from aoe_jax.data.preparation import Settings, check, prepare, repair
 from aoe_jax.data.token_store import TokenStore
@@ -132,6 +132,10 @@ def test_what_is_a_path():
         ("", "--workdir=: is empty; name a path"),
         (" gs://b/x", "--workdir= gs://b/x: name a folder, or gs://"),
         ("\tgs://b/x", "name a folder, or gs://"),
+        ("gs://", "name a folder, or gs://"),
+        ("gs:///x", "name a folder, or gs://"),
+        ("x/gs://b", "name a folder, or gs://"),
+        ("gs://b/run[1]", r"a path in a store must not have \*, \? or \["),
     ):
         with pytest.raises(UserError, match=words):
             parsed_path(text, "--workdir", in_store=True)
@@ -195,6 +199,32 @@ def test_one_owner(folder, monkeypatch):
     (folder / "owner_1.json").write_text(json.dumps(ELSEWHERE))
     with owned(folder, "workdir") as owner:
         owner.check()
+
+
+@in_both
+def test_a_bucket_that_does_not_exist(folder):
+    scheme = str(folder).partition("://")[0]
+    other = parsed_path(f"{scheme}://bukcet/run", "--workdir", in_store=True)
+    words = f"--workdir={scheme}://bukcet/run: there is no bucket {scheme}://bukcet$"
+    with pytest.raises(UserError, match=words), owned(other, "workdir"):
+        pass
+    assert scheme == "gs" or not file_system(other).exists("bukcet")  # and none is made
+
+
+@pytest.mark.parametrize("name", ["../escaped", "sub/../../escaped", "/tmp/escaped"])
+def test_objects_whose_copies_would_be_elsewhere(folder, store, tmp_path, name):
+    (folder / "config.json").write_text("{}")
+    store.objects[f"{folder.name}/{name}"] = b"{}", 1
+    with pytest.raises(UserError, match="has an object .*, whose copy would be elsewhere"):
+        local_copy(folder, tmp_path / "cache" / "of" / "models")
+    assert not [*tmp_path.rglob("escaped")]
+
+
+def test_a_file_that_is_too_large(folder, monkeypatch):
+    (folder / "tokenizer.json").write_text("{}" * 50)
+    monkeypatch.setattr(paths, "FILE_BYTES", 99)
+    with pytest.raises(UserError, match="has more than 99 bytes; name another file"):
+        paths.local_file(folder / "tokenizer.json")
 
 
 @pytest.mark.parametrize("failure", [401, 403, 502, 503])

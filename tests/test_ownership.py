@@ -1,6 +1,8 @@
 """Owners of a folder: processes of this kernel, of other hosts, and several that come at once."""
 
 import contextlib
+import errno
+import itertools
 import json
 import os
 import random
@@ -135,6 +137,35 @@ def test_an_owner_on_another_host_that_is_silent(tmp_path, caplog):
             owner.check()
     assert "belongs to process 11 on tpu-3" in caplog.text
     assert read_owner(tmp_path)["nonce"] == 9  # and stays
+
+
+def test_a_disk_that_is_away_for_owner_and_others(tmp_path, monkeypatch):
+    """The time in which neither can reach it does not count: the owner has not been silent."""
+    elsewhere(tmp_path)
+    read, away = ownership.read_regular, threading.Event()
+    monkeypatch.setattr(ownership, "RENEW", 0.6)
+    monkeypatch.setattr(ownership, "STALE", 1.5)
+
+    def read_if_there(*arguments):
+        if away.is_set():
+            raise OSError(errno.EIO, "Input/output error")
+        return read(*arguments)
+
+    def renew():
+        time.sleep(1)
+        away.set()
+        time.sleep(3)
+        away.clear()
+        time.sleep(0.4)
+        (tmp_path / RENEWED).write_text(json.dumps({"nonce": 7, "count": 2}))
+
+    monkeypatch.setattr(ownership, "read_regular", read_if_there)
+    monkeypatch.setattr(faults, "pauses", lambda: itertools.repeat(0.1))
+    thread = threading.Thread(target=renew)
+    thread.start()
+    with pytest.raises(UserError, match="is in use by"), owned(tmp_path, "workdir"):
+        pass
+    thread.join()
 
 
 def test_a_disk_that_is_mounted_after_the_start(tmp_path):

@@ -50,7 +50,7 @@ def find_files(patterns: Sequence[str], output) -> dict:
     """
     found = {}
     for pattern in patterns:
-        parsed_path(pattern, "--input", in_store=True)
+        parsed_path(pattern, "--input", in_store=True, is_pattern=True)
         what = f"--input={pattern!r} cannot be read"
         matching = patiently_if_allowed(what, partial(find, pattern))
         matching = {path: matching[path] for path in matching if output not in path.parents}

@@ -312,6 +312,9 @@ class TokenStore:
                     raise OSError(errno.ESTALE, gone) from None
             if not is_whole:
                 raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from error
+            if _reader(self, str(path)).num_records() < stop:
+                problem = f"{path.name} has fewer tokens than manifest.json says"
+                raise _damaged(path.parent, problem) from error
             raise OSError(errno.EIO, f"its hash is right, but reading failed: {error}") from error
 
     def _fetch(self, shard: dict, path: Path):

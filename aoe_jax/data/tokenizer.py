@@ -26,7 +26,7 @@ from aoe_jax.config.checks import require
 from aoe_jax.errors import UserError
 from aoe_jax.faults import patiently_if_allowed, reason
 from aoe_jax.json_files import read_regular, write_whole
-from aoe_jax.paths import local_file, parsed_path
+from aoe_jax.paths import FILE_BYTES, local_file, parsed_path
 from aoe_jax.stopping import interruptibly
 
 END_OF_TEXT = "<|endoftext|>"
@@ -41,7 +41,6 @@ _END_OF_TEXT_NAMES = (
     "[SEP]",
 )
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-FILE_BYTES = 2**27  # the largest tokenizer's file; the largest on the hub have 35 MB
 MOST_TOKENS = 2**24
 _TIKTOKEN_TOKENS = 2**20  # the check of more tokens would need gigabytes of memory
 PIECE_CHARACTERS = 2**21  # a tokenizer is given at most this many at once

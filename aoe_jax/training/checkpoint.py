@@ -66,15 +66,18 @@ class Checkpoints:
         self._saving = None  # the step that is being saved in the background
         self._problem = None  # the fault of the newest save in this process, if there was one
         self._failed = False  # whether the newest save left no complete checkpoint
-        self._nlls = {}  # finite validation nlls by step
-        path = workdir / "metrics.jsonl"
-        lines = faults.patiently(f"{path} cannot be read", lambda: [*read_metrics(path)])
-        self.has_figures = bool(lines)
-        for line in lines:
-            if line.get("validation_nll") is not None:
-                self.validated(line["step"], line["validation_nll"])
+        self._looked_at = None  # the step whose save `has_failed` has found ended
+        metrics = workdir / "metrics.jsonl"
+        faults.patiently(f"{metrics} cannot be read", lambda: self._read_figures(metrics))
         if config is not None:
             self.open(config, max(self.steps(), default=0))
+
+    def _read_figures(self, metrics):
+        self.has_figures, self._nlls = False, {}  # finite validation nlls by step
+        for line in read_metrics(metrics):
+            self.has_figures = True
+            if line.get("validation_nll") is not None:
+                self.validated(line["step"], line["validation_nll"])
 
     def open(self, config: CheckpointConfig, saved: int, is_in_place=lambda: True):
         """Begins to save in a run that goes on from the checkpoint of step `saved`, 0 for none; all
@@ -294,10 +297,18 @@ class Checkpoints:
         return "another process failed, or the workdir is gone or was taken over"
 
     def has_failed(self):
-        """Whether the newest save failed; several processes find that out at their next save."""
-        alone = jax.process_count() == 1
-        if alone and self._saving and (self._problem or not self._manager.is_saving_in_progress()):
-            self.finish()
+        """Whether the newest save failed; several processes find that out at their next save, but
+        process 0 finds a complete checkpoint at once.
+        """
+        has_ended = self._saving and not self._manager.is_saving_in_progress()
+        if jax.process_count() == 1:
+            if self._saving and (self._problem or has_ended):
+                self.finish()
+        elif has_ended and self._looked_at != self._saving and jax.process_index() == 0:
+            self._looked_at = self._saving
+            with contextlib.suppress(Exception):  # the next save looks again
+                if self._saving in self._complete_steps():
+                    self.saved = self._saving
         return self._failed
 
     def close(self):

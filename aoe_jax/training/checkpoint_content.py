@@ -31,6 +31,15 @@ _RUN = {
     "arrays": {str: _ARRAY},
     "sha256": TEXT,
 }
+# Orbax raises any exception for other content.
+_OF_ORBAX = {
+    "state/_METADATA": {
+        "tree_metadata": {
+            str: {"key_metadata": [{"key": TEXT}], "value_metadata": {"value_type": TEXT}}
+        }
+    },
+    "state/array_metadatas/*": {"array_metadatas": [{"array_metadata": {"param_name": TEXT}}]},
+}
 
 
 class Damaged(Failure):
@@ -104,8 +113,15 @@ def _read_alone(path, wanted):
         if run.pop("sha256") != _sha256(run):
             raise Damaged("its position in the data is not what was saved")
         _check_model(path, wanted, run["arrays"])
+        for pattern, schema in _OF_ORBAX.items():
+            for file in path.glob(pattern):
+                if problem := misfit(json.loads(read_regular(file, _RUN_BYTES)), schema):
+                    raise Damaged(f"{file.name}: {problem}")
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            return checkpointer.restore(path / "state", args=args), run
+            arrays = checkpointer.restore(path / "state", args=args)
+        if not all(isinstance(a, jax.Array) for a in jax.tree.leaves(arrays)):
+            raise Damaged("it has not all of its arrays")
+        return arrays, run
     except Failure:
         raise
     except Exception as e:  # Orbax, tensorstore and the file system raise exceptions of their own

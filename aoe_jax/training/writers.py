@@ -8,11 +8,13 @@ TensorBoard keeps the last, as histograms over experts.
 """
 
 import errno
+import filecmp
 import json
 import logging
 import os
 import re
 import secrets
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -55,19 +57,19 @@ class JsonLines:
     name = "metrics.jsonl"
 
     def __init__(self, path: Path, start_step, every, validated=True):
-        lines = [*read_metrics(path)]
-        kept = [
-            line
-            for line in lines
-            if line["step"] < start_step + (validated or "validation_nll" not in line)
-        ]
-        self.compute_seconds = sum(line.get("compute_seconds") or 0 for line in kept)
-        whole = path.read_bytes() if path.exists() else b""
-        beyond = max((line["step"] for line in lines), default=0) - start_step
+        def is_kept(line):
+            return line["step"] < start_step + (validated or "validation_nll" not in line)
+
+        newest = n_lines = self.compute_seconds = 0
+        for line in read_metrics(path):  # in pieces: all lines as objects may not fit into memory
+            newest, n_lines = max(newest, line["step"]), n_lines + 1
+            if is_kept(line):
+                self.compute_seconds += line.get("compute_seconds") or 0
         # A kill leaves up to two intervals, since the last save may be incomplete, and half a line.
-        if beyond > 2 * every or whole.count(b"\n") > len(lines):
-            _set_aside(path, whole)
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        if newest - start_step > 2 * every or _line_ends(path) > n_lines:
+            _set_aside(path)
+        kept = filter(is_kept, read_metrics(path))
+        write_whole(path, ((json.dumps(line) + "\n").encode() for line in kept))
         self._file, self._unwritten = path.open("r+b", buffering=0), b""
         self._size = self._file.seek(0, os.SEEK_END)  # size of the whole lines
 
@@ -96,12 +98,19 @@ class JsonLines:
             self._flush()
 
 
-def _set_aside(path, content):
+def _line_ends(path):
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(2**20), b""))
+
+
+def _set_aside(path):
     copies = path.parent.glob(f"set_aside/*/{path.name}.whole")
-    if any(copy.read_bytes() == content for copy in copies):
+    if any(filecmp.cmp(copy, path, shallow=False) for copy in copies):
         return
     copy = path.with_name(f"{path.name}.whole")
-    copy.write_bytes(content)
+    shutil.copyfile(path, copy)
     target = folder_aside(path.parent) / copy.name
     move(copy, target)
     where = target.relative_to(path.parent)

@@ -197,6 +197,11 @@ def test_damaged_stores(text_folder, tmp_path):
         shard.write_bytes(whole_shard)
         manifest.write_text(json.dumps(values | {field: value}))
         refuses(message)
+    more = json.loads(whole_manifest)
+    for place in (more["splits"]["test"], more["splits"]["test"]["shards"][0]):
+        place["tokens"] += 10**6
+    manifest.write_text(json.dumps(more))
+    refuses("test-00000.array_record has fewer tokens than manifest.json says")
     values["splits"]["test"]["shards"][0]["name"] = "../test-00000.array_record"
     manifest.write_text(json.dumps(values))
     refuses(r"shards\[0\].name is '../test-00000.array_record', not the name of a shard")

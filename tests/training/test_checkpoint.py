@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import threading
 import time
+import tracemalloc
 
 import grain
 import jax
@@ -29,6 +30,7 @@ from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.fingerprints import check_repetition, fingerprints, local_fingerprints
 from aoe_jax.training.step import TrainState
+from aoe_jax.training.writers import JsonLines
 from tests.runs import contents, disk
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
@@ -333,6 +335,30 @@ def test_what_somebody_else_wrote_beside_the_state_is_damage(saved, tmp_path, ch
     assert (workdir / "damaged_checkpoints" / "5").is_dir()
 
 
+FOREIGN_OF_ORBAX = {
+    "another name of a parameter": lambda text: text.replace("params", "qarams"),
+    "null": lambda text: "null",
+    "a list": lambda text: "[]",
+    "no tree": lambda text: '{"tree_metadata": 7, "array_metadatas": 7}',
+    "a tree of another kind": lambda text: '{"tree_metadata": {"a": 7}, "array_metadatas": [null]}',
+    "no kind of value": lambda text: text.replace('"value_metadata"', '"value"'),
+    "half": lambda text: text[: len(text) // 2],
+}
+
+
+@unread
+@pytest.mark.parametrize("name", ["_METADATA", "array_metadatas/process_0"])
+@pytest.mark.parametrize("change", FOREIGN_OF_ORBAX.values(), ids=FOREIGN_OF_ORBAX)
+def test_what_somebody_else_wrote_for_orbax_is_damage(saved, tmp_path, change, name):
+    workdir = copy_of(saved, tmp_path)
+    file = workdir / "checkpoints" / "5" / "state" / name
+    whole = file.read_text()
+    file.write_text(change(whole))
+    step = Checkpoints(workdir).restore_newest(ABSTRACT, batches())[0]
+    assert (step == 4) == (workdir / "damaged_checkpoints" / "5").is_dir()
+    assert step == 4 or name != "_METADATA" or file.read_text() == whole
+
+
 @unread
 @pytest.mark.parametrize("name", ["run/metadata", "state/_METADATA", "state/manifest.ocdbt"])
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path)])
@@ -589,6 +615,36 @@ def test_a_fault_beside_a_save_that_succeeds(tmp_path, monkeypatch, caplog):
     checkpoints.save(2, noise(2), {"next_index": 2}, Progress(1, 1, True))
     checkpoints.close()
     assert checkpoints.saved == 2 and Checkpoints(tmp_path).steps() == [2]
+
+
+def test_process_0_of_several_finds_a_complete_checkpoint_before_the_next_save(
+    tmp_path, monkeypatch
+):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1))
+    checkpoints.save(3, state_of(3), {"position": 0}, Progress())
+    checkpoints._manager.wait_until_finished()
+    assert checkpoints.saved == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        assert not checkpoints.has_failed() and checkpoints.saved == 3
+    checkpoints.close()
+
+
+def test_figures_are_not_read_whole(tmp_path):
+    line = {"validation_nll": 1.0, "layers": {"load": [[0] * 5000]}}
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        file.writelines(json.dumps({"step": step} | line) + "\n" for step in range(400))
+    assert (tmp_path / "metrics.jsonl").stat().st_size > 5e6
+    tracemalloc.start()
+    try:
+        assert Checkpoints(tmp_path).has_figures
+        JsonLines(tmp_path / "metrics.jsonl", 50, 1).close()
+        assert tracemalloc.get_traced_memory()[1] < 3e6
+    finally:
+        tracemalloc.stop()
+    (aside,) = tmp_path.glob("set_aside/*/metrics.jsonl.whole")
+    with aside.open() as whole, (tmp_path / "metrics.jsonl").open() as kept:
+        assert sum(1 for _ in whole) == 400 and sum(1 for _ in kept) == 51
 
 
 def test_a_save_into_the_mount_point_of_a_disk_does_not_count(tmp_path, caplog):

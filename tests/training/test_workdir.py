@@ -1,8 +1,7 @@
 """The configuration and data that a workdir belongs to."""
 
-import errno
 import json
-import os
+from resource import RLIMIT_FSIZE, getrlimit, setrlimit
 
 import pytest
 
@@ -152,17 +151,15 @@ def test_files_set_aside_are_kept_if_the_clock_is_set_back(claimed, monkeypatch)
     assert sorted(found) == ["0", "1", "2"]
 
 
-def test_a_full_disk_leaves_the_tokenizer(claimed, monkeypatch):
+def test_a_tokenizer_that_is_half_written_leaves_the_old_one(claimed):
     workdir, corpus = claimed
-    whole, write = (workdir / "tokenizer.json").read_bytes(), type(workdir).write_bytes
-
-    def write_half(path, content):
-        write(path, content[: len(content) // 2])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(type(workdir), "write_bytes", write_half)
-    with pytest.raises(OSError, match="No space left"):
-        claim_workdir(workdir, Config(), corpus)
+    whole, limits = (workdir / "tokenizer.json").read_bytes(), getrlimit(RLIMIT_FSIZE)
+    setrlimit(RLIMIT_FSIZE, (len(whole) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            claim_workdir(workdir, Config(), corpus)
+    finally:
+        setrlimit(RLIMIT_FSIZE, limits)
     assert (workdir / "tokenizer.json").read_bytes() == whole
 
 
