@@ -1,5 +1,6 @@
 """Recognises temporary faults of disks, networks and memory, and tries again after them."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -14,7 +15,7 @@ log = logging.getLogger(__name__)
 # For how long reads and writes are repeated; the command line sets it to --retry_seconds.
 retry_seconds = 60.0
 paused_at = 0.0  # the time of the newest wait that ends by itself, on the monotonic clock
-SECOND_LOOK = 1.0  # seconds before another look: a network disk may show a new file late
+SECOND_LOOK = 1.0  # seconds before another look
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 
 # Errors of the system that depend on the file or the arguments, so that repeating is useless.
@@ -143,6 +144,27 @@ def reason(error: BaseException) -> str:
             return os.strerror(code)
     text = getattr(first, "strerror", None) or str(first).strip()
     return (text.splitlines() or [type(first).__name__])[0][:300]
+
+
+@contextlib.contextmanager
+def refusing(what, cure="", kinds=OSError):
+    """Raises `UserError` for exceptions of these kinds that no fault of the machine has caused."""
+    try:
+        yield
+    except kinds as error:
+        if is_fault(error):
+            raise
+        raise UserError(f"{what} ({reason(error)}){cure}") from error
+
+
+def twice(call, kind):
+    """`call()`, once more if it raises this kind of exception: a network disk may show a new file
+    late.
+    """
+    with contextlib.suppress(kind):
+        return call()
+    time.sleep(SECOND_LOOK)
+    return call()
 
 
 def pauses() -> Iterator[float | None]:

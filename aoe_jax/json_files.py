@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aoe_jax.errors import UserError, shown
-from aoe_jax.faults import is_fault, patiently, patiently_if_allowed, reason
+from aoe_jax.faults import patiently, patiently_if_allowed, reason, refusing
 from aoe_jax.paths import file_system, is_remote
 
 _BYTES = 2**24  # the largest JSON file, by default; parsed it takes 25x the memory
@@ -129,17 +129,12 @@ def read_metrics(path: Path):
     """
     if not path.exists():
         return
-    try:
-        with open_regular(path) as file:
-            while line := file.readline(_LINE_BYTES):
-                with contextlib.suppress(ValueError, RecursionError):
-                    value = json.loads(line)
-                    if isinstance(value, dict) and _is_metrics(value):
-                        yield value
-    except OSError as e:
-        if is_fault(e):
-            raise
-        raise UserError(f"{path} cannot be read ({reason(e)}); move it away") from e
+    with refusing(f"{path} cannot be read", "; move it away"), open_regular(path) as file:
+        while line := file.readline(_LINE_BYTES):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(line)
+                if isinstance(value, dict) and _is_metrics(value):
+                    yield value
 
 
 def _is_metrics(line):

@@ -225,7 +225,8 @@ def _bytes_of(path):
 def _acquire(folder, flag, take_over):
     """Becomes the owner; returns the file that shows it and its nonce."""
     nonce = secrets.randbits(31) | 1
-    ours = {"nonce": nonce, **_this_process(), "time": time.time()}
+    ours = {"nonce": nonce, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    ours |= {"started": _started(os.getpid()), "kernel": _kernel()}
     while True:
         number, other = write_or_refuse(folder, flag, lambda: _newest(folder))
         if other and not _has_ended(other):
@@ -289,15 +290,6 @@ def _wait_until_stale(folder, flag, other, seconds):
             if now[0] == other:
                 raise in_use
             return
-
-
-def _this_process():
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-        "kernel": _kernel(),
-    }
 
 
 def _kernel():

@@ -6,13 +6,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
 
 from aoe_jax.errors import Interrupted, Preempted
-
-Result = TypeVar("Result")
 
 # Becomes a command after PR_SET_PDEATHSIG (1), which sends SIGTERM (15) when the parent dies.
 _BOUND = """
@@ -37,9 +33,9 @@ def bound(command, core=None):
     return [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), core, *command]
 
 
-def interruptibly(call: Callable[[], Result]) -> Result:
+def interruptibly(call, seconds=None):
     """Returns `call()`, made in another thread, so that signals are handled meanwhile. A library
-    would hold them up until it returns.
+    would hold them up until it returns. Raises `TimeoutError` after so many seconds.
     """
     result = Future()
 
@@ -50,7 +46,7 @@ def interruptibly(call: Callable[[], Result]) -> Result:
             result.set_exception(e)
 
     threading.Thread(target=work, daemon=True, name="works for the main thread").start()
-    return result.result()
+    return result.result(seconds)
 
 
 class StopRequests:

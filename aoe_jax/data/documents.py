@@ -14,13 +14,14 @@ import pyarrow
 import pyarrow.parquet
 
 from aoe_jax.errors import UserError, shown
-from aoe_jax.faults import is_fault, patiently_if_allowed, reason
+from aoe_jax.faults import patiently_if_allowed, refusing
 from aoe_jax.json_files import open_regular
 from aoe_jax.paths import file_system, find, is_remote, parsed_path
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PARQUET = ".parquet"
 _TEXT = ".txt"
+_ERRORS = (OSError, pyarrow.ArrowException)  # of reading a file
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _READ_BYTES = 2**20
 DOCUMENT_BYTES = 2**29  # the largest document, and the longest line of JSON
@@ -78,12 +79,8 @@ def pieces_of(path, size: int, piece_bytes: int) -> list[tuple[Piece, int]]:
     """
     kind, compression = _format(path)
     if kind == _PARQUET:
-        try:
+        with refusing(f"--input: {path} cannot be read", kinds=_ERRORS):
             return list(_row_groups(path, piece_bytes))
-        except (OSError, pyarrow.ArrowException) as error:
-            if is_fault(error):
-                raise
-            raise UserError(f"--input: {path} cannot be read ({reason(error)})") from error
     cuts = [*range(0, size, piece_bytes), size]
     if kind == _TEXT or compression or size == 0:
         cuts = [0, size]
@@ -100,20 +97,14 @@ def documents(piece: Piece, text_field: str) -> Iterator[tuple[str, int]]:
     or has an entry without a text.
     """
     kind, compression = _format(Path(piece.path))
-    try:
-        with _open(piece.path) as file:
-            if kind == _PARQUET:
-                yield from _parquet(piece, file, text_field)
-            elif kind == _TEXT:
-                yield _text(piece, file, compression), piece.stop
-            else:
-                yield from _json_lines(piece, file, compression, text_field)
-    except (OSError, pyarrow.ArrowException) as error:
-        if is_fault(error):
-            raise
-        raise UserError(
-            f"--input: {piece.path} cannot be read ({reason(error)}); mend or remove it"
-        ) from error
+    what = f"--input: {piece.path} cannot be read"
+    with refusing(what, "; mend or remove it", _ERRORS), _open(piece.path) as file:
+        if kind == _PARQUET:
+            yield from _parquet(piece, file, text_field)
+        elif kind == _TEXT:
+            yield _text(piece, file, compression), piece.stop
+        else:
+            yield from _json_lines(piece, file, compression, text_field)
 
 
 def _format(path: Path) -> tuple[str | None, str | None]:

@@ -6,6 +6,7 @@ import logging
 import math
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, shown
@@ -29,11 +30,7 @@ _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 def computed_fields(config: Config):
     """`{field: value}` of the fields that decide what a model computes with its parameters."""
     model, experts, routing, groups = config.model, config.experts, config.routing, config.to_dict()
-    fields = {
-        f"{group}.{name}": value
-        for group in ("model", "experts", "routing")
-        for name, value in groups[group].items()
-    }
+    fields = flatten_dict({name: groups[name] for name in ("model", "experts", "routing")}, sep=".")
     fields |= {"model.n_kv_heads": model.kv_heads, "model.head_dim": model.head_width}
     if set(model.rope_factors) == {1}:  # as `_rope_scaling` writes a scale alone
         fields["model.rope_factors"] = []
@@ -85,9 +82,8 @@ def from_json(values: dict):
             _require(is_group, f"it has no group {group!r}, which a model of model_type 'aoe' has")
             groups[group] |= values[group]
     else:
-        for field, value in _hub_fields(values).items():
-            group, _, field = field.partition(".")
-            groups[group][field] = value
+        for group, own in unflatten_dict(_hub_fields(values), sep=".").items():
+            groups[group] |= own
     groups["model"]["dtype"] = "float32"
     groups["data"]["seq_len"] = groups["model"]["max_len"]
     if groups["routing"].get("name", "top_k") not in _BALANCED:

@@ -55,7 +55,7 @@ def draw_by_position(key, positions, n_experts):
 
 def drawn(devices, w, expert):
     """The matrix of one expert, on whichever device it is: `w [n, a, b]` -> `[a, b]`."""
-    first = devices.expert_rank() * w.shape[0]
+    first = devices.rank("expert") * w.shape[0]
     index = jnp.clip(expert - first, 0, w.shape[0] - 1)
     own = jax.lax.dynamic_index_in_dim(w, index, keepdims=False)
     is_here = (expert >= first) & (expert < first + w.shape[0])

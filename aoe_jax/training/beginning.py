@@ -1,6 +1,5 @@
 """Before the first step of a run: checks, the state from which it goes on, its workdir."""
 
-import contextlib
 import logging
 import secrets
 import time
@@ -12,7 +11,7 @@ from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.distributed import agree, gathered, see_the_same, together
 from aoe_jax.errors import UserError
-from aoe_jax.faults import SECOND_LOOK, patiently
+from aoe_jax.faults import patiently, twice
 from aoe_jax.json_files import read_json
 from aoe_jax.sharding import batch_sharding, put_batch, rows_of_process
 from aoe_jax.training.checkpoint import Checkpoints, Progress
@@ -49,7 +48,7 @@ class Beginning:
         with together():
             log_run(config)
             self.checkpoints = Checkpoints(workdir)
-            newest = self._newest_saved() if self.is_main else 0
+            newest = twice(self._newest_saved, UserError) if self.is_main else 0
         self.step = gathered(newest)[0]
         if self.step:  # a network disk may show other processes this checkpoint late
             place = self.checkpoints.directory / str(self.step)
@@ -100,15 +99,7 @@ class Beginning:
         return summary
 
     def _newest_saved(self):
-        """The step of the newest checkpoint, else 0; looks twice before it reports that some are
-        missing.
-        """
-        with contextlib.suppress(UserError):
-            return self._newest_saved_at_once()
-        time.sleep(SECOND_LOOK)
-        return self._newest_saved_at_once()
-
-    def _newest_saved_at_once(self):
+        """The step of the newest checkpoint, else 0."""
         self.folder.check_in_place()
         steps = self.checkpoints.steps()
         what = f"the files of {self.workdir} cannot be read"

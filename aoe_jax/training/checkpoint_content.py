@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-import time
+from functools import partial
 
 import jax
 import orbax.checkpoint as ocp
@@ -68,9 +68,8 @@ def read_checkpoint(path, wanted):
     damage = None
     with together():
         try:
-            arrays, run = faults.patiently(
-                f"checkpoint {path} cannot be read", lambda: _read_twice(path, wanted)
-            )
+            read = partial(faults.twice, lambda: _read_alone(path, wanted), Damaged)
+            arrays, run = faults.patiently(f"checkpoint {path} cannot be read", read)
         except Damaged as e:
             damage = e
     if not all_agree(damage is None):
@@ -82,14 +81,6 @@ def read_checkpoint(path, wanted):
         names = ", ".join(differing[:3]) or "in another process"
         raise Damaged(f"{names}: the values are not those that were saved")
     return arrays, run
-
-
-def _read_twice(path, wanted):
-    try:
-        return _read_alone(path, wanted)
-    except Damaged:
-        time.sleep(faults.SECOND_LOOK)
-        return _read_alone(path, wanted)
 
 
 def _read_alone(path, wanted):

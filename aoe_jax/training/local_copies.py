@@ -179,11 +179,6 @@ def _name(path, index, shape):
     return f"{path}{[part.indices(n)[0] for part, n in zip(index, shape, strict=True)]}"
 
 
-def _bits(dtype):
-    """The type as which numpy stores elements; it does not know bfloat16."""
-    return np.dtype(f"uint{8 * dtype.itemsize}")
-
-
 def _pieces(state):
     """The pieces of the state on this process's devices, each once, by name, as numpy arrays."""
     found = {}
@@ -194,7 +189,8 @@ def _pieces(state):
         piece.copy_to_host_async()
     # On CPU, device_get returns the memory of the device, which may be donated.
     host = {name: np.array(jax.device_get(piece)) for name, piece in found.items()}
-    return {name: piece.view(_bits(piece.dtype)) for name, piece in host.items()}
+    # As unsigned integers, because numpy does not know bfloat16.
+    return {name: piece.view(f"u{piece.itemsize}") for name, piece in host.items()}
 
 
 def _array(pieces, path, wanted):

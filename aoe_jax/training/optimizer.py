@@ -1,7 +1,7 @@
 """The paper's AdamW: betas (0.9, 0.95), linear warm-up, cosine decay, clipped by global norm."""
 
-import jax
 import optax
+from flax.traverse_util import path_aware_map
 
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.training import TrainConfig
@@ -18,18 +18,12 @@ def learning_rate_schedule(config: TrainConfig):
 def decayed(params):
     """A tree of bools: which parameters decay, as they are declared in `aoe_jax.parameters`."""
     declared = declared_parameters()
-
-    def decays(path, _):
-        return declared["/".join(key.key for key in path)].decays
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+    return path_aware_map(lambda path, _: declared["/".join(path)].decays, params)
 
 
 def no_routers(params):
     """A tree of bools: which parameters do not belong to a router."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not path[-1].key.startswith("w_router"), params
-    )
+    return path_aware_map(lambda path, _: not path[-1].startswith("w_router"), params)
 
 
 def scale_scoring(experts: ExpertsConfig, rate):
@@ -39,12 +33,11 @@ def scale_scoring(experts: ExpertsConfig, rate):
         columns = {"w_gate_down" if experts.low_rank else "w_gate": experts.score_neurons}
 
     def scaled(path, update):
-        name = path[-1].key
-        if path[0].key != "layers" or name not in columns:
+        if path[0] != "layers" or path[-1] not in columns:
             return update
-        return update.at[..., : columns[name]].multiply(rate)
+        return update.at[..., : columns[path[-1]]].multiply(rate)
 
-    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
+    return optax.stateless(lambda updates, _: path_aware_map(scaled, updates))
 
 
 def make_optimizer(config: TrainConfig, experts: ExpertsConfig):

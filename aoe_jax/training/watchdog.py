@@ -15,7 +15,7 @@ import jax
 from aoe_jax import faults
 from aoe_jax.errors import Hang, Preempted
 from aoe_jax.json_files import write_json
-from aoe_jax.stopping import StopRequests
+from aoe_jax.stopping import StopRequests, interruptibly
 from aoe_jax.training.health import Heartbeat
 from aoe_jax.training.run_folder import RunFolder
 
@@ -146,13 +146,6 @@ def _stacks():
 
 def _in_time(seconds, call):
     """Returns `call()`, or None if it does not return in time or raises an exception."""
-    results = []
-
-    def run():
-        with contextlib.suppress(Exception):
-            results.append(call())
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return results[0] if results else None
+    with contextlib.suppress(Exception):
+        return interruptibly(call, seconds)
+    return None

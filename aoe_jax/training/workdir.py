@@ -4,6 +4,8 @@ import logging
 import time
 from pathlib import Path
 
+from flax.traverse_util import flatten_dict
+
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
 from aoe_jax.errors import UserError, naming
@@ -54,12 +56,8 @@ def _fixed(config):
     """The values by field that a run keeps; without the paths of corpora, which may move."""
     groups = config.to_dict()
     groups["data"] |= {"name": config.data.name_without_paths}
-    return {
-        f"{group}.{name}": value
-        for group, values in groups.items()
-        for name, value in values.items()
-        if not {group, f"{group}.{name}"} & FREE
-    }
+    fields = flatten_dict(groups, sep=".").items()
+    return {name: value for name, value in fields if not {name.partition(".")[0], name} & FREE}
 
 
 def check_workdir(workdir: Path, config: Config, has_begun=True):

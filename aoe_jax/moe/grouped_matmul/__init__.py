@@ -22,6 +22,8 @@ from aoe_jax.moe.grouped_matmul.mosaic_gpu import mosaic_gpu_matmul
 from aoe_jax.moe.grouped_matmul.ragged import ragged_matmul
 from aoe_jax.moe.grouped_matmul.rowwise import rowwise_matmul
 
+log = logging.getLogger(__name__)
+
 BACKENDS = {
     "blocked": blocked_matmul,
     "rowwise": rowwise_matmul,
@@ -91,7 +93,7 @@ def grouped_matmul(
 def backend_for(device, dtype, m, shape):
     """The backend that `"auto"` means on a device, for m rows and weights `[E, D, F]` (`shape`)."""
     backend = _that_takes(_default_backend(device), dtype, *shape[1:])
-    if backend == "blocked" and _are_few(m, shape[0]):
+    if backend == "blocked" and m < shape[0]:  # row by row, weights of idle experts are not read
         backend = "rowwise"
     return backend
 
@@ -101,30 +103,19 @@ def place_rows(group_sizes, m, backend):
 
     Products of rows in this layout do not move them first.
     """
-    if _are_few(m, group_sizes.shape[0]):
+    if m < group_sizes.shape[0]:  # see `backend_for`
         return None
     if backend == "auto":
         backend = _default_backend(target_device())
     return place_for_blocked(group_sizes, m) if backend == "blocked" else None
 
 
-def _are_few(m, n_experts):
-    """Whether some experts have no row at all, so that going row by row reads fewer weights."""
-    return m < n_experts
-
-
 @lru_cache
 def _default_backend(device):
-    backend = (
-        "megablox"
-        if device.platform == "tpu"
-        else "mosaic_gpu"
-        if _is_hopper(device)
-        else "blocked"
-    )
-    logging.getLogger(__name__).info(
-        "grouped_matmul backend on %s: %s", device.device_kind, backend
-    )
+    backend = "mosaic_gpu" if _is_hopper(device) else "blocked"
+    if device.platform == "tpu":
+        backend = "megablox"
+    log.info(f"grouped_matmul backend on {device.device_kind}: {backend}")
     return backend
 
 
@@ -142,8 +133,6 @@ def _that_takes(backend, dtype, d, f):
         if backend == "mosaic_gpu":
             check_mosaic_gpu(dtype, d, f)
     except UserError as error:
-        logging.getLogger(__name__).warning(
-            "%s. This run uses backend 'blocked', which is slower", error
-        )
+        log.warning(f"{error}. This run uses backend 'blocked', which is slower")
         return "blocked"
     return backend

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.moe.grouped_matmul.groups import group_sizes_of
+from aoe_jax.moe.grouped_matmul.groups import dot, find, group_sizes_of
 from aoe_jax.moe.grouped_matmul.permute import NOWHERE, permute
 
 ROW_MULTIPLE = 16  # of B
@@ -87,18 +87,18 @@ def place_rows(group_sizes, m):
     to_place = size * jnp.arange(1, n_experts + 1) - free_end
 
     row = jnp.arange(m, dtype=jnp.int32)
-    expert = _find(end, row)
+    expert = find(end, row)
     count = row - to_row[expert]
     place = jnp.where(
         row - start[expert] < head[expert],
         expert * size + row - start[expert],
-        count + to_place[_find(free_end, count)],
+        count + to_place[find(free_end, count)],
     )
     place = jnp.where(row < end[-1], place, NOWHERE)
 
     stretch, within = jnp.divmod(jnp.arange(n_experts * size, dtype=jnp.int32), size)
     count = stretch * size + within - to_place[stretch]
-    row = jnp.where(count < rest_end[-1], count + to_row[_find(rest_end, count)], NOWHERE)
+    row = jnp.where(count < rest_end[-1], count + to_row[find(rest_end, count)], NOWHERE)
     row = jnp.where(within < head[stretch], start[stretch] + within, row)
 
     # Runs of rows of one expert in places of one stretch, each cut into blocks.
@@ -107,10 +107,10 @@ def place_rows(group_sizes, m):
     per_run = (run_end - run_start + block_size - 1) // block_size
     block_end = jnp.cumsum(per_run)
     block = jnp.arange(m // block_size + 2 * n_experts)
-    run = _find(block_end, block)
+    run = find(block_end, block)
     first = run_start[run] + (block - (block_end - per_run)[run]) * block_size
     last = jnp.minimum(first + block_size, run_end[run])
-    expert, stretch = _find(rest_end, first), _find(free_end, first)
+    expert, stretch = find(rest_end, first), find(free_end, first)
     first, last = first + to_place[stretch], last + to_place[stretch]
     block_start = jnp.minimum(first, n_experts * size - block_size)
     blocks = _Blocks(block_end[-1], expert, stretch, block_start, first, last)
@@ -118,43 +118,16 @@ def place_rows(group_sizes, m):
     return jax.lax.optimization_barrier(Places(place, row, is_batched, blocks))
 
 
-def _find(ends, index):
-    """Which stretch, by their `ends [E]`, holds each index: `[M] -> [M]`; the last if past all."""
-    found = jnp.searchsorted(ends, index, side="right", method="compare_all")
-    return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
-
-
-def _batched_product(rows, weights, contracted):
-    """`[E, B, D] x [E, D, F] -> [E, B, F]`; `contracted=2`: over the last axis of the weights."""
-    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
-    dimensions = (((2,), (contracted,)), ((0,), (0,)))
-    return jax.lax.dot_general(
-        rows, weights, dimensions, preferred_element_type=accumulator
-    ).astype(rows.dtype)
-
-
-def _batched_gradient(rows, g):
-    """`[E, B, D], [E, B, F] -> [E, D, F]`, accumulated in float32 at least."""
-    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
-    return jax.lax.dot_general(
-        rows, g, (((1,), (1,)), ((0,), (0,))), preferred_element_type=accumulator
-    )
-
-
 def _add_block_products(out, rows, weights, places, contracted):
     """Writes the products of the blocks into `out [N, F]`."""
     blocks, size = places.blocks, _head_and_block(places.place.shape[0], weights.shape[0])[1]
-    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
     row = jnp.arange(size)[:, None]
 
     def step(b, out):
         start = blocks.start[b]
         x = jax.lax.dynamic_slice_in_dim(rows, start, size)
         w = jax.lax.dynamic_index_in_dim(weights, blocks.expert[b], keepdims=False)
-        dimensions = (((1,), (contracted - 1,)), ((), ()))
-        y = jax.lax.dot_general(x, w, dimensions, preferred_element_type=accumulator).astype(
-            rows.dtype
-        )
+        y = dot(x, w, (1, contracted - 1)).astype(rows.dtype)
         mine = (row >= blocks.first[b] - start) & (row < blocks.last[b] - start)
         y = jnp.where(mine, y, jax.lax.dynamic_slice_in_dim(out, start, size))
         return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)
@@ -177,9 +150,7 @@ def _add_block_gradients(out, rows, g, places):
         start = blocks.start[b]
         mine = (row >= blocks.first[b] - start) & (row < blocks.last[b] - start)
         x, y = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, start, size), 0) for a in (rows, g))
-        product = jax.lax.dot_general(
-            x, y, (((0,), (0,)), ((), ())), preferred_element_type=out.dtype
-        )
+        product = dot(x, y, (0, 0))
         out = add(out, blocks.expert[b], product)
         return add(out, blocks.stretch[b], jnp.where(places.is_batched, -product, 0))
 
@@ -195,12 +166,13 @@ def placed_matmul(rows, weights, places):
 def _product(rows, weights, places, contracted):
     """`[N, D] x [E, D, F] -> [N, F]`; with `contracted=2` over the last axis of the weights."""
     n_experts, width = weights.shape[0], weights.shape[3 - contracted]
+
+    def batched():
+        out = dot(_stretches(rows, n_experts), weights, (2, contracted), batch=(0,))
+        return out.astype(rows.dtype).reshape(-1, width)
+
     out = jax.lax.cond(
-        places.is_batched,
-        lambda: _batched_product(_stretches(rows, n_experts), weights, contracted).reshape(
-            -1, width
-        ),
-        lambda: jnp.zeros((rows.shape[0], width), rows.dtype),
+        places.is_batched, batched, lambda: jnp.zeros((rows.shape[0], width), rows.dtype)
     )
     return _add_block_products(out, rows, weights, places, contracted)
 
@@ -209,7 +181,7 @@ def _gradient(rows, g, places, n_experts):
     """`[N, D], [N, F] -> [E, D, F]`."""
     out = jax.lax.cond(
         places.is_batched,
-        lambda: _batched_gradient(_stretches(rows, n_experts), _stretches(g, n_experts)),
+        lambda: dot(_stretches(rows, n_experts), _stretches(g, n_experts), (1, 1), batch=(0,)),
         lambda: jnp.zeros(
             (n_experts, rows.shape[1], g.shape[1]), jnp.promote_types(rows.dtype, jnp.float32)
         ),
@@ -221,13 +193,9 @@ def _stretches(rows, n_experts):
     return rows.reshape(n_experts, -1, rows.shape[1])
 
 
-def _forward(rows, weights, places):
-    return placed_matmul(rows, weights, places), (rows, weights, places)
-
-
 def _backward(residuals, g):
     rows, weights, places = residuals
     return _product(g, weights, places, 2), _gradient(rows, g, places, weights.shape[0]), None
 
 
-placed_matmul.defvjp(_forward, _backward)
+placed_matmul.defvjp(lambda *args: (placed_matmul(*args), args), _backward)

@@ -1,4 +1,4 @@
-"""Group sizes, and the rows that no group reaches."""
+"""Group sizes, the rows that no group reaches, and products that backends share."""
 
 from typing import NamedTuple
 
@@ -25,3 +25,16 @@ def zero_past_groups(rows, groups):
     # reads.
     zero = jnp.minimum(groups[0], 0).astype(rows.dtype)
     return jnp.where((jnp.arange(rows.shape[0]) < groups.sum())[:, None], rows, zero)
+
+
+def find(ends, index):
+    """Which stretch, by their `ends [E]`, holds each index: `[M] -> [M]`; the last if past all."""
+    found = jnp.searchsorted(ends, index, side="right", method="compare_all")
+    return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
+
+
+def dot(a, b, contracted, batch=()):
+    """`jax.lax.dot_general` over one axis of each array, accumulated in float32 at least."""
+    dimensions = (contracted[:1], contracted[1:]), (batch, batch)
+    accumulator = jnp.promote_types(a.dtype, jnp.float32)
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=accumulator)

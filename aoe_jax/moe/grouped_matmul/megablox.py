@@ -15,6 +15,7 @@ Tiles: tm of rows, tk and tn of the contracted and the output width.
 
 import importlib
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -134,22 +135,13 @@ def _round_up(value, multiple):
     return -(-value // multiple) * multiple
 
 
-def _kernel(name, **settings):
-    """A Megablox kernel for the platform it is lowered for: compiled on TPU, interpreted on CPU."""
+def _run_kernel(name, *operands, **settings):
+    """Runs a Megablox kernel, compiled on TPU, interpreted on CPU."""
     # The package's attribute `gmm` is the function with a derivative, which hides the module of the
     # kernels.
     kernel = getattr(importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm"), name)
-
-    def call(lhs, rhs, group_sizes):
-        return jax.lax.platform_dependent(
-            lhs,
-            rhs,
-            group_sizes,
-            tpu=lambda *args: kernel(*args, lhs.dtype, **settings),
-            cpu=lambda *args: kernel(*args, lhs.dtype, interpret=True, **settings),
-        )
-
-    return call
+    run = partial(kernel, preferred_element_type=operands[0].dtype, **settings)
+    return jax.lax.platform_dependent(*operands, tpu=run, cpu=partial(run, interpret=True))
 
 
 def _padded(rows, tile):
@@ -164,22 +156,19 @@ def _tiles(rows, weights):
 @jax.custom_vjp
 def _megablox(rows, weights, groups):
     tiling = _tiles(rows, weights)["forward"]
-    out = _kernel("gmm", tiling=tiling)(_padded(rows, tiling[0]), weights, group_sizes_of(groups))
+    padded, sizes = _padded(rows, tiling[0]), group_sizes_of(groups)
+    out = _run_kernel("gmm", padded, weights, sizes, tiling=tiling)
     # The kernel leaves rows past the last group unwritten.
     return zero_past_groups(out[: rows.shape[0]], groups)
-
-
-def _forward(rows, weights, groups):
-    return _megablox(rows, weights, groups), (rows, weights, groups)
 
 
 def _backward(residuals, g):
     rows, weights, groups = residuals
     tiling, sizes, m = _tiles(rows, weights), group_sizes_of(groups), rows.shape[0]
     rows, g = (_padded(a, tiling["forward"][0]) for a in (rows, g))
-    d_rows = _kernel("gmm", tiling=tiling["d_rows"], transpose_rhs=True)(g, weights, sizes)
-    d_weights = _kernel("tgmm", tiling=tiling["d_weights"])(rows.T, g, sizes)
+    d_rows = _run_kernel("gmm", g, weights, sizes, tiling=tiling["d_rows"], transpose_rhs=True)
+    d_weights = _run_kernel("tgmm", rows.T, g, sizes, tiling=tiling["d_weights"])
     return zero_past_groups(d_rows[:m], groups), d_weights, None
 
 
-_megablox.defvjp(_forward, _backward)
+_megablox.defvjp(lambda *args: (_megablox(*args), args), _backward)

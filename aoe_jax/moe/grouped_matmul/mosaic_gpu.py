@@ -9,7 +9,7 @@ They have no derivative of their own; it is written here:
 
 They are made of `wgmma` instructions, which Hopper (compute capability 9.0) alone has: neither an
 A100 nor a B200 runs them. `transposed_ragged_dot` asks the first device of the process for its
-number of cores: where no GPU is, the derivative compiles within `topology.compiling_for`, the
+number of cores: where no GPU is, the derivative compiles within `hardware.compiling_for`, the
 forward product anywhere.
 """
 

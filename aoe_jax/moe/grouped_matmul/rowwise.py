@@ -5,7 +5,7 @@ a row are read.
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.moe.grouped_matmul.groups import group_sizes_of
+from aoe_jax.moe.grouped_matmul.groups import dot, find, group_sizes_of
 
 
 def rowwise_matmul(rows, weights, groups):
@@ -19,28 +19,19 @@ def _rowwise(rows, weights, group_sizes):
 
 
 def _product(rows, weights, group_sizes, contracted):
-    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
-    expert = _experts(rows, group_sizes)
+    expert = find(jnp.cumsum(group_sizes), jnp.arange(rows.shape[0]))
 
     def add(i, out):
         w = jax.lax.dynamic_index_in_dim(weights, expert[i], keepdims=False)
-        dimensions = (((0,), (contracted,)), ((), ()))
-        y = jax.lax.dot_general(rows[i], w, dimensions, preferred_element_type=accumulator)
-        return out.at[i].set(y.astype(out.dtype))
+        return out.at[i].set(dot(rows[i], w, (0, contracted)).astype(out.dtype))
 
     zeros = jnp.zeros((rows.shape[0], weights.shape[2 - contracted]), rows.dtype)
     return jax.lax.fori_loop(0, group_sizes.sum(), add, zeros)
 
 
-def _experts(rows, group_sizes):
-    return jnp.searchsorted(
-        jnp.cumsum(group_sizes), jnp.arange(rows.shape[0]), side="right", method="compare_all"
-    )
-
-
 def _backward(residuals, g):
     rows, weights, group_sizes = residuals
-    expert = _experts(rows, group_sizes)
+    expert = find(jnp.cumsum(group_sizes), jnp.arange(rows.shape[0]))
     accumulator = jnp.promote_types(rows.dtype, jnp.float32)
 
     def add(i, d_weights):

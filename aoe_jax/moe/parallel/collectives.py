@@ -72,7 +72,7 @@ class Devices:
         Only the first rows of a buffer are in use: `sent [E]` and `received [E]` int32. Where the
         platform has `ragged_all_to_all`, only these travel; elsewhere whole buffers do.
         """
-        if self.has_ragged:
+        if target_device().device_kind in RAGGED_PLATFORMS:
             return _ragged_exchange(rows, sent, received, self.axes.collective("expert"))
         return self.exchange(rows, 0, 0)
 
@@ -80,11 +80,6 @@ class Devices:
     def sends_rows(self):
         """Whether rows go to the devices of their experts, by `all_to_all`."""
         return self.transport == "all_to_all" and self.size("expert") > 1
-
-    @property
-    def has_ragged(self):
-        """Whether `ragged_all_to_all` compiles for these devices."""
-        return target_device().device_kind in RAGGED_PLATFORMS
 
     def total(self, x, axes=MESH_AXES):
         """The sum over all devices, or over those along some axes."""
@@ -110,9 +105,6 @@ class Devices:
             return x
         size = x.shape[dimension] // self.size(axis)
         return jax.lax.dynamic_slice_in_dim(x, self.rank(axis) * size, size, dimension)
-
-    def expert_rank(self):
-        return self.rank("expert")
 
     def gather_weight(self, parameter: Parameter, w, dtype=None, sum_dtype=None):
         """A weight, whole along the axis that is split over fsdp.

@@ -107,7 +107,7 @@ class Ring(_Rounds):
     def gather_routing(self, routing):
         """Numbers experts from the first of this device; those of other devices are n."""
         gathered = super().gather_routing(routing)
-        expert = gathered.expert - self.devices.expert_rank() * self.n_experts
+        expert = gathered.expert - self.devices.rank("expert") * self.n_experts
         return gathered._replace(
             expert=jnp.where((expert >= 0) & (expert < self.n_experts), expert, self.n_experts)
         )
