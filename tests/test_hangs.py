@@ -8,7 +8,17 @@ import pytest
 
 from aoe_jax.errors import Hang
 from tests.processes import DENSE_FSDP, start_on
-from tests.runs import EVERY, STEPS, dense_command, dense_run, finish, run, same_end, start
+from tests.runs import (
+    EVERY,
+    STEPS,
+    corpus_store,
+    dense_command,
+    dense_run,
+    finish,
+    run,
+    same_end,
+    start,
+)
 from tests.test_fault_matrix import STATE, Fault
 from tests.test_faults import SLOW_SAVES, heartbeat, last_line, patched, wait_for
 
@@ -89,6 +99,14 @@ def test_a_disk_that_hangs(tmp_path, operation, file, when):
     command = dense_command(workdir, train__hang_timeout=3)
     status, _, stderr = finish(start(command, **fault.variables))
     assert status == Hang.status and says_where(stderr, workdir, when), stderr
+
+
+def test_prepared_data_that_hang(tmp_path):
+    fault, store = Fault(tmp_path, "HANG", "o", "/manifest.json"), corpus_store()
+    settings = {"data__name": "prepared", "data__path": str(store), "train__hang_timeout": 3}
+    process = start(dense_command(tmp_path / "run", **settings), **fault.variables)
+    status, _, stderr = finish(process)
+    assert status == Hang.status and says_where(stderr, tmp_path / "run", "restoring"), stderr
 
 
 def test_a_restore_that_hangs(tmp_path):

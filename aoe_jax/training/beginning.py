@@ -58,7 +58,8 @@ class Beginning:
             check_workdir(workdir, config, has_begun)
             if config.train.init_from and not self.step:
                 check_start(config)  # a model in a store is copied here
-            self.heartbeat.beat("preparing")
+            if any(source.name != "prepared" for source in config.data.sources):
+                self.heartbeat.beat("preparing")  # `train.hang_timeout` does not limit this
             self.corpus = open_corpus(config.data, config.model.vocab_size)
             if has_begun:
                 check_data(workdir, self.corpus)
