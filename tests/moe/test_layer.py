@@ -203,8 +203,11 @@ def test_sparse_scoring_without_balance_losses(x64, ragged, kind):
 
 
 def scoring_products(layer, params, x):
-    """Tokens in each matrix product with the w_gate_down of all experts, forward and backward."""
-    n, r, d = layer.experts.n_experts, layer.experts.d_low, x.shape[1]
+    """Tokens in each matrix product with the columns that score, of all experts, forward and
+    backward.
+    """
+    experts, d = layer.experts, x.shape[1]
+    n, r = experts.n_experts, experts.d_low if experts.low_rank else experts.score_neurons
 
     def loss(params, x):
         y, aux_loss, _ = fast_apply(layer, params, x)
@@ -219,6 +222,7 @@ def scoring_products(layer, params, x):
     return sorted(int(cache[1]) for cache in caches if cache and int(cache[1]) != d)
 
 
+@pytest.mark.parametrize("kind", ["aoe", "whole"])
 @pytest.mark.parametrize(
     ("settings", "aux_weight", "aux_tokens", "want"),
     [
@@ -233,11 +237,11 @@ def scoring_products(layer, params, x):
         ({}, 0.01, 0.125, [8, 8, 8, 64]),
     ],
 )
-def test_what_scoring_costs(settings, aux_weight, aux_tokens, want):
+def test_what_scoring_costs(kind, settings, aux_weight, aux_tokens, want):
     balance = BalanceConfig(aux_weight=aux_weight, aux_tokens=aux_tokens)
-    layer, params, x = make(
-        "aoe", 64, dtype="float32", balance=balance, n_experts=7, d_low=5, **settings
-    )
+    settings = {"n_experts": 7, "d_low": 5} | settings
+    settings |= {"score_neurons": 5} if kind == "whole" else {}
+    layer, params, x = make(kind, 64, dtype="float32", balance=balance, **settings)
     assert scoring_products(layer, params, x) == want
 
 
