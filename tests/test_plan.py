@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from aoe_jax import costs
 from aoe_jax.communication import collectives, each_collective
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config, default_config
@@ -223,6 +224,17 @@ def test_what_moves_on_a_tpu(case, first_round_only):
     assert {moved: n for moved, n in found.items() if moved[1] > 16} == {
         (HLO_NAMES[name], size): n for (name, size), n in want.items() if n
     }
+
+
+def test_a_step_reduce_scatters_gradients_of_experts_over_a_whole_slice():
+    """In two stages of 4 chips; a single one over all 16 would compile to an all-reduce."""
+    _, devices = topology_devices("v5e:4x4")
+    program, _ = traced(configuration("router", (1, 16, 1, 1)), devices)
+    operations = costs.Program(program.lower().compile().as_text()).operations
+    found = Counter((o.collective, o.group_size, o.sent_bytes) for o in operations if o.collective)
+    size = 4 * 16 * 160 * 256  # bytes of a weight in float32; 224 columns are laid out as 256
+    assert found["reduce-scatter", 4, size] == found["reduce-scatter", 4, size / 4] == 3
+    assert all(sent < size / 2 for kind, _, sent in found if kind == "all-reduce")
 
 
 def test_collectives_of_loops_count_as_often_as_they_run():
