@@ -23,9 +23,12 @@ def test_figures_of_both_backends(tmp_path):
     assert "v5e 1x2x1x256x64 splash: temporary 0.0" in stdout
 
 
-@pytest.mark.parametrize(("generation", "traffic"), [("v5e", 1.2), ("tpu7x", 1.9)])  # in GB
-def test_splash_keeps_no_scores_and_pads_no_heads(generation, traffic):
-    shape = b, n_heads, _, length, width = 8, 12, 12, 2048, 64
+@pytest.mark.parametrize(
+    ("generation", "b", "length", "traffic"),  # in GB
+    [("v5e", 8, 2048, 1.2), ("v5e", 2, 8192, 1.3), ("tpu7x", 8, 2048, 1.9)],
+)
+def test_splash_keeps_no_scores_and_pads_no_heads(generation, b, length, traffic):
+    shape = b, n_heads, _, length, width = b, 12, 12, length, 64
     compiled, text = compiled_attention(devices_of(generation), "splash", shape)
     program = costs.Program(text)
     instructions = [i for part in program.computations.values() for i in part.values()]
