@@ -282,10 +282,11 @@ def _wait_until_stale(folder, flag, other, seconds):
     while time.monotonic() < deadline:
         faults.paused_at = time.monotonic()  # this is no hang
         time.sleep(min(1, seconds / 20))
-        asked = time.monotonic()
+        paused_at, asked = faults.paused_at, time.monotonic()
         now, answered = state(), time.monotonic()
-        if answered > asked + 1:  # neither could the owner renew while the disk was away
-            deadline = max(deadline, answered) + min(seconds, 2 * RENEW)
+        deadline += answered - asked
+        if faults.paused_at != paused_at:  # the disk was away, for the owner too
+            deadline = max(deadline, answered + 2 * RENEW)
         if now != before:
             if now[0] == other:
                 raise in_use

@@ -248,7 +248,10 @@ def _copied(folder, cache):
     root, store = os.fspath(folder).rstrip("/"), file_system(folder)
     files = sorted(store.find(root, detail=True).items())
     state = [(name, _of_store(file)) for name, file in files if Path(name).name not in _REPORTS]
-    parts = {name: name.removeprefix(f"{root.partition('://')[2]}/") for name, _ in files}
+    prefix = f"{root.partition('://')[2]}/"
+    parts = {name: name.removeprefix(prefix) for name, _ in files if name.startswith(prefix)}
+    if not parts:
+        raise UserError(f"{folder}: there is no such folder")
     for name, part in parts.items():
         if part.startswith("/") or ".." in part.split("/"):
             raise UserError(f"{folder} has an object {name!r}, whose copy would be elsewhere")
@@ -273,7 +276,7 @@ def _temporary_copy(file):
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = Path(folder, file.name)
     if size_and_version(file)[0] > FILE_BYTES:
-        raise UserError(f"{file} has more than {FILE_BYTES} bytes; name another file")
+        raise UserError(f"{file} cannot be read: it has more than {FILE_BYTES} bytes")
     copy.write_bytes(file.read_bytes())
     return copy
 

@@ -2,8 +2,8 @@
 
 `python -m benchmarks.earlier --commit=REVISION [--variants=aoe,moe] [--rounds=5] [--steps=20]
 [--json=FILE]`. In each round the step of either commit is compiled and repeated in a process of its
-own, one after the other. Ratios are this code over the earlier one: the time, the median of the
-rounds, and the FLOPs and the bytes accessed of the compiled programs, which have no noise.
+own, one after the other. Ratios are this code over the earlier one. The ratio of times is the
+median of the rounds; those of FLOPs and bytes accessed are of the compiled programs, without noise.
 Uncommitted changes belong to this code. The earlier commit must have `RepeatedStep`.
 """
 
@@ -67,7 +67,8 @@ def measured(tree, variant, steps):
         text=True,
     )
     if done.returncode:
-        raise UserError(f"a step of {variant} in {tree} fails: {done.stderr.splitlines()[-1]}")
+        reason = (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise UserError(f"a step of {variant} in {tree} fails: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -75,15 +76,17 @@ def main():
     if _COMMIT.value is None:
         raise UserError("--commit is missing")
     for variant in _VARIANTS.value:
-        configuration(variant)  # a mistake is told before minutes of work
+        configuration(variant)  # reports a mistake before the measurements
     print(machine_in_words())
     figures = []
     with tempfile.TemporaryDirectory() as folder:
         extract(_COMMIT.value, folder)
         for variant in _VARIANTS.value:
             ratios = []
-            for _ in range(_ROUNDS.value):
-                earlier, now = (measured(tree, variant, _STEPS.value) for tree in (folder, ROOT))
+            for number in range(_ROUNDS.value):
+                trees = (folder, ROOT) if number % 2 else (ROOT, folder)
+                found = {tree: measured(tree, variant, _STEPS.value) for tree in trees}
+                earlier, now = found[folder], found[ROOT]
                 ratios.append({name: now[name] / earlier[name] for name in now})
                 milliseconds = f"{1e3 * earlier['seconds']:.0f}, now {1e3 * now['seconds']:.0f} ms"
                 print(f"{variant}: {milliseconds}", flush=True)

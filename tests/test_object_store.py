@@ -220,10 +220,17 @@ def test_objects_whose_copies_would_be_elsewhere(folder, store, tmp_path, name):
     assert not [*tmp_path.rglob("escaped")]
 
 
+def test_a_model_that_is_not_there(folder, tmp_path):
+    (folder / "config.json").write_text("{}")
+    for path in (folder / "none", folder / "config.json"):
+        with pytest.raises(UserError, match=f"{path}: there is no such folder"):
+            local_copy(path, tmp_path / "cache")
+
+
 def test_a_file_that_is_too_large(folder, monkeypatch):
     (folder / "tokenizer.json").write_text("{}" * 50)
     monkeypatch.setattr(paths, "FILE_BYTES", 99)
-    with pytest.raises(UserError, match="has more than 99 bytes; name another file"):
+    with pytest.raises(UserError, match="tokenizer.json cannot be read: it has more than 99 bytes"):
         paths.local_file(folder / "tokenizer.json")
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import itertools
 import json
 import os
 import random
@@ -160,12 +159,26 @@ def test_a_disk_that_is_away_for_owner_and_others(tmp_path, monkeypatch):
         (tmp_path / RENEWED).write_text(json.dumps({"nonce": 7, "count": 2}))
 
     monkeypatch.setattr(ownership, "read_regular", read_if_there)
-    monkeypatch.setattr(faults, "pauses", lambda: itertools.repeat(0.1))
     thread = threading.Thread(target=renew)
     thread.start()
     with pytest.raises(UserError, match="is in use by"), owned(tmp_path, "workdir"):
         pass
     thread.join()
+
+
+def test_a_slow_disk_does_not_delay_a_takeover_for_ever(tmp_path, monkeypatch):
+    elsewhere(tmp_path)
+    read = ownership.read_regular
+
+    def slowly(*arguments):
+        time.sleep(0.04)
+        return read(*arguments)
+
+    monkeypatch.setattr(ownership, "read_regular", slowly)
+    started = time.monotonic()
+    with owned(tmp_path, "workdir") as owner:
+        owner.check()
+    assert time.monotonic() - started < 30
 
 
 def test_a_disk_that_is_mounted_after_the_start(tmp_path):

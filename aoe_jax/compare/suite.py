@@ -216,11 +216,12 @@ class Suite:
     def _config(self, size, arm, seed, rate):
         with naming(f"suite {self.name}, size {size}, arm {arm}"):
             groups = self._groups(arm, self.sizes[size].changes)
-            configured = groups["train"]["learning_rate"]
+            config = Config.from_config_dict(_changed(groups, {"train": {"seed": seed}}))
+            configured = config.train.learning_rate
             rate = (configured if rate is None else rate) * self.sizes[size].rate_factor
-            final = groups["train"]["final_learning_rate"] * (rate / configured)
-            train = {"seed": seed, "learning_rate": rate, "final_learning_rate": final}
-            return Config.from_config_dict(_changed(groups, {"train": train}))
+            final = config.train.final_learning_rate * (rate / configured)
+            train = {"learning_rate": rate, "final_learning_rate": final}
+            return Config.from_config_dict(_changed(config.to_dict(), {"train": train}))
 
     def runs(self, learning_rates=None):
         """Returns all runs, size by size and seed by seed.

@@ -271,15 +271,15 @@ class Checkpoints:
                 log.warning("in the save that failed: %s", faults.reason(e))
 
     def _is_complete(self, step):
-        def look():
-            is_there = self._is_in_place() and step in self._complete_steps()
-            return is_there and self._is_in_place()
-
-        is_there = False
+        is_there, what = False, f"{self._path(step)} cannot be read"
         with together(), contextlib.suppress(OSError):
             if jax.process_index() == 0:  # which gives a complete checkpoint its name
-                is_there = faults.patiently(f"{self._path(step)} cannot be read", look)
+                is_there = faults.patiently(what, lambda: self._is_there(step))
         return bool(gathered(is_there)[0])
+
+    def _is_there(self, step):
+        is_there = self._is_in_place() and step in self._complete_steps()
+        return is_there and self._is_in_place()
 
     @contextlib.contextmanager
     def _problem_kept(self):
@@ -307,7 +307,7 @@ class Checkpoints:
         elif has_ended and self._looked_at != self._saving and jax.process_index() == 0:
             self._looked_at = self._saving
             with contextlib.suppress(Exception):  # the next save looks again
-                if self._saving in self._complete_steps():
+                if self._is_there(self._saving):
                     self.saved = self._saving
         return self._failed
 

@@ -38,7 +38,11 @@ _OF_ORBAX = {
             str: {"key_metadata": [{"key": TEXT}], "value_metadata": {"value_type": TEXT}}
         }
     },
-    "state/array_metadatas/*": {"array_metadatas": [{"array_metadata": {"param_name": TEXT}}]},
+    "state/array_metadatas/process_*": {
+        "array_metadatas": [
+            {"array_metadata": {"param_name": TEXT, "write_shape": [COUNT], "chunk_shape": [COUNT]}}
+        ]
+    },
 }
 
 
