@@ -208,13 +208,19 @@ def start(command, **options):
 
 def finish(process):
     """`(exit status, stdout, stderr)`."""
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=900)
     return process.returncode, stdout, stderr
 
 
 def run(command):
     """Runs a command line: `(exit status, stdout, stderr)`."""
     return finish(start(command))
+
+
+def saved(workdir, step):
+    """Whether there is a checkpoint of this or a later step; older ones are deleted."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return any(name.isdecimal() and int(name) >= step for name in names)
 
 
 def corpus_store():
@@ -251,7 +257,7 @@ def disk(folder, size):
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def damage(shard):

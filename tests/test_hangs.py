@@ -61,7 +61,7 @@ def goes_on(workdir, step):
 
 def says_where(stderr, workdir, when):
     """Whether the last line has the status and the step of process 0, and where its stacks are."""
-    words = rf"error: process 0 \({when}\) made no progress for \d+ s \(train\.hang_timeout=3\): "
+    words = rf"error: process 0 \({when}\) made no progress for \d+ s \(train\.hang_timeout=5\): "
     return re.fullmatch(f"{words}its stacks are in {workdir}/hang", last_line(stderr))
 
 
@@ -72,7 +72,7 @@ def says_where(stderr, workdir, when):
 def test_a_hang_ends(tmp_path, batch, when):
     workdir = tmp_path / "run"
     program = without_data(tmp_path, 0, batch)
-    status, _, stderr = run(patched(program, workdir, train__hang_timeout=3))
+    status, _, stderr = run(patched(program, workdir, train__hang_timeout=5))
     assert status == Hang.status and says_where(stderr, workdir, when), stderr
     assert "read_that_hangs" in (workdir / "hang" / "process_0.txt").read_text()
     if batch == 7:
@@ -96,14 +96,14 @@ def test_a_disk_that_hangs(tmp_path, operation, file, when):
         shutil.copytree(whole, workdir)
         (workdir / "summary.json").unlink()
     fault = Fault(tmp_path, "HANG", operation, file)
-    command = dense_command(workdir, train__hang_timeout=3)
+    command = dense_command(workdir, train__hang_timeout=5)
     status, _, stderr = finish(start(command, **fault.variables))
     assert status == Hang.status and says_where(stderr, workdir, when), stderr
 
 
 def test_prepared_data_that_hang(tmp_path):
     fault, store = Fault(tmp_path, "HANG", "o", "/manifest.json"), corpus_store()
-    settings = {"data__name": "prepared", "data__path": str(store), "train__hang_timeout": 3}
+    settings = {"data__name": "prepared", "data__path": str(store), "train__hang_timeout": 5}
     process = start(dense_command(tmp_path / "run", **settings), **fault.variables)
     status, _, stderr = finish(process)
     assert status == Hang.status and says_where(stderr, tmp_path / "run", "restoring"), stderr
@@ -114,7 +114,7 @@ def test_a_restore_that_hangs(tmp_path):
     workdir = shutil.copytree(dense_run(), tmp_path / "run")
     (workdir / "summary.json").unlink()
     fault = Fault(tmp_path, "HANG", "r", STATE + "state")
-    process = start(dense_command(workdir, train__hang_timeout=3), **fault.variables)
+    process = start(dense_command(workdir, train__hang_timeout=5), **fault.variables)
     status, _, stderr = finish(process)
     when = f"restoring, after step {STEPS}"
     assert status == Hang.status and says_where(stderr, workdir, when), stderr
@@ -139,7 +139,7 @@ def test_a_first_model_that_hangs(tmp_path, file, reader, when):
     )
     assert status == 0, stderr
     fault = Fault(tmp_path, "HANG", "o", f"model/{file}")
-    command = dense_command(workdir, train__init_from=model, train__hang_timeout=3)
+    command = dense_command(workdir, train__init_from=model, train__hang_timeout=5)
     status, _, stderr = finish(start(command, **fault.variables))
     assert status == Hang.status and says_where(stderr, workdir, when), stderr
     assert reader in (workdir / "hang" / "process_0.txt").read_text()

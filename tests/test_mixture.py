@@ -19,6 +19,7 @@ from tests.runs import (
     read_metrics,
     run,
     same_end,
+    saved,
     scratch,
     shared,
     start,
@@ -72,7 +73,7 @@ def test_every_source_has_its_share():
 def test_killed_run_ends_as_an_uninterrupted_one():
     whole, killed = mixed_run(), scratch("mixture") / "killed"
     command = train_command(killed, **mixture())
-    kill_when(start(command), (killed / "checkpoints" / str(2 * EVERY)).exists)
+    kill_when(start(command), lambda: saved(killed, 2 * EVERY))
     status, _, stderr = run(command)
     assert status == 0 and "going on from step" in stderr, stderr
     (arrays, at), (killed_arrays, killed_at) = (

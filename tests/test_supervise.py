@@ -135,7 +135,7 @@ def test_asked_to_stop(tmp_path):
 @pytest.mark.parametrize("plan", [[(5, "failed", 1)], []], ids=["later", "first_attempt"])
 def test_a_run_whose_disk_is_gone(tmp_path, plan):
     """Nothing is started before it is there again."""
-    process = supervise(tmp_path, [*plan, (5, "gone", 1), (0, "finished", 1)], 9)
+    process = supervise(tmp_path, [*plan, (5, "gone", 1), (0, "finished", 1)], 12)
     wait_for(process, (tmp_path / "aside").exists)
     time.sleep(0.5)
     assert not (tmp_path / "run").exists()
@@ -285,7 +285,7 @@ def test_a_run_that_is_killed_twice(tmp_path):
         wait_for(process, lambda step=step: (heartbeat(workdir).get("saved") or 0) >= step)
         subprocess.run(["kill", "-9", str(heartbeat(workdir)["pid"])], check=False)
         time.sleep(0.1)
-    _, stderr = process.communicate(timeout=300)
+    _, stderr = process.communicate(timeout=900)
     assert process.returncode == 0, stderr
     assert same_end(workdir, dense_run())
     assert [line["exit_status"] for line in attempts(workdir)] == [137, 137, 0]
@@ -310,7 +310,7 @@ def test_a_supervisor_that_is_killed(tmp_path):
     wait_for(successor, lambda: "attempt 1 ended with status 5" in second.read_text())
     assert f"is in use by process {pid}" in second.read_text()
     os.kill(pid, signal.SIGCONT)
-    assert successor.wait(timeout=300) == 0, second.read_text()
+    assert successor.wait(timeout=900) == 0, second.read_text()
     assert "preempted: saved at step" in first.read_text(), first.read_text()
     assert "going on from step" in second.read_text()
     assert same_end(workdir, dense_run())

@@ -151,7 +151,7 @@ def test_a_run_that_is_asked_to_stop_leaves_a_clean_terminal(tmp_path):
 
 
 def test_a_run_that_hangs_leaves_a_clean_terminal(tmp_path):
-    command = patched(without_data(tmp_path, 0), tmp_path / "run", train__hang_timeout=3)
+    command = patched(without_data(tmp_path, 0), tmp_path / "run", train__hang_timeout=5)
     terminal = Terminal()
     process = start(command, stderr=terminal.file)
     assert finish(process)[0] == Hang.status
