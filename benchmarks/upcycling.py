@@ -5,9 +5,10 @@
 dense model of the size of `configs/tiny.py` (d_ffn = 256, as wide as one of its experts) on the
 embedded corpus, upcycles it as `python -m aoe_jax.convert --upcycle` does, and continues all three
 with a new warm-up. A seed sets the dense model, the router, and the order of the data, so runs of a
-seed are pairs. With `--output`, the same command goes on after a stop. The table has the validation
-nll after so many steps of the second part, its mean over seeds, and the mean difference to the
-dense model with its standard error. Experts compute `top_k` times what the dense layer does.
+seed are pairs. With `--output`, the same command goes on after a stop, or trains further seeds. The
+table has the validation nll after so many steps of the second part, its mean over seeds, and the
+mean difference to the dense model with its standard error. Experts compute `top_k` times what the
+dense layer does.
 """
 
 import tempfile
@@ -18,17 +19,19 @@ from tabulate import tabulate
 
 from aoe_jax import cli
 from aoe_jax.compare.statistics import mean
+from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.evaluation.run import evaluate_workdir
 from aoe_jax.formats.upcycling import Upcycling, upcycle
 from aoe_jax.formats.writing import export
-from aoe_jax.json_files import read_metrics
+from aoe_jax.json_files import read_json, read_metrics, write_json
 from aoe_jax.training.loop import train
 from benchmarks.timing import configuration, report, run_benchmark
 from configs import finetune
 
 ARMS = ("dense", "MoE", "AoE")
 D_FFN = 256
+DECIDING = ("dense_steps", "steps", "every", "experts", "top_k", "score_neurons", "noise")
 
 
 def upcyclings(seed):
@@ -40,6 +43,17 @@ def upcyclings(seed):
         "MoE": Upcycling("moe", **sizes, **drawn),
         "AoE": Upcycling("aoe", **sizes, score_neurons=given.score_neurons, **drawn),
     }
+
+
+def check_flags(folder):
+    """Raises `UserError` if the runs in `folder` were made with other flags."""
+    here = {name: flags.FLAGS[name].value for name in DECIDING}
+    file = folder / "flags.json"
+    there = read_json(file) if file.exists() else here
+    wanted = f"has runs with other flags, {there}; use another folder"
+    require_flag(there == here, "output", folder, wanted)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, here)
 
 
 def curves(folder, seed):
@@ -101,6 +115,7 @@ def main():
     given = flags.FLAGS
     with tempfile.TemporaryDirectory() as scratch:
         folder = cli.path_of(given["output"]) if given.output else Path(scratch)
+        check_flags(folder)
         of_seeds = [curves(folder / f"seed_{seed}", seed) for seed in range(given.seeds)]
     print(tabulate(list(rows(of_seeds)), "keys", "github", disable_numparse=True))
     figures = [

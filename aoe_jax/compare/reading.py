@@ -18,7 +18,7 @@ from aoe_jax.compare.results import (
     Results,
 )
 from aoe_jax.compare.routing import read_routing
-from aoe_jax.compare.runs import folder_of, is_finished, read_summary
+from aoe_jax.compare.runs import folder_of, has_diverged, is_finished, read_summary
 from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.json_files import read_metrics
@@ -52,9 +52,14 @@ def _read_run(run, folder, seconds):
     )
     nll = metrics.get("validation_nll", math.nan)
     state = "failed" if ended else "unfinished"
-    if finished:
-        state = "finished" if math.isfinite(nll) else "diverged"
     log = beside(folder, ".log")
+    line = ended["last_line"] if ended else last_line(log) if log.exists() else ""
+    if has_diverged(folder):
+        state = "diverged"
+    elif finished and math.isfinite(nll):
+        state = "finished"
+    elif finished:
+        state, line = "diverged", "diverged: its validation nll is not finite"
     columns = ["step", "loss", "nll", "tokens_per_second", "dropped_share", "validation_nll"]
     lines = pd.DataFrame(read_metrics(folder / "metrics.jsonl"))
     lines = lines.reindex(columns=columns).astype(float)
@@ -67,7 +72,7 @@ def _read_run(run, folder, seconds):
         seconds or own_seconds,
         read_routing(file, run.config) if finished and file.exists() else None,
         state=state,
-        last_line=ended["last_line"] if ended else last_line(log) if log.exists() else "",
+        last_line=line,
         validation_nll=nll,
         validation_bits_per_byte=metrics.get("validation_bits_per_byte", math.nan),
         dropped_share=shares.tail(math.ceil(len(shares) / 10)).mean(),

@@ -18,7 +18,7 @@ from aoe_jax.compare.jobs import beside, read_machines, read_outcome
 from aoe_jax.compare.measure import measured_file, sweep_file
 from aoe_jax.compare.reading import read_costs, read_results
 from aoe_jax.compare.results import ROUTING_DIGITS, RUN_COLUMNS, SCALES, Results
-from aoe_jax.compare.runs import check_run, folder_of, tuned_rates, tuning_nlls
+from aoe_jax.compare.runs import check_runs, folder_of, tuned_rates, tuning_nlls
 from aoe_jax.compare.statistics import exponent, markdown_table, mean, minimum, number
 from aoe_jax.compare.suite import SWEPT, Suite
 from aoe_jax.counts import experts_per_token
@@ -39,8 +39,7 @@ def write_report(suite: Suite, workdir: Path, command):
     the path of `report.html`. Raises `UserError` if a run there is of another configuration.
     """
     runs = suite.runs(tuned_rates(suite, workdir))
-    for run in runs:
-        check_run(folder_of(workdir, run), run)
+    check_runs({run: folder_of(workdir, run) for run in runs})
     results, costs = read_results(suite, runs, workdir), read_costs(suite, workdir)
     markdown, pictures = to_markdown(
         results,
@@ -182,12 +181,9 @@ def failed(r: Results, workdir: Path):
     """Lists the runs and measurements that failed, and the runs that diverged."""
     rows = []
     for run in r.runs[r.runs["state"].isin(["failed", "diverged"])].itertuples():
-        why = _as_code(run.last_line)
-        if run.state == "diverged":
-            why = "diverged: its validation nll is not finite"
         log = f"runs/{run.size}/{run.arm}/seed_{run.seed}.log"
         name = f"{run.size}: {r.labels[run.arm]}, seed {run.seed}"
-        rows.append({"run": name, "last line": why, "log": log})
+        rows.append({"run": name, "last line": _as_code(run.last_line), "log": log})
     sizes, names = r.suite.sizes, r.suite.throughput
     measured = [(f"{size}: routing and step times", measured_file(workdir, size)) for size in sizes]
     measured += [(f"throughput {name}", sweep_file(workdir, name)) for name in names]
@@ -361,6 +357,7 @@ def fields_of_arms(r: Results):
         groups, computed = run.config.to_dict(), computed_fields(run.config)
         fields = {name: value for name, value in computed.items() if name.startswith("experts.")}
         fields |= {f"balance.{name}": value for name, value in groups["balance"].items()}
+        fields["train.scoring_rate"] = run.config.train.scoring_rate
         fields = {name: value for name, value in fields.items() if value}
         fields |= {f"routing.{name}": value for name, value in groups["routing"].items()}
         shown = ", ".join(f"{name}={value}" for name, value in fields.items())

@@ -19,7 +19,7 @@ from aoe_jax.counts import experts_per_token
 KEYS = ["size", "arm", "seed"]
 RUN_COLUMNS = [  # of runs.csv
     *KEYS,
-    "state",  # finished | diverged (its validation nll is not finite) | failed | unfinished
+    "state",  # finished | diverged | failed | unfinished
     "parameters",
     "active_parameters",
     "active_non_embedding",

@@ -97,10 +97,12 @@ def observing(decoder: Decoder):
         chosen = jnp.zeros((n_tokens, n + 1), bool).at[slots.token, slots.expert].set(True)[:, :n]
         figures = None
         if few_sets and ctx.devices.total_size == 1:
-            x, *some = (a[:ORACLE_TOKENS] for a in (ctx.x, scores, chosen))
+            logits = decoder.routing.balance_logits(scores)  # weights are their softmax
+            x, *some = (a[:ORACLE_TOKENS] for a in (ctx.x, logits, chosen))
             x, weights = jax.tree.map(lambda a: a.astype(jnp.float32), (x, weights))
             outputs = single_expert(jnp.broadcast_to(x, (n, *x.shape)), weights)  # [n, t, d]
-            figures = oracle_figures(outputs.swapaxes(0, 1), *some, k, choice.is_normalised)
+            is_normalised = decoder.routing.norm_topk_prob
+            figures = oracle_figures(outputs.swapaxes(0, 1), *some, k, is_normalised)
         return Observation(ctx.devices.all_tokens(chosen), figures)
 
     return decoder.clone(observe=observe)

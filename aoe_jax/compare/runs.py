@@ -1,17 +1,18 @@
 """Trains the runs of a suite, each by `aoe_jax.train` in a process of its own.
 
-A run is in `WORKDIR/runs/SIZE/ARM/seed_N`. A finished run is not repeated, an interrupted run goes
-on, and a failed run is tried again.
+A run is in `WORKDIR/runs/SIZE/ARM/seed_N`. A run that has finished or diverged is not repeated, an
+interrupted run goes on, and a failed run is tried again after the others.
 """
 
 import logging
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from aoe_jax.compare.jobs import Job, Machine, beside
+from aoe_jax.compare.jobs import Job, Machine, beside, read_outcome
 from aoe_jax.compare.suite import TUNING_SEED, Run, Suite
-from aoe_jax.errors import UserError
+from aoe_jax.errors import DivergedError, UserError
 from aoe_jax.json_files import COUNT, NUMBER, Kind, or_none, read_json, write_json
 from aoe_jax.training.workdir import check_workdir, read_run_config
 
@@ -27,25 +28,45 @@ def folder_of(workdir: Path, run: Run):
     return workdir / ("tuning" if run.seed == TUNING_SEED else "runs") / run.name
 
 
-def check_run(folder: Path, run: Run):
-    """Raises `UserError` if a directory holds another run, or another number of steps of this run.
+def check_runs(folders: Mapping[Run, Path]):
+    """Raises `UserError` if a directory holds another run, another number of steps of this run, or
+    a run that saw other data than another one of its size.
 
     The number of steps matters because it decides the learning rate at each step.
     """
-    check_workdir(folder, run.config)
-    file, steps = folder / "config.json", run.config.train.steps
-    found = read_run_config(file).train.steps if file.exists() else steps
-    if found != steps:
-        raise UserError(
-            f"workdir {folder} holds another configuration: train.steps is {found} there, "
-            f"{steps} here. Use another --workdir"
-        )
+    first_data = {}  # size -> a folder and its data.json
+    for run, folder in folders.items():
+        check_workdir(folder, run.config)
+        file, steps = folder / "config.json", run.config.train.steps
+        found = read_run_config(file).train.steps if file.exists() else steps
+        if found != steps:
+            raise UserError(
+                f"workdir {folder} holds another configuration: train.steps is {found} there, "
+                f"{steps} here. Use another --workdir"
+            )
+        if (file := folder / "data.json").exists():
+            data = read_json(file)
+            first, there = first_data.setdefault(run.size, (folder, data))
+            if data != there:
+                raise UserError(
+                    f"{folder} was trained on {data}, {first} on {there}: runs of a size need the "
+                    "same data. Remove one of them, or use another --workdir"
+                )
 
 
 def is_finished(folder: Path, run: Run):
     summary = folder / "summary.json"
     steps = run.config.train.steps
     return summary.exists() and read_summary(summary)["metrics"].get("step") == steps
+
+
+def has_diverged(folder: Path):
+    return _status(folder) == DivergedError.status
+
+
+def _status(folder):
+    ended = read_outcome(folder)
+    return ended and ended["status"]
 
 
 def read_summary(file: Path):
@@ -59,19 +80,28 @@ def train_suite(suite: Suite, workdir: Path, machine: Machine):
     configuration, and `Stopped` if the machine's `stop` was asked.
     """
     _train(suite.tuning_runs().values(), workdir, machine)
-    rates = tuned_rates(suite, workdir)
-    for arm, rate in rates.items():
-        configured = "as configured, because none of its tuning runs has finished"
-        log.info("learning rate of %s: %s", arm, configured if rate is None else rate)
-    _train(suite.runs(rates), workdir, machine)
+    rates, incomplete = tuned_rates(suite, workdir), set()
+    for arm, nlls in tuning_nlls(suite, workdir).items():
+        if None in nlls.values():
+            incomplete.add(arm)
+            log.warning("%s is not trained, because runs of its tuning have failed", arm)
+        else:
+            configured = "as configured, because all runs of its tuning have diverged"
+            log.info("learning rate of %s: %s", arm, rates[arm] or configured)
+    _train([run for run in suite.runs(rates) if run.arm not in incomplete], workdir, machine)
 
 
 def _train(runs, workdir, machine):
     folders = {run: folder_of(workdir, run) for run in runs}
-    for run, folder in folders.items():
-        check_run(folder, run)
-    jobs = [_job(run, folder) for run, folder in folders.items() if not is_finished(folder, run)]
-    if jobs:
+    check_runs(folders)
+    left = {
+        run: folder
+        for run, folder in folders.items()
+        if not (is_finished(folder, run) or has_diverged(folder))
+    }
+    # One that fails again and again must not keep the others from their turn.
+    failed_last = sorted(left.items(), key=lambda item: bool(_status(item[1])))
+    if jobs := [_job(run, folder) for run, folder in failed_last]:
         log.info("%d of %d runs to do, %d at a time", len(jobs), len(folders), len(machine.slots))
         machine.run(jobs)
 
@@ -96,12 +126,14 @@ def _job(run, folder):
 
 def tuning_nlls(suite: Suite, workdir: Path):
     """Returns `{arm: {learning rate: validation nll}}` of the tuning: None for a run that is not
-    finished, inf for one that diverged. Raises `UserError` as `check_run` does.
+    finished, inf for one that diverged. Raises `UserError` as `check_runs` does.
     """
-    found = {}
-    for (arm, rate), run in suite.tuning_runs().items():
-        folder, nll = folder_of(workdir, run), None
-        check_run(folder, run)
+    found, runs = {}, suite.tuning_runs()
+    folders = {run: folder_of(workdir, run) for run in runs.values()}
+    check_runs(folders)
+    for (arm, rate), run in runs.items():
+        folder = folders[run]
+        nll = math.inf if has_diverged(folder) else None
         if is_finished(folder, run):
             nll = read_summary(folder / "summary.json")["metrics"].get("validation_nll")
             nll = math.inf if nll is None else nll
@@ -114,7 +146,7 @@ def tuned_rates(suite: Suite, workdir: Path):
 
     It is None, the configured rate, for an arm none of whose tuning runs has finished. An arm with
     runs in `workdir` keeps the rate that they began with, if the tuning still has this rate. Raises
-    `UserError` as `check_run` does.
+    `UserError` as `check_runs` does.
     """
     found, begun = {}, {}
     for run in suite.runs() if suite.tuning else ():

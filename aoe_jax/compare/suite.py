@@ -143,7 +143,7 @@ class Suite:
     tuning: Tuning | None = None
     throughput: Mapping[str, Sweep] = field(default_factory=dict)
     routing_tokens: int = 16_384  # least number of validation tokens for the analysis of routing
-    # Group -> field -> value for all runs; wins over sizes and arms.
+    # Group -> field -> value for all runs; wins over sizes. `load_suite` refuses fields of arms.
     settings: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
@@ -332,6 +332,8 @@ def load_suite(path: Path, settings=()) -> Suite:
         wanted = "write it as GROUP.FIELD=VALUE, such as data.path=/data/c4"
         require_flag(equals and field_name, "set", setting, wanted)
         is_set = name == "train.seed" or (name == "train.learning_rate" and suite.tuning)
+        changes = [arm.changes_of(suite.base).get(group, {}) for arm in suite.arms.values()]
+        is_set = is_set or any(field_name in change for change in changes)
         wanted = "the suite sets it for each run; change the suite"
         require_flag(not is_set, "set", setting, wanted)
         try:

@@ -19,7 +19,7 @@ class TrainConfig(Group):
     # Linear warm-up of the learning rate, as a share of the steps.
     warmup: float = setting(0.1, at_least=0, below=1)
     final_learning_rate: float = setting(3e-4, at_least=0, at_most="learning_rate")
-    # Multiplies the learning rate, and with it the weight decay, of the parameters that score: a
+    # Multiplies the learning rate, and with it the weight decay, of the matrices that score: a
     # router, AoE's W_gate_down, or the scoring columns of whole gates.
     scoring_rate: float = setting(1.0, above=0)
     weight_decay: float = setting(0.1, at_least=0)  # on matrices; not on norm scales and embeddings

@@ -82,7 +82,8 @@ class Upcycling:
             experts |= {"score_neurons": self.score_neurons, "score": self.score}
             most = width // n
             wanted = f"must be at most {most}, so that each of {n} experts has its own of {width}"
-            require_flag(self.score_neurons <= most, "score_neurons", self.score_neurons, wanted)
+            fits = self.score_neurons is not None and self.score_neurons <= most
+            require_flag(fits, "score_neurons", self.score_neurons, wanted)
         else:
             wanted = f"must be a multiple of --granularity={g}: a token needs all pieces of a copy"
             require_flag(k % g == 0, "top_k", k, wanted)

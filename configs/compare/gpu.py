@@ -1,16 +1,22 @@
-"""The arms of `confirm.py` at 20M, 50M and 100M active parameters, for one GPU or more:
-`--suite=configs/compare/gpu.py --set=data.name=... --set=data.path=... --set=data.tokenizer=...`.
+"""The four arms of `confirm.py` with L_aux at 20M, 50M and 100M active parameters, for one GPU or
+more: `--suite=configs/compare/gpu.py --set=data.name=prepared --set=data.path=STORE`.
 
 Every size sees 20 tokens for each active parameter, 0.4B, 1B and 2.1B of them, so the embedded
-corpus is too small: name one. On one H100 a step of whole gates likely takes 90 ms at 20M and
-250 ms at 100M, a run 4 and 67 minutes (`python -m aoe_jax.compare.plan
---suite=configs/compare/gpu.py --topology=h100:1`). The suite may be stopped at any time, such as
-after ten minutes by `timeout 600`, and the same command goes on from there.
+corpus is too small: STORE is a token store of `python -m aoe_jax.data.prepare`, with about 32,000
+tokens in its vocabulary. Published AoE has widths and ranks that the GPU kernel of the other arms
+takes, multiples of 64: its rank is near d/3, and its experts have at most 3% more parameters.
+
+On one H100 a step of whole gates likely takes 90 ms at 20M and 250 ms at 100M, a run 4 and 67
+minutes (`python -m aoe_jax.compare.plan --suite=configs/compare/gpu.py --topology=h100:1`). The
+suite may be stopped at any time, such as after ten minutes by `timeout 600`, and the same command
+goes on from there. A run keeps the states of half of its training and of its end: 120 GB in all.
 """
+
+from dataclasses import replace
 
 from aoe_jax.compare.suite import Size, Suite
 from configs import paper
-from configs.compare.confirm import ARMS, AT_ALL_SIZES
+from configs.compare.confirm import ARMS
 
 TOKENS_PER_PARAMETER = 20
 SEQUENCES, LENGTH = 128, 1024
@@ -23,12 +29,25 @@ def size_of(d_model, n_layers, active):
         "model": {"n_layers": n_layers, "n_heads": d_model // 64, "d_model": d_model},
         "experts": {"d_ffn": 2 * d_model},
         "train": {"steps": 10 * tenth, "eval_every": 2 * tenth},
-        "checkpoint": {"every": tenth, "keep": 1, "keep_every": tenth},
+        "checkpoint": {"every": tenth, "keep": 1, "keep_every": 5 * tenth},
     }
+
+
+def published_aoe():
+    """Returns the published AoE of `confirm.py`, in shapes that GPU kernels take."""
+    arm = ARMS["aoe_d3"]
+
+    def changes(config):
+        d_low = 64 * round(config.model.d_model / 3 / 64)
+        found = arm.changes_of(config)
+        return found | {"experts": {"kind": "aoe", "d_low": d_low, "round_to": 64}}
+
+    return replace(arm, label="AoE r near d/3, L_aux", changes=changes, matched=False)
 
 
 def get_suite():
     base = paper.get_config("moe_aux")
+    base.balance.aux_tokens = 0.125  # for AoE; a router's L_aux has all tokens
     base.model.max_len = LENGTH
     base.data.seq_len = LENGTH
     base.train.update(
@@ -38,7 +57,8 @@ def get_suite():
     return Suite(
         name="gpu",
         base=base,
-        arms={name: ARMS[name] for name in AT_ALL_SIZES},
+        arms={name: ARMS[name] for name in ("moe", "aoe_whole", "aoe_one")}
+        | {"aoe_d3": published_aoe()},
         sizes={
             name: Size(size_of(*shape), seeds=2, rate_factor=384 / shape[0])
             for name, shape in sizes.items()

@@ -1,8 +1,11 @@
 """The table of the upcycling benchmark."""
 
 import pytest
+from absl import flags
 
-from benchmarks.upcycling import rows
+from aoe_jax.errors import UserError
+from benchmarks import upcycling
+from benchmarks.upcycling import check_flags, rows
 
 
 def test_differences_are_of_pairs():
@@ -17,3 +20,16 @@ def test_differences_are_of_pairs():
     assert last["MoE - dense"] == "-0.1000 ± 0.0000"
     mean, error = map(float, last["AoE - dense"].split(" ± "))
     assert (mean, error) == pytest.approx((-0.3, 0.1))
+
+
+def test_runs_of_other_flags_are_not_taken_up(tmp_path, monkeypatch):
+    given = flags.FlagValues()
+    flags.DEFINE_integer("steps", 400, "", flag_values=given)
+    given.mark_as_parsed()
+    monkeypatch.setattr(upcycling, "DECIDING", ("steps",))
+    monkeypatch.setattr(flags, "FLAGS", given)
+    check_flags(tmp_path / "runs")
+    check_flags(tmp_path / "runs")
+    given.steps = 500
+    with pytest.raises(UserError, match=r"--output=.*runs: has runs with other flags, .*400"):
+        check_flags(tmp_path / "runs")

@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from aoe_jax.compare import routing
 from aoe_jax.compare.figures import coactivation
 from aoe_jax.compare.routing import observing, oracle_figures, overlap, read_routing
 from aoe_jax.compare.step_times import random_batch
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import write_json
 from aoe_jax.load_figures import figures_of_layers
-from aoe_jax.model.decoder import Decoder
+from aoe_jax.model.decoder import Decoder, initial_routing_state
 from aoe_jax.training.step import init_state, sequence_nll
 from tests.runs import tiny_config
 
@@ -36,6 +37,39 @@ def test_choices_are_those_before_anything_is_dropped():
     assert stats.dropped_share.min() > 0
     oracle = np.asarray(seen.oracle)
     assert (oracle[..., 2] <= oracle[..., 1] + 1e-6).all()  # the oracle comes nearest
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_the_oracle_has_the_weights_of_the_layer(norm_topk_prob, monkeypatch):
+    """Up to a factor of each token, which relative distances do not see."""
+    config = tiny_config(
+        experts__kind="router",
+        routing__name="sigmoid_top_k",
+        routing__norm_topk_prob=norm_topk_prob,
+        routing__scale=2.5,
+    )
+    decoder, batch = Decoder.from_config(config), random_batch(config)
+    params = jax.jit(lambda: init_state(config, 0).params)()
+    state = initial_routing_state(config)
+
+    def weights_of_chosen(outputs, scores, chosen, k, is_normalised):
+        assert is_normalised == norm_topk_prob
+        return jax.nn.softmax(scores, where=chosen)
+
+    def weights_of_layer(scores, slots, weights, ctx):
+        found = jax.numpy.zeros(scores.shape).at[slots.token, slots.expert].set(slots.weight)
+        return found[: routing.ORACLE_TOKENS]
+
+    def observed(decoder):
+        def records(params, batch):
+            return sequence_nll(decoder, params, state, batch, False)[1].records["observed"]
+
+        return jax.jit(records)(params, batch)
+
+    monkeypatch.setattr(routing, "oracle_figures", weights_of_chosen)
+    of_layer = observed(decoder.clone(observe=weights_of_layer))
+    of_layer /= of_layer.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(observed(observing(decoder)).oracle, of_layer, atol=1e-5)
 
 
 @pytest.mark.parametrize("is_normalised", [True, False])

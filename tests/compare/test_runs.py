@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aoe_jax.compare.jobs import Machine, Slot
+from aoe_jax.compare.jobs import Machine, Slot, beside
 from aoe_jax.compare.measure import missing_points, step_seconds, sweep_file
 from aoe_jax.compare.reading import read_results
 from aoe_jax.compare.report import write_report
 from aoe_jax.compare.runs import (
-    check_run,
+    check_runs,
     folder_of,
     train_suite,
     tuned_rates,
@@ -29,7 +29,7 @@ from aoe_jax.compare.suite import load_suite
 from aoe_jax.config.run import Config
 from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.errors import UserError
+from aoe_jax.errors import DivergedError, UserError
 from aoe_jax.json_files import read_json, write_json
 from aoe_jax.stopping import StopRequests
 from tests.compare.suites import write_suite
@@ -162,7 +162,9 @@ def test_a_run_whose_validation_diverged_counts_nowhere(tmp_path):
     assert list(states["aoe"]) == ["finished", "diverged"]
     assert list(results.nlls("a", "aoe").index) == [0]
     write_report(suite, work, "command")
-    assert re.search(r"a: AoE r=d/4, L_aux, seed 1 +\| +diverged", (work / "report.md").read_text())
+    assert re.search(
+        r"a: AoE r=d/4, L_aux, seed 1 +\| +`diverged: ", (work / "report.md").read_text()
+    )
 
 
 def test_a_workdir_of_another_configuration_is_refused():
@@ -301,14 +303,70 @@ def test_the_best_learning_rate_of_an_arm_is_that_of_its_runs(tmp_path):
         tuned_rates(longer, tmp_path)
 
 
+class Unmanned:
+    """A machine that notes the jobs and runs none."""
+
+    slots = (None,)
+
+    def __init__(self):
+        self.asked = []
+
+    def run(self, jobs):
+        self.asked.append([job.name for job in jobs])
+
+
+def note_outcome(folder, status):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_json(beside(folder, ".outcome.json"), {"status": status, "last_line": "it says why"})
+
+
+def test_an_arm_waits_for_its_tuning_and_failed_runs_for_the_others(tmp_path):
+    """Runs that have diverged are not repeated: in the tuning they count as the worst."""
+    suite = load_suite(write_suite(tmp_path / "suite.py", TUNING))
+    folders = {key: folder_of(tmp_path, run) for key, run in suite.tuning_runs().items()}
+    for (arm, rate), folder in folders.items():
+        if arm == "broken" or (arm == "moe" and rate == 3e-3):
+            note_outcome(folder, DivergedError.status)
+        elif (arm, rate) != ("aoe", 3e-3):
+            folder.mkdir(parents=True)
+            write_json(folder / "summary.json", {"metrics": {"step": 3, "validation_nll": 5.0}})
+    note_outcome(tmp_path / "runs/a/moe/seed_0", 1)
+    note_outcome(tmp_path / "runs/a/broken/seed_1", DivergedError.status)
+    machine = Unmanned()
+    train_suite(suite, tmp_path, machine)
+    tuning, runs = machine.asked
+    assert tuning == ["rate_0.003/aoe/seed_1000000"]
+    assert runs == ["a/broken/seed_0", "a/moe/seed_1", "a/moe/seed_0"]
+    assert tuned_rates(suite, tmp_path)["moe"] == 1e-3
+    results = read_results(suite, suite.runs(), tmp_path)
+    states = results.runs.set_index(["arm", "seed"])[["state", "last_line"]]
+    assert list(states.loc["broken", 1]) == ["diverged", "it says why"]
+    assert states.loc["moe", 0]["state"] == "failed"
+
+
+def test_runs_of_a_size_need_the_same_data(tmp_path):
+    first, second = (
+        run for run in load_suite(write_suite(tmp_path / "suite.py")).runs() if run.arm == "moe"
+    )
+    folders = {run: folder_of(tmp_path, run) for run in (first, second)}
+    for run, folder in folders.items():
+        folder.mkdir(parents=True)
+        write_json(folder / "config.json", run.config.to_dict())
+        write_json(folder / "data.json", {"token_stores": ["a"]})
+    check_runs(folders)
+    write_json(folders[second] / "data.json", {"token_stores": ["b"]})
+    with pytest.raises(UserError, match=r"seed_1 was trained on .*'b'.*seed_0 on .*'a'"):
+        check_runs(folders)
+
+
 def test_a_run_of_other_length_is_refused(tmp_path):
     """Whose learning rate has come down at another step."""
     (run, *_) = load_suite(write_suite(tmp_path / "suite.py")).runs()
     longer = replace(run, config=replace(run.config, train=replace(run.config.train, steps=9)))
     write_json(tmp_path / "config.json", run.config.to_dict())
-    check_run(tmp_path, run)
+    check_runs({run: tmp_path})
     with pytest.raises(UserError, match=r"train\.steps is 6 there, 9 here"):
-        check_run(tmp_path, longer)
+        check_runs({longer: tmp_path})
 
 
 def test_the_sweep_measures_what_is_missing():

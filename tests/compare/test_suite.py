@@ -11,6 +11,7 @@ from aoe_jax.config.experts import matched_width
 from aoe_jax.config.run import Config
 from aoe_jax.counts import parameter_counts
 from aoe_jax.errors import UserError
+from aoe_jax.moe.grouped_matmul import _that_takes
 from configs import tiny
 from configs.compare.arms import DENSE, DENSE_ACTIVE, aoe, moe
 from tests.runs import ROOT, run, tiny_config
@@ -192,15 +193,11 @@ def test_arms_of_another_recipe_are_refused():
 
 
 def test_what_the_suite_sets_for_each_run_is_no_setting():
-    for setting in ("train.seed=7", "train.learning_rate=0.5"):
+    for setting in ("train.seed=7", "train.learning_rate=0.5", "experts.d_low=6"):
         with pytest.raises(UserError, match=f"--set={setting}: the suite sets it for each run"):
             load_suite(ROOT / "configs/compare/small.py", [setting])
-    found = load_suite(
-        ROOT / "configs/compare/tiny.py", ["experts.d_low=6", "train.learning_rate=0.5"]
-    )
-    configs = {run.arm: run.config for run in found.runs()}
-    assert {configs[arm].experts.d_low for arm in ("aoe_free", "aoe_aux")} == {6}
-    assert {config.train.learning_rate for config in configs.values()} == {0.5}
+    found = load_suite(ROOT / "configs/compare/tiny.py", ["train.learning_rate=0.5"])
+    assert {run.config.train.learning_rate for run in found.runs()} == {0.5}
 
 
 def test_settings_change_all_runs():
@@ -221,6 +218,15 @@ def test_every_suite_of_the_repository_resolves(name):
     runs = suite.runs()
     assert len({run.name for run in runs}) == len(runs)
     assert all(suite.swept(sweep) for sweep in suite.throughput)
+
+
+def test_all_arms_of_the_gpu_suite_have_the_kernel_of_the_gpu():
+    for of in load_suite(ROOT / "configs/compare/gpu.py").runs():
+        experts, dtype = of.config.experts, of.config.model.dtype
+        sizes = experts.sizes(of.config.model.d_model)
+        for d, f in ("df", "fd", *(("dr", "rf") if experts.low_rank else ())):
+            backend = _that_takes("mosaic_gpu", dtype, sizes[d], sizes[f])
+            assert backend == "mosaic_gpu", (of.name, d, f)
 
 
 def test_a_saved_configuration_is_read_again(tmp_path):

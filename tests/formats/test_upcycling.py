@@ -140,6 +140,10 @@ REFUSED = {
         Upcycling("moe", 8, 3, granularity=2),
         "--top_k=3: must be a multiple of --granularity=2",
     ),
+    "no neurons": (
+        Upcycling("aoe", 4, 2),
+        "--score_neurons=None: must be at most 6, so that each of 4 experts has its own of 24",
+    ),
     "too many neurons": (
         Upcycling("aoe", 4, 2, score_neurons=7),
         "--score_neurons=7: must be at most 6, so that each of 4 experts has its own of 24",
