@@ -78,6 +78,9 @@ class DataConfig(Group):
         if self.path is not None:
             in_store = sources[0].name == "prepared"
             object.__setattr__(self, "path", _absolute(self.path, "path", in_store))
+        if self.tokenizer is not None:
+            tokenizer = _absolute(self.tokenizer, "tokenizer", in_store=True)
+            object.__setattr__(self, "tokenizer", tokenizer)
 
     def check(self, config):
         if self.seq_len > config.model.max_len:

@@ -79,7 +79,7 @@ class CheckpointConfig(Group):
     # Minutes after the newest checkpoint after which the next logged step saves one; 0: never.
     every_minutes: float = setting(0.0, at_least=0)
     # Seconds after which a save in the background counts as failed.
-    timeout: float = setting(1200.0, at_least=1)
+    timeout: float = setting(1200.0, at_least=1, at_most=10**6)
     keep: int = setting(2, above=0)  # number of newest checkpoints
     # Keep checkpoints whose step is a multiple of this; 0: none.
     keep_every: int = setting(0, at_least=0, multiple_of="every")

@@ -2,10 +2,10 @@
 
 import contextlib
 import difflib
+import glob
 import hashlib
 import importlib
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ from aoe_jax.errors import Failure, UserError
 from aoe_jax.faults import is_fault, patiently_if_allowed
 from aoe_jax.json_files import read_text
 from aoe_jax.locking import exclusive
-from aoe_jax.paths import parsed_path
+from aoe_jax.paths import find, parsed_path
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ _HUGGING_FACE = "huggingface:"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in three splits; `fingerprint` changes when the text does.
+    """Documents in three splits; `fingerprint` changes when the text does. That of a TFDS data set
+    has its name, version and sizes: a text that is edited in place at equal sizes goes unnoticed.
 
     `documents(split)` yields the non-empty documents of a split, always in the same order. It
     raises `UserError` if a document cannot be read.
@@ -85,10 +86,12 @@ def _text_folder(path: str | None) -> Corpus:
     what = f"data.path={path!r} cannot be read"
     wanted = "no such folder of .txt files; correct the path, or mount its disk"
     require(root and patiently_if_allowed(what, root.is_dir), "data.path", path, wanted)
-    files = patiently_if_allowed(what, partial(_texts_below, root))
+    files = patiently_if_allowed(what, partial(find, f"{glob.escape(str(root))}/**/*.txt"))
     require(files, "data.path", path, "the folder has no .txt files; make one for each document")
     hashes, digest = {}, hashlib.sha256()
-    for file in files:
+    for file in sorted(files):
+        wanted = f"{file} is a broken link, a FIFO or a device; mend or remove it"
+        require(file.is_file(), "data.path", path, wanted)
         size = file.stat().st_size
         wanted = f"{file} has {size} bytes; a document has at most {DOCUMENT_BYTES}, so split it"
         require(size <= DOCUMENT_BYTES, "data.path", path, wanted)
@@ -106,25 +109,21 @@ def _text_folder(path: str | None) -> Corpus:
     found = f"{len(hashes)} non-empty .txt file(s); {wanted}"
     require(len(hashes) >= len(SPLITS), "data.path", path, found)
     splits = _split_by_hash(list(hashes))
+    held_out = {hashes[name] for split in ("validation", "test") for name in splits[split]}
+    if copies := [name for name in splits["train"] if hashes[name] in held_out]:
+        logger.warning(
+            f"data.path: {len(copies)} file(s) of the train split, such as {root / copies[0]}, are "
+            "copies of files of the validation or test split"
+        )
 
     def documents(split: str) -> Iterator[str]:
         for name in splits[split]:
             text = read_text(root / name, f"data.path={path!r}: {root / name}", DOCUMENT_BYTES)
             is_same = hashlib.sha256(text.encode()).hexdigest() == hashes[name]
             require(is_same, "data.path", path, f"{root / name} has just changed; start again")
-            yield text
+            yield text.removeprefix("\ufeff")  # the mark that some editors put first
 
     return Corpus("text", digest.hexdigest(), documents)
-
-
-def _texts_below(root: Path) -> list[Path]:
-    def fail(error):
-        raise error
-
-    found = []
-    for folder, _, names in os.walk(root, onerror=fail):
-        found += [Path(folder, name) for name in names if name.endswith(".txt")]
-    return sorted(file for file in found if file.is_file())
 
 
 def _split_by_hash(names: list[str]) -> dict[str, list[str]]:

@@ -65,11 +65,14 @@ def find_files(patterns: Sequence[str], output) -> dict:
             raise UserError(f"--input: {path} is a broken link; mend or remove it")
         if not is_remote(path) and not path.is_file():
             raise UserError(f"--input: {path} is a FIFO or a device; give regular files")
-        if _format(path)[0] is None:
+        kind, compression = _format(path)
+        if kind is None:
             raise UserError(
                 f"--input: {path} is in no known format; give files that end in .jsonl, .ndjson, "
                 ".json (JSON lines) or .txt, also with .gz or .zst, or in .parquet"
             )
+        if compression and state[0] == 0:
+            raise UserError(f"--input: {path} is empty, so it is truncated; mend or remove it")
     return {path: found[path] for path in sorted(found, key=os.fspath)}
 
 

@@ -207,9 +207,16 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         is_small = len(vocabulary) <= _TIKTOKEN_TOKENS
         self._tiktoken = _as_tiktoken(tokenizer) if is_small else None
-        self.end_name = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
-        if self.end_name is None:
+        ends = [name for name in _END_OF_TEXT_NAMES if name in vocabulary]
+        if not ends:
             raise UserError(f"has no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
+        # A vocabulary may have the name of another one as an ordinary token, such as the HTML </s>.
+        special = {
+            token.content
+            for token in tokenizer.get_added_tokens_decoder().values()
+            if token.special
+        }
+        self.end_name = next((name for name in ends if name in special), ends[0])
         self.end_of_text = vocabulary[self.end_name]
         example = tokenizer.encode("a")
         is_prefix = itertools.takewhile(bool, example.special_tokens_mask)

@@ -9,7 +9,7 @@ from aoe_jax.model.declared import declared_parameters
 
 
 def learning_rate_schedule(config: TrainConfig):
-    """Linear warm-up from 0 to the peak, then a cosine to the final rate at the last step."""
+    """Linear warm-up from 0 to the peak, then a cosine to the final rate after the last step."""
     return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps, config.final_learning_rate
     )

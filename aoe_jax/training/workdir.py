@@ -46,6 +46,7 @@ FREE = {
     "train.repeat_every",
     "data.cache",
     "data.path",
+    "data.tokenizer",  # `check_data` compares its content
     "model.attention",
     "experts.grouped_matmul",
     "model.unroll",

@@ -131,6 +131,8 @@ BAD = {
     "balance.aux_weight=-0.1": ("balance", {"aux_weight": -0.1}, "at least 0"),
     "data.name=''": ("data", {"name": ""}, "sotu"),
     "data.path=None": ("data", {"name": "text"}, "folder of .txt files"),
+    "data.tokenizer=": ("data", {"tokenizer": ""}, "is empty"),
+    "checkpoint.timeout=1e+300": ("checkpoint", {"timeout": 1e300}, "at most 1000000"),
     "data.path=None: name the folder of a": (
         "data",
         {"name": "prepared"},
@@ -343,6 +345,11 @@ def test_mixtures(name):
     assert data.sources == wanted and DataConfig(data.name) == data
     assert json.loads(json.dumps(dataclasses.asdict(data)))["name"] == data.name
     assert (data.name == name) == (name.replace(" = ", "=") == name and "1e-3" not in name)
+
+
+def test_a_tokenizer_is_found_from_any_folder():
+    assert DataConfig(tokenizer="a/b.json").tokenizer == os.path.abspath("a/b.json")
+    assert DataConfig(tokenizer="gs://a/b.json").tokenizer == "gs://a/b.json"
 
 
 def test_one_corpus_takes_its_path_from_either_place():

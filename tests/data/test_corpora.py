@@ -131,6 +131,29 @@ def test_empty_files_are_skipped_with_a_warning(text_folder, tmp_path, caplog):
     assert sum(map(len, found.values())) == 40
 
 
+def test_links_are_followed_and_a_byte_order_mark_is_no_text(text_folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/linked.txt").write_bytes(b"\xef\xbb\xbflinked words")
+    (text_folder / "folder").symlink_to(tmp_path / "elsewhere")
+    found = documents(load_corpus("text", str(text_folder), str(tmp_path)))
+    assert sum(texts.count("linked words") for texts in found.values()) == 1
+    (text_folder / "broken.txt").symlink_to(tmp_path / "nothing.txt")
+    with pytest.raises(UserError, match=r"data.path=.*broken.txt is a broken link"):
+        load_corpus("text", str(text_folder), str(tmp_path))
+
+
+def test_copies_in_training_and_validation_are_told(tmp_path, caplog):
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(f"document {i}")
+    with caplog.at_level(logging.WARNING, logger="aoe_jax"):
+        held_out = documents(load_corpus("text", str(tmp_path), str(tmp_path)))["validation"][0]
+        assert not caplog.text
+        for i in range(40, 50):
+            (tmp_path / f"{i}.txt").write_text(held_out)
+        load_corpus("text", str(tmp_path), str(tmp_path))
+    assert "of the train split, such as" in caplog.text and "are copies of files of" in caplog.text
+
+
 def test_text_folder_mistakes(tmp_path):
     folder = tmp_path / "texts"
     for missing in (str(folder), None):

@@ -80,6 +80,13 @@ def test_empty_files_and_texts(tmp_path):
     assert read(tmp_path / "a.jsonl") == [[]] and read(tmp_path / "b.txt") == [[""]]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.zst"])
+def test_an_empty_compressed_file_is_truncated(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"{name} is empty, so it is truncated"):
+        find_files([str(tmp_path / "*")], tmp_path / "out")
+
+
 def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(rb'{"text": "\ud83d\ude80 a \ud83d b"}' + b"\n")
     assert read(tmp_path / "a.jsonl") == [["🚀 a \ufffd b"]]

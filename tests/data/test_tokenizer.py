@@ -232,6 +232,14 @@ def test_end_of_text_names(name):
     assert HuggingFaceTokenizer(tokenizer.to_str()).end_of_text == tokenizer.token_to_id(name)
 
 
+def test_the_end_of_text_is_a_special_token_if_there_is_one():
+    """Gemma has `</s>` as an ordinary token of HTML, and `<eos>`."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "</s>": 1}, merges=[]))
+    tokenizer.add_special_tokens(["<eos>"])
+    found = HuggingFaceTokenizer(tokenizer.to_str())
+    assert (found.end_name, found.end_of_text) == ("<eos>", 2)
+
+
 def test_token_count_heeds_gaps():
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab={"</s>": 0, "b": 5}, merges=[]))
     tokenizer = HuggingFaceTokenizer(tokenizer.to_str())
