@@ -3,6 +3,7 @@
 import ast
 import os
 import runpy
+import signal
 import sys
 import textwrap
 import traceback
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 from aoe_jax import faults, program
 from aoe_jax.config.checks import misfit, require, require_flag
-from aoe_jax.errors import Stopped, UserError, shown
+from aoe_jax.errors import Stopped, Terminated, UserError, shown
 from aoe_jax.paths import local_file, parsed_path
 
 FLAGS = flags.FLAGS
@@ -200,6 +201,7 @@ def run(main):
     program.open_standard_files()
     # After a mistake on the command line, FLAGS.debug is not parsed.
     debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(sys.argv[1:])
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         _parse(sys.argv)
         if FLAGS.help:
@@ -214,6 +216,10 @@ def run(main):
     except (Exception, Stopped, KeyboardInterrupt) as e:
         program.end_early(e, debug)
     program.end(status or 0)
+
+
+def _terminate(number, frame):
+    raise Terminated("terminated")
 
 
 def _check_working_directory():

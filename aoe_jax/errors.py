@@ -71,6 +71,15 @@ class Preempted(Stopped):
     status = 0
 
 
+class Terminated(Stopped):
+    """SIGTERM to a command that saves no state: what it had begun to write is removed. The exit
+    status is that of shells.
+    """
+
+    status = 143
+    others_go_on = True
+
+
 class Interrupted(Stopped):
     """SIGINT (Ctrl-C), with the exit status of shells."""
 

@@ -31,6 +31,10 @@ def main():
     require_flag(not (_TASKS.value and text), "text", text, "give it without --tasks")
     if not _TASKS.value and not text.startswith("task:"):
         cli.refuse("belongs to --tasks or --text=task:NAME", _FEWSHOT, _LIMIT, _DATA)
+    if text and not text.startswith("task:"):
+        cli.refuse("belongs to the evaluation on a split; leave out --text", _SPLIT)
+    wanted = "choose one of validation, test"
+    require_flag(_SPLIT.value in ("validation", "test"), "split", _SPLIT.value, wanted)
     if _TASKS.value or text:
         cli.refuse("belongs to the evaluation on a split; leave out --tasks and --text", _CORPORA)
     distributed.start()

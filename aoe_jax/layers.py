@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 import re
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -71,7 +72,8 @@ class _Experts(nn.Module, kw_only=True):
                 if not isinstance(value, kind):
                     raise ValueError(f"{field.name}={value!r}: must be {wanted}")
             if self.dtype is not None and not _is_floating(self.dtype):
-                raise ValueError(f"dtype={self.dtype!r}: must be a floating-point type, or None")
+                wanted = "must be a floating-point type of at least 16 bits, or None"
+                raise ValueError(f"dtype={self.dtype!r}: {wanted}")
             self._config()
             BalanceConfig(aux_weight=self.aux_weight, z_weight=self.z_weight)
             MeshConfig(expert=2, transport=self.transport)
@@ -236,15 +238,16 @@ def _naming_arguments(layer):
 
 
 def _is_floating(dtype):
+    """Whether it is a floating-point type that computes: types of 8 bits and fewer only store."""
     try:
-        return jnp.issubdtype(dtype, jnp.floating)
+        return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
     except TypeError:  # it is no dtype
         return False
 
 
 def _check_tokens(x, token_weights):
-    if x.ndim < 2 or not x.size or not jnp.issubdtype(x.dtype, jnp.floating):
-        wanted = "must be floating-point [..., d] with one token at least"
+    if x.ndim < 2 or not x.size or not _is_floating(x.dtype):
+        wanted = "must be floating-point of at least 16 bits, [..., d], with one token at least"
         raise ValueError(f"x is {x.dtype}{list(x.shape)}: it {wanted}")
     if token_weights is not None and jnp.shape(token_weights) != x.shape[:-1]:
         wanted = f"must be that of the tokens, {x.shape[:-1]}"
@@ -271,6 +274,9 @@ def _check_routing(routing, experts, balance, sizes, d_model):
 
 def _check_sizes(layer, experts, sizes, shape):
     """Refuses sizes that the mesh would split unevenly."""
+    if len(shape) > 3 and math.prod(sizes.values()) > 1:
+        wanted = "on several devices it must be [B, S, d] or [T, d]; reshape it"
+        raise ValueError(f"x has the shape {shape}: {wanted}")
     batch = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     if len(shape) == 2:
         batch *= sizes["tensor"]

@@ -36,7 +36,7 @@ def random_model(config: Config):
     mesh = make_mesh(config, jax.devices())
     with jax.set_mesh(mesh):
         params = jax.jit(lambda: init_state(config, 0).params)()
-    return Model(config, Decoder.from_config(config), mesh, params, None, None, 0, [], None)
+    return Model(config, Decoder.from_config(config), mesh, params, None, None, 0, [], [], None)
 
 
 def random_choices(n_contexts, shape, vocab_size):

@@ -14,6 +14,7 @@ from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import corpus_of, load_model
 from aoe_jax.formats.configs import to_json
+from aoe_jax.formats.model_card import training
 from aoe_jax.formats.reading import read_config, read_step
 from aoe_jax.json_files import write_json
 from tests.runs import (
@@ -58,6 +59,14 @@ def exported():
     assert status == 0, stderr
     assert "layer 2 of 2: energy kept 0." in stderr and "energy kept: 0." in stdout
     return found
+
+
+def test_figures_of_other_corpora_are_not_those_of_the_run(tmp_path):
+    report = {"split": "test", "data": None, "step": STEPS, "nll": 1.25}
+    report |= {"perplexity": 2.5, "bits_per_byte": 0.5}
+    for data, is_told in ((None, True), ("text@/elsewhere", False)):
+        write_json(tmp_path / "eval.json", report | {"data": data})
+        assert ("1.2500" in training(tiny_config(), tmp_path, STEPS)) == is_told
 
 
 def test_files():

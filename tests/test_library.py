@@ -16,10 +16,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import aoe_jax
-from aoe_jax import AoE, AoELayer, DenseLayer, MoE, RouterLayer
+from aoe_jax import AoE, AoELayer, DenseLayer, ExpertsLayer, MoE, RouterLayer
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.methods.dense import Dense
 from aoe_jax.methods.erc import ERC
+from aoe_jax.methods.sparsemixer import SparseMixer
 from aoe_jax.moe import reference
 from aoe_jax.moe.routing import TopK
 
@@ -327,8 +328,9 @@ def test_inside_shard_map():
         ({"d_low": 2.5}, "AoE: d_low=2.5: must be a whole number, or None"),
         ({"aux_weight": None}, "AoE: aux_weight=None: must be a number"),
         ({"expert": 3}, "AoE: expert=3: must be the name of an axis of the mesh, a tuple"),
-        ({"dtype": "int32"}, "AoE: dtype='int32': must be a floating-point type, or None"),
-        ({"dtype": "bf16"}, "AoE: dtype='bf16': must be a floating-point type, or None"),
+        ({"dtype": "int32"}, "AoE: dtype='int32': must be a floating-point type of at least 16"),
+        ({"dtype": "bf16"}, "AoE: dtype='bf16': must be a floating-point type of at least 16"),
+        ({"dtype": jnp.float8_e4m3fn}, "AoE: dtype=.*float8.*: must be a floating-point type of"),
         ({"routing": "top_p"}, r"AoE: routing='top_p': .* TopP\(\) of aoe_jax.moe.routing"),
         ({"routing": Dense()}, r"AoE: routing=Dense\(\): it is a whole layer; take a router"),
         ({"routing": ERC()}, r"AoE: routing='erc': couples the columns of a plain router"),
@@ -351,6 +353,7 @@ def test_refused(settings, message):
         ({"tensor": "b"}, (8, 3), "tensor='b': it must divide the second axis of x"),
         ({"tensor": "b", "score_neurons": 9}, (8, 4), "score_neurons=9: must be at most d_ffn"),
         ({"fsdp": "a", "d_low": 6}, (8, 4), "fsdp='a': its 4 devices must divide d_low, 6"),
+        ({"data": "a"}, (8, 4, 2), r"on several devices it must be \[B, S, d\] or \[T, d\]"),
     ],
 )
 def test_refused_on_a_mesh(axes, shape, message):
@@ -358,9 +361,26 @@ def test_refused_on_a_mesh(axes, shape, message):
         jax.eval_shape(AoE(**SIZES | axes).init, jax.random.key(0), jnp.ones((*shape, D)))
 
 
+def test_kinds_that_are_layers_need_theirs():
+    for kind in ("dense", "smear", "foo"):
+        with pytest.raises(ValueError, match=f"kind='{kind}': give the layer of aoe_jax.methods"):
+            jax.eval_shape(ExpertsLayer(ExpertsConfig(kind=kind)).init, jax.random.key(0), X)
+    dense = ExpertsLayer(ExpertsConfig(kind="dense"), Dense())
+    assert jax.eval_shape(dense.init, jax.random.key(0), X)
+
+
+def test_a_router_without_training_refuses_it():
+    layer = MoE(**SIZES, routing=SparseMixer())
+    variables = layer.init(jax.random.key(0), X)
+    assert layer.apply(variables, X)[0].shape == X.shape
+    with pytest.raises(ValueError, match="sparsemixer: its sampling in training is not impl"):
+        layer.apply(variables, X, training=True)
+
+
 def test_refused_tokens():
-    for x in (jnp.ones(D), jnp.ones((4, D), jnp.int32), jnp.ones((0, D))):
-        with pytest.raises(ValueError, match=r"MoE: x is .* must be floating-point \[\.\.\., d\]"):
+    small = jnp.ones((4, D), jnp.float8_e4m3fn)
+    for x in (jnp.ones(D), jnp.ones((4, D), jnp.int32), jnp.ones((0, D)), small):
+        with pytest.raises(ValueError, match=r"MoE: x is .* must be floating-point of at least 16"):
             jax.eval_shape(LAYERS["moe"].init, jax.random.key(0), x)
     wanted = r"MoE: token_weights has the shape \(8,\): it must be that of the tokens, \(8, 4\)"
     with pytest.raises(ValueError, match=wanted):

@@ -113,6 +113,28 @@ def test_a_signal_at_the_end_changes_no_status():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+TERMINATED = """
+import os, signal, time
+from pathlib import Path
+from aoe_jax import cli
+from aoe_jax.formats.writing import new_directory
+def main():
+    with new_directory(Path({output!r})) as partial:
+        (partial / "weights").write_text("half")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+main.__module__ = "aoe_jax.cli"
+cli.run(main)
+"""
+
+
+def test_a_terminated_command_removes_what_it_had_begun(tmp_path):
+    program = [sys.executable, "-c", TERMINATED.format(output=str(tmp_path / "model"))]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "terminated\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_debug_changes_no_exit_status():
     program = [sys.executable, "-c", PROGRAM.format(call=NEEDED), "--debug"]
     with open("/dev/full", "w") as full:

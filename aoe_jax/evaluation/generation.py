@@ -77,7 +77,7 @@ class Generator:
         begin = jax.jit(partial(_begin, decoders, contrast), static_argnames="places")
         self._begin = partial(begin, *weights)
         decode = jax.jit(
-            partial(_decode, decoders, contrast, model.tokenizer.end_of_text),
+            partial(_decode, decoders, contrast, model.ends),
             static_argnames=("sampling", "n_tokens"),
             donate_argnames="state",
             out_shardings=(replicated(model.mesh), replicated(model.mesh), None),
@@ -103,8 +103,8 @@ class Generator:
     ) -> Iterator[list[list[int]]]:
         """Continues prompts, lists of token ids, as one batch, and yields the next tokens of each.
 
-        A continuation ends before the end-of-text token, after `max_tokens` (for all prompts, or
-        for each), or where `is_done(number of the prompt, continuation so far)` is true after a
+        A continuation ends before one of `Model.ends`, after `max_tokens` (for all prompts, or for
+        each), or where `is_done(number of the prompt, continuation so far)` is true after a
         `chunk` of tokens. Draws depend on the seed, the prompt and its place among the prompts, not
         on the other prompts. Raises `UserError` if a prompt is empty, or it and its tokens exceed
         the model's length.
@@ -181,9 +181,7 @@ def _joined(logits, contrast):
     return logits[0] if contrast is None else contrasted(*logits, contrast)
 
 
-def _decode(
-    decoders, contrast, end_of_text, params, routing_state, left, state, sampling, n_tokens
-):
+def _decode(decoders, contrast, ends, params, routing_state, left, state, sampling, n_tokens):
     """Draws up to N tokens: `(tokens [B, N] int32, -1 after the end, left, state)`.
 
     `left [B]` int32 is how many tokens of each sequence may still come.
@@ -197,7 +195,7 @@ def _decode(
         count, tokens, left, state = carry
         length = state.caches[0].length
         token = draw(state.logits, jax.vmap(jax.random.fold_in)(state.keys, length), sampling)
-        is_active = (left > 0) & (token != end_of_text)
+        is_active = (left > 0) & ~jnp.isin(token, jnp.array(ends))
         tokens = tokens.at[:, count].set(jnp.where(is_active, token, -1))
         logits, caches = next_logits(decoders, contrast, params, routing_state, token, state.caches)
         length = jnp.where(is_active, caches[0].length, length)

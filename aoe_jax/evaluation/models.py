@@ -22,7 +22,14 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import open_corpus, opened_before
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
 from aoe_jax.errors import DivergedError, UserError, naming, shown
-from aoe_jax.formats.reading import is_model, load_params, read_begin_token, read_config, read_step
+from aoe_jax.formats.reading import (
+    is_model,
+    load_params,
+    read_begin_token,
+    read_config,
+    read_end_tokens,
+    read_step,
+)
 from aoe_jax.formats.tokenizer_files import read_prefix
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.model.decoding import unstacked
@@ -45,6 +52,7 @@ class Model:
     routing_state: dict[str, jax.Array]  # of the selection method, [L, ...] by name
     tokenizer: Tokenizer
     start: int  # the token before the first one of a text
+    ends: list[int]  # the tokens that end a generated text
     prefix: list[int]  # tokens that the hub's tokenizer puts before every text
     step: int | None  # of its training
 
@@ -102,7 +110,7 @@ def load_model(directory: Path, step="newest", mesh=None):
             f"{config.model.vocab_size}: its results are wrong for texts with one of the other "
             "tokens"
         )
-    start, prefix = tokenizer.end_of_text, []
+    start, ends, prefix = tokenizer.end_of_text, [tokenizer.end_of_text], []
     if has_run:
         checkpoints = Checkpoints(directory)
         step = checkpoints.find(step)
@@ -118,10 +126,12 @@ def load_model(directory: Path, step="newest", mesh=None):
         params, routing_state = load_params(directory, config, devices)
         begin = read_begin_token(directory, config.model.vocab_size)
         start = start if begin is None else begin
+        ends = read_end_tokens(directory, config.model.vocab_size) or ends
         prefix = read_prefix(directory, tokenizer, begin)
     _refuse_nan(directory, params, devices)
     decoder = Decoder.from_config(config)
-    return Model(config, decoder, devices, params, routing_state, tokenizer, start, prefix, step)
+    texts = tokenizer, start, ends, prefix
+    return Model(config, decoder, devices, params, routing_state, *texts, step)
 
 
 def _refuse_nan(directory, params, mesh):

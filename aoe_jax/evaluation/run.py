@@ -30,16 +30,16 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
     The arguments are the flags of `eval.py`. Raises `UserError` if the split, run or checkpoint
     does not exist or cannot be read, and `DivergedError` if parameters or the nll are not finite.
 
-    Returns the content of `eval.json`: `split`, `step`, `tokens`, `nll`, `perplexity`,
-    `bits_per_byte` and `load_statistics` (None for a dense model) over all sources, and `sources`:
-    for each of several its tokens, nll, perplexity and bits per byte.
+    Returns the content of `eval.json`: `split`, `data` (None: the run's corpora), `step`, `tokens`,
+    `nll`, `perplexity`, `bits_per_byte` and `load_statistics` (None for a dense model) over all
+    sources, and `sources`: for each of several its tokens, nll, perplexity and bits per byte.
     """
     check_split(split)
     model = load_model(workdir, step, mesh)
     log_run(model.config)
     stores = getattr(corpus_of(model, workdir, data), split)
     masked = model.config.data.document_mask
-    about, file = {"split": split}, workdir / "eval.json"
+    about, file = {"split": split, "data": data}, workdir / "eval.json"
     return _report(model, stores, masked, split, about, file, "load.png")
 
 
@@ -63,7 +63,7 @@ def load_on_texts(model: Model, texts, name, workdir: Path):
 
     It prints a table, and writes `text.json` and, for models with experts, `text.png`. Returns the
     content of `text.json`: that of `evaluate_workdir`, with `text` (the name) and `texts` (their
-    number) in place of `split`.
+    number) in place of `split` and `data`.
     """
     stores, about = {name: TextTokens(texts, model.tokenizer)}, {"text": name, "texts": len(texts)}
     return _report(model, stores, True, name, about, workdir / "text.json", "text.png")

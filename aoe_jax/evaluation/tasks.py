@@ -231,7 +231,8 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
     wanted = "no such directory; name that of a training run or of a model"
     require_flag(workdir.is_dir(), "workdir", workdir, wanted)
     file = workdir / "tasks.json"
-    known = read_json(file, "move it away") if file.exists() else {}
+    known = lambda: read_json(file, "move it away") if file.exists() else {}  # noqa: E731
+    known()  # before it takes long
     tasks = load_tasks(names, **settings)  # before the model, for it fails sooner
     model = load_model(workdir, step, mesh)
     if any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values()):
@@ -240,7 +241,10 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
     report = score_tasks(HarnessModel(model, progress=is_first), tasks, limit)
     if is_first:
         print(tasks_table(report))
-        made = {"step": model.step, "split": settings.get("split", "test"), "limit": limit}
-        entries = {name: made | entry for name, entry in report.items()}
-        write_report(file, known | entries, "workdir")
+        entries = {}
+        for name, entry in report.items():
+            split = {"split": settings.get("split", "test")} if name in SPEECH_TASKS else {}
+            entries[name] = {"step": model.step, **split, "limit": limit, **entry}
+        # Read again: another command may have entered other tasks meanwhile.
+        write_report(file, known() | entries, "workdir")
     return report

@@ -254,10 +254,12 @@ def to_json(config: Config, routing_state=()):
             if not names:
                 return values
             lacking[architecture.class_name] = names
-    nearest = min(lacking, key=lambda name: len(lacking[name]))
-    given = ", ".join(f"{name}={wanted[name]!r}" for name in lacking[nearest] if name in wanted)
-    message = "transformers cannot load the model, only aoe_jax can: %s has no %s"
-    log.info(message, nearest, given)
+    why = ""
+    if lacking:
+        nearest = min(lacking, key=lambda name: len(lacking[name]))
+        names = [f"{name}={wanted[name]!r}" for name in lacking[nearest] if name in wanted]
+        why = f": {nearest} has no {', '.join(names)}"
+    log.info("transformers cannot load the model, only aoe_jax can%s", why)
     return as_own(config)
 
 

@@ -13,7 +13,7 @@ from aoe_jax.json_files import COUNT, TEXT, or_none, read_json
 _FIGURES = ("nll", "perplexity", "bits_per_byte")
 _REPORTS = {
     "summary.json": {"metrics": {"step": COUNT}},
-    "eval.json": {"split": TEXT, "step": or_none(COUNT)},
+    "eval.json": {"split": TEXT, "data": or_none(TEXT), "step": or_none(COUNT)},
 }
 _LOADED = """\
 ```python
@@ -105,7 +105,9 @@ def write_card(directory: Path, name: str, values: dict, config: Config, origin:
 
 
 def _figures(workdir, step):
-    """A table of the figures of `summary.json` and `eval.json` that are of this step."""
+    """A table of the figures of `summary.json` and `eval.json` that are of this step and of the
+    run's corpora.
+    """
     found = {}
     for file, schema in _REPORTS.items():
         report = {}
@@ -113,7 +115,7 @@ def _figures(workdir, step):
             report = read_json(workdir / file, "remove it to do without", schema)
         metrics, split = report.get("metrics", report), report.get("split", "validation")
         prefix = "validation_" if "metrics" in report else ""
-        if metrics.get("step") == step:
+        if metrics.get("step") == step and report.get("data") is None:
             found[split] = [metrics.get(prefix + name) for name in _FIGURES]
     if not found:
         return "The run has no figures of this step."

@@ -100,10 +100,28 @@ def read_begin_token(directory: Path, vocab_size: int) -> int | None:
     """The token that texts begin with, or None; raises `UserError` if it is no token."""
     path = directory / "config.json"
     token = read_json(path, _WANTED).get("bos_token_id")
-    if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
-        wanted = f"must be the number of one of {vocab_size} tokens, or null"
-        raise UserError(f"{path}: bos_token_id={shown(token)}: {wanted}")
+    _check_tokens([] if token is None else [token], path, "bos_token_id", vocab_size)
     return token
+
+
+def read_end_tokens(directory: Path, vocab_size: int) -> list[int]:
+    """The tokens that end a text, as `transformers` takes them; empty if no file names one. Raises
+    `UserError` if one is no token.
+    """
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        found = read_json(path, _WANTED).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            tokens = found if isinstance(found, list) else [found]
+            _check_tokens(tokens, path, "eos_token_id", vocab_size)
+            return tokens
+    return []
+
+
+def _check_tokens(tokens, path, name, vocab_size):
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            wanted = f"must be the number of one of {vocab_size} tokens, or null"
+            raise UserError(f"{path}: {name}={shown(token)}: {wanted}")
 
 
 def parameter_shapes(config: Config):

@@ -57,10 +57,9 @@ def export(workdir: Path, output: Path, step="newest", dtype="float32"):
 def new_directory(output: Path) -> Iterator[Path]:
     """A directory to write, renamed to `output` at the end, and removed after an exception.
 
-    A killed process leaves it, hidden beside `output`. For an object store it is a temporary one on
-    a disk, whose files are copied at the end, `config.json` as the last. Raises `UserError` if
-    `output` exists, is among checkpoints, or must not be written, and `MachineFault` if its disk
-    fails.
+    SIGKILL leaves it, hidden beside `output`. For an object store it is a temporary one on a disk,
+    whose files are copied at the end, `config.json` as the last. Raises `UserError` if `output`
+    exists, is among checkpoints, or must not be written, and `MachineFault` if its disk fails.
     """
     if output.exists() if is_remote(output) else os.path.lexists(output):
         raise UserError(f"--output={output} exists already; name a new directory")

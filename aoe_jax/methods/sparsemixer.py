@@ -38,5 +38,7 @@ class SparseMixer(FixedK):
     jitter: float = setting(0.01, at_least=0)
 
     def __call__(self, scores, weights, ctx):
+        if ctx.training:
+            raise ValueError("sparsemixer: its sampling in training is not implemented")
         expert = best_experts(scores, ctx.top_k, ctx.state.get("selection_bias"))
         return by_token(expert, sparsemixer_weights(scores, expert, self.jitter))

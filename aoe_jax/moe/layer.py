@@ -180,6 +180,11 @@ class ExpertsLayer(nn.Module):
         """
         method, d = self.routing, x.shape[-1]
         function = moe_block if self.experts.kind in ("aoe", "router") else method
+        if function is method and method.name != self.experts.kind:
+            raise ValueError(
+                f"kind={self.experts.kind!r}: give the layer of aoe_jax.methods.LAYERS with this "
+                "name as `routing`, or kind='aoe' or 'router'"
+            )
         if method.needs_attention_peaks and attention_peaks is None:
             raise ValueError(f"router {method.name!r} needs attention_peaks")
         sizes = self.experts.sizes(d)

@@ -60,6 +60,7 @@ def make_model(config, change=lambda params: params):
         {},
         tokenizer,
         tokenizer.end_of_text,
+        [tokenizer.end_of_text],
         [],
         7,
     )

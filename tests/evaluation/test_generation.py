@@ -90,7 +90,9 @@ def model(kind, mesh=(1, 1, 1, 1), **experts):
     made = make_model(dataclasses.replace(config, mesh=MeshConfig(*mesh)), change)
     bias = {"selection_bias": jax.random.normal(jax.random.key(5), (2, 8))}
     state = bias if kind in ("aoe", "router, dense layers") else {}
-    return dataclasses.replace(made, tokenizer=Tokenizer(), start=END, routing_state=state)
+    return dataclasses.replace(
+        made, tokenizer=Tokenizer(), start=END, ends=[END], routing_state=state
+    )
 
 
 def prompts(count=5):
@@ -177,6 +179,19 @@ def test_what_ends_a_text():
     )
     assert stopped == [tokens[: 20 if number == 2 else 4] for number, tokens in enumerate(whole)]
     assert list(generator().stream([], 20)) == []
+
+
+def test_a_model_may_name_several_tokens_that_end_a_text():
+    """As a chat model does; the end-of-text token of its tokenizer need not be one of them."""
+    whole = by_full_passes("aoe", 20)
+    longest = max(whole, key=len)
+    ends = [END, longest[len(longest) // 2]]
+    chatty = Generator(dataclasses.replace(model("aoe"), ends=ends))
+    found = chatty.generate(prompts(), 20, sampling=GREEDY)
+    for tokens, full in zip(found, whole, strict=True):
+        stop = full.index(ends[1]) if ends[1] in full else len(full)
+        assert tokens == full[:stop]
+    assert found != whole
 
 
 def test_draws_depend_on_seed_prompt_and_place():

@@ -13,7 +13,7 @@ from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model, mesh_axes, on_devices_here
 from aoe_jax.evaluation.run import TextTokens
-from aoe_jax.formats.reading import read_begin_token
+from aoe_jax.formats.reading import read_begin_token, read_end_tokens
 from tests.evaluation.models import make_config, make_model
 from tests.runs import finished_run, tiny_config
 
@@ -80,6 +80,22 @@ def test_a_first_token_that_is_none(tmp_path, token):
         match=r"config\.json: bos_token_id=.*must be the number of one of 300 tokens, or null",
     ):
         read_begin_token(tmp_path, 300)
+
+
+def test_tokens_that_end_a_text(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert read_end_tokens(tmp_path, 300) == [7]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
+    assert read_end_tokens(tmp_path, 300) == [7]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+    assert read_end_tokens(tmp_path, 300) == [2, 5]
+    with pytest.raises(
+        UserError, match=r"generation_config\.json: eos_token_id=5: must be the num"
+    ):
+        read_end_tokens(tmp_path, 4)
+    for file in tmp_path.iterdir():
+        file.write_text("{}")
+    assert read_end_tokens(tmp_path, 300) == []
 
 
 def test_texts_of_a_corpus_begin_as_the_model_knows_it():

@@ -7,6 +7,7 @@ import math
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import lm_eval.tasks
@@ -183,8 +184,9 @@ def test_command_line_without_torch(data):
         "fewshot"
     ] == 1
     assert written["speeches_cloze"]["metrics"]["perplexity"]["value"] > 1
+    assert written["speeches_cloze"]["split"] == "test" and "split" not in written["sst2"]
     for entry in written.values():
-        assert (entry["limit"], entry["split"]) == (4, "test")
+        assert entry["limit"] == 4
         assert f"{entry['metrics']['acc']['value']:.4f}" in stdout
 
 
@@ -198,11 +200,31 @@ def test_command_line_without_torch(data):
             ["--tasks=speeches_cloze", "--split=train"],
             "--split=train: choose one of validation, test",
         ),
+        (
+            ["--text=a.txt", "--split=test"],
+            "--split=test: belongs to the evaluation on a split; leave out --text",
+        ),
     ],
 )
 def test_bad_command_lines(arguments, message, tmp_path):
     status, _, stderr = run(["eval.py", f"--workdir={tmp_path}", *arguments])
     assert status == 2 and stderr.splitlines()[-1] == f"error: {message}"
+
+
+def test_results_of_another_command_meanwhile_stay(data, tmp_path, monkeypatch):
+    file = tmp_path / "tasks.json"
+
+    def score_tasks(*_):
+        file.write_text('{"other": {"of": "another command"}}')
+        return {"piqa": {"fewshot": 0, "examples": 1, "metrics": {}}}
+
+    monkeypatch.setattr(tasks, "load_tasks", lambda *_, **__: {"tasks": {}})
+    monkeypatch.setattr(tasks, "load_model", lambda *_: SimpleNamespace(step=3))
+    monkeypatch.setattr(tasks, "HarnessModel", lambda *_, **__: None)
+    monkeypatch.setattr(tasks, "score_tasks", score_tasks)
+    tasks.evaluate_tasks(tmp_path, ["piqa"], data=data)
+    written = json.loads(file.read_text())
+    assert written.keys() == {"other", "piqa"} and written["piqa"]["step"] == 3
 
 
 def test_a_damaged_file_of_results(data, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
-from aoe_jax.formats.configs import as_own, computed_fields, from_json, to_json
+from aoe_jax.formats.configs import as_own, computed_fields, differences, from_json, to_json
 from aoe_jax.formats.reading import read_config
 from aoe_jax.moe.routing import TopK
 from tests.runs import tiny_config
@@ -359,6 +359,14 @@ def test_refused_by_name(mistake, tmp_path):
         read_config(tmp_path)
     for word in [str(tmp_path / "config.json"), *words]:
         assert word in str(error.value)
+
+
+def test_a_model_that_no_class_of_transformers_takes_is_written_as_our_own():
+    model = {"d_model": 32, "n_heads": 2, "rope_share": 0.5, "rope_scale": 1.2}
+    config = Config.from_config_dict({"model": model, "experts": {"kind": "router"}})
+    values = to_json(config)
+    assert values == as_own(config)
+    assert not differences(computed_fields(from_json(values)), computed_fields(config))
 
 
 def test_many_layers_need_no_memory():
