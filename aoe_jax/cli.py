@@ -201,8 +201,8 @@ def run(main):
     program.open_standard_files()
     # After a mistake on the command line, FLAGS.debug is not parsed.
     debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(sys.argv[1:])
-    signal.signal(signal.SIGTERM, _terminate)
     try:
+        signal.signal(signal.SIGTERM, _terminate)
         _parse(sys.argv)
         if FLAGS.help:
             print(_help(main.__module__))
@@ -214,11 +214,14 @@ def run(main):
         if problem := program.flush_stdout():
             raise problem
     except (Exception, Stopped, KeyboardInterrupt) as e:
+        if signal.getsignal(signal.SIGTERM) is _terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         program.end_early(e, debug)
     program.end(status or 0)
 
 
 def _terminate(number, frame):
+    signal.signal(number, signal.SIG_IGN)  # often a second one follows, which must not stop the end
     raise Terminated("terminated")
 
 

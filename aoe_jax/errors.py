@@ -72,8 +72,8 @@ class Preempted(Stopped):
 
 
 class Terminated(Stopped):
-    """SIGTERM to a command that saves no state: what it had begun to write is removed. The exit
-    status is that of shells.
+    """SIGTERM to a command of one process that saves no state: what it had begun to write is
+    removed. The exit status is that of shells.
     """
 
     status = 143

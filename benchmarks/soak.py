@@ -27,7 +27,7 @@ from absl import flags
 from tqdm import tqdm
 
 from aoe_jax.data.sotu import speech_files
-from aoe_jax.errors import Failure
+from aoe_jax.errors import Failure, Terminated
 from aoe_jax.training.telemetry import MEASURED
 from benchmarks.timing import new_workdir, report, run_benchmark
 
@@ -204,8 +204,9 @@ def soak(root: Path, kills, terms, seed, settings=None):
     for number in tqdm(stops, desc="stops", unit="stop"):
         moment = chance.choice([*MOMENTS])
         status, stderr = work.attempt(run, moment, number, chance)
-        # SIGTERM while Python is still importing ends the process like any program.
-        early = number == signal.SIGTERM and status == -signal.SIGTERM and moment == "start"
+        # Before the run handles SIGTERM, it ends the process as it ends any program or command.
+        at_once = -signal.SIGTERM, Terminated.status
+        early = number == signal.SIGTERM and status in at_once and moment == "start"
         if status not in (0, -signal.SIGKILL) and not early:
             name = signal.Signals(number).name
             raise Failure(f"exit status {status} after {name} ({moment}):\n{stderr[-2000:]}")

@@ -121,8 +121,11 @@ from aoe_jax.formats.writing import new_directory
 def main():
     with new_directory(Path({output!r})) as partial:
         (partial / "weights").write_text("half")
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # one from the supervisor, one from the system
 main.__module__ = "aoe_jax.cli"
 cli.run(main)
 """

@@ -339,10 +339,16 @@ def tuning(r: Results, workdir: Path):
     rows = [
         {"arm": r.labels[arm]}
         | {f"{rate:g}": _tuned_cell(nll) for rate, nll in nlls.items()}
-        | {"chosen": f"{chosen[arm]:g}" if chosen[arm] else "none"}
+        | {"chosen": _chosen_cell(chosen[arm], nlls.values())}
         for arm, nlls in tuning_nlls(r.suite, workdir).items()
     ]
     return {"rows": rows, "at_the_edge": bool({*chosen.values()} & {min(rates), max(rates)})}
+
+
+def _chosen_cell(rate, nlls):
+    if None in nlls:
+        return "waits"
+    return "none" if rate is None else f"{rate:g}"
 
 
 def _tuned_cell(nll):
@@ -357,8 +363,9 @@ def fields_of_arms(r: Results):
         groups, computed = run.config.to_dict(), computed_fields(run.config)
         fields = {name: value for name, value in computed.items() if name.startswith("experts.")}
         fields |= {f"balance.{name}": value for name, value in groups["balance"].items()}
-        fields["train.scoring_rate"] = run.config.train.scoring_rate
         fields = {name: value for name, value in fields.items() if value}
+        if run.config.train.scoring_rate != 1:
+            fields["train.scoring_rate"] = run.config.train.scoring_rate
         fields |= {f"routing.{name}": value for name, value in groups["routing"].items()}
         shown = ", ".join(f"{name}={value}" for name, value in fields.items())
         lines.append(f"{r.labels[run.arm]}: {shown}.")

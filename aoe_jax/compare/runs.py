@@ -14,7 +14,7 @@ from aoe_jax.compare.jobs import Job, Machine, beside, read_outcome
 from aoe_jax.compare.suite import TUNING_SEED, Run, Suite
 from aoe_jax.errors import DivergedError, UserError
 from aoe_jax.json_files import COUNT, NUMBER, Kind, or_none, read_json, write_json
-from aoe_jax.training.workdir import check_workdir, read_run_config
+from aoe_jax.training.workdir import check_workdir, read_identities, read_run_config
 
 _NUMBERS = Kind(
     "numbers by name",
@@ -34,7 +34,7 @@ def check_runs(folders: Mapping[Run, Path]):
 
     The number of steps matters because it decides the learning rate at each step.
     """
-    first_data = {}  # size -> a folder and its data.json
+    first_data = {}  # size -> a folder and what it was trained on
     for run, folder in folders.items():
         check_workdir(folder, run.config)
         file, steps = folder / "config.json", run.config.train.steps
@@ -44,13 +44,14 @@ def check_runs(folders: Mapping[Run, Path]):
                 f"workdir {folder} holds another configuration: train.steps is {found} there, "
                 f"{steps} here. Use another --workdir"
             )
-        if (file := folder / "data.json").exists():
-            data = read_json(file)
-            first, there = first_data.setdefault(run.size, (folder, data))
+        if data := read_identities(folder):
+            size = "tuning" if run.seed == TUNING_SEED else run.size
+            first, there = first_data.setdefault(size, (folder, data))
             if data != there:
                 raise UserError(
-                    f"{folder} was trained on {data}, {first} on {there}: runs of a size need the "
-                    "same data. Remove one of them, or use another --workdir"
+                    f"{folder} was trained on {', '.join(data)}, {first} on {', '.join(there)}: "
+                    "runs of a size need the same data. Remove one of them, or use another "
+                    "--workdir"
                 )
 
 
@@ -61,7 +62,7 @@ def is_finished(folder: Path, run: Run):
 
 
 def has_diverged(folder: Path):
-    return _status(folder) == DivergedError.status
+    return folder.exists() and _status(folder) == DivergedError.status
 
 
 def _status(folder):

@@ -143,7 +143,7 @@ class Suite:
     tuning: Tuning | None = None
     throughput: Mapping[str, Sweep] = field(default_factory=dict)
     routing_tokens: int = 16_384  # least number of validation tokens for the analysis of routing
-    # Group -> field -> value for all runs; wins over sizes. `load_suite` refuses fields of arms.
+    # Group -> field -> value for all runs; wins over sizes and arms.
     settings: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
@@ -320,8 +320,9 @@ def _changed(groups, *changes):
 def load_suite(path: Path, settings=()) -> Suite:
     """Loads the suite of a Python file with `get_suite()`.
 
-    `settings` are `GROUP.FIELD=VALUE` for all runs; VALUE is JSON or a word. Raises `UserError` if
-    the file, the suite or a setting is invalid.
+    `settings` are `GROUP.FIELD=VALUE` for all runs, of fields that no arm sets, because labels may
+    name them; VALUE is JSON or a word. Raises `UserError` if the file, the suite or a setting is
+    invalid.
     """
     suite = cli.call_in_file(f"--suite={path}", path, "get_suite")
     wanted = "get_suite() must return an aoe_jax.compare.suite.Suite"
@@ -334,7 +335,7 @@ def load_suite(path: Path, settings=()) -> Suite:
         is_set = name == "train.seed" or (name == "train.learning_rate" and suite.tuning)
         changes = [arm.changes_of(suite.base).get(group, {}) for arm in suite.arms.values()]
         is_set = is_set or any(field_name in change for change in changes)
-        wanted = "the suite sets it for each run; change the suite"
+        wanted = "the suite sets it for its runs or arms; change the suite"
         require_flag(not is_set, "set", setting, wanted)
         try:
             value = json.loads(text)

@@ -77,12 +77,13 @@ def slug(name: str) -> str:
 
 
 def _text_folder(path: str | None) -> Corpus:
-    """The UTF-8 `.txt` files in a folder and its subfolders, one document a file, sorted by path.
+    """The UTF-8 `.txt` files in a folder and its subfolders, one document a file, sorted by path,
+    without those whose name, or whose folder's, begins with a dot.
 
     The hash of its path decides on a file's split: one in twenty for validation and for test, at
     least one each. In all but small folders, files that are added leave the others in their splits.
     """
-    root = path and parsed_path(path, "config.data.path")
+    root = path and parsed_path(path, "config.data.path").absolute()
     what = f"data.path={path!r} cannot be read"
     wanted = "no such folder of .txt files; correct the path, or mount its disk"
     require(root and patiently_if_allowed(what, root.is_dir), "data.path", path, wanted)
@@ -121,7 +122,7 @@ def _text_folder(path: str | None) -> Corpus:
             text = read_text(root / name, f"data.path={path!r}: {root / name}", DOCUMENT_BYTES)
             is_same = hashlib.sha256(text.encode()).hexdigest() == hashes[name]
             require(is_same, "data.path", path, f"{root / name} has just changed; start again")
-            yield text.removeprefix("\ufeff")  # the mark that some editors put first
+            yield text
 
     return Corpus("text", digest.hexdigest(), documents)
 

@@ -125,8 +125,9 @@ def train_batches(
     loss_mask: bool = False,
     read_options: grain.ReadOptions = READ_OPTIONS,
 ) -> grain.DatasetIterator:
-    """Endless training batches; the order of a source changes from epoch to epoch, and that of the
-    first one in epoch e of seed s is its order in epoch 0 of seed s + e.
+    """Endless training batches; the order of a source changes from epoch to epoch.
+
+    In epoch e, seed s gives the first source the order that seed s + e gives it in epoch 0.
 
     A batch has the arrays of `PackedWindows`, `[len(rows), seq_len]`; `rows` are those of all
     `batch_size` that this process reads, by default all. A step has the same windows in the same

@@ -126,7 +126,8 @@ def load_model(directory: Path, step="newest", mesh=None):
         params, routing_state = load_params(directory, config, devices)
         begin = read_begin_token(directory, config.model.vocab_size)
         start = start if begin is None else begin
-        ends = read_end_tokens(directory, config.model.vocab_size) or ends
+        named = read_end_tokens(directory)
+        ends = [token for token in named if token < config.model.vocab_size] or ends
         prefix = read_prefix(directory, tokenizer, begin)
     _refuse_nan(directory, params, devices)
     decoder = Decoder.from_config(config)

@@ -231,8 +231,7 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
     wanted = "no such directory; name that of a training run or of a model"
     require_flag(workdir.is_dir(), "workdir", workdir, wanted)
     file = workdir / "tasks.json"
-    known = lambda: read_json(file, "move it away") if file.exists() else {}  # noqa: E731
-    known()  # before it takes long
+    _known(file)  # before it takes long
     tasks = load_tasks(names, **settings)  # before the model, for it fails sooner
     model = load_model(workdir, step, mesh)
     if any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values()):
@@ -246,5 +245,9 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
             split = {"split": settings.get("split", "test")} if name in SPEECH_TASKS else {}
             entries[name] = {"step": model.step, **split, "limit": limit, **entry}
         # Read again: another command may have entered other tasks meanwhile.
-        write_report(file, known() | entries, "workdir")
+        write_report(file, _known(file) | entries, "workdir")
     return report
+
+
+def _known(file):
+    return read_json(file, "move it away") if file.exists() else {}

@@ -100,28 +100,25 @@ def read_begin_token(directory: Path, vocab_size: int) -> int | None:
     """The token that texts begin with, or None; raises `UserError` if it is no token."""
     path = directory / "config.json"
     token = read_json(path, _WANTED).get("bos_token_id")
-    _check_tokens([] if token is None else [token], path, "bos_token_id", vocab_size)
+    if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
+        wanted = f"must be the number of one of {vocab_size} tokens, or null"
+        raise UserError(f"{path}: bos_token_id={shown(token)}: {wanted}")
     return token
 
 
-def read_end_tokens(directory: Path, vocab_size: int) -> list[int]:
-    """The tokens that end a text, as `transformers` takes them; empty if no file names one. Raises
-    `UserError` if one is no token.
+def read_end_tokens(directory: Path) -> list[int]:
+    """The tokens that end a generated text, by `generation_config.json` or else `config.json`;
+    empty if no file names one. Raises `UserError` if they are no numbers.
     """
     for path in (directory / "generation_config.json", directory / "config.json"):
         found = read_json(path, _WANTED).get("eos_token_id") if path.exists() else None
         if found is not None:
             tokens = found if isinstance(found, list) else [found]
-            _check_tokens(tokens, path, "eos_token_id", vocab_size)
+            if not all(map(COUNT.holds, tokens)):
+                wanted = "must be the number of a token, a list of them, or null"
+                raise UserError(f"{path}: eos_token_id={shown(found)}: {wanted}")
             return tokens
     return []
-
-
-def _check_tokens(tokens, path, name, vocab_size):
-    for token in tokens:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            wanted = f"must be the number of one of {vocab_size} tokens, or null"
-            raise UserError(f"{path}: {name}={shown(token)}: {wanted}")
 
 
 def parameter_shapes(config: Config):

@@ -89,6 +89,7 @@ class Method(Group):
     name: ClassVar[str]
     needs_attention_peaks: ClassVar[bool] = False
     passes: ClassVar[int] = 1  # forward passes of a training step, see `training_sums`
+    norm_topk_prob = False  # whether the weights of a token's experts sum to a constant
 
     def causality(self, experts) -> Causality:
         """Whether the method is causal with the sizes of `experts`."""
@@ -186,8 +187,6 @@ class FixedK(Method):
 
     With `balance.bias_rate`, a bias (state `selection_bias [n]`) balances their load.
     """
-
-    norm_topk_prob = False
 
     def choice(self, experts):
         return Choice(experts.top_k, is_fixed=True, is_normalised=self.norm_topk_prob)

@@ -17,7 +17,7 @@ import pytest
 from aoe_jax.compare.jobs import Machine, Slot, beside
 from aoe_jax.compare.measure import missing_points, step_seconds, sweep_file
 from aoe_jax.compare.reading import read_results
-from aoe_jax.compare.report import write_report
+from aoe_jax.compare.report import tuning, write_report
 from aoe_jax.compare.runs import (
     check_runs,
     folder_of,
@@ -316,7 +316,7 @@ class Unmanned:
 
 
 def note_outcome(folder, status):
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     write_json(beside(folder, ".outcome.json"), {"status": status, "last_line": "it says why"})
 
 
@@ -334,20 +334,29 @@ def test_an_arm_waits_for_its_tuning_and_failed_runs_for_the_others(tmp_path):
     note_outcome(tmp_path / "runs/a/broken/seed_1", DivergedError.status)
     machine = Unmanned()
     train_suite(suite, tmp_path, machine)
-    tuning, runs = machine.asked
-    assert tuning == ["rate_0.003/aoe/seed_1000000"]
-    assert runs == ["a/broken/seed_0", "a/moe/seed_1", "a/moe/seed_0"]
+    of_tuning, of_suite = machine.asked
+    assert of_tuning == ["rate_0.003/aoe/seed_1000000"]
+    assert of_suite == ["a/broken/seed_0", "a/moe/seed_1", "a/moe/seed_0"]
     assert tuned_rates(suite, tmp_path)["moe"] == 1e-3
     results = read_results(suite, suite.runs(), tmp_path)
     states = results.runs.set_index(["arm", "seed"])[["state", "last_line"]]
     assert list(states.loc["broken", 1]) == ["diverged", "it says why"]
     assert states.loc["moe", 0]["state"] == "failed"
+    assert [row["chosen"] for row in tuning(results, tmp_path)["rows"]] == [
+        "0.001",
+        "waits",
+        "none",
+    ]
+    (tmp_path / "runs/a/broken/seed_1").rmdir()  # so that it is trained again
+    train_suite(suite, tmp_path, machine)
+    assert "a/broken/seed_1" in machine.asked[-1]
 
 
-def test_runs_of_a_size_need_the_same_data(tmp_path):
-    first, second = (
-        run for run in load_suite(write_suite(tmp_path / "suite.py")).runs() if run.arm == "moe"
-    )
+@pytest.mark.parametrize("of_tuning", [False, True])
+def test_runs_that_are_compared_need_the_same_data(tmp_path, of_tuning):
+    suite = load_suite(write_suite(tmp_path / "suite.py", TUNING))
+    runs = suite.tuning_runs().values() if of_tuning else suite.runs()
+    first, second = (run for run in runs if run.arm == "moe")
     folders = {run: folder_of(tmp_path, run) for run in (first, second)}
     for run, folder in folders.items():
         folder.mkdir(parents=True)
@@ -355,7 +364,7 @@ def test_runs_of_a_size_need_the_same_data(tmp_path):
         write_json(folder / "data.json", {"token_stores": ["a"]})
     check_runs(folders)
     write_json(folders[second] / "data.json", {"token_stores": ["b"]})
-    with pytest.raises(UserError, match=r"seed_1 was trained on .*'b'.*seed_0 on .*'a'"):
+    with pytest.raises(UserError, match=r"seed_1\d* was trained on b, .*seed_\d+ on a: "):
         check_runs(folders)
 
 

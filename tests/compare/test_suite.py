@@ -194,7 +194,7 @@ def test_arms_of_another_recipe_are_refused():
 
 def test_what_the_suite_sets_for_each_run_is_no_setting():
     for setting in ("train.seed=7", "train.learning_rate=0.5", "experts.d_low=6"):
-        with pytest.raises(UserError, match=f"--set={setting}: the suite sets it for each run"):
+        with pytest.raises(UserError, match=f"--set={setting}: the suite sets it for its runs"):
             load_suite(ROOT / "configs/compare/small.py", [setting])
     found = load_suite(ROOT / "configs/compare/tiny.py", ["train.learning_rate=0.5"])
     assert {run.config.train.learning_rate for run in found.runs()} == {0.5}
