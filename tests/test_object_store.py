@@ -421,6 +421,7 @@ def test_everything_in_a_store(folder, store, tmp_path):
     assert "preempted: saved at step" in script.stdout and "going on from step" in script.stderr
     assert "the state" in script.stdout.splitlines()[-1]
     reports = [json.loads((folder / name / "eval.json").read_text()) for name in ("run", "model")]
+    assert [report.pop("data") for report in reports] == [None, f"prepared@{folder}/corpus"]
     assert reports[0] == reports[1] and reports[0]["step"] == 400
     status, _, stderr = run(
         store, "-m", "aoe_jax.export", f"--workdir={folder}/run", f"--output={folder}/model"
