@@ -90,17 +90,17 @@ def _text_folder(path: str | None) -> Corpus:
     files = patiently_if_allowed(what, partial(find, f"{glob.escape(str(root))}/**/*.txt"))
     require(files, "data.path", path, "the folder has no .txt files; make one for each document")
     hashes, digest = {}, hashlib.sha256()
-    for file in sorted(files):
+    for file, state in sorted(files.items()):
+        what = f"data.path={path!r}: {file} cannot be read"
         wanted = f"{file} is a broken link, a FIFO or a device; mend or remove it"
-        require(file.is_file(), "data.path", path, wanted)
-        size = file.stat().st_size
+        require(patiently_if_allowed(what, file.is_file), "data.path", path, wanted)
+        size, _ = state
         wanted = f"{file} has {size} bytes; a document has at most {DOCUMENT_BYTES}, so split it"
         require(size <= DOCUMENT_BYTES, "data.path", path, wanted)
         if size == 0:
             logger.warning(f"data.path: skipped the empty file {file}")
             continue
         name = file.relative_to(root).as_posix()
-        what = f"data.path={path!r}: {file} cannot be read"
         try:
             hashes[name] = patiently_if_allowed(what, partial(file_sha256, file))
         except OSError as error:
