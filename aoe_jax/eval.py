@@ -33,8 +33,6 @@ def main():
         cli.refuse("belongs to --tasks or --text=task:NAME", _FEWSHOT, _LIMIT, _DATA)
     if text and not text.startswith("task:"):
         cli.refuse("belongs to the evaluation on a split; leave out --text", _SPLIT)
-    wanted = "choose one of validation, test"
-    require_flag(_SPLIT.value in ("validation", "test"), "split", _SPLIT.value, wanted)
     if _TASKS.value or text:
         cli.refuse("belongs to the evaluation on a split; leave out --tasks and --text", _CORPORA)
     distributed.start()

@@ -104,6 +104,8 @@ class _Experts(nn.Module, kw_only=True):
         balance = BalanceConfig(aux_weight=self.aux_weight, z_weight=self.z_weight)
         with _naming_arguments(self):
             _check_tokens(x, token_weights)
+            if training and not self.routing.trains:
+                raise ValueError(f"routing={self.routing!r}: it can be used but not trained")
             experts = self._config(x.shape[-1])
             sizes = dict(zip(MESH_AXES, axes.sizes(mesh), strict=True))
             _check_routing(self.routing, experts, balance, sizes, x.shape[-1])

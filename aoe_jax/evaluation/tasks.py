@@ -65,12 +65,12 @@ def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
 
     Raises `UserError` if a task is unknown, or its data set cannot be loaded or has other fields.
     """
+    check_split(split)
     names = list(dict.fromkeys(names))
     index = _index([name for name in names if name not in SPEECH_TASKS])
     specs = []
     for name in names:
         if name in SPEECH_TASKS:
-            check_split(split)
             specs.append(speech_task(name, split))
         else:
             specs.append(_on_local_data(index, name, data) if data else name)

@@ -88,6 +88,7 @@ class Method(Group):
     group = "routing"
     name: ClassVar[str]
     needs_attention_peaks: ClassVar[bool] = False
+    trains: ClassVar[bool] = True  # False: for models that are trained already
     passes: ClassVar[int] = 1  # forward passes of a training step, see `training_sums`
     norm_topk_prob = False  # whether the weights of a token's experts sum to a constant
 

@@ -53,11 +53,9 @@ def train(
     Raises the exceptions of `errors.py`: `UserError` also if the run has finished, unless `start`
     only resumes, and `Stopped` once the state is saved.
     """
-    if config.routing.name == "sparsemixer":
-        raise UserError(
-            "config.routing.name='sparsemixer': can be evaluated but not trained, because its "
-            "sampling in training is not implemented; train with 'top_k'"
-        )
+    if not config.routing.trains:
+        named = f"config.routing.name={config.routing.name!r}"
+        raise UserError(f"{named}: can be evaluated but not trained; train with 'top_k'")
     check_store(workdir)  # before anything is written there
     filled = sharding.fill_mesh(config, jax.device_count())
     mesh, heartbeat = sharding.make_mesh(filled, jax.devices()), Heartbeat(workdir)
