@@ -1,4 +1,4 @@
-"""AoE with whole gates, AoE as published and the MoE at four sizes, 17 core-hours:
+"""AoE with whole gates, AoE as published and the MoE at four sizes, 14 core-hours:
 `--suite=configs/compare/confirm.py`.
 
 Every size sees 20 tokens for each active parameter: 0.22, 0.8, 2.2 and 5.4 epochs of the embedded
