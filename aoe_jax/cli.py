@@ -13,10 +13,11 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from aoe_jax import faults, program
+from aoe_jax import program
 from aoe_jax.config.checks import misfit, require, require_flag
 from aoe_jax.errors import Stopped, Terminated, UserError, shown
-from aoe_jax.paths import local_file, parsed_path
+from aoe_jax.storage import retry
+from aoe_jax.storage.paths import local_file, parsed_path
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("debug", False, "show the traceback of a user's mistake")
@@ -208,7 +209,7 @@ def run(main):
             print(_help(main.__module__))
             sys.exit(0)
         program.set_up_logging(debug)
-        faults.retry_seconds = FLAGS.retry_seconds
+        retry.retry_seconds = FLAGS.retry_seconds
         _check_working_directory()
         status = main()
         if problem := program.flush_stdout():

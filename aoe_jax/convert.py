@@ -32,7 +32,7 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
-from aoe_jax.paths import local_copy
+from aoe_jax.storage.paths import local_copy
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "the directory of a router MoE; for --upcycle, of a dense model or run"

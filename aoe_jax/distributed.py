@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import FailedElsewhere, MachineFault, UserError
-from aoe_jax.faults import is_fault, status_of
+from aoe_jax.storage.retry import is_fault, status_of
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from functools import partial
 from absl import flags
 
 from aoe_jax import cli, distributed
-from aoe_jax.json_files import write_json
+from aoe_jax.storage.files import write_json
 
 _CONFIG = cli.define_config_flag()
 _JSON = flags.DEFINE_string("json", None, "a file for all figures")
@@ -32,7 +32,7 @@ def main():
     distributed.start()
     import jax  # may start only after `distributed.start`
 
-    from aoe_jax.doctor.examination import examine
+    from aoe_jax.planning.doctor.examination import examine
 
     on_cpu = jax.default_backend() == "cpu"
     config = cli.parsed_config(_CONFIG, "configs/tiny.py" if on_cpu else "configs/doctor.py")

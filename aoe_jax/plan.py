@@ -9,7 +9,7 @@ on step time and model FLOPs utilisation (MFU). `--config.GROUP.FIELD=VALUE` wor
 `--json=FILE` writes the report. Exit status 3: it does not fit. `--suggest` then tries other
 meshes, the nearest first.
 
-`aoe_jax/plan/__init__.py` says how the figures are computed.
+`aoe_jax/planning/plan.py` says how the figures are computed.
 """
 
 from functools import partial
@@ -17,9 +17,9 @@ from functools import partial
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.hardware import topology_devices
-from aoe_jax.json_files import write_json
-from aoe_jax.plan import plan, suggest, table
+from aoe_jax.planning.hardware import topology_devices
+from aoe_jax.planning.plan import plan, suggest, table
+from aoe_jax.storage.files import write_json
 
 _CONFIG = cli.define_config_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:16x16 or h100:8")

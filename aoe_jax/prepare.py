@@ -1,6 +1,6 @@
 """Makes a token store from texts.
 
-    python -m aoe_jax.data.prepare --input=GLOB --tokenizer=T --output=DIR
+    python -m aoe_jax.prepare --input=GLOB --tokenizer=T --output=DIR
 
 The input is JSON lines (.jsonl, .ndjson, .json) or plain text (.txt), also with .gz or .zst, or
 Parquet. After a kill or a stop, the same command goes on where it was. `--check` finds damaged
@@ -18,7 +18,7 @@ from aoe_jax.data.tokenizer import cores
 from aoe_jax.errors import UserError
 from aoe_jax.stopping import StopRequests
 
-log = logging.getLogger("aoe_jax.data.prepare")  # not __name__, which is __main__
+log = logging.getLogger("aoe_jax.prepare")  # not __name__, which is __main__
 
 _INPUT = flags.DEFINE_multi_string(
     "input", [], "a glob pattern of files, '**' for folders of any depth"

@@ -12,8 +12,8 @@ import traceback
 from absl import flags
 from absl import logging as absl_logging
 
-from aoe_jax import faults
 from aoe_jax.errors import Failure, Interrupted, MachineFault, Stopped, UserError
+from aoe_jax.storage import retry
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def print_if_possible(text):
         print(text, flush=True)
     except OSError as e:
         flush_stdout()
-        log.warning(f"the result cannot be printed ({faults.reason(e)})")
+        log.warning(f"the result cannot be printed ({retry.reason(e)})")
 
 
 def flush_stdout():
@@ -141,19 +141,19 @@ def _reason_of(error):
     if isinstance(error, Failure):
         notes = _notes(error) if isinstance(error, MachineFault) else ""
         return error.status, f"error: {error}{notes}", True
-    status, first_line = faults.status_of(error), (str(error).strip().splitlines() or [""])[0][:300]
-    if faults.fills_device(error):
+    status, first_line = retry.status_of(error), (str(error).strip().splitlines() or [""])[0][:300]
+    if retry.fills_device(error):
         last_line = f"error: {_device_is_full(error)}"
-    elif faults.lacks_credentials(error):
+    elif retry.lacks_credentials(error):
         wanted = "log in to the object store on this machine"
-        last_line = f"error: {faults.reason(error)}; {wanted}"
+        last_line = f"error: {retry.reason(error)}; {wanted}"
     elif status == MachineFault.status:
-        reason = faults.reason(error)
+        reason = retry.reason(error)
         why = first_line if reason in first_line else f"{first_line} ({reason})"
         last_line = f"error: {why if first_line else reason}{_notes(error)}"
     else:
         last_line = f"failed: {type(error).__name__}: {first_line}{_notes(error)}"
-    of_system = isinstance(error, OSError | MemoryError) or faults.is_of_network(error)
+    of_system = isinstance(error, OSError | MemoryError) or retry.is_of_network(error)
     is_foreseen = status == UserError.status or (status == MachineFault.status and of_system)
     return status, last_line, is_foreseen
 
@@ -173,7 +173,7 @@ def _device_is_full(error):
         )
     else:
         cure = "split the model over more devices, such as --mesh=fsdp=4, or give it less at a time"
-    return f"the memory of a device is exhausted ({faults.reason(error)}); {cure}"
+    return f"the memory of a device is exhausted ({retry.reason(error)}); {cure}"
 
 
 def _end_at_once(status, last_line):

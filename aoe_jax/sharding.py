@@ -17,7 +17,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import count_slices
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -33,6 +32,18 @@ RULES = {
     "heads": "tensor",
     "vocab": None,
 }
+
+
+def target_device():
+    """The device that programs are traced for: that of the mesh in context, else the first of this
+    process. It is a `Device`, or an `AbstractDevice`, which has a platform and a name only.
+    """
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
+def count_slices(devices):
+    """The number of slices that devices belong to; 1 where they name none."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def spec_of(*axes):

@@ -3,15 +3,15 @@
 `python -m benchmarks.attention [--topology=v5e:2x2] [--shapes=BxHxGxSxh,...] [--block=512]
 [--json=FILE]` with `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`), or with
 `--topology=h100:1` and JAX's CUDA wheels. Forward and backward pass in bfloat16, on one device.
-Traffic and likely time are those of `aoe_jax/costs.py`; softmax and transposes inside the kernels,
-which run beside their products, are not in the time.
+Traffic and likely time are those of `aoe_jax/planning/costs.py`; softmax and transposes inside the
+kernels, which run beside their products, are not in the time.
 """
 
 from absl import flags
 
-from aoe_jax.hardware import chip_part, topology_devices
 from aoe_jax.model.attention import backend_for, splash
-from aoe_jax.plan import read_program
+from aoe_jax.planning.hardware import chip_part, topology_devices
+from aoe_jax.planning.plan import read_program
 from benchmarks.compiling import compiled_attention
 from benchmarks.timing import parse_shapes, run_benchmark, save
 

@@ -36,10 +36,10 @@ from aoe_jax.config.data import DataConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
-from aoe_jax.counts import layer_flops_per_token, training_flops_per_token
 from aoe_jax.errors import UserError
 from aoe_jax.methods.capacity import Capacity
 from aoe_jax.moe.routing import TopK
+from aoe_jax.planning.counts import layer_flops_per_token, training_flops_per_token
 from benchmarks.compiling import experts_layer
 from benchmarks.timing import (
     compiled,

@@ -12,15 +12,15 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 from aoe_jax.config.run import Config
-from aoe_jax.doctor import kernels
-from aoe_jax.hardware import CHIPS, topology_devices
-from aoe_jax.hlo import compile_and_read
 from aoe_jax.model.attention import causal_attention
 from aoe_jax.model.decoder import RMSNorm
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.grouped_matmul.megablox import tiles
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.scoring import KEPT_ROUTING
+from aoe_jax.planning.doctor import kernels
+from aoe_jax.planning.hardware import CHIPS, topology_devices
+from aoe_jax.planning.hlo import compile_and_read
 from aoe_jax.sharding import fill_mesh, make_mesh, replicated
 from benchmarks.timing import check_names
 from configs import paper, tiny

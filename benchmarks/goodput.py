@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from aoe_jax.json_files import read_metrics
+from aoe_jax.storage.files import read_metrics
 from benchmarks.pod_soak import Pod
 from benchmarks.soak import Soak
 from benchmarks.timing import machine_in_words, new_workdir, report, run_benchmark

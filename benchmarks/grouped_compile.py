@@ -8,10 +8,10 @@ wheels (`pip install '.[cuda]'`). `--shapes=all` are those of the configurations
 "auto" means for a chip and dtype has a star; if one of its products does not compile, or takes more
 than 1.3 (TPU) or 1.1 times (GPU) the useful FLOPs, the exit status is 1.
 
-Each product is compiled alone, see `aoe_jax/costs.py`. For TPU, a tile counts twice if two experts
-share it, and the padding of widths to tiles does not count; `blocked` is counted for balanced
-loads. Kernels of the package tokamax, where it is installed, are taken to do the useful FLOPs, and
-to read and write every array once.
+Each product is compiled alone, see `aoe_jax/planning/costs.py`. For TPU, a tile counts twice if two
+experts share it, and the padding of widths to tiles does not count; `blocked` is counted for
+balanced loads. Kernels of the package tokamax, where it is installed, are taken to do the useful
+FLOPs, and to read and write every array once.
 """
 
 import importlib.util
@@ -26,9 +26,9 @@ from unittest import mock
 from absl import flags
 from jax.extend import backend as jax_backend
 
-from aoe_jax import costs, hlo
-from aoe_jax.hardware import compiling_for
 from aoe_jax.moe.grouped_matmul import BACKENDS, backend_for, mosaic_gpu
+from aoe_jax.planning import costs, hlo
+from aoe_jax.planning.hardware import compiling_for
 from benchmarks.compiling import PRODUCTS, TOPOLOGIES, devices_of, expert_shapes, lower_for
 from benchmarks.timing import check_names, parse_shapes, report, run_benchmark
 

@@ -6,7 +6,7 @@ by transport.
 configs/large.py's 8 of 64 experts on TPU v5p. Weak scaling keeps the tokens of a chip; strong
 scaling keeps the batch of `--batch` sequences of 4096. Programs are traced, not compiled: bytes are
 those of the collectives in the program, and step times are bounds from public peak figures, see
-`aoe_jax/plan/`.
+`aoe_jax/planning/`.
 
 FSDP splits parameters over all chips. The other arms split experts over 16 chips and the rest over
 FSDP. The last lines say from which number of chips on which arm receives least.
@@ -21,9 +21,9 @@ from matplotlib.ticker import LogLocator
 from aoe_jax import cli
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.hardware import machine, topology_devices
-from aoe_jax.json_files import write_json
-from aoe_jax.plan import plan
+from aoe_jax.planning.hardware import machine, topology_devices
+from aoe_jax.planning.plan import plan
+from aoe_jax.storage.files import write_json
 from benchmarks.timing import check_names
 from configs import large
 

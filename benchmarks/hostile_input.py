@@ -22,7 +22,7 @@ from absl import flags
 from aoe_jax.data.sotu import speech_files
 from benchmarks.timing import check_names, report, run_benchmark
 
-_PREPARE = ["-m", "aoe_jax.data.prepare", "--input={here}/in/*", "--output={here}/out"]
+_PREPARE = ["-m", "aoe_jax.prepare", "--input={here}/in/*", "--output={here}/out"]
 _PREPARE += ["--validation=0.2", "--test=0.2", "--processes=2", "--tokenizer=bpe:1000"]
 _OPEN = """
 from aoe_jax.config.data import DataConfig

@@ -16,7 +16,7 @@ has its own environment:
 
 The first form compares models of equal size: `configs/paper.py:moe_aux` and `aoe_r256_aux` with
 `SETTINGS`, and MaxText with `MODEL` and `BEST`. The second compiles a run whose step time is
-published. Memory, traffic and time are computed by `aoe_jax/costs.py` for all programs alike.
+published. Memory, traffic and time are computed by `planning/costs.py` for all programs alike.
 """
 
 import importlib.metadata
@@ -36,12 +36,12 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config
-from aoe_jax.costs import KERNEL_COSTS
-from aoe_jax.counts import parameter_counts
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import CHIPS, chip_part, slice_shape, topology_devices
 from aoe_jax.moe.grouped_matmul import megablox
-from aoe_jax.plan import plan, read_program
+from aoe_jax.planning.costs import KERNEL_COSTS
+from aoe_jax.planning.counts import parameter_counts
+from aoe_jax.planning.hardware import CHIPS, chip_part, slice_shape, topology_devices
+from aoe_jax.planning.plan import plan, read_program
 from aoe_jax.sharding import fill_mesh
 from aoe_jax.training.step import init_state
 from benchmarks.timing import run_benchmark, save

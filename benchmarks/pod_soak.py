@@ -37,7 +37,7 @@ import psutil
 from absl import flags
 from tqdm import tqdm
 
-from aoe_jax.paths import is_remote, parsed_path
+from aoe_jax.storage.paths import is_remote, parsed_path
 from benchmarks.soak import (
     Failure,
     Soak,

@@ -39,7 +39,7 @@ from aoe_jax.data.sotu import speech_files
 from aoe_jax.data.token_store import read_manifest
 from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import write_json
+from aoe_jax.storage.files import write_json
 from benchmarks.timing import new_workdir, report, run_benchmark, times
 
 DOCUMENT_CHARACTERS = 4000
@@ -169,7 +169,7 @@ def large(root: Path, size, processes):
     """Prepares `size` bytes of text twice, once with kills on the way; figures of both."""
     (root / "texts").mkdir(parents=True)
     count = write_texts(root / "texts", size)
-    command = [sys.executable, "-m", "aoe_jax.data.prepare", f"--input={root}/texts/*.jsonl"]
+    command = [sys.executable, "-m", "aoe_jax.prepare", f"--input={root}/texts/*.jsonl"]
     command += [f"--tokenizer=bpe:{_VOCAB_SIZE.value}", f"--processes={processes}"]
     whole, killed = root / "whole" / "store", root / "killed" / "store"
     status, seconds, largest = watched(command, whole)

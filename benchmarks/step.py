@@ -10,7 +10,7 @@ import dataclasses
 from absl import flags
 
 from aoe_jax.compare.step_times import RepeatedStep
-from aoe_jax.counts import training_flops_per_token
+from aoe_jax.planning.counts import training_flops_per_token
 from benchmarks.timing import (
     check_names,
     configuration,

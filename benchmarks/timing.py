@@ -14,8 +14,8 @@ from aoe_jax.compare.jobs import ALLOCATOR
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config, update_groups
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import machine
-from aoe_jax.json_files import write_json
+from aoe_jax.planning.hardware import machine
+from aoe_jax.storage.files import write_json
 from configs import tiny
 
 flags.disclaim_key_flags()  # what functions of this module define belongs to their callers

@@ -23,8 +23,8 @@ from absl import flags
 from tqdm import tqdm
 
 from aoe_jax.errors import InUse, UserError
-from aoe_jax.json_files import read_metrics
-from aoe_jax.ownership import read_owner
+from aoe_jax.storage.files import read_metrics
+from aoe_jax.storage.lease import read_owner
 from benchmarks.soak import Failure, Soak, read_heartbeat
 from benchmarks.timing import new_workdir, report, run_benchmark
 from tests.hasty import xla_flags

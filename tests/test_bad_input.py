@@ -265,7 +265,7 @@ RUNS = {
     ),
     "no token store": Mistake(
         TRAIN,
-        ["'prepared' names {here}, which is no token store", "python -m aoe_jax.data.prepare"],
+        ["'prepared' names {here}, which is no token store", "python -m aoe_jax.prepare"],
         changes={"data__name": "prepared", "data__path": "{here}"},
     ),
     "no such corpus in a mixture": Mistake(

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from aoe_jax import costs, hlo
-from aoe_jax.hardware import CHIPS, topology_devices
 from aoe_jax.model.attention import causal_attention, splash
 from aoe_jax.moe.grouped_matmul import grouped_matmul, megablox, mosaic_gpu
+from aoe_jax.planning import costs, hlo
+from aoe_jax.planning.hardware import CHIPS, topology_devices
 from aoe_jax.sharding import replicated
 
 

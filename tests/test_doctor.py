@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from aoe_jax.config.run import Config
-from aoe_jax.counts import parameter_counts
-from aoe_jax.doctor import examination, kernels, speed
-from aoe_jax.doctor.steps import fitted, twins
 from aoe_jax.model import attention
 from aoe_jax.moe import grouped_matmul
+from aoe_jax.planning.counts import parameter_counts
+from aoe_jax.planning.doctor import examination, kernels, speed
+from aoe_jax.planning.doctor.steps import fitted, twins
 from aoe_jax.sharding import make_mesh
 from configs import doctor as accelerators
 from configs import methods, paper
@@ -78,7 +78,7 @@ def test_all_parts_on_a_mesh(tmp_path):
 # Runs the command with attention that is wrong, and without products, measurements and steps.
 WITH_WRONG_ATTENTION = """
 import runpy
-from aoe_jax.doctor import examination
+from aoe_jax.planning.doctor import examination
 from aoe_jax.model import attention
 
 right = attention.BACKENDS["blocks"]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from aoe_jax import paths
 from aoe_jax.config.data import DataConfig
 from aoe_jax.config.training import TrainConfig
 from aoe_jax.data.tokenised import open_corpus
@@ -16,7 +15,8 @@ from aoe_jax.evaluation.models import corpus_of, load_model
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.model_card import training
 from aoe_jax.formats.reading import read_config, read_step
-from aoe_jax.json_files import write_json
+from aoe_jax.storage import paths
+from aoe_jax.storage.files import write_json
 from tests.runs import (
     STEPS,
     as_read_from,

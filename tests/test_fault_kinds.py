@@ -11,9 +11,9 @@ from aiohttp import ServerDisconnectedError
 from gcsfs.retry import HttpError
 from jax.errors import JaxRuntimeError
 
-from aoe_jax import faults
 from aoe_jax.errors import MachineFault, UserError
-from aoe_jax.faults import Tolerated, is_fault, patiently, reason
+from aoe_jax.storage import retry
+from aoe_jax.storage.retry import Tolerated, is_fault, patiently, reason
 
 
 def caused_by(cause):
@@ -84,12 +84,12 @@ def test_no_faults(error):
 
 def test_statuses():
     for error in FILLED:
-        assert faults.status_of(error) == faults.status_of(caused_by(error)) == UserError.status
-    assert faults.status_of(HttpError({"code": 503, "message": "x"})) == MachineFault.status
-    assert faults.status_of(ServerDisconnectedError()) == MachineFault.status
-    assert faults.status_of(MachineFault("x")) == MachineFault.status
-    assert faults.status_of(JaxRuntimeError("UNAVAILABLE: a process is lost")) == 1
-    assert faults.status_of(KeyError("x")) == 1
+        assert retry.status_of(error) == retry.status_of(caused_by(error)) == UserError.status
+    assert retry.status_of(HttpError({"code": 503, "message": "x"})) == MachineFault.status
+    assert retry.status_of(ServerDisconnectedError()) == MachineFault.status
+    assert retry.status_of(MachineFault("x")) == MachineFault.status
+    assert retry.status_of(JaxRuntimeError("UNAVAILABLE: a process is lost")) == 1
+    assert retry.status_of(KeyError("x")) == 1
 
 
 def test_reason_is_that_of_the_first_cause():
@@ -98,8 +98,8 @@ def test_reason_is_that_of_the_first_cause():
 
 
 def test_patience(monkeypatch, caplog):
-    monkeypatch.setattr(faults, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(faults, "retry_seconds", 0.2)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "retry_seconds", 0.2)
     answers = [OSError(errno.EIO, "Input/output error")] * 3 + [7]
 
     def call():

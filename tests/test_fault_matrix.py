@@ -260,7 +260,7 @@ def test_export(tmp_path, code):
 
 def prepare_command(output):
     return [
-        *("-m", "aoe_jax.data.prepare", f"--input={corpus_folder()}/*.txt", "--validation=0.3"),
+        *("-m", "aoe_jax.prepare", f"--input={corpus_folder()}/*.txt", "--validation=0.3"),
         *("--test=0.3", f"--output={output}", f"--tokenizer={dense_run() / 'tokenizer.json'}"),
     ]
 

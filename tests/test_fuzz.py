@@ -31,7 +31,7 @@ from aoe_jax.formats.reading import RUN_FILE, ModelReader, read_begin_token, rea
 from aoe_jax.formats.tensor_files import INDEX, SINGLE, stored_tensors
 from aoe_jax.formats.tokenizer_files import read_prefix
 from aoe_jax.formats.writing import write_arrays
-from aoe_jax.json_files import write_json
+from aoe_jax.storage.files import write_json
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir
 from aoe_jax.training.writers import JsonLines

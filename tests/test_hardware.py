@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import (
+from aoe_jax.planning.hardware import (
     CHIPS,
     count_chips,
     peak_flops_per_device,

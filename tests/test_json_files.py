@@ -4,7 +4,15 @@ import os
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import COUNT, TEXT, or_none, read_json, read_metrics, read_text, write_json
+from aoe_jax.storage.files import (
+    COUNT,
+    TEXT,
+    or_none,
+    read_json,
+    read_metrics,
+    read_text,
+    write_json,
+)
 
 
 def test_json_is_replaced_whole(tmp_path):
@@ -40,7 +48,7 @@ def test_an_error_without_a_number(tmp_path, monkeypatch):
     def fail(path, at_most):
         raise FileNotFoundError("bucket/value.json")
 
-    monkeypatch.setattr("aoe_jax.json_files.read_regular", fail)
+    monkeypatch.setattr("aoe_jax.storage.files.read_regular", fail)
     for read in (read_json, lambda path: read_text(path, str(path), 9)):
         with pytest.raises(UserError, match=r"cannot be read \(bucket/value\.json\); name"):
             read(tmp_path / "value.json")

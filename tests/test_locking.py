@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from aoe_jax import locking
-from aoe_jax.locking import new_folder
+from aoe_jax.storage import locking
+from aoe_jax.storage.locking import new_folder
 
 
 def names(folder):

@@ -18,7 +18,7 @@ import pytest
 from gcsfs.retry import HttpError
 from moto.server import ThreadedMotoServer
 
-from aoe_jax import cli, faults, ownership, paths
+from aoe_jax import cli
 from aoe_jax.config.data import DataConfig
 from aoe_jax.data.preparation import Settings, check, prepare, repair
 from aoe_jax.data.token_store import TokenStore
@@ -26,8 +26,9 @@ from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats.writing import export
-from aoe_jax.ownership import is_own_file, owned, read_owner
-from aoe_jax.paths import Mirror, create, file_system, local_copy, move, parsed_path
+from aoe_jax.storage import lease, paths, retry
+from aoe_jax.storage.lease import is_own_file, owned, read_owner
+from aoe_jax.storage.paths import Mirror, create, file_system, local_copy, move, parsed_path
 from aoe_jax.supervise import Supervisor
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.run_folder import RunFolder, Start
@@ -145,7 +146,7 @@ def test_what_is_a_path():
 
 
 def test_what_must_be_on_a_disk():
-    prepare = "it must be on a disk; aoe_jax.data.prepare reads texts in a store"
+    prepare = "it must be on a disk; aoe_jax.prepare reads texts in a store"
     for changes, words in (
         ({"data__path": "gs://b/x"}, rf"config\.data\.path=gs://b/x: {prepare}"),
         ({"data__name": "text@gs://b/x", "data__path": None}, rf"name=gs://b/x: {prepare}"),
@@ -190,7 +191,7 @@ def test_files(folder, tmp_path):
 
 @in_both
 def test_one_owner(folder, monkeypatch):
-    monkeypatch.setattr(ownership, "STALE", 1.0)
+    monkeypatch.setattr(lease, "STALE", 1.0)
     with owned(folder, "workdir") as owner:
         owner.check()
         with pytest.raises(UserError, match="is in use by"), owned(folder, "workdir"):
@@ -236,11 +237,11 @@ def test_a_file_that_is_too_large(folder, monkeypatch):
 
 @pytest.mark.parametrize("failure", [401, 403, 502, 503])
 def test_a_store_that_fails_for_a_while(folder, store, monkeypatch, failure):
-    monkeypatch.setattr(faults, "retry_seconds", 30)
+    monkeypatch.setattr(retry, "retry_seconds", 30)
     monkeypatch.setattr(store, "failure", failure)
     failed, store.fails_until = store.failed, time.monotonic() + 3
     file = folder / str(failure)
-    assert faults.patiently("the file cannot be made", lambda: create(file, b"1"))
+    assert retry.patiently("the file cannot be made", lambda: create(file, b"1"))
     assert store.failed > failed
 
 
@@ -287,7 +288,7 @@ def test_a_server_that_cannot_be_reached(s3, monkeypatch):
     fsspec.filesystem("s3").clear_instance_cache()
     with pytest.raises(Exception, match="connect") as caught:
         create(parsed_path("s3://bucket/a", "--workdir", in_store=True), b"1")
-    assert faults.is_fault(caught.value)
+    assert retry.is_fault(caught.value)
 
 
 @in_both

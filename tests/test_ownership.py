@@ -12,17 +12,17 @@ import time
 
 import pytest
 
-from aoe_jax import faults, ownership
 from aoe_jax.errors import MachineFault, UserError
-from aoe_jax.ownership import RENEWED, owned, read_owner
+from aoe_jax.storage import lease, retry
+from aoe_jax.storage.lease import RENEWED, owned, read_owner
 from benchmarks.two_owners import on_a_host
 from tests.runs import ROOT
 
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
-    monkeypatch.setattr(ownership, "RENEW", 0.05)
-    monkeypatch.setattr(ownership, "STALE", 0.5)
+    monkeypatch.setattr(lease, "RENEW", 0.05)
+    monkeypatch.setattr(lease, "STALE", 0.5)
 
 
 def elsewhere(folder, number=1, **fields):
@@ -68,13 +68,13 @@ def test_a_folder_that_stays_empty_goes(tmp_path):
 
 def test_an_owner_that_has_ended_is_no_owner(tmp_path, monkeypatch, caplog):
     code = (
-        "import os, pathlib\nfrom aoe_jax.ownership import owned\n"
+        "import os, pathlib\nfrom aoe_jax.storage.lease import owned\n"
         f"with owned(pathlib.Path({str(tmp_path)!r}), 'x'): os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert read_owner(tmp_path)
     caplog.set_level("INFO")
-    monkeypatch.setattr(ownership, "STALE", 60.0)
+    monkeypatch.setattr(lease, "STALE", 60.0)
     started = time.monotonic()
     with owned(tmp_path, "workdir"):
         assert time.monotonic() - started < 30  # without waiting
@@ -85,20 +85,20 @@ def test_a_process_that_the_system_hides_may_live(tmp_path, monkeypatch):
     """As with hidepid, where /proc has no folders of other users' processes."""
     with owned(tmp_path, "workdir"):
         here = read_owner(tmp_path)
-    assert ownership._has_ended(here) is False
+    assert lease._has_ended(here) is False
 
     def hide(path):
         raise FileNotFoundError(path)
 
-    there = ownership._kernel()
-    monkeypatch.setattr(ownership, "_kernel", lambda: there)
-    monkeypatch.setattr(ownership.Path, "read_text", hide)
-    assert ownership._has_ended(here) is None
+    there = lease._kernel()
+    monkeypatch.setattr(lease, "_kernel", lambda: there)
+    monkeypatch.setattr(lease.Path, "read_text", hide)
+    assert lease._has_ended(here) is None
     ended = subprocess.Popen(["true"])
     ended.wait()
     for pid in (ended.pid, 2**62):
-        assert ownership._has_ended(here | {"pid": pid}) is True
-    assert ownership._has_ended(here | {"started": None}) is None
+        assert lease._has_ended(here | {"pid": pid}) is True
+    assert lease._has_ended(here | {"started": None}) is None
 
 
 def test_an_owner_on_another_host_that_lives(tmp_path):
@@ -142,9 +142,9 @@ def test_an_owner_on_another_host_that_is_silent(tmp_path, caplog):
 def test_a_disk_that_is_away_for_owner_and_others(tmp_path, monkeypatch):
     """The time in which neither can reach it does not count: the owner has not been silent."""
     elsewhere(tmp_path)
-    read, away = ownership.read_regular, threading.Event()
-    monkeypatch.setattr(ownership, "RENEW", 0.6)
-    monkeypatch.setattr(ownership, "STALE", 1.5)
+    read, away = lease.read_regular, threading.Event()
+    monkeypatch.setattr(lease, "RENEW", 0.6)
+    monkeypatch.setattr(lease, "STALE", 1.5)
 
     def read_if_there(*arguments):
         if away.is_set():
@@ -159,7 +159,7 @@ def test_a_disk_that_is_away_for_owner_and_others(tmp_path, monkeypatch):
         time.sleep(0.4)
         (tmp_path / RENEWED).write_text(json.dumps({"nonce": 7, "count": 2}))
 
-    monkeypatch.setattr(ownership, "read_regular", read_if_there)
+    monkeypatch.setattr(lease, "read_regular", read_if_there)
     thread = threading.Thread(target=renew)
     thread.start()
     with pytest.raises(UserError, match="is in use by"), owned(tmp_path, "workdir"):
@@ -169,13 +169,13 @@ def test_a_disk_that_is_away_for_owner_and_others(tmp_path, monkeypatch):
 
 def test_a_slow_disk_does_not_delay_a_takeover_for_ever(tmp_path, monkeypatch):
     elsewhere(tmp_path)
-    read = ownership.read_regular
+    read = lease.read_regular
 
     def slowly(*arguments):
         time.sleep(0.04)
         return read(*arguments)
 
-    monkeypatch.setattr(ownership, "read_regular", slowly)
+    monkeypatch.setattr(lease, "read_regular", slowly)
     started = time.monotonic()
     with owned(tmp_path, "workdir") as owner:
         owner.check()
@@ -209,7 +209,7 @@ def test_half_an_owner_file(tmp_path, content):
         {"time": "today"},
         {"time": 1e300},
         {"time": float("nan")},
-        {"kernel": ownership._kernel(), "pid": "\0"},
+        {"kernel": lease._kernel(), "pid": "\0"},
         {"host": "tpu-3\x1b[2J"},
         {"started": []},
     ],
@@ -237,8 +237,8 @@ def test_owner_files_that_are_no_small_files(tmp_path, name, make):
 
 
 def test_an_owner_file_that_is_listed_but_gone(tmp_path, monkeypatch):
-    monkeypatch.setattr(faults, "retry_seconds", 0.1)
-    monkeypatch.setattr(ownership, "_LATE_LOOKS", 2)
+    monkeypatch.setattr(retry, "retry_seconds", 0.1)
+    monkeypatch.setattr(lease, "_LATE_LOOKS", 2)
     (tmp_path / "owner_1.json").symlink_to(tmp_path / "gone")
     with (
         pytest.raises(MachineFault, match=r"owner_1.json is listed, but it is gone"),
@@ -273,7 +273,7 @@ def test_only_one_takes_over(tmp_path):
 
 def test_a_process_that_stops_between_its_look_and_its_claim(tmp_path, monkeypatch):
     """It has seen a silent owner; meanwhile another has taken over, and a third has begun anew."""
-    make, paused, goes_on = ownership.create, threading.Event(), threading.Event()
+    make, paused, goes_on = lease.create, threading.Event(), threading.Event()
 
     def create_late(path, content):
         if threading.current_thread() is late:
@@ -285,7 +285,7 @@ def test_a_process_that_stops_between_its_look_and_its_claim(tmp_path, monkeypat
         with pytest.raises(UserError, match="is in use by"), owned(tmp_path, "w", take_over=True):
             pass
 
-    monkeypatch.setattr(ownership, "create", create_late)
+    monkeypatch.setattr(lease, "create", create_late)
     late = threading.Thread(target=claim)
     elsewhere(tmp_path)
     late.start()
@@ -302,7 +302,7 @@ def test_a_process_that_stops_between_its_look_and_its_claim(tmp_path, monkeypat
 
 def test_an_owner_that_wakes_late_leaves_the_files_of_others(tmp_path):
     elsewhere(tmp_path, nonce=7)
-    silent = ownership.Owner(tmp_path, None, tmp_path / "owner_1.json", 7)
+    silent = lease.Owner(tmp_path, None, tmp_path / "owner_1.json", 7)
     with owned(tmp_path, "w", take_over=True):
         pass
     with owned(tmp_path, "w") as third:  # in a folder without an owner
@@ -312,7 +312,7 @@ def test_an_owner_that_wakes_late_leaves_the_files_of_others(tmp_path):
 
 
 def test_a_disk_that_is_no_longer_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(faults, "retry_seconds", 3.0)
+    monkeypatch.setattr(retry, "retry_seconds", 3.0)
     folder, aside = tmp_path / "disk" / "run", tmp_path / "aside"
     with owned(folder, "workdir") as owner:
         folder.parent.rename(aside)
@@ -328,12 +328,12 @@ def test_a_disk_that_is_no_longer_there(tmp_path, monkeypatch):
 ON_A_HOST = """
 import pathlib, sys, time
 folder = pathlib.Path(sys.argv[1])
-from aoe_jax import ownership
+from aoe_jax.storage import lease
 from aoe_jax.errors import UserError
-ownership.RENEW, ownership.STALE = 0.1, 2.0
+lease.RENEW, lease.STALE = 0.1, 2.0
 time.sleep(float(sys.argv[2]))
 try:
-    with ownership.owned(folder, "workdir") as owner:
+    with lease.owned(folder, "workdir") as owner:
         deadline = time.monotonic() + 30
         while not (folder / "refused").exists() and time.monotonic() < deadline:
             time.sleep(0.1)

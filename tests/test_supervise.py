@@ -14,7 +14,7 @@ import pytest
 
 from aoe_jax import supervise as supervise_module
 from aoe_jax.errors import MachineFault, UserError
-from aoe_jax.json_files import read_json
+from aoe_jax.storage.files import read_json
 from aoe_jax.supervise import Supervisor, _without, _workdir_of
 from tests.hasty import xla_flags
 from tests.runs import ROOT, dense_command, dense_run, same_end

@@ -15,9 +15,9 @@ from pathlib import Path
 import aoe_jax
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import InUse, UserError
-from aoe_jax.json_files import NUMBER, TEXT, read_json, write_json
-from aoe_jax.ownership import owned
 from aoe_jax.stopping import StopRequests, bound
+from aoe_jax.storage.files import NUMBER, TEXT, read_json, write_json
+from aoe_jax.storage.lease import owned
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def _progress(before, left, failed, seconds):
 def _describe():
     # JAX is asked in another process, because this one must not take the accelerator.
     ask = (
-        "import jax, json; from aoe_jax.hardware import machine; "
+        "import jax, json; from aoe_jax.planning.hardware import machine; "
         "print(json.dumps({'backend': jax.default_backend()} | machine()))"
     )
     answer = _output_of(sys.executable, "-c", ask)

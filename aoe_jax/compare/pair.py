@@ -20,7 +20,7 @@ from aoe_jax import cli
 from aoe_jax.compare.statistics import markdown_table, mean
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import read_regular
+from aoe_jax.storage.files import read_regular
 
 _RESULTS = flags.DEFINE_string("results", None, "a directory with runs.csv, such as results/small")
 _ARMS = flags.DEFINE_list(

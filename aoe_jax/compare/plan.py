@@ -15,9 +15,9 @@ from aoe_jax import cli
 from aoe_jax.compare.statistics import markdown_table
 from aoe_jax.compare.suite import Suite, load_suite, one_of
 from aoe_jax.config.checks import require_flag
-from aoe_jax.hardware import topology_devices
-from aoe_jax.json_files import write_json
-from aoe_jax.plan import plan
+from aoe_jax.planning.hardware import topology_devices
+from aoe_jax.planning.plan import plan
+from aoe_jax.storage.files import write_json
 
 log = logging.getLogger("aoe_jax.compare.plan")  # __name__ is __main__ on the command line
 

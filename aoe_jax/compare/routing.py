@@ -29,10 +29,19 @@ from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError, shown
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step
-from aoe_jax.json_files import COUNT, NUMBER, Kind, misfit, one_of, or_none, read_json, write_json
 from aoe_jax.load_figures import figures_of_layers
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.experts import single_expert
+from aoe_jax.storage.files import (
+    COUNT,
+    NUMBER,
+    Kind,
+    misfit,
+    one_of,
+    or_none,
+    read_json,
+    write_json,
+)
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.workdir import check_data
 

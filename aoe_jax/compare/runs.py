@@ -13,7 +13,7 @@ from pathlib import Path
 from aoe_jax.compare.jobs import Job, Machine, beside, read_outcome
 from aoe_jax.compare.suite import TUNING_SEED, Run, Suite
 from aoe_jax.errors import DivergedError, UserError
-from aoe_jax.json_files import COUNT, NUMBER, Kind, or_none, read_json, write_json
+from aoe_jax.storage.files import COUNT, NUMBER, Kind, or_none, read_json, write_json
 from aoe_jax.training.workdir import check_workdir, read_identities, read_run_config
 
 _NUMBERS = Kind(

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from aoe_jax.config.checks import Group, require, setting
 from aoe_jax.errors import UserError, shown
-from aoe_jax.paths import is_remote, named_path
+from aoe_jax.storage.paths import is_remote, named_path
 
 # Fraction alone would compute 10**EXPONENT for any exponent.
 _WEIGHT = re.compile(r"[0-9]{0,30}\.?[0-9]{0,30}([eE][+-]?[0-9]{1,2})?|[0-9]{1,99}/[0-9]{1,99}")
@@ -151,6 +151,6 @@ def _absolute(path, name, in_store=False):
     except UserError as e:
         if in_store or name == "cache" or "://" not in path:
             raise
-        wanted = "aoe_jax.data.prepare reads texts in a store, and data.name=prepared its output"
+        wanted = "aoe_jax.prepare reads texts in a store, and data.name=prepared its output"
         raise UserError(f"{e}; {wanted}") from e
     return os.fspath(parsed) if is_remote(parsed) else os.path.abspath(parsed)

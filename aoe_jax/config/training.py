@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from aoe_jax.config.checks import Group, setting
-from aoe_jax.paths import is_remote, named_path
+from aoe_jax.storage.paths import is_remote, named_path
 
 
 @dataclass(frozen=True)

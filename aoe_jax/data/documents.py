@@ -14,9 +14,9 @@ import pyarrow
 import pyarrow.parquet
 
 from aoe_jax.errors import UserError, shown
-from aoe_jax.faults import patiently_if_allowed, refusing
-from aoe_jax.json_files import open_regular
-from aoe_jax.paths import file_system, find, is_remote, parsed_path
+from aoe_jax.storage.files import open_regular
+from aoe_jax.storage.paths import file_system, find, is_remote, parsed_path
+from aoe_jax.storage.retry import patiently_if_allowed, refusing
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PARQUET = ".parquet"

@@ -11,7 +11,7 @@ import numpy as np
 from aoe_jax.config.checks import require
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.errors import UserError, shown
-from aoe_jax.json_files import COUNT
+from aoe_jax.storage.files import COUNT
 
 # Grain's defaults, 16 threads and 500 elements, are meant for slow disks and single examples.
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)

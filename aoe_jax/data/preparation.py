@@ -45,10 +45,10 @@ from aoe_jax.data.tokenizer import (
 )
 from aoe_jax.data.workers import work_through
 from aoe_jax.errors import Failure, MachineFault, UserError
-from aoe_jax.faults import is_fault, patiently_if_allowed, reason
-from aoe_jax.json_files import COUNT, NUMBER, TEXT, Kind, read_json, write_json
-from aoe_jax.ownership import is_own_file, owned
-from aoe_jax.paths import is_remote, put, remove_folder, size_and_version
+from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, read_json, write_json
+from aoe_jax.storage.lease import is_own_file, owned
+from aoe_jax.storage.paths import is_remote, put, remove_folder, size_and_version
+from aoe_jax.storage.retry import is_fault, patiently_if_allowed, reason
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from aoe_jax.data import SPLITS
 from aoe_jax.data.tokenizer import Tokenizer, pieces, saved_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.faults import is_fault, patiently, patiently_if_allowed
-from aoe_jax.json_files import (
+from aoe_jax.storage.files import (
     COUNT,
     TEXT,
     matching,
@@ -32,11 +31,12 @@ from aoe_jax.json_files import (
     sync,
     write_json,
 )
-from aoe_jax.locking import exclusive, partial_path
-from aoe_jax.paths import file_system, is_remote
+from aoe_jax.storage.locking import exclusive, partial_path
+from aoe_jax.storage.paths import file_system, is_remote
+from aoe_jax.storage.retry import is_fault, patiently, patiently_if_allowed
 
 FORMAT_VERSION = 2
-PLAN_FILE = "plan.json"  # in a store of `aoe_jax.data.prepare`: how it follows from the input
+PLAN_FILE = "plan.json"  # in a store of `aoe_jax.prepare`: how it follows from the input
 RECORD_TOKENS = 4096
 RECORDS_PER_SHARD = 32768  # 256 MiB of uint16 tokens before compression
 _BATCH_CHARACTERS = 2**21
@@ -191,7 +191,7 @@ def read_manifest(directory: Path) -> dict:
         if (directory / PLAN_FILE).exists():
             raise UserError(
                 f"token store {str(directory)!r}: it is not finished; repeat the command `python "
-                "-m aoe_jax.data.prepare` that began it"
+                "-m aoe_jax.prepare` that began it"
             )
         raise _damaged(directory, "manifest.json is missing")
     manifest = read_json(path, _cure(directory), _MANIFEST, _MANIFEST_BYTES)
@@ -212,7 +212,7 @@ def file_sha256(path: Path) -> str:
 
 def _cure(directory: Path) -> str:
     if (directory / PLAN_FILE).exists():
-        command = f"python -m aoe_jax.data.prepare --repair --output={directory}"
+        command = f"python -m aoe_jax.prepare --repair --output={directory}"
         return f"`{command}` writes damaged shards again"
     return "delete this folder to have it built again"
 

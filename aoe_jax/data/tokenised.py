@@ -32,9 +32,9 @@ from aoe_jax.data.tokenizer import (
     train_tokenizer,
 )
 from aoe_jax.errors import UserError
-from aoe_jax.faults import patiently_if_allowed
-from aoe_jax.locking import exclusive, new_folder
-from aoe_jax.paths import is_remote, parsed_path
+from aoe_jax.storage.locking import exclusive, new_folder
+from aoe_jax.storage.paths import is_remote, parsed_path
+from aoe_jax.storage.retry import patiently_if_allowed
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: in
         if not (directory / "manifest.json").is_file():
             raise UserError(
                 f"data.name: 'prepared' names {directory}, which is no token store; correct the "
-                "path, mount its disk, or make one with `python -m aoe_jax.data.prepare`"
+                "path, mount its disk, or make one with `python -m aoe_jax.prepare`"
             )
         hashes[str(directory)] = read_manifest(directory)["tokenizer_sha256"]
     if len(set(hashes.values())) > 1:

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 
-from aoe_jax import faults
 from aoe_jax.errors import Failure, UserError
-from aoe_jax.faults import patiently_if_allowed
+from aoe_jax.storage import retry
+from aoe_jax.storage.retry import patiently_if_allowed
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def work_through(
 
     def start() -> Connection:
         ours, theirs = _spawning.Pipe()
-        args = theirs, set_up, arguments, faults.retry_seconds
+        args = theirs, set_up, arguments, retry.retry_seconds
         process = _spawning.Process(target=_work, args=args, daemon=True)
         process.start()
         theirs.close()  # so that `ours` is at its end when the process dies
@@ -90,7 +90,7 @@ def _end_of(process: multiprocessing.Process) -> str:
 
 
 def _work(connection: Connection, set_up: Callable, arguments: Sequence, retry_seconds: float):
-    faults.retry_seconds = retry_seconds
+    retry.retry_seconds = retry_seconds
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     do = None
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone

@@ -26,9 +26,9 @@ from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
 from aoe_jax.evaluation.run import TextTokens, read_text, write_report
 from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
 from aoe_jax.moe.scoring import SCORES
-from aoe_jax.ownership import make_folder
 from aoe_jax.parameters import EXPERTS
-from aoe_jax.paths import parsed_path
+from aoe_jax.storage.lease import make_folder
+from aoe_jax.storage.paths import parsed_path
 
 log = logging.getLogger(__name__)
 

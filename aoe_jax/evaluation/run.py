@@ -9,17 +9,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aoe_jax import json_files
-from aoe_jax.counts import log_run
 from aoe_jax.data.documents import DOCUMENT_BYTES
 from aoe_jax.data.tokenizer import pieces
 from aoe_jax.errors import DivergedError, UserError
 from aoe_jax.evaluation.load import draw_loads, load_statistics, load_table
 from aoe_jax.evaluation.models import Model, check_split, corpus_of, load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
-from aoe_jax.faults import Tolerated
-from aoe_jax.ownership import write_or_refuse
-from aoe_jax.paths import parsed_path
+from aoe_jax.planning.counts import log_run
+from aoe_jax.storage import files
+from aoe_jax.storage.lease import write_or_refuse
+from aoe_jax.storage.paths import parsed_path
+from aoe_jax.storage.retry import Tolerated
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def _report(model, stores, document_mask, name, about, file, picture):
             with Tolerated(picture):
                 content = io.BytesIO()
                 draw_loads({title: statistics}).savefig(content, dpi=150)
-                json_files.write_whole(file.with_name(picture), content.getvalue())
+                files.write_whole(file.with_name(picture), content.getvalue())
                 log.info("wrote %s", file.with_name(picture))
     return report
 
@@ -105,7 +105,7 @@ def write_report(file: Path, report: dict, flag):
     """Writes a report. Raises `UserError`, which names the `flag` of its folder, if the folder is
     read-only, and `MachineFault` if its disk fails.
     """
-    write_or_refuse(file.parent, flag, lambda: json_files.write_json(file, report))
+    write_or_refuse(file.parent, flag, lambda: files.write_json(file, report))
     log.info("wrote %s", file)
 
 
@@ -139,7 +139,7 @@ class TextTokens:
 
 def read_text(path: Path):
     """The text of a file. Raises `UserError` if it cannot be read, is not UTF-8, or is empty."""
-    text = json_files.read_text(path, f"--text={path}:", DOCUMENT_BYTES)
+    text = files.read_text(path, f"--text={path}:", DOCUMENT_BYTES)
     if not text.strip():
         raise UserError(f"--text={path}: is empty; name a file with text")
     return text

@@ -31,8 +31,8 @@ from aoe_jax.evaluation.harness import HarnessModel
 from aoe_jax.evaluation.models import check_split, load_model
 from aoe_jax.evaluation.run import write_report
 from aoe_jax.evaluation.speeches import SPEECH_TASKS, speech_task
-from aoe_jax.json_files import read_json
 from aoe_jax.model.decoding import check_decodes
+from aoe_jax.storage.files import read_json
 
 log = logging.getLogger(__name__)
 logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, shown
 from aoe_jax.formats.architectures import ARCHITECTURES, NOT_IMPLEMENTED, OWN
-from aoe_jax.json_files import COUNT, NUMBER
+from aoe_jax.storage.files import COUNT, NUMBER
 
 log = logging.getLogger(__name__)
 

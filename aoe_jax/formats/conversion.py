@@ -20,8 +20,8 @@ from aoe_jax.formats.reading import ModelReader, parameter_shapes, read_config, 
 from aoe_jax.formats.scoring_neurons import agreement, in_front, observed_choices, telling_neurons
 from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_model, write_run
-from aoe_jax.json_files import write_json
 from aoe_jax.moe.routing import TopK
+from aoe_jax.storage.files import write_json
 
 log = logging.getLogger(__name__)
 

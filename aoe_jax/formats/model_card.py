@@ -5,10 +5,10 @@ from pathlib import Path
 from tabulate import tabulate
 
 from aoe_jax.config.run import Config
-from aoe_jax.counts import parameter_counts
 from aoe_jax.formats.architectures import OWN
 from aoe_jax.formats.configs import computed_fields
-from aoe_jax.json_files import COUNT, TEXT, or_none, read_json
+from aoe_jax.planning.counts import parameter_counts
+from aoe_jax.storage.files import COUNT, TEXT, or_none, read_json
 
 _FIGURES = ("nll", "perplexity", "bits_per_byte")
 _REPORTS = {

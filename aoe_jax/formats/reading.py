@@ -18,14 +18,14 @@ from aoe_jax.config.run import Config
 from aoe_jax.config.training import TrainConfig
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError, naming, shown
-from aoe_jax.faults import patiently_if_allowed
 from aoe_jax.formats.architectures import find_layouts
 from aoe_jax.formats.configs import computed_fields, differences, from_json
 from aoe_jax.formats.tensor_files import stored_tensors
-from aoe_jax.json_files import COUNT, or_none, read_json
 from aoe_jax.model.declared import state_shardings
 from aoe_jax.model.decoder import initial_params
 from aoe_jax.sharding import replicated
+from aoe_jax.storage.files import COUNT, or_none, read_json
+from aoe_jax.storage.retry import patiently_if_allowed
 
 log = logging.getLogger(__name__)
 

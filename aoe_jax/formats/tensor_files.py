@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from aoe_jax.errors import UserError, shown
-from aoe_jax.faults import patiently_if_allowed
-from aoe_jax.json_files import matching, open_regular, read_json, write_json
+from aoe_jax.storage.files import matching, open_regular, read_json, write_json
+from aoe_jax.storage.retry import patiently_if_allowed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2_000_000_000

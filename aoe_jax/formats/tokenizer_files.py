@@ -9,7 +9,7 @@ import tokenizers
 
 from aoe_jax.data.tokenizer import SentencePieceTokenizer, load_tokenizer, saved_tokenizer
 from aoe_jax.formats.reading import is_model
-from aoe_jax.json_files import read_json, write_json
+from aoe_jax.storage.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 

@@ -44,8 +44,8 @@ from aoe_jax.formats.reading import ModelReader, is_model, is_of_run, parameter_
 from aoe_jax.formats.scoring_neurons import in_front
 from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_model, write_run
-from aoe_jax.json_files import write_json
 from aoe_jax.moe.routing import TopK
+from aoe_jax.storage.files import write_json
 
 _EXPERTS = "layers/experts/"
 _NEURONS = {"w_gate": 1, "w_up": 1, "w_down": 0}  # the axis of neurons in a dense layer

@@ -18,16 +18,16 @@ from tqdm import tqdm
 from aoe_jax.config.run import Config
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.evaluation.models import load_model
-from aoe_jax.faults import is_fault_of_write, patiently, reason
 from aoe_jax.formats.architectures import find_layouts
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.model_card import training, write_card
 from aoe_jax.formats.reading import RUN_FILE, is_of_run
 from aoe_jax.formats.tensor_files import write_tensors
 from aoe_jax.formats.tokenizer_files import write_tokenizer
-from aoe_jax.json_files import sync, write_json
 from aoe_jax.parameters import STACKS
-from aoe_jax.paths import Mirror, is_remote
+from aoe_jax.storage.files import sync, write_json
+from aoe_jax.storage.paths import Mirror, is_remote
+from aoe_jax.storage.retry import is_fault_of_write, patiently, reason
 from aoe_jax.training.workdir import read_run_config
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from aoe_jax.hardware import target_device
 from aoe_jax.moe.grouped_matmul import grouped_matmul
+from aoe_jax.sharding import target_device
 
 # `model.remat="experts"` keeps what bears this name for the backward pass: per row `x W_up`, and of
 # the gate `x W_gate` or AoE's low-rank activation. All else from dispatch to combine is recomputed.

@@ -116,23 +116,11 @@ _PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which figures depend
 
 
-def target_device():
-    """The device that programs are traced for: that of the mesh in context, else the first of this
-    process. It is a `Device`, or an `AbstractDevice`, which has a platform and a name only.
-    """
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-
-
 def count_chips(devices):
     """The number of chips; TPU devices with the same coordinates are one chip."""
     if devices[0].platform != "tpu":
         return len(devices)
     return len({(getattr(d, "slice_index", None), *d.coords) for d in devices})
-
-
-def count_slices(devices):
-    """The number of slices that devices belong to; 1 where they name none."""
-    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def chip_part(generation, devices):

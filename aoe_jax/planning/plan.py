@@ -3,7 +3,7 @@
 How the figures are computed:
 
 - Memory is the compiler's: arguments (state and batch), results and temporary memory, per device.
-- FLOPs and memory traffic are those of the optimised program, see `aoe_jax/costs.py`.
+- FLOPs and memory traffic are those of the optimised program, see `aoe_jax/planning/costs.py`.
 - Collectives are those of the program before compilation, where all are explicit except sums of a
   few scalars and of the gradients of norm scales. Bytes are what a device receives in a step, by
   the usual ring algorithms. The collectives of the optimised program are listed, too, with the
@@ -28,14 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from aoe_jax import sharding
-from aoe_jax.communication import collectives
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.costs import KERNEL_COSTS, Program, likely_seconds, scope
-from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import chip_part, compiling_for, count_slices, slice_shape
-from aoe_jax.hlo import compile_and_read
+from aoe_jax.planning.communication import collectives
+from aoe_jax.planning.costs import KERNEL_COSTS, Program, likely_seconds, scope
+from aoe_jax.planning.counts import parameter_counts, training_flops_per_token
+from aoe_jax.planning.hardware import chip_part, compiling_for, slice_shape
+from aoe_jax.planning.hlo import compile_and_read
 from aoe_jax.training.step import init_state, train_step_on, training_loss
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
             found.append({"kind": kind, "axes": list(axes), "count": count, "bytes": size})
             received[kind] += size
     across = 0.0  # slices are along the outermost axis, data
-    if count_slices(devices) > 1:
+    if sharding.count_slices(devices) > 1:
         across = sum(entry["bytes"] for entry in found if "data" in entry["axes"])
     within = received.total() - across
     if likely and across:  # the program counts it at the speed within a slice

@@ -16,11 +16,11 @@ from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.model_card import made_of, write_card
 from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_arrays, write_run
-from aoe_jax.json_files import write_json
 from aoe_jax.load_figures import load_entropy
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.pruning.merging import METHODS, pruned_params
 from aoe_jax.pruning.moments import merged_scores, score_moments
+from aoe_jax.storage.files import write_json
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aoe_jax.errors import UserError, shown
-from aoe_jax.faults import patiently, patiently_if_allowed, reason, refusing
-from aoe_jax.paths import file_system, is_remote
+from aoe_jax.storage.paths import file_system, is_remote
+from aoe_jax.storage.retry import patiently, patiently_if_allowed, reason, refusing
 
 _BYTES = 2**24  # the largest JSON file, by default; parsed it takes 25x the memory
 _LINE_BYTES = 2**22  # the longest line of metrics

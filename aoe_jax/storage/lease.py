@@ -26,12 +26,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from aoe_jax import faults
 from aoe_jax.errors import Failure, InUse, MachineFault, UserError
-from aoe_jax.faults import SECOND_LOOK, Tolerated, is_fault, is_fault_of_write, patiently, reason
-from aoe_jax.json_files import COUNT, Kind, matching, misfit, or_none, read_regular, write_json
-from aoe_jax.locking import kernel
-from aoe_jax.paths import create, is_remote
+from aoe_jax.storage import retry
+from aoe_jax.storage.files import COUNT, Kind, matching, misfit, or_none, read_regular, write_json
+from aoe_jax.storage.locking import kernel
+from aoe_jax.storage.paths import create, is_remote
+from aoe_jax.storage.retry import (
+    SECOND_LOOK,
+    Tolerated,
+    is_fault,
+    is_fault_of_write,
+    patiently,
+    reason,
+)
 
 log = logging.getLogger(__name__)
 
@@ -280,12 +287,12 @@ def _wait_until_stale(folder, flag, other, seconds):
 
     before, deadline = state(), time.monotonic() + seconds
     while time.monotonic() < deadline:
-        faults.paused_at = time.monotonic()  # this is no hang
+        retry.paused_at = time.monotonic()  # this is no hang
         time.sleep(min(1, seconds / 20))
-        paused_at, asked = faults.paused_at, time.monotonic()
+        paused_at, asked = retry.paused_at, time.monotonic()
         now, answered = state(), time.monotonic()
         deadline += answered - asked
-        if faults.paused_at != paused_at:  # the disk was away, for the owner too
+        if retry.paused_at != paused_at:  # the disk was away, for the owner too
             deadline = max(deadline, answered + 2 * RENEW)
         if now != before:
             if now[0] == other:

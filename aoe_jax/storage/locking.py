@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aoe_jax.errors import UserError
-from aoe_jax.faults import is_fault_of_write, patiently
+from aoe_jax.storage.retry import is_fault_of_write, patiently
 
 _ABANDONED = 24 * 3600.0  # seconds without a write after which another host has given up
 

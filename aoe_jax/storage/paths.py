@@ -16,8 +16,8 @@ from pathlib import Path
 from etils import epath
 
 from aoe_jax.errors import UserError
-from aoe_jax.faults import patiently_if_allowed
-from aoe_jax.locking import exclusive, new_folder
+from aoe_jax.storage.locking import exclusive, new_folder
+from aoe_jax.storage.retry import patiently_if_allowed
 
 STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that reads it
 FILE_BYTES = 2**27  # the largest tokenizer's file; the largest on the hub have 35 MB

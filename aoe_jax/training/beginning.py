@@ -6,14 +6,14 @@ import time
 
 import jax
 
-from aoe_jax.counts import log_run
 from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.distributed import agree, gathered, see_the_same, together
 from aoe_jax.errors import UserError
-from aoe_jax.faults import patiently, twice
-from aoe_jax.json_files import read_json
+from aoe_jax.planning.counts import log_run
 from aoe_jax.sharding import batch_sharding, put_batch, rows_of_process
+from aoe_jax.storage.files import read_json
+from aoe_jax.storage.retry import patiently, twice
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.local_copies import LocalCopies
 from aoe_jax.training.profile import traced_of_run

@@ -12,12 +12,12 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from aoe_jax import faults
 from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.distributed import all_agree, gathered, together
 from aoe_jax.errors import MachineFault, UserError
-from aoe_jax.json_files import read_metrics
-from aoe_jax.paths import is_remote, move, unused
+from aoe_jax.storage import retry
+from aoe_jax.storage.files import read_metrics
+from aoe_jax.storage.paths import is_remote, move, unused
 from aoe_jax.training.checkpoint_content import PROGRESS, Damaged, beside_arrays, read_checkpoint
 from aoe_jax.training.save_barrier import SaveBarrier
 
@@ -68,7 +68,7 @@ class Checkpoints:
         self._failed = False  # whether the newest save left no complete checkpoint
         self._looked_at = None  # the step whose save `has_failed` has found ended
         metrics = workdir / "metrics.jsonl"
-        faults.patiently(f"{metrics} cannot be read", lambda: self._read_figures(metrics))
+        retry.patiently(f"{metrics} cannot be read", lambda: self._read_figures(metrics))
         if config is not None:
             self.open(config, max(self.steps(), default=0))
 
@@ -93,9 +93,9 @@ class Checkpoints:
     def _open(self):
         with together():
             if jax.process_index() == 0:
-                faults.patiently(f"{self.directory} cannot be made", self._make_folder)
+                retry.patiently(f"{self.directory} cannot be made", self._make_folder)
                 problem = f"an unfinished save in {self.directory} cannot be deleted"
-                faults.patiently(problem, self._delete_half_saves)
+                retry.patiently(problem, self._delete_half_saves)
         alone = jax.process_count() == 1
         saving = ocp.AsyncOptions(
             timeout_secs=int(self._config.timeout),
@@ -107,7 +107,7 @@ class Checkpoints:
             create=False, save_root_metadata=False, preservation_policy=self, async_options=saving
         )
         with together():
-            manager = faults.patiently(
+            manager = retry.patiently(
                 f"{self.directory} cannot be opened",
                 lambda: _Manager(self.directory, options=options),
             )
@@ -145,7 +145,7 @@ class Checkpoints:
 
     def steps(self):
         """Sorted steps of complete checkpoints; raises `UserError` if their folder is a file."""
-        return sorted(faults.patiently(f"{self.directory} cannot be read", self._complete_steps))
+        return sorted(retry.patiently(f"{self.directory} cannot be read", self._complete_steps))
 
     def _complete_steps(self):
         if not self.directory.exists():
@@ -192,13 +192,13 @@ class Checkpoints:
 
         `data_state` is the JSON-ready position in the data, the same in every process. With `wait`,
         or if the save before this one failed, it returns when this one has succeeded. Raises
-        `MachineFault` if nothing could be saved for `faults.retry_seconds`.
+        `MachineFault` if nothing could be saved for `retry.retry_seconds`.
         """
         wait = not self.finish() or wait
         state = vars(state)
         run = beside_arrays(state, data_state, dataclasses.asdict(progress))
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
-        for pause in faults.pauses():
+        for pause in retry.pauses():
             if self._manager is None:
                 self._open()
                 if self._is_complete(step):
@@ -220,7 +220,7 @@ class Checkpoints:
             if not all_agree(pause is not None):
                 raise MachineFault(
                     f"checkpoint {self._path(step)} cannot be saved ({self._why()}); it was tried "
-                    f"for {faults.retry_seconds:g} s"
+                    f"for {retry.retry_seconds:g} s"
                 )
             time.sleep(pause)
 
@@ -266,15 +266,15 @@ class Checkpoints:
                 self._manager.close()
                 self._manager = None
             except Exception as e:  # Orbax raises one error at a time
-                if not isinstance(e, OSError) and not faults.is_fault(e):
+                if not isinstance(e, OSError) and not retry.is_fault(e):
                     raise
-                log.warning("in the save that failed: %s", faults.reason(e))
+                log.warning("in the save that failed: %s", retry.reason(e))
 
     def _is_complete(self, step):
         is_there, what = False, f"{self._path(step)} cannot be read"
         with together(), contextlib.suppress(OSError):
             if jax.process_index() == 0:  # which gives a complete checkpoint its name
-                is_there = faults.patiently(what, lambda: self._is_there(step))
+                is_there = retry.patiently(what, lambda: self._is_there(step))
         return bool(gathered(is_there)[0])
 
     def _is_there(self, step):
@@ -287,13 +287,13 @@ class Checkpoints:
             yield
         except Exception as e:  # of Orbax, tensorstore, JAX and clients of stores
             # The folder of the checkpoints was there: its disk may be away.
-            if not faults.is_fault(e) and not isinstance(e, FileNotFoundError):
+            if not retry.is_fault(e) and not isinstance(e, FileNotFoundError):
                 raise
             self._problem = self._problem or e
 
     def _why(self):
         if self._problem:
-            return faults.reason(self._problem)
+            return retry.reason(self._problem)
         return "another process failed, or the workdir is gone or was taken over"
 
     def has_failed(self):
@@ -338,7 +338,7 @@ class Checkpoints:
                 looked = time.monotonic()
                 with together():
                     check_place()
-                was_there = all_agree(time.monotonic() - looked < faults.SECOND_LOOK / 4)
+                was_there = all_agree(time.monotonic() - looked < retry.SECOND_LOOK / 4)
                 if not was_there and step != looked_again:
                     looked_again = step
                     continue

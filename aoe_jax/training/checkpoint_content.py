@@ -8,11 +8,11 @@ from functools import partial
 import jax
 import orbax.checkpoint as ocp
 
-from aoe_jax import faults
 from aoe_jax.distributed import all_agree, together
 from aoe_jax.errors import Failure, UserError
-from aoe_jax.json_files import COUNT, NUMBER, TEXT, Kind, misfit, or_none, read_regular
-from aoe_jax.paths import is_remote
+from aoe_jax.storage import retry
+from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, misfit, or_none, read_regular
+from aoe_jax.storage.paths import is_remote
 from aoe_jax.training.fingerprints import by_path, fingerprints
 
 _RUN_BYTES = 2**24  # the largest file beside the state
@@ -72,8 +72,8 @@ def read_checkpoint(path, wanted):
     damage = None
     with together():
         try:
-            read = partial(faults.twice, lambda: _read_alone(path, wanted), Damaged)
-            arrays, run = faults.patiently(f"checkpoint {path} cannot be read", read)
+            read = partial(retry.twice, lambda: _read_alone(path, wanted), Damaged)
+            arrays, run = retry.patiently(f"checkpoint {path} cannot be read", read)
         except Damaged as e:
             damage = e
     if not all_agree(damage is None):
@@ -121,9 +121,9 @@ def _read_alone(path, wanted):
         raise
     except Exception as e:  # Orbax, tensorstore and the file system raise exceptions of their own
         is_of_program = isinstance(e, TypeError | AttributeError | jax.errors.JaxRuntimeError)
-        if faults.is_fault(e) or faults.fills_device(e) or is_of_program:
+        if retry.is_fault(e) or retry.fills_device(e) or is_of_program:
             raise
-        raise Damaged(faults.reason(e)) from e
+        raise Damaged(retry.reason(e)) from e
 
 
 def _irregular(folder):

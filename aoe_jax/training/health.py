@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from aoe_jax import faults
 from aoe_jax.errors import DivergedError
-from aoe_jax.json_files import write_json
 from aoe_jax.load_figures import dead_experts
-from aoe_jax.paths import is_remote
+from aoe_jax.storage import retry
+from aoe_jax.storage.files import write_json
+from aoe_jax.storage.paths import is_remote
 
 log = logging.getLogger(__name__)
 
@@ -102,14 +102,14 @@ class Heartbeat:
     moved: float = -math.inf  # the time of the newest call, on the monotonic clock
     slowest: float = 0.0  # seconds of the longest of the newest steps
     _written: float = -math.inf
-    _tolerated: faults.Tolerated = field(default_factory=lambda: faults.Tolerated("heartbeat.json"))
+    _tolerated: retry.Tolerated = field(default_factory=lambda: retry.Tolerated("heartbeat.json"))
 
     def beat(self, status, step=None):
         """Notes a status (preparing, restoring, compiling, training, validating, saving; at the end
         finished, preempted, interrupted, diverged or failed) and, if it has changed, the step.
         """
         self.step = self.step if step is None else step
-        now, moved = time.monotonic(), max(self.moved, faults.paused_at)
+        now, moved = time.monotonic(), max(self.moved, retry.paused_at)
         before, self.status, self.moved = self.status, status, now
         if before == "training":
             self.slowest = max(0.9 * self.slowest, now - moved)
@@ -130,11 +130,11 @@ class Heartbeat:
         """Notes the end of a run, by which its supervisor recognises it; repeated after faults, and
         while the workdir is not in place.
         """
-        for pause in faults.pauses():
+        for pause in retry.pauses():
             self._written = -math.inf
             self.beat("finished", step)
             error, is_written = self._tolerated.error, self._written > -math.inf
-            is_hopeless = error is not None and not faults.is_fault(error)
+            is_hopeless = error is not None and not retry.is_fault(error)
             if (error is None and is_written) or is_hopeless or pause is None:
                 return
             time.sleep(pause)

@@ -23,9 +23,9 @@ import numpy as np
 
 from aoe_jax.config.run import Config
 from aoe_jax.distributed import gathered, together
-from aoe_jax.faults import reason
-from aoe_jax.json_files import COUNT, misfit
-from aoe_jax.paths import is_remote
+from aoe_jax.storage.files import COUNT, misfit
+from aoe_jax.storage.paths import is_remote
+from aoe_jax.storage.retry import reason
 from aoe_jax.training.checkpoint import Progress
 from aoe_jax.training.checkpoint_content import PROGRESS
 from aoe_jax.training.fingerprints import by_path

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 
 from aoe_jax import sharding
 from aoe_jax.config.run import Config
-from aoe_jax.counts import parameter_counts
 from aoe_jax.distributed import all_agree, together
 from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped, UserError
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
-from aoe_jax.faults import Tolerated, patiently
-from aoe_jax.json_files import write_json
 from aoe_jax.model.decoder import Decoder
+from aoe_jax.planning.counts import parameter_counts
 from aoe_jax.stopping import StopRequests
+from aoe_jax.storage.files import write_json
+from aoe_jax.storage.retry import Tolerated, patiently
 from aoe_jax.training.bar import Bar
 from aoe_jax.training.beginning import Beginning
 from aoe_jax.training.checkpoint import check_store

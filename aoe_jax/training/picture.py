@@ -9,7 +9,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from aoe_jax.json_files import read_metrics, write_whole
+from aoe_jax.storage.files import read_metrics, write_whole
 
 _LATE = 0.05  # the panel shows all losses after this share of the steps, not the steep beginning
 _MAX_LEGEND = 8  # layers that a legend names; for more, a bar shows the colours

@@ -10,9 +10,9 @@ import jax
 
 from aoe_jax.distributed import see_the_same, together
 from aoe_jax.errors import MachineFault
-from aoe_jax.faults import patiently
-from aoe_jax.ownership import lost, owned, place, read_owner, write_or_refuse
-from aoe_jax.paths import Mirror, is_remote
+from aoe_jax.storage.lease import lost, owned, place, read_owner, write_or_refuse
+from aoe_jax.storage.paths import Mirror, is_remote
+from aoe_jax.storage.retry import patiently
 from aoe_jax.training.workdir import set_aside
 
 

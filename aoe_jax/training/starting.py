@@ -11,12 +11,12 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.distributed import together
 from aoe_jax.errors import UserError
-from aoe_jax.faults import is_fault
 from aoe_jax.formats.configs import computed_fields, differences
 from aoe_jax.formats.reading import load_params, read_config
-from aoe_jax.json_files import read_json
 from aoe_jax.model.decoder import initial_routing_state
-from aoe_jax.paths import FILE_BYTES, local_copy, parsed_path
+from aoe_jax.storage.files import read_json
+from aoe_jax.storage.paths import FILE_BYTES, local_copy, parsed_path
+from aoe_jax.storage.retry import is_fault
 from aoe_jax.training.step import TrainState, first_state
 
 log = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from aoe_jax.config.run import Config
-from aoe_jax.counts import training_flops_per_token
-from aoe_jax.faults import Tolerated
-from aoe_jax.hardware import peak_flops_per_device
 from aoe_jax.load_figures import figures_of_layers, load_spread
+from aoe_jax.planning.counts import training_flops_per_token
+from aoe_jax.planning.hardware import peak_flops_per_device
+from aoe_jax.storage.retry import Tolerated
 from aoe_jax.training.bar import Bar
 from aoe_jax.training.memory import device_memory, host_memory, program_memory
 from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb
@@ -99,7 +99,9 @@ class Telemetry:
         self._peak = peak_flops_per_device(jax.devices())
         if self._peak is None:
             kind = jax.devices()[0].device_kind
-            log.info("no MFU: the peak of %r is unknown, see aoe_jax.hardware.PEAK_FLOPS", kind)
+            log.info(
+                "no MFU: the peak of %r is unknown, see aoe_jax.planning.hardware.PEAK_FLOPS", kind
+            )
         self._seconds = Counter()  # seconds of the run by clock; `compute` up to the newest line
         self._start_step = self._line_step = start_step
         self._line_time, self._line_seconds = time.perf_counter(), Counter()

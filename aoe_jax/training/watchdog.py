@@ -12,10 +12,10 @@ import time
 
 import jax
 
-from aoe_jax import faults
 from aoe_jax.errors import Hang, Preempted
-from aoe_jax.json_files import write_json
 from aoe_jax.stopping import StopRequests, interruptibly
+from aoe_jax.storage import retry
+from aoe_jax.storage.files import write_json
 from aoe_jax.training.health import Heartbeat
 from aoe_jax.training.run_folder import RunFolder
 
@@ -58,7 +58,7 @@ class Watchdog:
         while not self._ended.wait(0.2):
             heartbeat, term = self._heartbeat, self._stop.terminated
             # A wait for a disk ends by itself.
-            now, moved = time.monotonic(), max(heartbeat.moved, faults.paused_at)
+            now, moved = time.monotonic(), max(heartbeat.moved, retry.paused_at)
             if self._timeout and heartbeat.status not in _UNLIMITED and now > moved + self._timeout:
                 self._end_hang(now - moved)
             if term is not None and heartbeat.status != "saving":

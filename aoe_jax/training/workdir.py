@@ -10,7 +10,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
 from aoe_jax.errors import UserError, naming
 from aoe_jax.formats.configs import differences
-from aoe_jax.json_files import (
+from aoe_jax.storage.files import (
     COUNT,
     NUMBER,
     TEXT,
@@ -20,7 +20,7 @@ from aoe_jax.json_files import (
     write_json,
     write_whole,
 )
-from aoe_jax.paths import move, unused
+from aoe_jax.storage.paths import move, unused
 from aoe_jax.training.checkpoint import DAMAGED, Checkpoints
 
 log = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ import numpy as np
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import TEXT, finite, read_json, read_metrics, write_json, write_whole
-from aoe_jax.paths import move
+from aoe_jax.storage.files import TEXT, finite, read_json, read_metrics, write_json, write_whole
+from aoe_jax.storage.paths import move
 from aoe_jax.training.workdir import folder_aside
 
 # tensorboardX imports PyTorch if it is installed, which takes seconds and is not needed here.

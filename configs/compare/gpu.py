@@ -2,7 +2,7 @@
 more: `--suite=configs/compare/gpu.py --set=data.name=prepared --set=data.path=STORE`.
 
 Every size sees 20 tokens for each active parameter, 0.4B, 1B and 2.1B of them, so the embedded
-corpus is too small: STORE is a token store of `python -m aoe_jax.data.prepare`, with at most 32,000
+corpus is too small: STORE is a token store of `python -m aoe_jax.prepare`, with at most 32,000
 tokens in its vocabulary. Published AoE has widths and ranks that are multiples of 64, so that the
 GPU kernel of the other arms takes them, too: its rank is near d/3, and its experts have at most 3%
 more parameters.

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from aoe_jax import costs
+from aoe_jax.planning import costs
 from benchmarks.compiling import compiled_attention, devices_of
 from tests.runs import run
 

@@ -8,8 +8,8 @@ import pytest
 
 from aoe_jax.compare.jobs import Job, Machine, Slot, read_machines, read_outcome, slots_of
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import read_json
 from aoe_jax.stopping import StopRequests
+from aoe_jax.storage.files import read_json
 from tests.runs import ROOT
 
 CORES = sorted(os.sched_getaffinity(0))

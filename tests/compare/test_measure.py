@@ -22,7 +22,7 @@ from aoe_jax.compare.report import at_equal_experts
 from aoe_jax.compare.results import LAYER_FIGURES
 from aoe_jax.compare.runs import folder_of
 from aoe_jax.compare.suite import Arm, Size, Suite, Sweep, load_suite
-from aoe_jax.json_files import read_json, write_json
+from aoe_jax.storage.files import read_json, write_json
 from configs import tiny
 from configs.compare.arms import DENSE, aoe, moe
 from tests import runs as tiny_runs
@@ -229,7 +229,7 @@ from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.config.run import Config
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step
-from aoe_jax.json_files import read_json
+from aoe_jax.storage.files import read_json
 for folder in map(Path, sys.argv[1:]):
     config = Config.from_config_dict(read_json(folder / "config.json"))
     model = load_model(folder)

@@ -11,9 +11,9 @@ from aoe_jax.compare.figures import coactivation
 from aoe_jax.compare.routing import observing, oracle_figures, overlap, read_routing
 from aoe_jax.compare.step_times import random_batch
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import write_json
 from aoe_jax.load_figures import figures_of_layers
 from aoe_jax.model.decoder import Decoder, initial_routing_state
+from aoe_jax.storage.files import write_json
 from aoe_jax.training.step import init_state, sequence_nll
 from tests.runs import tiny_config
 

@@ -9,10 +9,10 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 
-from aoe_jax import faults
 from aoe_jax.data import SPLITS, corpora
 from aoe_jax.data.corpora import load_corpus
 from aoe_jax.errors import MachineFault, UserError
+from aoe_jax.storage import retry
 from tests.data.hub import POEMS, hub
 from tests.runs import ROOT
 
@@ -252,12 +252,12 @@ def test_tfds_mistakes(tmp_path, name, text_field, message):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ESTALE])
 def test_tfds_waits_for_a_fault(tmp_path, monkeypatch, code):
-    monkeypatch.setattr(faults, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE", 0.01)
     fault = OSError(code, os.strerror(code))
     monkeypatch.setattr(FullDisk, "failures", [fault] * 2)
     assert documents(load_corpus("full_disk", str(tmp_path / "a"), "unused", "body"))["test"]
     monkeypatch.setattr(FullDisk, "failures", [fault] * 99)
-    monkeypatch.setattr(faults, "retry_seconds", 0.1)
+    monkeypatch.setattr(retry, "retry_seconds", 0.1)
     wanted = rf"data.name='full_disk': TFDS cannot prepare it \({os.strerror(code)}\); it was tried"
     with pytest.raises(MachineFault, match=wanted):
         load_corpus("full_disk", str(tmp_path / "b"), "unused", "body")

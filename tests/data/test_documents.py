@@ -8,11 +8,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from aoe_jax import faults
 from aoe_jax.data import documents as data_documents
 from aoe_jax.data.documents import Piece, documents, find_files, pieces_of
 from aoe_jax.errors import UserError
-from aoe_jax.paths import find
+from aoe_jax.storage import retry
+from aoe_jax.storage.paths import find
 from tests.data.texts import (
     json_lines,
     texts,
@@ -370,7 +370,7 @@ def test_folders_that_cannot_be_listed_are_no_empty_folders(tmp_path, monkeypatc
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", failing)
-    monkeypatch.setattr(faults, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE", 0.01)
     pattern = str(tmp_path / "**" / "*.txt")
     assert len(find_files([pattern], tmp_path / "out")) == 2  # after another try
     errors.append(errno.EACCES)

@@ -12,7 +12,6 @@ import signal
 import numpy as np
 import pytest
 
-from aoe_jax import faults
 from aoe_jax.config.data import DataConfig
 from aoe_jax.data import SPLITS, preparation
 from aoe_jax.data.preparation import Settings, check, prepare, repair
@@ -21,6 +20,7 @@ from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
 from aoe_jax.data.workers import work_through
 from aoe_jax.errors import MachineFault, Preempted, UserError
+from aoe_jax.storage import retry
 from tests.data.texts import json_lines, texts, write_everything
 from tests.runs import contents, damage, disk
 
@@ -248,7 +248,7 @@ def test_damaged_store_says_how_to_repair_it(whole, tmp_path):
     (store / "train-00002-00000.array_record").unlink()
     with pytest.raises(
         UserError,
-        match=r"train-00002-00000.* is missing; `python -m aoe_jax.data.prepare --repair --output=",
+        match=r"train-00002-00000.* is missing; `python -m aoe_jax.prepare --repair --output=",
     ):
         TokenStore(store, "train")
 
@@ -373,7 +373,7 @@ def small_disk(tmp_path):
 
 
 def test_full_disk(inputs, whole, small_disk, monkeypatch):
-    monkeypatch.setattr(faults, "retry_seconds", 1.0)
+    monkeypatch.setattr(retry, "retry_seconds", 1.0)
     filler = small_disk / "filler"
     filler.write_bytes(bytes(20_700_000))
     with pytest.raises(

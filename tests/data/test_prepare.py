@@ -29,13 +29,13 @@ def folder(tmp_path_factory):
 
 def start(*flags):
     """A process of its own, for signals."""
-    command = [sys.executable, "-m", "aoe_jax.data.prepare", *map(str, flags)]
+    command = [sys.executable, "-m", "aoe_jax.prepare", *map(str, flags)]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def finish(*flags):
     """`(exit status, stderr)`."""
-    status, _, stderr = run(["-m", "aoe_jax.data.prepare", *map(str, flags)])
+    status, _, stderr = run(["-m", "aoe_jax.prepare", *map(str, flags)])
     return status, stderr
 
 
@@ -106,7 +106,7 @@ def test_check_and_repair(whole, folder, tmp_path):
 
 
 def test_no_jax_is_needed():
-    code = "import sys, aoe_jax.data.prepare; print(*sys.modules)"
+    code = "import sys, aoe_jax.prepare; print(*sys.modules)"
     modules = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
     ).stdout.split()

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from aoe_jax import faults
 from aoe_jax.data import SPLITS, token_store
 from aoe_jax.data.corpora import load_corpus
 from aoe_jax.data.token_store import RECORD_TOKENS, TokenStore
 from aoe_jax.data.tokenised import build_token_store, cached_token_stores
 from aoe_jax.data.tokenizer import HuggingFaceTokenizer, load_tokenizer, train_tokenizer
 from aoe_jax.errors import MachineFault, UserError
+from aoe_jax.storage import retry
 
 VOCAB_SIZE = 300
 
@@ -221,10 +221,10 @@ def test_a_disk_that_is_away_is_no_damage(text_folder, tmp_path, monkeypatch):
 
     directory.rename(away)
     with monkeypatch.context() as patch:
-        patch.setattr(faults, "pauses", until_it_is_back)
+        patch.setattr(retry, "pauses", until_it_is_back)
         assert len(store.read(0, 50)) == 50
     directory.rename(away)
-    monkeypatch.setattr(faults, "retry_seconds", 0.1)
+    monkeypatch.setattr(retry, "retry_seconds", 0.1)
     with pytest.raises(MachineFault, match="the whole store was gone; is its disk mounted"):
         other.read(0, 50)
     away.rename(directory)

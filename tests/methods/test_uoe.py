@@ -13,15 +13,15 @@ from jax.sharding import AxisType, Mesh
 from aoe_jax import DenseLayer, ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
-from aoe_jax.counts import forward_flops_per_token, parameter_counts
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import topology_devices
 from aoe_jax.methods import UoE
 from aoe_jax.methods.uoe import routing_neurons
 from aoe_jax.moe import reference
 from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.parallel.collectives import Devices
-from aoe_jax.plan import plan
+from aoe_jax.planning.counts import forward_flops_per_token, parameter_counts
+from aoe_jax.planning.hardware import topology_devices
+from aoe_jax.planning.plan import plan
 from aoe_jax.sharding import MESH_AXES
 from tests.methods.method_layers import assert_close, small_config
 from tests.moe.drawn import parameters_of

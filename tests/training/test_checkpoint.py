@@ -25,9 +25,9 @@ from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from aoe_jax import faults
 from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.errors import MachineFault, UserError
+from aoe_jax.storage import retry
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.fingerprints import check_repetition, fingerprints, local_fingerprints
 from aoe_jax.training.step import TrainState
@@ -455,7 +455,7 @@ def check_unreadable(saved, tmp_path, monkeypatch, fault, kind, words):
 
     with monkeypatch.context() as patch:
         patch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
-        patch.setattr(faults, "retry_seconds", 1)
+        patch.setattr(retry, "retry_seconds", 1)
         with pytest.raises(kind, match=words):
             Checkpoints(workdir).restore_newest(ABSTRACT, batches())
     assert contents(workdir) == before
@@ -474,7 +474,7 @@ def test_checkpoints_on_another_disk(saved, tmp_path, monkeypatch):
         assert contents(workdir / "damaged_checkpoints" / "5") == damaged
         assert Checkpoints(workdir).steps() == [3, 4]
         gc.collect()  # else a file may still be open
-    monkeypatch.setattr(faults, "retry_seconds", 0.1)
+    monkeypatch.setattr(retry, "retry_seconds", 0.1)
     with pytest.raises(MachineFault, match=r"a link to nothing; is its disk mounted\?"):
         Checkpoints(workdir).steps()
 
@@ -494,11 +494,11 @@ def test_the_disk_of_the_checkpoints_is_away_during_a_save(tmp_path, monkeypatch
 
     disk_of_run.rename(away)
     with monkeypatch.context() as patch:
-        patch.setattr(faults, "pauses", until_it_is_back)
+        patch.setattr(retry, "pauses", until_it_is_back)
         checkpoints.save(1, noise(1), {"next_index": 1}, Progress(1, 1, True), wait=True)
     assert checkpoints.saved == 1 and Checkpoints(tmp_path).steps() == [1]
     disk_of_run.rename(away)
-    monkeypatch.setattr(faults, "retry_seconds", 0.1)
+    monkeypatch.setattr(retry, "retry_seconds", 0.1)
     with pytest.raises(MachineFault, match=r"a link to nothing; is its disk mounted\?"):
         checkpoints.save(2, noise(2), {"next_index": 2}, Progress(1, 1, True), wait=True)
 
@@ -584,7 +584,7 @@ def small_disk(tmp_path):
 
 def test_full_disk(small_disk, monkeypatch, caplog):
     """A save that failed is repeated with a newer state, until it succeeds or time is over."""
-    monkeypatch.setattr(faults, "retry_seconds", 1)
+    monkeypatch.setattr(retry, "retry_seconds", 1)
     checkpoints = Checkpoints(small_disk, CheckpointConfig(every=1, keep=1))
     checkpoints.save(1, noise(1), {"next_index": 1}, Progress(1, 1, True))
     checkpoints.save(2, noise(2), {"next_index": 2}, Progress(1, 1, True))
@@ -684,7 +684,7 @@ def test_an_unfinished_save_of_another_run_is_not_deleted(tmp_path, monkeypatch)
     """Its disk was mounted in the place of the workdir."""
     half = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
     half.mkdir(parents=True)
-    monkeypatch.setattr(faults, "retry_seconds", 0.1)
+    monkeypatch.setattr(retry, "retry_seconds", 0.1)
     with pytest.raises(MachineFault, match="the workdir is gone"):
         Checkpoints(tmp_path).open(CheckpointConfig(every=1), 0, is_in_place=lambda: False)
     assert half.exists()

@@ -9,8 +9,8 @@ import numpy as np
 import psutil
 import pytest
 
-from aoe_jax.counts import parameter_counts
 from aoe_jax.model.declared import state_shardings
+from aoe_jax.planning.counts import parameter_counts
 from aoe_jax.sharding import (
     batch_sharding,
     fill_mesh,

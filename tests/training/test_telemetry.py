@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from aoe_jax.counts import training_flops_per_token
 from aoe_jax.evaluation.load import load_statistics
 from aoe_jax.evaluation.perplexity import Evaluation
 from aoe_jax.load_figures import load_spread
 from aoe_jax.moe.balance import LayerStats
+from aoe_jax.planning.counts import training_flops_per_token
 from aoe_jax.training import telemetry as telemetry_module
 from aoe_jax.training.telemetry import MEASURED, Telemetry, layer_figures
 from tests.runs import read_events, tiny_config

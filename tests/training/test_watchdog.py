@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from aoe_jax.errors import Hang, Preempted
-from aoe_jax.json_files import write_json
+from aoe_jax.storage.files import write_json
 from aoe_jax.training import watchdog
 from aoe_jax.training.health import Heartbeat
 

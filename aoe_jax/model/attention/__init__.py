@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import target_device
 from aoe_jax.model.attention.blocks import blocks_attention
 from aoe_jax.model.attention.cudnn import check as check_cudnn
 from aoe_jax.model.attention.cudnn import cudnn_attention
 from aoe_jax.model.attention.splash import splash_attention
+from aoe_jax.sharding import target_device
 
 BACKENDS = {"blocks": blocks_attention, "splash": splash_attention, "cudnn": cudnn_attention}
 PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}  # others: all

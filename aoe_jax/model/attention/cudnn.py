@@ -30,7 +30,7 @@ def is_cudnn_forward(primitive, *_, **params):
 
 
 def kernel_cost(name, operands, results):
-    """The cost of a kernel, as `aoe_jax.costs.Program` takes it; None for other kernels.
+    """The cost of a kernel, as `aoe_jax.planning.costs.Program` takes it; None for other kernels.
 
     Every position meets itself and those before it. All arrays are read or written once.
     """

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from aoe_jax.config.model import ModelConfig
-from aoe_jax.hardware import target_device
 from aoe_jax.model.attention import causal_attention
 from aoe_jax.model.attention.blocks import attention_and_peaks, product
 from aoe_jax.moe.parallel.collectives import over_mesh, token_spec, weight_specs
 from aoe_jax.parameters import ATTENTION
-from aoe_jax.sharding import spec_of
+from aoe_jax.sharding import spec_of, target_device
 
 _CACHE = spec_of("batch", "heads", None, None)
 # The scales of norms by `ModelConfig.qk_norm`.

@@ -8,8 +8,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import target_device
 from aoe_jax.model.attention.blocks import KEPT_ATTENTION
+from aoe_jax.sharding import target_device
 
 DTYPES = ("bfloat16", "float32")
 LANES = 128  # positions are padded to a multiple of this
@@ -50,7 +50,7 @@ _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def kernel_cost(name, operands, results):
-    """The cost of a kernel, as `aoe_jax.costs.Program` takes it; None for other kernels.
+    """The cost of a kernel, as `aoe_jax.planning.costs.Program` takes it; None for other kernels.
 
     A block of queries meets the blocks of keys that are not entirely in its future, so it reads
     only a part of the keys; in `dkv` a block of keys reads a part of the queries. The mask, which

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import target_device
 from aoe_jax.moe.grouped_matmul.blocked import Places, blocked_matmul, placed_matmul
 from aoe_jax.moe.grouped_matmul.blocked import place_rows as place_for_blocked
 from aoe_jax.moe.grouped_matmul.groups import WholeGroups, group_sizes_of
@@ -21,6 +20,7 @@ from aoe_jax.moe.grouped_matmul.mosaic_gpu import check as check_mosaic_gpu
 from aoe_jax.moe.grouped_matmul.mosaic_gpu import mosaic_gpu_matmul
 from aoe_jax.moe.grouped_matmul.ragged import ragged_matmul
 from aoe_jax.moe.grouped_matmul.rowwise import rowwise_matmul
+from aoe_jax.sharding import target_device
 
 log = logging.getLogger(__name__)
 

@@ -109,7 +109,7 @@ def _depth_and_width(m, k, n, n_experts, itemsize):
 
 
 def kernel_cost(name, operands, results, tiles=tiles):
-    """The cost of a kernel, as `aoe_jax.costs.Program` takes it; None for other kernels.
+    """The cost of a kernel, as `aoe_jax.planning.costs.Program` takes it; None for other kernels.
 
     `tiles` are those of the kernel; see `_depth_and_width` for what a product reads. The kernel
     lists the tiles of rows by group; a tile that two groups share is there, and is computed, twice.

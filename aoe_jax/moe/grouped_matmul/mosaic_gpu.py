@@ -75,7 +75,7 @@ def blocks_at_once(depth, width):
 
 
 def kernel_cost(name, operands, results):
-    """The cost of a kernel, as `aoe_jax.costs.Program` takes it; None for other kernels.
+    """The cost of a kernel, as `aoe_jax.planning.costs.Program` takes it; None for other kernels.
 
     Rows are read once in every pass over them, for d_weights once, since the blocks of an expert
     advance along its rows together.

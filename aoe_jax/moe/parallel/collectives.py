@@ -17,10 +17,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from aoe_jax.hardware import target_device
 from aoe_jax.moe.scoring import safe_root
 from aoe_jax.parameters import EXPERTS, Parameter
-from aoe_jax.sharding import AXES, MESH_AXES, RULES, MeshAxes, spec_of
+from aoe_jax.sharding import AXES, MESH_AXES, RULES, MeshAxes, spec_of, target_device
 
 GATHERED_WEIGHT = "gathered_weight"
 RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p and v6e; it compiles neither for v5e nor for CPU

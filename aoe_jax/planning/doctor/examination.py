@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from aoe_jax import hardware
 from aoe_jax.config.run import Config
-from aoe_jax.doctor import kernels, speed
-from aoe_jax.doctor.steps import fitted, planned, run_steps, twins
 from aoe_jax.errors import UserError
 from aoe_jax.model.attention import backend_for as attention_backend
 from aoe_jax.model.attention.cudnn import check as check_cudnn
 from aoe_jax.moe.grouped_matmul import backend_for as grouped_backend
 from aoe_jax.moe.grouped_matmul.mosaic_gpu import check as check_mosaic_gpu
-from aoe_jax.sharding import make_mesh
+from aoe_jax.planning import hardware
+from aoe_jax.planning.doctor import kernels, speed
+from aoe_jax.planning.doctor.steps import fitted, planned, run_steps, twins
+from aoe_jax.sharding import count_slices, make_mesh
 
 EASY = jnp.dtype("bfloat16"), 64  # a dtype, and a width or a number of rows: all kernels take them
 WHY = {
@@ -185,7 +185,7 @@ def _measured(work, mesh, found):
     elif published := hardware.published_figures(devices):
         if work.peak != "link_bandwidth":
             peak = getattr(published, work.peak)
-        elif hardware.count_slices(devices) == 1:
+        elif count_slices(devices) == 1:
             peak = published.group_bandwidth(hardware.slice_shape(devices), len(devices))
     share = rate / peak if peak else None
     return {"seconds": seconds, "per_second": rate, "unit": work.unit, "share": share, "of": of}

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from aoe_jax.config.run import Config
-from aoe_jax.doctor import kernels
 from aoe_jax.moe.parallel.collectives import sum_gradients
+from aoe_jax.planning.doctor import kernels
 
 SECONDS, REPEATS = 0.1, 5  # of a timed call, and how many there are
 INNER = 16  # runs of a loop of known length: its end costs no synchronisation with the host

@@ -1,0 +1,1 @@
+"""What a run costs before it starts: counts, plans, costs of programs, checks of a machine."""
