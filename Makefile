@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # for a TPU at every start.
 LIBTPU := $(VENV)/libtpu
 
-.PHONY: setup train multiprocess soak test smoke lint docs
+.PHONY: setup train multiprocess soak test test-slow smoke lint docs
 
 setup: $(INSTALLED)
 
@@ -54,8 +54,12 @@ soak: setup
 	$(BIN)/python -m benchmarks.pod_soak --workdir=$(SOAK)/store --store
 	$(BIN)/python -m benchmarks.two_owners --workdir=$(SOAK)/owners
 
-test: setup $(LIBTPU)
-	PYTHONPATH=$(LIBTPU) $(BIN)/python -m pytest -n 2 --dist=worksteal
+# Two tiers: `test` needs no right that a plain container lacks, `test-slow` is the rest.
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist=worksteal -m "not slow"
+
+test-slow: setup $(LIBTPU)
+	PYTHONPATH=$(LIBTPU) $(BIN)/python -m pytest -n 2 --dist=worksteal -m slow
 
 # The part of the tests that shows whether another version of JAX works.
 smoke: setup $(LIBTPU)
