@@ -117,7 +117,7 @@ def _read_config(name):
     file, _, variant = rest.partition(":")
     file = local_file(parsed_path(f"{scheme}{slashes}{file}", "--config", in_store=True))
     if file.suffix == ".json" and not variant:
-        from aoe_jax.training.workdir import read_run_config  # imports JAX
+        from aoe_jax.training.run_folder import read_run_config  # imports JAX
 
         return read_run_config(file).to_dict()
     config = call_in_file(f"--config={name}", file, "get_config", *filter(None, [variant]))

@@ -16,7 +16,7 @@ from aoe_jax import cli
 from aoe_jax.data.preparation import Settings, check, prepare, repair
 from aoe_jax.data.tokenizer import cores
 from aoe_jax.errors import UserError
-from aoe_jax.stopping import StopRequests
+from aoe_jax.training.stopping import StopRequests
 
 log = logging.getLogger("aoe_jax.prepare")  # not __name__, which is __main__
 

@@ -33,10 +33,10 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.errors import DivergedError, Interrupted, MachineFault, UserError
-from aoe_jax.stopping import bound
 from aoe_jax.storage.files import COUNT, NUMBER, TEXT, or_none, read_json
 from aoe_jax.storage.paths import is_remote, parsed_path
 from aoe_jax.storage.retry import is_fault, reason
+from aoe_jax.training.stopping import bound
 
 log = logging.getLogger("aoe_jax.supervise")  # not __name__, which is __main__
 

@@ -14,8 +14,8 @@ from absl import flags
 
 from aoe_jax import cli, distributed, program
 from aoe_jax.config.checks import require_flag
-from aoe_jax.stopping import StopRequests
 from aoe_jax.training.profile import steps_to_trace
+from aoe_jax.training.stopping import StopRequests
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -37,12 +37,6 @@ _TAKE_OVER = flags.DEFINE_bool(
     "take-over", False, "take WORKDIR over without waiting whether its owner still runs"
 )
 
-_RESUME_ONLY = flags.DEFINE_bool(
-    "resume-only",
-    False,
-    "never begin a run: end with status 5 while WORKDIR has none, and with 0 if it has finished",
-)
-
 
 def main():
     stop = StopRequests()
@@ -56,7 +50,7 @@ def main():
 
     wanted = "give it without --start-over"
     require_flag(not _START_OVER.value or _GO_BACK.value is None, "go-back", _GO_BACK.value, wanted)
-    start = Start(_START_OVER.value, _GO_BACK.value, _TAKE_OVER.value, _RESUME_ONLY.value)
+    start = Start(_START_OVER.value, _GO_BACK.value, _TAKE_OVER.value)
     summary = train(config, workdir, stop, profile, _WANDB.value, start)
     import jax
 
@@ -66,11 +60,11 @@ def main():
 
 def _closing_words(workdir, summary):
     """The result of a run, its files, and the commands that come next."""
-    from aoe_jax.training.loop import result
+    from aoe_jax.training.metrics import in_words
 
     folder, suite = shlex.quote(str(workdir)), "configs/compare/tiny.py"
     lines = {
-        "result": result(summary),
+        "result": in_words(summary),
         "picture": workdir / "training.png",
         "files": f"{folder}: summary.json, metrics.jsonl, checkpoints, tensorboard",
         "evaluate": f"python -m aoe_jax.eval --workdir={folder}",

@@ -47,7 +47,7 @@ from aoe_jax.moe.routing import top_k as choose_top_k
 from aoe_jax.planning.counts import forward_flops_per_token, training_flops_per_token
 from aoe_jax.training.loop import train
 from aoe_jax.training.step import sequence_nll
-from aoe_jax.training.workdir import check_workdir
+from aoe_jax.training.run_folder import check_config
 from benchmarks.approximate_scores import (
     Approximation,
     agreement,
@@ -74,7 +74,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each function", lo
 
 def trained_model(config, workdir):
     """Trains unless that is done; returns the `Model` and its corpus."""
-    check_workdir(workdir, config)
+    check_config(workdir, config)
     if not (workdir / "summary.json").exists():
         train(config, workdir)
     model = load_model(workdir)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from aoe_jax.data.sotu import speech_files
 from aoe_jax.errors import Failure, Terminated
-from aoe_jax.training.telemetry import MEASURED
+from aoe_jax.training.metrics import MEASURED
 from benchmarks.timing import new_workdir, report, run_benchmark
 
 SETTINGS = {
@@ -160,7 +160,7 @@ def check_checkpoints(workdir):
     from aoe_jax.sharding import with_shardings
     from aoe_jax.training.checkpoint import Checkpoints
     from aoe_jax.training.step import init_state
-    from aoe_jax.training.workdir import read_run_config
+    from aoe_jax.training.run_folder import read_run_config
 
     config = read_run_config(workdir / "config.json")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -45,8 +45,9 @@ def pytest_testnodedown(node):
 
 def pytest_terminal_summary(terminalreporter, config):
     """Says that there is another tier."""
-    if left := config.stash.get(_LEFT, 0):
-        slow = config.getoption("markexpr") == "slow"
+    tier = config.getoption("markexpr")
+    if tier and (left := config.stash.get(_LEFT, 0)):
+        slow = tier == "slow"
         other = "`make test` runs" if slow else "`make test-slow` runs"
         terminalreporter.write_line(f"{other} {left} further tests")
 

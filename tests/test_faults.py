@@ -1,11 +1,9 @@
 """Faults in real runs: signals, batches that are not finite, damaged checkpoints, a full disk."""
 
-import contextlib
 import json
 import re
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
@@ -17,7 +15,6 @@ from tests.runs import (
     contents,
     dense_command,
     dense_run,
-    disk,
     finish,
     read_metrics,
     run,
@@ -119,23 +116,23 @@ def test_asked_to_stop_while_validating(tmp_path, last):
 
 
 def test_asked_to_stop_before_training(tmp_path):
-    code = "import os, signal, train\nfrom aoe_jax import cli\n"
-    code += "from aoe_jax.training import beginning\n"
-    code += "beginning.new_state = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+    """The first step is taken and saved."""
+    code = "import os, signal, train\nfrom aoe_jax import cli\nfrom aoe_jax.training import loop\n"
+    code += "new = loop.new_state\n"
+    code += "loop.new_state = lambda *a: os.kill(os.getpid(), signal.SIGTERM) or new(*a)\n"
     code += "cli.run(train.main)"
     status, _, stderr = run(patched(code, tmp_path / "run"))
-    assert status == 0 and last_line(stderr).startswith("preempted: the same command goes on"), (
-        stderr
-    )
-    assert not (tmp_path / "run").exists()
+    assert status == 0 and last_line(stderr).startswith("preempted: saved at step 1 of"), stderr
+    status, _, stderr = run(dense_command(tmp_path / "run"))
+    assert status == 0 and same_end(tmp_path / "run", dense_run()), stderr
 
 
 POISONED = """
 import numpy as np
 import train
 from aoe_jax import cli
-from aoe_jax.training import beginning
-batches = beginning.train_batches
+from aoe_jax.training import loop
+batches = loop.train_batches
 class Poisoned:
     def __init__(self, data): self.data = iter(data)
     def __iter__(self): return self
@@ -145,7 +142,7 @@ class Poisoned:
         if self.data.get_state()["next_index"] in {bad}:
             batch["weights"][0, 0] = np.nan
         return batch
-beginning.train_batches = lambda *arguments: Poisoned(batches(*arguments))
+loop.train_batches = lambda *arguments: Poisoned(batches(*arguments))
 cli.run(train.main)
 """
 
@@ -220,51 +217,6 @@ def test_damaged_newest_checkpoint(tmp_path):
     assert same_end(workdir, dense_run())
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    with disk(tmp_path / "disk", "4m") as folder:
-        yield folder
-
-
-def test_full_disk(small_disk):
-    """One checkpoint of 0.9 MB fits, all do not; the run goes on once there is space."""
-    changes = {"model__vocab_size": 2000, "checkpoint__keep": 9}
-    workdir = small_disk / "run"
-    status, _, stderr = run([*dense_command(workdir, **changes), "--retry_seconds=1"])
-    assert status == 5 and "Traceback" not in stderr, stderr
-    assert "cannot be saved (No space left on device); it was tried for 1 s" in stderr
-    newest = max(
-        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()
-    )
-    assert "the same command goes on from the newest checkpoint" in last_line(stderr)
-    assert heartbeat(workdir)["saved"] == newest
-    subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
-    status, _, stderr = run(dense_command(workdir, **changes))
-    assert status == 0 and f"going on from step {newest}" in stderr, stderr
-    assert not list((workdir / "checkpoints").glob("*tmp*"))
-
-
-def test_disk_that_is_full_to_the_last_byte(small_disk):
-    """Metrics and heartbeat cannot be written either."""
-    subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
-    workdir, changes = (
-        small_disk / "run",
-        {"train__steps": 3000, "train__eval_every": 0, "train__log_every": 1},
-    )
-    process = start([*dense_command(workdir, **changes), "--retry_seconds=1"])
-    wait_for(process, lambda: (heartbeat(workdir)["step"] or 0) >= EVERY)
-    with open(small_disk / "filler", "wb", buffering=0) as file:
-        while process.poll() is None:  # it also fills what a failed save gives back
-            with contextlib.suppress(OSError):
-                file.write(bytes(512))
-    status, _, stderr = finish(process)
-    assert status == 5 and "Traceback" not in stderr, stderr
-    assert "No space left on device" in last_line(stderr) and "the same command" in last_line(
-        stderr
-    )
-    assert "heartbeat.json cannot be written" in stderr
-
-
 def test_two_runs_begin_in_one_workdir(tmp_path):
     """Neither finds the folder at its start: one of them trains, the other changes nothing."""
     processes = [
@@ -294,10 +246,33 @@ def test_two_processes_in_one_workdir(tmp_path):
     assert same_end(tmp_path / "run", dense_run())
 
 
+def test_a_second_request_to_stop_ends_at_once(tmp_path):
+    """The save of the first one, which never ends, is given up."""
+    code = SLOW_SAVES.replace("sleep(1)", "sleep(3600)") + "import train\n"
+    code += "from aoe_jax import cli\ncli.run(train.main)"
+    process = start(patched(code, tmp_path / "run"))
+    wait_for(process, lambda: heartbeat(tmp_path / "run")["status"] == "training")
+    process.send_signal(signal.SIGTERM)
+    wait_for(process, lambda: heartbeat(tmp_path / "run")["status"] == "saving")
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 128 + signal.SIGTERM
+
+
+def test_saves_by_the_clock(tmp_path):
+    """They change nothing of what is computed."""
+    changes = {"checkpoint__every": 100, "checkpoint__every_minutes": 1e-6, "checkpoint__keep": 99}
+    workdir = tmp_path / "run"
+    status, _, stderr = run(dense_command(workdir, **changes))
+    assert status == 0, stderr
+    saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert saved == [*range(LOG_EVERY, STEPS + 1, LOG_EVERY)]
+    assert same_end(workdir, dense_run())
+
+
 def test_unforeseen_exception_has_a_last_line(tmp_path):
     code = "import train\nfrom aoe_jax import cli\nfrom aoe_jax.training import loop\n"
     code += "def fail(*_): raise RuntimeError('the machine is on fire')\n"
-    code += "loop._Run.validate = fail\ncli.run(train.main)"
+    code += "loop.evaluate = fail\ncli.run(train.main)"
     status, _, stderr = run(patched(code, tmp_path / "run"))
     assert status == 1 and "Traceback" in stderr
     assert last_line(stderr) == (
@@ -305,28 +280,6 @@ def test_unforeseen_exception_has_a_last_line(tmp_path):
         "from the newest checkpoint"
     )
     assert heartbeat(tmp_path / "run")["status"] == "failed"
-
-
-def test_a_run_that_must_be_there(tmp_path):
-    status, _, stderr = run([*dense_command(tmp_path / "run"), "--resume-only"])
-    assert status == 5 and "heartbeat.json is gone; is its disk mounted?" in last_line(stderr)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_finished_run_is_finished_again(tmp_path):
-    """Its supervisor does not know it if the disk vanished before the last heartbeat."""
-    workdir = shutil.copytree(dense_run(), tmp_path / "run")
-    whole, timeless = heartbeat(workdir), ("time", "pid", "copied")
-    (workdir / "heartbeat.json").write_text(json.dumps(whole | {"status": "training"}))
-    before = contents(workdir)
-    status, stdout, stderr = run([*dense_command(workdir), "--resume-only"])
-    assert status == 0 and f"result    step {STEPS}" in stdout, stderr
-    found, after = heartbeat(workdir), contents(workdir)
-    assert [found[name] for name in found if name not in timeless] == [
-        whole[name] for name in found if name not in timeless
-    ]
-    changed = {name for name in before | after if before.get(name) != after.get(name)}
-    assert changed == {"heartbeat.json"}
 
 
 def test_history_is_not_erased(tmp_path):
@@ -360,47 +313,6 @@ def test_history_is_not_erased(tmp_path):
     assert status == 0 and "going on" not in stderr, stderr
     assert same_end(workdir, dense_run())
     assert len([*(workdir / "set_aside").iterdir()]) == 2
-
-
-# Its workdir is on a disk that is mounted only after the checks.
-LATE_DISK = """
-import os, time
-import train
-from aoe_jax import cli
-from aoe_jax.training.loop import Beginning, _Run
-method = {before}
-def late(*arguments):
-    if not os.path.exists({hidden!r}):
-        os.rename({workdir!r}, {hidden!r})
-        os.rename({disk!r}, {workdir!r})
-    return method(*arguments)
-{before} = late
-cli.run(train.main)
-"""
-
-
-@pytest.mark.parametrize("before", ["Beginning.claim_workdir", "_Run.open", "_Run.save"])
-def test_a_disk_that_is_mounted_after_the_start(tmp_path, before):
-    """A run that began without it changes nothing of the run that is there."""
-    disk, workdir = tmp_path / "disk", tmp_path / "run"
-    wanted = contents(shutil.copytree(dense_run(), disk))
-    code = LATE_DISK.format(
-        before=before, hidden=str(tmp_path / "hidden"), disk=str(disk), workdir=str(workdir)
-    )
-    status, _, stderr = run([*patched(code, workdir), "--retry_seconds=0.1"])
-    assert status == 5 and "owner_1.json is gone; is its disk mounted?" in last_line(stderr)
-    assert contents(workdir) == wanted
-
-
-def test_saves_by_the_clock_and_repeated_steps(tmp_path):
-    """Both change nothing of what is computed."""
-    changes = {"checkpoint__every": 100, "checkpoint__every_minutes": 1e-6, "checkpoint__keep": 99}
-    workdir = tmp_path / "run"
-    status, _, stderr = run(dense_command(workdir, **changes, train__repeat_every=5))
-    assert status == 0, stderr
-    saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert saved == [*range(LOG_EVERY, STEPS + 1, LOG_EVERY)]
-    assert same_end(workdir, dense_run())
 
 
 def test_exported_model_scores_as_its_run(tmp_path):

@@ -33,7 +33,7 @@ from aoe_jax.formats.tokenizer_files import read_prefix
 from aoe_jax.formats.writing import write_arrays
 from aoe_jax.storage.files import write_json
 from aoe_jax.training.checkpoint import Checkpoints
-from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir
+from aoe_jax.training.run_folder import check_data, check_config, claim_workdir
 from aoe_jax.training.writers import JsonLines
 from tests.data.texts import write_everything
 from tests.evaluation.models import make_config, make_model
@@ -168,7 +168,7 @@ def make_targets(folder: Path):
         "shard of safetensors": (shard, read_tensors, mixtral),
         "index": (mixtral / INDEX, read_tensors, mixtral),
         "tokenizer.json": (aoe / "tokenizer.json", read_tokenizer),
-        "config.json of a run": (workdir / "config.json", check_workdir, workdir, config),
+        "config.json of a run": (workdir / "config.json", check_config, workdir, config),
         "data.json": (workdir / "data.json", check_data, workdir, corpus),
         "metrics.jsonl": (workdir / "metrics.jsonl", read_lines, workdir),
         "summary.json": (workdir / "summary.json", read_summary),

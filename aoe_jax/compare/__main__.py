@@ -18,8 +18,8 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.compare.suite import load_suite
 from aoe_jax.config.checks import require_flag
-from aoe_jax.stopping import StopRequests
 from aoe_jax.storage.lease import owned
+from aoe_jax.training.stopping import StopRequests
 
 _SUITE = flags.DEFINE_string(
     "suite", None, "a file with get_suite(), such as configs/compare/tiny.py"

@@ -15,9 +15,9 @@ from pathlib import Path
 import aoe_jax
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import InUse, UserError
-from aoe_jax.stopping import StopRequests, bound
 from aoe_jax.storage.files import NUMBER, TEXT, read_json, write_json
 from aoe_jax.storage.lease import owned
+from aoe_jax.training.stopping import StopRequests, bound
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.planning.hardware import topology_devices
 from aoe_jax.planning.plan import plan
-from aoe_jax.stopping import StopRequests
 from aoe_jax.storage.files import NUMBER, Kind, read_json, write_json
+from aoe_jax.training.stopping import StopRequests
 
 log = logging.getLogger("aoe_jax.compare.measure")  # __name__ is __main__ on the command line
 

@@ -43,7 +43,7 @@ from aoe_jax.storage.files import (
     write_json,
 )
 from aoe_jax.training.checkpoint import Checkpoints
-from aoe_jax.training.workdir import check_data
+from aoe_jax.training.run_folder import check_data
 
 ORACLE_TOKENS = 64  # of each batch
 MAX_SETS = 1000  # of experts that the oracle tries

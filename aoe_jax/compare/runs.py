@@ -14,7 +14,7 @@ from aoe_jax.compare.jobs import Job, Machine, beside, read_outcome
 from aoe_jax.compare.suite import TUNING_SEED, Run, Suite
 from aoe_jax.errors import DivergedError, UserError
 from aoe_jax.storage.files import COUNT, NUMBER, Kind, or_none, read_json, write_json
-from aoe_jax.training.workdir import check_workdir, read_identities, read_run_config
+from aoe_jax.training.run_folder import check_config, read_identities, read_run_config
 
 _NUMBERS = Kind(
     "numbers by name",
@@ -36,7 +36,7 @@ def check_runs(folders: Mapping[Run, Path]):
     """
     first_data = {}  # size -> a folder and what it was trained on
     for run, folder in folders.items():
-        check_workdir(folder, run.config)
+        check_config(folder, run.config)
         file, steps = folder / "config.json", run.config.train.steps
         found = read_run_config(file).train.steps if file.exists() else steps
         if found != steps:

@@ -24,10 +24,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from aoe_jax.config.checks import require
 from aoe_jax.errors import UserError
-from aoe_jax.stopping import interruptibly
 from aoe_jax.storage.files import read_regular, write_whole
 from aoe_jax.storage.paths import FILE_BYTES, local_file, parsed_path
 from aoe_jax.storage.retry import patiently_if_allowed, reason
+from aoe_jax.training.stopping import interruptibly
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (

@@ -35,8 +35,8 @@ from aoe_jax.model.decoder import Decoder
 from aoe_jax.model.decoding import unstacked
 from aoe_jax.storage.paths import is_remote, local_copy
 from aoe_jax.training.checkpoint import Checkpoints
+from aoe_jax.training.run_folder import check_data, read_identities, read_run_config
 from aoe_jax.training.step import train_step_on
-from aoe_jax.training.workdir import check_data, read_identities, read_run_config
 
 log = logging.getLogger(__name__)
 

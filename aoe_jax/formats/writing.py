@@ -28,7 +28,7 @@ from aoe_jax.parameters import STACKS
 from aoe_jax.storage.files import sync, write_json
 from aoe_jax.storage.paths import Mirror, is_remote
 from aoe_jax.storage.retry import is_fault_of_write, patiently, reason
-from aoe_jax.training.workdir import read_run_config
+from aoe_jax.training.run_folder import read_run_config
 
 log = logging.getLogger(__name__)
 

@@ -1,65 +1,37 @@
-"""The content of a checkpoint beside its arrays, and reading and checking of both."""
+"""What a checkpoint contains: arrays by Orbax, and beside them what describes and checks them."""
 
+import contextlib
 import hashlib
 import json
-import os
-from functools import partial
+from functools import cache
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from aoe_jax.distributed import all_agree, together
 from aoe_jax.errors import Failure, UserError
 from aoe_jax.storage import retry
-from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, misfit, or_none, read_regular
-from aoe_jax.storage.paths import is_remote
-from aoe_jax.training.fingerprints import by_path, fingerprints
+from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, misfit, or_none
 
-_RUN_BYTES = 2**24  # the largest file beside the state
 _ARRAY = Kind(
-    "a shape, a dtype and a fingerprint", lambda value: isinstance(value, list) and len(value) == 3
+    "a shape, a dtype and a checksum", lambda value: isinstance(value, list) and len(value) == 3
 )
 PROGRESS = {
     "loss": or_none(NUMBER),
     "nll": or_none(NUMBER),
+    "validation": or_none(Kind("metrics", lambda value: misfit(value, {str: NUMBER}) is None)),
     "validated": Kind("true or false", lambda value: isinstance(value, bool)),
     "skipped_in_row": COUNT,
+    "compute_seconds": NUMBER,
+    "metrics_bytes": COUNT,
 }
-_RUN = {
-    "data": {},
-    "progress": PROGRESS,
-    "arrays": {str: _ARRAY},
-    "sha256": TEXT,
-}
-# Orbax raises any exception for other content.
-_OF_ORBAX = {
-    "state/_METADATA": {
-        "tree_metadata": {
-            str: {"key_metadata": [{"key": TEXT}], "value_metadata": {"value_type": TEXT}}
-        }
-    },
-    "state/array_metadatas/process_*": {
-        "array_metadatas": [
-            {"array_metadata": {"param_name": TEXT, "write_shape": [COUNT], "chunk_shape": [COUNT]}}
-        ]
-    },
-}
+_BESIDE = {"data": {}, "progress": PROGRESS, "arrays": {str: _ARRAY}, "sha256": TEXT}
 
 
 class Damaged(Failure):
     """A checkpoint lacks files or differs from what was saved; the message says how."""
-
-
-def beside_arrays(arrays, data_state, progress: dict) -> dict:
-    """The content of a checkpoint beside the `arrays` of its state, ready for JSON: their shapes,
-    dtypes and fingerprints, the position in the data, and the fields of `Progress`.
-    """
-    found = fingerprints(arrays)
-    run = {"data": data_state, "progress": progress}
-    run["arrays"] = {
-        name: [list(a.shape), a.dtype.name, found[name]] for name, a in by_path(arrays).items()
-    }
-    return run | {"sha256": _sha256(run)}
 
 
 def read_checkpoint(path, wanted):
@@ -72,19 +44,20 @@ def read_checkpoint(path, wanted):
     damage = None
     with together():
         try:
-            read = partial(retry.twice, lambda: _read_alone(path, wanted), Damaged)
-            arrays, run = retry.patiently(f"checkpoint {path} cannot be read", read)
+            arrays, beside = retry.patiently(
+                f"checkpoint {path} cannot be read", lambda: _read_alone(path, wanted)
+            )
         except Damaged as e:
             damage = e
     if not all_agree(damage is None):
         raise damage or Damaged("another process cannot read it")
-    found = fingerprints(arrays)
-    differing = [name for name, value in found.items() if run["arrays"][name][2] != value]
+    found = checksums(arrays)
+    differing = [name for name, value in found.items() if beside["arrays"][name][2] != value]
     # Processes with other copies of an array may have read other values.
     if not all_agree(not differing):
         names = ", ".join(differing[:3]) or "in another process"
         raise Damaged(f"{names}: the values are not those that were saved")
-    return arrays, run
+    return arrays, beside
 
 
 def _read_alone(path, wanted):
@@ -94,49 +67,52 @@ def _read_alone(path, wanted):
         active_processes={jax.process_index()},
         barrier_sync_key_prefix=f"process_{jax.process_index()}",
     )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     restore_args = jax.tree.map(
         lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), wanted
     )
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-    try:
-        if file := next(_irregular(path), None):  # reading a FIFO would never end
-            raise Damaged(f"{file} is a FIFO, a device or a broken link")
-        run = json.loads(read_regular(path / "run" / "metadata", _RUN_BYTES))
-        if problem := misfit(run, _RUN):
-            raise Damaged(problem)
-        if run.pop("sha256") != _sha256(run):
-            raise Damaged("its position in the data is not what was saved")
-        _check_model(path, wanted, run["arrays"])
-        for pattern, schema in _OF_ORBAX.items():
-            for file in path.glob(pattern):
-                if problem := misfit(json.loads(read_regular(file, _RUN_BYTES)), schema):
-                    raise Damaged(f"{file.name}: {problem}")
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            arrays = checkpointer.restore(path / "state", args=args)
+    beside = read_beside(path, alone)
+    _check_model(path, wanted, beside["arrays"])
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with (
+        _as_damage(),
+        ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
+    ):
+        arrays = checkpointer.restore(path / "state", args=args)
         if not all(isinstance(a, jax.Array) for a in jax.tree.leaves(arrays)):
             raise Damaged("it has not all of its arrays")
-        return arrays, run
-    except Failure:
-        raise
-    except Exception as e:  # Orbax, tensorstore and the file system raise exceptions of their own
-        is_of_program = isinstance(e, TypeError | AttributeError | jax.errors.JaxRuntimeError)
-        if retry.is_fault(e) or retry.fills_device(e) or is_of_program:
+    return arrays, beside
+
+
+def read_beside(path, options=None):
+    """What `beside_arrays` has saved in the checkpoint `path`; raises `Damaged`."""
+    options = options or ocp.options.MultiprocessingOptions()
+    handler = ocp.JsonCheckpointHandler(multiprocessing_options=options)
+    with _as_damage(), ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
+        beside = checkpointer.restore(path / "run", args=ocp.args.JsonRestore())
+        if problem := misfit(beside, _BESIDE):
+            raise Damaged(problem)
+        if beside.pop("sha256") != _sha256(beside):
+            raise Damaged("its position in the data is not what was saved")
+    return beside
+
+
+@contextlib.contextmanager
+def _as_damage():
+    """Raises `Damaged` for an exception that neither a fault nor this program has caused: Orbax
+    and tensorstore raise exceptions of many kinds for what they cannot parse.
+    """
+    try:
+        yield
+    except Exception as e:
+        of_program = isinstance(e, Failure | jax.errors.JaxRuntimeError)
+        if of_program or retry.is_fault(e) or retry.fills_device(e):
             raise
         raise Damaged(retry.reason(e)) from e
 
 
-def _irregular(folder):
-    """The FIFOs, devices and broken links below a folder on a disk."""
-    for entry in [] if is_remote(folder) else os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False):
-            yield from _irregular(entry.path)
-        elif not entry.is_file() and not entry.is_dir():
-            yield entry.path
-
-
 def _check_model(path, wanted, saved):
-    for name, a in by_path(wanted).items():
+    for name, a in _by_path(wanted).items():
         here, there = [list(a.shape), a.dtype.name], saved.get(name, [])[:2]
         if here != there:
             what = "is not there"
@@ -148,5 +124,55 @@ def _check_model(path, wanted, saved):
             )
 
 
+def beside_arrays(arrays, position, progress: dict) -> dict:
+    """What a checkpoint holds beside its arrays, ready for JSON: their shapes, dtypes and
+    checksums, the position in the data, and the fields of `Progress`.
+    """
+    found = checksums(arrays)
+    described = {
+        name: [list(a.shape), a.dtype.name, found[name]] for name, a in _by_path(arrays).items()
+    }
+    beside = {"data": position, "progress": progress, "arrays": described}
+    return beside | {"sha256": _sha256(beside)}
+
+
 def _sha256(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _by_path(tree):
+    """The leaves of a tree by their paths in text."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def checksums(tree):
+    """Checksums of arrays of 8, 16 or 32 bits an element, by their paths in the tree.
+
+    A checksum is the sum, modulo 2^32, of a hash of each element's bits and index. For a given
+    index the hash is one to one, so a change of one element always changes the sum. It depends
+    neither on the sharding nor on the process. Storage formats do not check what they decompress.
+    """
+    arrays = _by_path(tree)
+    leaves = list(arrays.values())
+    sharding = leaves[0].sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return dict(zip(arrays, jax.device_get(_sums_on(sharding)(leaves)).tolist(), strict=True))
+
+
+@cache
+def _sums_on(sharding):
+    return jax.jit(lambda arrays: jnp.stack([_sum(a) for a in arrays]), out_shardings=sharding)
+
+
+def _sum(a):
+    unsigned = jnp.dtype(f"uint{8 * a.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(a, unsigned).astype(jnp.uint32)
+    index, stride = jnp.zeros(a.shape, jnp.uint32), 1
+    for axis in reversed(range(a.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= a.shape[axis]
+    mixed = bits * (2 * index + 1) + index
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)  # as MurmurHash ends
+    return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)

@@ -1,22 +1,13 @@
-"""Warnings of a run: skipped updates, loss spikes and dead experts; and its heartbeat."""
+"""Warnings of a run: skipped updates, loss spikes and dead experts."""
 
 import logging
-import math
-import os
-import socket
-import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from aoe_jax.errors import DivergedError
 from aoe_jax.load_figures import dead_experts
-from aoe_jax.storage import retry
-from aoe_jax.storage.files import write_json
-from aoe_jax.storage.paths import is_remote
 
 log = logging.getLogger(__name__)
 
@@ -82,59 +73,3 @@ class Health:
                 f"dead experts at step {step}, without a token in {DEAD_AFTER} logged steps: "
                 f"{names} ({np.sum(self._idle_for >= DEAD_AFTER)} of {load.size} in all)"
             )
-
-
-@dataclass
-class Heartbeat:
-    """Writes status and step to `heartbeat.json`: when the status changes, else at most once a
-    second, or every ten seconds in an object store.
-    """
-
-    workdir: Path
-    # Only the first process writes, while it owns the workdir.
-    may_write: Callable[[], bool] = lambda: False
-    step: int | None = None
-    saved: int | None = None  # the step of the newest complete checkpoint
-    copied: int | None = None  # the step of the newest local copy of process 0
-    history: int | None = None  # a number that changes when the run goes back
-    began: float | None = None  # the time when the run began for the first time
-    status: str | None = None
-    moved: float = -math.inf  # the time of the newest call, on the monotonic clock
-    slowest: float = 0.0  # seconds of the longest of the newest steps
-    _written: float = -math.inf
-    _tolerated: retry.Tolerated = field(default_factory=lambda: retry.Tolerated("heartbeat.json"))
-
-    def beat(self, status, step=None):
-        """Notes a status (preparing, restoring, compiling, training, validating, saving; at the end
-        finished, preempted, interrupted, diverged or failed) and, if it has changed, the step.
-        """
-        self.step = self.step if step is None else step
-        now, moved = time.monotonic(), max(self.moved, retry.paused_at)
-        before, self.status, self.moved = self.status, status, now
-        if before == "training":
-            self.slowest = max(0.9 * self.slowest, now - moved)
-        pause = 10 if is_remote(self.workdir) else 1
-        if status == before and now < self._written + pause:
-            return
-        self._written = now
-        value = {"status": status, "step": self.step, "saved": self.saved, "time": time.time()}
-        value |= {"copied": self.copied, "began": self.began, "history": self.history}
-        value |= {"host": socket.gethostname(), "pid": os.getpid()}
-        with self._tolerated:
-            if self.may_write():
-                write_json(self.workdir / "heartbeat.json", value)
-            else:
-                self._written = -math.inf
-
-    def finish(self, step):
-        """Notes the end of a run, by which its supervisor recognises it; repeated after faults, and
-        while the workdir is not in place.
-        """
-        for pause in retry.pauses():
-            self._written = -math.inf
-            self.beat("finished", step)
-            error, is_written = self._tolerated.error, self._written > -math.inf
-            is_hopeless = error is not None and not retry.is_fault(error)
-            if (error is None and is_written) or is_hopeless or pause is None:
-                return
-            time.sleep(pause)

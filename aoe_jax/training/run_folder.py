@@ -1,19 +1,64 @@
-"""The directory of a run while it trains: who owns it, and where its figures are written."""
+"""The directory of a run: who owns it, whether its files belong together, how it begins anew."""
 
 import contextlib
-import errno
+import logging
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from flax.traverse_util import flatten_dict
 
-from aoe_jax.distributed import see_the_same, together
-from aoe_jax.errors import MachineFault
-from aoe_jax.storage.lease import lost, owned, place, read_owner, write_or_refuse
-from aoe_jax.storage.paths import Mirror, is_remote
+from aoe_jax.config.run import Config
+from aoe_jax.data.tokenised import TokenisedCorpus
+from aoe_jax.distributed import agree, together
+from aoe_jax.errors import UserError, naming
+from aoe_jax.formats.configs import differences
+from aoe_jax.storage.files import (
+    COUNT,
+    NUMBER,
+    TEXT,
+    or_none,
+    read_json,
+    read_metrics,
+    write_json,
+    write_whole,
+)
+from aoe_jax.storage.lease import owned as leased
+from aoe_jax.storage.paths import Mirror, is_remote, move, unused
 from aoe_jax.storage.retry import patiently
-from aoe_jax.training.workdir import set_aside
+from aoe_jax.training.checkpoint import DAMAGED, Checkpoints
+
+log = logging.getLogger(__name__)
+
+_IDENTITY = ("config.json", "data.json")  # which run it is
+# The files of a run, except its tokenizer. Checkpoints come before the files that record them, so
+# that a move that was interrupted never leaves a run that seems whole.
+_FILES = (
+    *("checkpoints", DAMAGED, "tensorboard", "profile", "wandb", "hang", "eval.json", "load.png"),
+    *("training.png", "wandb.json", "summary.json", "metrics.jsonl", "heartbeat.json"),
+    *_IDENTITY,
+)
+_ON_DISK = ("metrics.jsonl", "wandb.json")  # of a run in an object store: a copy is on a disk
+_SEEN_WITHIN = 60.0  # seconds after which a network disk shows a new file to all hosts
+
+# Groups and fields that may change when a run continues: they do not affect what a step computes.
+FREE = {
+    "checkpoint",
+    "mesh",
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.max_skipped",
+    "train.hang_timeout",
+    "data.cache",
+    "data.path",
+    "data.tokenizer",  # `check_data` compares its content
+    "model.attention",
+    "experts.grouped_matmul",
+    "model.unroll",
+}
 
 
 @dataclass(frozen=True)
@@ -23,84 +68,218 @@ class Start:
     over: bool = False  # begin anew; the files of the run before are set aside
     go_back: int | None = None  # begin from the checkpoint of this step; newer files are set aside
     take_over: bool = False  # do not wait for an owner that may still run
-    resume_only: bool = False  # never begin: the disk of the run may not be mounted
 
 
 class RunFolder:
     """A workdir that process 0 owns and all processes see.
 
-    `figures` is the folder of `metrics.jsonl`, `tensorboard/`, `wandb/` and `profile/`: the workdir
-    or, if that is in an object store, a temporary folder that `upload` copies there. `nonce` is
-    that of the owner, in all processes.
+    `on_disk` is the folder of `metrics.jsonl`, `tensorboard/`, `wandb/` and `profile/`: the workdir
+    or, if that is in an object store, a temporary folder that `upload` copies there.
     """
 
     def __init__(self, workdir: Path):
         """Touches no file before `open`."""
-        self.figures, self.workdir = workdir, workdir
-        self.nonce = self._owner = self._mirror = None
+        self.workdir, self.on_disk = workdir, workdir
+        self._lease = self._mirror = None
 
     def open(self, start: Start, held: contextlib.ExitStack):
         """Owns the workdir until `held` is closed, and sets old files aside if `start` says so.
-        Raises `InUse` if another process owns it, `UserError` if a process does not see it, and
-        `MachineFault` if there is no run to resume.
+        Raises `InUse` if another process owns it, and `UserError` if a process does not see it.
         """
         workdir, is_main = self.workdir, jax.process_index() == 0
         with together():
             if is_main:
-                self._owner = held.enter_context(owned(workdir, "workdir", start.take_over))
-        self.nonce = see_the_same(
-            self._owner and self._owner.nonce,
-            lambda: (read_owner(workdir) or {}).get("nonce"),
-            f"--workdir={workdir}",
-        )
+                self._lease = held.enter_context(leased(workdir, "workdir", start.take_over))
         with together():
-            self._place = place(workdir)
-            if not is_main and not is_remote(workdir):  # every process saves its part of the state
-                file = workdir / f".process_{jax.process_index()}"
-                write_or_refuse(workdir, "workdir", lambda: (file.touch(), file.unlink()))
-            if is_main and start.resume_only and not (workdir / "heartbeat.json").exists():
-                raise MachineFault(f"{workdir}/heartbeat.json is gone; is its disk mounted?")
-            if is_main and (start.over or start.go_back is not None):
+            if not is_main:
+                _wait_until_seen(workdir)
+            elif start.over or start.go_back is not None:
                 set_aside(workdir, start.go_back)
             if is_main and is_remote(workdir):
-                self.figures = Path(held.enter_context(tempfile.TemporaryDirectory()))
-                for name in ("metrics.jsonl", "wandb.json"):
+                self.on_disk = Path(held.enter_context(tempfile.TemporaryDirectory()))
+                for name in _ON_DISK:
                     patiently(f"{workdir / name} cannot be read", lambda: self._fetch(name))
-                self._mirror = Mirror(self.figures, workdir)
+                self._mirror = Mirror(self.on_disk, workdir)
 
     def _fetch(self, name):
         if (file := self.workdir / name).exists():
-            (self.figures / name).write_bytes(file.read_bytes())
+            (self.on_disk / name).write_bytes(file.read_bytes())
 
-    def check_owner(self):
-        """Calls `Owner.check` in process 0. It must come before files are replaced: a disk that was
-        not mounted at the start may have the run of another process.
+    def check(self, config: Config, corpus: TokenisedCorpus, steps):
+        """Checks, in every process, that the files of the workdir belong to this run, whose
+        complete checkpoints are `steps`; raises `UserError`.
         """
-        if self._owner:
-            self._owner.check()
+        with together():
+            check_history(self.workdir, steps)
+            check_config(self.workdir, config, has_begun=bool(steps))
+            if steps:
+                check_data(self.workdir, corpus)
+        agree("the configuration or data", f"{config} {corpus.identities}")
 
-    def check_in_place(self):
-        """Checks in every process that it sees the file of the owner; raises like `Owner.check`."""
-        patiently(f"{self.workdir} cannot be read", self._see_owner)
-
-    def _see_owner(self):
-        found = read_owner(self.workdir)
-        if found is None:
-            raise OSError(errno.ESTALE, "the file of its owner is gone; is its disk mounted?")
-        if found.get("nonce") != self.nonce:
-            raise lost(self.workdir, self._place, found)
-
-    def is_in_place(self):
-        """Whether this is process 0 and the workdir is the one that it owns, not another disk."""
-        return self._owner is not None and self._owner.is_in_place()
+    def check_lease(self):
+        """Raises `UserError` in process 0 if another process has taken the workdir over."""
+        if self._lease:
+            self._lease.check()
 
     def upload(self):
-        """Copies the figures so far to an object store; raises like `Owner.check`."""
+        """Copies the metrics so far to an object store."""
         if self._mirror:
-            self.check_owner()
             self._mirror.upload()
 
-    def release(self):
-        """Gives the workdir up, in a process that ends without closing `held`."""
-        if self._owner:
-            self._owner.release()
+    def claim(self, config: Config, corpus: TokenisedCorpus):
+        """Writes `config.json`, `data.json` and a copy of the tokenizer, and removes
+        `summary.json`; process 0 calls it after all checks.
+        """
+        tokenizer = corpus.tokenizer
+        write_whole(self.workdir / tokenizer.name, tokenizer.read_bytes())
+        write_json(self.workdir / "data.json", {"token_stores": corpus.identities})
+        write_json(self.workdir / "config.json", config.to_dict())
+        (self.workdir / "summary.json").unlink(missing_ok=True)
+
+
+def _wait_until_seen(workdir):
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while not workdir.exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"--workdir={workdir}: process {jax.process_index()} does not see what process 0 "
+                "has made there; all processes must share that folder"
+            )
+        time.sleep(0.2)
+
+
+def _fixed(config):
+    """The values by field that a run keeps; without the paths of corpora, which may move."""
+    groups = config.to_dict()
+    groups["data"] |= {"name": config.data.name_without_paths}
+    fields = flatten_dict(groups, sep=".").items()
+    return {name: value for name, value in fields if not {name.partition(".")[0], name} & FREE}
+
+
+def check_config(workdir: Path, config: Config, has_begun=True):
+    """Raises `UserError` if `workdir` holds a model, or a run of another configuration that
+    `has_begun`: one without a checkpoint may change its configuration.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    differing = differences(_fixed(read_run_config(path)), _fixed(config)).values()
+    if has_begun and differing:
+        raise UserError(
+            f"workdir {workdir} holds another configuration: {'; '.join(differing)}. Use another "
+            "--workdir, or --start-over"
+        )
+
+
+def check_history(workdir: Path, steps):
+    """Checks that the files of a run show no checkpoint beyond `steps`, those of all complete ones;
+    one that was set aside as damaged is not missing. Raises `UserError` if a later checkpoint was
+    complete, if there are metrics and nothing else, or if nothing says of which run the
+    checkpoints are.
+    """
+    if steps and (missing := [n for n in _IDENTITY if not (workdir / n).exists()]):
+        raise UserError(
+            f"--workdir={workdir} has checkpoints but no {missing[0]}, so they may be of another "
+            "run. Bring it back; or --start-over begins anew, and moves them to set_aside/"
+        )
+    lacks_all = not steps and not (workdir / "heartbeat.json").exists()
+    if lacks_all and next(read_metrics(workdir / "metrics.jsonl"), None):
+        raise UserError(
+            f"--workdir={workdir}: metrics.jsonl has steps of a run, but checkpoints/ has none. "
+            "Bring them back; or --start-over begins anew, and moves the file to set_aside/"
+        )
+    newest, damaged = max(steps, default=0), workdir / DAMAGED
+    names = [path.name.partition("-")[0] for path in damaged.iterdir()] if damaged.is_dir() else []
+    for file, step in _recorded(workdir).items():
+        if step <= newest or (steps and str(step) in names):
+            continue
+        there = f"the newest checkpoint is of step {newest}" if newest else "checkpoints/ has none"
+        goes_back = f"--go-back={newest} continues from that, and " if newest else ""
+        raise UserError(
+            f"--workdir={workdir}: {file} shows that a checkpoint of step {step} was complete, but "
+            f"{there}. Bring the missing ones back; or {goes_back}--start-over begins anew. Newer "
+            "files are then moved to set_aside/"
+        )
+
+
+def _recorded(workdir):
+    """The newest steps of checkpoints that files of the run name, by file."""
+    found = {"heartbeat.json": read_heartbeat(workdir)["saved"] or 0}
+    if (summary := workdir / "summary.json").exists():
+        schema = {"metrics": {"step": COUNT}}
+        found["summary.json"] = read_json(summary, schema=schema)["metrics"]["step"]
+    return found
+
+
+def read_heartbeat(workdir: Path):
+    """`saved` and `began` of a run's heartbeat, None where it has no such file."""
+    path, schema = workdir / "heartbeat.json", {"saved": or_none(COUNT), "began": or_none(NUMBER)}
+    content = read_json(path, schema=schema) if path.exists() else {}
+    return {name: content.get(name) for name in schema}
+
+
+def set_aside(workdir: Path, go_back: int | None = None):
+    """Moves the files of a run to a new folder in `workdir/set_aside`; with `go_back`, only what is
+    newer than the checkpoint of that step. Raises `UserError` if there is no such checkpoint.
+    """
+    names, metrics = list(_FILES), workdir / "metrics.jsonl"
+    if go_back is not None:
+        steps = Checkpoints(workdir).steps()
+        if go_back not in steps:
+            raise UserError(
+                f"--go-back={go_back}: {workdir} has checkpoints of steps "
+                f"{', '.join(map(str, steps)) or 'none'}; give one of these steps"
+            )
+        if metrics.exists():
+            metrics.with_name("metrics.jsonl.whole").write_bytes(metrics.read_bytes())
+        names = [f"checkpoints/{step}" for step in reversed(steps) if step > go_back]
+        names += ["metrics.jsonl.whole", "summary.json", "training.png"]
+    folder = unused(workdir / "set_aside" / time.strftime("%Y-%m-%d_%H-%M-%S"))
+    moved = [name for name in names if (workdir / name).exists()]
+    for name in moved:
+        move(workdir / name, folder / name)
+    if go_back is not None:  # last, so that no run goes on after moves that were interrupted
+        heartbeat = read_heartbeat(workdir) | {"saved": go_back}
+        write_json(workdir / "heartbeat.json", heartbeat)
+    if moved:
+        log.info(f"moved {', '.join(sorted(moved))} to {folder}")
+
+
+def check_data(workdir: Path, corpus: TokenisedCorpus):
+    """Raises `UserError` if a text or the tokenizer has changed since the run began."""
+    found = read_identities(workdir) or corpus.identities
+    if found != corpus.identities:
+        there, here = (
+            ", ".join(stores or ["none"])[:1000] for stores in (found, corpus.identities)
+        )
+        raise UserError(
+            f"workdir {workdir} was trained on token store {there}, this is {here}: the text or "
+            "the tokenizer has changed. Bring the old text back (data.path, or the paths in "
+            "data.name), or use another --workdir"
+        )
+
+
+def read_identities(workdir: Path) -> list[str]:
+    """The identities of the corpora of a run or of a model of a run; empty if it has no file."""
+    path = workdir / "data.json"
+    if not path.exists():
+        return []
+    return read_json(path, schema={"token_stores": [TEXT]})["token_stores"]
+
+
+def read_run_config(path: Path) -> Config:
+    """The configuration of a run, from its `config.json`. Raises `UserError` if the file cannot be
+    read, is no configuration of a training run, or has fields of an earlier version.
+    """
+    groups = read_json(path)
+    if "model_type" in groups:
+        raise UserError(
+            f"{path} belongs to a model, not to a training run; train.init_from starts a run from "
+            "a model"
+        )
+    for name, values in groups.items():
+        if not isinstance(values, dict):
+            wanted = "is no group of fields; name a training run's workdir"
+            raise UserError(f"{path}: {name[:100]} {wanted}")
+    with naming(path):
+        return Config.from_config_dict(groups)

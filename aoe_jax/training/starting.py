@@ -22,8 +22,7 @@ from aoe_jax.training.step import TrainState, first_state
 log = logging.getLogger(__name__)
 
 
-def check_start(config: Config):
-    """Raises `UserError` if the model cannot be read or has another architecture."""
+def _check_architecture(config: Config):
     try:
         directory = _directory(config)
         there, here = computed_fields(read_config(directory)), computed_fields(config)
@@ -52,11 +51,12 @@ def _refused(config, why):
 def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) -> TrainState:
     """The first state: float32 parameters and routing state of a model, the rest new.
 
-    `config` has passed `check_start`, `like` has the shapes of the state with their shardings, and
-    `tokenizer` is the file of the corpora's tokenizer. Raises `UserError` if the model cannot be
-    read, has another tokenizer, or has a routing state that the run does not use.
+    `like` has the shapes of the state with their shardings, and `tokenizer` is the file of the
+    corpora's tokenizer. Raises `UserError` if the model cannot be read, has another architecture or
+    tokenizer, or has a routing state that the run does not use.
     """
     with together():
+        _check_architecture(config)
         try:
             params, routing_state = _loaded(config, mesh, tokenizer)
         except (UserError, OSError, ValueError) as e:

@@ -1,39 +1,32 @@
-"""Writers of a run's figures: `metrics.jsonl`, TensorBoard files and, on request, Weights & Biases.
+"""Writers of a run's metrics: `metrics.jsonl`, TensorBoard, the progress bar, Weights & Biases.
 
-A writer begins at `start_step`, from which the run continues. It drops or hides the figures of
-later steps, which an earlier attempt wrote. `write(step, group, scalars, layers, experts)` takes
-the figures of one step: `group` is `train` or `validation`, `scalars` maps names to numbers,
-`layers` names to arrays `[L]`, and `experts` names to arrays `[L, n]` (L layers, n experts). Only
-TensorBoard keeps the last, as histograms over experts.
+`write(step, group, scalars, layers, experts)` takes the metrics of one step: `group` is `train` or
+`validation`, `scalars` maps names to numbers, `layers` names to arrays `[L]`, and `experts` names
+to arrays `[L, n]` (L layers, n experts). Only TensorBoard keeps the last, as histograms.
 """
 
+import contextlib
 import errno
-import filecmp
 import json
 import logging
 import os
 import re
 import secrets
-import shutil
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
-from aoe_jax.storage.files import TEXT, finite, read_json, read_metrics, write_json, write_whole
-from aoe_jax.storage.paths import move
-from aoe_jax.training.workdir import folder_aside
+from aoe_jax.storage.files import TEXT, finite, read_json, write_json
 
 # tensorboardX imports PyTorch if it is installed, which takes seconds and is not needed here.
 _has_torch = sys.modules.setdefault("torch", None)
 try:
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.proto.summary_pb2 import Summary
-    from tensorboardX.summary import histogram, image
+    from tensorboardX import SummaryWriter
 finally:
     if not _has_torch:
         del sys.modules["torch"]
@@ -48,32 +41,32 @@ class JsonLines:
     """One JSON object a line, null for numbers that are not finite.
 
     A line survives a kill of the process as soon as it is written; lines that cannot be written are
-    kept for the next write. Lines after `start_step` are dropped, and, unless `validated`, the
-    validation of that step. The whole file is kept in `set_aside/` if the last of them is more than
-    `2 * every` steps later (`every` is `checkpoint.every`), or if lines are dropped that are no
-    figures.
+    kept for the next write.
     """
 
     name = "metrics.jsonl"
 
-    def __init__(self, path: Path, start_step, every, validated=True):
-        def is_kept(line):
-            return line["step"] < start_step + (validated or "validation_nll" not in line)
-
-        newest = n_lines = self.compute_seconds = 0
-        for line in read_metrics(path):  # in pieces: all lines as objects may not fit into memory
-            newest, n_lines = max(newest, line["step"]), n_lines + 1
-            if is_kept(line):
-                self.compute_seconds += line.get("compute_seconds") or 0
-        # A kill leaves up to two intervals, since the last save may be incomplete, and half a line.
-        if newest - start_step > 2 * every or _line_ends(path) > n_lines:
-            _set_aside(path)
-        kept = filter(is_kept, read_metrics(path))
-        write_whole(path, ((json.dumps(line) + "\n").encode() for line in kept))
-        self._file, self._unwritten = path.open("r+b", buffering=0), b""
-        self._size = self._file.seek(0, os.SEEK_END)  # size of the whole lines
+    def __init__(self, path: Path, size: int):
+        """Goes on after the first `size` bytes, the lines up to a checkpoint; later ones are
+        dropped. Raises `UserError` if the file has lost some of them.
+        """
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
+        there = self._file.seek(0, os.SEEK_END)
+        self._file.seek(max(size - 1, 0))
+        if there < size or (size and self._file.read(1) != b"\n"):
+            self._file.close()
+            raise UserError(
+                f"{path} has lost lines: its checkpoint was saved after {size} bytes of lines, it "
+                f"has {there} bytes. Bring it back; or --start-over begins anew"
+            )
+        dropped = self._file.read().count(b"\n")
+        if dropped:
+            log.info(f"{path.name}: dropped {dropped} lines of steps after the checkpoint")
+        self._file.truncate(size)
+        self._size, self._unwritten = size, b""
 
     def write(self, step, group, scalars, layers, experts):
+        """Adds a line."""
         line = {"step": step} | scalars
         if layers:
             line["layers"] = {name: _shortest(values) for name, values in layers.items()}
@@ -81,40 +74,22 @@ class JsonLines:
         self._flush()
 
     def _flush(self):
-        self._file.seek(self._size)  # a write that failed may have left half a line
+        self._file.truncate(self._size)  # a write that failed may have left half a line
         written = self._file.write(self._unwritten)
-        self._size = self._file.tell()
-        self._unwritten = self._unwritten[written:]
-        if self._unwritten:
+        if written < len(self._unwritten):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._size, self._unwritten = self._size + written, b""
 
-    def sync(self):
-        """Waits until all lines would survive a power cut."""
+    def sync(self) -> int:
+        """Waits until all lines would survive a power cut; returns the size of the file."""
         self._flush()
         os.fsync(self._file.fileno())
+        return self._size
 
     def close(self):
+        """Writes what is left."""
         with self._file:
             self._flush()
-
-
-def _line_ends(path):
-    if not path.exists():
-        return 0
-    with path.open("rb") as file:
-        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(2**20), b""))
-
-
-def _set_aside(path):
-    copies = path.parent.glob(f"set_aside/*/{path.name}.whole")
-    if any(filecmp.cmp(copy, path, shallow=False) for copy in copies):
-        return
-    copy = path.with_name(f"{path.name}.whole")
-    shutil.copyfile(path, copy)
-    target = folder_aside(path.parent) / copy.name
-    move(copy, target)
-    where = target.relative_to(path.parent)
-    log.warning(f"{path.name} has lines that this run drops; the whole file is in {where}")
 
 
 def _shortest(values):
@@ -134,45 +109,69 @@ def _tags(group, scalars, layers):
 
 
 class TensorBoard:
-    """Event files, in which events of later steps from a run that was killed are hidden."""
+    """Event files, in which events of steps after `start_step` from a killed run are hidden."""
 
     name = "tensorboard/"
 
     def __init__(self, folder: Path, start_step):
-        folder.mkdir(parents=True, exist_ok=True)
-        # tensorboardX's SummaryWriter has a queue, which a kill of the process would lose.
-        self._events = EventsWriter(str(folder / "events"))
-        self._add(start_step + 1, file_version="brain.Event:2")
-        self._add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def _add(self, step, **what):
-        self._events.write_event(Event(wall_time=time.time(), step=step, **what))
-        self._events.flush()
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def write(self, step, group, scalars, layers, experts):
-        # One event for all takes a tenth of the time of one for each.
-        values = [
-            Summary.Value(tag=tag, simple_value=value)
-            for tag, value in _tags(group, scalars, layers).items()
-        ]
+        """Adds a point to each chart."""
+        for tag, value in _tags(group, scalars, layers).items():
+            self._writer.add_scalar(tag, value, step)
         for name, of_layers in experts.items():
             for layer, of_experts in enumerate(of_layers):
                 if np.isfinite(of_experts).all():
                     tag = f"histograms/{name}/layer_{layer}"
-                    values += histogram(tag, of_experts, bins=16).value
-        self._add(step, summary=Summary(value=values))
+                    self._writer.add_histogram(tag, of_experts, step, bins=16)
 
     def draw(self, step, name, figure):
-        """Writes a matplotlib `Figure` as a picture, which takes a tenth of a second or more."""
+        """Adds a matplotlib `Figure` as a picture, which takes a tenth of a second or more."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-        self._add(step, summary=image(name, pixels, dataformats="HWC"))
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def sync(self):
+        """Waits until all events are written."""
+        self._writer.flush()
 
     def close(self):
-        self._events.close()
+        """Writes what is left."""
+        self._writer.close()
+
+
+class Bar:
+    """The last line of a terminal: step, time left, loss, speed and load; the log is above it."""
+
+    name = "the progress bar"
+
+    def __init__(self, first_step, steps):
+        self._held = contextlib.ExitStack()
+        logs = logging_redirect_tqdm([logging.getLogger("aoe_jax")])
+        self._held.enter_context(logs)
+        bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
+        self._bar = self._held.enter_context(bar)
+
+    def write(self, step, group, scalars, layers, experts):
+        """Shows the metrics of a logged step; `load max` is the largest load over the mean."""
+        if group == "train":
+            shown = {"loss": f"{scalars['loss']:.4f}"}
+            shown["tokens/s"] = f"{scalars['tokens_per_second']:,.0f}"
+            if layers:
+                shown["load max"] = f"{layers['load_max_over_mean'].mean():.2f}x"
+            self._bar.set_postfix(shown, refresh=False)
+
+    def step(self, step):
+        """Shows a finished step, logged or not."""
+        self._bar.update(step - self._bar.n)
+
+    def close(self):
+        """Erases the line; the log is written directly again."""
+        self._held.close()
 
 
 class Wandb:
@@ -214,9 +213,11 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step, group, scalars, layers, experts):
+        """Sends a point of each chart."""
         self._run.log({"step": step, **_tags(group, scalars, layers)})
 
     def close(self):
+        """Uploads what is left."""
         self._run.finish()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from aoe_jax.compare.jobs import Job, Machine, Slot, read_machines, read_outcome, slots_of
 from aoe_jax.errors import UserError
-from aoe_jax.stopping import StopRequests
+from aoe_jax.training.stopping import StopRequests
 from aoe_jax.storage.files import read_json
 from tests.runs import ROOT
 
@@ -53,7 +53,7 @@ PARENT = """
 import pathlib, sys
 from aoe_jax.compare.jobs import Machine, Slot
 from aoe_jax.errors import Stopped
-from aoe_jax.stopping import StopRequests
+from aoe_jax.training.stopping import StopRequests
 from tests.compare.test_jobs import SLEEPER, job
 stop = StopRequests()
 stop.listen()

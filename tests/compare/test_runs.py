@@ -30,7 +30,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import DivergedError, UserError
-from aoe_jax.stopping import StopRequests
+from aoe_jax.training.stopping import StopRequests
 from aoe_jax.storage.files import read_json, write_json
 from tests.compare.suites import write_suite
 from tests.hasty import xla_flags

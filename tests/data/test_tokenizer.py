@@ -26,7 +26,7 @@ from aoe_jax.data.tokenizer import (
     train_tokenizer,
 )
 from aoe_jax.errors import Interrupted, UserError
-from aoe_jax.stopping import interruptibly
+from aoe_jax.training.stopping import interruptibly
 from tests.data.texts import texts
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log"]

@@ -1,14 +1,10 @@
-"""Warnings, the end of a run that diverges, and the heartbeat."""
-
-import errno
-import json
+"""Warnings, and the end of a run that diverges."""
 
 import numpy as np
 import pytest
 
 from aoe_jax.errors import DivergedError
-from aoe_jax.training import health
-from aoe_jax.training.health import SPIKE_MINIMUM, Health, Heartbeat
+from aoe_jax.training.health import SPIKE_MINIMUM, Health
 
 
 def noisy(health, steps, first=1):
@@ -93,51 +89,3 @@ def test_dense_model_has_no_dead_expert(caplog):
     for step in range(5):
         health.load(step, np.zeros((2, 1)))
     assert not caplog.text
-
-
-def test_heartbeat(tmp_path):
-    heartbeat, path = Heartbeat(tmp_path), tmp_path / "heartbeat.json"
-    heartbeat.beat("training", 3)
-    assert not path.exists()  # the folder is not ours yet
-    heartbeat.may_write = lambda: True
-    heartbeat.beat("training", 4)
-    first = json.loads(path.read_text())
-    assert (first["status"], first["step"]) == ("training", 4) and first.keys() == {
-        *("status", "step", "saved", "time", "copied", "began", "history", "host", "pid")
-    }
-    heartbeat.beat("training", 5)  # within a second
-    assert json.loads(path.read_text()) == first
-    heartbeat.beat("saving")
-    assert json.loads(path.read_text())["status"] == "saving"
-    assert json.loads(path.read_text())["step"] == 5
-
-
-def test_the_last_heartbeat_is_tried_again(tmp_path, monkeypatch):
-    """The supervisor recognises by it that the run has finished."""
-    heartbeat, path = Heartbeat(tmp_path, may_write=lambda: True), tmp_path / "heartbeat.json"
-    answers, write = [OSError(errno.EIO, "Input/output error"), None], health.write_json
-
-    def fails_once(*arguments):
-        if error := answers.pop(0):
-            raise error
-        write(*arguments)
-
-    monkeypatch.setattr(health, "write_json", fails_once)
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    heartbeat.finish(24)
-    found = json.loads(path.read_text())
-    assert (found["status"], found["step"]) == ("finished", 24)
-
-
-def test_the_last_heartbeat_waits_for_a_disk_that_vanished(tmp_path, monkeypatch):
-    answers = [False, False, True]
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    Heartbeat(tmp_path, may_write=lambda: answers.pop(0)).finish(24)
-    assert json.loads((tmp_path / "heartbeat.json").read_text())["status"] == "finished"
-
-
-def test_the_last_heartbeat_is_not_tried_again_in_vain(tmp_path, monkeypatch, caplog):
-    (tmp_path / "heartbeat.json").mkdir()
-    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waits"))
-    Heartbeat(tmp_path, may_write=lambda: True).finish(24)
-    assert "heartbeat.json cannot be written (Is a directory)" in caplog.text

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import re
 import shutil
 import sys
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.training.telemetry import Telemetry
-from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb, check_wandb
+from aoe_jax.training.checkpoint import Progress
+from aoe_jax.training.metrics import Metrics
+from aoe_jax.training.writers import Bar, JsonLines, TensorBoard, Wandb, check_wandb
 from tests.runs import (
-    EVERY,
     finish,
     finished_run,
     read_events,
@@ -22,44 +23,95 @@ from tests.runs import (
     tiny_config,
     train_command,
 )
+from tests.terminal import Terminal, shown
 
 LAYERS = {"load_entropy": np.array([1 / 3, 2 / 3], np.float32), "dead_experts": np.array([0, 2])}
 
 
-def test_lines_after_the_checkpoint_are_dropped(tmp_path):
+def test_lines_after_the_checkpoint_are_dropped(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    writer = JsonLines(path, 0, EVERY)
-    for step in (2, 4, 6):
+    writer = JsonLines(path, 0)
+    for step in (2, 4):
         writer.write(step, "train", {"loss": step}, {}, {})
+    size = writer.sync()
+    writer.write(6, "train", {"loss": 6}, {}, {})
     writer.close()
     with path.open("a") as file:
         file.write('{"step": 8, "lo')  # the half line of a killed run
     kept = path.read_text().splitlines()[:2]
-    writer = JsonLines(path, 5, EVERY)
+    with caplog.at_level("INFO"):
+        writer = JsonLines(path, size)
+    assert "metrics.jsonl: dropped 1 lines of steps after the checkpoint" in caplog.text
     assert path.read_text().splitlines() == kept
     writer.write(6, "train", {"loss": 60}, {}, {})
     writer.close()
     assert path.read_text().splitlines() == [*kept, '{"step": 6, "loss": 60}']
-    assert [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize(
-    "more", ['{"step": 9, "loss": 1}', '{"step": 2, "note": "a text"}', "my own words"]
+    "change", [lambda text: "", lambda text: text[3:], lambda text: text + "x"]
 )
-def test_lines_that_nobody_expects_are_kept_aside(tmp_path, more):
-    """Lines of a checkpoint that is gone, of another version, or of the user."""
+def test_lines_that_are_lost(tmp_path, change):
+    """A file that is shorter than at the checkpoint, or in which it ends within a line."""
     path = tmp_path / "metrics.jsonl"
-    before = '{"step": 2, "loss": 1}\n{"step": 8, "loss": 1}\n' + more + "\n"
-    path.write_text(before)
-    for _ in range(2):
-        JsonLines(path, 2, EVERY).close()
-        assert path.read_text() == '{"step": 2, "loss": 1}\n'
-    (copy,) = tmp_path.glob("set_aside/*/*")
-    assert copy.name == "metrics.jsonl.whole" and copy.read_text() == before
+    path.write_text('{"step": 2, "loss": 1.5}\n')
+    size = path.stat().st_size + (change("a") == "ax")
+    path.write_text(change(path.read_text()))
+    before = path.read_text()
+    with pytest.raises(UserError, match=r"metrics.jsonl has lost lines: .* or --start-over begins"):
+        JsonLines(path, size)
+    assert path.read_text() == before
+
+
+def test_a_write_that_is_short_loses_nothing(tmp_path, monkeypatch):
+    writer = JsonLines(tmp_path / "metrics.jsonl", 0)
+    writer.write(1, "train", {"loss": 1}, {}, {})
+    file = writer._file
+
+    class Full:
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+        def write(self, content):
+            return file.write(content[:5])
+
+    writer._file = Full()
+    with pytest.raises(OSError, match="No space left"):
+        writer.write(2, "train", {"loss": 2}, {}, {})
+    writer._file = file
+    writer.write(3, "train", {"loss": 3}, {}, {})
+    writer.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def attached(monkeypatch):
+    """A terminal that is stderr from now on; pytest resets stderr after fixtures."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal.file)
+    handler = logging.StreamHandler(terminal.file)
+    log = logging.getLogger("aoe_jax")
+    monkeypatch.setattr(log, "handlers", [handler])
+    log.setLevel(logging.INFO)
+    return terminal
+
+
+def test_the_bar_is_below_the_log_and_gone_at_the_end(monkeypatch):
+    terminal = attached(monkeypatch)
+    bar = Bar(3, 50)
+    layers = {"load_max_over_mean": np.array([1.0, 2.0])}
+    bar.write(5, "train", {"loss": 5.4321, "tokens_per_second": 12345.6}, layers, {})
+    bar.step(5)
+    logging.getLogger("aoe_jax").info("a line of the log")
+    bar._bar.refresh()
+    bar.close()
+    written = terminal.written()
+    assert [line for line in shown(written) if line] == ["a line of the log"]
+    assert re.search(r"5/50 .*loss=5.4321, tokens/s=12,346, load max=1.50x", written), written
 
 
 def test_lines_are_on_disk_at_once(tmp_path):
-    writer = JsonLines(tmp_path / "metrics.jsonl", 0, EVERY)
+    writer = JsonLines(tmp_path / "metrics.jsonl", 0)
     writer.write(1, "train", {"loss": 0.1}, LAYERS, {})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text) == {
@@ -71,7 +123,7 @@ def test_lines_are_on_disk_at_once(tmp_path):
 
 def test_numbers_keep_their_precision(tmp_path):
     values = np.random.default_rng(0).lognormal(0, 20, 500).astype(np.float32)
-    writer = JsonLines(tmp_path / "metrics.jsonl", 0, EVERY)
+    writer = JsonLines(tmp_path / "metrics.jsonl", 0)
     writer.write(1, "train", {"nll": float(values[0])}, {"norm": values}, {})
     writer.close()
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
@@ -137,8 +189,9 @@ def test_wandb_that_cannot_be_reached(tmp_path, monkeypatch, caplog, wandb):
 
     monkeypatch.setattr(wandb, "init", refuse)
     error = wandb.errors.CommError("timed out")
-    telemetry = Telemetry(tmp_path, tiny_config(), 0, wandb="mine")
-    telemetry.close()
+    metrics = Metrics(tmp_path, tiny_config(), 0, Progress(), 0.0)
+    metrics.open(wandb="mine")
+    metrics.close()
     assert "Weights & Biases cannot be reached (timed out); the run goes on" in caplog.text
     for error in (wandb.errors.UsageError("key?"), wandb.errors.CommError("returned error 403")):
         with pytest.raises(UserError, match=rf"--wandb=mine: {re.escape(str(error))}; log in"):

@@ -1,4 +1,4 @@
-"""The figures of a run, and how its time is split."""
+"""The metrics of a run, and how its time is split."""
 
 import dataclasses
 import json
@@ -14,8 +14,9 @@ from aoe_jax.evaluation.perplexity import Evaluation
 from aoe_jax.load_figures import load_spread
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.planning.counts import training_flops_per_token
-from aoe_jax.training import telemetry as telemetry_module
-from aoe_jax.training.telemetry import MEASURED, Telemetry, layer_figures
+from aoe_jax.training import metrics as metrics_module
+from aoe_jax.training.checkpoint import Progress
+from aoe_jax.training.metrics import MEASURED, Metrics, layer_metrics
 from tests.runs import read_events, tiny_config
 
 LAYERS, EXPERTS = 2, 4
@@ -42,6 +43,25 @@ def evaluation_of(nll=3.5, load=0.5):
     )
 
 
+def opened(workdir, config, start_step=0, progress=None, began=0.0):
+    progress = progress or Progress(validation={"nll": 3.5})
+    metrics = Metrics(workdir, config, start_step, progress, began)
+    metrics.open()
+    return metrics
+
+
+def report(metrics, step, of_step):
+    metrics.step(step, {"finite": np.bool_(True)} | of_step)
+    metrics.flush()
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    metrics = opened(tmp_path, tiny_config(train__log_every=1))
+    yield metrics
+    metrics.close()
+
+
 def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -50,25 +70,18 @@ def computed(line):
     return {key: value for key, value in line.items() if not key.endswith(MEASURED)}
 
 
-@pytest.fixture
-def telemetry(tmp_path):
-    telemetry = Telemetry(tmp_path, tiny_config(), 0)
-    yield telemetry
-    telemetry.close()
-
-
-def test_losses_of_a_method_are_written(tmp_path, telemetry):
-    telemetry.train(5, metrics_of(5) | {"z_loss": np.float32(7.5), "finite": np.bool_(True)})
+def test_losses_of_a_method_are_written(tmp_path, metrics):
+    report(metrics, 5, metrics_of(5) | {"z_loss": np.float32(7.5), "finite": np.bool_(True)})
     (line,) = lines(tmp_path)
     assert line["z_loss"] == 7.5 and "finite" not in line
 
 
 def test_lines_and_events_hold_the_metrics(tmp_path):
-    telemetry = Telemetry(tmp_path, tiny_config(), 0)
+    metrics = opened(tmp_path, tiny_config(train__log_every=1))
     load = np.array([[0.5, 0.5, 0.5, 0.5], [1.25, 0.75, 0, 0]], np.float32)
-    telemetry.train(5, metrics_of(5) | {"load": load})
-    telemetry.evaluation(10, evaluation_of())
-    telemetry.close()
+    report(metrics, 5, metrics_of(5) | {"load": load})
+    metrics.validation(10, evaluation_of())
+    metrics.close()
     train, validation = lines(tmp_path)
     layers, entropies = (
         train.pop("layers"),
@@ -109,9 +122,9 @@ def test_lines_and_events_hold_the_metrics(tmp_path):
     assert (loads.num, loads.min, loads.max) == (EXPERTS, 0, 1.25) and sum(loads.bucket) == EXPERTS
 
 
-def test_speed_utilisation_and_memory_of_a_line(telemetry, tmp_path, caplog):
+def test_speed_utilisation_and_memory_of_a_line(metrics, tmp_path, caplog):
     time.sleep(0.1)
-    telemetry.train(4, metrics_of(4))
+    report(metrics, 4, metrics_of(4))
     (line,) = lines(tmp_path)
     seconds = line["input_seconds"] + line["checkpoint_seconds"] + line["compute_seconds"]
     n = jax.device_count()
@@ -128,12 +141,12 @@ def test_speed_utilisation_and_memory_of_a_line(telemetry, tmp_path, caplog):
     }
 
 
-def test_sources_have_figures_of_their_own(telemetry, tmp_path):
+def test_sources_have_figures_of_their_own(metrics, tmp_path):
     books, news = evaluation_of(2.0), evaluation_of(4.0)
-    telemetry.evaluation(
+    metrics.validation(
         10, dataclasses.replace(evaluation_of(3.0), sources={"books": books, "news": news})
     )
-    telemetry.close()
+    metrics.close()
     (line,) = lines(tmp_path)
     bits = 100 / math.log(2) / 400
     figures = {"nll": 3, "bits_per_byte": 3 * bits, "nll/books": 2, "bits_per_byte/books": 2 * bits}
@@ -148,46 +161,46 @@ def test_sources_have_figures_of_their_own(telemetry, tmp_path):
 
 
 def test_dense_model_has_no_balance(tmp_path):
-    config = tiny_config(experts__kind="dense")
-    telemetry = Telemetry(tmp_path, config, 0)
-    telemetry.train(1, metrics_of(1, experts=1))
-    telemetry.evaluation(1, evaluation_of())
-    telemetry.close()
+    config = tiny_config(experts__kind="dense", train__log_every=1)
+    metrics = opened(tmp_path, config)
+    report(metrics, 1, metrics_of(1, experts=1))
+    metrics.validation(1, evaluation_of())
+    metrics.close()
     assert computed(lines(tmp_path)[0]).keys() == {"step", "skipped", *SCALARS}
     assert not [
         tag for tag, _ in read_events(tmp_path) if tag.startswith(("experts", "histograms"))
     ]
 
 
-def test_evaluation_draws_the_load(telemetry, tmp_path):
+def test_evaluation_draws_the_load(metrics, tmp_path):
     """It uses the host only: in the training loop, moving an array to a device is an error."""
     with jax.transfer_guard("disallow"):
-        telemetry.evaluation(10, evaluation_of())
-    telemetry.close()
+        metrics.validation(10, evaluation_of())
+    metrics.close()
     image = read_events(tmp_path)["experts/load", 10].image
     assert image.encoded_image_string.startswith(b"\x89PNG") and image.width > image.height > 100
 
 
 @pytest.fixture
-def clock(telemetry, monkeypatch):
+def clock(metrics, monkeypatch):
     """Time that passes only by `time.sleep`."""
-    now = [telemetry._line_time]
-    monkeypatch.setattr(telemetry_module.time, "perf_counter", lambda: now[0])
+    now = [metrics._line_time]
+    monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.append(now.pop() + seconds))
 
 
-def test_time_is_split(telemetry, clock, tmp_path):
+def test_time_is_split(metrics, clock, tmp_path):
     """Evaluation counts in no speed; `train` and `evaluation` end what the clocks have counted."""
     for name, seconds in {"input": 0.2, "checkpoint": 0.1, "evaluation": 0.4}.items():
-        with telemetry.clock(name):
+        with metrics.clock(name):
             time.sleep(seconds)
-    telemetry.evaluation(2, evaluation_of())
-    with telemetry.clock("evaluation"):
+    metrics.validation(2, evaluation_of())
+    with metrics.clock("evaluation"):
         time.sleep(0.1)
-    telemetry.evaluation(2, evaluation_of())
+    metrics.validation(2, evaluation_of())
     time.sleep(0.3)
-    telemetry.train(2, metrics_of(2))
-    telemetry.train(4, metrics_of(4))
+    report(metrics, 2, metrics_of(2))
+    report(metrics, 4, metrics_of(4))
     validation, again, first, second = lines(tmp_path)
     names = ("input_seconds", "checkpoint_seconds", "compute_seconds")
     assert [first[name] for name in names] == pytest.approx([0.2, 0.1, 0.3])
@@ -197,7 +210,7 @@ def test_time_is_split(telemetry, clock, tmp_path):
         2 * TOKENS / sum(first[name] for name in names)
     )
     assert second["input_seconds"] == second["checkpoint_seconds"] == 0
-    timing = telemetry.timing()
+    timing = metrics.summary(4, 9.0)["timing"]
     assert timing["input_seconds"] == first["input_seconds"]
     assert timing["compute_seconds"] == pytest.approx(
         first["compute_seconds"] + second["compute_seconds"]
@@ -210,75 +223,47 @@ def test_time_is_split(telemetry, clock, tmp_path):
 
 def test_goodput_counts_the_steps_that_are_kept(tmp_path):
     """Over all starts: the first computes steps 1 to 4, of which a kill loses two."""
-    began = time.time() - 10
+    began, config, progress = time.time() - 10, tiny_config(train__log_every=1), None
     for start_step, steps in ((0, (2, 4)), (2, (4, 6))):
-        telemetry = Telemetry(tmp_path, tiny_config(), start_step, began=began)
+        metrics, kept = opened(tmp_path, config, start_step, progress, began), None
         for step in steps:
             time.sleep(0.2)
-            telemetry.train(step, metrics_of(step))
-        share = telemetry.timing()["goodput"]
-        telemetry.close()
+            report(metrics, step, metrics_of(step))
+            if kept is None:  # the state of the checkpoint of this step
+                metrics.sync()
+                kept = dataclasses.replace(metrics._progress)
+        share = metrics.summary(step, 9.0)["timing"]["goodput"]
+        metrics.close()
+        progress = kept
     seconds = [line["compute_seconds"] for line in lines(tmp_path)]
     assert len(seconds) == 3
     assert share == pytest.approx(sum(seconds) / (time.time() - began), rel=0.01)
     assert lines(tmp_path)[-1]["goodput"] == pytest.approx(share, rel=0.01)
 
 
-def test_slow_processes_are_named(telemetry, clock, monkeypatch, caplog):
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    gathered = np.float32([[0.1, 0.0], [0.2, 0.1], [3.0, 2.9]])  # busy, waiting for input
-    monkeypatch.setattr(telemetry_module.multihost_utils, "process_allgather", lambda _: gathered)
-    time.sleep(0.1)
-    telemetry.train(2, metrics_of(2))
-    assert "process 2 is slow: of the 0.1 s before step 2 it was busy for 3.0 s, 2.9 s" in (
-        caplog.text
-    )
-    assert "process 1 is slow" not in caplog.text
-
-
-def test_a_slow_step_is_named_with_its_cause(telemetry, monkeypatch, caplog):
-    now = [0.0]
-    monkeypatch.setattr(telemetry_module.time, "perf_counter", lambda: now[0])
-    telemetry.start({}, jax.jit(lambda: 1).lower().compile())
-
-    def step(number, **clocks):
-        for name, seconds in ({"device": 0.5} | clocks).items():
-            with telemetry.clock(name):
-                now[0] += seconds
-        telemetry.step(number)
-
-    for number in range(1, 41):  # the first is slow, but there is nothing to compare it with
-        step(number, input=10.0 if number == 1 else 0.1)
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    step(41, checkpoint=5.0)
-    step(42, checkpoint=6.0)
-    step(43, evaluation=60.0)
-    step(44, input=4.0)
-    step(45, device=8.0)
-    assert [text for text in caplog.messages if " took " in text] == [
-        "step 41 took 5.5 s, 5.0 s of them saving; the median of the steps before is 0.6 s",
-        "step 44 took 4.5 s, 4.0 s of them waiting for input; the median of the steps before is "
-        "0.6 s",
-        "step 45 took 8.0 s, 8.0 s of them waiting for the devices or for other processes; the "
-        "median of the steps before is 0.6 s",
-    ]
-
-
 def test_a_line_is_of_its_steps(tmp_path):
-    telemetry = Telemetry(tmp_path, tiny_config(), 10)
+    metrics = opened(tmp_path, tiny_config(train__log_every=1), 10)
     time.sleep(0.2)
-    telemetry.train(14, metrics_of(14))
-    telemetry.close()
+    report(metrics, 14, metrics_of(14))
+    metrics.close()
     (line,) = lines(tmp_path)
     assert 0.25 < line["tokens_per_second"] / (TOKENS * 4 / 0.2) <= 1
 
 
-def test_a_run_that_is_lost_is_reported(telemetry, tmp_path):
+def test_a_step_is_reported_while_the_next_one_runs(metrics, tmp_path):
+    for step in (1, 2):
+        metrics.step(step, metrics_of(step) | {"finite": np.bool_(step == 1)})
+        assert [line["step"] for line in lines(tmp_path)] == [*range(1, step)]
+    metrics.flush()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_a_run_that_is_lost_is_reported(metrics, tmp_path):
     nothing = np.full((LAYERS, EXPERTS), np.nan, np.float32)
-    telemetry.train(1, metrics_of(1) | {"loss": np.float32(np.nan), "mean_score": nothing})
-    telemetry.evaluation(1, evaluation_of(np.nan, np.nan))
+    report(metrics, 1, metrics_of(1) | {"loss": np.float32(np.nan), "mean_score": nothing})
+    metrics.validation(1, evaluation_of(np.nan, np.nan))
     assert lines(tmp_path)[0]["loss"] is None and lines(tmp_path)[1]["validation_nll"] is None
-    telemetry.close()
+    metrics.close()
     found = read_events(tmp_path)
     assert ("histograms/load/layer_0", 1) in found and (
         "histograms/mean_score/layer_0",
@@ -286,19 +271,10 @@ def test_a_run_that_is_lost_is_reported(telemetry, tmp_path):
     ) not in found
 
 
-def test_other_processes_report_nothing(tmp_path):
-    telemetry = Telemetry(tmp_path, tiny_config(), 0, writes=False)
-    with telemetry.clock("input"):
-        telemetry.train(1, metrics_of(1))
-    telemetry.evaluation(1, evaluation_of())
-    telemetry.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_free_places_count_in_no_figure_of_the_load():
+def test_free_places_do_not_count_in_the_load():
     load = np.array([[1.0, 0.0, 2.0, 0.0], [0.5, 0.5, 0.5, 0.5]], np.float32)
     live = np.array([[1, 1, 1, 0], [1, 1, 1, 1]], np.float32)
-    figures = layer_figures(metrics_of(1) | {"load": load, "live": live})
+    figures = layer_metrics(metrics_of(1) | {"load": load, "live": live})
     np.testing.assert_allclose(figures["load_max_over_mean"], [2, 1])
     np.testing.assert_array_equal(figures["dead_experts"], [1, 0])
     np.testing.assert_array_equal(figures["live_experts"], [3, 4])

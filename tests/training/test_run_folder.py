@@ -11,11 +11,11 @@ from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.storage.paths import move
 from aoe_jax.training.checkpoint import Checkpoints
-from aoe_jax.training.workdir import (
+from aoe_jax.training.run_folder import (
+    RunFolder,
+    check_config,
     check_data,
     check_history,
-    check_workdir,
-    claim_workdir,
     read_run_config,
     set_aside,
 )
@@ -27,7 +27,7 @@ def claimed(tmp_path):
     """A workdir of the default configuration and its corpus."""
     corpus = corpus_of(tmp_path, "some text")
     (tmp_path / "run").mkdir()
-    claim_workdir(tmp_path / "run", Config(), corpus)
+    RunFolder(tmp_path / "run").claim(Config(), corpus)
     return tmp_path / "run", corpus
 
 
@@ -52,7 +52,7 @@ def test_claimed_workdir(claimed):
     workdir, corpus = claimed
     assert json.loads((workdir / "config.json").read_text()) == Config().to_dict()
     assert contents(workdir).keys() == {"config.json", "data.json", "tokenizer.json"}
-    check_workdir(workdir, Config())
+    check_config(workdir, Config())
     check_data(workdir, corpus)
 
 
@@ -79,7 +79,7 @@ def test_a_move_that_was_interrupted(claimed, monkeypatch):
         move(source, target)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("aoe_jax.training.workdir.move", move_one)
+    monkeypatch.setattr("aoe_jax.training.run_folder.move", move_one)
     for _ in range(n_files - 1):
         with pytest.raises(KeyboardInterrupt):
             set_aside(workdir)
@@ -97,14 +97,14 @@ def test_going_back_that_was_interrupted(claimed, monkeypatch):
         checkpoint = workdir / "checkpoints" / str(step)
         checkpoint.mkdir(parents=True)
         (checkpoint / "_CHECKPOINT_METADATA").write_text("{}")
-    (workdir / "heartbeat.json").write_text(json.dumps({"saved": 9, "history": 7}))
+    (workdir / "heartbeat.json").write_text(json.dumps({"saved": 9}))
 
     def move_one(source, target):
         move(source, target)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("aoe_jax.training.workdir.move", move_one)
+        patched.setattr("aoe_jax.training.run_folder.move", move_one)
         with pytest.raises(KeyboardInterrupt):
             set_aside(workdir, 3)
     assert Checkpoints(workdir).steps() == [3, 6]
@@ -113,7 +113,7 @@ def test_going_back_that_was_interrupted(claimed, monkeypatch):
     set_aside(workdir, 3)
     assert Checkpoints(workdir).steps() == [3]
     check_history(workdir, [3])
-    assert json.loads((workdir / "heartbeat.json").read_text())["history"] is None
+    assert json.loads((workdir / "heartbeat.json").read_text())["saved"] == 3
 
 
 def test_a_damaged_checkpoint_of_a_finished_run_is_not_missing(claimed):
@@ -127,6 +127,17 @@ def test_a_damaged_checkpoint_of_a_finished_run_is_not_missing(claimed):
     check_history(workdir, [3])
     with pytest.raises(UserError, match="a checkpoint of step 6 was complete"):
         check_history(workdir, [])
+
+
+def test_metrics_of_a_run_whose_other_files_are_gone(claimed):
+    """A run that was killed before its first checkpoint has a heartbeat, and may begin again."""
+    workdir, _ = claimed
+    (workdir / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl has steps of a run, but checkpoints/ has"):
+        check_history(workdir, [])
+    check_history(workdir, [3])
+    (workdir / "heartbeat.json").write_text('{"saved": 0}')
+    check_history(workdir, [])
 
 
 def test_a_file_in_the_place_of_a_folder(claimed):
@@ -157,7 +168,7 @@ def test_a_tokenizer_that_is_half_written_leaves_the_old_one(claimed):
     setrlimit(RLIMIT_FSIZE, (len(whole) // 2, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            claim_workdir(workdir, Config(), corpus)
+            RunFolder(workdir).claim(Config(), corpus)
     finally:
         setrlimit(RLIMIT_FSIZE, limits)
     assert (workdir / "tokenizer.json").read_bytes() == whole
@@ -176,7 +187,7 @@ def test_other_configurations_are_refused(claimed):
     workdir, _ = claimed
     before = contents(workdir)
     with pytest.raises(UserError) as error:
-        check_workdir(
+        check_config(
             workdir,
             changed(experts={"top_k": 3}, data={"document_mask": True}, train={"steps": 2000}),
         )
@@ -196,15 +207,16 @@ def test_what_may_differ(claimed):
         data={"cache": "/elsewhere", "path": "/elsewhere"},
         checkpoint={"every": 9, "keep": 9, "keep_every": 18},
     )
-    check_workdir(workdir, free)
+    check_config(workdir, free)
     with pytest.raises(UserError, match=r"train\.seed is 0 there, 1 here"):
-        check_workdir(workdir, changed(train={"seed": 1}))
-    claim_workdir(workdir, changed(data={"name": "sotu=0.5, text@/here=0.5"}), claimed[1])
-    check_workdir(workdir, changed(data={"name": "sotu=0.50,text@/elsewhere=1/2"}))
+        check_config(workdir, changed(train={"seed": 1}))
+    renamed = changed(data={"name": "sotu=0.5, text@/here=0.5"})
+    RunFolder(workdir).claim(renamed, claimed[1])
+    check_config(workdir, changed(data={"name": "sotu=0.50,text@/elsewhere=1/2"}))
     with pytest.raises(
         UserError, match=r"data\.name is 'sotu=0\.5, text=0\.5' there, 'sotu=0\.5, text=0\.6' here"
     ):
-        check_workdir(workdir, changed(data={"name": "sotu=0.5, text@/here=0.6"}))
+        check_config(workdir, changed(data={"name": "sotu=0.5, text@/here=0.6"}))
 
 
 def test_changed_text_is_refused(claimed, tmp_path):

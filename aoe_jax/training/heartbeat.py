@@ -1,0 +1,116 @@
+"""What a run does at the moment, in `heartbeat.json`; and the end of a process that hangs."""
+
+import contextlib
+import faulthandler
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import jax
+
+from aoe_jax.errors import DivergedError, Hang, Interrupted, Preempted
+from aoe_jax.storage.files import write_json
+from aoe_jax.storage.paths import is_remote
+from aoe_jax.storage.retry import Tolerated
+
+_UNLIMITED = ("preparing", "compiling")  # statuses that may last longer than `train.hang_timeout`
+_LOOK = 0.2  # seconds between two looks at the heartbeat
+_REPORT_SECONDS = 15.0  # limit for writing the stacks, because the disk may hang, too
+_ENDS = {Preempted: "preempted", Interrupted: "interrupted", DivergedError: "diverged"}
+
+
+class Heartbeat:
+    """A context in which `beat` notes what the run does.
+
+    If no beat comes for `timeout` seconds (0: no limit), the process writes the stacks of its
+    threads to `workdir/hang/process_N.txt` and exits with the status of `Hang`. Time in which the
+    whole process is suspended does not count.
+    """
+
+    def __init__(self, workdir: Path, timeout: float):
+        """Writes no heartbeat before `begin`."""
+        self._workdir, self._timeout = workdir, timeout
+        self._pause = 10 if is_remote(workdir) else 1  # seconds between two writes of one status
+        self._ended, self._tolerated = threading.Event(), Tolerated("heartbeat.json")
+        self._status, self._step, self._written = "restoring", None, None
+        self._moved, self._is_writer = time.monotonic(), False
+        self.saved, self.began = 0, time.time()
+
+    def __enter__(self):
+        if self._timeout:
+            threading.Thread(target=self._watch, daemon=True, name="watches the heartbeat").start()
+        return self
+
+    def begin(self, saved, began):
+        """Begins to write, in one process: `saved` is the step of the newest complete checkpoint,
+        `began` the time when the run began for the first time.
+        """
+        self.saved, self.began, self._is_writer = saved, began, True
+
+    def beat(self, status, step=None):
+        """Notes a status (preparing, restoring, compiling, training, validating, saving, finished)
+        and, if it has changed, the step. It is written when the status changes, otherwise at most
+        once a second, or every ten seconds in an object store.
+        """
+        self._step = self._step if step is None else step
+        before, self._status, self._moved = self._status, status, time.monotonic()
+        is_recent = self._written is not None and self._moved < self._written + self._pause
+        if not self._is_writer or (status == before and is_recent):
+            return
+        self._written = self._moved
+        value = {"status": status, "step": self._step, "saved": self.saved, "time": time.time()}
+        value |= {"began": self.began, "host": socket.gethostname(), "pid": os.getpid()}
+        with self._tolerated:
+            write_json(self._workdir / "heartbeat.json", value)
+
+    def __exit__(self, kind, error, trace):
+        if error is not None:
+            self.beat(_ENDS.get(kind, "failed"))
+        if error is not None and self._step is not None:
+            alone = jax.process_count() == 1
+            again = "the same command goes on" if alone else "start all processes again: they go on"
+            error.add_note(f"after step {self._step}; {again} from the newest checkpoint")
+        self._ended.set()
+
+    def _watch(self):
+        looked = time.monotonic()
+        while not self._ended.wait(_LOOK):
+            now = time.monotonic()
+            if now - looked > 10 * _LOOK:  # the process was suspended
+                self._moved = now
+            looked = now
+            if self._status not in _UNLIMITED and now > self._moved + self._timeout:
+                self._end(now - self._moved)
+
+    def _end(self, seconds):
+        process = jax.process_index()
+        after = "" if self._step is None else f", after step {self._step}"
+        message = (
+            f"error: process {process} ({self._status}{after}) made no progress for {seconds:.0f} "
+            f"s (train.hang_timeout={self._timeout:g}); its stacks are in {self._workdir / 'hang'}"
+        )
+
+        def report():
+            stacks = _stacks()
+            print(f"{stacks}\n{message}", file=sys.stderr, flush=True)
+            folder = self._workdir / "hang"
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"process_{process}.txt").write_text(f"{message}\n{stacks}")
+
+        reporting = threading.Thread(target=report, daemon=True)
+        reporting.start()
+        reporting.join(_REPORT_SECONDS)
+        os._exit(Hang.status)
+
+
+def _stacks():
+    """The stacks of all threads; `faulthandler` needs a file."""
+    with contextlib.closing(tempfile.TemporaryFile("w+")) as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        return file.read()

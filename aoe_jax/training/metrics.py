@@ -1,0 +1,277 @@
+"""The metrics of a run: loss, load of experts, speed, memory, and time by activity.
+
+Every `train.log_every` steps they go to the log, as one readable line, and to the writers of
+`writers.py`. Below, L is the number of layers and n that of experts.
+"""
+
+import contextlib
+import logging
+import time
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from aoe_jax.config.run import Config
+from aoe_jax.load_figures import figures_of_layers, load_spread
+from aoe_jax.planning.counts import parameter_counts, training_flops_per_token
+from aoe_jax.planning.hardware import peak_flops_per_device
+from aoe_jax.storage.retry import Tolerated
+from aoe_jax.training.checkpoint import Progress
+from aoe_jax.training.health import Health
+from aoe_jax.training.memory import device_memory, host_memory, program_memory
+from aoe_jax.training.writers import Bar, JsonLines, TensorBoard, Wandb
+
+log = logging.getLogger(__name__)
+
+# Suffixes of the names of measured metrics. Two runs of the same steps differ only in these.
+MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu", "goodput")
+_IN_SPEED = ("input", "checkpoint")  # the clocks whose time counts in the speed, beside computing
+
+
+def layer_metrics(metrics):
+    """Metrics of each layer `[L]` by name from the host metrics of a step; none for a dense model.
+
+    They are those of `figures_of_layers`; `confidence_entropy` in nats; `mean_score`, the mean over
+    experts of AoE's norms or a router's logits; and, if experts have a capacity, `dropped_share`,
+    the share of the choices that were dropped.
+    """
+    load = metrics["load"]
+    if load.shape[-1] == 1:
+        return {}
+    found = figures_of_layers(load, metrics.get("live"))
+    found |= {"mean_score": metrics["mean_score"].mean(axis=-1)}
+    names = ("confidence_entropy", "dropped_share")
+    return found | {name: metrics[name] for name in names if name in metrics}
+
+
+class Metrics:
+    """Measures a run and, in the first process, writes its metrics.
+
+    Time counts from `begin` on and is split into `input` (the loop waits for the next batch),
+    `checkpoint` (the loop waits for a save) and `compute` (the rest). Evaluation does not count in
+    the speed. MFU is the useful FLOPs of training over the peak of the chip in bfloat16, also for a
+    run that computes in float32; it is left out if the chip is unknown.
+    """
+
+    def __init__(self, folder: Path, config: Config, start_step, progress: Progress, began):
+        """Goes on after `start_step` updates with their `progress`; `began` is the time when the
+        run began for the first time. Writes nothing before `open`.
+        """
+        self._config, self._folder, self._start_step = config, folder, start_step
+        self._progress, self._began = progress, began
+        self._health = Health(
+            config.train.max_skipped, config.train.batch_size, progress.skipped_in_row
+        )
+        self._writers, self._lines, self._tensorboard, self._bar = {}, None, None, None
+        self._unreported = None  # step and metrics, which are read while the next step runs
+        self._program = {}
+        self._seconds = Counter()  # seconds of the run by clock; `compute` up to the newest line
+        self._line_step, self._line_time = start_step, time.perf_counter()
+        self._line_seconds, self._evaluated = Counter(), 0.0
+        self._flops_per_token = training_flops_per_token(config)
+        self._peak = peak_flops_per_device(jax.devices())
+
+    def open(self, wandb=None, shows_bar=False):
+        """Opens the files of the run, in one process; `wandb` is a project or None."""
+        self._lines = JsonLines(self._folder / "metrics.jsonl", self._progress.metrics_bytes)
+        writers = [self._lines]
+        with Tolerated(TensorBoard.name):
+            self._tensorboard = TensorBoard(self._folder / "tensorboard", self._start_step)
+            writers.append(self._tensorboard)
+        if wandb is not None:
+            try:
+                writers.append(Wandb(self._folder, wandb, self._config.to_dict()))
+            except ConnectionError as e:
+                log.warning(f"Weights & Biases cannot be reached ({e}); the run goes on without it")
+        if shows_bar:
+            self._bar = Bar(self._start_step, self._config.train.steps)
+            writers.append(self._bar)
+        self._writers = {writer: Tolerated(writer.name) for writer in writers}
+
+    @contextlib.contextmanager
+    def clock(self, name):
+        """Counts the time within as `input`, `checkpoint`, `evaluation` or `compile`."""
+        started = time.perf_counter()
+        try:
+            with jax.profiler.TraceAnnotation(name):
+                yield
+        finally:
+            self._seconds[name] += time.perf_counter() - started
+
+    def begin(self, state, step):
+        """Begins the time that counts; see `memory.program_memory` for the arguments."""
+        self._program = program_memory(state, step)
+        if self._peak is None:
+            log.info(f"no MFU: the peak of {jax.devices()[0].device_kind!r} is unknown")
+        log.info(
+            f"compiled the train step in {self._seconds['compile']:.1f} s; on each device the "
+            f"state takes {_bytes(self._program['state_bytes'])}, "
+            f"and a step {_bytes(self._program['temporary_bytes'])} more"
+        )
+        self._line_time, self._line_seconds = time.perf_counter(), self._seconds.copy()
+
+    def step(self, step, metrics):
+        """Takes the device metrics of a step that was started, and reports the step before."""
+        self.flush()
+        self._unreported = step, metrics
+
+    def flush(self):
+        """Waits for the step that is not reported yet, and reports it. Raises `DivergedError` if
+        too many updates in a row were skipped.
+        """
+        if self._unreported is None:
+            return
+        (step, metrics), self._unreported = self._unreported, None
+        names = ("loss", "nll", "grad_norm", "finite")
+        small = jax.device_get({name: metrics[name] for name in names})
+        progress, train = self._progress, self._config.train
+        progress.loss, progress.nll = float(small["loss"]), float(small["nll"])
+        self._health.step(step, progress.loss, small["grad_norm"], small["finite"])
+        progress.skipped_in_row = self._health.skipped_in_row
+        if step % train.log_every == 0 or step == train.steps:
+            self._log(step, jax.device_get(metrics))
+        if self._bar:
+            self._bar.step(step)
+
+    def _log(self, step, metrics):
+        self._health.load(step, metrics["load"], metrics.get("live"))
+        n_steps, seconds = self._end_interval(step)
+        self._progress.compute_seconds += seconds["compute"]
+        speed = self._speed(n_steps, sum(seconds.values()))
+        scalars = {name: value.item() for name, value in metrics.items() if value.ndim == 0}
+        scalars.pop("finite")
+        layers, experts, balance = layer_metrics(metrics), {}, ""
+        if layers:
+            load, live = metrics["load"], metrics.get("live")
+            scalars["load_spread"] = float(load_spread(load, live))
+            scalars["experts_per_token"] = float(load.sum(axis=-1).mean())
+            names = ("load_entropy", "confidence_entropy", "dropped_share")
+            scalars |= {name: float(layers[name].mean()) for name in names if name in layers}
+            experts = {name: metrics[name] for name in ("load", "mean_score")}
+            best = np.log(layers.get("live_experts", load.shape[-1])).mean()
+            balance = f" | load entropy {scalars['load_entropy']:.3f} of {best:.3f}"
+        scalars |= speed | {f"{name}_seconds": s for name, s in seconds.items()}
+        scalars |= host_memory() | device_memory() | {"goodput": self._goodput()}
+        self._write(step, "train", scalars, layers, experts)
+        shares = {name: seconds[name] / sum(seconds.values()) for name in _IN_SPEED}
+        waits = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        steps = self._config.train.steps
+        left = timedelta(seconds=round(sum(seconds.values()) / n_steps * (steps - step)))
+        log.log(
+            logging.DEBUG if self._bar else logging.INFO,  # the bar shows the same
+            f"step {step}/{steps} | loss {scalars['loss']:.4f} | nll {scalars['nll']:.4f}{balance} "
+            f"| {_speed_in_words(speed)} | {waits} | {left} left",
+        )
+
+    def _end_interval(self, step):
+        """Steps and seconds by clock since the last line, without evaluation and compilation."""
+        now, clocks = time.perf_counter(), self._seconds - self._line_seconds
+        seconds = {name: clocks[name] for name in _IN_SPEED}
+        seconds["compute"] = max(now - self._line_time - clocks.total(), 1e-9)
+        n_steps = max(step - self._line_step, 1)
+        self._seconds["compute"] += seconds["compute"]
+        self._line_step, self._line_time = step, now
+        self._line_seconds = self._seconds.copy()
+        return n_steps, seconds
+
+    def _goodput(self):
+        """The share of the run's time so far that computed steps which were not lost later."""
+        useful = self._progress.compute_seconds
+        return useful / max(time.time() - self._began, useful, 1e-9)
+
+    def _speed(self, n_steps, seconds):
+        n_devices = jax.device_count()
+        tokens = n_steps * self._config.tokens_per_step / seconds
+        flops = self._flops_per_token * tokens / n_devices
+        found = {
+            "tokens_per_second": tokens,
+            "tokens_per_second_per_device": tokens / n_devices,
+            "flops_per_second_per_device": flops,
+        }
+        return found | ({"mfu": flops / self._peak} if self._peak else {})
+
+    def validation(self, step, result):
+        """Reports an `Evaluation` of the validation split, with a picture of its load."""
+        seconds = self._seconds["evaluation"] - self._evaluated
+        scalars = {f"validation_{name}": value for name, value in result.figures().items()}
+        self._write(step, "validation", scalars | {"validation_seconds": seconds}, {}, {})
+        duration = timedelta(seconds=round(seconds))
+        log.info(f"step {step}/{self._config.train.steps} | validation {result} | in {duration}")
+        if self._tensorboard and self._config.experts.kind != "dense":
+            with self.clock("evaluation"), self._writers[self._tensorboard]:
+                # matplotlib takes half a second to import.
+                from aoe_jax.evaluation.load import draw_loads, load_statistics
+
+                title = f"{self._config.experts.kind}, validation, step {step}"
+                picture = draw_loads({title: load_statistics(result.stats)})
+                self._tensorboard.draw(step, "experts/load", picture)
+        self._evaluated = self._seconds["evaluation"]
+
+    def _write(self, *metrics):
+        for writer, tolerated in self._writers.items():
+            with tolerated:
+                writer.write(*metrics)
+
+    def sync(self):
+        """Waits until `metrics.jsonl` is on the disk; a checkpoint must be saved after that."""
+        if self._lines:
+            self._progress.metrics_bytes = self._lines.sync()
+        if self._tensorboard:
+            with self._writers[self._tensorboard]:
+                self._tensorboard.sync()
+
+    def summary(self, step, total_seconds):
+        """The content of `summary.json` after the last step, which was validated."""
+        counts, seconds = parameter_counts(self._config), self._seconds
+        scored = {f"validation_{name}": v for name, v in self._progress.validation.items()}
+        with np.errstate(over="ignore"):
+            perplexity = float(np.exp(self._progress.validation["nll"]))
+        in_speed = sum(seconds[name] for name in (*_IN_SPEED, "compute"))
+        timing = self._speed(self._line_step - self._start_step, max(in_speed, 1e-9))
+        clocks = ("input", "checkpoint", "compute", "evaluation", "compile")
+        timing |= {f"{name}_seconds": seconds[name] for name in clocks}
+        return {
+            "metrics": {
+                "step": step,
+                "tokens": step * self._config.tokens_per_step,
+                "train_loss": self._progress.loss,
+                "train_nll": self._progress.nll,
+                "validation_perplexity": perplexity,
+                **scored,
+            },
+            "parameters": {"total": counts.total, "active": counts.active},
+            "timing": timing | {"goodput": self._goodput(), "total_seconds": total_seconds},
+            "memory": self._program | host_memory() | device_memory(),
+        }
+
+    def close(self):
+        """Flushes and closes the files."""
+        while self._writers:
+            writer, tolerated = self._writers.popitem()
+            with tolerated:
+                writer.close()
+
+
+def _bytes(count):
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _speed_in_words(speed):
+    words = (
+        f"{speed['tokens_per_second']:,.0f} tokens/s, "
+        f"a device {speed['tokens_per_second_per_device']:,.0f} and "
+        f"{speed['flops_per_second_per_device'] / 1e12:.3g} TFLOP/s"
+    )
+    return words + (f", MFU {100 * speed['mfu']:.1f}%" if "mfu" in speed else "")
+
+
+def in_words(summary):
+    """The result of a run, from its `summary.json`."""
+    metrics = summary["metrics"]
+    return (
+        f"step {metrics['step']:,}, {metrics['tokens']:,} tokens, validation nll "
+        f"{metrics['validation_nll']:.4f}, bits per byte {metrics['validation_bits_per_byte']:.4f}"
+    )

@@ -1,0 +1,98 @@
+"""The heartbeat, and when it ends a process; `tests/test_hangs.py` has real hangs."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from aoe_jax.errors import DivergedError, Hang, Preempted
+from aoe_jax.training import heartbeat as heartbeat_module
+from aoe_jax.training.heartbeat import Heartbeat
+
+
+def content(workdir):
+    return json.loads((workdir / "heartbeat.json").read_text())
+
+
+def test_heartbeat(tmp_path):
+    heartbeat = Heartbeat(tmp_path, 0)
+    heartbeat.beat("training", 3)
+    assert not (tmp_path / "heartbeat.json").exists()  # the folder is not ours yet
+    heartbeat.begin(2, began=7.0)
+    heartbeat.beat("training", 4)
+    first = content(tmp_path)
+    named = {name: first[name] for name in ("status", "step", "saved", "began")}
+    assert named == {"status": "training", "step": 4, "saved": 2, "began": 7.0}
+    assert first.keys() - named.keys() == {"time", "host", "pid"}
+    heartbeat.beat("training", 5)  # within a second
+    assert content(tmp_path) == first
+    heartbeat.beat("saving")
+    assert (content(tmp_path)["status"], content(tmp_path)["step"]) == ("saving", 5)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(Preempted(), "preempted"), (DivergedError(), "diverged"), (OSError(), "failed")],
+)
+def test_the_end_of_a_run(tmp_path, error, status):
+    with pytest.raises(type(error)), Heartbeat(tmp_path, 0) as heartbeat:
+        heartbeat.begin(2, began=7.0)
+        heartbeat.beat("training", 4)
+        raise error
+    assert content(tmp_path)["status"] == status
+    (note,) = error.__notes__
+    assert note == "after step 4; the same command goes on from the newest checkpoint"
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """The statuses with which the process would have ended."""
+    statuses = []
+
+    def end(status):
+        statuses.append(status)
+        threading.Event().wait()  # for ever
+
+    monkeypatch.setattr(heartbeat_module.os, "_exit", end)
+    return statuses
+
+
+def until(holds):
+    deadline = time.monotonic() + 30
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return holds()
+
+
+@pytest.mark.parametrize("unlimited", ["preparing", "compiling"])
+def test_a_hang_ends_the_process(tmp_path, ended, capsys, unlimited):
+    """It writes where it hangs; preparing data and compiling have no limit."""
+    with Heartbeat(tmp_path, 0.5) as heartbeat:
+        heartbeat.beat(unlimited, 3)
+        looks = []
+        wait = heartbeat._ended.wait
+        heartbeat._ended.wait = lambda seconds: looks.append(1) or wait(seconds)
+        assert until(lambda: len(looks) > 5) and not ended
+        heartbeat.beat("training", 4)
+        assert until(lambda: ended == [Hang.status])
+    words = "error: process 0 (training, after step 4) made no progress for "
+    assert words in capsys.readouterr().err
+    report = (tmp_path / "hang" / "process_0.txt").read_text()
+    assert words in report and "test_a_hang_ends_the_process" in report
+
+
+def test_a_process_that_was_suspended_does_not_hang(tmp_path, ended, monkeypatch):
+    now, seen = [100.0], []
+    monkeypatch.setattr(heartbeat_module.time, "monotonic", lambda: seen.append(1) or now[0])
+    with Heartbeat(tmp_path, 20.0):
+        now[0] += 3600
+        before = len(seen)
+        assert until(lambda: len(seen) > before + 3) and not ended
+
+
+def test_a_report_that_cannot_be_written_ends_the_process_too(tmp_path, ended):
+    (tmp_path / "hang").touch()
+    with Heartbeat(tmp_path, 0.1) as heartbeat:
+        heartbeat.beat("training", 4)
+        assert until(lambda: ended == [Hang.status])
