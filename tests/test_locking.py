@@ -3,9 +3,9 @@
 import os
 
 import pytest
+from aoe_jax.storage.locking import new_folder
 
 from aoe_jax.storage import locking
-from aoe_jax.storage.locking import new_folder
 
 
 def names(folder):

@@ -11,11 +11,11 @@ import threading
 import time
 
 import pytest
+from benchmarks.two_owners import on_a_host
 
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.storage import lease, retry
 from aoe_jax.storage.lease import RENEWED, owned, read_owner
-from benchmarks.two_owners import on_a_host
 from tests.runs import ROOT
 
 
