@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from aoe_jax import cli, distributed, program
+from aoe_jax import cli, distributed
 from aoe_jax.config.checks import require_flag
 from aoe_jax.training.profile import steps_to_trace
 from aoe_jax.training.stopping import StopRequests
@@ -55,7 +55,7 @@ def main():
     import jax
 
     if jax.process_index() == 0:
-        program.print_if_possible(_closing_words(workdir, summary))
+        print(_closing_words(workdir, summary))
 
 
 def _closing_words(workdir, summary):

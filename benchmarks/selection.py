@@ -46,8 +46,8 @@ from aoe_jax.moe.routing import Choice, Method, best_experts
 from aoe_jax.moe.routing import top_k as choose_top_k
 from aoe_jax.planning.counts import forward_flops_per_token, training_flops_per_token
 from aoe_jax.training.loop import train
-from aoe_jax.training.step import sequence_nll
 from aoe_jax.training.run_folder import check_config
+from aoe_jax.training.step import sequence_nll
 from benchmarks.approximate_scores import (
     Approximation,
     agreement,

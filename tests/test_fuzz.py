@@ -33,7 +33,7 @@ from aoe_jax.formats.tokenizer_files import read_prefix
 from aoe_jax.formats.writing import write_arrays
 from aoe_jax.storage.files import write_json
 from aoe_jax.training.checkpoint import Checkpoints
-from aoe_jax.training.run_folder import check_data, check_config, claim_workdir
+from aoe_jax.training.run_folder import check_config, check_data, claim_workdir
 from aoe_jax.training.writers import JsonLines
 from tests.data.texts import write_everything
 from tests.evaluation.models import make_config, make_model

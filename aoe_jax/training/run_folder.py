@@ -4,6 +4,7 @@ import contextlib
 import logging
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from flax.traverse_util import flatten_dict
 
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
-from aoe_jax.distributed import agree, together
-from aoe_jax.errors import UserError, naming
+from aoe_jax.distributed import agree, gathered, together
+from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import differences
+from aoe_jax.storage.config_files import read_run_config
 from aoe_jax.storage.files import (
     COUNT,
     NUMBER,
@@ -25,7 +27,7 @@ from aoe_jax.storage.files import (
     write_json,
     write_whole,
 )
-from aoe_jax.storage.lease import owned as leased
+from aoe_jax.storage.lease import leased, token_of
 from aoe_jax.storage.paths import Mirror, is_remote, move, unused
 from aoe_jax.storage.retry import patiently
 from aoe_jax.training.checkpoint import DAMAGED, Checkpoints
@@ -90,9 +92,10 @@ class RunFolder:
         with together():
             if is_main:
                 self._lease = held.enter_context(leased(workdir, "workdir", start.take_over))
+        number = gathered(_number(self._lease and self._lease.token))[0]
         with together():
             if not is_main:
-                _wait_until_seen(workdir)
+                _wait_until_seen(workdir, number)
             elif start.over or start.go_back is not None:
                 set_aside(workdir, start.go_back)
             if is_main and is_remote(workdir):
@@ -137,9 +140,13 @@ class RunFolder:
         (self.workdir / "summary.json").unlink(missing_ok=True)
 
 
-def _wait_until_seen(workdir):
+def _number(token):
+    return zlib.crc32((token or "").encode()) % 2**31
+
+
+def _wait_until_seen(workdir, number):
     deadline = time.monotonic() + _SEEN_WITHIN
-    while not workdir.exists():
+    while _number(token_of(workdir)) != number:
         if time.monotonic() > deadline:
             raise UserError(
                 f"--workdir={workdir}: process {jax.process_index()} does not see what process 0 "
@@ -265,21 +272,3 @@ def read_identities(workdir: Path) -> list[str]:
     if not path.exists():
         return []
     return read_json(path, schema={"token_stores": [TEXT]})["token_stores"]
-
-
-def read_run_config(path: Path) -> Config:
-    """The configuration of a run, from its `config.json`. Raises `UserError` if the file cannot be
-    read, is no configuration of a training run, or has fields of an earlier version.
-    """
-    groups = read_json(path)
-    if "model_type" in groups:
-        raise UserError(
-            f"{path} belongs to a model, not to a training run; train.init_from starts a run from "
-            "a model"
-        )
-    for name, values in groups.items():
-        if not isinstance(values, dict):
-            wanted = "is no group of fields; name a training run's workdir"
-            raise UserError(f"{path}: {name[:100]} {wanted}")
-    with naming(path):
-        return Config.from_config_dict(groups)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from aoe_jax.config.model import ModelConfig
-from aoe_jax.config.run import Config, default_config
+from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.model.attention import backend_for, causal_attention
 from aoe_jax.model.attention.blocks import (
@@ -32,6 +32,7 @@ from aoe_jax.model.attention.layer import (
 from aoe_jax.model.attention.reference import reference_attention
 from aoe_jax.model.attention.splash import LANES, LONG, MAX_BLOCK, block_size
 from aoe_jax.sharding import MESH_AXES
+from aoe_jax.storage.config_files import default_config
 from tests.runs import finish, start
 
 

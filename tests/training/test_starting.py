@@ -12,7 +12,7 @@ from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
-from aoe_jax.training.starting import check_start, state_from_model
+from aoe_jax.training.starting import state_from_model
 from aoe_jax.training.step import train_step_on
 from benchmarks.parity import TOKENS
 from configs import finetune
@@ -31,7 +31,6 @@ def first_state(directory, tokenizer, mesh=None, **changes):
     n_devices = 8 if mesh else 1
     config = fill_mesh(config, n_devices)
     mesh = make_mesh(config, jax.devices()[:n_devices])
-    check_start(config)
     with jax.set_mesh(mesh):
         _, like = train_step_on(mesh, config)
         state = state_from_model(config, mesh, like, tokenizer)
@@ -70,7 +69,6 @@ def test_models_of_the_hub_train_on(architecture, tokenizer):
     config.balance.aux_weight = 0.0
     config = fill_mesh(Config.from_config_dict(config), 1)
     mesh = make_mesh(config, jax.devices()[:1])
-    check_start(config)
     inputs, targets = TOKENS.astype(np.int32), np.roll(TOKENS, -1, axis=1).astype(np.int32)
     batch = {"inputs": inputs, "targets": targets, "segment_ids": np.ones_like(inputs)}
     batch = put_batch(batch_sharding(mesh), batch | {"weights": np.ones(TOKENS.shape, np.float32)})
