@@ -234,16 +234,23 @@ def test_two_runs_begin_in_one_workdir(tmp_path):
     )
 
 
-def test_two_processes_in_one_workdir(tmp_path):
-    first = start(dense_command(tmp_path / "run"))
-    wait_for(first, lambda: heartbeat(tmp_path / "run")["status"] == "training")
+@pytest.mark.slow
+def test_an_owner_that_is_suspended(tmp_path):
+    """Another process takes the run over; the first one stops when it goes on."""
+    workdir = tmp_path / "run"
+    first = start(dense_command(workdir, train__steps=10**6, train__log_every=1))
+    wait_for(first, lambda: heartbeat(workdir)["status"] == "training")
     first.send_signal(signal.SIGSTOP)
-    status, _, stderr = run(dense_command(tmp_path / "run"))
-    assert status == 5 and "is in use by process" in stderr, stderr
+    (workdir / "config.json").unlink()
+    shutil.rmtree(workdir / "checkpoints")
+    (workdir / "heartbeat.json").write_text("{}")
+    status, _, stderr = run(dense_command(workdir))
+    assert status == 0 and "was taken over from process" in stderr, stderr
+    whole = untimed(workdir)
     first.send_signal(signal.SIGCONT)
     status, _, stderr = finish(first)
-    assert status == 0, stderr
-    assert same_end(tmp_path / "run", dense_run())
+    assert status == 2 and f"{workdir} was taken over by" in last_line(stderr), stderr
+    assert untimed(workdir) == whole and same_end(workdir, dense_run())
 
 
 def test_a_second_request_to_stop_ends_at_once(tmp_path):

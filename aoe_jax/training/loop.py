@@ -143,7 +143,8 @@ def train(
                 folder.check_lease()
                 cannot = f"--workdir={workdir} cannot be written"
                 patiently(cannot, lambda: folder.claim(given, corpus))
-                patiently(cannot, lambda: metrics.open(wandb, shows_bar=sys.stderr.isatty()))
+                shows = {"wandb": wandb, "shows_bar": sys.stderr.isatty()}
+                patiently(cannot, lambda: metrics.open(folder.check_lease, **shows))
                 heartbeat.begin(now.step, began)
         checkpoints.open(config.checkpoint)
 

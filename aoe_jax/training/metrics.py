@@ -66,6 +66,7 @@ class Metrics:
             config.train.max_skipped, config.train.batch_size, progress.skipped_in_row
         )
         self._writers, self._lines, self._tensorboard, self._bar = {}, None, None, None
+        self._check = lambda: None
         self._unreported = None  # step and metrics, which are read while the next step runs
         self._program = {}
         self._seconds = Counter()  # seconds of the run by clock; `compute` up to the newest line
@@ -74,8 +75,11 @@ class Metrics:
         self._flops_per_token = training_flops_per_token(config)
         self._peak = peak_flops_per_device(jax.devices())
 
-    def open(self, wandb=None, shows_bar=False):
-        """Opens the files of the run, in one process; `wandb` is a project or None."""
+    def open(self, check, wandb=None, shows_bar=False):
+        """Opens the files of the run, in one process; `check()` is called before each line is
+        written, and raises if they are no longer its own. `wandb` is a project or None.
+        """
+        self._check = check
         self._lines = JsonLines(self._folder / "metrics.jsonl", self._progress.metrics_bytes)
         writers = [self._lines]
         with Tolerated(TensorBoard.name):
@@ -137,6 +141,7 @@ class Metrics:
             self._bar.step(step)
 
     def _log(self, step, metrics):
+        self._check()
         self._health.load(step, metrics["load"], metrics.get("live"))
         n_steps, seconds = self._end_interval(step)
         self._progress.compute_seconds += seconds["compute"]

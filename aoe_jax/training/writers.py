@@ -63,7 +63,7 @@ class JsonLines:
         if dropped:
             log.info(f"{path.name}: dropped {dropped} lines of steps after the checkpoint")
         self._file.truncate(size)
-        self._size, self._unwritten = size, b""
+        self._size, self._unwritten, self._failed = size, b"", False
 
     def write(self, step, group, scalars, layers, experts):
         """Adds a line."""
@@ -74,11 +74,13 @@ class JsonLines:
         self._flush()
 
     def _flush(self):
-        self._file.truncate(self._size)  # a write that failed may have left half a line
+        if self._failed:  # that may have left half a line
+            self._file.truncate(self._size)
+        self._failed = True
         written = self._file.write(self._unwritten)
         if written < len(self._unwritten):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._size, self._unwritten = self._size + written, b""
+        self._size, self._unwritten, self._failed = self._size + written, b"", False
 
     def sync(self) -> int:
         """Waits until all lines would survive a power cut; returns the size of the file."""

@@ -190,7 +190,7 @@ def test_wandb_that_cannot_be_reached(tmp_path, monkeypatch, caplog, wandb):
     monkeypatch.setattr(wandb, "init", refuse)
     error = wandb.errors.CommError("timed out")
     metrics = Metrics(tmp_path, tiny_config(), 0, Progress(), 0.0)
-    metrics.open(wandb="mine")
+    metrics.open(lambda: None, wandb="mine")
     metrics.close()
     assert "Weights & Biases cannot be reached (timed out); the run goes on" in caplog.text
     for error in (wandb.errors.UsageError("key?"), wandb.errors.CommError("returned error 403")):
