@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from aoe_jax.errors import DivergedError, Hang, Interrupted, Preempted, UserError
+from aoe_jax.errors import DivergedError, Hang, Interrupted, MachineFault, Preempted, UserError
 from aoe_jax.storage.files import write_json
 from aoe_jax.storage.paths import is_remote
 from aoe_jax.storage.retry import Tolerated
@@ -68,7 +68,8 @@ class Heartbeat:
             write_json(self._workdir / "heartbeat.json", value)
 
     def __exit__(self, kind, error, trace):
-        if error is not None and not isinstance(error, UserError):  # the folder may be another's
+        # After a lost lease the folder may be that of another process.
+        if error is not None and not isinstance(error, UserError | MachineFault):
             self.beat(_ENDS.get(kind, "failed"))
         if error is not None and self._step is not None:
             alone = jax.process_count() == 1
