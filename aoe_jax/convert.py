@@ -8,13 +8,13 @@ The router of an MoE is dropped.
 - `--score_neurons=S` keeps every matrix of the experts. In each expert the S neurons that predict
   the router's choices best come first, and the norm (or with `--score=max` the largest) of their
   gate pre-activations is the expert's score. They are chosen on `--tokens` tokens of `--data`, see
-  `formats/scoring_neurons.py`.
+  `conversion/scoring_neurons.py`.
 - `--d_low=R` factorises the gate of every expert by a truncated singular value decomposition.
 
 Every feed-forward layer of a dense model, which may be a training run, becomes a layer of
 `--experts=N` experts, `--top_k=K` for each token. The experts are copies of the layer, or with
 `--granularity=G` of its G pieces. `--noise` adds Gaussian noise to them. See
-`formats/upcycling.py`.
+`conversion/upcycling.py`.
 
 - `--upcycle=moe` draws a router.
 - `--upcycle=aoe --score_neurons=S` keeps gates whole and gives each expert other neurons to score.
@@ -70,7 +70,7 @@ def _convert(checkpoint, output):
     cli.refuse("belongs to --upcycle", _EXPERTS, _TOP_K, _GRANULARITY, _NOISE)
     if not is_whole and not _DATA.present:
         cli.refuse("belongs to --score_neurons or --data", _MESH, _TOKENS, _SEED)
-    from aoe_jax.formats.conversion import convert, convert_summary  # starts JAX
+    from aoe_jax.conversion.from_router import convert, convert_summary  # starts JAX
 
     report = convert(
         checkpoint,
@@ -94,8 +94,8 @@ def _upcycle(checkpoint, output):
     wanted = "--upcycle=aoe needs it" if is_aoe else "belongs to --upcycle=aoe"
     is_right = (_NEURONS.value is not None) == is_aoe
     require_flag(is_right, "score_neurons", _NEURONS.value, wanted)
-    from aoe_jax.formats.reading import is_of_run  # starts JAX
-    from aoe_jax.formats.upcycling import Upcycling, upcycle, upcycle_summary
+    from aoe_jax.conversion.upcycling import Upcycling, upcycle, upcycle_summary
+    from aoe_jax.formats.loading import is_of_run  # starts JAX
 
     if not is_of_run(checkpoint) and not _DATA.present:
         cli.refuse("belongs to --data or to a model of a run", _MESH, _TOKENS)

@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.data import DataConfig
 from aoe_jax.config.experts import ExpertsConfig
@@ -38,8 +37,9 @@ from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.methods.capacity import Capacity
+from aoe_jax.model.counts import layer_flops_per_token, training_flops_per_token
 from aoe_jax.moe.routing import TopK
-from aoe_jax.planning.counts import layer_flops_per_token, training_flops_per_token
+from aoe_jax.training.step_times import RepeatedStep
 from benchmarks.compiling import experts_layer
 from benchmarks.timing import (
     compiled,

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 TIMING = """
 import json, statistics, sys, time
 import jax
-from aoe_jax.compare.step_times import RepeatedStep
+from aoe_jax.training.step_times import RepeatedStep
 from aoe_jax.config.run import Config
 from configs import tiny
 

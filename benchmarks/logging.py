@@ -20,8 +20,8 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from aoe_jax.compare.step_times import random_batch
 from aoe_jax.training.step import init_state, make_train_step
+from aoe_jax.training.step_times import random_batch
 from aoe_jax.training.telemetry import Telemetry
 from benchmarks.timing import configuration, machine_in_words, report, run_benchmark
 

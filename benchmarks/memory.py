@@ -16,7 +16,7 @@ from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
-from aoe_jax.planning.counts import layer_flops_per_token
+from aoe_jax.model.counts import layer_flops_per_token
 from benchmarks.compiling import TPUS, devices_of, lower_layers
 from benchmarks.timing import parse_shapes, report, run_benchmark
 

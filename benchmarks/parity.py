@@ -17,7 +17,7 @@ import numpy as np
 from tabulate import tabulate
 
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.formats.reading import load_params, read_config
+from aoe_jax.formats.loading import load_params, read_config
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import fill_mesh, make_mesh
 from benchmarks.timing import report, run_benchmark

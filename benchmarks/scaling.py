@@ -15,9 +15,9 @@ import sys
 from absl import flags
 
 from aoe_jax import distributed
-from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
+from aoe_jax.training.step_times import RepeatedStep
 from benchmarks.timing import configuration, medians, report, run_benchmark
 
 _DEVICES = flags.DEFINE_list("devices", ["1", "2", "4", "8"], "virtual devices of one process")

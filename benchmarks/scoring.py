@@ -12,8 +12,8 @@ import numpy as np
 from absl import flags
 
 from aoe_jax.config.run import Config
+from aoe_jax.evaluation.log_likelihoods import Scorer
 from aoe_jax.evaluation.models import Model
-from aoe_jax.evaluation.scoring import Scorer
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import fill_mesh, make_mesh
 from aoe_jax.training.step import init_state

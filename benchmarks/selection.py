@@ -37,16 +37,16 @@ import numpy as np
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.evaluation.models import corpus_of, load_model
+from aoe_jax.model.counts import forward_flops_per_token, training_flops_per_token
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import Choice, Method, best_experts
 from aoe_jax.moe.routing import top_k as choose_top_k
-from aoe_jax.planning.counts import forward_flops_per_token, training_flops_per_token
 from aoe_jax.training.loop import train
 from aoe_jax.training.step import sequence_nll
+from aoe_jax.training.step_times import RepeatedStep
 from aoe_jax.training.workdir import check_workdir
 from benchmarks.approximate_scores import (
     Approximation,

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 from absl import flags
 
-from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.moe.routing import Choice, TopK, by_mask
+from aoe_jax.training.step_times import RepeatedStep
 from benchmarks.timing import (
     check_names,
     configuration,

@@ -21,9 +21,9 @@ from aoe_jax import cli
 from aoe_jax.compare.statistics import mean
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config
-from aoe_jax.evaluation.run import evaluate_workdir
-from aoe_jax.formats.upcycling import Upcycling, upcycle
-from aoe_jax.formats.writing import export
+from aoe_jax.conversion.exporting import export
+from aoe_jax.conversion.upcycling import Upcycling, upcycle
+from aoe_jax.evaluation.evaluate import evaluate_workdir
 from aoe_jax.storage.files import read_json, read_metrics, write_json
 from aoe_jax.training.loop import train
 from benchmarks.timing import configuration, report, run_benchmark

@@ -11,7 +11,7 @@ from pathlib import Path
 from aoe_jax.config.run import default_config, update_groups
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.formats.reading import read_config
+from aoe_jax.formats.loading import read_config
 
 
 def get_config(directory=None):

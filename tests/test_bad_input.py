@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.run import evaluate_workdir
+from aoe_jax.evaluation.evaluate import evaluate_workdir
 from aoe_jax.training.loop import train
 from configs import paper, tiny
 from tests.runs import (

@@ -12,8 +12,8 @@ import pytest
 
 from aoe_jax.config.run import Config
 from aoe_jax.model import attention
+from aoe_jax.model.counts import parameter_counts
 from aoe_jax.moe import grouped_matmul
-from aoe_jax.planning.counts import parameter_counts
 from aoe_jax.planning.doctor import examination, kernels, speed
 from aoe_jax.planning.doctor.steps import fitted, twins
 from aoe_jax.sharding import make_mesh

@@ -12,7 +12,7 @@ import pytest
 
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.evaluation.run import evaluate_workdir
+from aoe_jax.evaluation.evaluate import evaluate_workdir
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.step import init_state

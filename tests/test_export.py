@@ -13,8 +13,8 @@ from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import corpus_of, load_model
 from aoe_jax.formats.configs import to_json
+from aoe_jax.formats.loading import read_config, read_step
 from aoe_jax.formats.model_card import training
-from aoe_jax.formats.reading import read_config, read_step
 from aoe_jax.storage import paths
 from aoe_jax.storage.files import write_json
 from tests.runs import (

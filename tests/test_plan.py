@@ -16,9 +16,9 @@ import pytest
 
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config, default_config
+from aoe_jax.model.counts import training_flops_per_token
 from aoe_jax.planning import costs
 from aoe_jax.planning.communication import collectives, each_collective
-from aoe_jax.planning.counts import training_flops_per_token
 from aoe_jax.planning.hardware import topology_devices
 from aoe_jax.planning.plan import abstract_batch, candidates, plan
 from aoe_jax.sharding import MESH_AXES, batch_sharding, fill_mesh, make_mesh, rows_of_process

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from aoe_jax.conversion.pruning import prune
 from aoe_jax.evaluation.models import load_model
-from aoe_jax.formats.reading import read_config, read_step
-from aoe_jax.pruning.run import prune
+from aoe_jax.formats.loading import read_config, read_step
 from tests.runs import (
     STEPS,
     as_read_from,

@@ -17,7 +17,7 @@ from aoe_jax import cli
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, naming
-from aoe_jax.planning.counts import parameter_counts, training_flops_per_token
+from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 
 TOLERANCE = 0.01  # by which the total parameters of matched arms may differ
 TUNING_SEED = 1_000_000  # of tuning runs only

@@ -22,7 +22,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import open_corpus, opened_before
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
 from aoe_jax.errors import DivergedError, UserError, naming, shown
-from aoe_jax.formats.reading import (
+from aoe_jax.formats.loading import (
     is_model,
     load_params,
     read_begin_token,

@@ -17,18 +17,18 @@ import jax.numpy as jnp
 from tabulate import tabulate
 from tqdm import tqdm
 
-from aoe_jax.compare.step_times import seconds_in_turn
 from aoe_jax.config.checks import require, require_flag
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
+from aoe_jax.evaluation.evaluate import TextTokens, read_text, write_report
 from aoe_jax.evaluation.models import Model, check_split, corpus_of, load_model
-from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
-from aoe_jax.evaluation.run import TextTokens, read_text, write_report
 from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
 from aoe_jax.moe.scoring import SCORES
 from aoe_jax.parameters import EXPERTS
 from aoe_jax.storage.lease import make_folder
 from aoe_jax.storage.paths import parsed_path
+from aoe_jax.training.step_times import seconds_in_turn
+from aoe_jax.training.validation import compile_eval_step, evaluate_batches
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def probe_checkpoint(
     """Probes a model: prints a table, writes `probe.json`, and returns its content.
 
     The arguments are the flags of `aoe_jax.probe`; the settings are those of `tasks.load_tasks`.
-    Raises `UserError` as `check_probes`, `models.load_model`, `run.read_text` and
+    Raises `UserError` as `check_probes`, `models.load_model`, `evaluate.read_text` and
     `tasks.load_tasks` do.
 
     The content is `step`, `tokens` and a list of `probes` with `node`, `norm`, `agreement` (the

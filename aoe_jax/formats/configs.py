@@ -8,6 +8,7 @@ import math
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from aoe_jax.config.checks import differences
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, shown
 from aoe_jax.formats.architectures import ARCHITECTURES, NOT_IMPLEMENTED, OWN
@@ -48,15 +49,6 @@ def computed_fields(config: Config):
     if experts.kind == "dense":
         unused.add("experts.n_experts")
     return {name: value for name, value in fields.items() if name not in unused}
-
-
-def differences(there, here):
-    """A sentence for each field whose values differ in two configurations `{field: value}`."""
-    return {
-        name: f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-    }
 
 
 def from_json(values: dict):

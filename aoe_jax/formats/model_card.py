@@ -7,7 +7,7 @@ from tabulate import tabulate
 from aoe_jax.config.run import Config
 from aoe_jax.formats.architectures import OWN
 from aoe_jax.formats.configs import computed_fields
-from aoe_jax.planning.counts import parameter_counts
+from aoe_jax.model.counts import parameter_counts
 from aoe_jax.storage.files import COUNT, TEXT, or_none, read_json
 
 _FIGURES = ("nll", "perplexity", "bits_per_byte")

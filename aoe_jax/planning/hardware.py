@@ -23,6 +23,7 @@ from jax.experimental import topologies
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
+from aoe_jax.training.peaks import PEAK_FLOPS, count_chips
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,17 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32e9, 1.23e12, 300e9, 3.1e9, 1.05e9, n_links=6, ring=4),
-    "v5e": Chip(197e12, 16e9, 0.82e12, 200e9, 3.1e9, 1.5e9, n_links=4, ring=16),
-    "v5p": Chip(459e12, 95e9, 2.77e12, 600e9, 6.2e9, 1.75e9, n_links=6, ring=4),
-    "v6e": Chip(918e12, 32e9, 1.64e12, 400e9, 12.5e9, 1.75e9, n_links=4, ring=16),
-    "tpu7x": Chip(2307e12, 192e9, 7.38e12, 600e9, 12.5e9, n_links=6, ring=4),
-    "a100": Chip(312e12, 80e9, 2.04e12, 300e9, 25e9),
-    "l4": Chip(121e12, 24e9, 0.3e12, 32e9, 1.6e9),
-    "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 50e9),
-    "b200": Chip(2250e12, 180e9, 7.7e12, 900e9, 50e9),
+    "v4": Chip(PEAK_FLOPS["TPU v4"], 32e9, 1.23e12, 300e9, 3.1e9, 1.05e9, n_links=6, ring=4),
+    "v5e": Chip(PEAK_FLOPS["TPU v5e"], 16e9, 0.82e12, 200e9, 3.1e9, 1.5e9, n_links=4, ring=16),
+    "v5p": Chip(PEAK_FLOPS["TPU v5p"], 95e9, 2.77e12, 600e9, 6.2e9, 1.75e9, n_links=6, ring=4),
+    "v6e": Chip(PEAK_FLOPS["TPU v6e"], 32e9, 1.64e12, 400e9, 12.5e9, 1.75e9, n_links=4, ring=16),
+    "tpu7x": Chip(PEAK_FLOPS["TPU7x"], 192e9, 7.38e12, 600e9, 12.5e9, n_links=6, ring=4),
+    "a100": Chip(PEAK_FLOPS["NVIDIA A100-SXM4-80GB"], 80e9, 2.04e12, 300e9, 25e9),
+    "l4": Chip(PEAK_FLOPS["NVIDIA L4"], 24e9, 0.3e12, 32e9, 1.6e9),
+    "h100": Chip(PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 80e9, 3.35e12, 450e9, 50e9),
+    "b200": Chip(PEAK_FLOPS["NVIDIA B200"], 180e9, 7.7e12, 900e9, 50e9),
 }
-
-# Generations by `jax.Device.device_kind`. Names must match whole, because other forms of a GPU have
-# other peaks.
+# Generations by `jax.Device.device_kind`.
 GENERATIONS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -99,28 +98,9 @@ GENERATIONS = {
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA B200": "b200",
 }
-# FLOPs per second of a chip in bfloat16, dense, by the same names.
-PEAK_FLOPS = {kind: CHIPS[generation].flops for kind, generation in GENERATIONS.items()} | {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA GH200 480GB": 989e12,
-    "NVIDIA GH200 144G HBM3e": 989e12,
-}
 
 _PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which figures depend
-
-
-def count_chips(devices):
-    """The number of chips; TPU devices with the same coordinates are one chip."""
-    if devices[0].platform != "tpu":
-        return len(devices)
-    return len({(getattr(d, "slice_index", None), *d.coords) for d in devices})
 
 
 def chip_part(generation, devices):
@@ -133,12 +113,6 @@ def slice_shape(devices):
     if devices[0].platform != "tpu":
         return ()
     return tuple(max(sizes) + 1 for sizes in zip(*(d.coords for d in devices), strict=True))
-
-
-def peak_flops_per_device(devices):
-    """Peak bfloat16 FLOPs per second of one of the devices, all of one kind; None if unknown."""
-    peak = PEAK_FLOPS.get(devices[0].device_kind)
-    return peak and peak * count_chips(devices) / len(devices)
 
 
 def published_figures(devices):

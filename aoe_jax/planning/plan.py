@@ -31,9 +31,9 @@ from aoe_jax import sharding
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
+from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.planning.communication import collectives
 from aoe_jax.planning.costs import KERNEL_COSTS, Program, likely_seconds, scope
-from aoe_jax.planning.counts import parameter_counts, training_flops_per_token
 from aoe_jax.planning.hardware import chip_part, compiling_for, slice_shape
 from aoe_jax.planning.hlo import compile_and_read
 from aoe_jax.training.step import init_state, train_step_on, training_loss

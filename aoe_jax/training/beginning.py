@@ -10,14 +10,13 @@ from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.distributed import agree, gathered, see_the_same, together
 from aoe_jax.errors import UserError
-from aoe_jax.planning.counts import log_run
+from aoe_jax.model.counts import log_run
 from aoe_jax.sharding import batch_sharding, put_batch, rows_of_process
 from aoe_jax.storage.files import read_json
 from aoe_jax.storage.retry import patiently, twice
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.local_copies import LocalCopies
 from aoe_jax.training.profile import traced_of_run
-from aoe_jax.training.starting import check_start, state_from_model
 from aoe_jax.training.step import new_state, train_step_on
 from aoe_jax.training.workdir import (
     check_data,
@@ -57,6 +56,8 @@ class Beginning:
             has_begun = self.step > 0 or self.checkpoints.has_figures
             check_workdir(workdir, config, has_begun)
             if config.train.init_from and not self.step:
+                from aoe_jax.training.starting import check_start  # only here: formats are large
+
                 check_start(config)  # a model in a store is copied here
             if any(source.name != "prepared" for source in config.data.sources):
                 self.heartbeat.beat("preparing")  # `train.hang_timeout` does not limit this
@@ -146,6 +147,8 @@ class Beginning:
             log.info("going on from step %d", self.step)
             return state
         if config.train.init_from:
+            from aoe_jax.training.starting import state_from_model
+
             return state_from_model(config, self.mesh, abstract, self.corpus.tokenizer)
         return new_state(config, abstract)
 

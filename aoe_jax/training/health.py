@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from aoe_jax.errors import DivergedError
-from aoe_jax.load_figures import dead_experts
 from aoe_jax.storage import retry
 from aoe_jax.storage.files import write_json
 from aoe_jax.storage.paths import is_remote
+from aoe_jax.training.load_statistics import dead_experts
 
 log = logging.getLogger(__name__)
 

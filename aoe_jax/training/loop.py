@@ -14,9 +14,8 @@ from aoe_jax import sharding
 from aoe_jax.config.run import Config
 from aoe_jax.distributed import all_agree, together
 from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped, UserError
-from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
+from aoe_jax.model.counts import parameter_counts
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.planning.counts import parameter_counts
 from aoe_jax.stopping import StopRequests
 from aoe_jax.storage.files import write_json
 from aoe_jax.storage.retry import Tolerated, patiently
@@ -28,6 +27,7 @@ from aoe_jax.training.health import Health, Heartbeat
 from aoe_jax.training.profile import run_traced
 from aoe_jax.training.run_folder import RunFolder, Start
 from aoe_jax.training.telemetry import Telemetry
+from aoe_jax.training.validation import compile_eval_step, evaluate
 from aoe_jax.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)

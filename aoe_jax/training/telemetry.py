@@ -16,12 +16,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from aoe_jax.config.run import Config
-from aoe_jax.load_figures import figures_of_layers, load_spread
-from aoe_jax.planning.counts import training_flops_per_token
-from aoe_jax.planning.hardware import peak_flops_per_device
+from aoe_jax.model.counts import training_flops_per_token
 from aoe_jax.storage.retry import Tolerated
 from aoe_jax.training.bar import Bar
+from aoe_jax.training.load_statistics import layer_statistics, load_spread
 from aoe_jax.training.memory import device_memory, host_memory, program_memory
+from aoe_jax.training.peaks import peak_flops_per_device
 from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb
 
 log = logging.getLogger(__name__)
@@ -38,14 +38,14 @@ _IN_SPEED = ("input", "checkpoint")  # the clocks whose time counts in the speed
 def layer_figures(metrics):
     """Figures of each layer `[L]` by name from the host metrics of a step; none for a dense model.
 
-    They are those of `figures_of_layers`; `confidence_entropy` in nats; `mean_score`, the mean over
+    They are those of `layer_statistics`; `confidence_entropy` in nats; `mean_score`, the mean over
     experts of AoE's norms or a router's logits; and, if experts have a capacity, `dropped_share`,
     the share of the choices that were dropped.
     """
     load = metrics["load"]
     if load.shape[-1] == 1:
         return {}
-    figures = figures_of_layers(load, metrics.get("live"))
+    figures = layer_statistics(load, metrics.get("live"))
     figures |= {"mean_score": metrics["mean_score"].mean(axis=-1)}
     names = ("confidence_entropy", "dropped_share")
     return figures | {name: metrics[name] for name in names if name in metrics}
@@ -100,7 +100,7 @@ class Telemetry:
         if self._peak is None:
             kind = jax.devices()[0].device_kind
             log.info(
-                "no MFU: the peak of %r is unknown, see aoe_jax.planning.hardware.PEAK_FLOPS", kind
+                "no MFU: the peak of %r is unknown, see aoe_jax.training.peaks.PEAK_FLOPS", kind
             )
         self._seconds = Counter()  # seconds of the run by clock; `compute` up to the newest line
         self._start_step = self._line_step = start_step
@@ -257,7 +257,7 @@ class Telemetry:
         title = f"{self._config.experts.kind}, validation, step {step}"
         with self._tolerated[self._tensorboard]:
             # matplotlib takes half a second to import.
-            from aoe_jax.evaluation.load import draw_loads, load_statistics
+            from aoe_jax.training.load_statistics import draw_loads, load_statistics
 
             figure = draw_loads({title: load_statistics(result.stats)})
             self._tensorboard.draw(step, "experts/load", figure)

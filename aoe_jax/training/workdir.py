@@ -6,10 +6,10 @@ from pathlib import Path
 
 from flax.traverse_util import flatten_dict
 
+from aoe_jax.config.checks import differences
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
 from aoe_jax.errors import UserError, naming
-from aoe_jax.formats.configs import differences
 from aoe_jax.storage.files import (
     COUNT,
     NUMBER,

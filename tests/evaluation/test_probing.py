@@ -11,7 +11,7 @@ import pytest
 from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation import probing
-from aoe_jax.evaluation.run import evaluate_workdir
+from aoe_jax.evaluation.evaluate import evaluate_workdir
 from benchmarks.parity import random_model, save
 from tests.evaluation.models import make_config, make_model
 from tests.runs import corpus_folder, finished_run, kind_run, run

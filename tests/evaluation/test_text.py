@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.run import TextTokens, evaluate_text, load_on_texts, read_text
+from aoe_jax.evaluation.evaluate import TextTokens, evaluate_text, load_on_texts, read_text
 from aoe_jax.model.decoder import Decoder
 from tests.evaluation.models import WORDS, make_config, make_model, plain_scores
 
@@ -54,7 +54,9 @@ def test_dense_models_have_no_load(tmp_path):
 
 def test_a_file_and_a_task(tmp_path, monkeypatch):
     model = make_model(make_config(experts__kind="dense"))
-    monkeypatch.setattr("aoe_jax.evaluation.run.load_model", lambda directory, step, mesh: model)
+    monkeypatch.setattr(
+        "aoe_jax.evaluation.evaluate.load_model", lambda directory, step, mesh: model
+    )
     (tmp_path / "a.txt").write_text("a cat\n\nsat")
     assert evaluate_text(tmp_path, f"{tmp_path}/a.txt")["texts"] == 1
     report = evaluate_text(tmp_path, "task:speeches_cloze", limit=3, split="validation")

@@ -6,10 +6,11 @@ import tracemalloc
 
 import pytest
 
+from aoe_jax.config.checks import differences
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
-from aoe_jax.formats.configs import as_own, computed_fields, differences, from_json, to_json
-from aoe_jax.formats.reading import read_config
+from aoe_jax.formats.configs import as_own, computed_fields, from_json, to_json
+from aoe_jax.formats.loading import read_config
 from aoe_jax.moe.routing import TopK
 from tests.runs import tiny_config
 

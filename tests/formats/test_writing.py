@@ -16,7 +16,7 @@ from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.formats import tensor_files
 from aoe_jax.formats.configs import as_own, to_json
-from aoe_jax.formats.reading import load_params, read_config
+from aoe_jax.formats.loading import load_params, read_config
 from aoe_jax.formats.writing import new_directory, write_arrays, write_model
 from aoe_jax.model.declared import state_shardings
 from aoe_jax.sharding import fill_mesh, make_mesh

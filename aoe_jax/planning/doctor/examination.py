@@ -18,6 +18,7 @@ from aoe_jax.planning import hardware
 from aoe_jax.planning.doctor import kernels, speed
 from aoe_jax.planning.doctor.steps import fitted, planned, run_steps, twins
 from aoe_jax.sharding import count_slices, make_mesh
+from aoe_jax.training.peaks import peak_flops_per_device
 
 EASY = jnp.dtype("bfloat16"), 64  # a dtype, and a width or a number of rows: all kernels take them
 WHY = {
@@ -208,7 +209,7 @@ def take_steps(name, config, measurements, say):
     part that raised an exception has `error` instead.
     """
     published = hardware.published_figures(jax.devices())
-    peak = hardware.peak_flops_per_device(jax.devices())
+    peak = peak_flops_per_device(jax.devices())
     by = "published" if peak else "measured"
     rate = {work: figures.get("per_second", math.nan) for work, figures in measurements.items()}
     peak, link = peak or rate["matmul"], rate.get("all_gather", math.inf)

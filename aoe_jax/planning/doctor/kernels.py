@@ -25,10 +25,10 @@ from jax.sharding import PartitionSpec
 from aoe_jax.config.run import Config
 from aoe_jax.model.attention import causal_attention
 from aoe_jax.model.attention.reference import reference_attention
+from aoe_jax.model.counts import experts_per_token
 from aoe_jax.moe import reference
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.layer import ExpertsLayer
-from aoe_jax.planning.counts import experts_per_token
 from aoe_jax.sharding import MESH_AXES, replicated
 
 PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # of float32 operands: bfloat16 and TF32

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from aoe_jax.data.pipeline import eval_batches, train_batches
 from aoe_jax.evaluation.models import Model, corpus_of
-from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
+from aoe_jax.training.validation import compile_eval_step, evaluate_batches
 
 
 def calibration_batches(model: Model, directory: Path, data: str | None, n_tokens: int, seed: int):

@@ -17,7 +17,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model
-from aoe_jax.formats.reading import load_params, read_config
+from aoe_jax.formats.loading import load_params, read_config
 from aoe_jax.moe.routing import TopK
 from aoe_jax.sharding import fill_mesh, make_mesh
 from benchmarks.parity import LAYOUTS, logits_here, logits_there, random_model, save
@@ -304,7 +304,7 @@ def test_what_is_wrong_is_named(tmp_path, damage):
 LOADING = """
 import sys, jax
 from pathlib import Path
-from aoe_jax.formats.reading import load_params, read_config
+from aoe_jax.formats.loading import load_params, read_config
 from aoe_jax.sharding import fill_mesh, make_mesh
 
 def peak():

@@ -1,17 +1,49 @@
-"""Load statistics of experts as JSON, as a table and as a picture like the paper's Fig. 3.
+"""Load of the experts, on the host: statistics of layers, as JSON, a table and a picture like the
+paper's Fig. 3.
 
-L layers, n experts.
+L layers, n experts. `load` is `LayerStats.load`, shares of tokens.
 """
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from scipy.special import entr
 from tabulate import tabulate
 
-from aoe_jax.load_figures import figures_of_layers, load_spread
 from aoe_jax.moe.balance import LayerStats
 
 MAX_NUMBERS = 16  # experts whose shares a picture writes as numbers
+
+
+def load_entropy(load):
+    """Ent_load (Eq. 7) of the shares of load, `[..., n] -> [...]` of NumPy; log n at most."""
+    share = np.asarray(load) / np.maximum(np.sum(load, axis=-1, keepdims=True), 1e-9)
+    return entr(share).sum(axis=-1)
+
+
+def load_spread(load, live=None):
+    """Sum over layers of the largest minus the smallest load of live experts: `[L, n] -> []`."""
+    least = load if live is None else np.where(live > 0, load, np.inf)
+    return (np.max(load, axis=-1) - np.min(least, axis=-1)).sum()
+
+
+def dead_experts(load, live=None):
+    """Whether each expert has no token, `[..., n]` bool; False for removed experts."""
+    return load == 0 if live is None else (load == 0) & (live > 0)
+
+
+def layer_statistics(load, live=None):
+    """Statistics of each layer `[L]` by name, from loads `[L, n]`.
+
+    `load_entropy` is in nats; `load_max_over_mean` is 1 in perfect balance, and 0 in a layer where
+    no token has an expert; `dead_experts` have no token. `live_experts`, if experts are added and
+    removed, is their number, and free slots count nowhere.
+    """
+    n_live = load.shape[-1] if live is None else (live > 0).sum(axis=-1)
+    found = {
+        "load_entropy": load_entropy(load),
+        "load_max_over_mean": load.max(axis=-1) * n_live / np.maximum(load.sum(axis=-1), 1e-9),
+        "dead_experts": dead_experts(load, live).sum(axis=-1),
+    }
+    return found if live is None else found | {"live_experts": n_live}
 
 
 def load_statistics(stats: LayerStats):
@@ -24,20 +56,20 @@ def load_statistics(stats: LayerStats):
     experts that are added and removed have `live_experts` `[L]`.
     """
     load, live = np.asarray(stats.load), stats.live
-    figures = figures_of_layers(load, live)
+    of_layers = layer_statistics(load, live)
     statistics = {
         "load": load.tolist(),
-        "load_entropy": figures["load_entropy"].tolist(),
+        "load_entropy": of_layers["load_entropy"].tolist(),
         "confidence_entropy": np.asarray(stats.confidence_entropy).tolist(),
         "mean_score": np.asarray(stats.mean_score).tolist(),
         "load_spread": float(load_spread(load, live)),
         "experts_per_token": float(load.sum(axis=-1).mean()),
-        "dead_experts": int(figures["dead_experts"].sum()),
+        "dead_experts": int(of_layers["dead_experts"].sum()),
     }
     if stats.dropped_share is not None:
         statistics["dropped_share"] = np.asarray(stats.dropped_share).tolist()
     if live is not None:
-        statistics["live_experts"] = figures["live_experts"].tolist()
+        statistics["live_experts"] = of_layers["live_experts"].tolist()
     return statistics
 
 
@@ -74,6 +106,9 @@ def draw_loads(panels, width=None):
 
     `panels` are statistics by title. Up to 16 experts have numbers in percent, more a colour bar.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
     n_layers, n_experts = (max(np.shape(s["load"])[i] for s in panels.values()) for i in (0, 1))
     size = width or min(4 + 0.1 * n_experts, 12), len(panels) * (0.65 + 0.24 * n_layers)
     figure = Figure(figsize=size, layout="constrained")

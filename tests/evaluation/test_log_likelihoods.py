@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation import scoring
-from aoe_jax.evaluation.scoring import Scorer
+from aoe_jax.evaluation import log_likelihoods
+from aoe_jax.evaluation.log_likelihoods import Scorer
 from tests.evaluation.models import make_config, make_model, plain_scores
 
 pytestmark = pytest.mark.usefixtures("ragged")
@@ -95,9 +95,11 @@ def test_what_greedy_decoding_gives_is_greedy():
 @pytest.mark.parametrize("kind", ["aoe", "mesh"])
 def test_shared_contexts_are_read_once_with_the_same_result(kind, monkeypatch):
     scorer, read = scored(kind)[1], []
-    put_batch = scoring.put_batch
+    put_batch = log_likelihoods.put_batch
     monkeypatch.setattr(
-        scoring, "put_batch", lambda where, batch: read.append(batch) or put_batch(where, batch)
+        log_likelihoods,
+        "put_batch",
+        lambda where, batch: read.append(batch) or put_batch(where, batch),
     )
     context = list(range(40, 100))[:50]
     requests = [(context, [5]), (context, [6, 7, 8]), ([*context[:-1], 3], [6]), (context, [9])]
@@ -113,9 +115,9 @@ def test_shared_contexts_are_read_once_with_the_same_result(kind, monkeypatch):
 
 def test_few_shapes_are_compiled(monkeypatch):
     shapes = []
-    put_batch = scoring.put_batch
+    put_batch = log_likelihoods.put_batch
     monkeypatch.setattr(
-        scoring,
+        log_likelihoods,
         "put_batch",
         lambda where, batch: shapes.append(batch["inputs"].shape) or put_batch(where, batch),
     )
@@ -126,9 +128,9 @@ def test_few_shapes_are_compiled(monkeypatch):
 
 def test_logits_of_a_batch_are_never_whole():
     model = make_model(make_config(model__vocab_size=8192))
-    batch = scoring._texts_arrays([(tuple(range(62)), (1, 2, 3))] * 64, 64, 64)
+    batch = log_likelihoods._texts_arrays([(tuple(range(62)), (1, 2, 3))] * 64, 64, 64)
     program = (
-        jax.jit(partial(scoring._score_texts, model.decoder))
+        jax.jit(partial(log_likelihoods._score_texts, model.decoder))
         .lower(model.params, None, batch)
         .compile()
     )

@@ -35,13 +35,13 @@ from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
+from aoe_jax.conversion.calibration import calibration_batches, mean_nll
+from aoe_jax.conversion.scoring_neurons import in_front
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.calibration import calibration_batches, mean_nll
 from aoe_jax.evaluation.models import load_model, source_config
 from aoe_jax.formats.configs import to_json
+from aoe_jax.formats.loading import ModelReader, is_model, is_of_run, parameter_shapes, read_step
 from aoe_jax.formats.model_card import made_of, write_card
-from aoe_jax.formats.reading import ModelReader, is_model, is_of_run, parameter_shapes, read_step
-from aoe_jax.formats.scoring_neurons import in_front
 from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_model, write_run
 from aoe_jax.moe.routing import TopK

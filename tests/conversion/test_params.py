@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from aoe_jax.conversion import merging
+from aoe_jax.conversion.merging import METHODS, pruned_params
+from aoe_jax.conversion.moments import merged_scores, score_moments
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.pruning import merging
-from aoe_jax.pruning.merging import METHODS, pruned_params
-from aoe_jax.pruning.moments import merged_scores, score_moments
-from tests.pruning.experts import disguised
-from tests.pruning.models import batches, merged_scores_of, model_of, moments_of, seen_by
+from tests.conversion.experts import disguised
+from tests.conversion.models import batches, merged_scores_of, model_of, moments_of, seen_by
 
 pytestmark = pytest.mark.usefixtures("ragged")
 KINDS = pytest.mark.parametrize("kind", ["aoe", "router"])

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aoe_jax.conversion.moments import observing_step
 from aoe_jax.evaluation.models import Model
 from aoe_jax.moe.scoring import SCORES, scores_of_all
-from aoe_jax.pruning.moments import observing_step
 
 # Name of a score -> (the score without neurons, the score with one more: score, its activation).
 _GROWING = {

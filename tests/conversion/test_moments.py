@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from aoe_jax.pruning.moments import Moments, merged_scores, score_moments
+from aoe_jax.conversion.moments import Moments, merged_scores, score_moments
+from tests.conversion.models import batches, merged_scores_of, model_of, moments_of, seen_by
 from tests.evaluation.models import make_config, make_model
-from tests.pruning.models import batches, merged_scores_of, model_of, moments_of, seen_by
 
 pytestmark = pytest.mark.usefixtures("ragged")
 

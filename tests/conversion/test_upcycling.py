@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from aoe_jax.conversion.upcycling import Upcycling, upcycle
 from aoe_jax.errors import UserError
-from aoe_jax.formats.reading import ModelReader, read_config
-from aoe_jax.formats.upcycling import Upcycling, upcycle
+from aoe_jax.formats.loading import ModelReader, read_config
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.routing import TopK
 from benchmarks.parity import logits_here, logits_there, random_model, save

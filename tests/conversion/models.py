@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-from aoe_jax.pruning import moments
+from aoe_jax.conversion import moments
 from tests.evaluation.models import make_config, make_model
 
 EXPERTS = {

@@ -48,10 +48,10 @@ from sklearn.cluster import SpectralClustering
 from sklearn.exceptions import ConvergenceWarning
 from tqdm import tqdm
 
+from aoe_jax.conversion.moments import Moments
 from aoe_jax.evaluation.models import Model
 from aoe_jax.model.declared import state_shardings
 from aoe_jax.parameters import matrix_init, shared_expert
-from aoe_jax.pruning.moments import Moments
 
 FACTORS = ("w_gate_down", "w_gate_up")
 EXPERT_WEIGHTS = (*FACTORS, "w_gate", "w_up", "w_down")

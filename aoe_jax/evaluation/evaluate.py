@@ -12,14 +12,14 @@ import numpy as np
 from aoe_jax.data.documents import DOCUMENT_BYTES
 from aoe_jax.data.tokenizer import pieces
 from aoe_jax.errors import DivergedError, UserError
-from aoe_jax.evaluation.load import draw_loads, load_statistics, load_table
 from aoe_jax.evaluation.models import Model, check_split, corpus_of, load_model
-from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
-from aoe_jax.planning.counts import log_run
+from aoe_jax.model.counts import log_run
 from aoe_jax.storage import files
 from aoe_jax.storage.lease import write_or_refuse
 from aoe_jax.storage.paths import parsed_path
 from aoe_jax.storage.retry import Tolerated
+from aoe_jax.training.load_statistics import draw_loads, load_statistics, load_table
+from aoe_jax.training.validation import compile_eval_step, evaluate
 
 log = logging.getLogger(__name__)
 

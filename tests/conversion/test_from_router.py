@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from aoe_jax.conversion.from_router import convert, convert_summary
+from aoe_jax.conversion.scoring_neurons import agreement, observed_choices, telling_neurons
 from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import to_json
-from aoe_jax.formats.conversion import convert, convert_summary
-from aoe_jax.formats.reading import load_params, read_config
-from aoe_jax.formats.scoring_neurons import agreement, observed_choices, telling_neurons
+from aoe_jax.formats.loading import load_params, read_config
 from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import write_arrays
 from aoe_jax.moe.experts import single_expert
@@ -23,10 +23,10 @@ from aoe_jax.moe.reference import aoe_layer, router_layer
 from aoe_jax.moe.routing import TopK
 from aoe_jax.sharding import fill_mesh, make_mesh
 from benchmarks.parity import logits_here
+from tests.conversion.models import batches
 from tests.evaluation.models import make_config, make_model
 from tests.formats.hub import hub_models
 from tests.formats.test_writing import written
-from tests.pruning.models import batches
 from tests.runs import corpus_folder, scratch, shared, tiny_config
 
 FINDABLE = np.array([5, 11, 0, 23])  # by expert, the neuron of which its router is a multiple

@@ -9,18 +9,18 @@ from tabulate import tabulate
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
+from aoe_jax.conversion.calibration import calibration_batches, evaluator
+from aoe_jax.conversion.merging import METHODS, pruned_params
+from aoe_jax.conversion.moments import merged_scores, score_moments
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.calibration import calibration_batches, evaluator
 from aoe_jax.evaluation.models import Model, load_model, source_config
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.model_card import made_of, write_card
 from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_arrays, write_run
-from aoe_jax.load_figures import load_entropy
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.pruning.merging import METHODS, pruned_params
-from aoe_jax.pruning.moments import merged_scores, score_moments
 from aoe_jax.storage.files import write_json
+from aoe_jax.training.load_statistics import load_entropy
 
 log = logging.getLogger(__name__)
 

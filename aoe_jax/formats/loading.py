@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.checks import differences
 from aoe_jax.config.data import DataConfig
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
@@ -19,7 +20,7 @@ from aoe_jax.config.training import TrainConfig
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError, naming, shown
 from aoe_jax.formats.architectures import find_layouts
-from aoe_jax.formats.configs import computed_fields, differences, from_json
+from aoe_jax.formats.configs import computed_fields, from_json
 from aoe_jax.formats.tensor_files import stored_tensors
 from aoe_jax.model.declared import state_shardings
 from aoe_jax.model.decoder import initial_params

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from aoe_jax.pruning.merging import (
+from aoe_jax.conversion.merging import (
     METHODS,
     Cluster,
     aligned,
@@ -13,7 +13,7 @@ from aoe_jax.pruning.merging import (
     score_targets,
     similarity,
 )
-from tests.pruning.experts import SHAPES, disguised, draw, output
+from tests.conversion.experts import SHAPES, disguised, draw, output
 
 LOAD = np.array([0.1, 0.5, 0.2, 0.4, 0.3, 0.5])
 

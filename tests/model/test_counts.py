@@ -10,7 +10,7 @@ import pytest
 
 from aoe_jax import Decoder
 from aoe_jax.config.run import Config, update_groups
-from aoe_jax.planning.counts import (
+from aoe_jax.model.counts import (
     forward_flops_per_token,
     log_run,
     parameter_counts,

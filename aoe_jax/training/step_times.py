@@ -12,18 +12,19 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aoe_jax.compare.routing import validation_batches
 from aoe_jax.config.run import Config
 from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.memory import program_memory
 from aoe_jax.training.step import new_state, train_step_on
+from aoe_jax.training.validation import validation_batches
 
 ROUNDS = 10
 STEPS = 3  # of a round; the first is not counted, because caches still belong to another arm
 
 
 def random_batch(config: Config):
+    """A host batch of random tokens."""
     shape = (config.train.batch_size, config.data.seq_len)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, *shape), np.int32)
     return {
@@ -64,6 +65,7 @@ class RepeatedStep:
         self.memory = program_memory(self._state, self.program)
 
     def __call__(self):
+        """Takes a step, and returns its metrics."""
         with jax.set_mesh(self._mesh):
             self._state, metrics = self.program(self._state, self._batch)
         return metrics

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from aoe_jax.conversion.pruning import check_prunes, prune, prune_table
 from aoe_jax.errors import UserError
-from aoe_jax.pruning.run import check_prunes, prune, prune_table
+from tests.conversion.models import model_of
 from tests.evaluation.models import make_config
-from tests.pruning.models import model_of
 from tests.runs import contents, finished_run
 
 LARGE = {"experts__kind": "router", "experts__large_router": True}
