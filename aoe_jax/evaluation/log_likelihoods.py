@@ -179,8 +179,7 @@ def _score_choices(decoder, params, routing_state, batch):
 
 
 def _sums(params, hidden, batch):
-    projection = output_projection(params)
     log_probs, is_best = on_each_token(
-        target_log_probs, hidden, *projection, batch["targets"], batch["wanted"]
+        target_log_probs, hidden, output_projection(params), batch["targets"], batch["wanted"]
     )
     return log_probs.sum(axis=1), is_best.all(axis=1)

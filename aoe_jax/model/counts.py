@@ -86,7 +86,7 @@ def parameter_counts(config: Config):
     of_queries, of_keys = m.n_heads * m.head_width, m.kv_heads * m.head_width
     features = of_queries + of_keys  # q and k; v and o have as many
     n_layers, of_dense = m.n_layers + m.n_dense_layers, _dense_layers(m)
-    norms = (2 * n_layers + 1) * m.d_model * (2 if m.norm == "layer" else 1)
+    norms = (2 * n_layers + 1) * m.d_model
     of_qk_norm = {"none": 0, "all": features, "head": 2 * m.head_width}[m.qk_norm]
     biases = (m.attention_bias or m.qkv_bias) * (of_queries + 2 * of_keys)
     biases += m.attention_bias * m.d_model
@@ -94,7 +94,7 @@ def parameter_counts(config: Config):
         experts=m.n_layers * sum(size for _, size in declared) + of_dense,
         active_experts=m.n_layers * (shared + active) + of_dense,
         attention=n_layers * 2 * m.d_model * features,
-        norms=norms + n_layers * (of_qk_norm + biases) + m.output_bias * m.vocab_size,
+        norms=norms + n_layers * (of_qk_norm + biases),
         embedding=m.vocab_size * m.d_model,
         n_tables=1 if m.tie_embeddings else 2,
     )

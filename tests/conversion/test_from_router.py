@@ -70,9 +70,7 @@ def test_gates_are_the_best_of_their_rank(tmp_path, d_low):
     )
 
 
-@pytest.mark.parametrize(
-    "architecture, norm_topk_prob", [("mixtral", True), ("olmoe", False), ("phimoe", True)]
-)
+@pytest.mark.parametrize("architecture, norm_topk_prob", [("mixtral", True), ("olmoe", False)])
 def test_the_result_is_a_model(tmp_path, architecture, norm_topk_prob):
     source = hub_models()[architecture][0]["fused"]
     convert(source, tmp_path / "aoe", 16)

@@ -62,9 +62,7 @@ KINDS = {
     "dense, biases": {
         "model__n_layers": 1,
         "experts__kind": "dense",
-        "model__norm": "layer",
         "model__attention_bias": True,
-        "model__output_bias": True,
         "model__rope_factors": (1.0, 2.0),
     },
 }

@@ -55,7 +55,6 @@ VARIANTS = {
         },
         "aoe",
     ),
-    "router, LayerNorm": ({"experts__kind": "router", "model__norm": "layer"}, "aoe"),
     "router, biases": ({"experts__kind": "router", "model__attention_bias": True}, "aoe"),
     "router, norm over heads": (
         {"experts__kind": "router", "model__qk_norm": "all", "routing__norm_topk_prob": False},
@@ -88,14 +87,13 @@ VARIANTS = {
     "router, sigmoid without a shared expert": (SIGMOID, "aoe"),
     "aoe, dense layers in front": ({"model__n_dense_layers": 1, "model__d_dense": 24}, "aoe"),
     "router, rotary factors": (
-        {"experts__kind": "router", "model__rope_scale": 1.2}
+        {"experts__kind": "router"}
         | {"model__rope_factors": (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)},
         "mixtral",
     ),
-    "router, rope_scale": ({"experts__kind": "router", "model__rope_scale": 1.5}, "mixtral"),
     "dense": ({"experts__kind": "dense"}, "llama"),
     "dense, norms of heads": ({"experts__kind": "dense", "model__qk_norm": "head"}, "qwen3"),
-    "dense, LayerNorm": ({"experts__kind": "dense", "model__norm": "layer"}, "aoe"),
+    "dense, biases": ({"experts__kind": "dense", "model__qkv_bias": True}, "aoe"),
     "uoe": ({"experts__kind": "uoe", "experts__top_k": 3}, "aoe"),
     "smear, longer than a window": (
         {
@@ -193,16 +191,15 @@ def changed(**changes):
 OLMOE = changed(model_type="olmoe", num_experts=4)
 QWEN3_MOE = changed(model_type="qwen3_moe", num_experts=4, moe_intermediate_size=32)
 DOTS = changed(model_type="dots1", n_routed_experts=4, moe_intermediate_size=32, n_shared_experts=1)
-PHI = changed(model_type="phimoe")
 LLAMA = changed(model_type="llama")
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "short_mscale": 1.2}
+LONGROPE = {"rope_type": "longrope", "attention_factor": 1.0}
 REFUSED = {
     "unknown architecture": (
         changed(model_type="gpt2"),
         [
             "model_type='gpt2' is unknown",
-            "mixtral, olmoe, phimoe, qwen2_moe, qwen3_moe, dots1, glm4_moe, llama, qwen3, aoe",
+            "mixtral, olmoe, qwen2_moe, qwen3_moe, dots1, glm4_moe, llama, qwen3, aoe",
         ],
     ),
     "gpt-oss": (
@@ -274,10 +271,6 @@ REFUSED = {
     ),
     "clip_qkv": (OLMOE | {"clip_qkv": 8.0}, ["clip_qkv=8.0 is not implemented", "None"]),
     "norm_topk_prob": (OLMOE | {"norm_topk_prob": "yes"}, ["norm_topk_prob='yes'", "bool"]),
-    "top_k of SparseMixer": (
-        PHI | {"num_experts_per_tok": 3},
-        ["num_experts_per_tok=3 is not implemented", "only 2"],
-    ),
     "yarn": (
         changed(rope_scaling={"type": "yarn", "factor": 4.0}),
         ["rope_type='yarn' is not implemented", "default"],
@@ -299,28 +292,27 @@ REFUSED = {
         ["low_freq_factor=1.0 must be below high_freq_factor=1.0"],
     ),
     "mlp_bias": (LLAMA | {"mlp_bias": True}, ["mlp_bias=True is not implemented", "only False"]),
-    "longrope elsewhere": (
+    "longrope without factors": (
         changed(rope_parameters=LONGROPE),
-        ["attention_factor is missing, which rope_type 'longrope' needs"],
-    ),
-    "longrope without length": (
-        PHI | {"rope_parameters": LONGROPE},
-        ["original_max_position_embeddings is missing"],
+        ["short_factor=None: must be a list of numbers"],
     ),
     "longrope of words": (
-        PHI
-        | {
-            "rope_scaling": LONGROPE
-            | {"short_factor": ["a"], "original_max_position_embeddings": 32}
-        },
+        changed(rope_scaling=LONGROPE | {"short_factor": ["a"]}),
         ["short_factor=['a']", "list of numbers"],
     ),
+    "longrope with factors for long texts": (
+        changed(rope_scaling=LONGROPE | {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}),
+        ["long_factor=[2.0, ", "is not implemented; only factors equal to short_factor are"],
+    ),
+    "longrope with a scale": (
+        changed(
+            rope_scaling=LONGROPE
+            | {"short_factor": [1.0], "long_factor": [1.0], "attention_factor": 1.2}
+        ),
+        ["attention_factor=1.2 is not implemented; only 1 is"],
+    ),
     "longrope of few numbers": (
-        PHI
-        | {
-            "rope_scaling": LONGROPE
-            | {"short_factor": [1.0], "original_max_position_embeddings": 32}
-        },
+        changed(rope_scaling=LONGROPE | {"short_factor": [1.0], "long_factor": [1.0]}),
         ["config.model.rope_factors=(1.0,)", "must be 8 numbers"],
     ),
     "rope of two minds": (
@@ -363,7 +355,7 @@ def test_refused_by_name(mistake, tmp_path):
 
 
 def test_a_model_that_no_class_of_transformers_takes_is_written_as_our_own():
-    model = {"d_model": 32, "n_heads": 2, "rope_share": 0.5, "rope_scale": 1.2}
+    model = {"d_model": 32, "n_heads": 2, "rope_share": 0.5, "qkv_bias": True}
     config = Config.from_config_dict({"model": model, "experts": {"kind": "router"}})
     values = to_json(config)
     assert values == as_own(config)

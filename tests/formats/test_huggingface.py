@@ -41,7 +41,7 @@ FORMS = {
     | {"model__rope_factors": FACTORS},
     "whole, shared expert with a gate": WHOLE
     | {"experts__d_shared": 24, "experts__shared_gate": True, "model__qk_norm": "head"}
-    | {"model__qkv_bias": True, "model__rope_scale": 1.2, "model__rope_factors": FACTORS},
+    | {"model__qkv_bias": True, "model__rope_factors": FACTORS},
     "whole, max": WHOLE | {"experts__score": "max", "experts__top_k": 3},
     "whole, over all": WHOLE | {"routing__norm_topk_prob": False},
     "dense in front": BIASED
@@ -49,15 +49,14 @@ FORMS = {
     "partial": EVERYTHING | {"model__rope_share": 0.5},
     "partial, dense in front": WHOLE
     | {"model__n_dense_layers": 1, "model__d_dense": 40, "model__qk_norm": "head"}
-    | {"model__rope_share": 0.25, "model__rope_factors": (1.0, 2.0), "model__rope_scale": 1.2},
-    "scaled": WHOLE | {"model__rope_share": 0.5, "model__rope_scale": 1.5},
+    | {"model__rope_share": 0.25, "model__rope_factors": (1.0, 2.0)},
 }
 # By the fields that the log must name.
 WITHOUT_CLASS = {
     "routing.name='top_p'": {"routing__name": "top_p"},
-    "LlamaForCausalLM has no model.norm='layer'": {
+    "LlamaForCausalLM has no model.qkv_bias=True": {
         "experts__kind": "dense",
-        "model__norm": "layer",
+        "model__qkv_bias": True,
     },
     "MixtralForCausalLM has no model.attention_bias=True": {
         "experts__kind": "router",
@@ -88,7 +87,6 @@ def test_logits(tmp_path, form):
         "dense in front",
         "partial",
         "partial, dense in front",
-        "scaled",
     ],
 )
 def test_there_and_back(tmp_path, form):

@@ -30,10 +30,8 @@ from tests.runs import disk, tiny_config
 EVERYTHING = {  # that a model of the hub may have
     "model__n_heads": 4,
     "model__n_kv_heads": 2,
-    "model__norm": "layer",
     "model__qk_norm": "all",
     "model__attention_bias": True,
-    "model__output_bias": True,
     "model__tie_embeddings": False,
 }
 OF_OTHER_TENSORS = (
@@ -176,7 +174,6 @@ def test_names_of_our_own_format(tmp_path):
     [
         "router, grouped queries",
         "router, rotary factors",
-        "router, rope_scale",
         "router, dense layers in front",
         "router, part of the head",
     ],

@@ -45,9 +45,7 @@ IMPORTED = {
     "biases": {
         "n_kv_heads": 2,
         "head_dim": 16,
-        "norm": "layer",
         "attention_bias": True,
-        "output_bias": True,
         "tie_embeddings": False,
     },
 }
