@@ -31,7 +31,6 @@ def commands_of_all_pages():
     for page in PAGES:
         for program, arguments in commands_of(page.read_text()):
             found.setdefault(program, set()).add(arguments)
-    del found["benchmarks.NAME"]
     return {program: sorted(lines) for program, lines in found.items()}
 
 

@@ -15,7 +15,6 @@ import pytest
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.storage import lease, retry
 from aoe_jax.storage.lease import RENEWED, owned, read_owner
-from benchmarks.two_owners import on_a_host
 from tests.runs import ROOT
 
 
@@ -343,6 +342,14 @@ except UserError as e:
     (folder / "refused").touch()
     print("refused" if "is in use by" in str(e) else e)
 """
+
+
+def on_a_host(name, disk, mount, command):
+    """The command line of a program on a host of this name, where `disk` is mounted as `mount`."""
+    mount.mkdir(exist_ok=True)
+    inside = f'hostname {name}; mount --bind {disk} {mount}; exec "$@"'
+    unshare = ["unshare", "--pid", "--fork", "--uts", "--mount", "--mount-proc"]
+    return [*unshare, "sh", "-c", inside, "sh", *map(str, command)]
 
 
 @pytest.mark.parametrize("seed", range(6))
