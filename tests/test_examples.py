@@ -15,7 +15,7 @@ from examples import add_a_method, nnx_model, train_loop, vision
 from tests.forking import ENVIRONMENT
 from tests.hasty import xla_flags
 
-pytestmark = pytest.mark.usefixtures("ragged")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ragged")]
 NOTEBOOK = Path(__file__).parents[1] / "examples/aoe_and_moe.ipynb"
 
 

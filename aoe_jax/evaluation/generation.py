@@ -205,3 +205,19 @@ def _decode(decoders, contrast, ends, params, routing_state, left, state, sampli
 
     tokens = jnp.full((left.shape[0], n_tokens), -1, jnp.int32)
     return jax.lax.while_loop(is_needed, one, (0, tokens, left, state))[1:]
+
+
+def continuations(model: Model, prompts, max_tokens, contrast=None, **settings):
+    """Yields the continuation of each prompt so far; characters with missing bytes are held back.
+
+    `model` and `contrast` are those of `Generator`, the other arguments those of its `stream`.
+    """
+    tokenizer = model.tokenizer
+    rows = [[model.start, *tokens.tolist()] for tokens in tokenizer.encode(prompts)]
+    # Some tokenizers drop the blank before the first word, so the prompt is decoded too.
+    heads = [tokenizer.decode(row) for row in rows]
+    for new in Generator(model, contrast).stream(list(map(list, rows)), max_tokens, **settings):
+        for row, tokens in zip(rows, new, strict=True):
+            row.extend(tokens)
+        pairs = zip(heads, map(tokenizer.decode, rows), strict=True)
+        yield [text.removeprefix(head).rstrip("\N{REPLACEMENT CHARACTER}") for head, text in pairs]

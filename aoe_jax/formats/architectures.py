@@ -17,6 +17,7 @@ float32 in every model. A layer of a dense model has the tensors of experts with
 the dense layers before those of experts have the tensors of a Llama.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -352,7 +353,7 @@ class Layout:
         `bounds` has `(first, end)` of the part by axis; all of an axis that it lacks.
         """
         bounds = {axis: (0, size) for axis, size in self.sizes.items()} | (bounds or {})
-        for numbers in _product([range(*bounds[axis]) for axis in self._named]):
+        for numbers in itertools.product(*(range(*bounds[axis]) for axis in self._named)):
             at = dict(zip(self._named, numbers, strict=True))
             index = tuple(at[axis] - bounds[axis][0] for axis in at)
             if "L" in at:
@@ -372,16 +373,6 @@ class Layout:
     def to_file(self, part: np.ndarray):
         """A whole tensor, from its part of the parameter."""
         return part.transpose([self._axes.index(axis) for axis in self._order]).reshape(self.shape)
-
-
-def _product(ranges: list[range]) -> Iterator[tuple[int, ...]]:
-    """Like `itertools.product`, without listing the ranges, which can be long."""
-    if not ranges:
-        yield ()
-        return
-    for number in ranges[0]:
-        for others in _product(ranges[1:]):
-            yield number, *others
 
 
 def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str, Layout]:

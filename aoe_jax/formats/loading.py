@@ -31,7 +31,6 @@ from aoe_jax.storage.retry import patiently_if_allowed
 log = logging.getLogger(__name__)
 
 RUN_FILE = "aoe_jax.json"  # of an exported model: {"step": number, "config": its run's}
-_LONGEST = 2**17  # tokens of a window; attention may need memory for their square
 _RUN = {"step": or_none(COUNT), "config": {str: {}}}
 _WANTED = "name a directory with a model's config.json and safetensors files"
 _WITHOUT = "remove the file to load the model without it"
@@ -54,9 +53,9 @@ def read_config(directory: Path) -> Config:
 
     A model that `aoe_jax.export` wrote has the configuration of its run without `data.cache` and
     the groups `train` and `mesh`; `train.batch_size` is the size of the run's micro-batches, at
-    most the default, and `data.seq_len` is at most 2**17. For other models, `model`, `experts` and
-    `routing` come from `config.json`, and other groups have their defaults; `model.dtype` is that
-    of the embedding table, float32 for float16. `data.tokenizer` is always the directory's own.
+    most the default. For other models, `model`, `experts` and `routing` come from `config.json`,
+    and other groups have their defaults; `model.dtype` is that of the embedding table, float32 for
+    float16. `data.tokenizer` is always the directory's own.
     Raises `UserError` if a file cannot be read, the architecture is unknown, or something in it is
     not implemented here.
     """
@@ -74,7 +73,6 @@ def read_config(directory: Path) -> Config:
     # Somebody else may have written the paths in the configuration. Those of corpora appear in
     # messages only, see `evaluation.models.corpus_of`.
     own = {"tokenizer": str(tokenizer) if tokenizer.exists() else None, "cache": DataConfig.cache}
-    own["seq_len"] = min(config.data.seq_len, _LONGEST)
     data = dataclasses.replace(config.data, **own)
     # The batch of the run may be that of a pod, or of any size if somebody else wrote the file.
     rows = config.train.batch_size // config.train.accumulate

@@ -12,11 +12,7 @@ EXPERTS = {
     "aoe": {},
     "router": {"experts__kind": "router"},
     "capacity": {"experts__kind": "capacity", "routing__capacity_factor": 1.0},
-    "router, top_p": {
-        "experts__kind": "router",
-        "routing__name": "top_p",
-        "routing__p": 0.4,
-    },
+    "router, top_p": {"experts__kind": "router", "routing__name": "top_p", "routing__p": 0.4},
 }
 
 

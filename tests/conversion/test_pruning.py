@@ -12,51 +12,26 @@ from tests.evaluation.models import make_config
 from tests.runs import contents, finished_run
 
 LARGE = {"experts__kind": "router", "experts__large_router": True}
-REFUSED = {
-    "dense": ({"experts__kind": "dense"}, 2, "--workdir=DIR has experts.kind='dense'"),
-    "expert choice": (
-        {"routing__name": "expert_choice"},
-        2,
-        "every expert takes equally many tokens",
-    ),
-    "threshold": (
-        {"routing__name": "threshold"},
-        2,
-        "routing.name='threshold': pruning is not implemented",
-    ),
-    "smear": (
+REFUSED = [
+    ({"experts__kind": "dense"}, 2, "--workdir=DIR has experts.kind='dense'"),
+    ({"routing__name": "expert_choice"}, 2, "every expert takes equally many tokens"),
+    ({"routing__name": "threshold"}, 2, "routing.name='threshold': pruning is not implemented"),
+    (
         {"experts__kind": "smear", "routing__segment": 8},
         2,
         "has routing.name='smear': pruning is not implemented",
     ),
-    "thor": (
-        {"experts__kind": "thor"},
-        2,
-        "has routing.name='thor': pruning is not implemented",
-    ),
-    "uoe": (
-        {"experts__kind": "uoe"},
-        2,
-        "has routing.name='uoe': pruning is not implemented",
-    ),
-    "whole gates": (
-        {"experts__score_neurons": 4},
-        2,
-        "experts.score_neurons=4: merging reorders the neurons",
-    ),
-    "large router": (LARGE, 2, "the width of a large router depends on its experts"),
-    "fewer than chosen": (
-        {},
-        1,
-        "--experts=1: must be at least experts.top_k=2 and fewer than the 4",
-    ),
-    "as many": ({}, 4, "--experts=4: must be at least experts.top_k=2 and fewer than the 4"),
-}
+    ({"experts__kind": "thor"}, 2, "has routing.name='thor': pruning is not implemented"),
+    ({"experts__kind": "uoe"}, 2, "has routing.name='uoe': pruning is not implemented"),
+    ({"experts__score_neurons": 4}, 2, "experts.score_neurons=4: merging reorders the neurons"),
+    (LARGE, 2, "the width of a large router depends on its experts"),
+    ({}, 1, "--experts=1: must be at least experts.top_k=2 and fewer than the 4"),
+    ({}, 4, "--experts=4: must be at least experts.top_k=2 and fewer than the 4"),
+]
 
 
-@pytest.mark.parametrize("mistake", REFUSED)
-def test_refused_by_name(mistake):
-    changes, n_experts, words = REFUSED[mistake]
+@pytest.mark.parametrize(("changes", "n_experts", "words"), REFUSED)
+def test_refused_by_name(changes, n_experts, words):
     with pytest.raises(UserError) as error:
         check_prunes(
             dataclasses.replace(model_of("aoe"), config=make_config(**changes)), n_experts, "DIR"

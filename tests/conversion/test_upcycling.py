@@ -12,9 +12,11 @@ from aoe_jax.formats.loading import ModelReader, read_config
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.routing import TopK
 from benchmarks.parity import logits_here, logits_there, random_model, save
-from tests.formats.hub import hub_models
-from tests.runs import kind_run, run
+from tests.formats.test_writing import written
+from tests.in_process import call
+from tests.runs import kind_run, tiny_config
 
+TOKENS = np.random.default_rng(1).integers(0, 512, (4, 48))
 EXACT = {
     "copies": Upcycling("moe", 4, 2),
     "copies of pieces": Upcycling("moe", 12, 6, granularity=3),
@@ -25,14 +27,18 @@ EXACT = {
 
 @pytest.mark.parametrize("form", EXACT)
 def test_the_result_computes_what_the_dense_model_does(tmp_path, form):
-    folders, logits = hub_models()["qwen3"]
-    form = EXACT[form]
-    report = upcycle(folders["fused"], tmp_path / "model", form)
-    assert json.loads((tmp_path / "model/convert.json").read_text()) == report
+    dense, output, form = (
+        dense_model(tmp_path, model__qk_norm="head"),
+        tmp_path / "moe",
+        EXACT[form],
+    )
+    report = upcycle(dense, output, form)
+    assert json.loads((output / "convert.json").read_text()) == report
     assert "nll" not in report  # without a corpus
-    found = logits_here(tmp_path / "model")
-    np.testing.assert_allclose(found, logits, rtol=0, atol=2e-5)
-    config = read_config(tmp_path / "model")
+    logits = logits_here(dense, TOKENS)
+    assert np.abs(logits).max() > 1
+    np.testing.assert_allclose(logits_here(output, TOKENS), logits, rtol=0, atol=2e-5)
+    config = read_config(output)
     e = config.experts
     assert (e.kind, e.n_experts, e.top_k, e.d_ffn, e.score_neurons) == (
         "aoe" if form.kind == "aoe" else "router",
@@ -42,8 +48,14 @@ def test_the_result_computes_what_the_dense_model_does(tmp_path, form):
         form.score_neurons,
     )
     assert config.routing == TopK() and config.balance.aux_weight > 0
-    model_type = json.loads((tmp_path / "model/config.json").read_text())["model_type"]
+    model_type = json.loads((output / "config.json").read_text())["model_type"]
     assert model_type == ("aoe" if form.kind == "aoe" else "qwen3_moe")
+
+
+def dense_model(folder, dtype="float32", **changes):
+    """The directory of a dense model of width 24, a Llama or a Qwen3."""
+    config = tiny_config(experts__kind="dense", experts__d_ffn=24, **changes)
+    return written(folder, config, dtype)[0]
 
 
 def layer_of(directory, layer=1):
@@ -55,10 +67,10 @@ def layer_of(directory, layer=1):
 @pytest.mark.parametrize("kind", ["moe", "aoe"])
 def test_pieces_of_the_dense_layer(tmp_path, kind):
     """The experts of a copy sum to G times the dense layer; all neurons that score are distinct."""
-    folders, _ = hub_models()["llama"]
+    folder = dense_model(tmp_path)
     form = Upcycling(kind, 6, 3, granularity=3, score_neurons=4 if kind == "aoe" else None)
-    upcycle(folders["fused"], tmp_path / "model", form)
-    dense, experts = layer_of(folders["fused"]), layer_of(tmp_path / "model")
+    upcycle(folder, tmp_path / "moe", form)
+    dense, experts = layer_of(folder), layer_of(tmp_path / "moe")
     x = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
     for copy in (slice(0, 3), slice(3, 6)):
         pieces = [{n: w[i] for n, w in experts.items() if n != "w_router"} for i in range(6)[copy]]
@@ -79,13 +91,12 @@ def test_noise(tmp_path):
     """It has the standard deviation that was asked for, differs between experts, and depends on
     the seed alone.
     """
-    folders, _ = hub_models()["llama"]
-    found = {}
+    folder, found = dense_model(tmp_path), {}
     for name, seed in {"a": 0, "b": 0, "c": 1}.items():
-        upcycle(folders["fused"], tmp_path / name, Upcycling("moe", 4, 2, noise=0.1, seed=seed))
+        upcycle(folder, tmp_path / name, Upcycling("moe", 4, 2, noise=0.1, seed=seed))
         found[name] = layer_of(tmp_path / name)
-    upcycle(folders["fused"], tmp_path / "exact", Upcycling("moe", 4, 2))
-    dense, exact = layer_of(folders["fused"]), layer_of(tmp_path / "exact")
+    upcycle(folder, tmp_path / "exact", Upcycling("moe", 4, 2))
+    dense, exact = layer_of(folder), layer_of(tmp_path / "exact")
     for name in ("w_gate", "w_up", "w_down"):
         difference = found["a"][name] - exact[name]
         assert difference.std() == pytest.approx(0.1 * dense[name].std(), rel=0.05)
@@ -96,22 +107,19 @@ def test_noise(tmp_path):
 
 
 def test_parameters_keep_their_dtype(tmp_path):
-    import torch
-
-    save(random_model("llama").to(torch.bfloat16), tmp_path / "dense", "fused")
-    upcycle(tmp_path / "dense", tmp_path / "moe", Upcycling("moe", 4, 2, noise=0.1))
+    upcycle(dense_model(tmp_path, "bfloat16"), tmp_path / "moe", Upcycling("moe", 4, 2, noise=0.1))
     stored = load_file(tmp_path / "moe/model.safetensors")
     assert {a.dtype.name for a in stored.values()} == {"bfloat16"}
     assert read_config(tmp_path / "moe").model.dtype == "bfloat16"
 
 
-def test_a_run_by_the_command_line(tmp_path):
+@pytest.mark.usefixtures("ragged")
+def test_a_run_by_the_command_line(tmp_path, capsys):
     """The nll of the run is that of the upcycled model."""
     workdir, aoe = kind_run("dense")[0], tmp_path / "aoe"
     sizes = ["--upcycle=aoe", "--experts=4", "--top_k=2", "--score_neurons=4"]
-    command = ["-m", "aoe_jax.convert", f"--checkpoint={workdir}", f"--output={aoe}", *sizes]
-    status, stdout, stderr = run(command)
-    assert status == 0, stderr
+    call("aoe_jax.convert", f"--checkpoint={workdir}", f"--output={aoe}", *sizes)
+    stdout = capsys.readouterr().out
     report = json.loads((aoe / "convert.json").read_text())
     assert report["nll"]["after"] == pytest.approx(report["nll"]["before"], abs=1e-5)
     nll = f"{report['nll']['before']:.4f}"
@@ -123,42 +131,36 @@ def test_a_run_by_the_command_line(tmp_path):
     assert report["nll"]["before"] == pytest.approx(of_run, abs=0.2)
 
 
-REFUSED = {
-    "more chosen than there are": (
-        Upcycling("moe", 2, 3),
-        "--top_k=3: must be at most --experts=2",
-    ),
-    "experts in pieces": (
+REFUSED = [
+    (Upcycling("moe", 2, 3), "--top_k=3: must be at most --experts=2"),
+    (
         Upcycling("moe", 4, 3, granularity=3),
         "--granularity=3: must divide --experts=4 and the width 24",
     ),
-    "width in pieces": (
+    (
         Upcycling("moe", 5, 5, granularity=5),
         "--granularity=5: must divide --experts=5 and the width 24",
     ),
-    "part of a copy": (
-        Upcycling("moe", 8, 3, granularity=2),
-        "--top_k=3: must be a multiple of --granularity=2",
-    ),
-    "no neurons": (
+    (Upcycling("moe", 8, 3, granularity=2), "--top_k=3: must be a multiple of --granularity=2"),
+    (
         Upcycling("aoe", 4, 2),
         "--score_neurons=None: must be at most 6, so that each of 4 experts has its own of 24",
     ),
-    "too many neurons": (
+    (
         Upcycling("aoe", 4, 2, score_neurons=7),
         "--score_neurons=7: must be at most 6, so that each of 4 experts has its own of 24",
     ),
-}
+]
 
 
-@pytest.mark.parametrize("mistake", REFUSED)
-def test_refused_by_name(tmp_path, mistake):
-    form, words = REFUSED[mistake]
+@pytest.mark.parametrize(("form", "words"), REFUSED)
+def test_refused_by_name(tmp_path, form, words):
     with pytest.raises(UserError, match=words):
-        upcycle(hub_models()["llama"][0]["fused"], tmp_path / "model", form)
-    assert not (tmp_path / "model").exists()
+        upcycle(dense_model(tmp_path), tmp_path / "moe", form)
+    assert not (tmp_path / "moe").exists()
 
 
+@pytest.mark.slow
 def test_transformers_computes_a_mixtral_with_the_factors_of_llama_3(tmp_path):
     save(random_model("llama", attention_bias=False), tmp_path / "dense", "fused")
     upcycle(tmp_path / "dense", tmp_path / "model", EXACT["copies"])

@@ -205,11 +205,7 @@ def test_mistakes_in_settings(settings, message):
             {"strong_k": 2},
             "--strong_k=2: .*routing.name='top_p' has no K",
         ),
-        (
-            {"routing__name": "threshold"},
-            {},
-            "routing.name='threshold': --contrast is not tested",
-        ),
+        ({"routing__name": "threshold"}, {}, "routing.name='threshold': --contrast is not tested"),
         (
             {"experts__kind": "dense"},
             {},

@@ -28,11 +28,7 @@ SETTINGS = {
 KINDS = {
     "aoe": {"experts__d_wide": 16},
     "aoe top_p": {"model__n_layers": 1, "experts__d_wide": 16, "routing__name": "top_p"},
-    "aoe over all": {
-        "model__n_layers": 1,
-        "experts__d_wide": 16,
-        "routing__norm_topk_prob": False,
-    },
+    "aoe over all": {"model__n_layers": 1, "experts__d_wide": 16, "routing__norm_topk_prob": False},
     "aoe by attention": {
         "model__n_layers": 1,
         "experts__d_wide": 16,
