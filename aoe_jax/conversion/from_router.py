@@ -50,16 +50,14 @@ def convert(
 ):
     """Writes the AoE of a router MoE to `output`, which appears only once it is complete.
 
-    `checkpoint` is a model of the hub or of `aoe_jax.export`; the other arguments are the flags of
-    `aoe_jax.convert`. Writing holds the experts of one layer and one file in memory; calibration
-    holds the model. Raises `UserError` if the checkpoint cannot be read or converted, a number is
-    too large, or the calibration text cannot be read, and as `new_directory` does.
+    The arguments are the flags of `aoe_jax.convert`. Writing holds the experts of one layer and one
+    file in memory; calibration holds the model. Raises `UserError` if the checkpoint or the text
+    cannot be read, or the model cannot be converted.
 
-    Returns the content of `convert.json` in `output`: `score_neurons` and `score`, or `d_low`,
-    `d_wide` and `energy_kept`, the share of the squares of W_gate that its factors keep: `mean`,
-    and `mean`, `min` and `experts` by layer. With `score_neurons` or `data`, also on held-out text
-    `nll`, `before` and `after`, and `agreement`, the share of the router's experts that the scores
-    choose as well: `mean`, `layers` and `chance`, that of a random choice.
+    Returns the content of `convert.json` in `output`: the form; of factors `energy_kept`, the share
+    of the squares of W_gate that they keep; with `score_neurons` or `data`, on held-out text `nll`,
+    `before` and `after`, and `agreement`, the share of the router's experts that the scores choose
+    as well: `mean`, `layers` and `chance`, that of a random choice.
     """
     config = read_config(checkpoint)
     converted = _converted(config, checkpoint, d_low, score_neurons, score)
@@ -70,7 +68,9 @@ def convert(
             "logits"
         )
     if config.routing.name == "sparsemixer":
-        log.warning("routing.name='sparsemixer' is made for logits around 0; the AoE has 'top_k'")
+        log.warning(
+            "routing.name='sparsemixer' needs logits around 0; the converted AoE uses 'top_k'"
+        )
     with new_directory(output) as partial_output:
         is_calibrated = is_whole or data is not None
         if is_calibrated:
@@ -85,10 +85,8 @@ def convert(
             parameter, energy = _factorised(reader, config.model.n_layers, d_low)
 
         def checked(path, layer):
-            array = parameter(path, layer)
             where = path if layer is None else f"{path} of layer {layer}"
-            _require_finite(array, where)
-            return array
+            return _require_finite(parameter(path, layer), where)
 
         special = write_tokenizer(checkpoint, partial_output, converted.model.max_len)
         values = to_json(converted) | special
@@ -228,6 +226,7 @@ def _require_finite(array, name):
     for part in np.atleast_1d(array):  # float32 is 10 times as fast as bfloat16
         if not np.isfinite(part.astype(np.float32)).all():
             raise UserError(f"--checkpoint: {name} is not finite; it is damaged")
+    return array
 
 
 def _factorise(w_gate, rank):

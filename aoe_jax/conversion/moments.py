@@ -138,7 +138,7 @@ def _score_sums(ctx, chosen, scores, given):
 
 
 def _merged_sums(ctx, chosen, scores, given):
-    """Sums `[D]` of the merged experts' scores over their own tokens and over all, with counts."""
+    """Per merged expert: sums of its scores over its own tokens and over all, each with a count."""
     (w_gate_down, members), token_weights = given, ctx.token_weights
     own, norms = chosen @ members, scores_of_all(ctx.x, w_gate_down)
     of_all = _product("t,td->d", token_weights, norms)

@@ -39,16 +39,13 @@ def prune(
     mesh=None,
     baselines=True,
 ):
-    """Writes a model with fewer experts to `output`, which appears only once it is complete.
-
-    It prints a table. The arguments are the flags of `aoe_jax.prune`; the tokens are those of
-    `calibration_batches`. Raises `UserError` if the model, the data or the number of experts is not
-    supported, and as `new_directory` does.
+    """Writes a model with fewer experts to `output`, which appears only once it is complete, and
+    prints a table. The arguments are the flags of `aoe_jax.prune`.
 
     Returns the content of `prune.json` in `output`: `method`, `step`, the number of `tokens` that
     scores are from, validation `nll` `before` and after each method, and `layers`, for each its
     `load` on these tokens, its `load_entropy` and `load_entropy_after` in validation, and its
-    `clusters` with `reference`, `members` and `weights`.
+    `clusters`. Raises `UserError` if model, data or number of experts are not supported.
     """
     with new_directory(output) as partial_output:
         model = load_model(workdir, step, mesh)
@@ -109,27 +106,17 @@ def check_prunes(model: Model, n_experts, workdir):
     if e.kind == "dense":
         reason = "experts.kind='dense': a dense model has no experts to merge"
     elif router == "expert_choice":
-        reason = (
-            "routing.name='expert_choice': every expert takes equally many tokens, so nothing says "
-            "which matter"
-        )
+        reason = "routing.name='expert_choice': every expert takes equally many tokens"
     elif router not in PRUNABLE:
-        reason = (
-            f"routing.name={router!r}: pruning is not implemented for it; use a model with one of "
-            f"{', '.join(PRUNABLE)}"
-        )
+        known = ", ".join(PRUNABLE)
+        reason = f"routing.name={router!r}: pruning is not implemented; use a model with {known}"
     elif e.score_neurons is not None:
-        reason = (
-            f"experts.score_neurons={e.score_neurons}: merging reorders the neurons of experts, "
-            "and the first ones score; use a model with factorised gates or a router"
-        )
+        wanted = "merging reorders the neurons of experts; use factorised gates or a router"
+        reason = f"experts.score_neurons={e.score_neurons}: {wanted}"
     elif e.score != "norm":
         reason = f"experts.score={e.score!r}: merging is for experts that are scored by norms"
     elif e.large_router:
-        reason = (
-            "experts.large_router=True: the width of a large router depends on its experts; use a "
-            "model without one"
-        )
+        reason = "experts.large_router=True: the width of a large router depends on its experts"
     if reason:
         raise UserError(f"--workdir={workdir} has {reason}")
     wanted = (

@@ -141,14 +141,11 @@ def upcycle(
 ):
     """Writes the upcycled model to `output`, which appears only once it is complete.
 
-    `checkpoint` is the workdir of a run, whose newest step is taken, or a model of the hub or of
-    `aoe_jax.export`. Parameters keep their dtypes. Writing holds one layer; measuring, or reading a
-    run, holds the dense model. Raises `UserError` if the checkpoint cannot be read or is not dense,
-    a number does not fit, or the text cannot be read, and as `new_directory` does.
-
+    `checkpoint` is a model, or the workdir of a run, whose newest step is taken. Parameters keep
+    their dtypes. Writing holds one layer; measuring, or reading a run, holds the dense model.
     Returns the content of `convert.json` in `output`: the fields of `form`, and, if `data` is given
-    or the model is from a run, `nll` on `n_tokens` tokens of each validation split: `before`, that
-    of the dense model, and `after`.
+    or the model is from a run, `nll` on `n_tokens` tokens of each validation split, `before` and
+    `after`. Raises `UserError` if something cannot be read or a number does not fit.
     """
     dense, is_run = source_config(checkpoint), not is_model(checkpoint)
     config = form.config(dense, checkpoint)

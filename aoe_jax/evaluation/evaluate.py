@@ -27,12 +27,10 @@ log = logging.getLogger(__name__)
 def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data=None):
     """Scores a checkpoint on a held-out split: prints a table, writes `eval.json` and `load.png`.
 
-    The arguments are the flags of `eval.py`. Raises `UserError` if the split, run or checkpoint
-    does not exist or cannot be read, and `DivergedError` if parameters or the nll are not finite.
-
-    Returns the content of `eval.json`: `split`, `data` (None: the run's corpora), `step`, `tokens`,
-    `nll`, `perplexity`, `bits_per_byte` and `load_statistics` (None for a dense model) over all
-    sources, and `sources`: for each of several its tokens, nll, perplexity and bits per byte.
+    The arguments are the flags of `eval.py`. Returns the content of `eval.json`: `split`, `data`
+    (None: the run's corpora), `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte`,
+    `load_statistics` (None for a dense model) and `sources`, the scores of each of several. Raises
+    `UserError` if something cannot be read, `DivergedError` if a number is not finite.
     """
     check_split(split)
     model = load_model(workdir, step, mesh)
@@ -44,10 +42,8 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
 
 
 def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **settings):
-    """`load_on_texts` for a checkpoint and a text file, or the prompts of a task.
-
-    The arguments are the flags of `eval.py`. Raises `UserError` as `read_text`, `tasks.load_tasks`
-    and `models.load_model` do.
+    """`load_on_texts` for a checkpoint and a text file, or the prompts of a task; the arguments are
+    the flags of `eval.py`.
     """
     if text.startswith("task:"):
         from aoe_jax.evaluation.tasks import load_tasks, prompts
@@ -61,9 +57,8 @@ def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **s
 def load_on_texts(model: Model, texts, name, workdir: Path):
     """Load statistics on texts, between which attention does not cross; their ends count as tokens.
 
-    It prints a table, and writes `text.json` and, for models with experts, `text.png`. Returns the
-    content of `text.json`: that of `evaluate_workdir`, with `text` (the name) and `texts` (their
-    number) in place of `split` and `data`.
+    Writes `text.json` and, for models with experts, `text.png`. The result is that of
+    `evaluate_workdir`, with `text` (the name) and `texts` (their number) for `split` and `data`.
     """
     stores, about = {name: TextTokens(texts, model.tokenizer)}, {"text": name, "texts": len(texts)}
     return _report(model, stores, True, name, about, workdir / "text.json", "text.png")
@@ -80,8 +75,8 @@ def _report(model, stores, document_mask, name, about, file, picture):
     if not math.isfinite(result.nll):
         raise DivergedError(f"the nll of {name} is {result.nll}: the model has diverged")
     statistics = None if config.experts.kind == "dense" else load_statistics(result.stats)
-    sources = {source: _figures(own) for source, own in result.sources.items()}
-    report = about | {"step": model.step, **_figures(result)}
+    sources = {source: _scores(own) for source, own in result.sources.items()}
+    report = about | {"step": model.step, **_scores(result)}
     report |= {"load_statistics": statistics, "sources": sources}
     if jax.process_index() == 0:
         n_texts = f"{about['texts']} texts, " if "texts" in about else ""
@@ -109,7 +104,7 @@ def write_report(file: Path, report: dict, flag):
     log.info("wrote %s", file)
 
 
-def _figures(result):
+def _scores(result):
     names = ("tokens", "nll", "perplexity", "bits_per_byte")
     return {name: getattr(result, name) for name in names}
 

@@ -74,7 +74,7 @@ class Operation:
     opcode: str
     op_name: str  # the path of named scopes and transformations in JAX
     times: float = 1
-    hbm_bytes: float = 0.0  # each time, like the fields below
+    hbm_bytes: float = 0.0  # per execution, as are the next fields
     flops: float = 0.0
     # FLOPs of a busy matrix unit in the same time: more where a kernel leaves parts of it idle.
     occupied_flops: float = 0.0

@@ -28,7 +28,7 @@ from aoe_jax.training.peaks import PEAK_FLOPS, count_chips
 
 @dataclass(frozen=True)
 class Chip:
-    """Figures of a chip that need not be present; a v4 or tpu7x chip may be two devices."""
+    """Peaks of a chip that need not be present; a v4 or tpu7x chip may be two devices."""
 
     flops: float  # per second, bfloat16, dense
     hbm_bytes: float
@@ -43,10 +43,10 @@ class Chip:
     devices: float = 1  # devices of a chip
 
     def part(self, share):
-        """The figures of a device that is a share of the chip."""
+        """The peaks of a device that is a share of the chip."""
         names = ("flops", "hbm_bytes", "hbm_bandwidth", "link_bandwidth", "slice_bandwidth")
-        figures = {name: share * getattr(self, name) for name in names}
-        return replace(self, devices=self.devices / share, **figures)
+        own = {name: share * getattr(self, name) for name in names}
+        return replace(self, devices=self.devices / share, **own)
 
     def group_bandwidth(self, shape, n_devices):
         """Bytes per second into a device from the others of a group, in a ring algorithm.
@@ -104,7 +104,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which f
 
 
 def chip_part(generation, devices):
-    """The `Chip` figures of one of the devices of a generation, a name of `CHIPS`."""
+    """The peaks of one device; `generation` is a key of `CHIPS`."""
     return CHIPS[generation].part(count_chips(devices) / len(devices))
 
 
@@ -115,8 +115,8 @@ def slice_shape(devices):
     return tuple(max(sizes) + 1 for sizes in zip(*(d.coords for d in devices), strict=True))
 
 
-def published_figures(devices):
-    """The `Chip` figures of a device, for devices of one kind; None if they are unknown."""
+def published_peaks(devices):
+    """The `Chip` of a device, for devices of one kind; None if its peaks are unknown."""
     generation = GENERATIONS.get(devices[0].device_kind)
     return generation and chip_part(generation, devices)
 

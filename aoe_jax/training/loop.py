@@ -331,7 +331,7 @@ class _Run:
             "train_loss": self.progress.loss,
             "train_nll": self.progress.nll,
             "validation_perplexity": self.validation.perplexity,
-            **{f"validation_{name}": v for name, v in self.validation.figures().items()},
+            **{f"validation_{name}": v for name, v in self.validation.metrics().items()},
         }
         summary = {
             "metrics": metrics,

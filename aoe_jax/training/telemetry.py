@@ -242,7 +242,7 @@ class Telemetry:
         """Reports an `Evaluation` of the validation split, with a picture of its load."""
         seconds = self._seconds["evaluation"] - self._evaluated
         if self._writers:
-            scalars = {f"validation_{name}": value for name, value in result.figures().items()}
+            scalars = {f"validation_{name}": value for name, value in result.metrics().items()}
             scalars["validation_seconds"] = seconds
             self._write(step, "validation", scalars, {}, {})
             steps = self._config.train.steps

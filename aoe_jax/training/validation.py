@@ -51,15 +51,15 @@ class Evaluation:
         """Bits per byte of text; it compares models of different vocabularies."""
         return self.nll_sum / math.log(2) / self.text_bytes
 
-    def figures(self):
+    def metrics(self):
         """`nll` and `bits_per_byte`, and for several sources `nll/SOURCE` and so on of each."""
-        figures = {"nll": self.nll, "bits_per_byte": self.bits_per_byte}
+        found = {"nll": self.nll, "bits_per_byte": self.bits_per_byte}
         for source, result in self.sources.items():
-            figures |= {f"{name}/{source}": value for name, value in result.figures().items()}
-        return figures
+            found |= {f"{name}/{source}": value for name, value in result.metrics().items()}
+        return found
 
     def in_words(self):
-        """The figures over all sources."""
+        """The scores over all sources."""
         return (
             f"nll {self.nll:.4f} | perplexity {self.perplexity:.2f} | "
             f"bits per byte {self.bits_per_byte:.4f}"

@@ -110,14 +110,19 @@ def by_full_passes(kind, n_tokens):
     return [row[: row.index(END)] if END in row else row for row in continuations]
 
 
+ON_A_MESH = ("aoe by attention", "thor, by token", "router, dense layers")
 CASES = [
     pytest.param("aoe", "alone", marks=pytest.mark.smoke),
-    *((kind, "alone") for kind in KINDS if kind != "aoe"),
     ("aoe", "expert and tensor"),
-    ("aoe by attention", "expert and tensor"),
-    ("thor, by token", "expert and tensor"),
     ("router, grouped queries", "data and fsdp"),
-    ("router, dense layers", "expert and tensor"),
+    ("uoe", "alone"),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [
+            *((kind, "alone") for kind in KINDS if kind not in ("aoe", "uoe")),
+            *((kind, "expert and tensor") for kind in ON_A_MESH),
+        ]
+    ),
 ]
 
 

@@ -71,6 +71,7 @@ def hf_backend(folder):
     )
 
 
+@pytest.mark.slow
 def test_log_likelihoods_are_those_of_the_hf_backend(tmp_path):
     (tmp_path / "model").mkdir()
     requests = instances("loglikelihood", *PAIRS)

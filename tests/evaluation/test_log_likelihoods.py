@@ -66,7 +66,10 @@ def scored(kind):
     return model, Scorer(model, batch_tokens=256)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in ("aoe", "mesh") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
+)
 def test_scores_are_those_of_single_passes(kind):
     model, scorer = scored(kind)
     requests = make_requests(LENGTHS if kind == "aoe" else LENGTHS[2:3])

@@ -28,65 +28,58 @@ def config_of(name):
     return Config.from_config_dict(ALL[name].get_config(name.split(":")[1]))
 
 
+def declared(config):
+    """The parameters of the decoder as Flax makes them, without values."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return jax.tree.leaves(
+        jax.eval_shape(Decoder.from_config(config).init, jax.random.key(0), tokens)
+    )
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_variant_builds_and_counts_agree(name):
-    config = config_of(name)
-    shapes = jax.eval_shape(
-        Decoder.from_config(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    parameters = declared(config_of(name))
+    assert sum(a.size for a in parameters) == parameter_counts(config_of(name)).total
+    assert {a.dtype for a in parameters} == {jnp.dtype("float32")}
+
+
+def moe(group="model", **changes):
+    config = config_of("tiny:moe")
+    return dataclasses.replace(
+        config, **{group: dataclasses.replace(getattr(config, group), **changes)}
     )
-    assert sum(a.size for a in jax.tree.leaves(shapes)) == parameter_counts(config).total
-    assert {a.dtype for a in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
 
-IMPORTED = {
-    "grouped queries, norms of queries and keys": {"n_kv_heads": 2, "qk_norm": "all"},
-    "wide heads with a norm each": {"n_kv_heads": 2, "qk_norm": "head", "head_dim": 48},
-    "biases of queries, keys and values": {"n_kv_heads": 2, "qkv_bias": True},
-    "biases": {
-        "n_kv_heads": 2,
-        "head_dim": 16,
-        "attention_bias": True,
-        "tie_embeddings": False,
-    },
-}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_kv_heads": 2, "qk_norm": "all"},
+        {"n_kv_heads": 2, "qk_norm": "head", "head_dim": 48},
+        {"n_kv_heads": 2, "qkv_bias": True},
+        {"n_kv_heads": 2, "head_dim": 16, "attention_bias": True, "tie_embeddings": False},
+    ],
+    ids=str,
+)
+def test_counts_of_what_models_of_the_hub_have(changes):
+    config = moe(**changes)
+    assert sum(a.size for a in declared(config)) == parameter_counts(config).total
 
 
-@pytest.mark.parametrize("name", IMPORTED)
-def test_counts_of_what_other_projects_models_have(name):
-    config = config_of("tiny:moe")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **IMPORTED[name]))
-    init = Decoder.from_config(config).init
-    shapes = jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))
-    assert sum(a.size for a in jax.tree.leaves(shapes)) == parameter_counts(config).total
-
-
-def test_a_shared_expert_is_active():
-    config = config_of("tiny:moe")
-    experts = dataclasses.replace(config.experts, d_shared=48, shared_gate=True)
-    shared = dataclasses.replace(config, experts=experts)
-    init = Decoder.from_config(shared).init
-    shapes = jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))
-    counts, without = parameter_counts(shared), parameter_counts(config)
-    assert sum(a.size for a in jax.tree.leaves(shapes)) == counts.total
-    added = 4 * (3 * 48 + 1) * 128
-    assert counts.total - without.total == counts.active - without.active == added
-    flops = training_flops_per_token(shared) - training_flops_per_token(config)
-    assert flops == 6 * added
-
-
-def test_dense_layers_in_front_are_active():
-    config = config_of("tiny:moe")
-    model = dataclasses.replace(config.model, n_dense_layers=2, d_dense=48)
-    longer = dataclasses.replace(config, model=model)
-    init = Decoder.from_config(longer).init
-    shapes = jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))
-    counts, without = parameter_counts(longer), parameter_counts(config)
-    assert sum(a.size for a in jax.tree.leaves(shapes)) == counts.total
-    matrices = 2 * (4 * 128 * 128 + 3 * 128 * 48)
-    added = matrices + 2 * 2 * 128  # norms
-    assert counts.total - without.total == counts.active - without.active == added
-    flops = training_flops_per_token(longer) - training_flops_per_token(config)
-    assert flops == 6 * (matrices + 2 * 128 * config.data.seq_len)
+@pytest.mark.parametrize("added", ["a shared expert", "dense layers in front"])
+def test_what_every_token_uses_is_active(added):
+    usual = moe()
+    if added == "a shared expert":
+        config = moe("experts", d_shared=48, shared_gate=True)
+        matrices, others, of_scores = 4 * (3 * 48 + 1) * 128, 0, 0
+    else:
+        config = moe(n_dense_layers=2, d_dense=48)
+        matrices, others = 2 * (4 * 128 * 128 + 3 * 128 * 48), 2 * 2 * 128  # matrices and norms
+        of_scores = 2 * 128 * config.data.seq_len
+    counts, without = parameter_counts(config), parameter_counts(usual)
+    assert sum(a.size for a in declared(config)) == counts.total
+    assert counts.total - without.total == counts.active - without.active == matrices + others
+    flops = training_flops_per_token(config) - training_flops_per_token(usual)
+    assert flops == 6 * (matrices + of_scores)
 
 
 @pytest.mark.parametrize(

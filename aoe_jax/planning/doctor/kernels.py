@@ -88,7 +88,7 @@ def with_gradients(function):
 
 
 def exactly(function, dtype):
-    """The function in float32, with products that are exact enough to check results in `dtype`."""
+    """The float32 reference at high matmul precision, to check results in `dtype`."""
 
     def widened(a):
         return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
