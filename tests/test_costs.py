@@ -342,11 +342,7 @@ def test_an_element_of_a_tuple_in_short_form_counts_alone():
     """`%tuple#index`; and what runs beside other work counts once."""
     traffic = {o.name: o.times * o.hbm_bytes for o in costs.Program(SHORT_FORM).operations}
     size = 4 * 8 * 1024
-    assert traffic == {
-        "next": 3 * 3 * 4,
-        "sum": 3 * 2 * size,
-        "negative": 2 * size,
-    }
+    assert traffic == {"next": 3 * 3 * 4, "sum": 3 * 2 * size, "negative": 2 * size}
 
 
 def test_kernels_count_by_the_blocks_of_their_operands():

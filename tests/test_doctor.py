@@ -25,20 +25,10 @@ from tests.in_process import call
 from tests.runs import finish, start
 from tests.settings import config_of
 
-SMALL = {
-    "model.n_layers": 1,
-    "model.unroll": 1,
-    "model.n_heads": 2,
-    "model.d_model": 32,
-    "model.vocab_size": 256,
-    "model.dtype": "float32",
-    "experts.n_experts": 4,
-    "experts.top_k": 2,
-    "experts.d_ffn": 32,
-    "experts.d_low": 8,
-    "data.seq_len": 32,
-    "train.batch_size": 8,
-}
+SMALL = {"model.n_layers": 1, "model.unroll": 1, "model.n_heads": 2, "model.d_model": 32}
+SMALL |= {"model.vocab_size": 256, "model.dtype": "float32", "experts.n_experts": 4}
+SMALL |= {"experts.top_k": 2, "experts.d_ffn": 32, "experts.d_low": 8}
+SMALL |= {"data.seq_len": 32, "train.batch_size": 8}
 COMMAND = ["--config=configs/tiny.py", *(f"--config.{name}={v}" for name, v in SMALL.items())]
 
 
@@ -174,10 +164,8 @@ def test_the_fallback_of_grouped_products_passes(monkeypatch):
     monkeypatch.setattr(kernels, "attention_cases", lambda *args: [])
     config = fitted(small(experts__d_wide=32, experts__grouped_matmul="blocked"), 1)
     found = judged(config, {"aoe": config})
-    assert {name: verdict["passed"] for name, verdict in found.items()} == {
-        "grouped products blocked": True,
-        "AoE layer": True,
-    }
+    passed = {name: verdict["passed"] for name, verdict in found.items()}
+    assert passed == {"grouped products blocked": True, "AoE layer": True}
 
 
 @pytest.mark.parametrize(
@@ -262,29 +250,22 @@ def test_an_error_in_a_small_part_of_an_array_fails(monkeypatch, dtype):
 def test_rounding_in_the_gradient_of_an_empty_group_passes():
     """Of 8 groups one is empty, where backend 'blocked' subtracts what it added."""
     config = fitted(small(data__seq_len=256), 1)
-    mesh = make_mesh(config, jax.devices()[:1])
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(make_mesh(config, jax.devices()[:1])):
         case = kernels.grouped_case(config, "blocked", (8, 128, 32))
         assert all(checked(case, "float32").values())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["aoe", "router"])
-def test_one_expert_passes(kind):
-    """Its scores have no gradient."""
-    config = fitted(small(experts__kind=kind, experts__n_experts=1, experts__top_k=1), 1)
-    mesh = make_mesh(config, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        assert checked(kernels.layer_case(config, kind), "float32") == {"all experts": True}
+ONE = {"experts__n_experts": 1, "experts__top_k": 1}  # whose scores have no gradient
+WHOLE = {"experts__score_neurons": 4, "experts__score": "max", "model__dtype": "bfloat16"}
 
 
 @pytest.mark.slow
-def test_whole_gates_pass():
-    changes = {"experts__score_neurons": 4, "experts__score": "max", "model__dtype": "bfloat16"}
+@pytest.mark.parametrize("changes", [ONE, ONE | {"experts__kind": "router"}, WHOLE])
+def test_special_layers_pass(changes):
     config = fitted(small(**changes), 1)
-    mesh = make_mesh(config, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        assert checked(kernels.layer_case(config, "aoe"), "bfloat16") == {"all experts": True}
+    with jax.set_mesh(make_mesh(config, jax.devices()[:1])):
+        case = kernels.layer_case(config, "any")
+        assert checked(case, config.model.dtype) == {"all experts": True}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -9,14 +9,12 @@ from safetensors.numpy import load_file, save_file
 
 from aoe_jax.config.data import DataConfig
 from aoe_jax.config.training import TrainConfig
-from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import DivergedError, UserError
 from aoe_jax.evaluation.evaluate import evaluate_workdir
 from aoe_jax.evaluation.models import corpus_of, load_model
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.loading import read_config, read_step
 from aoe_jax.formats.model_card import training
-from aoe_jax.storage import paths
 from aoe_jax.storage.files import write_json
 from aoe_jax.training.starting import check_start
 from configs import finetune
@@ -118,18 +116,6 @@ def test_a_model_does_not_choose_the_size_of_a_batch(tmp_path):
     nll = evaluate_workdir(directory, "validation", data=f"prepared@{corpus_store()}")["nll"]
     of_run = read_metrics(finished_run())[1][-1]["validation_nll"]
     assert nll == pytest.approx(of_run, rel=1e-4)
-
-
-def test_the_data_of_a_models_run_need_no_package(tmp_path, monkeypatch):
-    monkeypatch.setitem(paths.STORES, "gs", "a_package_that_is_not_here")
-    directory = shutil.copytree(exported()["aoe"], tmp_path / "model")
-    values = json.loads((directory / "aoe_jax.json").read_text())
-    values["config"]["data"] |= {"name": "prepared", "path": "gs://bucket/tokens"}
-    write_json(directory / "aoe_jax.json", values)
-    config = read_config(directory)
-    assert config.data.path == "gs://bucket/tokens"
-    with pytest.raises(UserError, match="package a_package_that_is_not_here is missing"):
-        open_corpus(config.data, config.model.vocab_size)
 
 
 def test_converted_models_are_evaluated(tmp_path):

@@ -28,15 +28,8 @@ from tests.runs import run
 def configuration(kind="aoe", mesh=(1, 1, 1, 1), transport="ring", **experts):
     """Every size is another, so that a shape says what it is."""
     config = default_config()
-    config.model.update(
-        n_layers=3,
-        n_heads=8,
-        d_model=160,
-        vocab_size=1031,
-        max_len=64,
-        dtype="bfloat16",
-        remat="layer",
-    )
+    config.model.update(n_layers=3, n_heads=8, d_model=160, vocab_size=1031, max_len=64)
+    config.model.update(dtype="bfloat16", remat="layer")
     config.experts.update(kind=kind, n_experts=16, top_k=3, d_ffn=224, **experts)
     if kind == "aoe":
         config.experts.update(d_low=48, d_wide=232)
@@ -58,18 +51,10 @@ def traced(config, devices):
 # Numbers of an array say what it is.
 TOKENS = 32 * 64 * 160
 ROWS = 8 * 120  # that a device takes in a round, with all_to_all
-# Of all tokens; of all tokens by the experts of a device.
-SLOTS, SCORES = (
-    32 * 64 * 3,
-    32 * 64 * 16 // 8,
-)
-# w_down is as large as w_up.
-W_DOWN, W_UP, W_P, W_G = (
-    16 * 160 * 48,
-    16 * 48 * 232,
-    16 * 160 * 232,
-    16 * 160 * 224,
-)
+SLOTS = 32 * 64 * 3  # of all tokens
+SCORES = 32 * 64 * 16 // 8  # of all tokens, by the experts of a device
+W_DOWN, W_UP = 16 * 160 * 48, 16 * 48 * 232
+W_P, W_G = 16 * 160 * 232, 16 * 160 * 224  # w_down is as large as w_up
 ROUTER, ATTENTION, TABLE = 160 * 16, 160 * 160, 1031 * 160
 
 DATA, FSDP = ((8, 1, 1, 1), "ring"), ((1, 8, 1, 1), "ring")
@@ -101,10 +86,8 @@ IN_A_LAYER = {
     },
     ("aoe", *RING): SUMS
     | {
-        (
-            "all_gather",
-            TOKENS,
-        ): 3,  # for scores and rows; backward for the rows, and the outputs' gradient
+        # For scores and rows; backward for the rows, and the outputs' gradient.
+        ("all_gather", TOKENS): 3,
         ("reduce_scatter", TOKENS): 2,  # outputs, and the tokens' gradient
         ("all_to_all", SCORES): 2,  # scores, and those of the balance loss
         ("all_gather", SLOTS): 2,  # the chosen experts, forward and backward
@@ -121,20 +104,16 @@ IN_A_LAYER = {
     ("aoe", *ALL_TO_ALL): SUMS
     | {
         ("all_gather", W_DOWN): 1,  # for the scores: it is smaller than the tokens
-        (
-            "all_to_all",
-            ROWS * 160,
-        ): 5,  # rows there and back; backward there again, and the gradients of both
+        # Rows there and back; backward there again, and the gradients of both.
+        ("all_to_all", ROWS * 160): 5,
         # Expert, norm and weight of each row; backward again, and the gradients of norm and weight.
         ("all_to_all", ROWS): 8,
     },
     ("router", *ALL_TO_ALL): SUMS
     | {
         ("all_to_all", ROWS * 160): 5,
-        (
-            "all_to_all",
-            ROWS,
-        ): 5,  # expert and weight of each row; backward again, and the weights' gradient
+        # Expert and weight of each row; backward again, and the weights' gradient.
+        ("all_to_all", ROWS): 5,
         ("psum", ROUTER): 1,
     },
 }
@@ -177,12 +156,8 @@ NORMS = {("psum", 160): 3}  # gradients of norm scales: attention, experts, fina
 ADDED = dict.fromkeys(MERGED, NORMS) | {
     ("aoe", *FSDP): NORMS | {("psum", TABLE): 1}
 }  # summed, and then cut
-HLO_NAMES = {
-    "psum": "all-reduce",
-    "all_gather": "all-gather",
-    "reduce_scatter": "reduce-scatter",
-    "all_to_all": "all-to-all",
-}
+HLO_NAMES = {"psum": "all-reduce", "all_gather": "all-gather"}
+HLO_NAMES |= {"reduce_scatter": "reduce-scatter", "all_to_all": "all-to-all"}
 
 
 @pytest.mark.slow

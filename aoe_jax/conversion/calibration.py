@@ -1,4 +1,4 @@
-"""Text to observe trained experts before they change, and held-out text to compare results."""
+"""Text on which trained experts are observed, and held-out text on which results are compared."""
 
 import itertools
 from functools import partial

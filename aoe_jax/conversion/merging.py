@@ -55,7 +55,7 @@ from aoe_jax.parameters import matrix_init, shared_expert
 
 FACTORS = ("w_gate_down", "w_gate_up")
 EXPERT_WEIGHTS = (*FACTORS, "w_gate", "w_up", "w_down")
-_ROUNDS = 2  # of rotation and permutation, each of which depends on the other
+_ROUNDS = 2  # rotation and permutation depend on each other, so both are computed twice
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from aoe_jax.evaluation.models import Model, multiple
 from aoe_jax.model.decoding import Cache, check_decodes, extend, output_logits, prefill
 from aoe_jax.sharding import replicated, spec_of
 
-LENGTH_MULTIPLE = 64  # of prompts and caches, so that few shapes are compiled
+LENGTH_MULTIPLE = 64  # prompts and caches are padded to it, so that few shapes are compiled
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Sampling:
     """How the next token is drawn; raises `UserError` for a value out of range."""
 
     temperature: float = 1.0  # of the softmax; 0: the likeliest token
-    top_k: int | None = None  # draw among so many of the likeliest tokens
-    top_p: float | None = None  # ... the fewest whose probability reaches it (arXiv 1904.09751)
+    top_k: int | None = None  # draw among this many likeliest tokens
+    top_p: float | None = None  # draw among the fewest that reach this probability (1904.09751)
 
     def __post_init__(self):
         t, k, p = self.temperature, self.top_k, self.top_p
@@ -59,8 +59,8 @@ def draw(logits, keys, sampling: Sampling):
 
 class _State(NamedTuple):
     logits: jax.Array  # [B, V] float32, of the next token
-    caches: tuple[Cache, ...]  # of each decoder, all of equal lengths
-    keys: jax.Array  # [B], of each sequence's draws
+    caches: tuple[Cache, ...]  # one for each decoder, all of equal lengths
+    keys: jax.Array  # [B], for the draws of each sequence
 
 
 class Generator:

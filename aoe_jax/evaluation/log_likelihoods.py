@@ -23,8 +23,8 @@ from aoe_jax.model.vocabulary import on_each_token
 from aoe_jax.sharding import batch_sharding, put_batch, replicated
 
 BATCH_TOKENS = 8192
-SHORTEST = 16  # positions that a batch has at least
-SHORTEST_SHARED = 32  # tokens of a context that is read once for several continuations
+SHORTEST = 16  # minimum positions of a batch
+SHORTEST_SHARED = 32  # a longer context is read once for all of its continuations
 
 
 class Scorer:

@@ -54,7 +54,7 @@ class Model:
     start: int  # the token before the first one of a text
     ends: list[int]  # the tokens that end a generated text
     prefix: list[int]  # tokens that the hub's tokenizer puts before every text
-    step: int | None  # of its training
+    step: int | None  # of its training; None: unknown
 
     @property
     def batch_shards(self):

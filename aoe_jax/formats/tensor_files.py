@@ -16,7 +16,7 @@ from aoe_jax.storage.retry import patiently_if_allowed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2_000_000_000
-_INDEX_BYTES = 2**26  # of the index of the largest models of the hub: 20 MB
+_INDEX_BYTES = 2**26  # at most; the largest models of the hub have an index of 20 MB
 _FILE = matching(re.compile(r"[^/\0-\x1f]+\.safetensors"), "the name of a safetensors file")
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 

@@ -84,20 +84,10 @@ CHIPS = {
     "b200": Chip(PEAK_FLOPS["NVIDIA B200"], 180e9, 7.7e12, 900e9, 50e9),
 }
 # Generations by `jax.Device.device_kind`.
-GENERATIONS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "tpu7x",
-    "NVIDIA A100-SXM4-80GB": "a100",
-    "NVIDIA L4": "l4",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA B200": "b200",
-}
+GENERATIONS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+GENERATIONS |= {f"TPU {name}": name for name in ("v4", "v5e", "v5p", "v6e")}
+GENERATIONS |= {"NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 80GB HBM3": "h100"}
+GENERATIONS |= {"NVIDIA L4": "l4", "NVIDIA B200": "b200"}
 
 _PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which figures depend

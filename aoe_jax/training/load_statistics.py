@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from aoe_jax.moe.balance import LayerStats
 
-MAX_NUMBERS = 16  # experts whose shares a picture writes as numbers
+MAX_NUMBERS = 16  # with more experts, a picture has a colour bar instead of numbers
 
 
 def load_entropy(load):

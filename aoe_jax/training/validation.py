@@ -29,7 +29,7 @@ class Evaluation:
 
     nll_sum: float  # nats
     tokens: int
-    text_bytes: int  # of the text in UTF-8
+    text_bytes: int  # length of the text in UTF-8
     stats: LayerStats  # stacked over layers, mean over tokens
     sources: dict[str, "Evaluation"] = field(default_factory=dict)  # empty for a single source
 

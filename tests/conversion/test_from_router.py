@@ -94,64 +94,44 @@ def test_parameters_keep_their_dtypes(tmp_path, caplog):
     file = directory / "model.safetensors"
     tensors = load_file(file)
     fine = {name for name in tensors if "norm" in name or "lm_head" in name}
-    save_file(
-        {name: a.astype("float32" if name in fine else a.dtype) for name, a in tensors.items()},
-        file,
-    )
+    finer = {name: tensors[name].astype("float32") for name in fine}
+    save_file(tensors | finer, file)
     convert(directory, tmp_path / "aoe", 8)
     assert "selection bias of loss-free balancing goes with the router" in caplog.text
-    config, written_there = (
-        read_config(tmp_path / "aoe"),
-        load_file(tmp_path / "aoe" / "model.safetensors"),
-    )
-    assert config.model.dtype == "bfloat16"
-    assert {name: a.dtype.name for name, a in written_there.items()} == {
-        name: "float32" if name in fine else "bfloat16" for name in written_there
-    }
-    assert sum(name in fine for name in written_there) == len(fine) and not any(
-        "bias" in n for n in written_there
-    )
+    found = load_file(tmp_path / "aoe" / "model.safetensors")
+    assert read_config(tmp_path / "aoe").model.dtype == "bfloat16"
+    assert fine <= found.keys() and not any("bias" in name for name in found)
+    for name, a in found.items():
+        assert a.dtype.name == ("float32" if name in fine else "bfloat16")
     assert np.isfinite(logits_here(tmp_path / "aoe")).all()
 
 
 def test_gates_of_full_rank_compute_the_same(tmp_path):
-    """With all experts chosen, an AoE whose gates lose nothing computes what the MoE did."""
+    """With all experts chosen, an AoE whose gates lose nothing computes the sum of the MoE's
+    experts, weighted by the softmax of the norms of x w_gate.
+    """
     changes = {"experts__n_experts": 2, "experts__top_k": 2, "experts__d_ffn": 24}
     directory, params, *_ = written(tmp_path, tiny_config(experts__kind="router", **changes))
     convert(directory, tmp_path / "aoe", 24)
     factors = parameters(tmp_path / "aoe")["layers"]["experts"]
-    np.testing.assert_allclose(
-        factors["w_gate_down"] @ factors["w_gate_up"],
-        params["layers"]["experts"]["w_gate"],
-        atol=1e-5,
-    )
+    whole = jax.device_get(params["layers"]["experts"])
+    product = factors["w_gate_down"] @ factors["w_gate_up"]
+    np.testing.assert_allclose(product, whole["w_gate"], atol=1e-5)
     x = np.random.default_rng(0).normal(size=(6, 32)).astype(np.float32)
     for layer in range(2):
-        experts = {
-            name: np.asarray(a[layer], np.float64)
-            for name, a in params["layers"]["experts"].items()
-        }
-        low = {name: np.asarray(a[layer], np.float64) for name, a in factors.items()}
-        norms = np.linalg.norm(np.einsum("td,ndr->tnr", x, low["w_gate_down"]), axis=-1)
-        # The reference of an MoE whose router gives these norms: the norms of x w_gate itself.
-        whole = np.linalg.norm(np.einsum("td,ndf->tnf", x, experts["w_gate"]), axis=-1)
-        np.testing.assert_allclose(norms, whole, rtol=1e-5)
-        outputs = [
-            router_layer(
-                x,
-                np.zeros((32, 1)),
-                *(experts[name][i : i + 1] for name in ("w_gate", "w_up", "w_down")),
-                top_k=1,
-            )
-            for i in range(2)
-        ]
-        weights = np.exp(whole) / np.exp(whole).sum(axis=1, keepdims=True)
-        found = aoe_layer(
-            x, *(low[name] for name in ("w_gate_down", "w_gate_up", "w_up", "w_down")), top_k=2
+        old, low = (
+            {name: np.asarray(a[layer], np.float64) for name, a in experts.items()}
+            for experts in (whole, factors)
         )
-        np.testing.assert_allclose(
-            found, sum(weights[:, i : i + 1] * outputs[i] for i in range(2)), rtol=1e-4, atol=1e-5
-        )
+        norms = np.linalg.norm(np.einsum("td,ndf->tnf", x, old["w_gate"]), axis=-1)
+        code = np.einsum("td,ndr->tnr", x, low["w_gate_down"])
+        np.testing.assert_allclose(np.linalg.norm(code, axis=-1), norms, rtol=1e-5)
+        each = [[old[n][i : i + 1] for n in ("w_gate", "w_up", "w_down")] for i in range(2)]
+        outputs = [router_layer(x, np.zeros((32, 1)), *one, top_k=1) for one in each]
+        weights = np.exp(norms) / np.exp(norms).sum(axis=1, keepdims=True)
+        want = sum(weights[:, i : i + 1] * outputs[i] for i in range(2))
+        matrices = [low[name] for name in ("w_gate_down", "w_gate_up", "w_up", "w_down")]
+        np.testing.assert_allclose(aoe_layer(x, *matrices, top_k=2), want, rtol=1e-4, atol=1e-5)
 
 
 def test_the_run_of_a_router_may_have_trained_it_alone(tmp_path):

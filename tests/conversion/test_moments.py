@@ -13,6 +13,10 @@ from tests.evaluation.models import make_config, make_model
 pytestmark = pytest.mark.usefixtures("ragged")
 
 
+def slow(kind):
+    return pytest.param(kind, marks=pytest.mark.slow)
+
+
 def test_norms_of_an_aoe():
     """Against norms of the layers' inputs by hand, and the choice by them."""
     x, chosen, scores = seen_by("aoe")
@@ -23,7 +27,10 @@ def test_norms_of_an_aoe():
     check(moments_of("aoe"), chosen, scores)
 
 
-@pytest.mark.parametrize("kind", ["router", "capacity", "router, top_p"])
+@pytest.mark.parametrize(
+    "kind",
+    ["router, top_p", *(pytest.param(k, marks=pytest.mark.slow) for k in ("router", "capacity"))],
+)
 def test_logits_of_a_router(kind):
     _, chosen, scores = seen_by(kind)
     assert (chosen.sum(axis=-1) == 2).all() == (kind != "router, top_p")

@@ -12,17 +12,15 @@ from tests.evaluation.models import make_config
 from tests.runs import contents, finished_run
 
 LARGE = {"experts__kind": "router", "experts__large_router": True}
+KINDS = {"smear": {"routing__segment": 8}, "thor": {}, "uoe": {}}
 REFUSED = [
     ({"experts__kind": "dense"}, 2, "--workdir=DIR has experts.kind='dense'"),
     ({"routing__name": "expert_choice"}, 2, "every expert takes equally many tokens"),
     ({"routing__name": "threshold"}, 2, "routing.name='threshold': pruning is not implemented"),
-    (
-        {"experts__kind": "smear", "routing__segment": 8},
-        2,
-        "has routing.name='smear': pruning is not implemented",
+    *(
+        ({"experts__kind": kind} | changes, 2, f"routing.name={kind!r}: pruning is not implemented")
+        for kind, changes in KINDS.items()
     ),
-    ({"experts__kind": "thor"}, 2, "has routing.name='thor': pruning is not implemented"),
-    ({"experts__kind": "uoe"}, 2, "has routing.name='uoe': pruning is not implemented"),
     ({"experts__score_neurons": 4}, 2, "experts.score_neurons=4: merging reorders the neurons"),
     (LARGE, 2, "the width of a large router depends on its experts"),
     ({}, 1, "--experts=1: must be at least experts.top_k=2 and fewer than the 4"),

@@ -25,7 +25,13 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("form", EXACT)
+def slow(form):
+    return pytest.param(form, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "form", ["copies of pieces", "whole gates", slow("copies"), slow("whole gates, max")]
+)
 def test_the_result_computes_what_the_dense_model_does(tmp_path, form):
     dense, output, form = (
         dense_model(tmp_path, model__qk_norm="head"),

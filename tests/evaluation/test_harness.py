@@ -57,8 +57,7 @@ def adapter():
 @functools.cache
 def hf_backend(folder):
     """The same model, exported as Mixtral, as lm-eval loads it for users of `transformers`."""
-    # It needs torch, which is not there wherever tests are collected.
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM  # needs torch
 
     model = router_model()
     model.tokenizer.save(folder)

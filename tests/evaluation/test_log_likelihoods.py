@@ -14,29 +14,17 @@ from tests.evaluation.models import make_config, make_model, plain_scores
 
 pytestmark = pytest.mark.usefixtures("ragged")
 
+ONE_LAYER = {"model__n_layers": 1}
+MESH = {"mesh__fsdp": 2, "mesh__expert": 2, "mesh__tensor": 2, "mesh__data": 1}
 KINDS = {
     "aoe": {},
-    "top_p, untied": {
-        "model__n_layers": 1,
-        "experts__kind": "router",
-        "routing__name": "top_p",
-        "model__tie_embeddings": False,
-    },
-    "dense": {"model__n_layers": 1, "experts__kind": "dense"},
-    "smear": {
-        "model__n_layers": 1,
-        "experts__kind": "smear",
-        "routing__segment": 8,
-        "balance__aux_weight": 0.0,
-    },  # cannot go by token
-    "mesh": {
-        "model__n_layers": 1,
-        "mesh__fsdp": 2,
-        "mesh__expert": 2,
-        "mesh__tensor": 2,
-        "mesh__data": 1,
-        "experts__round_to": 8,
-    },
+    "top_p, untied": ONE_LAYER
+    | {"experts__kind": "router", "routing__name": "top_p", "model__tie_embeddings": False},
+    "dense": ONE_LAYER | {"experts__kind": "dense"},
+    # It cannot be decoded by token.
+    "smear": ONE_LAYER
+    | {"experts__kind": "smear", "routing__segment": 8, "balance__aux_weight": 0.0},
+    "mesh": ONE_LAYER | MESH | {"experts__round_to": 8},
 }
 LENGTHS = (2, 35, 50)  # tokens of texts
 
@@ -67,8 +55,7 @@ def scored(kind):
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [k if k in ("aoe", "mesh") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
+    "kind", [k if k in ("aoe", "mesh") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
 )
 def test_scores_are_those_of_single_passes(kind):
     model, scorer = scored(kind)
