@@ -8,13 +8,13 @@ The router of an MoE is dropped.
 - `--score_neurons=S` keeps every matrix of the experts. In each expert the S neurons that predict
   the router's choices best come first, and the norm (or with `--score=max` the largest) of their
   gate pre-activations is the expert's score. They are chosen on `--tokens` tokens of `--data`, see
-  `formats/scoring_neurons.py`.
+  `conversion/scoring_neurons.py`.
 - `--d_low=R` factorises the gate of every expert by a truncated singular value decomposition.
 
 Every feed-forward layer of a dense model, which may be a training run, becomes a layer of
 `--experts=N` experts, `--top_k=K` for each token. The experts are copies of the layer, or with
 `--granularity=G` of its G pieces. `--noise` adds Gaussian noise to them. See
-`formats/upcycling.py`.
+`conversion/upcycling.py`.
 
 - `--upcycle=moe` draws a router.
 - `--upcycle=aoe --score_neurons=S` keeps gates whole and gives each expert other neurons to score.
@@ -56,61 +56,38 @@ _SEED = flags.DEFINE_integer("seed", 0, "seed of tokens, of noise and of a drawn
 
 def main():
     checkpoint = local_copy(cli.path_of(_CHECKPOINT, in_store=True))
-    output = cli.path_of(_OUTPUT, in_store=True)
+    output, measured = (
+        cli.path_of(_OUTPUT, in_store=True),
+        {"data": _DATA.value, "n_tokens": _TOKENS.value, "mesh": _MESH.value},
+    )
     if _NEURONS.value is None:
         cli.refuse("belongs to --score_neurons", _SCORE)
-    summary = _upcycle(checkpoint, output) if _UPCYCLE.value else _convert(checkpoint, output)
+    is_whole, is_aoe = _NEURONS.value is not None, _UPCYCLE.value == "aoe"
+    if not _UPCYCLE.value:
+        if is_whole == (_D_LOW.value is not None):
+            raise UserError("--score_neurons and --d_low: give one of them, or --upcycle")
+        cli.refuse("belongs to --upcycle", _EXPERTS, _TOP_K, _GRANULARITY, _NOISE)
+        if not is_whole and not _DATA.present:
+            cli.refuse("belongs to --score_neurons or --data", _MESH, _TOKENS, _SEED)
+        from aoe_jax.conversion.from_router import convert, convert_summary  # starts JAX
+
+        form = (_D_LOW.value, _NEURONS.value, _SCORE.value)
+        summary = convert_summary(convert(checkpoint, output, *form, seed=_SEED.value, **measured))
+    else:
+        require_flag(_D_LOW.value is None, "d_low", _D_LOW.value, "gates stay whole with --upcycle")
+        for flag in (_EXPERTS, _TOP_K):
+            require_flag(flag.value is not None, flag.name, flag.value, "--upcycle needs it")
+        wanted = "--upcycle=aoe needs it" if is_aoe else "belongs to --upcycle=aoe"
+        require_flag(is_whole == is_aoe, "score_neurons", _NEURONS.value, wanted)
+        from aoe_jax.conversion.upcycling import Upcycling, upcycle, upcycle_summary  # starts JAX
+        from aoe_jax.formats.loading import is_of_run
+
+        if not is_of_run(checkpoint) and not _DATA.present:
+            cli.refuse("belongs to --data or to a model of a run", _MESH, _TOKENS)
+        sizes = (_UPCYCLE.value, _EXPERTS.value, _TOP_K.value, _GRANULARITY.value)
+        form = Upcycling(*sizes, _NEURONS.value, _SCORE.value, _NOISE.value, _SEED.value)
+        summary = upcycle_summary(upcycle(checkpoint, output, form, **measured))
     print(f"{summary}; wrote {output}")
-
-
-def _convert(checkpoint, output):
-    is_whole = _NEURONS.value is not None
-    if is_whole == (_D_LOW.value is not None):
-        raise UserError("--score_neurons and --d_low: give one of them, or --upcycle")
-    cli.refuse("belongs to --upcycle", _EXPERTS, _TOP_K, _GRANULARITY, _NOISE)
-    if not is_whole and not _DATA.present:
-        cli.refuse("belongs to --score_neurons or --data", _MESH, _TOKENS, _SEED)
-    from aoe_jax.formats.conversion import convert, convert_summary  # starts JAX
-
-    report = convert(
-        checkpoint,
-        output,
-        _D_LOW.value,
-        _NEURONS.value,
-        _SCORE.value,
-        data=_DATA.value,
-        n_tokens=_TOKENS.value,
-        seed=_SEED.value,
-        mesh=_MESH.value,
-    )
-    return convert_summary(report)
-
-
-def _upcycle(checkpoint, output):
-    is_aoe = _UPCYCLE.value == "aoe"
-    require_flag(_D_LOW.value is None, "d_low", _D_LOW.value, "gates stay whole with --upcycle")
-    for flag in (_EXPERTS, _TOP_K):
-        require_flag(flag.value is not None, flag.name, flag.value, "--upcycle needs it")
-    wanted = "--upcycle=aoe needs it" if is_aoe else "belongs to --upcycle=aoe"
-    is_right = (_NEURONS.value is not None) == is_aoe
-    require_flag(is_right, "score_neurons", _NEURONS.value, wanted)
-    from aoe_jax.formats.reading import is_of_run  # starts JAX
-    from aoe_jax.formats.upcycling import Upcycling, upcycle, upcycle_summary
-
-    if not is_of_run(checkpoint) and not _DATA.present:
-        cli.refuse("belongs to --data or to a model of a run", _MESH, _TOKENS)
-    form = Upcycling(
-        kind=_UPCYCLE.value,
-        n_experts=_EXPERTS.value,
-        top_k=_TOP_K.value,
-        granularity=_GRANULARITY.value,
-        score_neurons=_NEURONS.value,
-        score=_SCORE.value,
-        noise=_NOISE.value,
-        seed=_SEED.value,
-    )
-    report = upcycle(checkpoint, output, form, _DATA.value, _TOKENS.value, _MESH.value)
-    return upcycle_summary(report)
 
 
 command = partial(cli.run, main)

@@ -48,11 +48,11 @@ def main():
 
         evaluate_tasks(workdir, _TASKS.value, **model, **settings)
     elif text:
-        from aoe_jax.evaluation.run import evaluate_text
+        from aoe_jax.evaluation.evaluate import evaluate_text
 
         evaluate_text(workdir, text, **model, **settings)
     else:
-        from aoe_jax.evaluation.run import evaluate_workdir
+        from aoe_jax.evaluation.evaluate import evaluate_workdir
 
         evaluate_workdir(workdir, _SPLIT.value, **model, data=_CORPORA.value)
 

@@ -24,7 +24,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype o
 
 def main():
     workdir, output = cli.path_of(_WORKDIR, in_store=True), cli.path_of(_OUTPUT, in_store=True)
-    from aoe_jax.formats.writing import export  # starts JAX
+    from aoe_jax.conversion.exporting import export  # starts JAX
 
     export(workdir, output, _STEP.value, _DTYPE.value)
 

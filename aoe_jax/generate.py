@@ -31,28 +31,6 @@ _WEAK_RANK = flags.DEFINE_integer("weak_rank", 2, "with --contrast: rank of the 
 _SEED = flags.DEFINE_integer("seed", 0, "of the draws", 0)
 
 
-def continuations(model, prompts, max_tokens, contrast=None, **settings):
-    """Yields the continuation of each prompt so far; characters with missing bytes are held back.
-
-    `model` and `contrast` are those of `Generator`, the other arguments those of its `stream`.
-    """
-    from aoe_jax.evaluation.generation import Generator
-
-    tokenizer = model.tokenizer
-    rows = [[model.start, *tokens.tolist()] for tokens in tokenizer.encode(prompts)]
-    # Some tokenizers drop the blank before the first word, so the prompt is decoded too.
-    heads = [tokenizer.decode(row) for row in rows]
-    generator = Generator(model, contrast)
-    for new in generator.stream([list(row) for row in rows], max_tokens, **settings):
-        for row, tokens in zip(rows, new, strict=True):
-            row.extend(tokens)
-        texts = map(tokenizer.decode, rows)
-        yield [
-            text.removeprefix(head).rstrip("\N{REPLACEMENT CHARACTER}")
-            for head, text in zip(heads, texts, strict=True)
-        ]
-
-
 def _contrast():
     from aoe_jax.evaluation.contrast import Contrast
 
@@ -69,7 +47,7 @@ def main():
     distributed.start()
     import jax
 
-    from aoe_jax.evaluation.generation import Sampling
+    from aoe_jax.evaluation.generation import Sampling, continuations
     from aoe_jax.evaluation.models import load_model
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)

@@ -99,14 +99,10 @@ EMBEDDING = Parameter("V d", ("vocab", "embed"), cast=True)
 DECODER = {
     "embed/embedding": EMBEDDING,
     "output/embedding": EMBEDDING,
-    "output_bias": vector("V", zeros_init),
     "final_norm/scale": vector("d"),
-    "final_norm/bias": vector("d"),
     "layers/attention_norm/scale": vector("d"),
-    "layers/attention_norm/bias": vector("d"),
     **{f"layers/attention/{name}": parameter for name, parameter in ATTENTION.items()},
     "layers/experts_norm/scale": vector("d"),
-    "layers/experts_norm/bias": vector("d"),
 }
 
 

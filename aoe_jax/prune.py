@@ -5,7 +5,7 @@
 Experts with similar scores on the tokens of a corpus (`--data`, written like `data.name`) become
 one. `uncurl` (Sarkar et al. 2024, arXiv 2409.01483) merges clusters of similar experts,
 `frequency_merge` merges each into the most similar of the D experts with the largest loads, and
-`greedy` keeps these D alone; `aoe_jax/pruning/merging.py` has the details.
+`greedy` keeps these D alone; `aoe_jax/conversion/merging.py` has the details.
 
 The result is a model like that of `aoe_jax.export`, with `prune.json`; `train.init_from` continues
 its training.
@@ -33,7 +33,7 @@ _BASELINES = flags.DEFINE_bool("baselines", True, "score the other methods, too"
 def main():
     workdir, n_experts = cli.path_of(_WORKDIR, in_store=True), cli.required(_EXPERTS)
     output = cli.path_of(_OUTPUT, in_store=True)
-    from aoe_jax.pruning.run import prune  # starts JAX
+    from aoe_jax.conversion.pruning import prune  # starts JAX
 
     prune(
         workdir,

@@ -18,8 +18,8 @@ from aoe_jax import Decoder
 from aoe_jax.config.checks import require_flag
 from aoe_jax.evaluation.contrast import Contrast, strong_and_weak
 from aoe_jax.evaluation.generation import next_logits
+from aoe_jax.model.counts import parameter_counts
 from aoe_jax.model.decoding import Cache, unstacked
-from aoe_jax.planning.counts import parameter_counts
 from aoe_jax.sharding import make_mesh
 from benchmarks.timing import configuration, machine_in_words, medians, report, run_benchmark
 

@@ -37,9 +37,9 @@ from aoe_jax import cli
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
+from aoe_jax.model.counts import parameter_counts
 from aoe_jax.moe.grouped_matmul import megablox
 from aoe_jax.planning.costs import KERNEL_COSTS
-from aoe_jax.planning.counts import parameter_counts
 from aoe_jax.planning.hardware import CHIPS, chip_part, slice_shape, topology_devices
 from aoe_jax.planning.plan import plan, read_program
 from aoe_jax.sharding import fill_mesh

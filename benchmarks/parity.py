@@ -17,7 +17,7 @@ import numpy as np
 from tabulate import tabulate
 
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.formats.reading import load_params, read_config
+from aoe_jax.formats.loading import load_params, read_config
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import fill_mesh, make_mesh
 from benchmarks.timing import report, run_benchmark
@@ -39,16 +39,6 @@ _SHAPE = {
 }
 _MOE = {**_SHAPE, "num_experts_per_tok": 2}
 _ROPE = {"rope_type": "default", "rope_theta": 100.0}  # not the default
-_LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10_000.0,
-    "factor": 2.0,
-    "short_factor": [1.0, 1.1, 1.3, 2.0],
-    "long_factor": [2.0, 3.0, 4.0, 5.0],
-    "short_mscale": 1.2,
-    "long_mscale": 1.5,
-    "original_max_position_embeddings": 32,
-}
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 50.0,
@@ -86,15 +76,6 @@ MODELS = {
         **_OLMOE,
         "norm_topk_prob": True,
         "attention_bias": True,
-    },
-    "phimoe": {
-        "model_type": "phimoe",
-        **_MOE,
-        "num_local_experts": EXPERTS,
-        "attention_bias": True,
-        "lm_head_bias": True,
-        "router_jitter_noise": 0.1,
-        "rope_parameters": _LONGROPE,
     },
     "qwen2_moe": {
         "model_type": "qwen2_moe",

@@ -1,34 +1,48 @@
-"""A soak test: real training processes that are killed at random moments must end in the same state
-as one that is not.
+"""A soak test: real training runs that are disturbed at random moments must end in the same state
+as one that is not, bit for bit.
 
-`python -m benchmarks.soak --workdir=DIR [--kills=50] [--terms=20] [--seed=0] [--json=FILE]`: first
-a small model is trained without a break. Then the same run is started over and over, and killed
-(SIGKILL) or asked to stop (SIGTERM) right after its start, while its data is prepared, in its
-steps, or while it saves. When the run reaches its end, it is compared with the first, bit for bit:
-the metrics, every line of metrics.jsonl except its timing, the position in the data and the
-fingerprints of all arrays of the last checkpoint. Then the next run begins. After every stop each
-complete checkpoint is read whole. The program fails at the first difference, unreadable checkpoint
-or wrong exit status.
+    python -m benchmarks.soak --workdir=DIR [--kills=50] [--terms=20]
+    python -m benchmarks.soak --workdir=DIR --pod_size=2 [--events=20]
+
+The first form trains a small model in one process without a break. Then it starts the same run over
+and over, and kills it (SIGKILL) or asks it to stop (SIGTERM) right after its start, while its data
+is prepared, in its steps, or while it saves. The second form trains with several processes, each
+under `aoe_jax.supervise`, and sends SIGKILL or SIGTERM to one or all of them, or SIGSTOP to one for
+longer than `train.hang_timeout`. The supervisors must bring the run to its end.
+
+A run that reaches its end is compared with the undisturbed one: the metrics, every line of
+metrics.jsonl except measured times, the position in the data, and the arrays of the last
+checkpoint. In the first form every checkpoint is also read after each stop. The program fails at
+the first difference, unreadable checkpoint, wrong exit status, or supervisor that gives up.
+`--seed` decides the order and the moments.
 """
 
 import collections
 import contextlib
+import hashlib
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
+import psutil
 from absl import flags
 from tqdm import tqdm
 
 from aoe_jax.data.sotu import speech_files
 from aoe_jax.errors import Failure, Terminated
+from aoe_jax.sharding import with_shardings
+from aoe_jax.storage.config_files import read_run_config
+from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.metrics import MEASURED
+from aoe_jax.training.step import init_state
 from benchmarks.timing import new_workdir, report, run_benchmark
 
 SETTINGS = {
@@ -49,90 +63,75 @@ SETTINGS = {
     "checkpoint.every": 7,
     "checkpoint.keep": 3,
 }
-# moment of a stop -> the most seconds from it to the signal
+# The moment of a stop -> the most seconds from it to the signal.
 MOMENTS = {"start": 6, "preparation": 1, "steps": 4, "save": 0.05}
-PATIENCE = 300  # seconds of waiting for a moment, before that counts as a failure
+HANG_TIMEOUT = 30  # seconds; on a busy machine a restore alone may take half of it
+LONGEST = 20  # seconds from an event of several processes to the next
+PATIENCE = 900  # seconds of waiting, before that counts as a failure
+ROOT = Path(__file__).parents[1]
 
 
 class Soak:
-    """One run after the other in `root`, all with the same texts."""
+    """Starts runs of one configuration, all in the folder `root` and on the same texts."""
 
     def __init__(self, root: Path, settings):
-        """Writes the texts, the addresses of a few decades, one document each. `settings` are
-        fields of the configuration beside `SETTINGS`.
-        """
-        self._settings = SETTINGS | settings
-        self._root, self.texts, self.cache = root, root / "texts", root / "cache"
-        self.texts.mkdir(parents=True)
+        """Writes the texts, the addresses of a few decades. `settings` win over `SETTINGS`."""
+        self.root, self.cache, texts = root, root / "cache", root / "texts"
+        texts.mkdir(parents=True)
         for file in speech_files()[-40:]:
-            shutil.copyfile(file, self.texts / file.name)
+            shutil.copyfile(file, texts / file.name)
+        data = {"data.path": texts, "data.cache": self.cache}
+        fields = (SETTINGS | settings | data).items()
+        self._fields = [f"--config.{name}={value}" for name, value in fields]
 
-    cwd = Path(__file__).parents[1]
-
-    @property
-    def environment(self):
-        """The variables of a training program."""
-        return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(self._root / "compiled")}
-
-    def command(self, workdir):
-        """The arguments of Python that train, or continue a run that has begun."""
-        settings = self._settings | {"data.path": self.texts, "data.cache": self.cache}
-        fields = [f"--config.{name}={value}" for name, value in settings.items()]
-        return ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *fields]
-
-    def start(self, workdir):
-        return subprocess.Popen(
-            [sys.executable, *self.command(workdir)],
-            cwd=self.cwd,
-            env=self.environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, workdir, *more, supervisor=()):
+        """Starts training in a process whose output goes to the file `WORKDIR.log`."""
+        command = ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *self._fields]
+        log = workdir.with_name(f"{workdir.name}.log")
+        with log.open("a") as output:
+            return subprocess.Popen(
+                [sys.executable, *supervisor, *command, *more],
+                cwd=ROOT,
+                env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(self.root / "compiled")},
+                stderr=output,
+            )
 
     def finish(self, workdir):
-        """Trains a run to its end; returns its workdir."""
-        process = self.start(workdir)
-        _, stderr = process.communicate()
-        if process.returncode:
-            status = process.returncode
-            raise Failure(f"{workdir} ended with exit status {status}:\n{stderr[-2000:]}")
-        return workdir
+        """Trains a run to its end."""
+        if status := self.start(workdir).wait():
+            raise Failure(f"{workdir} ended with exit status {status}:\n{last_words(workdir)}")
 
-    def attempt(self, workdir, moment, number, chance):
-        """Starts the run and stops it at `moment` by a signal, unless it ends before; returns
-        `(exit status, stderr)`.
-        """
+    def stop(self, workdir, moment, number, chance):
+        """Starts the run and sends it a signal at `moment`; returns the exit status."""
         if moment == "preparation":
             shutil.rmtree(self.cache / "tokens", ignore_errors=True)
-        known, saves = set(_names(workdir / "checkpoints")), chance.randrange(4)
+        known, n_saves = set(_names(workdir / "checkpoints")), chance.randrange(4)
         process = self.start(workdir)
         reached = {
             "start": lambda: True,
-            "preparation": lambda: any(
-                ".partial" in name for name in _names(self.cache / "tokens")
-            ),
-            "steps": lambda: (
-                read_heartbeat(workdir).get("pid") == process.pid
-                and read_heartbeat(workdir)["status"] in ("training", "validating")
-            ),
-            "save": lambda: self._saving(workdir, known, saves),
+            "preparation": lambda: any(".partial" in n for n in _names(self.cache / "tokens")),
+            "steps": lambda: _computes(read_heartbeat(workdir), process.pid),
+            "save": lambda: _is_saving(workdir, known, n_saves),
         }[moment]
-        deadline = time.monotonic() + PATIENCE
-        while not reached() and process.poll() is None:
-            if time.monotonic() > deadline:
-                process.kill()
-                raise Failure(f"{moment} did not come within {PATIENCE} s")
-            time.sleep(0.001)
+        wait_until(lambda: reached() or process.poll() is not None, moment, workdir)
         time.sleep(MOMENTS[moment] * chance.random())
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=PATIENCE)
-        return process.returncode, stderr
+        return process.wait(PATIENCE)
 
-    @staticmethod
-    def _saving(workdir, known, saves):
-        """Whether a checkpoint is being written, after `saves` others."""
-        new = set(_names(workdir / "checkpoints")) - known
-        return sum(name.isdecimal() for name in new) >= saves and any("tmp" in name for name in new)
+
+def last_words(workdir):
+    """Returns the end of the logs of a run."""
+    logs = sorted(workdir.parent.glob(f"{workdir.name}*.log"))
+    return "\n".join(log.read_text()[-2000:] for log in logs)
+
+
+def wait_until(holds, name, workdir):
+    """Waits until `holds()`; raises `Failure` after `PATIENCE`."""
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        if time.monotonic() > deadline:
+            raise Failure(f"{name} did not come within {PATIENCE} s:\n{last_words(workdir)}")
+        time.sleep(0.005)
 
 
 def _names(folder):
@@ -142,109 +141,221 @@ def _names(folder):
         return []
 
 
+def _is_saving(workdir, known, n_saves):
+    """Whether a checkpoint is being written, after `n_saves` others."""
+    new = set(_names(workdir / "checkpoints")) - known
+    return sum(name.isdecimal() for name in new) >= n_saves and any("tmp" in name for name in new)
+
+
+def _computes(heartbeat, pid):
+    is_own = heartbeat.get("pid") == pid
+    return is_own and heartbeat.get("status") in ("training", "validating")
+
+
 def read_heartbeat(workdir):
-    """The content of `heartbeat.json`, empty if it cannot be read."""
-    with contextlib.suppress(Exception):  # each client of a store has exceptions of its own
+    """Returns the content of `heartbeat.json`, empty if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
         return json.loads((workdir / "heartbeat.json").read_text())
     return {}
+
+
+def read_state(workdir, step):
+    """Restores the checkpoint of a step; returns a hash of its arrays and the position in the data.
+
+    Raises `Failure` if the checkpoint cannot be read.
+    """
+    config = read_run_config(workdir / "config.json")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.eval_shape(lambda: init_state(config, 0))
+    like = with_shardings(like, jax.tree.map(lambda a: here, like))
+    try:
+        state, _, position = Checkpoints(workdir).restore(step, like)
+    except Exception as e:
+        raise Failure(f"checkpoint of step {step} of {workdir} cannot be read: {e}") from e
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(jax.device_get(state)):
+        digest.update(array.tobytes())
+    return digest.hexdigest(), position
 
 
 def check_checkpoints(workdir):
     """Reads every checkpoint that the run keeps; raises `Failure` if one is damaged."""
     if (workdir / "damaged_checkpoints").exists():
         raise Failure(f"{workdir} has damaged checkpoints")
-    if not (workdir / "checkpoints").is_dir():
-        return
-    import jax
-
-    from aoe_jax.sharding import with_shardings
-    from aoe_jax.storage.config_files import read_run_config
-    from aoe_jax.training.checkpoint import Checkpoints
-    from aoe_jax.training.step import init_state
-
-    config = read_run_config(workdir / "config.json")
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    state = jax.eval_shape(lambda: init_state(config, 0))
-    state = with_shardings(state, jax.tree.map(lambda a: here, state))
-    checkpoints = Checkpoints(workdir)
-    # A kill while an older checkpoint is being deleted leaves a part of it.
-    for step in checkpoints.steps()[-config.checkpoint.keep :]:
-        try:
-            checkpoints.restore(step, state)
-        except Exception as e:
-            raise Failure(f"checkpoint of step {step} of {workdir} cannot be read: {e}") from e
+    if (workdir / "checkpoints").is_dir():
+        keep = read_run_config(workdir / "config.json").checkpoint.keep
+        # A kill while an older checkpoint is being deleted leaves a part of it.
+        for step in Checkpoints(workdir).steps()[-keep:]:
+            read_state(workdir, step)
 
 
 def result(workdir):
-    """Everything that is equal in two runs that computed the same."""
+    """Returns everything that is equal in two runs that computed the same, by name."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    untimed = [
-        {name: value for name, value in line.items() if not name.endswith(MEASURED)}
-        for line in lines
-    ]
     metrics = json.loads((workdir / "summary.json").read_text())["metrics"]
-    beside = json.loads(
-        (workdir / "checkpoints" / str(metrics["step"]) / "run" / "metadata").read_text()
-    )
-    # A run that is stopped before its last validation saves first, and validates when continued.
-    del beside["progress"]["validated"], beside["sha256"]
-    return metrics, untimed, beside
-
-
-def soak(root: Path, kills, terms, seed, settings=None):
-    """Stops runs by SIGKILL `kills` times and by SIGTERM `terms` times; `seed` decides the order
-    and the moments. Returns what happened. Raises `Failure` at the first difference, unreadable
-    checkpoint or wrong exit status.
-    """
-    chance, work = random.Random(seed), Soak(root, settings or {})
-    wanted = result(work.finish(root / "whole"))
-    stops = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
-    chance.shuffle(stops)
-    happened, finished, run = collections.Counter(), 0, root / "run_0"
-    for number in tqdm(stops, desc="stops", unit="stop"):
-        moment = chance.choice([*MOMENTS])
-        status, stderr = work.attempt(run, moment, number, chance)
-        # Before the run handles SIGTERM, it ends the process as it ends any program or command.
-        at_once = -signal.SIGTERM, Terminated.status
-        early = number == signal.SIGTERM and status in at_once and moment == "start"
-        if status not in (0, -signal.SIGKILL) and not early:
-            name = signal.Signals(number).name
-            raise Failure(f"exit status {status} after {name} ({moment}):\n{stderr[-2000:]}")
-        if "damaged" in stderr:
-            raise Failure(f"a checkpoint was found damaged:\n{stderr[-2000:]}")
-        happened[f"{signal.Signals(number).name} {moment}"] += 1
-        check_checkpoints(run)
-        if (run / "summary.json").exists():
-            compare(run, wanted)
-            finished, run = finished + 1, root / f"run_{finished + 1}"
-    compare(work.finish(run), wanted)
-    check_checkpoints(run)
     return {
-        "kills": kills,
-        "terms": terms,
-        "runs_finished": finished + 1,
-        "stops": dict(sorted(happened.items())),
+        "metrics": metrics,
+        "lines of metrics.jsonl": [
+            {name: value for name, value in line.items() if not name.endswith(MEASURED)}
+            for line in lines
+        ],
+        "last checkpoint": read_state(workdir, metrics["step"]),
     }
 
 
-def compare(run, wanted):
+def compare(workdir, wanted):
     """Raises `Failure` unless the `result` of a run is the wanted one."""
-    for name, found, whole in zip(
-        ("metrics", "lines of metrics.jsonl", "last checkpoint"), result(run), wanted, strict=True
-    ):
-        if found != whole:
-            raise Failure(f"{name} of {run} differ from those of the run without a break")
+    for name, found in result(workdir).items():
+        if found != wanted[name]:
+            raise Failure(f"{name} of {workdir} differ from those of the run without a break")
+
+
+def soak(root: Path, kills, terms, seed, settings=None):
+    """Stops runs by SIGKILL `kills` times and by SIGTERM `terms` times; returns what happened.
+
+    Raises `Failure` at the first difference, unreadable checkpoint or wrong exit status.
+    """
+    chance, work = random.Random(seed), Soak(root, settings or {})
+    work.finish(root / "whole")
+    wanted = result(root / "whole")
+    signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
+    chance.shuffle(signals)
+    happened, n_finished, run = collections.Counter(), 0, root / "run_0"
+    for number in tqdm(signals, desc="stops", unit="stop"):
+        moment = chance.choice([*MOMENTS])
+        status = work.stop(run, moment, number, chance)
+        # Before the run handles SIGTERM, it ends the process as it ends any program or command.
+        early = number == signal.SIGTERM and moment == "start"
+        allowed = {0, -signal.SIGKILL} | ({-signal.SIGTERM, Terminated.status} if early else set())
+        if status not in allowed:
+            what = f"exit status {status} after {number.name} ({moment})"
+            raise Failure(f"{what}:\n{last_words(run)}")
+        happened[f"{number.name} {moment}"] += 1
+        check_checkpoints(run)
+        if (run / "summary.json").exists():
+            compare(run, wanted)
+            n_finished, run = n_finished + 1, root / f"run_{n_finished + 1}"
+    work.finish(run)
+    compare(run, wanted)
+    return {"processes": 1, "runs_finished": n_finished + 1, "events": dict(happened)}
+
+
+class SupervisedRun:
+    """A run of several processes on this machine, each under a supervisor."""
+
+    def __init__(self, work: Soak, workdir, n_processes):
+        """Starts the supervisors; each logs to a file of its own."""
+        self.workdir = workdir
+        supervisor = ["-m", "aoe_jax.supervise", "--pause=1", "--restarts=20", "--"]
+        more = [f"--coordinator=localhost:{_free_port()}", f"--processes={n_processes}"]
+        more += ["--retry_seconds=5"]
+        self._supervisors = [
+            work.start(workdir, *more, f"--process={i}", supervisor=supervisor)
+            for i in range(n_processes)
+        ]
+
+    def has_ended(self):
+        """Whether all supervisors have ended; raises `Failure` if one of them gave up."""
+        statuses = [supervisor.poll() for supervisor in self._supervisors]
+        if any(statuses):
+            raise Failure(f"supervisors ended with {statuses}:\n{last_words(self.workdir)}")
+        return None not in statuses
+
+    def _trainers(self):
+        for supervisor in self._supervisors:
+            with contextlib.suppress(psutil.Error):
+                yield from psutil.Process(supervisor.pid).children()
+
+    def wait_for_steps(self):
+        """Waits until steps are computed from now on, or the run has ended."""
+        before = read_heartbeat(self.workdir)
+
+        def computes():
+            now = read_heartbeat(self.workdir)
+            return now != before and now.get("status") == "training"
+
+        wait_until(lambda: self.has_ended() or computes(), "a step", self.workdir)
+
+    def wait(self):
+        """Waits for the end of the run."""
+        wait_until(self.has_ended, "the end", self.workdir)
+
+    def send(self, number, everyone, chance):
+        """Sends a signal to one training process or to all; a stopped one continues later."""
+        trainers = [*self._trainers()]
+        if trainers and not everyone:
+            trainers = [chance.choice(trainers)]
+        for trainer in trainers:
+            with contextlib.suppress(psutil.Error):
+                trainer.send_signal(number)
+        if number == signal.SIGSTOP:
+            time.sleep(HANG_TIMEOUT + 10)
+            for trainer in trainers:
+                with contextlib.suppress(psutil.Error):
+                    trainer.resume()
+
+    def kill(self):
+        """Kills the processes and their supervisors."""
+        for process in [*self._trainers(), *self._supervisors]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def _free_port():
+    """Finds a port below those that the system gives to connections, so that it stays free."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("localhost", port)):
+            return port
+    raise Failure("no port is free")
+
+
+def soak_supervised(root: Path, n_processes, n_events, seed, settings=None):
+    """Disturbs supervised runs `n_events` times; returns what happened.
+
+    Raises `Failure` if a run ends in another state, or does not end.
+    """
+    chance = random.Random(seed)
+    work = Soak(root, {"train.hang_timeout": HANG_TIMEOUT} | (settings or {}))
+    one, all_ = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP), (signal.SIGKILL, signal.SIGTERM)
+    choices = [(number, False) for number in one] + [(number, True) for number in all_]
+    happened, n_finished = collections.Counter(), 0
+    run = SupervisedRun(work, root / "whole", n_processes)
+    try:
+        run.wait()
+        wanted = result(run.workdir)
+        run = SupervisedRun(work, root / "run_0", n_processes)
+        for _ in tqdm(range(n_events), desc="events", unit="event"):
+            if chance.random() < 0.5:  # in a step or a save, else wherever they are by then
+                run.wait_for_steps()
+            time.sleep(LONGEST * chance.random())
+            if run.has_ended():
+                compare(run.workdir, wanted)
+                n_finished += 1
+                run = SupervisedRun(work, root / f"run_{n_finished}", n_processes)
+                run.wait_for_steps()
+            number, everyone = chance.choice(choices)
+            run.send(number, everyone, chance)
+            happened[f"{number.name} to {'all' if everyone else 'one'}"] += 1
+        run.wait()
+    finally:
+        run.kill()
+    compare(run.workdir, wanted)
+    check_checkpoints(run.workdir)
+    counts = {"processes": n_processes, "runs_finished": n_finished + 1}
+    return counts | {"events": dict(happened)}
 
 
 def main():
-    root = new_workdir(flags.FLAGS["workdir"])
-    figures = soak(root, flags.FLAGS.kills, flags.FLAGS.terms, flags.FLAGS.seed)
+    root, given = new_workdir(flags.FLAGS["workdir"]), flags.FLAGS
+    if given.pod_size == 1:
+        figures = soak(root, given.kills, given.terms, given.seed)
+    else:
+        figures = soak_supervised(root, given.pod_size, given.events, given.seed)
     print(
-        f"{figures['kills']} kills and {figures['terms']} requests to stop over "
-        f"{figures['runs_finished']} run(s): all ended bit for bit as the run without a break, and "
-        "every checkpoint could be read"
+        f"{sum(figures['events'].values())} events over {figures['runs_finished']} run(s) of "
+        f"{figures['processes']} process(es): all ended bit for bit as the run without a break"
     )
-    for what, count in figures["stops"].items():
+    for what, count in sorted(figures["events"].items()):
         print(f"{count:4d}  {what}")
     report(figures)
 
@@ -253,5 +364,7 @@ if __name__ == "__main__":  # only here, so that others can import this
     flags.DEFINE_string("workdir", None, "a directory for the runs")
     flags.DEFINE_integer("kills", 50, "how often a process is killed", lower_bound=0)
     flags.DEFINE_integer("terms", 20, "how often a process is asked to stop", lower_bound=0)
-    flags.DEFINE_integer("seed", 0, "of the moments")
+    flags.DEFINE_integer("pod_size", 1, "processes of a run; several are supervised", 1)
+    flags.DEFINE_integer("events", 20, "how often several processes are disturbed", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "of the order of the events and their moments")
     run_benchmark(main)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.formats.reading import read_config
+from aoe_jax.formats.loading import read_config
 from aoe_jax.storage.config_files import default_config, update_groups
 
 
@@ -22,14 +22,11 @@ def get_config(directory=None):
     directory = Path(directory).expanduser()
     model = read_config(directory)
     found = model.to_dict()
-    routing = found["routing"]
-    if routing["name"] == "sparsemixer":  # it cannot be trained
-        routing = {"name": "top_k"}
     config = default_config()
     config.model.update(found["model"])
     config.experts.update(found["experts"])
     config.balance.update(found["balance"])
-    update_groups(config, {"routing": routing})
+    update_groups(config, {"routing": found["routing"]})
     tokenizer = saved_tokenizer(directory)
     config.data.update(
         seq_len=found["data"]["seq_len"], tokenizer=str(tokenizer) if tokenizer.exists() else None

@@ -72,3 +72,12 @@ def logging_restored():
         absl_logging.set_verbosity(verbosity)
         logging.getLogger("asyncio").setLevel(asynchronous)
         retry.retry_seconds = seconds
+
+
+def call(module, *arguments):
+    """Parses a command line with the flags of a command's module, and returns what its `main`
+    returns. Raises what the command would print as its last line.
+    """
+    with _fresh(module) as command, logging_restored():
+        cli._parse([module, *arguments])
+        return command.main()

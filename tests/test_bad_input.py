@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.run import evaluate_workdir
+from aoe_jax.evaluation.evaluate import evaluate_workdir
 from aoe_jax.training.loop import train
 from configs import paper, tiny
 from tests.in_process import execute

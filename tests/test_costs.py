@@ -28,6 +28,7 @@ def total(found, name):
     return sum(o.times * getattr(o, name) for o in found)
 
 
+@pytest.mark.slow
 def test_loops_count_as_often_as_they_run():
     """Five products of [2048, 1024] and [1024, 1024]; loops of unknown length are left out."""
 
@@ -46,6 +47,7 @@ def test_loops_count_as_often_as_they_run():
     assert total(operations(unknown, x, w, ((1,), jnp.int32)), "flops") == 0
 
 
+@pytest.mark.slow
 def test_the_branch_with_more_flops_counts():
     def product_or_zeros(x, w, n):
         return jax.lax.cond(n[0] > 0, lambda: x @ w, lambda: jnp.zeros((2048, 1024), x.dtype))
@@ -63,6 +65,7 @@ def test_narrow_arrays_are_padded():
     assert hlo.Array("token", (), "").bytes == 0 and hlo.Array("c64", (2,), "").bytes == 16
 
 
+@pytest.mark.slow
 def test_a_slice_reads_what_it_takes_and_an_update_writes_what_it_changes():
     def update(stack, x, i):
         row = jax.lax.dynamic_index_in_dim(stack, i[0], keepdims=False)
@@ -80,7 +83,8 @@ def test_a_slice_reads_what_it_takes_and_an_update_writes_what_it_changes():
     assert 3 * 2 * one <= total(found, "hbm_bytes") <= copy + 3 * 4 * one
 
 
-@pytest.mark.parametrize("d", [512, 2048, 16384])
+@pytest.mark.slow
+@pytest.mark.parametrize("d", [512, 16384])
 def test_grouped_products_count_by_their_tiles(d):
     m, f, n_experts = 8192, 1024, 4
 
@@ -99,6 +103,7 @@ def test_grouped_products_count_by_their_tiles(d):
     assert (total(kernels, "hbm_bytes") > 1.5 * least) == (d == 16384)
 
 
+@pytest.mark.slow
 def test_attention_counts_by_its_blocks():
     b, n_heads, s, h = 2, 4, 2048, 64
 
@@ -337,11 +342,7 @@ def test_an_element_of_a_tuple_in_short_form_counts_alone():
     """`%tuple#index`; and what runs beside other work counts once."""
     traffic = {o.name: o.times * o.hbm_bytes for o in costs.Program(SHORT_FORM).operations}
     size = 4 * 8 * 1024
-    assert traffic == {
-        "next": 3 * 3 * 4,
-        "sum": 3 * 2 * size,
-        "negative": 2 * size,
-    }
+    assert traffic == {"next": 3 * 3 * 4, "sum": 3 * 2 * size, "negative": 2 * size}
 
 
 def test_kernels_count_by_the_blocks_of_their_operands():

@@ -31,7 +31,6 @@ def commands_of_all_pages():
     for page in PAGES:
         for program, arguments in commands_of(page.read_text()):
             found.setdefault(program, set()).add(arguments)
-    del found["benchmarks.NAME"]
     return {program: sorted(lines) for program, lines in found.items()}
 
 
@@ -98,6 +97,7 @@ def test_commands_name_files_that_exist(page):
         assert extra in extras["optional-dependencies"], extra
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", COMMANDS)
 def test_commands_parse(program):
     """By the flags of the program, and a configuration by its own checks; nothing is run."""
@@ -109,12 +109,14 @@ def test_commands_parse(program):
     assert status == 0, stderr
 
 
+@pytest.mark.slow
 def test_a_wrong_command_does_not_parse():
     for arguments in ("--workdri=DIR", "--config=configs/tiny.py --config.experts.top_k=9"):
         command = ["-m", "tests.command_lines", "train.py", "--workdir=DIR", arguments]
         assert finish(start(command))[0] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PYTHON)
 def test_code_runs(page, ragged):
     """All blocks of a page, one after the other; all arrays that they make are finite."""

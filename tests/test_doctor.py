@@ -11,35 +11,28 @@ import numpy as np
 import pytest
 
 from aoe_jax.config.run import Config
+from aoe_jax.errors import UserError
 from aoe_jax.model import attention
+from aoe_jax.model.counts import parameter_counts
 from aoe_jax.moe import grouped_matmul
-from aoe_jax.planning.counts import parameter_counts
 from aoe_jax.planning.doctor import examination, kernels, speed
 from aoe_jax.planning.doctor.steps import fitted, twins
 from aoe_jax.sharding import make_mesh
 from configs import doctor as accelerators
 from configs import methods, paper
 from tests.hasty import xla_flags
+from tests.in_process import call
 from tests.runs import finish, start
 from tests.settings import config_of
 
-SMALL = {
-    "model.n_layers": 1,
-    "model.unroll": 1,
-    "model.n_heads": 2,
-    "model.d_model": 32,
-    "model.vocab_size": 256,
-    "model.dtype": "float32",
-    "experts.n_experts": 4,
-    "experts.top_k": 2,
-    "experts.d_ffn": 32,
-    "experts.d_low": 8,
-    "data.seq_len": 32,
-    "train.batch_size": 8,
-}
+SMALL = {"model.n_layers": 1, "model.unroll": 1, "model.n_heads": 2, "model.d_model": 32}
+SMALL |= {"model.vocab_size": 256, "model.dtype": "float32", "experts.n_experts": 4}
+SMALL |= {"experts.top_k": 2, "experts.d_ffn": 32, "experts.d_low": 8}
+SMALL |= {"data.seq_len": 32, "train.batch_size": 8}
 COMMAND = ["--config=configs/tiny.py", *(f"--config.{name}={v}" for name, v in SMALL.items())]
 
 
+@pytest.mark.slow
 def test_all_parts_on_a_mesh(tmp_path):
     file = tmp_path / "report.json"
     mesh = ["--config.mesh.fsdp=2", "--config.mesh.expert=2"]
@@ -75,38 +68,23 @@ def test_all_parts_on_a_mesh(tmp_path):
     ]
 
 
-# Runs the command with attention that is wrong, and without products, measurements and steps.
-WITH_WRONG_ATTENTION = """
-import runpy
-from aoe_jax.planning.doctor import examination
-from aoe_jax.model import attention
-
-right = attention.BACKENDS["blocks"]
-attention.BACKENDS["blocks"] = lambda *args: 1.01 * right(*args)
-examination.twins = lambda config: {}
-examination.measure = lambda *args: {}
-runpy.run_module("aoe_jax.doctor", run_name="__main__")
-"""
-
-
-def test_a_wrong_kernel_is_status_1():
-    status, stdout, stderr = finish(start(["-c", WITH_WRONG_ATTENTION, *COMMAND]))
-    assert status == 1 and "Traceback" not in stderr, stderr
-    last = stdout.splitlines()[-1]
-    assert last.startswith("FAIL attention blocks: 3 of 3 checks failed; 2x2x2x32x16 (BxHxGxSxh): ")
+def test_a_wrong_kernel_is_status_1(monkeypatch, capsys):
+    """Without products, measurements and steps."""
+    right = attention.BACKENDS["blocks"]
+    monkeypatch.setitem(attention.BACKENDS, "blocks", lambda *args: 1.01 * right(*args))
+    monkeypatch.setattr(examination, "twins", lambda config: {})
+    monkeypatch.setattr(examination, "measure", lambda *args: {})
+    assert call("aoe_jax.doctor", *COMMAND) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("FAIL attention blocks: 3 of 3 checks failed; 1x2x2x32x16 (BxHxGxSxh): ")
     assert "largest error 1.0e-02" in last and last.endswith("fallback: none, it is plain JAX")
 
 
-def test_a_folder_that_is_not_there_is_a_mistake():
-    status, _, stderr = finish(start(["-m", "aoe_jax.doctor", "--json=nowhere/report.json"]))
-    assert (
-        status == 2 and stderr == "error: --json=nowhere/report.json: there is no folder nowhere\n"
-    )
-
-
-def test_a_folder_is_no_file(tmp_path):
-    status, _, stderr = finish(start(["-m", "aoe_jax.doctor", f"--json={tmp_path}"]))
-    assert status == 2 and stderr == f"error: --json={tmp_path}: is a folder; name a file\n"
+def test_a_report_needs_a_file_in_a_folder(tmp_path):
+    with pytest.raises(UserError, match=r"--json=nowhere/a\.json: there is no folder nowhere"):
+        call("aoe_jax.doctor", "--json=nowhere/a.json")
+    with pytest.raises(UserError, match=f"--json={tmp_path}: is a folder; name a file"):
+        call("aoe_jax.doctor", f"--json={tmp_path}")
 
 
 def small(**changes):
@@ -159,7 +137,10 @@ def wrong_gradient(kernel):
 BREAKAGES = [scaled, without_numbers, raising, wrong_gradient]
 
 
-@pytest.mark.parametrize("breakage", BREAKAGES, ids=lambda breakage: breakage.__name__)
+OTHERS = [pytest.param(breakage, marks=pytest.mark.slow) for breakage in (without_numbers, raising)]
+
+
+@pytest.mark.parametrize("breakage", [scaled, wrong_gradient, *OTHERS])
 def test_a_wrong_grouped_product_is_named(monkeypatch, breakage):
     right = grouped_matmul.BACKENDS["ragged"]
     monkeypatch.setitem(grouped_matmul.BACKENDS, "ragged", breakage(right))
@@ -176,24 +157,24 @@ def test_a_wrong_grouped_product_is_named(monkeypatch, breakage):
         assert "(d_rows, " in verdict["text"]
 
 
+@pytest.mark.slow
 def test_the_fallback_of_grouped_products_passes(monkeypatch):
     monkeypatch.setitem(grouped_matmul.BACKENDS, "ragged", raising(None))
     monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "ragged")
     monkeypatch.setattr(kernels, "attention_cases", lambda *args: [])
     config = fitted(small(experts__d_wide=32, experts__grouped_matmul="blocked"), 1)
     found = judged(config, {"aoe": config})
-    assert {name: verdict["passed"] for name, verdict in found.items()} == {
-        "grouped products blocked": True,
-        "AoE layer": True,
-    }
+    passed = {name: verdict["passed"] for name, verdict in found.items()}
+    assert passed == {"grouped products blocked": True, "AoE layer": True}
 
 
 @pytest.mark.parametrize(
     ("breakage", "dtype"),
     [
-        *((breakage, "float32") for breakage in (*BREAKAGES, wrong_on_one_device)),
-        (scaled, "bfloat16"),
+        (wrong_on_one_device, "float32"),
         (wrong_gradient, "bfloat16"),
+        *(pytest.param(b, "float32", marks=pytest.mark.slow) for b in BREAKAGES),
+        pytest.param(scaled, "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_wrong_attention_is_named_with_its_fallback(monkeypatch, breakage, dtype):
@@ -234,6 +215,7 @@ def checked(case, dtype):
     return {result["input"]: result["passed"] for result in results}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_error_in_a_small_part_of_an_array_fails(monkeypatch, dtype):
     sizes = {"n_heads": 24, "d_model": 192}
@@ -264,30 +246,26 @@ def test_an_error_in_a_small_part_of_an_array_fails(monkeypatch, dtype):
         assert not any(product_passes(without_one_row(product)).values())
 
 
+@pytest.mark.slow
 def test_rounding_in_the_gradient_of_an_empty_group_passes():
     """Of 8 groups one is empty, where backend 'blocked' subtracts what it added."""
     config = fitted(small(data__seq_len=256), 1)
-    mesh = make_mesh(config, jax.devices()[:1])
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(make_mesh(config, jax.devices()[:1])):
         case = kernels.grouped_case(config, "blocked", (8, 128, 32))
         assert all(checked(case, "float32").values())
 
 
-@pytest.mark.parametrize("kind", ["aoe", "router"])
-def test_one_expert_passes(kind):
-    """Its scores have no gradient."""
-    config = fitted(small(experts__kind=kind, experts__n_experts=1, experts__top_k=1), 1)
-    mesh = make_mesh(config, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        assert checked(kernels.layer_case(config, kind), "float32") == {"all experts": True}
+ONE = {"experts__n_experts": 1, "experts__top_k": 1}  # whose scores have no gradient
+WHOLE = {"experts__score_neurons": 4, "experts__score": "max", "model__dtype": "bfloat16"}
 
 
-def test_whole_gates_pass():
-    changes = {"experts__score_neurons": 4, "experts__score": "max", "model__dtype": "bfloat16"}
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [ONE, ONE | {"experts__kind": "router"}, WHOLE])
+def test_special_layers_pass(changes):
     config = fitted(small(**changes), 1)
-    mesh = make_mesh(config, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        assert checked(kernels.layer_case(config, "aoe"), "bfloat16") == {"all experts": True}
+    with jax.set_mesh(make_mesh(config, jax.devices()[:1])):
+        case = kernels.layer_case(config, "any")
+        assert checked(case, config.model.dtype) == {"all experts": True}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -297,6 +275,7 @@ def test_what_is_not_finite_is_infinitely_wrong(value):
     assert kernels._relative_error(want.at[1, 199, 3].set(value), want) == jnp.inf
 
 
+@pytest.mark.slow
 def test_a_right_kernel_passes_in_bfloat16():
     """Attention, grouped products and layers, on a mesh that splits everything."""
     mesh = {"mesh__fsdp": 2, "mesh__expert": 2, "mesh__tensor": 2}
@@ -371,16 +350,12 @@ def test_reasons_of_plain_backends():
         assert {backend["backend"] for backend in found} <= {"blocks", "blocked", "cudnn"}
         return {backend["kernel"].split()[0]: backend["why"] for backend in found}
 
-    a100 = reasons("NVIDIA A100-SXM4-80GB", "8.0")
-    assert "backend='cudnn' with float32: use bfloat16" in a100["attention"]
-    plain = "plain JAX; there are no kernels for NVIDIA "
-    assert a100["grouped"] == f"{plain}A100-SXM4-80GB"
-    v100 = reasons("NVIDIA V100", "7.0")
-    assert v100 == {"attention": f"{plain}V100", "grouped": f"{plain}V100"}
+    a100 = reasons("NVIDIA A100-SXM4-80GB", "8.0", model__dtype="bfloat16")
+    assert a100["attention"] == "the fastest on NVIDIA A100-SXM4-80GB"
     h100 = reasons("NVIDIA H100 80GB HBM3", "9.0")
+    assert "backend='cudnn' with float32: use bfloat16" in h100["attention"]
     assert "backend='mosaic_gpu' with float32: use bfloat16" in h100["grouped"]
     h100 = reasons("NVIDIA H100 80GB HBM3", "9.0", model__dtype="bfloat16")
-    assert h100["attention"] == "for NVIDIA GPUs from Ampere on"
     assert "both must be multiples of 64" in h100["grouped"]
     h100 = reasons("NVIDIA H100 80GB HBM3", "9.0", experts__grouped_matmul="blocked")
     assert h100["grouped"] == "set by config.experts.grouped_matmul=blocked"

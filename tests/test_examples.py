@@ -1,22 +1,21 @@
-"""The programs and the notebook of `examples/`, with fewer steps; and the benchmark on the NNX
-model.
-"""
+"""The programs and the notebook of `examples/`, with fewer steps."""
 
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import nbformat
 import numpy as np
 import pytest
 from flax import nnx
 from nbclient import NotebookClient
 
-from benchmarks.strangers_model import MODELS
+from aoe_jax import MoE
 from examples import add_a_method, nnx_model, train_loop, vision
 from tests.forking import ENVIRONMENT
 from tests.hasty import xla_flags
 
-pytestmark = pytest.mark.usefixtures("ragged")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ragged")]
 NOTEBOOK = Path(__file__).parents[1] / "examples/aoe_and_moe.ipynb"
 
 
@@ -25,10 +24,14 @@ def test_train_loop():
     assert lines[-1]["nll"] < lines[0]["nll"] - 2
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_strangers_model(name):
-    """It trains with each of the layers."""
-    model = nnx_model.GPT(MODELS[name], d_model=32, n_layers=1, rngs=nnx.Rngs(0))
+def moe(d_model, rngs):
+    layer = MoE(n_experts=8, top_k=2, d_ffn=d_model)
+    return nnx.bridge.ToNNX(layer, rngs=rngs).lazy_init(jnp.zeros((1, 1, d_model)))
+
+
+@pytest.mark.parametrize("layer", [nnx_model.aoe, moe, None])
+def test_nnx_model(layer):
+    model = nnx_model.GPT(layer, d_model=32, n_layers=1, rngs=nnx.Rngs(0))
     text = np.frombuffer(nnx_model.TEXT.read_bytes(), np.uint8)
     losses = nnx_model.train(model, text, steps=40)
     assert losses[-1] < losses[0] - 2

@@ -9,14 +9,16 @@ from safetensors.numpy import load_file, save_file
 
 from aoe_jax.config.data import DataConfig
 from aoe_jax.config.training import TrainConfig
-from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.errors import UserError
+from aoe_jax.errors import DivergedError, UserError
+from aoe_jax.evaluation.evaluate import evaluate_workdir
 from aoe_jax.evaluation.models import corpus_of, load_model
 from aoe_jax.formats.configs import to_json
+from aoe_jax.formats.loading import read_config, read_step
 from aoe_jax.formats.model_card import training
-from aoe_jax.formats.reading import read_config, read_step
-from aoe_jax.storage import paths
 from aoe_jax.storage.files import write_json
+from aoe_jax.training.starting import check_start
+from configs import finetune
+from tests.in_process import call
 from tests.runs import (
     STEPS,
     as_read_from,
@@ -31,10 +33,9 @@ from tests.runs import (
     scratch,
     shared,
     tiny_config,
-    train_command,
 )
 
-MODULE = ["-m", "aoe_jax.export"]
+pytestmark = pytest.mark.usefixtures("ragged")
 
 
 @shared
@@ -43,19 +44,11 @@ def exported():
     router's.
     """
     runs = {"aoe": finished_run(), "router": kind_run("router")[0]}
-    found = {kind: scratch("exported") / kind for kind in runs}
+    found = {kind: scratch("exported") / kind for kind in (*runs, "converted")}
     for kind, workdir in runs.items():
-        status, _, stderr = run([*MODULE, f"--workdir={workdir}", f"--output={found[kind]}"])
-        assert status == 0, stderr
-    found["converted"] = scratch("exported") / "converted"
-    command = [
-        "-m",
-        "aoe_jax.convert",
-        f"--checkpoint={found['router']}",
-        f"--output={found['converted']}",
-        "--d_low=16",
-    ]
-    status, stdout, stderr = run(command)
+        call("aoe_jax.export", f"--workdir={workdir}", f"--output={found[kind]}")
+    models = f"--checkpoint={found['router']}", f"--output={found['converted']}"
+    status, stdout, stderr = run(["-m", "aoe_jax.convert", *models, "--d_low=16"])
     assert status == 0, stderr
     assert "layer 2 of 2: energy kept 0." in stderr and "energy kept: 0." in stdout
     return found
@@ -73,20 +66,10 @@ def test_files():
     for kind, config in {"aoe": tiny_config(), "router": kind_config("router")}.items():
         assert read_config(exported()[kind]) == as_read_from(exported()[kind], config)
     assert read_step(exported()["aoe"]) == STEPS
-    names = {
-        "aoe_jax.json",
-        "config.json",
-        "data.json",
-        "generation_config.json",
-        "model.safetensors",
-    }
-    names |= {"tokenizer.json", "tokenizer_config.json"}
+    names = {"aoe_jax.json", "config.json", "data.json", "generation_config.json", "README.md"}
+    names |= {"model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     classes = {"configuration_aoe.py", "modeling_aoe.py"}
-    others = {
-        "aoe": classes | {"README.md"},
-        "router": {"README.md"},
-        "converted": classes | {"README.md", "convert.json"},
-    }
+    others = {"aoe": classes, "router": set(), "converted": classes | {"convert.json"}}
     for kind, architecture in {"aoe": "aoe", "router": "mixtral", "converted": "aoe"}.items():
         directory = exported()[kind]
         assert contents(directory).keys() == names | others[kind]
@@ -130,41 +113,14 @@ def test_a_model_does_not_choose_the_size_of_a_batch(tmp_path):
     values["config"]["mesh"] |= {"data": 4, "fsdp": 2}
     write_json(directory / "aoe_jax.json", values)
     assert read_config(directory).train == TrainConfig()
-    command = ["eval.py", f"--workdir={directory}", f"--data=prepared@{corpus_store()}"]
-    status, _, stderr = run([*command, "--split=validation"])
-    assert status == 0, stderr
-    nll = json.loads((directory / "eval.json").read_text())["nll"]
+    nll = evaluate_workdir(directory, "validation", data=f"prepared@{corpus_store()}")["nll"]
     of_run = read_metrics(finished_run())[1][-1]["validation_nll"]
     assert nll == pytest.approx(of_run, rel=1e-4)
 
 
-def test_a_model_does_not_choose_very_long_sequences(tmp_path):
-    directory = shutil.copytree(exported()["aoe"], tmp_path / "model")
-    values = json.loads((directory / "aoe_jax.json").read_text())
-    for seq_len, wanted in ((2**16, 2**16), (2**28, 2**17)):
-        values["config"]["data"]["seq_len"] = values["config"]["model"]["max_len"] = seq_len
-        write_json(directory / "aoe_jax.json", values)
-        assert read_config(directory).data.seq_len == wanted
-
-
-def test_the_data_of_a_models_run_need_no_package(tmp_path, monkeypatch):
-    monkeypatch.setitem(paths.STORES, "gs", "a_package_that_is_not_here")
-    directory = shutil.copytree(exported()["aoe"], tmp_path / "model")
-    values = json.loads((directory / "aoe_jax.json").read_text())
-    values["config"]["data"] |= {"name": "prepared", "path": "gs://bucket/tokens"}
-    write_json(directory / "aoe_jax.json", values)
-    config = read_config(directory)
-    assert config.data.path == "gs://bucket/tokens"
-    with pytest.raises(UserError, match="package a_package_that_is_not_here is missing"):
-        open_corpus(config.data, config.model.vocab_size)
-
-
 def test_converted_models_are_evaluated(tmp_path):
     directory = shutil.copytree(exported()["converted"], tmp_path / "model")
-    command = ["eval.py", f"--workdir={directory}", "--split=validation"]
-    status, _, stderr = run([*command, f"--data=prepared@{corpus_store()}"])
-    assert status == 0, stderr
-    report = json.loads((directory / "eval.json").read_text())
+    report = evaluate_workdir(directory, "validation", data=f"prepared@{corpus_store()}")
     of_run = read_metrics(kind_run("router")[0])[1][-1]["validation_nll"]
     assert abs(report["nll"] - of_run) < 0.5 and "mean_score" in report["load_statistics"]
 
@@ -184,18 +140,18 @@ def test_a_corpus_that_was_tokenised_here_is_found(monkeypatch, tmp_path):
         corpus_of(model, directory)
 
 
-@pytest.mark.parametrize("command", [["-m", "aoe_jax.generate"], ["eval.py", "--data=sotu"]])
-def test_parameters_that_are_not_finite(tmp_path, command):
+def test_parameters_that_are_not_finite(tmp_path):
     directory = shutil.copytree(exported()["aoe"], tmp_path / "model")
     tensors = load_file(directory / "model.safetensors")
     tensors["model.layers.1.self_attn.v_proj.weight"][3, 5] = np.nan
     save_file(tensors, directory / "model.safetensors")
-    status, stdout, stderr = run([*command, f"--workdir={directory}"])
-    assert (status, stdout) == (4, "") and "Traceback" not in stderr
-    wanted = f"error: {directory}: the parameter layers/attention/v has values that are not finite"
-    assert stderr.splitlines()[-1].startswith(wanted)
+    with pytest.raises(DivergedError) as error:
+        load_model(directory)
+    wanted = f"{directory}: the parameter layers/attention/v has values that are not finite"
+    assert str(error.value).startswith(wanted)
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_model(tmp_path):
     """By its own configuration, which gives the shape and the tokenizer."""
     changes = {"train.steps": 2, "train.warmup": 0.5}
@@ -209,105 +165,51 @@ def test_training_starts_from_a_model(tmp_path):
     assert abs(after - before) < 0.1 < drawn - before
 
 
-CONVERT = ["-m", "aoe_jax.convert", "--checkpoint={router}", "--output={here}/model"]
-UPCYCLE = ["-m", "aoe_jax.convert", "--checkpoint={dense}", "--output={here}/model"]
-UPCYCLE += ["--upcycle=moe", "--experts=4", "--top_k=2"]
-MISTAKES = {
-    "step": (
-        [*MODULE, "--workdir={run}", "--output={here}/model", "--step=7"],
-        ["--step=7", "has checkpoints of steps"],
-    ),
-    "dtype": (
-        [*MODULE, "--workdir={run}", "--output={here}/model", "--dtype=int8"],
-        ["dtype", "float32|bfloat16"],
-    ),
-    "no run": (
-        [*MODULE, "--workdir={here}", "--output={here}/model"],
-        ["config.json cannot be read"],
-    ),
-    "a model for a run": (
-        [*MODULE, "--workdir={aoe}", "--output={here}/model"],
-        ["belongs to a model, not to a training"],
-    ),
-    "step of a model": (
-        ["eval.py", "--workdir={aoe}", "--step=7"],
-        ["--step=7", f"a single model, of step {STEPS}"],
-    ),
-    "rank": (
-        [*CONVERT, "--d_low=99"],
-        ["--d_low=99", "below d_model=32"],
-    ),
-    "no rank": (
-        CONVERT,
-        ["--score_neurons and --d_low: give one of them, or --upcycle"],
-    ),
-    "neurons and a rank": (
-        [*CONVERT, "--score_neurons=4", "--d_low=8"],
-        ["--score_neurons and --d_low: give one of them, or --upcycle"],
-    ),
-    "score of a rank": ([*CONVERT, "--d_low=8", "--score=max"], ["--score=max", "--score_neurons"]),
-    "tokens of a rank": ([*CONVERT, "--d_low=8", "--tokens=9"], ["--tokens=9", "belongs to"]),
-    "score": ([*CONVERT, "--score_neurons=4", "--score=least"], ["norm|max"]),
-    "run for a checkpoint": (
-        ["-m", "aoe_jax.convert", "--checkpoint={run}", "--output={here}/model", "--d_low=8"],
-        ["has no model_type", "aoe_jax.export"],
-    ),
-    "experts of an MoE": (
-        [*CONVERT, "--d_low=8", "--experts=4"],
-        ["--experts=4: belongs to --upcycle"],
-    ),
-    "upcycling without a size": (
-        [*CONVERT, "--upcycle=moe", "--top_k=2"],
-        ["--experts=None: --upcycle needs it"],
-    ),
-    "score neurons of a router": (
-        [*CONVERT, "--upcycle=moe", "--experts=4", "--top_k=2", "--score_neurons=4"],
-        ["--score_neurons=4: belongs to --upcycle=aoe"],
-    ),
-    "AoE without score neurons": (
-        [*CONVERT, "--upcycle=aoe", "--experts=4", "--top_k=2"],
-        ["--score_neurons=None: --upcycle=aoe needs it"],
-    ),
-    "rank of an upcycled model": (
-        [*CONVERT, "--upcycle=aoe", "--experts=4", "--top_k=2", "--d_low=4"],
-        ["--d_low=4: gates stay whole with --upcycle"],
-    ),
-    "upcycled MoE": (
-        [*CONVERT, "--upcycle=moe", "--experts=4", "--top_k=2"],
-        ["has experts.kind='router'; only a dense model can be upcycled"],
-    ),
-    **{
-        f"{flag} of an upcycled model without a corpus": (
-            [*UPCYCLE, f"--{flag}={value}"],
-            [f"--{flag}={value}: belongs to --data or to a model of a run"],
-        )
-        for flag, value in {"mesh": "fsdp=2", "tokens": 9}.items()
-    },
-    "no model to go on from": (
-        ["train.py", "--config=configs/finetune.py:{here}/none", "--workdir={here}/run"],
-        ["none/config.json cannot be read"],
-    ),
-    "model of another shape": (
-        train_command("{here}/run", train__init_from="{aoe}", experts__n_experts=8),
-        ["config.train.init_from=", "config.experts.n_experts is 4 there, 8 here"],
-    ),
-}
+EXPORT = ["aoe_jax.export", "--workdir={run}", "--output={here}/model"]
+CONVERT = ["aoe_jax.convert", "--checkpoint={router}", "--output={here}/model"]
+UPCYCLE = [*CONVERT, "--upcycle=moe", "--experts=4", "--top_k=2"]
+OF_DENSE = [*UPCYCLE, "--checkpoint={dense}"]
+WITHOUT_CORPUS = "belongs to --data or to a model of a run"
+ONE_OF = "--score_neurons and --d_low: give one of them, or --upcycle"
+MISTAKES = [
+    ([*EXPORT, "--step=7"], "--step=7.*has checkpoints of steps"),
+    ([*EXPORT, "--dtype=int8"], r"dtype.*float32\|bfloat16"),
+    ([*EXPORT, "--workdir={here}"], r"config\.json cannot be read"),
+    ([*EXPORT, "--workdir={aoe}"], "belongs to a model, not to a training"),
+    (["aoe_jax.eval", "--workdir={aoe}", "--step=7"], f"--step=7.*single model, of step {STEPS}"),
+    ([*CONVERT, "--d_low=99"], "--d_low=99.*below d_model=32"),
+    (CONVERT, ONE_OF),
+    ([*CONVERT, "--score_neurons=4", "--d_low=8"], ONE_OF),
+    ([*CONVERT, "--d_low=8", "--score=max"], "--score=max.*--score_neurons"),
+    ([*CONVERT, "--d_low=8", "--tokens=9"], "--tokens=9.*belongs to"),
+    ([*CONVERT, "--score_neurons=4", "--score=least"], r"norm\|max"),
+    ([*CONVERT, "--d_low=8", "--checkpoint={run}"], r"has no model_type.*aoe_jax\.export"),
+    ([*CONVERT, "--d_low=8", "--experts=4"], "--experts=4: belongs to --upcycle"),
+    ([*CONVERT, "--upcycle=moe", "--top_k=2"], "--experts=None: --upcycle needs it"),
+    ([*UPCYCLE, "--score_neurons=4"], "--score_neurons=4: belongs to --upcycle=aoe"),
+    ([*UPCYCLE, "--upcycle=aoe"], "--score_neurons=None: --upcycle=aoe needs it"),
+    ([*UPCYCLE, "--d_low=4"], "--d_low=4: gates stay whole with --upcycle"),
+    (UPCYCLE, r"has experts\.kind='router'; only a dense model can be upcycled"),
+    ([*OF_DENSE, "--mesh=fsdp=2"], f"--mesh=fsdp=2: {WITHOUT_CORPUS}"),
+    ([*OF_DENSE, "--tokens=9"], f"--tokens=9: {WITHOUT_CORPUS}"),
+]
 
 
-@shared
-def dense_model():
-    """A directory with the `config.json` of a Llama."""
-    folder = scratch("llama")
-    write_json(folder / "config.json", to_json(kind_config("dense")))
-    return folder
+@pytest.mark.parametrize(("command", "words"), MISTAKES)
+def test_mistakes(tmp_path, command, words):
+    dense = tmp_path / "dense"  # a directory with the `config.json` of a Llama
+    dense.mkdir()
+    write_json(dense / "config.json", to_json(kind_config("dense")))
+    (tmp_path / "here").mkdir()
+    places = {"run": finished_run(), "here": tmp_path / "here", "dense": dense, **exported()}
+    with pytest.raises(UserError, match=words):
+        call(*(word.format(**places) for word in command))
+    assert not list((tmp_path / "here").iterdir())
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(tmp_path, mistake):
-    command, words = MISTAKES[mistake]
-    places = {"run": finished_run(), "here": tmp_path, "dense": dense_model(), **exported()}
-    status, _, stderr = run([word.format(**places) for word in command])
-    assert status == 2 and "Traceback" not in stderr, stderr
-    for word in words:
-        assert word in stderr.strip().splitlines()[-1]
-    assert not list(tmp_path.iterdir())
+def test_models_that_a_run_cannot_start_from(tmp_path):
+    with pytest.raises(UserError, match=r"none/config\.json cannot be read"):
+        finetune.get_config(str(tmp_path / "none"))
+    config = tiny_config(train__init_from=str(exported()["aoe"]), experts__n_experts=8)
+    with pytest.raises(UserError, match=r"config\.experts\.n_experts is 4 there, 8 here"):
+        check_start(config)

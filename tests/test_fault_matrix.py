@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from aoe_jax.conversion.exporting import export
 from aoe_jax.errors import MachineFault, UserError
-from aoe_jax.formats.writing import export
 from tests.processes import DENSE_FSDP, free_port, two_dense_processes
 from tests.runs import (
     EVERY,

@@ -79,7 +79,7 @@ SLOW_VALIDATION = """
 import os, signal, sys, time
 import train
 from aoe_jax import cli
-from aoe_jax.evaluation import perplexity
+from aoe_jax.training import validation
 batches = perplexity.eval_batches
 def slow(*arguments):
     for n, batch in enumerate(batches(*arguments)):

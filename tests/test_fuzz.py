@@ -27,7 +27,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import source_config
 from aoe_jax.formats import tensor_files
 from aoe_jax.formats.configs import as_own, to_json
-from aoe_jax.formats.reading import RUN_FILE, ModelReader, read_begin_token, read_config, read_step
+from aoe_jax.formats.loading import RUN_FILE, ModelReader, read_begin_token, read_config, read_step
 from aoe_jax.formats.tensor_files import INDEX, SINGLE, stored_tensors
 from aoe_jax.formats.tokenizer_files import read_prefix
 from aoe_jax.formats.writing import write_arrays

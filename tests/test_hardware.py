@@ -4,15 +4,11 @@ import jax
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.planning.hardware import (
-    CHIPS,
-    count_chips,
-    peak_flops_per_device,
-    slice_shape,
-    topology_devices,
-)
+from aoe_jax.planning.hardware import CHIPS, slice_shape, topology_devices
+from aoe_jax.training.peaks import count_chips, peak_flops_per_device
 
 
+@pytest.mark.slow  # needs the compiler for TPUs
 @pytest.mark.parametrize(
     ("topology", "n_devices", "n_chips"),
     [

@@ -5,10 +5,7 @@ communicate.
 import dataclasses
 import json
 import math
-import os
-import re
 from collections import Counter
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,29 +13,24 @@ import pytest
 
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.planning import costs
+from aoe_jax.errors import UserError
+from aoe_jax.model.counts import training_flops_per_token
+from aoe_jax.planning import costs, hlo
 from aoe_jax.planning.communication import collectives, each_collective
-from aoe_jax.planning.counts import training_flops_per_token
-from aoe_jax.planning.hardware import topology_devices
-from aoe_jax.planning.plan import abstract_batch, candidates, plan
+from aoe_jax.planning.hardware import CHIPS, topology_devices
+from aoe_jax.planning.plan import abstract_batch, candidates, plan, table
 from aoe_jax.sharding import MESH_AXES, batch_sharding, fill_mesh, make_mesh, rows_of_process
 from aoe_jax.storage.config_files import default_config
 from aoe_jax.training.step import train_step_on
-from tests.runs import finish, scratch, start
+from tests.in_process import call
+from tests.runs import run
 
 
 def configuration(kind="aoe", mesh=(1, 1, 1, 1), transport="ring", **experts):
     """Every size is another, so that a shape says what it is."""
     config = default_config()
-    config.model.update(
-        n_layers=3,
-        n_heads=8,
-        d_model=160,
-        vocab_size=1031,
-        max_len=64,
-        dtype="bfloat16",
-        remat="layer",
-    )
+    config.model.update(n_layers=3, n_heads=8, d_model=160, vocab_size=1031, max_len=64)
+    config.model.update(dtype="bfloat16", remat="layer")
     config.experts.update(kind=kind, n_experts=16, top_k=3, d_ffn=224, **experts)
     if kind == "aoe":
         config.experts.update(d_low=48, d_wide=232)
@@ -60,18 +52,10 @@ def traced(config, devices):
 # Numbers of an array say what it is.
 TOKENS = 32 * 64 * 160
 ROWS = 8 * 120  # that a device takes in a round, with all_to_all
-# Of all tokens; of all tokens by the experts of a device.
-SLOTS, SCORES = (
-    32 * 64 * 3,
-    32 * 64 * 16 // 8,
-)
-# w_down is as large as w_up.
-W_DOWN, W_UP, W_P, W_G = (
-    16 * 160 * 48,
-    16 * 48 * 232,
-    16 * 160 * 232,
-    16 * 160 * 224,
-)
+SLOTS = 32 * 64 * 3  # of all tokens
+SCORES = 32 * 64 * 16 // 8  # of all tokens, by the experts of a device
+W_DOWN, W_UP = 16 * 160 * 48, 16 * 48 * 232
+W_P, W_G = 16 * 160 * 232, 16 * 160 * 224  # w_down is as large as w_up
 ROUTER, ATTENTION, TABLE = 160 * 16, 160 * 160, 1031 * 160
 
 DATA, FSDP = ((8, 1, 1, 1), "ring"), ((1, 8, 1, 1), "ring")
@@ -103,10 +87,8 @@ IN_A_LAYER = {
     },
     ("aoe", *RING): SUMS
     | {
-        (
-            "all_gather",
-            TOKENS,
-        ): 3,  # for scores and rows; backward for the rows, and the outputs' gradient
+        # For scores and rows; backward for the rows, and the outputs' gradient.
+        ("all_gather", TOKENS): 3,
         ("reduce_scatter", TOKENS): 2,  # outputs, and the tokens' gradient
         ("all_to_all", SCORES): 2,  # scores, and those of the balance loss
         ("all_gather", SLOTS): 2,  # the chosen experts, forward and backward
@@ -123,20 +105,16 @@ IN_A_LAYER = {
     ("aoe", *ALL_TO_ALL): SUMS
     | {
         ("all_gather", W_DOWN): 1,  # for the scores: it is smaller than the tokens
-        (
-            "all_to_all",
-            ROWS * 160,
-        ): 5,  # rows there and back; backward there again, and the gradients of both
+        # Rows there and back; backward there again, and the gradients of both.
+        ("all_to_all", ROWS * 160): 5,
         # Expert, norm and weight of each row; backward again, and the gradients of norm and weight.
         ("all_to_all", ROWS): 8,
     },
     ("router", *ALL_TO_ALL): SUMS
     | {
         ("all_to_all", ROWS * 160): 5,
-        (
-            "all_to_all",
-            ROWS,
-        ): 5,  # expert and weight of each row; backward again, and the weights' gradient
+        # Expert and weight of each row; backward again, and the weights' gradient.
+        ("all_to_all", ROWS): 5,
         ("psum", ROUTER): 1,
     },
 }
@@ -179,54 +157,37 @@ NORMS = {("psum", 160): 3}  # gradients of norm scales: attention, experts, fina
 ADDED = dict.fromkeys(MERGED, NORMS) | {
     ("aoe", *FSDP): NORMS | {("psum", TABLE): 1}
 }  # summed, and then cut
-HLO_NAMES = {
-    "psum": "all-reduce",
-    "all_gather": "all-gather",
-    "reduce_scatter": "reduce-scatter",
-    "all_to_all": "all-to-all",
-}
+HLO_NAMES = {"psum": "all-reduce", "all_gather": "all-gather"}
+HLO_NAMES |= {"reduce_scatter": "reduce-scatter", "all_to_all": "all-to-all"}
 
 
-def compiled_collectives(text, n_devices):
-    """`Counter` of `(kind, numbers of the larger side)`; a tuple counts element by element, the
-    body of a loop once.
-    """
-    found = {}
-    kinds = "|".join(
-        [*HLO_NAMES.values(), "ragged-all-to-all", "collective-permute", "collective-broadcast"]
-    )
-    for line in text.splitlines():
-        match = re.search(rf"= (.*?) ({kinds})(-start)?\(", line)
-        if match:
-            assert not match[3], line  # its result would hold the operand too
-            # One that runs beside other work is written down at every stop.
-            chain = re.search(r'chain_id="\d+"', line)
-            found[chain[0] if chain else line] = match
-    sizes = Counter()
-    for match in found.values():
-        for shape in re.findall(r"\w+\[([\d,]*)\]", match[1]):
-            size = math.prod(int(n) for n in shape.split(",") if n)
-            sizes[match[2], size * n_devices if match[2] == "reduce-scatter" else size] += 1
-    return sizes
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MERGED, ids=str)
 def test_what_moves_on_a_tpu(case, first_round_only):
-    """In the program as compiled, without further rounds: nothing more; and what `plan` counts as
-    merged is.
+    """The compiled program without further rounds has no other collectives, and the compiler merges
+    what `plan` counts as merged. The body of a loop counts once, a tuple element by element.
     """
     kind, mesh, transport = case
     _, devices = topology_devices("v5e:2x4")
     program, _ = traced(configuration(kind, mesh, transport), devices)
-    text = program.lower().compile().as_text()
-    found = compiled_collectives(text, len(devices))
+    found, sizes = {}, Counter()
+    for instructions in hlo.parse(program.lower().compile().as_text())[0].values():
+        for i in filter(lambda i: i.collective, instructions.values()):
+            assert not i.opcode.endswith("-start"), i  # its result would hold the operand too
+            # One that runs beside other work is written down at every stop.
+            found[i.attribute('chain_id="([0-9]+)"') or i.name] = i
+    for i in found.values():
+        for array in i.arrays:
+            parts = len(devices) if i.collective == "reduce-scatter" else 1
+            sizes[i.collective, parts * math.prod(array.dims)] += 1
     want = Counter(IN_A_LAYER[case]) + Counter(IN_A_STEP[mesh, transport]) + Counter(ADDED[case])
     want.subtract(MERGED[case])
-    assert {moved: n for moved, n in found.items() if moved[1] > 16} == {
+    assert {moved: n for moved, n in sizes.items() if moved[1] > 16} == {
         (HLO_NAMES[name], size): n for (name, size), n in want.items() if n
     }
 
 
+@pytest.mark.slow
 def test_a_step_reduce_scatters_gradients_of_experts_over_a_whole_slice():
     """In two stages of 4 chips; a single one over all 16 would compile to an all-reduce."""
     _, devices = topology_devices("v5e:4x4")
@@ -259,6 +220,7 @@ def test_collectives_of_loops_count_as_often_as_they_run():
     }
 
 
+@pytest.mark.slow
 def test_a_plan_for_four_chips():
     generation, devices = topology_devices("v5e:2x2")
     config = fill_mesh(configuration(mesh=(-1, 2, 1, 1)), len(devices))
@@ -311,83 +273,82 @@ def test_meshes_of_experts_with_a_capacity():
     }
 
 
-def planned(*arguments, **variables):
-    command = ["-m", "aoe_jax.plan", "--config=configs/tiny.py:dense", *arguments]
-    return finish(start(command, **variables))
+def planned(*arguments):
+    return call("aoe_jax.plan", "--config=configs/tiny.py:dense", *arguments)
 
 
-def test_the_command_line():
-    file = scratch("plan") / "report.json"
-    small = [
-        "--config.model.n_layers=1",
-        "--config.model.vocab_size=512",
-        "--config.model.unroll=1",
-    ]
-    small += ["--config.data.seq_len=64", "--config.model.dtype=bfloat16"]  # to compile fast
-    arguments = ["--topology=v5e:2x2", f"--json={file}", "--config.mesh.fsdp=4", *small]
-    status, stdout, stderr = planned(*arguments)
+def test_the_arithmetic_of_a_plan():
+    """The step is only traced, for the chips of a v5e."""
+    config = fill_mesh(configuration(mesh=(-1, 2, 1, 1)), 8)
+    chip = CHIPS["v5e"]
+    report = plan(config, "v5e", jax.devices(), compiles=False, chip=chip)
+    assert report["fits"] is None and report["devices"] == 8
+    assert report["mesh"] == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1, "transport": "ring"}
+    memory, useful = report["memory_bytes"], report["flops"]["useful"]
+    # Parameters and two moments, in float32, of which every array but norms is halved.
+    assert memory["state"] == pytest.approx(12 * report["parameters"] / 2, rel=0.01)
+    assert useful == 32 * 64 * training_flops_per_token(config) / 8
+    assert report["seconds"] == {
+        "arithmetic": useful / chip.flops,
+        "network": sum(report["collective_bytes"].values()) / chip.link_bandwidth,
+        "HBM": 2 * (memory["state"] + memory["activations"]) / chip.hbm_bandwidth,
+    }
+    assert report["step_seconds"] == report["seconds"][report["bound_by"]]
+    assert report["step_seconds"] == max(report["seconds"].values())
+    assert report["mfu_bound"] == useful / chip.flops / report["step_seconds"] <= 1
+    assert report["likely_step_seconds"] is None
+    assert "not counted" in table(report) and "all_gather" in table(report)
+
+
+@pytest.mark.slow
+def test_the_command_line(tmp_path):
+    file, small = tmp_path / "report.json", {"model.n_layers": 1, "model.vocab_size": 512}
+    small |= {"model.unroll": 1, "data.seq_len": 64, "model.dtype": "bfloat16"}  # to compile fast
+    fields = [f"--config.{name}={value}" for name, value in small.items()]
+    arguments = ["--topology=v5e:2x2", f"--json={file}", "--config.mesh.fsdp=4", *fields]
+    status, stdout, stderr = run(
+        ["-m", "aoe_jax.plan", "--config=configs/tiny.py:dense", *arguments]
+    )
     assert status == 0, stderr
     assert "fits" in stdout and "all_gather" in stdout
     assert json.loads(file.read_text())["mesh"]["fsdp"] == 4
 
 
-def test_a_report_without_a_folder_is_refused_at_once():
-    status, stdout, stderr = planned("--topology=v5e:2x2", "--json=nowhere/report.json")
-    assert status == 2 and stdout == ""
-    assert stderr == "error: --json=nowhere/report.json: there is no folder nowhere\n"
-
-
-def test_what_does_not_fit_is_status_3_and_a_mesh_that_does_is_suggested():
-    file = scratch("plan") / "suggestion.json"
-    huge = [
-        "--config.model.n_layers=98",
-        "--config.model.unroll=2",
-        "--config.model.d_model=1024",
-        "--config.experts.d_ffn=3072",
-    ]
-    huge += [
-        "--config.model.dtype=bfloat16",
-        "--config.train.batch_size=4",
-        "--config.data.seq_len=128",
-    ]
-    status, stdout, stderr = planned("--topology=v5e:2x2", "--suggest", f"--json={file}", *huge)
-    assert status == 3, stdout + stderr
+@pytest.mark.slow
+def test_what_does_not_fit_is_status_3_and_a_mesh_that_does_is_suggested(tmp_path, capsys):
+    file, huge = tmp_path / "suggestion.json", {"model.n_layers": 98, "model.unroll": 2}
+    huge |= {"model.d_model": 1024, "experts.d_ffn": 3072, "model.dtype": "bfloat16"}
+    huge |= {"train.batch_size": 4, "data.seq_len": 128}
+    fields = [f"--config.{name}={value}" for name, value in huge.items()]
+    assert planned("--topology=v5e:2x2", "--suggest", f"--json={file}", *fields) == 3
+    stdout = capsys.readouterr().out
     assert "DOES NOT FIT" in stdout and "this mesh fits" in stdout
     report = json.loads(file.read_text())
     better = report["suggestion"]
     assert not report["fits"] and report["memory_bytes"]["total"] > report["hbm_bytes"]
-    assert (
-        better["fits"]
-        and better["memory_bytes"]["total"] <= better["hbm_bytes"] == report["hbm_bytes"]
-    )
+    assert better["fits"] and better["hbm_bytes"] == report["hbm_bytes"]
+    assert better["memory_bytes"]["total"] <= better["hbm_bytes"]
     assert better["mesh"] | {"data": 4, "fsdp": 1} == report["mesh"] and better["mesh"]["fsdp"] > 1
     assert (report["unroll"], better["unroll"]) == (2, 1)
     assert better["parameters"] == report["parameters"]
 
 
-def test_without_the_compiler_for_tpus():
-    """A user who has not installed it; here it lies in a folder of its own, so that Python need not
-    find it.
-    """
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    found = [path for path in paths if not Path(path, "libtpu").exists()]
-    status, stdout, stderr = planned("--topology=v5e:2x2", PYTHONPATH=os.pathsep.join(found))
-    assert status == 2 and stdout == ""
-    wanted = "`make .venv/libtpu`, then PYTHONPATH=.venv/libtpu"
-    assert (
-        stderr == f"error: --topology=v5e:2x2: libtpu is missing, the compiler for TPUs; {wanted}\n"
-    )
+def test_wrong_inputs(monkeypatch):
+    with pytest.raises(UserError, match=r"--json=nowhere/a\.json: there is no folder nowhere"):
+        planned("--topology=v5e:2x2", "--json=nowhere/a.json")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    wanted = r"libtpu is missing, the compiler for TPUs; `make \.venv/libtpu`"
+    with pytest.raises(UserError, match=f"--topology=v5e:2x2: {wanted}"):
+        topology_devices("v5e:2x2")
 
 
+@pytest.mark.slow
 def test_a_slice_that_there_is_not():
-    status, stdout, stderr = planned("--topology=v5e:3x5")
-    assert status == 2 and stdout == ""
-    assert (
-        "error: --topology=v5e:3x5: the compiler has no such slice" in stderr
-        and "Traceback" not in stderr
-    )
+    with pytest.raises(UserError, match="--topology=v5e:3x5: the compiler has no such slice"):
+        topology_devices("v5e:3x5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(-1, 8, 1, 1), (-1, 4, 2, 1), (-1, 1, 1, 4), (-1, 2, 2, 4)])
 def test_the_hosts_of_a_slice_read_whole_batches(mesh):
     """However the network lays out a mesh, and though the rows of a host need not be neighbours."""

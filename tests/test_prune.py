@@ -10,36 +10,36 @@ import jax
 import numpy as np
 import pytest
 
+from aoe_jax.conversion.pruning import prune
+from aoe_jax.errors import UserError
+from aoe_jax.evaluation.evaluate import evaluate_workdir
 from aoe_jax.evaluation.models import load_model
-from aoe_jax.formats.reading import read_config, read_step
-from aoe_jax.pruning.run import prune
+from aoe_jax.formats.loading import read_config, read_step
+from tests.in_process import call
 from tests.runs import (
     STEPS,
     as_read_from,
     contents,
     corpus_store,
     fine_tuned,
-    finish,
     finished_run,
     kind_run,
     read_metrics,
     run,
     scratch,
     shared,
-    start,
     tiny_config,
 )
 
-MODULE = ["-m", "aoe_jax.prune"]
+pytestmark = pytest.mark.usefixtures("ragged")
 
 
 @shared
 def pruned():
     """`(directory, stdout)` of a run of 4 experts pruned to 3."""
     directory = scratch("pruned") / "aoe"
-    status, stdout, stderr = run(
-        [*MODULE, f"--workdir={finished_run()}", "--experts=3", f"--output={directory}"]
-    )
+    command = ["-m", "aoe_jax.prune", f"--workdir={finished_run()}", f"--output={directory}"]
+    status, stdout, stderr = run([*command, "--experts=3"])
     assert status == 0, stderr
     return directory, stdout
 
@@ -50,23 +50,12 @@ def test_files():
     pruned_config = dataclasses.replace(tiny_config(), experts=experts)
     assert read_config(directory) == as_read_from(directory, pruned_config)
     assert read_step(directory) == STEPS
-    names = {
-        "aoe_jax.json",
-        "config.json",
-        "data.json",
-        "generation_config.json",
-        "model.safetensors",
-        "prune.json",
-        "README.md",
-        "configuration_aoe.py",
-        "modeling_aoe.py",
-    }
-    assert contents(directory).keys() == names | {"tokenizer.json", "tokenizer_config.json"}
+    names = {"aoe_jax.json", "config.json", "data.json", "generation_config.json", "prune.json"}
+    names |= {"model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert contents(directory).keys() == names | {"configuration_aoe.py", "modeling_aoe.py"}
     report = json.loads((directory / "prune.json").read_text())
-    assert (
-        report["nll"].keys() == {"before", "uncurl", "frequency_merge", "greedy"}
-        and report["method"] == "uncurl"
-    )
+    assert report["nll"].keys() == {"before", "uncurl", "frequency_merge", "greedy"}
+    assert report["method"] == "uncurl"
     assert f"uncurl {report['nll']['uncurl']:.4f}" in stdout.splitlines()[-1]
     card = (directory / "README.md").read_text()
     assert f"made this model of `{finished_run().name}` (step {STEPS})" in card
@@ -74,47 +63,32 @@ def test_files():
     assert "trust_remote_code=True" in card
     for layer in report["layers"]:
         assert len(layer["clusters"]) == 3 and len(layer["load"]) == 4
-        assert sorted(
-            member for cluster in layer["clusters"] for member in cluster["members"]
-        ) == list(range(4))
+        members = [member for cluster in layer["clusters"] for member in cluster["members"]]
+        assert sorted(members) == list(range(4))
 
 
-def test_a_pruned_model_is_evaluated_and_trained(tmp_path):
+def test_a_pruned_model_is_evaluated(tmp_path):
     directory = shutil.copytree(pruned()[0], tmp_path / "model")
-    commands = [
-        [
-            "eval.py",
-            f"--workdir={directory}",
-            "--split=validation",
-            f"--data=prepared@{corpus_store()}",
-        ],
-        fine_tuned(directory, tmp_path / "run"),
-        [
-            "-m",
-            "aoe_jax.generate",
-            f"--workdir={directory}",
-            "--prompt=the state",
-            "--max_tokens=4",
-        ],
-    ]
-    for process in [start(command) for command in commands]:
-        status, stdout, stderr = finish(process)
-        assert status == 0, stderr
-    assert stdout.startswith("the state")
+    report = evaluate_workdir(directory, "validation", data=f"prepared@{corpus_store()}")
     nll = json.loads((directory / "prune.json").read_text())["nll"]
-    evaluated = json.loads((directory / "eval.json").read_text())
-    np.testing.assert_allclose(evaluated["nll"], nll["uncurl"], rtol=1e-5)
-    assert read_metrics(tmp_path / "run")[1][-1]["validation_nll"] < nll["uncurl"]
+    np.testing.assert_allclose(report["nll"], nll["uncurl"], rtol=1e-5)
     of_run = read_metrics(finished_run())[1][-1]["validation_nll"]
     np.testing.assert_allclose(nll["before"], of_run, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_pruned_model_is_trained(tmp_path):
+    status, _, stderr = run(fine_tuned(pruned()[0], tmp_path / "run"))
+    assert status == 0, stderr
+    nll = json.loads((pruned()[0] / "prune.json").read_text())["nll"]
+    assert read_metrics(tmp_path / "run")[1][-1]["validation_nll"] < nll["uncurl"]
+
+
+@pytest.mark.slow
 def test_a_router_is_trained_alone(tmp_path):
-    """Everything else is bit for bit that of the pruned model."""
-    directory = tmp_path / "model"
-    report = prune(
-        kind_run("router")[0], directory, 3, "frequency_merge", n_tokens=2000, baselines=False
-    )
+    """All other parameters are bit for bit those of the pruned model."""
+    directory, router = tmp_path / "model", kind_run("router")[0]
+    report = prune(router, directory, 3, "frequency_merge", n_tokens=2000, baselines=False)
     assert report["nll"].keys() == {"before", "frequency_merge"}
     assert json.loads((directory / "config.json").read_text())["model_type"] == "mixtral"
     status, _, stderr = run(fine_tuned(directory, tmp_path / "run", **{"train.router_steps": 4}))
@@ -127,52 +101,32 @@ def test_a_router_is_trained_alone(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+@pytest.mark.slow
 def test_a_pruned_model_is_pruned_again(tmp_path):
-    report = prune(
-        pruned()[0],
-        tmp_path / "model",
-        2,
-        "greedy",
-        data=f"text@{tiny_config().data.path}",
-        n_tokens=2000,
-    )
-    assert report["step"] == STEPS and read_config(tmp_path / "model").experts.n_experts == 2
-    assert contents(tmp_path / "model").keys() == contents(pruned()[0]).keys()
+    data, again = f"text@{tiny_config().data.path}", tmp_path / "model"
+    report = prune(pruned()[0], again, 2, "greedy", data=data, n_tokens=2000)
+    assert report["step"] == STEPS and read_config(again).experts.n_experts == 2
+    assert contents(again).keys() == contents(pruned()[0]).keys()
     before, after = (
-        load_model(folder).params["layers"]["experts"]
-        for folder in (pruned()[0], tmp_path / "model")
+        load_model(folder).params["layers"]["experts"] for folder in (pruned()[0], again)
     )
     for layer, of_layer in enumerate(report["layers"]):
         kept = [cluster["reference"] for cluster in of_layer["clusters"]]
         assert sorted(kept) == sorted(np.argsort(of_layer["load"])[1:])
-        np.testing.assert_array_equal(
-            after["w_gate_up"][layer], before["w_gate_up"][layer, np.array(kept)]
-        )
+        of_kept = before["w_gate_up"][layer, np.array(kept)]
+        np.testing.assert_array_equal(after["w_gate_up"][layer], of_kept)
 
 
-MISTAKES = {
-    "no number": (["--output={here}/model"], ["--experts is missing"]),
-    "too many": (
-        ["--output={here}/model", "--experts=4"],
-        ["--experts=4: must be at least experts.top_k=2 and fewer"],
-    ),
-    "method": (
-        ["--output={here}/model", "--experts=2", "--method=best"],
-        ["uncurl|frequency_merge|greedy"],
-    ),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(tmp_path, mistake):
-    flags, words = MISTAKES[mistake]
-    command = [
-        *MODULE,
-        f"--workdir={finished_run()}",
-        *(flag.format(here=tmp_path) for flag in flags),
-    ]
-    status, _, stderr = run(command)
-    assert status == 2 and "Traceback" not in stderr, stderr
-    for word in words:
-        assert word in stderr.strip().splitlines()[-1]
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--experts is missing"),
+        (["--experts=4"], r"--experts=4: must be at least experts\.top_k=2 and fewer"),
+        (["--experts=2", "--method=best"], r"uncurl\|frequency_merge\|greedy"),
+    ],
+)
+def test_mistakes(tmp_path, flags, words):
+    output = tmp_path / "model"
+    with pytest.raises(UserError, match=words):
+        call("aoe_jax.prune", f"--workdir={finished_run()}", f"--output={output}", *flags)
+    assert not output.exists()

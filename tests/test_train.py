@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from aoe_jax.planning.counts import parameter_counts
+from aoe_jax.model.counts import parameter_counts
 from aoe_jax.training.metrics import MEASURED
 from tests.runs import (
     EVERY,

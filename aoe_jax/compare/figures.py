@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from aoe_jax.compare.statistics import mean, number
-from aoe_jax.evaluation.load import draw_loads
+from aoe_jax.training.load_statistics import draw_loads
 
 # The colours of Okabe and Ito, distinct for all kinds of colour vision, without yellow (pale on
 # white) and black (invisible on black).

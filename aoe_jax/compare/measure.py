@@ -23,13 +23,13 @@ from aoe_jax import cli
 from aoe_jax.compare.jobs import Job, Machine, beside
 from aoe_jax.compare.routing import analyse, read_routing
 from aoe_jax.compare.runs import folder_of, is_finished, tuned_rates
-from aoe_jax.compare.step_times import RepeatedStep, seconds_in_turn
 from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.planning.hardware import topology_devices
 from aoe_jax.planning.plan import plan
 from aoe_jax.storage.files import NUMBER, Kind, read_json, write_json
+from aoe_jax.training.step_times import RepeatedStep, seconds_in_turn
 
 log = logging.getLogger("aoe_jax.compare.measure")  # __name__ is __main__ on the command line
 

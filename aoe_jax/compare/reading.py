@@ -20,7 +20,7 @@ from aoe_jax.compare.results import (
 from aoe_jax.compare.routing import read_routing
 from aoe_jax.compare.runs import folder_of, has_diverged, is_finished, read_summary
 from aoe_jax.compare.suite import Run, Suite
-from aoe_jax.planning.counts import parameter_counts, training_flops_per_token
+from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.storage.files import read_metrics
 
 

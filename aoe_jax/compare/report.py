@@ -22,7 +22,7 @@ from aoe_jax.compare.runs import check_runs, folder_of, tuned_rates, tuning_nlls
 from aoe_jax.compare.statistics import exponent, markdown_table, mean, minimum, number
 from aoe_jax.compare.suite import SWEPT, Suite
 from aoe_jax.formats.configs import computed_fields
-from aoe_jax.planning.counts import experts_per_token
+from aoe_jax.model.counts import experts_per_token
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("aoe_jax.compare"), trim_blocks=True, lstrip_blocks=True

@@ -14,7 +14,7 @@ import pandas as pd
 
 from aoe_jax.compare.statistics import ABOUT_EQUAL, at, fit_parabola, fit_power_law, mean
 from aoe_jax.compare.suite import Suite
-from aoe_jax.planning.counts import experts_per_token
+from aoe_jax.model.counts import experts_per_token
 
 KEYS = ["size", "arm", "seed"]
 RUN_COLUMNS = [  # of runs.csv

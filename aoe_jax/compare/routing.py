@@ -24,12 +24,8 @@ import numpy as np
 
 from aoe_jax.compare.results import LAYER_FIGURES
 from aoe_jax.config.run import Config
-from aoe_jax.data.pipeline import eval_batches
-from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError, shown
 from aoe_jax.evaluation.models import load_model
-from aoe_jax.evaluation.perplexity import compile_eval_step
-from aoe_jax.load_figures import figures_of_layers
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.storage.files import (
@@ -43,7 +39,8 @@ from aoe_jax.storage.files import (
     write_json,
 )
 from aoe_jax.training.checkpoint import Checkpoints
-from aoe_jax.training.run_folder import check_data
+from aoe_jax.training.load_statistics import layer_statistics
+from aoe_jax.training.validation import compile_eval_step, validation_batches
 
 ORACLE_TOKENS = 64  # of each batch
 MAX_SETS = 1000  # of experts that the oracle tries
@@ -216,22 +213,6 @@ def read_routing(file: Path, config: Config):
     return report | {"coactivation": np.array(report["coactivation"], np.float64)}
 
 
-def validation_batches(folder, config, size):
-    """Yields the whole batches of `size` sequences of a run's validation split, on the host.
-
-    A split without a whole batch yields its one batch with padding. Raises `UserError` if the split
-    is not the one that the run had.
-    """
-    corpus = open_corpus(config.data, config.model.vocab_size)
-    check_data(folder, corpus)
-    splits = [(store, config.data.seq_len, size) for store in corpus.validation.values()]
-    batches = itertools.chain.from_iterable(eval_batches(*split) for split in splits)
-    whole = (batch for batch in batches if batch["weights"].all())  # the last one has padding
-    first = next(whole, None)
-    yield first or next(eval_batches(*splits[0]))
-    yield from whole
-
-
 def _gathered(results, is_real):
     """Joins the observations of all batches: means over tokens, and the choices of real tokens."""
     of_batches = [stats for _, _, stats in results]
@@ -248,7 +229,7 @@ def _gathered(results, is_real):
 
 def _figures(step, figures, final):
     stats, load = figures["stats"], figures["chosen"].mean(axis=1)  # [L, n]
-    of_load = figures_of_layers(load, stats.live)
+    of_load = layer_statistics(load, stats.live)
     by_name = {
         "load": load,
         "load_entropy": of_load["load_entropy"],

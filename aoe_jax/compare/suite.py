@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, naming
-from aoe_jax.planning.counts import parameter_counts, training_flops_per_token
+from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.storage.config_files import call_in_file
 
 TOLERANCE = 0.01  # by which the total parameters of matched arms may differ

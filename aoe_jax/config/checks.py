@@ -93,3 +93,12 @@ def require_flag(condition, name, value, wanted):
     """Refuses the value of a command-line flag unless the condition holds."""
     if not condition:
         raise UserError(f"--{name}={value}: {wanted}")
+
+
+def differences(there, here):
+    """A sentence for each field whose values differ in two configurations `{field: value}`."""
+    return {
+        name: f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    }

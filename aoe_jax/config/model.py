@@ -38,16 +38,13 @@ class ModelConfig(Group):
     n_kv_heads: int | None = setting(None, above=0, divides="n_heads")
     rope_base: float = setting(10_000.0, above=0)  # base of the rotary frequencies
     rope_share: float = setting(1.0, above=0, at_most=1)  # share of a head's features that rotate
-    rope_factors: tuple = ()  # one divisor per rotary frequency; (): none (LongRoPE, 2402.13753)
-    rope_scale: float = setting(1.0, above=0)  # scale of rotated queries and keys (LongRoPE)
-    norm: str = setting("rms", choices=("rms", "layer"))  # layer: LayerNorm with a bias
-    norm_eps: float = setting(1e-6, above=0)
+    rope_factors: tuple = ()  # one divisor per rotary frequency (Llama 3.1); (): none
+    norm_eps: float = setting(1e-6, above=0)  # epsilon of the RMSNorms
     # An RMSNorm of queries and of keys: over all heads together (OLMoE), or over each head by
     # itself, with one scale for all heads (Qwen3).
     qk_norm: str = setting("none", choices=("none", "all", "head"))
     attention_bias: bool = False  # whether q, k, v and o have biases
     qkv_bias: bool = False  # whether q, k and v alone have biases
-    output_bias: bool = False  # whether the output projection has a bias
     # Further layers before those of experts, with a dense SwiGLU of width d_dense (DeepSeek-V3).
     n_dense_layers: int = setting(0, at_least=0)
     d_dense: int | None = setting(None, above=0)

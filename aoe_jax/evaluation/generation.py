@@ -21,7 +21,7 @@ from aoe_jax.evaluation.models import Model, multiple
 from aoe_jax.model.decoding import Cache, check_decodes, extend, output_logits, prefill
 from aoe_jax.sharding import replicated, spec_of
 
-LENGTH_MULTIPLE = 64  # of prompts and caches, so that few shapes are compiled
+LENGTH_MULTIPLE = 64  # prompts and caches are padded to it, so that few shapes are compiled
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Sampling:
     """How the next token is drawn; raises `UserError` for a value out of range."""
 
     temperature: float = 1.0  # of the softmax; 0: the likeliest token
-    top_k: int | None = None  # draw among so many of the likeliest tokens
-    top_p: float | None = None  # ... the fewest whose probability reaches it (arXiv 1904.09751)
+    top_k: int | None = None  # draw among this many likeliest tokens
+    top_p: float | None = None  # draw among the fewest that reach this probability (1904.09751)
 
     def __post_init__(self):
         t, k, p = self.temperature, self.top_k, self.top_p
@@ -59,8 +59,8 @@ def draw(logits, keys, sampling: Sampling):
 
 class _State(NamedTuple):
     logits: jax.Array  # [B, V] float32, of the next token
-    caches: tuple[Cache, ...]  # of each decoder, all of equal lengths
-    keys: jax.Array  # [B], of each sequence's draws
+    caches: tuple[Cache, ...]  # one for each decoder, all of equal lengths
+    keys: jax.Array  # [B], for the draws of each sequence
 
 
 class Generator:
@@ -205,3 +205,19 @@ def _decode(decoders, contrast, ends, params, routing_state, left, state, sampli
 
     tokens = jnp.full((left.shape[0], n_tokens), -1, jnp.int32)
     return jax.lax.while_loop(is_needed, one, (0, tokens, left, state))[1:]
+
+
+def continuations(model: Model, prompts, max_tokens, contrast=None, **settings):
+    """Yields the continuation of each prompt so far; characters with missing bytes are held back.
+
+    `model` and `contrast` are those of `Generator`, the other arguments those of its `stream`.
+    """
+    tokenizer = model.tokenizer
+    rows = [[model.start, *tokens.tolist()] for tokens in tokenizer.encode(prompts)]
+    # Some tokenizers drop the blank before the first word, so the prompt is decoded too.
+    heads = [tokenizer.decode(row) for row in rows]
+    for new in Generator(model, contrast).stream(list(map(list, rows)), max_tokens, **settings):
+        for row, tokens in zip(rows, new, strict=True):
+            row.extend(tokens)
+        pairs = zip(heads, map(tokenizer.decode, rows), strict=True)
+        yield [text.removeprefix(head).rstrip("\N{REPLACEMENT CHARACTER}") for head, text in pairs]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.generation import Generator, Sampling
-from aoe_jax.evaluation.scoring import Scorer
+from aoe_jax.evaluation.log_likelihoods import Scorer
 
 GENERATED_TOGETHER = 16  # prompts of a batch
 _CHUNK = 16  # tokens that are generated before the ends of texts are looked for

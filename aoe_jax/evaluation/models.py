@@ -22,7 +22,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import open_corpus, opened_before
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
 from aoe_jax.errors import DivergedError, UserError, naming, shown
-from aoe_jax.formats.reading import (
+from aoe_jax.formats.loading import (
     is_model,
     load_params,
     read_begin_token,
@@ -55,7 +55,7 @@ class Model:
     start: int  # the token before the first one of a text
     ends: list[int]  # the tokens that end a generated text
     prefix: list[int]  # tokens that the hub's tokenizer puts before every text
-    step: int | None  # of its training
+    step: int | None  # of its training; None: unknown
 
     @property
     def batch_shards(self):
@@ -92,12 +92,12 @@ def source_config(directory: Path) -> Config:
 
 
 def load_model(directory: Path, step="newest", mesh=None):
-    """Loads the `Model` of a training run, of the hub, of `aoe_jax.export` or `aoe_jax.convert`.
+    """Loads the `Model` in the workdir of a run, or in the directory of a model.
 
-    `directory` is the workdir of a run, or the directory of a model. `step` is a checkpoint of a
-    run: "newest", "best" or a number of steps. `mesh` says how the devices share the model, such as
-    "fsdp=4"; None: see `on_devices_here`. Raises `UserError` if there is no such model, it cannot
-    be read, or the mesh does not fit, and `DivergedError` if a parameter is not finite.
+    `step` is a checkpoint of a run: "newest", "best" or a number of steps. `mesh` says how the
+    devices share the model, such as "fsdp=4"; None: see `on_devices_here`. Raises `UserError` if
+    there is no such model, it cannot be read, or the mesh does not fit, and `DivergedError` if a
+    parameter is not finite.
     """
     if is_remote(directory) and is_model(directory):
         directory = local_copy(directory)
@@ -157,10 +157,9 @@ def check_split(split):
 def corpus_of(model: Model, directory: Path, named: str | None = None):
     """The `TokenisedCorpus` of a model: of the corpora `named` like `data.name`, else of its run.
 
-    A model, unlike a run, may come from anywhere, so it cannot choose a file to be read or a data
-    set to be downloaded: without names, only the bundled corpus is opened, or corpora that the user
-    has tokenised here before. Raises `UserError` if it cannot be read, has changed since the run,
-    or must be named.
+    A model, unlike a run, may come from anywhere, so it cannot choose what is read: without names,
+    only the bundled corpus is opened, or corpora that were tokenised here before. Raises
+    `UserError` if the corpus cannot be read, has changed since the run, or must be named.
     """
     data, vocab_size = model.config.data, model.config.model.vocab_size
     if named is not None:
@@ -183,10 +182,9 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
 def on_devices_here(config, axes=None):
     """The configuration of a model with a mesh of all devices here.
 
-    Batches may become larger, so that the devices divide them; only expert choice depends on that.
     `axes` are the devices along some axes, such as `{"fsdp": 4}`, the rest along `data`; None: the
-    mesh of training or, where it does not fit, all devices along `data`. Raises `UserError` if the
-    axes do not make up the devices, or do not divide the model.
+    mesh of training or, where it does not fit, all devices along `data`. Batches may become larger,
+    so that the devices divide them. Raises `UserError` if the axes do not fit devices or model.
     """
     n = jax.device_count()
     if axes is None:

@@ -1,4 +1,4 @@
-"""Scores a router MoE with its experts chosen by norms of what they compute, see `aoe_jax.probe`.
+"""Scores a router MoE whose experts are chosen by norms of their activations (`aoe_jax.probe`).
 
 All experts run up to a node, the norms there replace the router's logits, and the top K experts
 process the token (the paper's Tables 1, 6 and 7).
@@ -17,23 +17,22 @@ import jax.numpy as jnp
 from tabulate import tabulate
 from tqdm import tqdm
 
-from aoe_jax.compare.step_times import seconds_in_turn
 from aoe_jax.config.checks import require, require_flag
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
+from aoe_jax.evaluation.evaluate import TextTokens, read_text, write_report
 from aoe_jax.evaluation.models import Model, check_split, corpus_of, load_model
-from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
-from aoe_jax.evaluation.run import TextTokens, read_text, write_report
 from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
 from aoe_jax.moe.scoring import SCORES
 from aoe_jax.parameters import EXPERTS
 from aoe_jax.storage.files import make_folder
 from aoe_jax.storage.paths import parsed_path
+from aoe_jax.training.step_times import seconds_in_turn
+from aoe_jax.training.validation import compile_eval_step, evaluate_batches
 
 log = logging.getLogger(__name__)
 
-# What an expert has computed of tokens `x [T, d]` at a node, from its matrices, in the paper's
-# names: Wg, Wp, Wo are W_gate, W_up, W_down.
+# An expert's activations at a node for tokens `x [T, d]`; Wg and Wp of the paper are W_gate, W_up.
 NODES = {
     "x Wg": lambda x, w: x @ w["w_gate"],
     "x Wp": lambda x, w: x @ w["w_up"],
@@ -65,17 +64,17 @@ def by_chance(logits, weights, ctx):
 
 
 def by_norm(node, norm):
-    """The choice by a norm (of `NORMS`) of what experts have computed at a node (of `NODES`)."""
+    """Ranks experts by a norm (of `NORMS`) of their activations at a node (of `NODES`)."""
     return by_activations(NODES[node], NORMS[norm])
 
 
 def by_first_neurons(count, score):
-    """The choice by a score (of `moe.scoring.SCORES`) of the first gate neurons of experts."""
+    """Ranks experts by a score (of `moe.scoring.SCORES`) of their first gate neurons."""
     return by_activations(lambda x, w: x @ w["w_gate"][:, :count], SCORES[score])
 
 
 def by_activations(activations, score):
-    """The choice by `score(activations(x [T, d], matrices of an expert)) -> [T]`."""
+    """Ranks experts by `score(activations(x [T, d], matrices of an expert)) -> [T]`."""
 
     def choose(logits, weights, ctx):
         devices, dtype = ctx.devices, ctx.x.dtype
@@ -162,13 +161,9 @@ def probe_checkpoint(
     """Probes a model: prints a table, writes `probe.json`, and returns its content.
 
     The arguments are the flags of `aoe_jax.probe`; the settings are those of `tasks.load_tasks`.
-    Raises `UserError` as `check_probes`, `models.load_model`, `run.read_text` and
-    `tasks.load_tasks` do.
-
     The content is `step`, `tokens` and a list of `probes` with `node`, `norm`, `agreement` (the
     share of the chosen experts that the router would have chosen), `seconds_per_token`, `time`
-    (relative to the router's), and `nll` and `tasks` for each of `WEIGHTS`; a random choice has
-    equal weights only.
+    (relative to the router's), and `nll` and `tasks` for each of `WEIGHTS`.
     """
     check_split(split)
     make_folder(output, "output")
@@ -223,7 +218,7 @@ def _batches(model, checkpoint, text, corpora, split, n_tokens):
 
 
 def _run(model, choose, batches, score_tasks):
-    """The entry of a probe in the report, and a function that passes the first batch."""
+    """The entry of a probe in the report, and a function that runs the model on the first batch."""
     entry, timed = {"nll": {}, "tasks": {}}, None
     for weights in WEIGHTS if choose is not by_chance else ("equal",):
         decoder, is_unchanged = model.decoder, choose is by_router and weights == "softmax"

@@ -15,12 +15,12 @@ import datasets
 from aoe_jax.data.sotu import speech_files, split_of
 
 EXAMPLES = 40  # of a speech, at most
-PASSAGE_WORDS = 40  # of a cloze, at least
+PASSAGE_WORDS = 40  # minimum words of a cloze passage
 CONTEXT_WORDS, CONTINUATION_WORDS = 32, 16  # of a choice
 
 
 def cloze_examples(split):
-    """Dictionaries: `passage`, and its last `word` without the full stop."""
+    """Returns dicts: `passage`, and its last `word` without full stop."""
     examples = []
     for words in _speeches(split):
         passages, start = [], 0
@@ -35,7 +35,7 @@ def cloze_examples(split):
 
 
 def choice_examples(split):
-    """Dictionaries: `context`, four `continuations`, and `label`, the index of the right one."""
+    """Returns dicts: `context`, four `continuations`, and `label`, the index of the right one."""
     pieces, size = [], CONTEXT_WORDS + CONTINUATION_WORDS
     for words in _speeches(split):
         for start in _spread(range(0, len(words) - size, size)):

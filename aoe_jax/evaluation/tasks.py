@@ -27,9 +27,9 @@ except ModuleNotFoundError as e:
     raise UserError("--tasks needs the package lm-eval; run `pip install '.[eval]'`") from e
 
 from aoe_jax.config.checks import require_flag
+from aoe_jax.evaluation.evaluate import write_report
 from aoe_jax.evaluation.harness import HarnessModel
 from aoe_jax.evaluation.models import check_split, load_model
-from aoe_jax.evaluation.run import write_report
 from aoe_jax.evaluation.speeches import SPEECH_TASKS, speech_task
 from aoe_jax.model.decoding import check_decodes
 from aoe_jax.storage.files import read_json
@@ -226,7 +226,7 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
 
     Each task is entered in `tasks.json`, which keeps the results of others. The arguments are those
     of `models.load_model`, `score_tasks` and `load_tasks`. Raises `UserError` as `load_tasks`,
-    `models.load_model`, `scoring.Scorer` and, for tasks that generate text, `check_decodes` do.
+    `models.load_model`, `Scorer` and, for tasks that generate text, `check_decodes` do.
     """
     wanted = "no such directory; name that of a training run or of a model"
     require_flag(workdir.is_dir(), "workdir", workdir, wanted)

@@ -1,1 +1,1 @@
-"""Models as safetensors and `config.json`: of the Hugging Face hub, and our own format `aoe`."""
+"""Reads and writes Hugging Face models and our own format `aoe`."""

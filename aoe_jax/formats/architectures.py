@@ -17,6 +17,7 @@ float32 in every model. A layer of a dense model has the tensors of experts with
 the dense layers before those of experts have the tensors of a Llama.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -44,11 +45,8 @@ def _table(text):
 _DECODER = _table("""
     embed/embedding                  model.embed_tokens.weight
     output/embedding                 lm_head.weight
-    output_bias                      lm_head.bias
     final_norm/scale                 model.norm.weight
-    final_norm/bias                  model.norm.bias
     layers/attention_norm/scale      input_layernorm.weight
-    layers/attention_norm/bias       input_layernorm.bias
     layers/attention/q               self_attn.q_proj.weight                   Hh d
     layers/attention/k               self_attn.k_proj.weight                   Gh d
     layers/attention/v               self_attn.v_proj.weight                   Gh d
@@ -62,7 +60,6 @@ _DECODER = _table("""
     layers/attention/q_head_norm     self_attn.q_norm.weight
     layers/attention/k_head_norm     self_attn.k_norm.weight
     layers/experts_norm/scale        post_attention_layernorm.weight
-    layers/experts_norm/bias         post_attention_layernorm.bias
 """)
 _MIXTRAL_EXPERTS = _table("""
     layers/experts/w_router          block_sparse_moe.gate.weight              n d
@@ -129,8 +126,6 @@ _DEFAULTS = {
     "tie_word_embeddings": False,
     "attention_bias": False,
     "norm_topk_prob": False,
-    "router_jitter_noise": 0.01,
-    "lm_head_bias": False,
 }
 _ONLY = {"hidden_act": ("silu",), "quantization_config": (None,)}
 _QWEN = {"use_sliding_window": (False,)}  # without it `sliding_window` has no effect
@@ -155,7 +150,6 @@ class Architecture(NamedTuple):
     constants: dict[str, Any] = _ROUTER  # fields of `Config` common to all
     rope_theta: float = 1e6  # where config.json has none
     rope_types: tuple[str, ...] = ("default", "longrope")
-    rope_scale: str = "attention_factor"  # the setting of longrope that scales
     rope_share: float = 1.0  # where config.json has no partial_rotary_factor
     aliases: tuple[tuple[str, str], ...] = ()  # other names of fields, and the names here
 
@@ -199,19 +193,6 @@ ARCHITECTURES = {
         only=_ONLY | {"clip_qkv": (None,)},
         constants=_ROUTER | {"model.qk_norm": "all"},
         rope_theta=1e4,
-    ),
-    "phimoe": Architecture(
-        "PhimoeForCausalLM",
-        tensors=_DECODER | _MIXTRAL_EXPERTS,
-        fields=_fields_with(
-            num_local_experts="experts.n_experts",
-            router_jitter_noise="routing.jitter",
-            attention_bias="model.attention_bias",
-            lm_head_bias="model.output_bias",
-        ),
-        only=_ONLY | {"num_experts_per_tok": (2,)},
-        constants=_ROUTER | {"routing.name": "sparsemixer", "model.norm": "layer"},
-        rope_scale="short_mscale",
     ),
     "qwen2_moe": Architecture(
         "Qwen2MoeForCausalLM",
@@ -298,11 +279,9 @@ ARCHITECTURES = {
             gate_rank="experts.d_low",
             score="experts.score",
             norm_topk_prob="routing.norm_topk_prob",
-            norm="model.norm",
             qk_norm="model.qk_norm",
             attention_bias="model.attention_bias",
             qkv_bias="model.qkv_bias",
-            lm_head_bias="model.output_bias",
             shared_expert_intermediate_size="experts.d_shared",
             shared_expert_gate="experts.shared_gate",
             first_k_dense_replace="model.n_dense_layers",
@@ -374,7 +353,7 @@ class Layout:
         `bounds` has `(first, end)` of the part by axis; all of an axis that it lacks.
         """
         bounds = {axis: (0, size) for axis, size in self.sizes.items()} | (bounds or {})
-        for numbers in _product([range(*bounds[axis]) for axis in self._named]):
+        for numbers in itertools.product(*(range(*bounds[axis]) for axis in self._named)):
             at = dict(zip(self._named, numbers, strict=True))
             index = tuple(at[axis] - bounds[axis][0] for axis in at)
             if "L" in at:
@@ -394,16 +373,6 @@ class Layout:
     def to_file(self, part: np.ndarray):
         """A whole tensor, from its part of the parameter."""
         return part.transpose([self._axes.index(axis) for axis in self._order]).reshape(self.shape)
-
-
-def _product(ranges: list[range]) -> Iterator[tuple[int, ...]]:
-    """Like `itertools.product`, without listing the ranges, which can be long."""
-    if not ranges:
-        yield ()
-        return
-    for number in ranges[0]:
-        for others in _product(ranges[1:]):
-            yield number, *others
 
 
 def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str, Layout]:

@@ -8,6 +8,7 @@ import math
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from aoe_jax.config.checks import differences
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, shown
 from aoe_jax.formats.architectures import ARCHITECTURES, NOT_IMPLEMENTED, OWN
@@ -32,8 +33,6 @@ def computed_fields(config: Config):
     model, experts, routing, groups = config.model, config.experts, config.routing, config.to_dict()
     fields = flatten_dict({name: groups[name] for name in ("model", "experts", "routing")}, sep=".")
     fields |= {"model.n_kv_heads": model.kv_heads, "model.head_dim": model.head_width}
-    if set(model.rope_factors) == {1}:  # as `_rope_scaling` writes a scale alone
-        fields["model.rope_factors"] = []
     fields["experts.d_wide"] = experts.width(model.d_model)
     # These decide how a model is computed, but not its results; d_wide follows from the last two.
     unused = {"model.dtype", "model.remat", "model.unroll", "model.attention", "model.max_len"}
@@ -48,15 +47,6 @@ def computed_fields(config: Config):
     if experts.kind == "dense":
         unused.add("experts.n_experts")
     return {name: value for name, value in fields.items() if name not in unused}
-
-
-def differences(there, here):
-    """A sentence for each field whose values differ in two configurations `{field: value}`."""
-    return {
-        name: f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-    }
 
 
 def from_json(values: dict):
@@ -174,7 +164,7 @@ def _rotary_settings(values):
     wanted = "only one setting for all layers is"
     _require(is_one, f"rotary positions {shown(rope)} are not implemented; {wanted}")
 
-    def setting(name, default):
+    def setting(name, default=None):
         given = [where[name] for where in (rope, values) if where.get(name) is not None]
         found = " and ".join(map(shown, given))
         _require(given[:1] == given[-1:], f"{name} is {found}; leave one")
@@ -193,18 +183,20 @@ def _rotary_fields(values):
     _require(is_known, f"partial_rotary_factor={shown(share)} is not implemented; only 1 is")
     fields = {"model.rope_base": setting("rope_theta", architecture.rope_theta)}
     fields["model.rope_share"] = share
-    if kind != "longrope":
-        return fields
-    # Only the short factors are read, so `model.max_len` is the length up to which they hold.
-    names = ("short_factor", architecture.rope_scale, "original_max_position_embeddings")
-    factors, scale, length = (setting(name, None) for name in names)
-    for name, value in zip(names, (factors, scale, length), strict=True):
-        _require(value is not None, f"{name} is missing, which rope_type 'longrope' needs")
+    if kind == "longrope":
+        fields["model.rope_factors"] = _longrope_factors(setting)
+    return fields
+
+
+def _longrope_factors(setting):
+    """The rotary factors of a `config.json` with the LongRoPE that `_rope_scaling` writes."""
+    factors, long, scale = map(setting, ("short_factor", "long_factor", "attention_factor"))
     are_numbers = isinstance(factors, list) and all(map(NUMBER.holds, factors))
     _require(are_numbers, f"short_factor={shown(factors)}: must be a list of numbers")
-    factors = tuple(map(float, factors))
-    longrope = {"model.rope_factors": factors, "model.rope_scale": scale, "model.max_len": length}
-    return fields | longrope
+    wanted = "is not implemented; only factors equal to short_factor are"
+    _require(long == factors, f"long_factor={shown(long)} {wanted}")
+    _require(scale == 1, f"attention_factor={shown(scale)} is not implemented; only 1 is")
+    return tuple(map(float, factors))
 
 
 def _with_llama3_factors(values, config):
@@ -218,7 +210,7 @@ def _with_llama3_factors(values, config):
     if kind != "llama3":
         return config
     names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-    found = [setting(name, None) for name in names]
+    found = [setting(name) for name in names]
     for name, value in zip(names, found, strict=True):
         is_right = value is not None and NUMBER.holds(value) and 0 < value < math.inf
         wanted = "must be a number greater than 0 with rope_type 'llama3'"
@@ -287,20 +279,20 @@ def _hub_json(config, model_type):
 
 
 def _rope_scaling(model_type, model):
-    """The rotary factors and scale of any origin, as those of LongRoPE.
+    """The rotary factors as those of LongRoPE, which every architecture has.
 
     Transformers 4 reads them as `rope_scaling` only. Our own format has `rope_parameters`, because
     with `rope_scaling` `AutoTokenizer` fails without our classes.
     """
-    if not model.rope_factors and model.rope_scale == 1:
+    if not model.rope_factors:
         return {}
-    factors = list(model.rope_factors) or [1.0] * (model.rope_width // 2)
+    factors = list(model.rope_factors)
     scaling = {
         "rope_type": "longrope",
         "short_factor": factors,
         "long_factor": factors,
         "factor": 1.0,
-        "attention_factor": model.rope_scale,
+        "attention_factor": 1.0,
         "original_max_position_embeddings": model.max_len,
     }
     return {"rope_parameters" if model_type == OWN else "rope_scaling": scaling}

@@ -7,7 +7,7 @@ from tabulate import tabulate
 from aoe_jax.config.run import Config
 from aoe_jax.formats.architectures import OWN
 from aoe_jax.formats.configs import computed_fields
-from aoe_jax.planning.counts import parameter_counts
+from aoe_jax.model.counts import parameter_counts
 from aoe_jax.storage.files import COUNT, TEXT, or_none, read_json
 
 _FIGURES = ("nll", "perplexity", "bits_per_byte")
@@ -84,23 +84,18 @@ def write_card(directory: Path, name: str, values: dict, config: Config, origin:
     and `origin` a section of `training` or `made_of`.
     """
     fields = {"model.max_len": config.model.max_len} | computed_fields(config)
-    is_own, is_loaded = values["model_type"] == OWN, "auto_map" in values
-    trust, classes = "", f"`transformers` loads it as `{values['architectures'][0]}`:\n"
-    if is_loaded:
-        trust = ", trust_remote_code=True"
+    library, loaded = "transformers", _LOADED.format(trust="")
+    classes = f"`transformers` loads it as `{values['architectures'][0]}`:\n"
+    if "auto_map" in values:
+        loaded = _LOADED.format(trust=", trust_remote_code=True")
         classes = "`transformers` loads it with `modeling_aoe.py`:\n"
-    elif is_own:
+    elif values["model_type"] == OWN:
+        library, loaded = "aoe_jax", ""
         classes = "`transformers` has no class for this model."
-    card = _CARD.format(
-        library="aoe_jax" if is_own and not is_loaded else "transformers",
-        name=name,
-        kind=config.experts.kind,
-        counts=parameter_counts(config),
-        fields=tabulate(fields.items(), ("field", "value"), "github", missingval="None"),
-        origin=origin,
-        classes=classes,
-        loaded="" if is_own and not is_loaded else _LOADED.format(trust=trust),
-    )
+    table = tabulate(fields.items(), ("field", "value"), "github", missingval="None")
+    about = {"name": name, "kind": config.experts.kind, "counts": parameter_counts(config)}
+    about |= {"library": library, "fields": table, "origin": origin}
+    card = _CARD.format(**about, classes=classes, loaded=loaded)
     (directory / "README.md").write_text(card)
 
 

@@ -10,15 +10,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from aoe_jax.errors import UserError, shown
-from aoe_jax.storage.files import matching, open_regular, read_json, write_json
+from aoe_jax.errors import UserError
+from aoe_jax.storage.files import matching, read_json, write_json
 from aoe_jax.storage.retry import patiently_if_allowed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2_000_000_000
-_INDEX_BYTES = 2**26  # of the index of the largest models of the hub: 20 MB
+_INDEX_BYTES = 2**26  # at most; the largest models of the hub have an index of 20 MB
 _FILE = matching(re.compile(r"[^/\0-\x1f]+\.safetensors"), "the name of a safetensors file")
-_NAME_CHARACTERS = 1000  # the longest name of a tensor
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -89,8 +88,6 @@ def _read_header(path):
         raise UserError(f"{what} ({e}); it is no safetensors file, or damaged") from e
     stored = {}
     for name, (shape, dtype) in tensors.items():
-        if not name.isprintable() or len(name) > _NAME_CHARACTERS:
-            raise UserError(f"{path}: tensor {shown(name)}: no model has such a name")
         if dtype not in _DTYPES:
             wanted = f"is of type {dtype}; only {', '.join(_DTYPES)} can be read"
             raise UserError(f"{path}: tensor {name} {wanted}")
@@ -99,7 +96,6 @@ def _read_header(path):
 
 
 def _shapes_and_dtypes(path):
-    open_regular(path).close()  # the library would wait for the writer of a FIFO
     with safe_open(path, framework="numpy") as file:
         tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no dict
         return {name: (tuple(t.get_shape()), t.get_dtype()) for name, t in tensors.items()}
@@ -113,7 +109,7 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):
     """
     shards, total = [], 0  # the names of the tensors in each file
     for shard in _shards(tensors):
-        # transformers asks for the orientation of torch.
+        # transformers requires this metadata.
         save_file(shard, directory / f"{len(shards)}.partial", {"format": "pt"})
         total += sum(a.nbytes for a in shard.values())
         shards.append(list(shard))

@@ -22,17 +22,14 @@ from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import Method, TopK
 from aoe_jax.moe.scoring import KEPT_ROUTING
-from aoe_jax.parameters import DECODER
 
 # Recomputed in the backward pass, which would otherwise keep several float32 copies of their input.
 RMSNorm = nn.remat(nn.RMSNorm, prevent_cse=False)
-LayerNorm = nn.remat(nn.LayerNorm, prevent_cse=False)
 
 
 def make_norm(c: ModelConfig):
     """The norm before attention, experts and output projection, as a module."""
-    norm = RMSNorm if c.norm == "rms" else partial(LayerNorm, use_fast_variance=False)
-    return norm(epsilon=c.norm_eps, dtype=jnp.dtype(c.dtype))
+    return RMSNorm(epsilon=c.norm_eps, dtype=jnp.dtype(c.dtype))
 
 
 def dense_layer(c: ModelConfig):
@@ -146,9 +143,6 @@ class Decoder(nn.Module):
         kind = self.experts, self.routing, self.balance
         self.layers = stack(c.n_layers, *kind, observe=self.observe)
         self.final_norm = make_norm(c)
-        if c.output_bias:
-            init = DECODER["output_bias"].init
-            self.output_bias = self.param("output_bias", init, (c.vocab_size,))
 
     def features(
         self,
@@ -186,7 +180,7 @@ class Decoder(nn.Module):
         """Logits `[B, S, V]` float32, and `LayerStats` stacked over layers; see `features`."""
         hidden, stats = self.features(tokens, segment_ids, token_weights, routing_state)
         table = (self.embed if self.model.tie_embeddings else self.output).embedding
-        return logits(hidden, table, self.output_bias if self.model.output_bias else None), stats
+        return logits(hidden, table), stats
 
 
 def initial_params(config: Config, seed):
@@ -205,5 +199,5 @@ def initial_routing_state(config: Config):
 
 
 def output_projection(params):
-    """`(table [V, d], bias [V] or None)` of the parameters; the table may be that of the input."""
-    return params.get("output", params["embed"])["embedding"], params.get("output_bias")
+    """The table `[V, d]` of the output projection, which may be that of the embedding."""
+    return params.get("output", params["embed"])["embedding"]

@@ -104,7 +104,7 @@ def extend(decoder: Decoder, params, routing_state, tokens, cache):
 
 def output_logits(params, hidden):
     """`hidden [B, S, d]` -> `[B, S, V]` float32."""
-    return logits(hidden, *output_projection(params))
+    return logits(hidden, output_projection(params))
 
 
 def _through_layers(d, params, routing_state, tokens, cache):

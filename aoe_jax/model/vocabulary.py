@@ -23,51 +23,44 @@ def embed(table, tokens, dtype):
     return over_mesh(local, (_TABLE, token_spec(2)), token_spec(2, None))(table, tokens)
 
 
-def logits(hidden, table, bias=None):
-    """`hidden [..., d]`, `table [V, d]`, `bias [V]` or None -> `[..., V]`, float32 at least."""
+def logits(hidden, table):
+    """`hidden [..., d]`, `table [V, d]` -> `[..., V]`, float32 at least."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    y = jnp.einsum(
+    return jnp.einsum(
         "...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=dtype
     )
-    return y if bias is None else y + bias
 
 
-def sum_over_tokens(function, hidden, table, bias, targets, weights):
+def sum_over_tokens(function, hidden, table, targets, weights):
     """A function of the output projection, summed over the tokens of all devices.
 
     Args:
       function: `(hidden [N, d], table [V, d], targets [N], weights [N]) -> []`, or several sums.
       hidden: `[B, S, d]`, or a tuple of such arrays, which the function then takes.
-      bias: `[V]` or None. The function gets it as one more column of the table, with ones in
-        `hidden`.
       targets, weights: `[B, S]`.
     """
     # The sum over devices is here, because a `psum` inside has a `psum` as its derivative, which
     # XLA:CPU may run beside the collectives of the layers' loop, and deadlock.
     values, out_spec = (targets, weights), PartitionSpec(MESH_AXES)
-    sums = _over_tokens(function, hidden, table, bias, values, out_spec, lambda a, _: a[None])
+    sums = _over_tokens(function, hidden, table, values, out_spec, lambda a, _: a[None])
     return jax.tree.map(jnp.sum, sums)
 
 
-def on_each_token(function, hidden, table, bias, *values):
+def on_each_token(function, hidden, table, *values):
     """A function of the output projection with a result per token, on the tokens of each device.
 
     `function(hidden [N, d], table [V, d], *values [N]) -> arrays [N]`; `values` are `[B, S]`, and
     so are the arrays of the result, a tuple. Other arguments: see `sum_over_tokens`.
     """
-    return _over_tokens(function, hidden, table, bias, values, token_spec(2), jnp.reshape)
+    return _over_tokens(function, hidden, table, values, token_spec(2), jnp.reshape)
 
 
-def _over_tokens(function, hidden, table, bias, values, out_spec, finish):
-    def local(devices, hidden, table, bias, *values):
+def _over_tokens(function, hidden, table, values, out_spec, finish):
+    def local(devices, hidden, table, *values):
         hidden = jax.tree.map(lambda h: h.reshape(-1, h.shape[-1]), hidden)
         table = devices.gather_weight(EMBEDDING, table)
-        if bias is not None:
-            ones = lambda h: jnp.concatenate([h, jnp.ones_like(h[:, :1])], axis=1)  # noqa: E731
-            hidden = jax.tree.map(ones, hidden)
-            table = jnp.concatenate([table, bias[:, None].astype(table.dtype)], axis=1)
         results = function(hidden, table, *(a.reshape(-1) for a in values))
         return jax.tree.map(lambda a: finish(a, values[0].shape), results)
 
-    in_specs = (token_spec(2, None), _TABLE, PartitionSpec(), *(token_spec(2) for _ in values))
-    return over_mesh(local, in_specs, out_spec)(hidden, table, bias, *values)
+    in_specs = (token_spec(2, None), _TABLE, *(token_spec(2) for _ in values))
+    return over_mesh(local, in_specs, out_spec)(hidden, table, *values)

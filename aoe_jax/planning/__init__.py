@@ -1,1 +1,1 @@
-"""What a run costs before it starts: counts, plans, costs of programs, checks of a machine."""
+"""What a training step costs: plans for absent machines, and checks of the machine here."""

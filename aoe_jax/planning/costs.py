@@ -27,43 +27,15 @@ from aoe_jax.planning.hlo import parse
 KERNEL_COSTS = tuple(m.kernel_cost for m in (splash, cudnn, megablox, mosaic_gpu))
 
 # Named scopes of the train step.
-SCOPES = (
-    "embed",
-    "attention",
-    "score",
-    "route",
-    "balance",
-    "plan",
-    "dispatch",
-    "experts",
-    "combine",
-    "loss",
-    "update",
-)
+_OF_EXPERTS = ("score", "route", "balance", "plan", "dispatch", "experts", "combine")
+SCOPES = ("embed", "attention", *_OF_EXPERTS, "loss", "update")
 # Operations without work of their own. The work of a `-done` counts in its `-start`.
-_FREE = {
-    "add-dependency",
-    "after-all",
-    "async-update",
-    "bitcast",
-    "constant",
-    "domain",
-    "get-dimension-size",
-    "get-tuple-element",
-    "opt-barrier",
-    "parameter",
-    "partition-id",
-    "replica-id",
-    "tuple",
-}
+_FREE = {"add-dependency", "after-all", "async-update", "bitcast", "constant", "domain", "tuple"}
+_FREE |= {"get-dimension-size", "get-tuple-element", "opt-barrier", "parameter"}
+_FREE |= {"partition-id", "replica-id"}
 _ASYNC = ("AsyncCollectiveStart", "AsyncCollectiveDone")
-_FREE_KERNELS = {
-    "AllocateBuffer",
-    "AssumeGatherIndicesInBound",
-    "AsyncCollectiveDone",
-    "ConcatBitcast",
-    "GatherScatterIndicesBitpacked",
-}
+_FREE_KERNELS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone"}
+_FREE_KERNELS |= {"ConcatBitcast", "GatherScatterIndicesBitpacked"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +46,7 @@ class Operation:
     opcode: str
     op_name: str  # the path of named scopes and transformations in JAX
     times: float = 1
-    hbm_bytes: float = 0.0  # each time, like the fields below
+    hbm_bytes: float = 0.0  # per execution, as are the next fields
     flops: float = 0.0
     # FLOPs of a busy matrix unit in the same time: more where a kernel leaves parts of it idle.
     occupied_flops: float = 0.0
@@ -165,16 +137,8 @@ class Program:
         if not op_name and i.opcode == "fusion":
             op_name = _root(self._fused(i)).op_name
         flops = self._flops(i, known)
-        operation = Operation(
-            i.name,
-            i.target or i.opcode,
-            op_name,
-            times,
-            self._traffic(i, known),
-            flops,
-            flops,
-            float(cycles) if cycles else None,
-        )
+        costs = self._traffic(i, known), flops, flops, float(cycles) if cycles else None
+        operation = Operation(i.name, i.target or i.opcode, op_name, times, *costs)
         if i.opcode == "custom-call" and (cost := self._kernel_cost(i, known)):
             flops, traffic, *occupied = cost
             occupied = occupied[0] if occupied else flops
@@ -407,15 +371,9 @@ def _convolution_flops(i, known):
         def setting(name, default):
             return int(window[name].split("x")[axis].split("_")[0]) if name in window else default
 
-        products *= _valid_products(
-            lhs[of_lhs.index(label)],
-            rhs[of_rhs.index(label)],
-            out[of_out.index(label)],
-            setting("stride", 1),
-            setting("pad", 0),
-            setting("lhs_dilate", 1),
-            setting("rhs_dilate", 1),
-        )
+        sizes = lhs[of_lhs.index(label)], rhs[of_rhs.index(label)], out[of_out.index(label)]
+        names = {"stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
+        products *= _valid_products(*sizes, *(setting(*item) for item in names.items()))
     n_groups = int(i.attribute(r"batch_group_count=(\d+)") or 1)
     batch = out[of_out.index("b")] if n_groups == 1 else lhs[of_lhs.index("b")] / n_groups
     return 2.0 * products * rhs[of_rhs.index("i")] * out[of_out.index("f")] * batch

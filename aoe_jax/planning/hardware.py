@@ -23,11 +23,12 @@ from jax.experimental import topologies
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
+from aoe_jax.training.peaks import PEAK_FLOPS, count_chips
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Figures of a chip that need not be present; a v4 or tpu7x chip may be two devices."""
+    """Peaks of a chip that need not be present; a v4 or tpu7x chip may be two devices."""
 
     flops: float  # per second, bfloat16, dense
     hbm_bytes: float
@@ -42,10 +43,10 @@ class Chip:
     devices: float = 1  # devices of a chip
 
     def part(self, share):
-        """The figures of a device that is a share of the chip."""
+        """The peaks of a device that is a share of the chip."""
         names = ("flops", "hbm_bytes", "hbm_bandwidth", "link_bandwidth", "slice_bandwidth")
-        figures = {name: share * getattr(self, name) for name in names}
-        return replace(self, devices=self.devices / share, **figures)
+        own = {name: share * getattr(self, name) for name in names}
+        return replace(self, devices=self.devices / share, **own)
 
     def group_bandwidth(self, shape, n_devices):
         """Bytes per second into a device from the others of a group, in a ring algorithm.
@@ -72,59 +73,28 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32e9, 1.23e12, 300e9, 3.1e9, 1.05e9, n_links=6, ring=4),
-    "v5e": Chip(197e12, 16e9, 0.82e12, 200e9, 3.1e9, 1.5e9, n_links=4, ring=16),
-    "v5p": Chip(459e12, 95e9, 2.77e12, 600e9, 6.2e9, 1.75e9, n_links=6, ring=4),
-    "v6e": Chip(918e12, 32e9, 1.64e12, 400e9, 12.5e9, 1.75e9, n_links=4, ring=16),
-    "tpu7x": Chip(2307e12, 192e9, 7.38e12, 600e9, 12.5e9, n_links=6, ring=4),
-    "a100": Chip(312e12, 80e9, 2.04e12, 300e9, 25e9),
-    "l4": Chip(121e12, 24e9, 0.3e12, 32e9, 1.6e9),
-    "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 50e9),
-    "b200": Chip(2250e12, 180e9, 7.7e12, 900e9, 50e9),
+    "v4": Chip(PEAK_FLOPS["TPU v4"], 32e9, 1.23e12, 300e9, 3.1e9, 1.05e9, n_links=6, ring=4),
+    "v5e": Chip(PEAK_FLOPS["TPU v5e"], 16e9, 0.82e12, 200e9, 3.1e9, 1.5e9, n_links=4, ring=16),
+    "v5p": Chip(PEAK_FLOPS["TPU v5p"], 95e9, 2.77e12, 600e9, 6.2e9, 1.75e9, n_links=6, ring=4),
+    "v6e": Chip(PEAK_FLOPS["TPU v6e"], 32e9, 1.64e12, 400e9, 12.5e9, 1.75e9, n_links=4, ring=16),
+    "tpu7x": Chip(PEAK_FLOPS["TPU7x"], 192e9, 7.38e12, 600e9, 12.5e9, n_links=6, ring=4),
+    "a100": Chip(PEAK_FLOPS["NVIDIA A100-SXM4-80GB"], 80e9, 2.04e12, 300e9, 25e9),
+    "l4": Chip(PEAK_FLOPS["NVIDIA L4"], 24e9, 0.3e12, 32e9, 1.6e9),
+    "h100": Chip(PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 80e9, 3.35e12, 450e9, 50e9),
+    "b200": Chip(PEAK_FLOPS["NVIDIA B200"], 180e9, 7.7e12, 900e9, 50e9),
 }
-
-# Generations by `jax.Device.device_kind`. Names must match whole, because other forms of a GPU have
-# other peaks.
-GENERATIONS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "tpu7x",
-    "NVIDIA A100-SXM4-80GB": "a100",
-    "NVIDIA L4": "l4",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA B200": "b200",
-}
-# FLOPs per second of a chip in bfloat16, dense, by the same names.
-PEAK_FLOPS = {kind: CHIPS[generation].flops for kind, generation in GENERATIONS.items()} | {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA GH200 480GB": 989e12,
-    "NVIDIA GH200 144G HBM3e": 989e12,
-}
+# Generations by `jax.Device.device_kind`.
+GENERATIONS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+GENERATIONS |= {f"TPU {name}": name for name in ("v4", "v5e", "v5p", "v6e")}
+GENERATIONS |= {"NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 80GB HBM3": "h100"}
+GENERATIONS |= {"NVIDIA L4": "l4", "NVIDIA B200": "b200"}
 
 _PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which figures depend
 
 
-def count_chips(devices):
-    """The number of chips; TPU devices with the same coordinates are one chip."""
-    if devices[0].platform != "tpu":
-        return len(devices)
-    return len({(getattr(d, "slice_index", None), *d.coords) for d in devices})
-
-
 def chip_part(generation, devices):
-    """The `Chip` figures of one of the devices of a generation, a name of `CHIPS`."""
+    """The peaks of one device; `generation` is a key of `CHIPS`."""
     return CHIPS[generation].part(count_chips(devices) / len(devices))
 
 
@@ -135,14 +105,8 @@ def slice_shape(devices):
     return tuple(max(sizes) + 1 for sizes in zip(*(d.coords for d in devices), strict=True))
 
 
-def peak_flops_per_device(devices):
-    """Peak bfloat16 FLOPs per second of one of the devices, all of one kind; None if unknown."""
-    peak = PEAK_FLOPS.get(devices[0].device_kind)
-    return peak and peak * count_chips(devices) / len(devices)
-
-
-def published_figures(devices):
-    """The `Chip` figures of a device, for devices of one kind; None if they are unknown."""
+def published_peaks(devices):
+    """The `Chip` of a device, for devices of one kind; None if its peaks are unknown."""
     generation = GENERATIONS.get(devices[0].device_kind)
     return generation and chip_part(generation, devices)
 

@@ -7,16 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}  # bits of types whose names do not end in them
-_COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "collective-broadcast",
-    "collective-permute",
-    "ragged-all-to-all",
-    "reduce-scatter",
-)
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # other names end in their number of bits
+_COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "ragged-all-to-all", "reduce-scatter"}
+_COLLECTIVES |= {"collective-broadcast", "collective-permute"}
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from aoe_jax import sharding
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
+from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.planning.communication import collectives
 from aoe_jax.planning.costs import KERNEL_COSTS, Program, likely_seconds, scope
-from aoe_jax.planning.counts import parameter_counts, training_flops_per_token
 from aoe_jax.planning.hardware import chip_part, compiling_for, slice_shape
 from aoe_jax.planning.hlo import compile_and_read
 from aoe_jax.training.step import init_state, train_step_on, training_loss
@@ -61,15 +61,12 @@ def abstract_batch(config, n_rows, split=None):
 def plan(config: Config, generation, devices, compiles=True, chip=None):
     """Compiles the train step of a configuration for the devices of a topology.
 
-    `generation` is a name of `hardware.CHIPS`, and `chip` the figures of a device as a
-    `hardware.Chip`; None: those of the generation. Unless it `compiles`, the step is only traced,
-    in seconds. Memory, compiled FLOPs and whether it fits are then None.
+    `generation` is a name of `hardware.CHIPS`, and `chip` the `hardware.Chip` of a device; None:
+    that of the generation. Unless it `compiles`, the step is only traced, in seconds; memory,
+    compiled FLOPs and whether it fits are then None.
 
-    Returns the content of `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`,
-    `memory_bytes` {`state`, `activations`, `temp`, `total`}, `flops` {`compiled`, `useful`},
-    `collective_bytes` by kind, `collectives` by kind and mesh axes, `step_seconds`, `bound_by`,
-    `mfu_bound`, `compile_seconds`, `likely_mfu` and the keys `LIKELY`, these None without an
-    optimised program. Bytes and FLOPs are per device and step.
+    Returns the content of `--json`. Bytes and FLOPs are per device and step; `likely_mfu` and the
+    keys `LIKELY` are None without an optimised program.
     """
     n_devices = len(devices)
     config = sharding.fill_mesh(config, n_devices)
@@ -257,31 +254,29 @@ def table(report):
     memory, flops = report["memory_bytes"], report["flops"]
     mesh = ", ".join(f"{name} {value}" for name, value in report["mesh"].items())
     mesh += f"; model.unroll {report['unroll']}" if report["unroll"] > 1 else ""
-    compiled = "not counted"
-    if flops["compiled"] is not None:
-        compiled = f"{flops['compiled'] / flops['useful']:.3f} of useful"
+    ratio = flops["compiled"] and f"{flops['compiled'] / flops['useful']:.3f} of useful"
     seconds = ", ".join(f"{name} {value:.3f} s" for name, value in report["seconds"].items())
-    lines = {
-        "parameters": f"{report['parameters'] / 1e6:,.0f}M, "
-        f"{report['active_parameters'] / 1e6:,.0f}M active; "
+    sizes = {name: gigabytes(size) for name, size in memory.items()}
+    total, active = report["parameters"] / 1e6, report["active_parameters"] / 1e6
+    rows = [
+        f"{report['devices']} devices of {report['generation']}: {mesh}",
+        f"parameters      {total:,.0f}M, {active:,.0f}M active; "
         f"{report['tokens_per_step']:,} tokens a step",
-        "memory": f"{gigabytes(memory['total'])} of {gigabytes(report['hbm_bytes'])} a device: "
-        f"state {gigabytes(memory['state'])}, temporary {gigabytes(memory['temp'])} "
-        f"(kept activations about {gigabytes(memory['activations'])})",
-        "FLOPs": f"{flops['useful'] / 1e12:.2f}T useful a device and step; compiled {compiled}",
-        "step": f"at least {report['step_seconds']:.3f} s, bound by {report['bound_by']} "
+        f"memory          {sizes['total']} of {gigabytes(report['hbm_bytes'])} a device: state "
+        f"{sizes['state']}, temporary {sizes['temp']} (activations about {sizes['activations']})",
+        f"FLOPs           {flops['useful'] / 1e12:.2f}T useful a device and step; compiled "
+        f"{ratio or 'not counted'}",
+        f"step            at least {report['step_seconds']:.3f} s, bound by {report['bound_by']} "
         f"({seconds}); MFU at most {report['mfu_bound']:.2f}",
-        "compiled in": f"{report['compile_seconds']:.0f} s",
-    }
-    if report["likely_step_seconds"]:
+        f"compiled in     {report['compile_seconds']:.0f} s",
+    ]
+    if likely := report["likely_step_seconds"]:
         parts = report["seconds_by_scope"].items()
         by_scope = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in parts)
-        lines["likely step"] = (
-            f"{report['likely_step_seconds']:.3f} s, MFU {report['likely_mfu']:.2f}; "
+        rows.append(
+            f"likely step     {likely:.3f} s, MFU {report['likely_mfu']:.2f}; "
             f"{gigabytes(report['hbm_traffic_bytes'])} of HBM traffic; in ms: {by_scope}"
         )
-    rows = [f"{report['devices']} devices of {report['generation']}: {mesh}"]
-    rows += [f"{name:<15} {text}" for name, text in lines.items()]
     for entry in report["collectives"]:
         what = f"{entry['count']:6} over {'+'.join(entry['axes'])}"
         rows.append(f"{entry['kind']:<15} {what}: {gigabytes(entry['bytes'])} received")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from aoe_jax.errors import DivergedError
-from aoe_jax.load_figures import dead_experts
+from aoe_jax.training.load_statistics import dead_experts
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,8 @@ from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.distributed import all_agree, gathered, together
 from aoe_jax.errors import DivergedError, Stopped, UserError
-from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
+from aoe_jax.model.counts import log_run
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.planning.counts import log_run
 from aoe_jax.storage.files import write_json
 from aoe_jax.storage.retry import Tolerated, patiently
 from aoe_jax.training.checkpoint import Checkpoints, Progress
@@ -29,6 +28,7 @@ from aoe_jax.training.profile import run_traced, traced_of_run
 from aoe_jax.training.run_folder import RunFolder, Start, read_heartbeat
 from aoe_jax.training.step import TrainState, new_state, train_step_on
 from aoe_jax.training.stopping import StopRequests
+from aoe_jax.training.validation import compile_eval_step, evaluate
 from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def train(
                 size = batch_size // config.train.accumulate
                 result = evaluate(score, corpus.validation, seq_len, size, put)
             metrics.validation(now.step, result)
-            now.progress.validated, now.progress.validation = True, result.figures()
+            now.progress.validated, now.progress.validation = True, result.metrics()
 
         def save(wait=False):
             metrics.flush()

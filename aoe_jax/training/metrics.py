@@ -15,13 +15,13 @@ import jax
 import numpy as np
 
 from aoe_jax.config.run import Config
-from aoe_jax.load_figures import figures_of_layers, load_spread
-from aoe_jax.planning.counts import parameter_counts, training_flops_per_token
-from aoe_jax.planning.hardware import peak_flops_per_device
+from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.storage.retry import Tolerated
 from aoe_jax.training.checkpoint import Progress
 from aoe_jax.training.health import Health
+from aoe_jax.training.load_statistics import layer_statistics, load_spread
 from aoe_jax.training.memory import device_memory, host_memory, program_memory
+from aoe_jax.training.peaks import peak_flops_per_device
 from aoe_jax.training.writers import Bar, JsonLines, TensorBoard, Wandb
 
 log = logging.getLogger(__name__)
@@ -34,14 +34,14 @@ _IN_SPEED = ("input", "checkpoint")  # the clocks whose time counts in the speed
 def layer_metrics(metrics):
     """Metrics of each layer `[L]` by name from the host metrics of a step; none for a dense model.
 
-    They are those of `figures_of_layers`; `confidence_entropy` in nats; `mean_score`, the mean over
+    They are those of `layer_statistics`; `confidence_entropy` in nats; `mean_score`, the mean over
     experts of AoE's norms or a router's logits; and, if experts have a capacity, `dropped_share`,
     the share of the choices that were dropped.
     """
     load = metrics["load"]
     if load.shape[-1] == 1:
         return {}
-    found = figures_of_layers(load, metrics.get("live"))
+    found = layer_statistics(load, metrics.get("live"))
     found |= {"mean_score": metrics["mean_score"].mean(axis=-1)}
     names = ("confidence_entropy", "dropped_share")
     return found | {name: metrics[name] for name in names if name in metrics}
@@ -201,14 +201,14 @@ class Metrics:
     def validation(self, step, result):
         """Reports an `Evaluation` of the validation split, with a picture of its load."""
         seconds = self._seconds["evaluation"] - self._evaluated
-        scalars = {f"validation_{name}": value for name, value in result.figures().items()}
+        scalars = {f"validation_{name}": value for name, value in result.metrics().items()}
         self._write(step, "validation", scalars | {"validation_seconds": seconds}, {}, {})
         duration = timedelta(seconds=round(seconds))
         log.info(f"step {step}/{self._config.train.steps} | validation {result} | in {duration}")
         if self._tensorboard and self._config.experts.kind != "dense":
             with self.clock("evaluation"), self._writers[self._tensorboard]:
                 # matplotlib takes half a second to import.
-                from aoe_jax.evaluation.load import draw_loads, load_statistics
+                from aoe_jax.training.load_statistics import draw_loads, load_statistics
 
                 title = f"{self._config.experts.kind}, validation, step {step}"
                 picture = draw_loads({title: load_statistics(result.stats)})

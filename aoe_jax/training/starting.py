@@ -7,12 +7,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from aoe_jax.config.checks import differences
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.distributed import together
 from aoe_jax.errors import UserError
-from aoe_jax.formats.configs import computed_fields, differences
-from aoe_jax.formats.reading import load_params, read_config
+from aoe_jax.formats.configs import computed_fields
+from aoe_jax.formats.loading import load_params, read_config
 from aoe_jax.model.decoder import initial_routing_state
 from aoe_jax.storage.files import read_json
 from aoe_jax.storage.paths import FILE_BYTES, local_copy, parsed_path

@@ -79,8 +79,8 @@ def _token_weights(batch):
 
 def _sum_over_targets(params, batch, hidden, function=cross_entropy):
     with jax.named_scope("loss"):
-        table, bias = output_projection(params)
-        return sum_over_tokens(function, hidden, table, bias, batch["targets"], batch["weights"])
+        table = output_projection(params)
+        return sum_over_tokens(function, hidden, table, batch["targets"], batch["weights"])
 
 
 def training_loss(

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from aoe_jax.compare.suite import Size, Suite, Tuning
 from aoe_jax.config.run import Config
-from aoe_jax.planning.counts import training_flops_per_token
+from aoe_jax.model.counts import training_flops_per_token
 from configs.compare.arms import DENSE_ACTIVE, aoe, moe
 from configs.compare.small import base_config, size_of
 

@@ -9,6 +9,8 @@ from aoe_jax.planning import costs
 from benchmarks.compiling import compiled_attention, devices_of
 from tests.runs import run
 
+pytestmark = pytest.mark.slow  # they compile for TPUs
+
 
 def test_figures_of_both_backends(tmp_path):
     file = tmp_path / "figures.json"

@@ -8,6 +8,8 @@ from aoe_jax.errors import UserError
 from benchmarks import maxtext
 from tests.runs import run
 
+pytestmark = pytest.mark.slow
+
 # As MaxText 0.2.5 states it for `MODEL` on 16 devices.
 SIZE = {
     "layers": 12,
@@ -35,20 +37,15 @@ ENTRY %main (a: f32[346250,1000000]) -> f32[346250,1000000] {
 """
 
 
-def stand_in(folder, error=""):
-    """A program in the place of MaxText's Python: it writes small figures, or fails."""
+def stand_in(folder):
+    """A program in the place of MaxText's Python: it writes small figures."""
     (folder / "figures").write_text(json.dumps(FIGURES))
     (folder / "program").write_text(PROGRAM)
-    writes = f"""
+    program = folder / "python"
+    program.write_text(f"""#!/bin/sh
         cp {folder}/figures "$3/figures.json"
         cp {folder}/program "$3/0.jit_train_step.after_codegen.txt"
-    """
-    fails = f"""
-        printf '%s\\n' 'Traceback:' "{error}" '-----' >&2
-        exit 1
-    """
-    program = folder / "python"
-    program.write_text(f"#!/bin/sh\n{fails if error else writes}")
+    """)
     program.chmod(0o755)
     return program
 
@@ -69,26 +66,9 @@ def test_a_recipe_beside_its_published_step(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "wanted"),
-    [
-        (
-            "ModuleNotFoundError: No module named 'maxtext'",
-            "No module named 'maxtext'; the docstring of benchmarks/maxtext.py says how to install",
-        ),
-        ("jax.errors.JaxRuntimeError: out of memory", "did not compile: jax.errors.JaxRuntime"),
-    ],
-)
-def test_a_python_that_fails(tmp_path, error, wanted):
-    python = stand_in(tmp_path, error)
-    status, _, stderr = benchmark(f"--python={python}", "--recipe=mixtral_8x7b_v5p")
-    assert status == 2 and wanted in stderr and "Traceback" not in stderr
-
-
-@pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
         (["--python=/nowhere/python", "--recipe=mixtral_8x7b_v5p"], "No such file or directory; "),
-        (["--recipe=mixtral_8x7b_v5p"], "--python is missing; name the Python"),
         (["--python=p"], "--topology is missing"),
         (["--python=p", "--recipe=x"], "--recipe=x: is unknown; choose one of mixtral_8x7b_v5p"),
     ],
@@ -107,23 +87,3 @@ def test_models_are_of_equal_size(variant):
         other = [] if isinstance(value, list) else value * 2
         with pytest.raises(UserError, match=f"{variant} has {field} .*; make them equal"):
             maxtext.check_sizes(variant, size, SIZE | {field: other})
-
-
-def test_the_table_divides_by_its_first_row():
-    def report(traffic, seconds, network, at_peaks):
-        return {
-            "hbm_traffic_bytes": traffic,
-            "likely_step_seconds": seconds,
-            "seconds_by_scope": {"network": network},
-            "seconds_at_peaks": at_peaks,
-        }
-
-    figures = [
-        maxtext.row("MaxText", 2e9, report(100e9, 0.4, 0.1, 0.2)),
-        maxtext.row("moe_aux", 3e9, report(90e9, 0.3, 0.02, 0.19)),
-    ]
-    first, second = maxtext.table(figures).splitlines()
-    assert "(1.00x), likely step  400.0 ms (1.00x), of it network 100.0 ms" in first
-    assert "moe_aux: temporary  3.00 GB, HBM traffic   90.0 GB (0.90x)" in second
-    assert "likely step  300.0 ms (0.75x), of it network  20.0 ms" in second
-    assert second.endswith("at the peaks:  190.0 ms (0.95x)")

@@ -1,31 +1,36 @@
-"""A short soak, and that it can fail."""
+"""Short soaks of one process and of two, and that a soak can fail."""
 
 import shutil
-from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import soak
-from tests.runs import start
+from tests.hasty import xla_flags
+
+pytestmark = pytest.mark.slow
+SETTINGS = {
+    "model.n_layers": 1,
+    "experts.kind": "dense",
+    "balance.aux_weight": 0.0,
+    "balance.bias_rate": 0.0,
+    "train.steps": 60,
+    "train.eval_every": 30,
+    "model.vocab_size": 512,
+    "data.seq_len": 32,
+}
 
 
-def test_three_kills(tmp_path, monkeypatch):
-    forking = SimpleNamespace(PIPE=None, Popen=lambda command, **options: start(command[1:]))
-    monkeypatch.setattr(soak, "subprocess", forking)
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
     files = soak.speech_files()[:20]
     monkeypatch.setattr(soak, "speech_files", lambda: files)
-    settings = {
-        "model.n_layers": 1,
-        "experts.kind": "dense",
-        "balance.aux_weight": 0.0,
-        "balance.bias_rate": 0.0,
-        "train.steps": 60,
-        "train.eval_every": 30,
-        "model.vocab_size": 512,
-        "data.seq_len": 32,
-    }
-    figures = soak.soak(tmp_path / "soak", kills=3, terms=1, seed=1, settings=settings)
-    assert sum(figures["stops"].values()) == 4
+    monkeypatch.setattr(soak, "LONGEST", 2)
+    monkeypatch.setenv("XLA_FLAGS", xla_flags())
+
+
+def test_one_process(tmp_path):
+    figures = soak.soak(tmp_path / "soak", kills=3, terms=1, seed=1, settings=SETTINGS)
+    assert sum(figures["events"].values()) == 4
     whole = tmp_path / "soak" / "whole"
     wanted = soak.result(whole)
     soak.compare(tmp_path / "soak" / "run_0", wanted)
@@ -39,3 +44,8 @@ def test_three_kills(tmp_path, monkeypatch):
     shutil.rmtree(newest / "state")
     with pytest.raises(soak.Failure, match="cannot be read"):
         soak.check_checkpoints(other)
+
+
+def test_two_supervised_processes(tmp_path):
+    figures = soak.soak_supervised(tmp_path / "soak", 2, n_events=6, seed=1, settings=SETTINGS)
+    assert sum(figures["events"].values()) == 6 and figures["runs_finished"] >= 1

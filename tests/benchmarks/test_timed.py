@@ -14,6 +14,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_figures(name, tmp_path):
     file = tmp_path / "figures.json"
@@ -44,57 +45,7 @@ def test_figures(name, tmp_path):
     assert len(stdout.splitlines()) == 1 + len(result["figures"])
 
 
-def test_torch_model(tmp_path):
-    file = tmp_path / "figures.json"
-    command = ["-m", "benchmarks.torch_model", "--batch=1", "--repeats=1", f"--json={file}"]
-    status, stdout, stderr = run(command)
-    assert status == 0, stderr
-    figures = json.loads(file.read_text())["figures"]
-    models = [figure["model"] for figure in figures]
-    assert models == ["Mixtral", "AoE, whole gates", "AoE, r=d/3"]
-    assert figures[0]["speed_ratio"] == 1 and "x Mixtral's speed" in stdout
-
-
-def test_baselines(tmp_path):
-    file = tmp_path / "figures.json"
-    command = [
-        "-m",
-        "benchmarks.baselines",
-        "--shapes=24x4x2x16",
-        "--batch=2",
-        "--length=20",
-        "--factors=1,2",
-    ]
-    status, stdout, stderr = run([*command, "--nomodel", "--repeats=2", f"--json={file}"])
-    assert status == 0, stderr
-    figures = json.loads(file.read_text())["figures"]
-    assert [figure["arm"] for figure in figures] == ["router, dropless", "capacity 1", "capacity 2"]
-    router, one, two = figures
-    assert (
-        router["ratio"] == router["memory_ratio"] == router["computed"] == 1
-        and "dropped" not in router
-    )
-    # 10 (20) places for the 10 tokens of an expert: 5 products of 2 * 40 (80) * 24 FLOPs a token,
-    # and 0 (2) experts more.
-    useful = 3 * 2 * (24 * 4 + 2 * 3 * 24 * 16)
-    assert one["computed"] == pytest.approx(1 + 5 * 2 * 40 * 24 / useful)
-    assert two["computed"] == pytest.approx(
-        1 + (5 * 2 * 80 * 24 + 3 * 2 * 2 * 3 * 24 * 16) / useful
-    )
-    assert one["dropped"] > two["dropped"] >= 0 and two["temporary_bytes"] > one["temporary_bytes"]
-    assert f"dropped {100 * one['dropped']:.2f}%" in stdout
-
-
-def test_baselines_without_the_other_package():
-    missing = (
-        "import runpy, sys; sys.modules['tunix'] = None; sys.argv = ['baselines', '--tunix']; "
-    )
-    status, _, stderr = run(
-        ["-c", missing + "runpy.run_module('benchmarks.baselines', run_name='__main__')"]
-    )
-    assert status == 2 and "--tunix: tunix.models is missing; pip install '.[baselines]'" in stderr
-
-
+@pytest.mark.slow
 def test_decoding(tmp_path):
     file = tmp_path / "figures.json"
     command = [
@@ -131,29 +82,7 @@ def test_decoding(tmp_path):
     assert len([line for line in stdout.splitlines() if "from the start" in line]) == 2
 
 
-def test_earlier(tmp_path):
-    file = tmp_path / "figures.json"
-    command = ["-m", "benchmarks.earlier", "--commit=HEAD", "--variants=dense_active"]
-    status, stdout, stderr = run([*command, "--rounds=1", "--steps=1", f"--json={file}"])
-    assert status == 0, stderr
-    (figure,) = json.loads(file.read_text())["figures"]
-    assert figure["seconds"] == figure["all_seconds"][0] > 0
-    assert f"time {figure['seconds']:.3f}" in stdout and 0.5 < figure["flops"] < 2
-
-
-def test_scoring(tmp_path):
-    file = tmp_path / "figures.json"
-    status, stdout, stderr = run(
-        ["-m", "benchmarks.scoring", "--contexts=1", "--layers=1", "--repeats=1", f"--json={file}"]
-    )
-    assert status == 0, stderr
-    for figure in json.loads(file.read_text())["figures"]:
-        assert figure["ratio"] == pytest.approx(
-            figure["seconds"]["apart"] / figure["seconds"]["together"]
-        )
-        assert f"{figure['shape']}: " in stdout
-
-
+@pytest.mark.slow
 def test_input(tmp_path):
     for seed, name in enumerate(("a", "b")):
         (tmp_path / name).mkdir()
@@ -170,6 +99,7 @@ def test_input(tmp_path):
         assert f"{figure['arm']}: step {figure['step_ms']:.0f} ms" in stdout
 
 
+@pytest.mark.slow
 def test_prepare(tmp_path):
     file = tmp_path / "figures.json"
     command = ["-m", "benchmarks.prepare", f"--json={file}", "--vocab_size=300"]
@@ -191,46 +121,15 @@ def test_prepare(tmp_path):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (
-            ["-m", "benchmarks.grouped_matmul", "--shapes=64x8"],
-            "--shapes=64x8: four numbers MxDxFxE",
-        ),
-        (
-            ["-m", "benchmarks.grouped_matmul", "--shapes=64x8x0x2"],
-            "every size must be greater than 0",
-        ),
-        (["-m", "benchmarks.layer", "--shapes=big"], "--shapes=big: d_model x n_experts"),
-        (
-            ["-m", "benchmarks.baselines", "--factors=1,x"],
-            "--factors=x: must be numbers greater than 0",
-        ),
-        (
-            ["-m", "benchmarks.step", "--models=huge"],
-            "--models=huge is unknown; choose from tiny, deep, sparse",
-        ),
-        (
-            ["-m", "benchmarks.grouped_compile", "--generations=v1"],
-            "--generations=v1 is unknown; choose from v4, v5e",
-        ),
-        (
-            ["-m", "benchmarks.grouped_compile", "--generations=h100"],
-            "the compiler for GPUs is missing; pip install 'jax[cuda13]'",
-        ),
-        (
-            ["-m", "benchmarks.plans", "--rows=big"],
-            "--rows=big is unknown; choose from 732M@v5e, 732M@v5p",
-        ),
-        (["-m", "benchmarks.input", "--steps=0"], "--steps=0"),
-        (
-            ["-m", "benchmarks.prepare", "--workdir=benchmarks"],
-            "benchmarks exists already; name a new directory",
-        ),
-        (["-m", "benchmarks.selection"], "--workdir is missing"),
-        (["-m", "benchmarks.earlier"], "--commit is missing"),
-        (["-m", "benchmarks.earlier", "--commit=none"], "--commit=none: fatal: not a valid"),
-        (["-m", "benchmarks.earlier", "--commit=HEAD", "--variants=a"], "choose one of aoe, moe"),
+        (["grouped_matmul", "--shapes=64x8"], "--shapes=64x8: four numbers MxDxFxE"),
+        (["grouped_matmul", "--shapes=64x8x0x2"], "every size must be greater than 0"),
+        (["step", "--models=huge"], "--models=huge is unknown; choose from tiny, deep, sparse"),
+        (["grouped_compile", "--generations=v1"], "--generations=v1 is unknown; choose from v4"),
+        (["plans", "--rows=big"], "--rows=big is unknown; choose from 732M@v5e, 732M@v5p"),
+        (["prepare", "--workdir=benchmarks"], "benchmarks exists already; name a new directory"),
     ],
 )
 def test_mistakes(command, message):
-    status, _, stderr = run(command)
+    program, *arguments = command
+    status, _, stderr = run(["-m", f"benchmarks.{program}", *arguments])
     assert status == 2 and message in stderr and "Traceback" not in stderr

@@ -7,7 +7,7 @@ from aoe_jax.compare.reading import curve_of, make_results, row_of
 from aoe_jax.compare.report import to_markdown
 from aoe_jax.compare.suite import Size, Suite
 from aoe_jax.config.run import Config
-from aoe_jax.planning.counts import training_flops_per_token
+from aoe_jax.model.counts import training_flops_per_token
 from configs import tiny
 from configs.compare.arms import DENSE, DENSE_ACTIVE, aoe, moe
 

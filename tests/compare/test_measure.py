@@ -224,11 +224,11 @@ FIRST_STEP = """
 import json, sys
 from pathlib import Path
 import jax
-from aoe_jax.compare.routing import validation_batches
-from aoe_jax.compare.step_times import RepeatedStep
+from aoe_jax.training.validation import validation_batches
+from aoe_jax.training.step_times import RepeatedStep
 from aoe_jax.config.run import Config
 from aoe_jax.evaluation.models import load_model
-from aoe_jax.evaluation.perplexity import compile_eval_step
+from aoe_jax.training.validation import compile_eval_step
 from aoe_jax.storage.files import read_json
 for folder in map(Path, sys.argv[1:]):
     config = Config.from_config_dict(read_json(folder / "config.json"))

@@ -10,7 +10,7 @@ from aoe_jax.compare.report import balanced, failed
 from aoe_jax.compare.statistics import exponent, minimum
 from aoe_jax.compare.suite import Arm
 from aoe_jax.errors import UserError
-from aoe_jax.planning.counts import parameter_counts
+from aoe_jax.model.counts import parameter_counts
 from configs.compare.arms import aoe, capacity, moe, other_router, weights_over_all
 from tests.compare.invented import ARMS, comparison, markdown, results, size_at, suite_of, table
 

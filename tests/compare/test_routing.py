@@ -9,12 +9,12 @@ import pytest
 from aoe_jax.compare import routing
 from aoe_jax.compare.figures import coactivation
 from aoe_jax.compare.routing import observing, oracle_figures, overlap, read_routing
-from aoe_jax.compare.step_times import random_batch
 from aoe_jax.errors import UserError
-from aoe_jax.load_figures import figures_of_layers
 from aoe_jax.model.decoder import Decoder, initial_routing_state
 from aoe_jax.storage.files import write_json
+from aoe_jax.training.load_statistics import layer_statistics
 from aoe_jax.training.step import init_state, sequence_nll
+from aoe_jax.training.step_times import random_batch
 from tests.runs import tiny_config
 
 
@@ -105,7 +105,7 @@ def test_the_oracle_by_trying_all_sets(is_normalised):
 
 def test_a_layer_that_takes_no_token_violates_no_balance():
     load = np.array([[0.5, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    np.testing.assert_allclose(figures_of_layers(load)["load_max_over_mean"], [2, 0])
+    np.testing.assert_allclose(layer_statistics(load)["load_max_over_mean"], [2, 0])
 
 
 def test_overlap_is_over_tokens_that_have_experts():

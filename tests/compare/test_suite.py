@@ -9,8 +9,8 @@ from aoe_jax.compare.suite import Arm, Size, Suite, Sweep, Tuning, load_suite
 from aoe_jax.config.experts import matched_width
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
+from aoe_jax.model.counts import parameter_counts
 from aoe_jax.moe.grouped_matmul import _that_takes
-from aoe_jax.planning.counts import parameter_counts
 from aoe_jax.storage.config_files import read_config
 from configs import tiny
 from configs.compare.arms import DENSE, DENSE_ACTIVE, aoe, moe

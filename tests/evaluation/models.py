@@ -16,21 +16,10 @@ from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import fill_mesh, make_mesh
 from tests.settings import config_of
 
-SETTINGS = {
-    "model.n_layers": 2,
-    "model.n_heads": 2,
-    "model.d_model": 32,
-    "model.vocab_size": 300,
-    "model.max_len": 64,
-    "model.dtype": "float32",
-    "experts.n_experts": 4,
-    "experts.top_k": 2,
-    "experts.d_ffn": 32,
-    "experts.d_low": 8,
-    "data.seq_len": 32,
-    "balance.aux_weight": 0.0,
-    "train.batch_size": 8,
-}
+SETTINGS = {"model.n_layers": 2, "model.n_heads": 2, "model.d_model": 32, "model.vocab_size": 300}
+SETTINGS |= {"model.max_len": 64, "model.dtype": "float32", "experts.n_experts": 4}
+SETTINGS |= {"experts.top_k": 2, "experts.d_ffn": 32, "experts.d_low": 8, "data.seq_len": 32}
+SETTINGS |= {"balance.aux_weight": 0.0, "train.batch_size": 8}
 WORDS = ["the state of the union", "a cat sat on a mat", "peace and war, law and order: yes or no?"]
 
 

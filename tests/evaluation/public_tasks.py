@@ -16,94 +16,48 @@ from aoe_jax.data.tokenizer import train_tokenizer
 from tests.evaluation.models import make_config, make_model
 
 SIZE = 260  # 256 bytes and the end of a text, and what makes it divisible by 4
+
+
+def _arc(question, texts, labels, answer):
+    choices = {"text": texts.split(), "label": list(labels)}
+    return {"id": question, "question": f"{question}?", "choices": choices, "answerKey": answer}
+
+
+def _siqa(answers, label):
+    answers = {f"answer{letter}": text for letter, text in zip("ABC", answers, strict=True)}
+    return {"context": "c", "question": "q", "label": label, **answers}
+
+
+def _hellaswag(number, endings, label):
+    about = {"ind": number, "activity_label": "Sport", "source_id": f"activitynet~v_{number}"}
+    context = {"ctx_a": "He runs.", "ctx_b": "then he", "ctx": "He runs. then he"}
+    about |= context | {"split": "val", "split_type": "indomain"}
+    return about | {"endings": endings.split(), "label": label}
+
+
 EXAMPLES = {
     "arc_easy/test": [
-        {
-            "id": "1",
-            "question": "A?",
-            "choices": {"text": ["aaa", "xxx"], "label": ["A", "B"]},
-            "answerKey": "A",
-        },
-        {
-            "id": "2",
-            "question": "B?",
-            "choices": {"text": ["axa", "bbb", "cxc"], "label": list("ABC")},
-            "answerKey": "B",
-        },
-        {
-            "id": "3",
-            "question": "C?",
-            "choices": {"text": ["xx", "aa"], "label": ["1", "2"]},
-            "answerKey": "2",
-        },
-        {
-            "id": "4",
-            "question": "D?",
-            "choices": {"text": ["ax", "aa"], "label": ["A", "B"]},
-            "answerKey": "A",
-        },
+        _arc("A", "aaa xxx", "AB", "A"),
+        _arc("B", "axa bbb cxc", "ABC", "B"),
+        _arc("C", "xx aa", "12", "2"),
+        _arc("D", "ax aa", "AB", "A"),
     ],
     "piqa/validation": [
         {"goal": "g", "sol1": "aaaa", "sol2": "axaa", "label": 0},
         {"goal": "g", "sol1": "aaaa", "sol2": "axaa", "label": 1},
         {"goal": "g", "sol1": "xa", "sol2": "ca", "label": 1},
-        {
-            "goal": "g",
-            "sol1": "x",
-            "sol2": "aaaaaaa",
-            "label": 1,
-        },  # likelier as a whole, unlikelier by the byte
+        # Likelier as a whole, unlikelier by the byte.
+        {"goal": "g", "sol1": "x", "sol2": "aaaaaaa", "label": 1},
     ],
-    "social_iqa/validation": [
-        {
-            "context": "c",
-            "question": "q",
-            "answerA": "x",
-            "answerB": "b",
-            "answerC": "x",
-            "label": "2",
-        },
-        {
-            "context": "c",
-            "question": "q",
-            "answerA": "x",
-            "answerB": "x",
-            "answerC": "b",
-            "label": "3",
-        },
-        {
-            "context": "c",
-            "question": "q",
-            "answerA": "x",
-            "answerB": "b",
-            "answerC": "x",
-            "label": "1",
-        },
-    ],
+    "social_iqa/validation": [_siqa("xbx", "2"), _siqa("xxb", "3"), _siqa("xbx", "1")],
     "winogrande/validation": [
         {"sentence": "The _ was big.", "option1": "cat", "option2": "faq", "answer": "1"},
         {"sentence": "The _ was old.", "option1": "faq", "option2": "cat", "answer": "1"},
     ],
     "hellaswag/validation": [
-        {
-            "ind": i,
-            "activity_label": "Sport",
-            "ctx_a": "He runs.",
-            "ctx_b": "then he",
-            "ctx": "He runs. then he",
-            "endings": endings,
-            "source_id": f"activitynet~v_{i}",
-            "split": "val",
-            "split_type": "indomain",
-            "label": label,
-        }
-        for i, (endings, label) in enumerate(
-            [
-                (["xa", "aa", "xb", "xc"], "1"),
-                (["aa", "xa", "xb", "xc"], "0"),
-                (["xa", "xb", "xc", "aa"], "0"),
-            ]
-        )
+        _hellaswag(0, "xa aa xb xc", "1"),
+        _hellaswag(1, "aa xa xb xc", "0"),
+        _hellaswag(2, "xa xb xc aa", "0"),
     ],
     "mnli/validation_matched": [
         {"premise": "P.", "hypothesis": f"h {i}", "label": label, "idx": i}

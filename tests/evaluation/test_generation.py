@@ -16,57 +16,31 @@ from tests.evaluation.models import make_config, make_model
 
 VOCABULARY, END = 64, 0
 GREEDY = Sampling(temperature=0.0)
-SETTINGS = {
-    "model__n_heads": 4,
-    "model__d_model": 16,
-    "model__vocab_size": VOCABULARY,
-    "model__max_len": 128,
-    "experts__n_experts": 8,
-    "experts__d_ffn": 24,
-    "data__seq_len": 16,
-}
+SETTINGS = {"model__n_heads": 4, "model__d_model": 16, "model__vocab_size": VOCABULARY}
+SETTINGS |= {"model__max_len": 128, "experts__n_experts": 8, "experts__d_ffn": 24}
+SETTINGS |= {"data__seq_len": 16}
+AOE, ROUTER = {"experts__d_wide": 16}, {"experts__kind": "router"}
+ONE_LAYER = {"model__n_layers": 1}
 KINDS = {
-    "aoe": {"experts__d_wide": 16},
-    "aoe top_p": {"model__n_layers": 1, "experts__d_wide": 16, "routing__name": "top_p"},
-    "aoe over all": {
-        "model__n_layers": 1,
-        "experts__d_wide": 16,
-        "routing__norm_topk_prob": False,
-    },
-    "aoe by attention": {
-        "model__n_layers": 1,
-        "experts__d_wide": 16,
-        "routing__name": "da_moe",
-        "experts__top_k": 8,
-        "routing__reduce": "max",
-    },
-    "router, grouped queries": {
-        "model__n_layers": 1,
-        "experts__kind": "router",
-        "model__n_kv_heads": 2,
-        "model__qk_norm": "all",
-        "experts__d_shared": 16,
-        "experts__shared_gate": True,
-    },
-    "router, dense layers": {
-        "experts__kind": "router",
-        "routing__name": "sigmoid_top_k",
-        "routing__n_groups": 2,
-        "model__n_dense_layers": 2,
-        "model__d_dense": 32,
-        "model__rope_share": 0.5,
-    },
-    "uoe": {"model__n_layers": 1, "experts__kind": "uoe"},
+    "aoe": AOE,
+    "aoe top_p": AOE | ONE_LAYER | {"routing__name": "top_p"},
+    "aoe over all": AOE | ONE_LAYER | {"routing__norm_topk_prob": False},
+    "aoe by attention": AOE
+    | ONE_LAYER
+    | {"routing__name": "da_moe", "experts__top_k": 8, "routing__reduce": "max"},
+    "router, grouped queries": ROUTER
+    | ONE_LAYER
+    | {"model__n_kv_heads": 2, "model__qk_norm": "all"}
+    | {"experts__d_shared": 16, "experts__shared_gate": True},
+    "router, dense layers": ROUTER
+    | {"routing__name": "sigmoid_top_k", "routing__n_groups": 2}
+    | {"model__n_dense_layers": 2, "model__d_dense": 32, "model__rope_share": 0.5},
+    "uoe": ONE_LAYER | {"experts__kind": "uoe"},
     "thor, by token": {"experts__kind": "thor", "routing__inference": "token"},
-    "thor, by sequence": {"model__n_layers": 1, "experts__kind": "thor"},
-    "dense, biases": {
-        "model__n_layers": 1,
-        "experts__kind": "dense",
-        "model__norm": "layer",
-        "model__attention_bias": True,
-        "model__output_bias": True,
-        "model__rope_factors": (1.0, 2.0),
-    },
+    "thor, by sequence": ONE_LAYER | {"experts__kind": "thor"},
+    "dense, biases": ONE_LAYER
+    | {"experts__kind": "dense", "model__attention_bias": True}
+    | {"model__rope_factors": (1.0, 2.0)},
 }
 MESHES = {"alone": (1, 1, 1, 1), "data and fsdp": (2, 2, 1, 1), "expert and tensor": (1, 1, 2, 4)}
 
@@ -116,14 +90,19 @@ def by_full_passes(kind, n_tokens):
     return [row[: row.index(END)] if END in row else row for row in continuations]
 
 
+ON_A_MESH = ("aoe by attention", "thor, by token", "router, dense layers")
 CASES = [
     pytest.param("aoe", "alone", marks=pytest.mark.smoke),
-    *((kind, "alone") for kind in KINDS if kind != "aoe"),
     ("aoe", "expert and tensor"),
-    ("aoe by attention", "expert and tensor"),
-    ("thor, by token", "expert and tensor"),
     ("router, grouped queries", "data and fsdp"),
-    ("router, dense layers", "expert and tensor"),
+    ("uoe", "alone"),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [
+            *((kind, "alone") for kind in KINDS if kind not in ("aoe", "uoe")),
+            *((kind, "expert and tensor") for kind in ON_A_MESH),
+        ]
+    ),
 ]
 
 

@@ -57,10 +57,7 @@ def adapter():
 @functools.cache
 def hf_backend(folder):
     """The same model, exported as Mixtral, as lm-eval loads it for users of `transformers`."""
-    # It needs torch, which is not there wherever tests are collected.
-    from lm_eval.models.huggingface import (
-        HFLM,
-    )
+    from lm_eval.models.huggingface import HFLM  # needs torch
 
     model = router_model()
     model.tokenizer.save(folder)
@@ -73,6 +70,7 @@ def hf_backend(folder):
     )
 
 
+@pytest.mark.slow
 def test_log_likelihoods_are_those_of_the_hf_backend(tmp_path):
     (tmp_path / "model").mkdir()
     requests = instances("loglikelihood", *PAIRS)

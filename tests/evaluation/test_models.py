@@ -11,9 +11,9 @@ import tokenizers
 
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
+from aoe_jax.evaluation.evaluate import TextTokens
 from aoe_jax.evaluation.models import load_model, mesh_axes, on_devices_here
-from aoe_jax.evaluation.run import TextTokens
-from aoe_jax.formats.reading import read_begin_token, read_end_tokens
+from aoe_jax.formats.loading import read_begin_token, read_end_tokens
 from tests.evaluation.models import make_config, make_model
 from tests.runs import finished_run, tiny_config
 

@@ -11,10 +11,11 @@ import pytest
 from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation import probing
-from aoe_jax.evaluation.run import evaluate_workdir
+from aoe_jax.evaluation.evaluate import evaluate_workdir
 from benchmarks.parity import random_model, save
 from tests.evaluation.models import make_config, make_model
-from tests.runs import corpus_folder, finished_run, kind_run, run
+from tests.in_process import call
+from tests.runs import corpus_folder, finished_run, kind_run
 
 pytestmark = pytest.mark.usefixtures("ragged")
 
@@ -27,11 +28,12 @@ def few_probes(monkeypatch):
 
 def test_the_table_of_a_run(tmp_path, few_probes, capsys):
     workdir = kind_run("router")[0]
-    report = probing.probe_checkpoint(workdir, tmp_path, n_tokens=10**9, score_neurons=4)
+    flags = [f"--checkpoint={workdir}", f"--output={tmp_path}", "--tokens=1000000000"]
+    call("aoe_jax.probe", *flags, "--score_neurons=4")
+    report = json.loads((tmp_path / "probe.json").read_text())
     whole = evaluate_workdir(workdir, "validation")
     router, chance, norm, *first = report["probes"]
     assert [(p["node"], p["norm"]) for p in first] == [("x Wg[:, :4]", s) for s in ("norm", "max")]
-    assert report == json.loads((tmp_path / "probe.json").read_text())
     np.testing.assert_allclose(router["nll"]["softmax"], whole["nll"], rtol=1e-5)
     assert (report["tokens"], report["step"]) == (whole["tokens"], whole["step"])
     assert (router["agreement"], router["time"], norm["node"], norm["norm"]) == (
@@ -50,6 +52,7 @@ def test_the_table_of_a_run(tmp_path, few_probes, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_a_text_and_a_task(tmp_path, monkeypatch):
     monkeypatch.setattr(probing, "PROBES", dict(list(probing.PROBES.items())[:1]))
     (tmp_path / "text.txt").write_text("the state of the union " * 50)
@@ -66,6 +69,7 @@ def test_a_text_and_a_task(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(probing, "PROBES", dict(list(probing.PROBES.items())[:1]))
     save(random_model("qwen3_moe", vocab_size=512), tmp_path, "fused")
@@ -94,5 +98,5 @@ def test_what_has_no_router(tmp_path):
 
 
 def test_tasks_without_a_name():
-    status, _, stderr = run(["-m", "aoe_jax.probe", "--checkpoint=x", "--tasks="])
-    assert status == 2 and stderr == "error: --tasks= names nothing; see --help\n"
+    with pytest.raises(UserError, match="--tasks= names nothing; see --help"):
+        call("aoe_jax.probe", "--checkpoint=x", "--tasks=")

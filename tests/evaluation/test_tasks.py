@@ -19,6 +19,7 @@ from aoe_jax.evaluation import tasks
 from aoe_jax.evaluation.harness import HarnessModel
 from aoe_jax.evaluation.speeches import choice_examples, cloze_examples
 from tests.evaluation.public_tasks import EXAMPLES, KNOWN, known_model, write_examples
+from tests.in_process import call
 from tests.runs import finished_run, run, scratch
 
 
@@ -167,6 +168,7 @@ def evaluate(workdir, *arguments, hidden="torch"):
     )
 
 
+@pytest.mark.slow
 def test_command_line_without_torch(data):
     workdir = shutil.copytree(finished_run(), scratch("tasks") / "run")
     names = "sst2,speeches_cloze"
@@ -207,8 +209,9 @@ def test_command_line_without_torch(data):
     ],
 )
 def test_bad_command_lines(arguments, message, tmp_path):
-    status, _, stderr = run(["eval.py", f"--workdir={tmp_path}", *arguments])
-    assert status == 2 and stderr.splitlines()[-1] == f"error: {message}"
+    with pytest.raises(UserError) as error:
+        call("aoe_jax.eval", f"--workdir={tmp_path}", *arguments)
+    assert str(error.value) == message
 
 
 def test_results_of_another_command_meanwhile_stay(data, tmp_path, monkeypatch):
@@ -240,6 +243,7 @@ def test_a_missing_workdir(data):
         tasks.evaluate_tasks(Path("nowhere"), ["piqa"], data=data)
 
 
+@pytest.mark.slow
 def test_without_lm_eval():
     status, _, stderr = evaluate("nowhere", "--tasks=piqa", hidden="lm_eval")
     assert status == 2

@@ -1,7 +1,6 @@
 """The load of experts on any text."""
 
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.run import TextTokens, evaluate_text, load_on_texts, read_text
+from aoe_jax.evaluation.evaluate import TextTokens, evaluate_text, load_on_texts, read_text
 from aoe_jax.model.decoder import Decoder
 from tests.evaluation.models import WORDS, make_config, make_model, plain_scores
 
@@ -26,7 +25,6 @@ def load_of(model, inputs):
 def test_texts_are_seen_each_by_itself(tmp_path, capsys):
     """Nll and loads are those of passes over single texts."""
     model = make_model(make_config(data__seq_len=64))
-    os.mkfifo(tmp_path / "text.png")  # writing into it would wait for a reader
     report = load_on_texts(model, WORDS, "words", tmp_path)
     assert json.loads((tmp_path / "text.json").read_text()) == report
     assert (tmp_path / "text.png").stat().st_size > 1000
@@ -46,15 +44,11 @@ def test_texts_are_seen_each_by_itself(tmp_path, capsys):
     assert f"words: 3 texts, {count} tokens, step 7" in printed and "Ent_load" in printed
 
 
-def test_dense_models_have_no_load(tmp_path):
-    model = make_model(make_config(experts__kind="dense"))
-    assert load_on_texts(model, WORDS, "words", tmp_path)["load_statistics"] is None
-    assert [file.name for file in tmp_path.iterdir()] == ["text.json"]
-
-
 def test_a_file_and_a_task(tmp_path, monkeypatch):
     model = make_model(make_config(experts__kind="dense"))
-    monkeypatch.setattr("aoe_jax.evaluation.run.load_model", lambda directory, step, mesh: model)
+    monkeypatch.setattr(
+        "aoe_jax.evaluation.evaluate.load_model", lambda directory, step, mesh: model
+    )
     (tmp_path / "a.txt").write_text("a cat\n\nsat")
     assert evaluate_text(tmp_path, f"{tmp_path}/a.txt")["texts"] == 1
     report = evaluate_text(tmp_path, "task:speeches_cloze", limit=3, split="validation")

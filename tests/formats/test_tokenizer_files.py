@@ -59,6 +59,7 @@ TOKENIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_transformers_gives_the_same_tokens(tmp_path, name):
     import transformers  # of the development extra, on Python 3.11 only
@@ -87,6 +88,7 @@ def test_transformers_gives_the_same_tokens(tmp_path, name):
     assert unchanged == (name != "with a first token")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adds", [None, True, False])
 def test_the_token_before_a_text_is_that_of_transformers(tmp_path, adds):
     """Of a SentencePiece model by itself, as old models of the hub have it."""
@@ -119,9 +121,9 @@ def test_only_the_files_of_a_tokenizer_are_copied(tmp_path):
     folder, output = tmp_path / "model", tmp_path / "converted"
     folder.mkdir()
     output.mkdir()
-    (folder / "config.json").write_text('{"model_type": "mixtral"}')
+    (folder / "config.json").write_text('{"model_type": "mixtral", "eos_token_id": 1}')
     needed = {"tokenizer.json", "special_tokens_map.json", "chat_template.jinja"}
     for name in needed | {"token.json", "access_tokens.json"}:
         (folder / name).write_text("{}")
-    write_tokenizer(folder, output, 64)
+    assert write_tokenizer(folder, output, 64)["eos_token_id"] == 1
     assert {path.name for path in output.iterdir()} == needed

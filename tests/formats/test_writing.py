@@ -16,7 +16,7 @@ from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.formats import tensor_files
 from aoe_jax.formats.configs import as_own, to_json
-from aoe_jax.formats.reading import load_params, read_config
+from aoe_jax.formats.loading import load_params, read_config
 from aoe_jax.formats.writing import new_directory, write_arrays, write_model
 from aoe_jax.model.declared import state_shardings
 from aoe_jax.sharding import fill_mesh, make_mesh
@@ -30,10 +30,8 @@ from tests.runs import disk, tiny_config
 EVERYTHING = {  # that a model of the hub may have
     "model__n_heads": 4,
     "model__n_kv_heads": 2,
-    "model__norm": "layer",
     "model__qk_norm": "all",
     "model__attention_bias": True,
-    "model__output_bias": True,
     "model__tie_embeddings": False,
 }
 OF_OTHER_TENSORS = (
@@ -171,12 +169,12 @@ def test_names_of_our_own_format(tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [
         "router, grouped queries",
         "router, rotary factors",
-        "router, rope_scale",
         "router, dense layers in front",
         "router, part of the head",
     ],
@@ -191,6 +189,7 @@ def test_transformers_computes_the_same(tmp_path, variant):
     np.testing.assert_allclose(logits_there(directory, tokens), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_llama_with_the_factors_of_llama_3(tmp_path):
     folders, logits = hub_models()["llama"]
     config = fill_mesh(read_config(folders["fused"]), 1)
@@ -226,12 +225,6 @@ def test_one_parameter_of_one_layer_at_a_time(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(params))
 
 
-def test_another_shape_than_said_is_refused(tmp_path):
-    values, shapes = to_json(tiny_config()), {"layers/experts/w_gate_up": np.ones((2, 8, 4, 6))}
-    with pytest.raises(ValueError, match="reshape"):
-        write_model(tmp_path, values, shapes, lambda path, layer: np.ones((8, 4, 5), np.float32))
-
-
 def test_a_directory_comes_whole_or_not_at_all(tmp_path):
     output = tmp_path / "a" / "model"
     with pytest.raises(RuntimeError), new_directory(output) as partial:
@@ -251,6 +244,7 @@ def test_a_directory_comes_whole_or_not_at_all(tmp_path):
         pass
 
 
+@pytest.mark.slow  # mounting a small disk needs root
 def test_a_full_disk(tmp_path):
     with disk(tmp_path / "disk", "100k") as folder:
         (params, bias), _, config = random_model(tiny_config())

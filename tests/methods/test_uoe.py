@@ -16,10 +16,10 @@ from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.methods import UoE
 from aoe_jax.methods.uoe import routing_neurons
+from aoe_jax.model.counts import forward_flops_per_token, parameter_counts
 from aoe_jax.moe import reference
 from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.parallel.collectives import Devices
-from aoe_jax.planning.counts import forward_flops_per_token, parameter_counts
 from aoe_jax.planning.hardware import topology_devices
 from aoe_jax.planning.plan import plan
 from aoe_jax.sharding import MESH_AXES

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aoe_jax.load_figures import load_entropy, load_spread
 from aoe_jax.moe import balance
 from aoe_jax.moe.balance import balance_loss, updated_bias
 from aoe_jax.moe.routing import top_k
+from aoe_jax.training.load_statistics import load_entropy, load_spread
 from tests.moe.contexts import expert_choice, layer_stats, sequence_balance_loss, top_p
 
 

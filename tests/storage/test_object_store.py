@@ -20,12 +20,12 @@ from moto.server import ThreadedMotoServer
 
 from aoe_jax import cli
 from aoe_jax.config.data import DataConfig
+from aoe_jax.conversion.exporting import export
 from aoe_jax.data.preparation import Settings, check, prepare, repair
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model
-from aoe_jax.formats.writing import export
 from aoe_jax.storage import lease, paths, retry
 from aoe_jax.storage.lease import is_own_file, owned, read_owner
 from aoe_jax.storage.paths import Mirror, create, file_system, local_copy, move, parsed_path

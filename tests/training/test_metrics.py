@@ -9,14 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from aoe_jax.evaluation.load import load_statistics
-from aoe_jax.evaluation.perplexity import Evaluation
-from aoe_jax.load_figures import load_spread
+from aoe_jax.model.counts import training_flops_per_token
 from aoe_jax.moe.balance import LayerStats
-from aoe_jax.planning.counts import training_flops_per_token
 from aoe_jax.training import metrics as metrics_module
 from aoe_jax.training.checkpoint import Progress
+from aoe_jax.training.load_statistics import load_spread, load_statistics
 from aoe_jax.training.metrics import MEASURED, Metrics, layer_metrics
+from aoe_jax.training.validation import Evaluation
 from tests.runs import read_events, tiny_config
 
 LAYERS, EXPERTS = 2, 4

@@ -4,7 +4,6 @@ from transformers import MixtralConfig
 
 CHOICES = {
     "score": ("norm", "max"),
-    "norm": ("rms", "layer"),
     "qk_norm": ("none", "all", "head"),
 }
 
@@ -22,12 +21,10 @@ class AoEConfig(MixtralConfig):
       score: "norm": an expert is scored by the L2 norm of its activations; "max": by the largest.
       norm_topk_prob: whether weights are the softmax over the chosen scores, or over all.
       selection_bias: whether a bias is added to the scores for the choice of experts.
-      norm: "rms", or "layer" for LayerNorm with a bias.
       qk_norm: the RMSNorm of queries and keys: "none", "all" (over all heads together, as in OLMoE)
         or "head" (over each head by itself, as in Qwen3).
       attention_bias: whether the projections of attention have biases.
       qkv_bias: whether those of queries, keys and values alone have biases.
-      lm_head_bias: whether the output projection has a bias.
       shared_expert_intermediate_size: the width of an expert that every token uses; 0: none.
       shared_expert_gate: whether the sigmoid of a projection scales its output.
       first_k_dense_replace: how many layers at the front have a dense SwiGLU instead of experts;
@@ -46,25 +43,22 @@ class AoEConfig(MixtralConfig):
         score="norm",
         norm_topk_prob=True,
         selection_bias=False,
-        norm="rms",
         qk_norm="none",
         attention_bias=False,
         qkv_bias=False,
-        lm_head_bias=False,
         shared_expert_intermediate_size=0,
         shared_expert_gate=False,
         first_k_dense_replace=0,
         dense_intermediate_size=None,
         **settings,
     ):
-        for name, value in {"score": score, "norm": norm, "qk_norm": qk_norm}.items():
+        for name, value in {"score": score, "qk_norm": qk_norm}.items():
             if value not in CHOICES[name]:
                 raise ValueError(f"{name}={value!r}: choose one of {', '.join(CHOICES[name])}")
         self.score_neurons, self.gate_rank, self.score = score_neurons, gate_rank, score
         self.norm_topk_prob, self.selection_bias = norm_topk_prob, selection_bias
-        self.norm, self.qk_norm = norm, qk_norm
+        self.qk_norm = qk_norm
         self.attention_bias, self.qkv_bias = attention_bias, qkv_bias
-        self.lm_head_bias = lm_head_bias
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.shared_expert_gate = shared_expert_gate
         self.first_k_dense_replace = first_k_dense_replace

@@ -159,8 +159,7 @@ def make_attention(config: AoEConfig, layer_idx: int):
 
 def make_norm(config: AoEConfig):
     """The norm before attention, experts and output projection."""
-    norm = MixtralRMSNorm if config.norm == "rms" else nn.LayerNorm
-    return norm(config.hidden_size, eps=config.rms_norm_eps)
+    return MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class AoEDecoderLayer(GradientCheckpointingLayer):
@@ -230,7 +229,7 @@ class AoEForCausalLM(AoEPreTrainedModel, MixtralForCausalLM):
     def __init__(self, config: AoEConfig):
         MixtralPreTrainedModel.__init__(self, config)
         self.model = AoEModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.vocab_size = config.vocab_size
         self.router_aux_loss_coef = config.router_aux_loss_coef
         self.num_experts = config.num_local_experts

@@ -31,7 +31,7 @@ def rotary_tables(length, config: ModelConfig):
     if config.rope_factors:
         frequencies /= np.asarray(config.rope_factors)
     angle = np.arange(length)[:, None] * frequencies
-    return np.cos(angle) * config.rope_scale, np.sin(angle) * config.rope_scale
+    return np.cos(angle), np.sin(angle)
 
 
 def rotary(x, cos, sin):

@@ -18,15 +18,8 @@ from aoe_jax.planning import hardware
 from aoe_jax.planning.doctor import kernels, speed
 from aoe_jax.planning.doctor.steps import fitted, planned, run_steps, twins
 from aoe_jax.sharding import count_slices, make_mesh
+from aoe_jax.training.peaks import peak_flops_per_device
 
-EASY = jnp.dtype("bfloat16"), 64  # a dtype, and a width or a number of rows: all kernels take them
-WHY = {
-    "splash": "Pallas kernels for TPU",
-    "cudnn": "for NVIDIA GPUs from Ampere on",
-    "megablox": "Pallas kernels for TPU",
-    "mosaic_gpu": "Pallas kernels for Hopper",
-    "rowwise": "fewer rows than experts",
-}
 MODELS = {"aoe": "AoE", "router": "MoE"}
 
 
@@ -34,12 +27,8 @@ def examine(config: Config, show):
     """Examines all devices of all processes, part after part.
 
     The configuration is made to fit (`steps.fitted`). `show` is called with each line of text as
-    soon as a part is done. Raises `UserError` for a setting that these devices do not allow.
-
-    Returns `machine`; `configuration`; `backends`, each with `why`; `checks`, see `kernels.check`;
-    `measurements`, see `measure`; `steps` by model, see `take_steps`; `verdicts`, each with `name`,
-    `passed`, `text` and `fallback`; `passed`; `seconds`. A part that raised an exception has
-    `error` instead of figures.
+    soon as a part is done. Returns the content of `--json`; a part that raised an exception has
+    `error` instead of numbers. Raises `UserError` for a setting that these devices do not allow.
     """
     started = time.perf_counter()
 
@@ -84,56 +73,46 @@ def _attempt(function, *args):
 
 def choose_backends(config, models, device):
     """The backends of attention and of each grouped product, and why they are chosen."""
-    m, dtype = config.model, jnp.dtype(config.model.dtype)
-    name, width = m.attention, m.head_width
-    why = f"set by config.model.attention={name}"
-    if name == "auto":
-        name = attention_backend(device, dtype, width)
-        has_kernels = attention_backend(device, *EASY) == "cudnn"
-        why = WHY.get(name) or _why_plain(device, has_kernels, partial(check_cudnn, dtype, width))
+    m, dtype, chosen = config.model, jnp.dtype(config.model.dtype), config.experts.grouped_matmul
+    name = attention_backend(device, dtype, m.head_width)
+    why = _why(device, name == "blocks", partial(check_cudnn, dtype, m.head_width))
+    if m.attention != "auto":
+        name, why = m.attention, f"set by config.model.attention={m.attention}"
     found = [{"kernel": "attention", "backend": name, "why": why}]
     weights = {}
     for c in models.values():
         for weight, shape in kernels.expert_shapes(c).items():
             weights.setdefault(shape, set()).add(weight)
-    has_kernels = grouped_backend(device, *EASY, (1, 64, 64)) == "mosaic_gpu"
     for shape, names in weights.items():
-        name = config.experts.grouped_matmul
-        why = f"set by config.experts.grouped_matmul={name}"
-        if name == "auto":
-            name = grouped_backend(device, dtype, kernels.rows_per_device(config), shape)
-            check = partial(check_mosaic_gpu, dtype, *shape[1:])
-            why = WHY.get(name) or _why_plain(device, has_kernels, check)
+        name = grouped_backend(device, dtype, kernels.rows_per_device(config), shape)
+        why = _why(device, name == "blocked", partial(check_mosaic_gpu, dtype, *shape[1:]))
+        if chosen != "auto":
+            name, why = chosen, f"set by config.experts.grouped_matmul={chosen}"
         kernel = f"grouped products of {', '.join(sorted(names))} {'x'.join(map(str, shape))}"
         found.append({"kernel": kernel, "backend": name, "why": why, "shape": shape})
     return found
 
 
-def _why_plain(device, has_kernels, check):
-    """Why plain JAX is used: the kernels for a GPU refuse something, or there are none."""
-    if has_kernels:
+def _why(device, is_plain, check):
+    """Why a backend is chosen: `check` says what the kernels for GPUs refuse."""
+    if is_plain and device.platform == "gpu":
         try:
             check()
         except UserError as refusal:
             return str(refusal)
-    return f"plain JAX; there are no kernels for {device.device_kind}"
+    return f"{'plain JAX' if is_plain else 'the fastest'} on {device.device_kind}"
 
 
 def check_kernels(config, models, mesh, backends, say):
-    """Checks attention, the grouped products and the layers of all models on the mesh in context.
-    Returns results of `kernels.check`; of a case that raised, `error` instead of `errors`. Raises
-    `UserError` if a backend does not take the platform, a dtype or a width.
+    """Checks attention, the grouped products and the layers of all models on the mesh in context;
+    returns results of `kernels.check`, with `error` instead of `errors` for a case that raised.
     """
     attention, *grouped = backends
     cases = kernels.attention_cases(config, attention["backend"])
     cases += [kernels.grouped_case(config, b["backend"], b["shape"]) for b in grouped]
-    cases += [
-        kernels.layer_case(c, MODELS[c.experts.kind])
-        for c in models.values()
-        if kernels.has_reference(c.experts)
-    ]
+    cases += [kernels.layer_case(c, MODELS.get(c.experts.kind)) for c in models.values()]
     found = []
-    for case in cases:
+    for case in filter(None, cases):
         results = _attempt(kernels.check, case, mesh, config.model.dtype)
         if "error" in results:
             results = [{"kernel": case.kernel, "shape": case.shape, "passed": False, **results}]
@@ -155,9 +134,8 @@ def _in_words(result):
 
 
 def measure(config, mesh, backends, say):
-    """Measures what `speed` has, on a mesh in no context: by name, `seconds`, `per_second` (FLOPs
-    or bytes, as `unit` says) and the `share` of the measured matmul or of the published peak, as
-    `of` says, None if that is unknown; or `error`.
+    """Measures the works of `speed`, by name: `seconds`, `per_second` (FLOPs or bytes, as `unit`
+    says) and the `share` of the measured matmul or of the published peak, as `of` says, or None.
     """
     attention, *grouped = backends
     row, found = Mesh(mesh.devices.ravel(), ("all",), axis_types=mesh.axis_types[:1]), {}
@@ -182,7 +160,7 @@ def _measured(work, mesh, found):
     rate, peak, of = work.amount / seconds, None, "published"
     if work.peak == "matmul":
         peak, of = found["matmul"].get("per_second"), "matmul"
-    elif published := hardware.published_figures(devices):
+    elif published := hardware.published_peaks(devices):
         if work.peak != "link_bandwidth":
             peak = getattr(published, work.peak)
         elif count_slices(devices) == 1:
@@ -203,12 +181,11 @@ def _rate_in_words(figures):
 
 
 def take_steps(name, config, measurements, say):
-    """The figures of `steps.run_steps`; `peak`, whether MFU is by the published or the measured
-    peak; and the `plan`, see `steps.planned`, from measured figures where none are published. A
-    part that raised an exception has `error` instead.
+    """The result of `steps.run_steps`; `peak`, whether MFU is by the published or the measured
+    peak; and the `plan`, see `steps.planned`, by measured peaks where none are published.
     """
-    published = hardware.published_figures(jax.devices())
-    peak = hardware.peak_flops_per_device(jax.devices())
+    published = hardware.published_peaks(jax.devices())
+    peak = peak_flops_per_device(jax.devices())
     by = "published" if peak else "measured"
     rate = {work: figures.get("per_second", math.nan) for work, figures in measurements.items()}
     peak, link = peak or rate["matmul"], rate.get("all_gather", math.inf)
@@ -245,18 +222,13 @@ def verdicts(report):
 
     for kernel in dict.fromkeys(check["kernel"] for check in report["checks"]):
         of_kernel = [check for check in report["checks"] if check["kernel"] == kernel]
-        failed = [check for check in of_kernel if not check["passed"]]
+        failed, n = [check for check in of_kernel if not check["passed"]], len(of_kernel)
         if failed:
-            judge(
-                kernel,
-                False,
-                f"{len(failed)} of {len(of_kernel)} checks failed; {failed[0]['shape']}: "
-                f"{_in_words(failed[0])}",
-                fallback(kernel, config),
-            )
+            text = f"{len(failed)} of {n} checks failed; {failed[0]['shape']}"
+            judge(kernel, False, f"{text}: {_in_words(failed[0])}", fallback(kernel, config))
         else:
             worst = max(of_kernel, key=lambda c: max(c["errors"].values()) / c["tolerance"])
-            judge(kernel, True, f"{len(of_kernel)} checks; {_in_words(worst)}")
+            judge(kernel, True, f"{n} checks; {_in_words(worst)}")
     for name, figures in report["measurements"].items():
         if "error" in figures:
             judge(name, False, figures["error"])
@@ -271,12 +243,12 @@ def verdicts(report):
 def fallback(kernel, config):
     """The setting that avoids a kernel, in words."""
     kind, _, backend = kernel.rpartition(" ")
+    if backend in ("blocks", "blocked", "rowwise"):
+        return "none, it is plain JAX"
     if kind == "attention":
-        is_plain = backend == "blocks"
-        return "none, it is plain JAX" if is_plain else "--config.model.attention=blocks"
+        return "--config.model.attention=blocks"
     if kind == "grouped products":
-        is_plain = backend in ("blocked", "rowwise")
-        return "none, it is plain JAX" if is_plain else "--config.experts.grouped_matmul=blocked"
+        return "--config.experts.grouped_matmul=blocked"
     if config["mesh"]["transport"] == "all_to_all":
         return "--config.mesh.transport=ring"
     return "--config.mesh.expert=1" if config["mesh"]["expert"] > 1 else "none"

@@ -25,10 +25,10 @@ from jax.sharding import PartitionSpec
 from aoe_jax.config.run import Config
 from aoe_jax.model.attention import causal_attention
 from aoe_jax.model.attention.reference import reference_attention
+from aoe_jax.model.counts import experts_per_token
 from aoe_jax.moe import reference
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.layer import ExpertsLayer
-from aoe_jax.planning.counts import experts_per_token
 from aoe_jax.sharding import MESH_AXES, replicated
 
 PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # of float32 operands: bfloat16 and TF32
@@ -88,7 +88,7 @@ def with_gradients(function):
 
 
 def exactly(function, dtype):
-    """The function in float32, with products that are exact enough to check results in `dtype`."""
+    """The float32 reference at high matmul precision, to check results in `dtype`."""
 
     def widened(a):
         return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
@@ -102,9 +102,8 @@ def exactly(function, dtype):
 
 
 def check(case: Case, mesh, dtype):
-    """Computes a case for each of its inputs. Returns a list of `{"kernel", "shape", "input",
-    "errors" by result, "device", "tolerance", "passed"}`. An error is the largest of all devices,
-    and `device` has the largest error of all results.
+    """Computes a case for each of its inputs. Returns a list of `{"kernel", "shape", "tolerance",
+    "input", "errors" by result, the largest of all devices, "device" of the largest, "passed"}`.
     """
     eps = float(jnp.finfo(dtype).eps)
     if dtype == "float32":
@@ -119,22 +118,15 @@ def check(case: Case, mesh, dtype):
     function = jax.jit(function) if case.is_collective else everywhere(mesh, function)
     reference = everywhere(mesh, exactly(with_gradients(case.reference), dtype))
     names, results = ["y", *(f"d_{name}" for name in case.arguments)], []
+    about = {"kernel": case.kernel, "shape": case.shape, "tolerance": tolerance}
     *arrays, g = drawn(mesh, case.arrays, dtype)
     for name, given in case.inputs.items():
         args = arrays, g, given
         of_devices = np.asarray(compare(function(*args), reference(*args)))
         worst = dict(zip(names, of_devices.max(axis=0).tolist(), strict=True))
-        results.append(
-            {
-                "kernel": case.kernel,
-                "shape": case.shape,
-                "input": name,
-                "errors": worst,
-                "device": str(mesh.devices.flat[of_devices.max(axis=1).argmax()]),
-                "tolerance": tolerance,
-                "passed": max(worst.values()) <= tolerance,
-            }
-        )
+        device = str(mesh.devices.flat[of_devices.max(axis=1).argmax()])
+        found = {"input": name, "errors": worst, "device": device}
+        results.append(about | found | {"passed": max(worst.values()) <= tolerance})
     return results
 
 
@@ -259,30 +251,23 @@ def grouped_case(config: Config, backend, shape):
     )
 
 
-def has_reference(experts):
-    """Whether `layer_case` takes these experts."""
-    is_plain = not (experts.factorised_gate or experts.large_router)
-    return experts.kind == "aoe" or (experts.kind == "router" and is_plain)
-
-
 def layer_case(config: Config, name):
-    """The case of a layer of experts on the mesh, against Algorithm 1 or 2.
+    """The case of a layer of experts on the mesh, against Algorithm 1 or 2; None if it has no such
+    reference.
 
     Every token takes all experts, `LAYER_EXPERTS` or two a device: with fewer, rounding may change
     the choice. The score is the norm: rounding may change which activation is the largest. A shared
     expert is left out.
     """
+    e = config.experts
+    if e.kind not in ("aoe", "router") or e.large_router or (e.low_rank and e.kind == "router"):
+        return None
     c, d, axes = config.mesh, config.model.d_model, config.mesh.shape
-    n = min(config.experts.n_experts, max(LAYER_EXPERTS // c.expert, 2) * c.expert)
-    experts = dataclasses.replace(config.experts, n_experts=n, top_k=n, score="norm")
-    experts = dataclasses.replace(experts, d_shared=0, shared_gate=False)
-    layer = ExpertsLayer(
-        experts,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        transport=c.transport,
-        training=True,
-    )
+    n = min(e.n_experts, max(LAYER_EXPERTS // c.expert, 2) * c.expert)
+    changes = {"n_experts": n, "top_k": n, "score": "norm", "d_shared": 0, "shared_gate": False}
+    experts = dataclasses.replace(e, **changes)
+    settings = {"dtype": config.model.dtype, "remat": config.model.remat}
+    layer = ExpertsLayer(experts, **settings, transport=c.transport, training=True)
     positions = min(config.data.seq_len // c.tensor, max(LAYER_TOKENS // math.prod(axes), 8))
     x_shape = (math.prod(axes[:3]), positions * c.tensor, d)
     sizes, router = experts.sizes(d), ["w_router"] if experts.kind == "router" else []

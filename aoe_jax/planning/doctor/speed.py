@@ -15,8 +15,8 @@ from aoe_jax.config.run import Config
 from aoe_jax.moe.parallel.collectives import sum_gradients
 from aoe_jax.planning.doctor import kernels
 
-SECONDS, REPEATS = 0.1, 5  # of a timed call, and how many there are
-INNER = 16  # runs of a loop of known length: its end costs no synchronisation with the host
+SECONDS, REPEATS = 0.1, 5  # duration of a timed call, and number of calls
+INNER = 16  # runs of the inner loop, whose known length needs no synchronisation with the host
 
 
 class Work(NamedTuple):

@@ -8,14 +8,14 @@ import time
 
 import jax
 
-from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
-from aoe_jax.planning.counts import parameter_counts, training_flops_per_token
+from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.planning.hardware import GENERATIONS
 from aoe_jax.planning.plan import plan
 from aoe_jax.sharding import fill_mesh
 from aoe_jax.training.memory import device_memory
+from aoe_jax.training.step_times import RepeatedStep
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +40,12 @@ def twins(config: Config):
     kernels take; the router takes L_aux from all tokens. A configuration of another kind, or on a
     mesh that does not divide its twin, is alone: `{kind: Config}`.
     """
-    e, balance, replace = config.experts, config.balance, dataclasses.replace
+    e, replace = config.experts, dataclasses.replace
     try:
         if e.kind == "aoe":
             of_aoe = {"score_gradient": None, "score_neurons": None, "score": "norm"}
             router = replace(e, kind="router", d_wide=None, round_to=1, **of_aoe)
-            balance = replace(balance, aux_tokens=1.0)
+            balance = replace(config.balance, aux_tokens=1.0)
             return {"aoe": config, "moe": replace(config, experts=router, balance=balance)}
         if e.kind == "router" and not (e.factorised_gate or e.large_router):
             round_to = 64 if e.d_ffn >= 1024 else config.mesh.tensor
@@ -57,10 +57,10 @@ def twins(config: Config):
 
 
 def run_steps(config: Config, peak):
-    """Takes `STEPS` steps; `peak` are FLOPs per second of a device.
+    """Takes `STEPS` steps; `peak` are FLOPs per second of a device, for the MFU.
 
-    Returns figures: `step_seconds` is the median; `memory_bytes` are `memory.program_memory` and,
-    where the backend counts it, the peak of this process; `finite` is whether every step was.
+    `step_seconds` is the median; `memory_bytes` are `memory.program_memory` and, where the backend
+    counts it, the peak of this process; `finite` is whether every step was.
     """
     started = time.perf_counter()
     step = RepeatedStep(config)
@@ -87,10 +87,8 @@ def run_steps(config: Config, peak):
 
 
 def planned(config: Config, chip):
-    """Plans a step on these devices by `aoe_jax.plan`, from the `hardware.Chip` figures of one.
-
-    Returns `{"seconds", "kind"}`: the likely time on TPU and GPU, where the step is compiled once
-    more; on CPU the bound and what it is bound by.
+    """Plans a step on these devices, whose peaks are the `hardware.Chip`: `{"seconds", "kind"}`.
+    On TPU and GPU the step is compiled again for its likely time; on CPU the bound stands.
     """
     devices = jax.devices()
     kind, compiles = devices[0].device_kind, devices[0].platform in ("tpu", "gpu")

@@ -1,0 +1,263 @@
+"""Clusters of similar experts, the experts of a cluster merged into one, and models of these.
+
+The methods, layer by layer, are UNCURL (Sarkar et al. 2024, arXiv 2409.01483) and baselines of its
+paper:
+
+- `uncurl`. With `H [tokens, Z]` the scores of Z experts and `S = (1 + cosine of columns of H) / 2`,
+  spectral clustering of S gives D clusters (symmetric normalised Laplacian and k-means; the paper
+  leaves the Laplacian open). The experts of a cluster are aligned to the one with the largest load,
+  by the permutation of hidden units that brings their weights nearest, and averaged with their
+  loads as weights.
+- `frequency_merge`. The D experts with the largest loads are centres, and each other expert joins
+  the centre most similar to it by S; merged like above.
+- `greedy`. The D experts with the largest loads stay, others are dropped.
+
+The scores of a router MoE are its logits, and its router is drawn anew, to be trained alone first
+(`train.router_steps`). Only `greedy` keeps the router's columns of its experts, which the paper
+does not mention.
+
+AoE is not in the paper. Its scores are norms, far from 0, so cosines are of centred norms. The low
+rank of w_gate_down and w_gate_up is aligned too, by a rotation (Procrustes) in turn with the
+permutation, twice. An average has smaller norms than its members, so w_gate_down of a merged expert
+is scaled, and w_gate_up by the inverse, which keeps its output: its mean score over the tokens that
+chose a member becomes the mean of their scores. There is no router to draw anew.
+
+Differences from the paper: all layers get D experts, for layers are scanned and have equal shapes,
+where the paper leaves out the first layer. Signs that w_up and w_down of a hidden unit could share
+are not aligned. MC-SMoE, another baseline, is left out.
+
+Cost: a forward pass over the tokens, and another for the norms of merged AoE experts; memory holds
+moments `[Z, Z]`, not scores. Merging an expert takes `O(f^2 d)`, and up to `O(f^3)` to assign its f
+hidden units.
+
+L layers, Z experts of each, D clusters, d model width. An expert is a dictionary of arrays:
+`w_up [d, f]`, `w_down [f, d]`, and `w_gate [d, f]` or, with a factorised gate, `w_gate_down [d, r]`
+and `w_gate_up [r, f]`.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.linalg import orthogonal_procrustes
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import SpectralClustering
+from sklearn.exceptions import ConvergenceWarning
+from tqdm import tqdm
+
+from aoe_jax.conversion.moments import Moments
+from aoe_jax.evaluation.models import Model
+from aoe_jax.model.declared import state_shardings
+from aoe_jax.parameters import matrix_init, shared_expert
+
+FACTORS = ("w_gate_down", "w_gate_up")
+EXPERT_WEIGHTS = (*FACTORS, "w_gate", "w_up", "w_down")
+_ROUNDS = 2  # rotation and permutation depend on each other, so both are computed twice
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Experts that are merged into one."""
+
+    reference: int  # the member with the largest load, to which the others are aligned
+    members: tuple[int, ...]  # rising, with the reference
+    weights: tuple[float, ...]  # of the members in the mean; they sum to 1
+
+    @classmethod
+    def of(cls, members, load):
+        """Weights members by `load [Z]`, how often each is chosen; equally if none ever is."""
+        members = tuple(sorted(map(int, members)))
+        share = np.asarray(load, np.float64)[list(members)]
+        if share.sum() == 0:
+            share = np.ones(len(members))
+        weights = share / share.sum()
+        return cls(members[int(np.argmax(share))], members, tuple(weights.tolist()))
+
+
+def similarity(moments: np.ndarray) -> np.ndarray:
+    """`(1 + cosine) / 2` of the scores of every two experts, from their second moments.
+
+    Both are `[Z, Z]`. An expert whose scores are all 0 has cosine 0 with the others, 1 with itself.
+    """
+    length = np.sqrt(np.diagonal(moments))
+    scale = np.divide(1, length, out=np.zeros_like(length), where=length > 0)
+    cosine = np.clip(moments * scale[:, None] * scale[None, :], -1, 1)
+    result = (1 + (cosine + cosine.T) / 2) / 2
+    np.fill_diagonal(result, 1.0)
+    return result
+
+
+def uncurl(similarity, load, n_clusters, seed):
+    """Spectral clustering of the similarities (UNCURL, Sarkar et al. 2024, arXiv 2409.01483)."""
+    n = len(load)
+    labels = np.zeros(n, int) if n_clusters == 1 else np.arange(n)
+    if 1 < n_clusters < n:
+        spectral = SpectralClustering(n_clusters, affinity="precomputed", random_state=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # of equal experts, split below
+            labels = spectral.fit_predict(similarity)
+    groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    while len(groups) < n_clusters:  # equal experts are fewer points than clusters
+        largest = max(groups, key=len)
+        groups = [group for group in groups if group is not largest] + [largest[:1], largest[1:]]
+    return groups
+
+
+def greedy(similarity, load, n_clusters, seed):
+    """The D experts with the largest load stay as they are, and the others are dropped."""
+    return np.argsort(-np.asarray(load), kind="stable")[:n_clusters, None]
+
+
+def frequency_merge(similarity, load, n_clusters, seed):
+    """Each of the D experts with the largest load is joined by the experts most similar to it."""
+    centres = greedy(similarity, load, n_clusters, seed)[:, 0]
+    nearest = centres[np.argmax(similarity[:, centres], axis=1)]
+    nearest[centres] = centres
+    return [np.flatnonzero(nearest == centre) for centre in centres]
+
+
+# Functions `(similarity [Z, Z], load [Z], D, seed of k-means) -> D groups of experts`; the load is
+# how often each expert is chosen.
+METHODS = {"uncurl": uncurl, "frequency_merge": frequency_merge, "greedy": greedy}
+
+
+def find_clusters(method, similarity, load, n_clusters, seed=0):
+    """The D `Cluster`s of a layer by one of `METHODS`, in the order of their references."""
+    groups = METHODS[method](similarity, load, n_clusters, seed)
+    clusters = [Cluster.of(group, load) for group in groups]
+    return sorted(clusters, key=lambda cluster: cluster.reference)
+
+
+def aligned(reference, expert):
+    """The form of `expert` that is nearest to `reference`; it computes the same function.
+
+    Hidden units can be permuted, and the low rank of a factorised gate rotated: for every
+    orthogonal Q, `(w_gate_down Q, Q^T w_gate_up)` has the same product and the same norms
+    `|x w_gate_down|`. The rotation solves the orthogonal Procrustes problem for w_gate_down and
+    w_gate_up together, the permutation the assignment problem for w_gate_up or w_gate, w_up and
+    w_down. Signs and scales of w_up and w_down stay.
+    """
+    expert, low_rank = dict(expert), "w_gate_down" in expert
+    by_column = ("w_gate_up" if low_rank else "w_gate", "w_up")
+    for _ in range(_ROUNDS if low_rank else 1):
+        if low_rank:
+            there, here = (
+                np.concatenate([e["w_gate_down"], e["w_gate_up"].T]) for e in (reference, expert)
+            )
+            q = orthogonal_procrustes(here, there)[0]
+            expert["w_gate_down"] = expert["w_gate_down"] @ q
+            expert["w_gate_up"] = q.T @ expert["w_gate_up"]
+        likeness = reference["w_down"] @ expert["w_down"].T
+        for name in by_column:
+            likeness += reference[name].T @ expert[name]
+        order = linear_sum_assignment(likeness, maximize=True)[1]
+        expert |= {name: expert[name][:, order] for name in by_column}
+        expert["w_down"] = expert["w_down"][order]
+    return expert
+
+
+def merge(weights: dict[str, np.ndarray], clusters: Sequence[Cluster]) -> dict[str, np.ndarray]:
+    """Averages the aligned experts of each cluster, weighted by how often they are chosen.
+
+    The weights of a layer's experts, `[Z, ...]` by name, become `[D, ...]` in the same dtypes. A
+    cluster of one is its expert, bit for bit.
+    """
+    merged = [_average(weights, cluster) for cluster in clusters]
+    return {name: np.stack([expert[name] for expert in merged]) for name in weights}
+
+
+def _average(weights, cluster):
+    def expert(number):
+        return {name: a[number].astype(np.float32) for name, a in weights.items()}
+
+    if len(cluster.members) == 1:
+        return {name: a[cluster.reference] for name, a in weights.items()}
+    reference = expert(cluster.reference)
+    total = {name: np.zeros_like(a) for name, a in reference.items()}
+    for number, weight in zip(cluster.members, cluster.weights, strict=True):
+        member = reference if number == cluster.reference else aligned(reference, expert(number))
+        for name, a in member.items():
+            total[name] += np.float32(weight) * a
+    return {name: a.astype(weights[name].dtype) for name, a in total.items()}
+
+
+def membership(clusters: Sequence[Cluster], n_experts) -> np.ndarray:
+    """`[Z, D]`, 1 where an expert is a member of a cluster, else 0."""
+    members = np.zeros((n_experts, len(clusters)))
+    for number, cluster in enumerate(clusters):
+        members[list(cluster.members), number] = 1
+    return members
+
+
+def score_targets(clusters: Sequence[Cluster], mean, chosen, chosen_score) -> np.ndarray:
+    """The mean score with which tokens chose the members of each cluster, `[D]`.
+
+    The others are `Moments` of a layer, `[Z]`; the mean over all tokens stands in for experts that
+    no token chose.
+    """
+    own = np.where(chosen > 0, chosen_score / np.maximum(chosen, 1), mean)
+    return np.array([np.dot(cluster.weights, own[list(cluster.members)]) for cluster in clusters])
+
+
+def pruned_params(model: Model, moments: Moments, merged_scores, n_experts, method, seed=0):
+    """The parameters of a model with D experts.
+
+    The host holds the experts of one layer, and the merged experts of all layers. `moments` are of
+    the scores of the model before pruning, and `merged_scores` is the function of that name in
+    `moments`, over the same batches. `n_experts` is D, at most Z, `method` a name of `METHODS`, and
+    `seed` that of k-means and of a new router. Returns the parameters on the model's mesh, and a
+    list of `Cluster`s for every layer.
+    """
+    experts, is_aoe = model.params["layers"]["experts"], model.config.experts.kind == "aoe"
+    weights = {name: a for name, a in experts.items() if name in EXPERT_WEIGHTS}
+    second = moments.scatter if is_aoe else moments.gram
+    clusters = [
+        find_clusters(method, similarity(of_layer), load, n_experts, seed)
+        for of_layer, load in zip(second, moments.load, strict=True)
+    ]
+    shape = len(clusters), n_experts
+    merged = {name: np.empty(shape + a.shape[2:], a.dtype) for name, a in weights.items()}
+    for layer, of_layer in enumerate(tqdm(clusters, desc=method, unit="layer")):
+        found = merge({name: jax.device_get(a[layer]) for name, a in weights.items()}, of_layer)
+        for name, a in found.items():
+            merged[name][layer] = a
+    if is_aoe:
+        _rescale_norms(merged, moments, merged_scores, clusters)
+    else:
+        merged["w_router"] = _router(experts["w_router"], clusters, method, seed)
+    merged |= {name: experts[name] for name in shared_expert(model.config.experts)}
+    params = model.params | {"layers": model.params["layers"] | {"experts": merged}}
+    with jax.set_mesh(model.mesh):
+        return jax.device_put(params, state_shardings(model.mesh, params)), clusters
+
+
+def _rescale_norms(merged, moments, merged_scores, clusters):
+    """Scales w_gate_down of merged experts to the mean scores of their members' choices, and
+    w_gate_up by the inverse, so that outputs stay; clusters of one stay as they are.
+    """
+    members = np.stack([membership(of_layer, moments.mean.shape[1]) for of_layer in clusters])
+    several = members.sum(axis=1) > 1
+    if not several.any():
+        return
+    down, up = FACTORS
+    found = merged_scores(merged[down], members)
+    of_layers = zip(clusters, moments.mean, moments.chosen, moments.chosen_score, strict=True)
+    wanted = np.stack([score_targets(*of_layer) for of_layer in of_layers])
+    known = several & (found > 0) & (wanted > 0)
+    scale = np.divide(wanted, found, out=np.ones_like(found), where=known)
+    scale = scale[:, :, None, None].astype(np.float32)
+    merged[down] = (merged[down] * scale).astype(merged[down].dtype)
+    merged[up] = (merged[up] / scale).astype(merged[up].dtype)
+
+
+def _router(w_router, clusters, method, seed):
+    """`[L, d, D]`: the columns of the experts that `greedy` keeps, else a new random router."""
+    if method == "greedy":
+        kept = [[cluster.reference for cluster in of_layer] for of_layer in clusters]
+        return jnp.take_along_axis(w_router, jnp.array(kept)[:, None, :], axis=2)
+    shape = (w_router.shape[1], len(clusters[0]))
+    keys = jax.random.split(jax.random.key(seed), len(clusters))
+    return jnp.stack([matrix_init(key, shape) for key in keys]).astype(w_router.dtype)

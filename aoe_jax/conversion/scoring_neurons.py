@@ -1,0 +1,106 @@
+"""Finds neurons of a router's experts that score a token like the router, and their agreement.
+
+L layers, T tokens, n experts, d model width, f expert width. A neuron of an expert is a column of
+w_gate and w_up and a row of w_down, so the order of neurons leaves its function unchanged.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aoe_jax.conversion.moments import observing_step
+from aoe_jax.evaluation.models import Model
+from aoe_jax.moe.scoring import SCORES, scores_of_all
+
+# Name of a score -> (the score without neurons, the score with one more: score, its activation).
+_GROWING = {
+    "norm": (0.0, lambda score, gate: jnp.sqrt(score * score + gate * gate)),
+    "max": (-jnp.inf, jnp.maximum),
+}
+
+
+def observed_choices(model: Model, batches: Iterable[dict]):
+    """The router's inputs, logits and choices in each layer for batches of tokens on the host.
+
+    Returns `(x [L, T, d], logits [L, T, n], chosen [L, T, n])`; `chosen` is 1 or 0 (padding: 0).
+    """
+
+    def observe(ctx, chosen, scores, given):
+        return jax.tree.map(ctx.devices.all_tokens, (ctx.x, scores, chosen))
+
+    step = observing_step(model, observe)
+    found = [jax.device_get(step(batch)) for batch in batches]
+    return tuple(np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+
+
+@partial(jax.jit, static_argnames=("count", "score"))
+def telling_neurons(x, logits, chosen, w_gate, count, score):
+    """Chooses the neurons of each expert whose score predicts the router's choices best.
+
+    Every expert in turn takes a neuron, until each has `count`. The first is that whose score
+    correlates best with the expert's logit, centred over experts. Each other one raises most the
+    log-likelihood of the router's choices under a softmax over the experts' scores,
+    `sum_ti chosen_ti log softmax(scores_t)_i`, which compares scores across experts. Memory holds
+    all gate pre-activations, `[n, T, f]` float32.
+
+    `x`, `logits` and `chosen` are those of a layer, see `observed_choices`; `w_gate` is
+    `[n, d, f]`. `score` is "norm" or "max", and `count` at most f. Returns `[n, count]` int32, in
+    the order of choice.
+    """
+    gate = jnp.einsum("td,ndf->ntf", x.astype(jnp.float32), w_gate.astype(jnp.float32))
+    (n, n_tokens, f), n_chosen = gate.shape, chosen.sum(axis=1)
+    empty, grow = _GROWING[score]
+    centred = logits - logits.mean(axis=1, keepdims=True)
+
+    def correlation(own, expert, scores):
+        weight = (n_chosen > 0) / (n_chosen > 0).sum()
+        own = own - weight @ own
+        deviation = jnp.sqrt(weight @ jnp.square(own))
+        return (weight * centred[:, expert]) @ own / jnp.maximum(deviation, 1e-20)
+
+    def likelihood(own, expert, scores):
+        others = jax.nn.logsumexp(scores.at[:, expert].set(-jnp.inf), axis=1)
+        return chosen[:, expert] @ own - n_chosen @ jnp.logaddexp(others[:, None], own)
+
+    def add_neuron(step, state):
+        scores, is_free, neurons = state
+        place, expert = step // n, step % n
+        own = grow(scores[:, expert, None], gate[expert])
+        gain = jax.lax.cond(place == 0, correlation, likelihood, own, expert, scores)
+        best = jnp.argmax(jnp.where(is_free[expert], gain, -jnp.inf))
+        return (
+            scores.at[:, expert].set(own[:, best]),
+            is_free.at[expert, best].set(False),
+            neurons.at[expert, place].set(best),
+        )
+
+    state = jnp.full((n_tokens, n), empty), jnp.ones((n, f), bool), jnp.zeros((n, count), int)
+    return jax.lax.fori_loop(0, n * count, add_neuron, state)[2]
+
+
+def in_front(neurons, width):
+    """The order of an expert's neurons with `neurons [count]` in front: `[width]`."""
+    return np.concatenate([neurons, np.setdiff1d(np.arange(width), neurons)])
+
+
+def agreement(model: Model, batches: Iterable[dict], w_score, score):
+    """The share of the router's experts that other scores, `w_score [L, n, d, r]`, choose as well.
+
+    Both see the tokens of the model with its router. A token takes as many experts by `score`, a
+    name of `SCORES`, as the router gives it. Returns `(shares [L], share of a random choice)`.
+    """
+
+    def observe(ctx, chosen, scores, w_score):
+        found, count = scores_of_all(ctx.x, w_score, SCORES[score]), chosen.sum(axis=1)
+        rank = jnp.argsort(jnp.argsort(-found, axis=1), axis=1)
+        agreed = jnp.sum(chosen * (rank < count[:, None]))
+        by_chance = jnp.sum(count * count) / chosen.shape[1]
+        return ctx.devices.total((agreed, by_chance, count.sum()))
+
+    step = observing_step(model, observe)
+    sums = [np.asarray(jax.device_get(step(batch, w_score)), np.float64) for batch in batches]
+    agreed, by_chance, count = sum(sums)
+    return agreed / count, float(by_chance.sum() / count.sum())

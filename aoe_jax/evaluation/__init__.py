@@ -1,0 +1,1 @@
+"""Uses trained models: loads them, scores splits, texts and tasks, generates, probes routers."""

@@ -1,0 +1,140 @@
+"""Evaluates a trained model on a held-out split, or on any text."""
+
+import io
+import logging
+import math
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from aoe_jax.data.documents import DOCUMENT_BYTES
+from aoe_jax.data.tokenizer import pieces
+from aoe_jax.errors import DivergedError, UserError
+from aoe_jax.evaluation.models import Model, check_split, corpus_of, load_model
+from aoe_jax.model.counts import log_run
+from aoe_jax.storage import files
+from aoe_jax.storage.files import write_or_refuse
+from aoe_jax.storage.paths import parsed_path
+from aoe_jax.storage.retry import Tolerated
+from aoe_jax.training.load_statistics import draw_loads, load_statistics, load_table
+from aoe_jax.training.validation import compile_eval_step, evaluate
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data=None):
+    """Scores a checkpoint on a held-out split: prints a table, writes `eval.json` and `load.png`.
+
+    The arguments are the flags of `eval.py`. Returns the content of `eval.json`: `split`, `data`
+    (None: the run's corpora), `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte`,
+    `load_statistics` (None for a dense model) and `sources`, the scores of each of several. Raises
+    `UserError` if something cannot be read, `DivergedError` if a number is not finite.
+    """
+    check_split(split)
+    model = load_model(workdir, step, mesh)
+    log_run(model.config)
+    stores = getattr(corpus_of(model, workdir, data), split)
+    masked = model.config.data.document_mask
+    about, file = {"split": split, "data": data}, workdir / "eval.json"
+    return _report(model, stores, masked, split, about, file, "load.png")
+
+
+def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **settings):
+    """`load_on_texts` for a checkpoint and a text file, or the prompts of a task; the arguments are
+    the flags of `eval.py`.
+    """
+    if text.startswith("task:"):
+        from aoe_jax.evaluation.tasks import load_tasks, prompts
+
+        texts = prompts(load_tasks([text.removeprefix("task:")], **settings), limit)
+    else:
+        texts = [read_text(parsed_path(text, "--text"))]
+    return load_on_texts(load_model(workdir, step, mesh), texts, text, workdir)
+
+
+def load_on_texts(model: Model, texts, name, workdir: Path):
+    """Load statistics on texts, between which attention does not cross; their ends count as tokens.
+
+    Writes `text.json` and, for models with experts, `text.png`. The result is that of
+    `evaluate_workdir`, with `text` (the name) and `texts` (their number) for `split` and `data`.
+    """
+    stores, about = {name: TextTokens(texts, model.tokenizer)}, {"text": name, "texts": len(texts)}
+    return _report(model, stores, True, name, about, workdir / "text.json", "text.png")
+
+
+def _report(model, stores, document_mask, name, about, file, picture):
+    config = model.config
+    step = compile_eval_step(model.decoder, document_mask, model.mesh)
+    score = partial(step, model.params, model.routing_state)
+    batch_size = config.train.batch_size // config.train.accumulate
+    with jax.set_mesh(model.mesh):
+        shape, first = (config.data.seq_len, batch_size), jax.process_index() == 0
+        result = evaluate(score, stores, *shape, model.put, progress=first)
+    if not math.isfinite(result.nll):
+        raise DivergedError(f"the nll of {name} is {result.nll}: the model has diverged")
+    statistics = None if config.experts.kind == "dense" else load_statistics(result.stats)
+    sources = {source: _scores(own) for source, own in result.sources.items()}
+    report = about | {"step": model.step, **_scores(result)}
+    report |= {"load_statistics": statistics, "sources": sources}
+    if jax.process_index() == 0:
+        n_texts = f"{about['texts']} texts, " if "texts" in about else ""
+        print(f"{name}: {n_texts}{result.tokens} tokens, step {model.step}\n{result.in_words()}")
+        for source, own in result.sources.items():
+            print(f"{source}: {own.tokens} tokens | {own.in_words()}")
+        if statistics:
+            print(load_table(statistics))
+        write_report(file, report, "workdir")
+        if statistics:
+            title = f"{config.experts.kind}, {name}, step {model.step}"
+            with Tolerated(picture):
+                content = io.BytesIO()
+                draw_loads({title: statistics}).savefig(content, dpi=150)
+                files.write_whole(file.with_name(picture), content.getvalue())
+                log.info("wrote %s", file.with_name(picture))
+    return report
+
+
+def write_report(file: Path, report: dict, flag):
+    """Writes a report. Raises `UserError`, which names the `flag` of its folder, if the folder is
+    read-only, and `MachineFault` if its disk fails.
+    """
+    write_or_refuse(file.parent, flag, lambda: files.write_json(file, report))
+    log.info("wrote %s", file)
+
+
+def _scores(result):
+    names = ("tokens", "nll", "perplexity", "bits_per_byte")
+    return {name: getattr(result, name) for name in names}
+
+
+class TextTokens:
+    """Texts as a split of a token store, in memory: `EOT text1 EOT text2 ... EOT`."""
+
+    def __init__(self, texts, tokenizer):
+        """Tokenises the texts."""
+        self.end_of_text = tokenizer.end_of_text
+        self.text_bytes = sum(len(text.encode()) for text in texts)
+        end = np.array([self.end_of_text], np.int32)
+        tokens = [end]
+        for text in texts:
+            for piece in pieces(text, tokenizer.at_once):
+                tokens += [ids.astype(np.int32) for ids in tokenizer.encode([piece])]
+            tokens.append(end)
+        self._tokens = np.concatenate(tokens)
+
+    def __len__(self):
+        return len(self._tokens)
+
+    def read(self, start, stop):
+        """Tokens `[start, stop)`, int32."""
+        return self._tokens[start:stop]
+
+
+def read_text(path: Path):
+    """The text of a file. Raises `UserError` if it cannot be read, is not UTF-8, or is empty."""
+    text = files.read_text(path, f"--text={path}:", DOCUMENT_BYTES)
+    if not text.strip():
+        raise UserError(f"--text={path}: is empty; name a file with text")
+    return text

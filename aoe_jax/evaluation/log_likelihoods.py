@@ -1,0 +1,185 @@
+"""Log-likelihoods of token sequences after their contexts, batched by length, on any mesh.
+
+B rows of a batch, S positions, C contexts of a batch, N continuations of each, P positions of
+contexts.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from aoe_jax.errors import UserError
+from aoe_jax.evaluation.models import Model, multiple
+from aoe_jax.model.decoder import output_projection
+from aoe_jax.model.decoding import check_decodes, extend, prefill
+from aoe_jax.model.loss import target_log_probs
+from aoe_jax.model.vocabulary import on_each_token
+from aoe_jax.sharding import batch_sharding, put_batch, replicated
+
+BATCH_TOKENS = 8192
+SHORTEST = 16  # minimum positions of a batch
+SHORTEST_SHARED = 32  # a longer context is read once for all of its continuations
+
+
+class Scorer:
+    """Scores continuations of contexts; keeps the compiled programs, one for each shape."""
+
+    def __init__(self, model: Model, batch_tokens=BATCH_TOKENS):
+        """`batch_tokens` is about how many tokens a batch has; raises as `check_decodes` does."""
+        check_decodes(model.decoder, by_token=False)
+        self._model, self._batch_tokens = model, batch_tokens
+        causality = model.decoder.routing.causality(model.decoder.experts)
+        self._shares_contexts = not causality.no_decoding
+        # A text's length need not be such that every device has the same share of its tokens.
+        balance = dataclasses.replace(model.decoder.balance, aux_tokens=1.0)
+        decoder = model.decoder.clone(balance=balance)
+        compiled = partial(jax.jit, out_shardings=replicated(model.mesh))
+        self._score_texts = compiled(partial(_score_texts, decoder))
+        self._score_choices = compiled(partial(_score_choices, decoder))
+
+    def __call__(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], progress=True):
+        """Scores pairs of token ids `(context, continuation)`; a context has at least one token.
+
+        The first tokens of what exceeds the model's length are dropped. A long context of several
+        requests is read once, if the model can be decoded by token.
+
+        Returns `(log-likelihood in nats, whether greedy decoding would give the continuation)` of
+        each pair. Raises `UserError` if a continuation alone exceeds the model's length, or a
+        log-likelihood is not finite.
+        """
+        texts, results = [self._cut(*request) for request in requests], {}
+        hidden = not progress or not texts
+        with tqdm(total=len(texts), desc="scoring", unit="text", disable=hidden) as bar:
+            for numbers, scores in self._scored(texts):
+                results |= zip(numbers, scores, strict=True)
+                bar.update(len(numbers))
+        return [results[number] for number in range(len(texts))]
+
+    def _cut(self, context, continuation):
+        if not len(context):
+            raise ValueError("a context has one token at least, such as the end-of-text token")
+        max_len = self._model.config.model.max_len
+        room = max_len + 1 - len(continuation)
+        if room < 1:
+            what = f"a continuation has {len(continuation)} tokens; cut it into several"
+            raise UserError(f"model.max_len={max_len}: {what}")
+        return tuple(context[-room:]), tuple(continuation)
+
+    def _scored(self, texts):
+        by_context = {}
+        for number, (context, _) in enumerate(texts):
+            by_context.setdefault(context, []).append(number)
+        # (N, S): [(tokens of the context, numbers)]; at (1, 0) [(tokens of the text, [number])].
+        groups = {(1, 0): []}
+        for context, numbers in by_context.items():
+            lengths = [len(texts[number][1]) for number in numbers]
+            if self._shares_contexts and len(numbers) > 1 and len(context) > SHORTEST_SHARED:
+                shape = len(numbers), self._rounded(max(lengths))
+                groups.setdefault(shape, []).append((len(context) - 1, numbers))
+            else:
+                for number, length in zip(numbers, lengths, strict=True):
+                    groups[1, 0].append((len(context) - 1 + length, [number]))
+        for (n, end), of_shape in groups.items():
+            for numbers, length, rows in self._batches(of_shape, n, end):
+                batch = [texts[number] for number in numbers]
+                if end:
+                    arrays = _choices_arrays(batch, rows, n, length, end)
+                    scores = self._run(self._score_choices, self._model.by_layer, arrays)
+                else:
+                    arrays = _texts_arrays(batch, rows, length)
+                    scores = self._run(self._score_texts, self._model.params, arrays)
+                yield numbers, scores[: len(numbers)]
+
+    def _batches(self, groups, n, end):
+        """Batches `(numbers, padded length, rows)`, longest first; at most two sizes a length."""
+        groups = sorted(groups, key=lambda group: group[0], reverse=True)
+        while groups:
+            padded = self._rounded(groups[0][0])
+            rows = max(1, self._batch_tokens // (n * (padded + end)))
+            rows = min(rows, 2 ** math.ceil(math.log2(len(groups))))  # of the last groups
+            rows = multiple(rows, self._model.batch_shards)
+            yield [number for _, numbers in groups[:rows] for number in numbers], padded, rows
+            groups = groups[rows:]
+
+    def _rounded(self, length):
+        """Rounds a length up to 16, 32, 48, 64, 96, 128, ... or the model's own."""
+        power = 2 ** math.ceil(math.log2(max(length, SHORTEST)))
+        padded = power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power
+        padded = min(padded, self._model.config.model.max_len)
+        return multiple(padded, self._model.mesh.shape["tensor"])
+
+    def _run(self, program, params, arrays):
+        model = self._model
+        with jax.set_mesh(model.mesh):
+            batch = put_batch(batch_sharding(model.mesh), arrays)
+            log_likelihood, greedy = jax.device_get(program(params, model.routing_state, batch))
+        if not np.isfinite(log_likelihood).all():
+            raise UserError(
+                "the model gives log-likelihoods that are not finite; its weights are damaged, or "
+                f"model.dtype={model.config.model.dtype} cannot hold its activations"
+            )
+        return list(zip(log_likelihood.tolist(), greedy.tolist(), strict=True))
+
+
+def _texts_arrays(texts, rows, length):
+    tokens = np.zeros((rows, length + 1), np.int32)
+    real, wanted = np.zeros((2, rows, length), bool)
+    for i, (context, continuation) in enumerate(texts):
+        first, end = len(context) - 1, len(context) + len(continuation) - 1
+        tokens[i, : end + 1] = context + continuation
+        real[i, :end] = True
+        wanted[i, first:end] = True
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "real": real, "wanted": wanted}
+
+
+def _choices_arrays(texts, n_contexts, n, length, end):
+    """The batch of `_score_choices` for `(context, continuation)` texts; each context has N."""
+    contexts, known = np.zeros((n_contexts, length), np.int32), np.zeros((n_contexts, length), bool)
+    known[:, 0] = True
+    for i, (context, _) in enumerate(texts[::n]):
+        contexts[i, : len(context) - 1] = context[:-1]
+        known[i, : len(context) - 1] = True
+    last = [(context[-1:], continuation) for context, continuation in texts]
+    return _texts_arrays(last, n_contexts * n, end) | {"contexts": contexts, "known": known}
+
+
+def _score_texts(decoder, params, routing_state, batch):
+    """Scores targets of whole texts: `(log-likelihood float32, greedy bool)`, `[B]`.
+
+    A batch has `inputs` and `targets` `[B, S]` int32, and `[B, S]` bool `real`, false for padding
+    of inputs, and `wanted`, true for targets to score.
+    """
+    real = batch["real"].astype(jnp.float32)
+    hidden, _ = decoder.apply(
+        {"params": params}, batch["inputs"], None, real, routing_state, method="features"
+    )
+    return _sums(params, hidden, batch)
+
+
+def _score_choices(decoder, params, routing_state, batch):
+    """Reads contexts once, then scores each of their continuations as `_score_texts` does, `[C N]`.
+
+    A batch has `contexts [C, P]` int32 without their last tokens, `known [C, P]` bool, false for
+    padding, and `inputs`, `targets` and `wanted` `[C N, S]` from the last token of a context on.
+    The parameters are `decoding.unstacked`.
+    """
+    n_contexts, length = batch["contexts"].shape
+    n_rows, end = batch["inputs"].shape
+    known = batch["known"].sum(axis=1, dtype=jnp.int32)
+    _, cache = prefill(decoder, params, routing_state, batch["contexts"], known, length + end)
+    cache = jax.tree.map(lambda a: jnp.repeat(a, n_rows // n_contexts, axis=0), cache)
+    hidden, _ = extend(decoder, params, routing_state, batch["inputs"], cache)
+    return _sums(params, hidden, batch)
+
+
+def _sums(params, hidden, batch):
+    log_probs, is_best = on_each_token(
+        target_log_probs, hidden, output_projection(params), batch["targets"], batch["wanted"]
+    )
+    return log_probs.sum(axis=1), is_best.all(axis=1)

@@ -1,0 +1,237 @@
+"""Reads models from safetensors: the configuration, and the parameters directly into a mesh."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.checks import differences
+from aoe_jax.config.data import DataConfig
+from aoe_jax.config.mesh import MeshConfig
+from aoe_jax.config.run import Config
+from aoe_jax.config.training import TrainConfig
+from aoe_jax.data.tokenizer import saved_tokenizer
+from aoe_jax.errors import UserError, naming, shown
+from aoe_jax.formats.architectures import find_layouts
+from aoe_jax.formats.configs import computed_fields, from_json
+from aoe_jax.formats.tensor_files import stored_tensors
+from aoe_jax.model.declared import state_shardings
+from aoe_jax.model.decoder import initial_params
+from aoe_jax.sharding import replicated
+from aoe_jax.storage.files import COUNT, or_none, read_json
+from aoe_jax.storage.retry import patiently_if_allowed
+
+log = logging.getLogger(__name__)
+
+RUN_FILE = "aoe_jax.json"  # of an exported model: {"step": number, "config": its run's}
+_RUN = {"step": or_none(COUNT), "config": {str: {}}}
+_WANTED = "name a directory with a model's config.json and safetensors files"
+_WITHOUT = "remove the file to load the model without it"
+
+
+def is_model(directory: Path) -> bool:
+    """Whether a directory holds a model, whose `config.json` has a `model_type`, not a run."""
+    path = directory / "config.json"
+    is_there = patiently_if_allowed(f"{path} cannot be read", path.exists)
+    return is_there and "model_type" in read_json(path, _WANTED)
+
+
+def is_of_run(directory: Path) -> bool:
+    """Whether a directory holds a run, or a model that says of which run it is."""
+    return not is_model(directory) or (directory / RUN_FILE).exists()
+
+
+def read_config(directory: Path) -> Config:
+    """The configuration of a model in a directory.
+
+    A model that `aoe_jax.export` wrote has the configuration of its run without `data.cache` and
+    the groups `train` and `mesh`; `train.batch_size` is the size of the run's micro-batches, at
+    most the default. For other models, `model`, `experts` and `routing` come from `config.json`,
+    and other groups have their defaults; `model.dtype` is that of the embedding table, float32 for
+    float16. `data.tokenizer` is always the directory's own.
+    Raises `UserError` if a file cannot be read, the architecture is unknown, or something in it is
+    not implemented here.
+    """
+    path = directory / "config.json"
+    values = read_json(path, _WANTED)
+    with naming(path):
+        config = from_json(values)
+    table = stored_tensors(directory).get("model.embed_tokens.weight")
+    if table is not None and table.dtype.name == "bfloat16":
+        model = dataclasses.replace(config.model, dtype="bfloat16")
+        config = dataclasses.replace(config, model=model)
+    if (directory / RUN_FILE).exists():
+        config = _config_of_run(directory / RUN_FILE, config)
+    tokenizer = saved_tokenizer(directory)
+    # Somebody else may have written the paths in the configuration. Those of corpora appear in
+    # messages only, see `evaluation.models.corpus_of`.
+    own = {"tokenizer": str(tokenizer) if tokenizer.exists() else None, "cache": DataConfig.cache}
+    data = dataclasses.replace(config.data, **own)
+    # The batch of the run may be that of a pod, or of any size if somebody else wrote the file.
+    rows = config.train.batch_size // config.train.accumulate
+    train = TrainConfig(batch_size=min(rows, TrainConfig.batch_size))
+    return dataclasses.replace(config, data=data, train=train, mesh=MeshConfig())
+
+
+def _config_of_run(path, config):
+    groups = read_json(path, _WITHOUT, _RUN)["config"]
+    with naming(path):
+        of_run = Config.from_config_dict(groups)
+    for text in differences(computed_fields(of_run), computed_fields(config)).values():
+        raise UserError(f"{path}: config.{text} in config.json; they must agree")
+    return of_run
+
+
+def read_step(directory: Path) -> int | None:
+    """The step of the run that a model was exported from, or None."""
+    path = directory / RUN_FILE
+    return read_json(path, _WITHOUT, _RUN).get("step") if path.exists() else None
+
+
+def read_begin_token(directory: Path, vocab_size: int) -> int | None:
+    """The token that texts begin with, or None; raises `UserError` if it is no token."""
+    path = directory / "config.json"
+    token = read_json(path, _WANTED).get("bos_token_id")
+    if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
+        wanted = f"must be the number of one of {vocab_size} tokens, or null"
+        raise UserError(f"{path}: bos_token_id={shown(token)}: {wanted}")
+    return token
+
+
+def read_end_tokens(directory: Path) -> list[int]:
+    """The tokens that end a generated text, by `generation_config.json` or else `config.json`;
+    empty if no file names one. Raises `UserError` if they are no numbers.
+    """
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        found = read_json(path, _WANTED).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            tokens = found if isinstance(found, list) else [found]
+            if not all(map(COUNT.holds, tokens)):
+                wanted = "must be the number of a token, a list of them, or null"
+                raise UserError(f"{path}: eos_token_id={shown(found)}: {wanted}")
+            return tokens
+    return []
+
+
+def parameter_shapes(config: Config):
+    """The shape of every parameter by its path, such as `layers/attention/q`; `[L, ...]` there."""
+    return flatten_dict(jax.eval_shape(lambda: initial_params(config, 0)), sep="/")
+
+
+class ModelReader:
+    """The parameters of a model in a directory, read layer by layer and piece by piece.
+
+    `parameters` has their shapes by path, and `routing_state` those of the routing state by name.
+    """
+
+    def __init__(self, directory: Path, config: Config):
+        """Checks the names, shapes and dtypes of all tensors, and reads none. Raises `UserError` if
+        one is wrong or missing, and as `stored_tensors` does.
+        """
+        self._directory, self._stored = directory, stored_tensors(directory)
+        self.parameters, own = parameter_shapes(config), read_config(directory)
+        first_layer = config.model.n_dense_layers
+        has_bias = f"model.layers.{first_layer}.mlp.selection_bias" in self._stored
+        balance = BalanceConfig(bias_rate=1.0) if has_bias else own.balance
+        state = own.routing.state_shapes(own.experts, balance, own.model.d_model)
+        self.routing_state = {
+            name: jax.ShapeDtypeStruct((config.model.n_layers, *a.shape), a.dtype)
+            for name, a in state.items()
+        }
+        values = read_json(directory / "config.json", _WANTED)
+        shapes = self.parameters | {f"layers/{name}": a for name, a in self.routing_state.items()}
+        self._layouts = find_layouts(values["model_type"], shapes, self._stored)
+        # Like transformers, ignores an output table if the embeddings are tied.
+        known = {"lm_head.weight"} if config.model.tie_embeddings else set()
+        self._check_tensors(known | self._of_extra_layers(config, values))
+
+    def _of_extra_layers(self, config, values):
+        """The tensors of the layer of multi-token prediction, which follows the last layer."""
+        if not values.get("num_nextn_predict_layers"):
+            return set()
+        end = config.model.n_dense_layers + config.model.n_layers
+        extra = {name for name in self._stored if name.startswith(f"model.layers.{end}.")}
+        if extra:
+            log.info("left out: layer %d, of multi-token prediction", end)
+        return extra
+
+    def _check_tensors(self, known):
+        for layout in self._layouts.values():
+            dtypes = {}
+            for name, _ in layout.tensors():
+                if name not in self._stored:
+                    what = f"tensor {name} is missing; a model of this config.json has it"
+                    raise UserError(f"{self._directory}: {what}")
+                stored = self._stored[name]
+                if stored.shape != layout.shape:
+                    shapes = f"{list(stored.shape)}, by config.json {list(layout.shape)}"
+                    raise UserError(f"{stored.file}: tensor {name} is {shapes}")
+                dtypes.setdefault(stored.dtype, name)
+                known.add(name)
+            if len(dtypes) > 1:
+                names = " and ".join(f"{name} of {dtype}" for dtype, name in dtypes.items())
+                raise UserError(f"{self._directory}: tensors {names} must be of the same type")
+        for name in sorted(self._stored.keys() - known):
+            if not name.endswith(".rotary_emb.inv_freq"):  # in old files, unused
+                what = f"tensor {name} is unknown; a model of this config.json has no such tensor"
+                raise UserError(f"{self._stored[name].file}: {what}")
+
+    def dtype(self, path: str) -> np.dtype:
+        """The dtype of a parameter's tensors."""
+        return self._stored[self._layouts[path].first].dtype
+
+    def layer(self, path: str, layer: int | None) -> np.ndarray:
+        """The whole parameter of a layer, or one outside the layers (None), as the file has it."""
+        bounds = [(0, size) for size in self.parameters[path].shape]
+        if layer is None:
+            return self.piece(path, bounds)
+        return self.piece(path, [(layer, layer + 1), *bounds[1:]])[0]
+
+    def piece(self, path: str, bounds: Sequence[tuple[int, int]], dtype=None) -> np.ndarray:
+        """The part of a parameter between `bounds`, `(first, end)` of every axis, in `dtype` or
+        that of the file. Raises `UserError` if a file cannot be read.
+        """
+        layout = self._layouts[path]
+        out = np.empty([end - first for first, end in bounds], dtype or self.dtype(path))
+        bounds = dict(zip(layout.sizes, bounds, strict=True))
+        for name, index in layout.tensors(bounds):
+            out[index] = layout.read(self._stored[name], bounds)
+        return out
+
+
+def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
+    """`(params, routing_state)` of a model's decoder; the latter by name, float32 `[L, ...]`.
+
+    The host holds one piece at a time: one parameter of all layers on one device. `config` is the
+    model's, with the mesh `mesh`. The parameters are in `dtype`, by default that of the files.
+    Raises `UserError`, see `ModelReader`.
+    """
+    reader = ModelReader(directory, config)
+
+    def array(path, a, sharding, dtype):
+        # jax.make_array_from_callback would hold the pieces of all devices here at once.
+        devices = {}
+        for device, index in sharding.addressable_devices_indices_map(a.shape).items():
+            bounds = tuple(i.indices(size)[:2] for i, size in zip(index, a.shape, strict=True))
+            devices.setdefault(bounds, []).append(device)
+        arrays = []
+        for bounds, holders in devices.items():
+            piece = reader.piece(path, bounds, dtype)
+            arrays += jax.block_until_ready([jax.device_put(piece, device) for device in holders])
+        return jax.make_array_from_single_device_arrays(a.shape, sharding, arrays)
+
+    tree = unflatten_dict(reader.parameters, sep="/")
+    shardings = flatten_dict(state_shardings(mesh, tree), sep="/")
+    params = {path: array(path, a, shardings[path], dtype) for path, a in reader.parameters.items()}
+    state = {
+        name: array(f"layers/{name}", a, replicated(mesh), jnp.float32)
+        for name, a in reader.routing_state.items()
+    }
+    return unflatten_dict(params, sep="/"), state

@@ -1,0 +1,180 @@
+"""Parameters and floating-point operations of a configuration, counted without allocating anything.
+
+L layers, d model width, n experts, V vocabulary, S sequence length.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+
+import jax
+
+from aoe_jax.config.run import Config
+from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.parameters import shared_expert
+from aoe_jax.sharding import MESH_AXES
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters by the conventions of the paper and of the field.
+
+    The paper counts a shared embedding table once in the total (732M for its small models) and
+    twice, as input table and as output projection, among the active parameters (247M).
+    """
+
+    experts: int  # experts and routers of all layers, and the matrices of dense layers
+    active_experts: int  # the part that one token uses
+    attention: int
+    norms: int  # norms and biases
+    embedding: int  # one embedding table
+    n_tables: int  # tables held: 1 where input and output share one
+
+    @property
+    def total(self):
+        """All parameters held; a shared table is counted once."""
+        return self.experts + self.attention + self.norms + self.n_tables * self.embedding
+
+    @property
+    def active(self):
+        """Parameters that a token uses; the table counts as input and as output."""
+        return self.active_non_embedding + 2 * self.embedding
+
+    @property
+    def active_non_embedding(self):
+        """Parameters that a token uses, without embedding tables."""
+        return self.active_experts + self.attention + self.norms
+
+    def __str__(self):
+        return (
+            f"{_millions(self.total)} parameters (shared table counted once), "
+            f"{_millions(self.active)} active per token (table counted as input and as output), "
+            f"{_millions(self.active_non_embedding)} active without embeddings"
+        )
+
+
+def _millions(count):
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
+
+
+def experts_per_token(config: Config):
+    """Mean number of experts that process a token; None where the scores decide it (top-p)."""
+    choice = config.routing.choice(config.experts)
+    return choice.per_token if choice else 1
+
+
+def _layer_parameters(config):
+    """`[(Parameter, its size)]` of a layer of experts, and the size of the active part of experts.
+    AoE's W_gate_down belongs to the expert, so experts of both kinds are equal in size (by Eq. 5).
+    """
+    c = config.experts
+    sizes = c.sizes(config.model.d_model)
+    declared = ExpertsLayer(c, config.routing).parameters.values()
+    declared = [(parameter, math.prod(parameter.shape(sizes))) for parameter in declared]
+    n_experts = 1 if c.kind == "dense" else c.n_experts
+    expert = sum(size for parameter, size in declared if parameter.per_expert) // n_experts
+    return declared, round((experts_per_token(config) or c.top_k) * expert)
+
+
+def parameter_counts(config: Config):
+    """Counts the parameters of the decoder; under top-p, `top_k` experts are active."""
+    m = config.model
+    declared, active = _layer_parameters(config)
+    shared = sum(size for parameter, size in declared if not parameter.per_expert)
+    of_queries, of_keys = m.n_heads * m.head_width, m.kv_heads * m.head_width
+    features = of_queries + of_keys  # q and k; v and o have as many
+    n_layers, of_dense = m.n_layers + m.n_dense_layers, _dense_layers(m)
+    norms = (2 * n_layers + 1) * m.d_model
+    of_qk_norm = {"none": 0, "all": features, "head": 2 * m.head_width}[m.qk_norm]
+    biases = (m.attention_bias or m.qkv_bias) * (of_queries + 2 * of_keys)
+    biases += m.attention_bias * m.d_model
+    return ParameterCounts(
+        experts=m.n_layers * sum(size for _, size in declared) + of_dense,
+        active_experts=m.n_layers * (shared + active) + of_dense,
+        attention=n_layers * 2 * m.d_model * features,
+        norms=norms + n_layers * (of_qk_norm + biases),
+        embedding=m.vocab_size * m.d_model,
+        n_tables=1 if m.tie_embeddings else 2,
+    )
+
+
+def _dense_layers(model):
+    """The matrices of the dense layers before those of experts."""
+    return model.n_dense_layers * 3 * model.d_model * (model.d_dense or 0)
+
+
+def layer_flops_per_token(config: Config):
+    """`(forward, training)`: useful matmul FLOPs per token of one layer of experts, in one pass.
+
+    The backward pass takes twice the forward pass, but scoring an expert that is not chosen has one
+    only where the method sends a gradient there: for every token with `score_gradient="dense"`, for
+    the fraction `balance.aux_tokens` where a balance loss asks for it, for none otherwise. AoE
+    scoring counts all n experts; under top-p, `top_k` are chosen. `kind="capacity"` counts like
+    `kind="router"`; `Capacity.wasted_flops` counts the rest.
+    """
+    c = config.experts
+    declared, active = _layer_parameters(config)
+    matrices = [(p, size) for p, size in declared if len(p.axes.split()) > 1]
+    sizes = c.sizes(config.model.d_model)
+    of_shared = sum(math.prod(p.shape(sizes)) for p in shared_expert(c).values())
+    router = sum(size for p, size in matrices if not p.per_expert) - of_shared
+    forward, training = config.routing.flops(config) or (2 * router, 6 * router)
+    forward, training = forward + 2 * (active + of_shared), training + 6 * (active + of_shared)
+    if c.kind != "aoe":
+        return forward, training
+    n_idle = c.n_experts - (experts_per_token(config) or c.top_k)
+    idle = 2 * round(n_idle * c.score_width * config.model.d_model)
+    with_gradient = config.balance.aux_tokens if config.balance.has_loss else 0.0
+    if not c.sparse_scoring(config.routing):
+        with_gradient = 1.0
+    return forward + idle, training + round((1 + 2 * with_gradient) * idle)
+
+
+def forward_flops_per_token(config: Config):
+    """Useful matmul FLOPs per token of a forward pass. Causal attention counts the lower triangle
+    only; norms, softmax and the embedding look-up count nothing.
+    """
+    m = config.model
+    return _other_flops(config) + m.n_layers * layer_flops_per_token(config)[0]
+
+
+def training_flops_per_token(config: Config):
+    """Useful matmul FLOPs per token of a training step; see `layer_flops_per_token`."""
+    of_layer = layer_flops_per_token(config)[1]
+    return config.routing.passes * (3 * _other_flops(config) + config.model.n_layers * of_layer)
+
+
+def _other_flops(config):
+    """Forward FLOPs per token of attention, dense layers and output projection."""
+    m, counts = config.model, parameter_counts(config)
+    # Scores and values over half the positions on average.
+    of_scores = (m.n_layers + m.n_dense_layers) * m.n_heads * m.head_width * config.data.seq_len
+    return 2 * (counts.attention + counts.embedding + of_scores + _dense_layers(m))
+
+
+def log_run(config: Config):
+    """Logs the mesh, parameters and FLOPs of a run, and warns if its losses are not causal."""
+    routing = config.routing
+    if jax.device_count() > 1:
+        axes = [f"{axis} {getattr(config.mesh, axis)}" for axis in MESH_AXES]
+        log.info("mesh: %s", ", ".join(axes))
+    log.info("%s", parameter_counts(config))
+    log.info("%.1f MFLOPs per token in a training step", training_flops_per_token(config) / 1e6)
+    if experts_per_token(config) is None:
+        log.info(
+            f"parameters and FLOPs count experts.top_k={config.experts.top_k} experts per token; "
+            f"{routing.name} takes a varying number"
+        )
+    causality = routing.causality(config.experts)
+    if causality.reason and causality.until_step is None:
+        log.warning(
+            f"{routing.name} is not causal: {causality.reason}, so the losses below cannot be "
+            "compared with those of a causal language model"
+        )
+    elif causality.reason:
+        log.warning(
+            f"{routing.name} is not causal before step {causality.until_step}: "
+            f"{causality.reason}, so the training losses of these steps depend on later tokens"
+        )

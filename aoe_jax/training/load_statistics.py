@@ -1,0 +1,135 @@
+"""Load of the experts, on the host: statistics of layers, as JSON, a table and a picture like the
+paper's Fig. 3.
+
+L layers, n experts. `load` is `LayerStats.load`, shares of tokens.
+"""
+
+import numpy as np
+from scipy.special import entr
+from tabulate import tabulate
+
+from aoe_jax.moe.balance import LayerStats
+
+MAX_NUMBERS = 16  # with more experts, a picture has a colour bar instead of numbers
+
+
+def load_entropy(load):
+    """Ent_load (Eq. 7) of the shares of load, `[..., n] -> [...]` of NumPy; log n at most."""
+    share = np.asarray(load) / np.maximum(np.sum(load, axis=-1, keepdims=True), 1e-9)
+    return entr(share).sum(axis=-1)
+
+
+def load_spread(load, live=None):
+    """Sum over layers of the largest minus the smallest load of live experts: `[L, n] -> []`."""
+    least = load if live is None else np.where(live > 0, load, np.inf)
+    return (np.max(load, axis=-1) - np.min(least, axis=-1)).sum()
+
+
+def dead_experts(load, live=None):
+    """Whether each expert has no token, `[..., n]` bool; False for removed experts."""
+    return load == 0 if live is None else (load == 0) & (live > 0)
+
+
+def layer_statistics(load, live=None):
+    """Statistics of each layer `[L]` by name, from loads `[L, n]`.
+
+    `load_entropy` is in nats; `load_max_over_mean` is 1 in perfect balance, and 0 in a layer where
+    no token has an expert; `dead_experts` have no token. `live_experts`, if experts are added and
+    removed, is their number, and free slots count nowhere.
+    """
+    n_live = load.shape[-1] if live is None else (live > 0).sum(axis=-1)
+    found = {
+        "load_entropy": load_entropy(load),
+        "load_max_over_mean": load.max(axis=-1) * n_live / np.maximum(load.sum(axis=-1), 1e-9),
+        "dead_experts": dead_experts(load, live).sum(axis=-1),
+    }
+    return found if live is None else found | {"live_experts": n_live}
+
+
+def load_statistics(stats: LayerStats):
+    """The statistics of every layer as JSON values; `stats` are stacked over layers.
+
+    Returns a dictionary: `load` `[L][n]` (fraction of the tokens that choose each expert),
+    `load_entropy` and `confidence_entropy` `[L]` in nats, `mean_score` `[L][n]` (norms or logits),
+    and over all layers `load_spread`, `experts_per_token` and `dead_experts` (chosen by no token).
+    Experts with a capacity also have `dropped_share` `[L]`, the share of the choices beyond it;
+    experts that are added and removed have `live_experts` `[L]`.
+    """
+    load, live = np.asarray(stats.load), stats.live
+    of_layers = layer_statistics(load, live)
+    statistics = {
+        "load": load.tolist(),
+        "load_entropy": of_layers["load_entropy"].tolist(),
+        "confidence_entropy": np.asarray(stats.confidence_entropy).tolist(),
+        "mean_score": np.asarray(stats.mean_score).tolist(),
+        "load_spread": float(load_spread(load, live)),
+        "experts_per_token": float(load.sum(axis=-1).mean()),
+        "dead_experts": int(of_layers["dead_experts"].sum()),
+    }
+    if stats.dropped_share is not None:
+        statistics["dropped_share"] = np.asarray(stats.dropped_share).tolist()
+    if live is not None:
+        statistics["live_experts"] = of_layers["live_experts"].tolist()
+    return statistics
+
+
+def load_table(statistics):
+    """The statistics as text, a row a layer, with shares of its load and dropped choices in %."""
+    share = _share(statistics)
+    columns = {
+        "layer": range(len(share)),
+        "Ent_load": statistics["load_entropy"],
+        "Ent_conf": statistics["confidence_entropy"],
+    }
+    if "dropped_share" in statistics:
+        columns["dropped"] = statistics["dropped_share"]
+    columns |= {f"E{i}": of_expert for i, of_expert in enumerate(share.T)}
+    formats = {"Ent_load": ".3f", "Ent_conf": ".3f", "dropped": ".2%"}
+    formats = [formats.get(name, ".1%") for name in columns]
+    return (
+        f"{tabulate(columns, 'keys', 'plain', floatfmt=formats)}\n"
+        f"Ent_load is at most {np.log(share.shape[1]):.3f}; "
+        f"load spread {statistics['load_spread']:.3f}; "
+        f"{statistics['experts_per_token']:.2f} experts per token; "
+        f"{statistics['dead_experts']} dead experts"
+    )
+
+
+def _share(statistics):
+    """`[L, n]`, each expert's share of its layer's load."""
+    load = np.array(statistics["load"])
+    return load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9)  # a layer may be inactive
+
+
+def draw_loads(panels, width=None):
+    """Draws the shares of load with both entropies at the right, like the paper's Fig. 3.
+
+    `panels` are statistics by title. Up to 16 experts have numbers in percent, more a colour bar.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    n_layers, n_experts = (max(np.shape(s["load"])[i] for s in panels.values()) for i in (0, 1))
+    size = width or min(4 + 0.1 * n_experts, 12), len(panels) * (0.65 + 0.24 * n_layers)
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, (title, statistics) in zip(
+        figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
+    ):
+        share, options = _share(statistics), {"va": "center", "fontsize": 7}
+        n = share.shape[1]
+        image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=2 / n)
+        for (row, column), value in np.ndenumerate(share) if n <= MAX_NUMBERS else ():
+            colour = "white" if value < 1 / n else "black"
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", color=colour, **options)
+        if n > MAX_NUMBERS:
+            figure.colorbar(image, ax=axes, location="left", format=PercentFormatter(1))
+        of_load, of_choice = statistics["load_entropy"], statistics["confidence_entropy"]
+        for row, pair in enumerate(zip(of_load, of_choice, strict=True)):
+            axes.text(n - 0.3, row, "{:.2f}  {:.2f}".format(*pair), **options)
+        means = f"mean Ent_load {np.mean(of_load):.3f}, Ent_conf {np.mean(of_choice):.3f}"
+        axes.set_title(f"{title}\n{means}", loc="left", fontsize=8)
+        axes.set_yticks(range(len(share)), [f"layer {i}" for i in range(len(share))], fontsize=7)
+        axes.set_xticks([])
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+    return figure

@@ -1,0 +1,85 @@
+"""Times of training steps that are repeated on one batch, measured in turn in one process.
+
+Times of runs that train at the same time, or on a shared machine, compare badly. Here every arm
+takes a few steps, then the next arm, round by round; on CPU, processor seconds are counted.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from aoe_jax.config.run import Config
+from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
+from aoe_jax.training.checkpoint import Checkpoints
+from aoe_jax.training.memory import program_memory
+from aoe_jax.training.step import new_state, train_step_on
+from aoe_jax.training.validation import validation_batches
+
+ROUNDS = 10
+STEPS = 3  # of a round; the first is not counted, because caches still belong to another arm
+
+
+def random_batch(config: Config):
+    """A host batch of random tokens."""
+    shape = (config.train.batch_size, config.data.seq_len)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, *shape), np.int32)
+    return {
+        "inputs": tokens[0],
+        "targets": tokens[1],
+        "segment_ids": np.ones(shape, np.int32),
+        "weights": np.ones(shape, np.float32),
+    }
+
+
+class RepeatedStep:
+    """A function that takes the next training step on one batch and returns its metrics.
+
+    `program` is the compiled step, `memory` its `program_memory` in bytes.
+    """
+
+    def __init__(self, config: Config, folder: Path | None = None):
+        """Compiles for all devices of all processes, on the mesh of the configuration.
+
+        With the `folder` of a run, steps start from its newest checkpoint, on its first validation
+        batch; else parameters and tokens are random. Raises `UserError` if the run cannot be read.
+        """
+        config = fill_mesh(config, jax.device_count())
+        batch = random_batch(config)
+        if folder:
+            batch = next(validation_batches(folder, config, config.train.batch_size))
+        self._mesh = make_mesh(config, jax.devices())
+        with jax.set_mesh(self._mesh):
+            self._batch = put_batch(batch_sharding(self._mesh), batch)
+            step, like = train_step_on(self._mesh, config)
+            if folder:
+                checkpoints = Checkpoints(folder)
+                self._state, *_ = checkpoints.restore(checkpoints.find("newest"), like)
+            else:
+                self._state = new_state(config, like)
+            # The same program as in training, which the compilation cache may have.
+            self.program = step.lower(self._state, self._batch).compile()
+        self.memory = program_memory(self._state, self.program)
+
+    def __call__(self):
+        """Takes a step, and returns its metrics."""
+        with jax.set_mesh(self._mesh):
+            self._state, metrics = self.program(self._state, self._batch)
+        return metrics
+
+
+def seconds_in_turn(steps: Mapping[str, Callable], rounds=ROUNDS):
+    """Returns the median seconds of several steps, functions without arguments, by name."""
+    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+    seconds = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            for number in range(STEPS):
+                started = clock()
+                jax.block_until_ready(step())
+                if number:
+                    seconds[name].append(clock() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}

@@ -1,0 +1,148 @@
+"""Held-out nll, perplexity and bits per byte, with the load statistics of the same tokens."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from aoe_jax.data.pipeline import eval_batches
+from aoe_jax.data.token_store import TokenStore
+from aoe_jax.data.tokenised import open_corpus
+from aoe_jax.model.decoder import Decoder
+from aoe_jax.moe.balance import LayerStats
+from aoe_jax.sharding import replicated
+from aoe_jax.training.run_folder import check_data
+from aoe_jax.training.step import sequence_nll
+
+_BAR = {"unit_scale": True, "delay": 2, "mininterval": 1, "leave": False}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation of a split; with several sources also of each."""
+
+    nll_sum: float  # nats
+    tokens: int
+    text_bytes: int  # length of the text in UTF-8
+    stats: LayerStats  # stacked over layers, mean over tokens
+    sources: dict[str, "Evaluation"] = field(default_factory=dict)  # empty for a single source
+
+    @property
+    def nll(self):
+        """Nats per token."""
+        return self.nll_sum / self.tokens
+
+    @property
+    def perplexity(self):
+        """`exp(nll)`; infinite if it exceeds a float."""
+        try:
+            return math.exp(self.nll)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def bits_per_byte(self):
+        """Bits per byte of text; it compares models of different vocabularies."""
+        return self.nll_sum / math.log(2) / self.text_bytes
+
+    def metrics(self):
+        """`nll` and `bits_per_byte`, and for several sources `nll/SOURCE` and so on of each."""
+        found = {"nll": self.nll, "bits_per_byte": self.bits_per_byte}
+        for source, result in self.sources.items():
+            found |= {f"{name}/{source}": value for name, value in result.metrics().items()}
+        return found
+
+    def in_words(self):
+        """The scores over all sources."""
+        return (
+            f"nll {self.nll:.4f} | perplexity {self.perplexity:.2f} | "
+            f"bits per byte {self.bits_per_byte:.4f}"
+        )
+
+    def __str__(self):
+        sources = [f"{name} {result.in_words()}" for name, result in self.sources.items()]
+        return " | ".join([self.in_words(), *sources])
+
+
+def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
+    """A compiled `(params, routing_state, batch) -> (nll sum, tokens, stats)` on every device, over
+    all tokens. `document_mask` is that of `DataConfig`.
+    """
+    decoder = decoder.clone(balance=dataclasses.replace(decoder.balance, aux_tokens=1.0))
+
+    def eval_step(params, routing_state, batch):
+        nll, stats = sequence_nll(decoder, params, routing_state, batch, document_mask)
+        return nll, batch["weights"].sum(), stats
+
+    return jax.jit(eval_step, out_shardings=replicated(mesh))
+
+
+def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put, progress=False):
+    """The `Evaluation` of a split, whose `stores` are by source: every token of each counts once.
+
+    `score` is `compile_eval_step` with its parameters and routing state, for batches of
+    `batch_size` windows of `seq_len` tokens. `put` moves a host batch to the devices.
+    """
+    sources, total = {}, sum(len(store) - 1 for store in stores.values())
+    with tqdm(
+        desc="evaluating", total=total, unit="token", **_BAR, disable=None if progress else True
+    ) as bar:
+
+        def counted(batches):
+            for batch in batches:
+                yield batch
+                bar.update(int(batch["weights"].sum()))
+
+        for name, store in stores.items():
+            batches = counted(eval_batches(store, seq_len, batch_size))
+            sources[name] = evaluate_batches(score, batches, put, store.text_bytes)
+    parts = list(sources.values())
+    if len(parts) == 1:
+        return parts[0]
+    counts = [part.tokens for part in parts]
+
+    def mean(*values):
+        return np.average(values, axis=0, weights=counts)
+
+    return Evaluation(
+        sum(part.nll_sum for part in parts),
+        sum(counts),
+        sum(part.text_bytes for part in parts),
+        jax.tree.map(mean, *(part.stats for part in parts)),
+        sources,
+    )
+
+
+def evaluate_batches(score, batches: Iterable[dict], put, text_bytes=0):
+    """The `Evaluation` of host batches; the other arguments are those of `evaluate`."""
+    total = None
+    for batch in batches:
+        nll, tokens, stats = jax.device_get(score(put(batch)))
+        stats = jax.tree.map(lambda a: np.asarray(a, np.float64) * tokens, stats)
+        sums = (float(nll), float(tokens), stats)
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    nll_sum, tokens, stats = total
+    means = jax.tree.map(lambda a: a / tokens, stats)
+    return Evaluation(float(nll_sum), int(tokens), text_bytes, means)
+
+
+def validation_batches(folder, config, size):
+    """Yields the whole batches of `size` sequences of a run's validation split, on the host.
+
+    A split without a whole batch yields its one batch with padding. Raises `UserError` if the split
+    is not the one that the run had.
+    """
+    corpus = open_corpus(config.data, config.model.vocab_size)
+    check_data(folder, corpus)
+    splits = [(store, config.data.seq_len, size) for store in corpus.validation.values()]
+    batches = itertools.chain.from_iterable(eval_batches(*split) for split in splits)
+    whole = (batch for batch in batches if batch["weights"].all())  # the last one has padding
+    first = next(whole, None)
+    yield first or next(eval_batches(*splits[0]))
+    yield from whole

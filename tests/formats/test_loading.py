@@ -1,0 +1,221 @@
+"""Models are read from files piece by piece; errors name what is wrong."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from aoe_jax.data.tokenizer import train_tokenizer
+from aoe_jax.errors import UserError
+from aoe_jax.evaluation.models import load_model
+from aoe_jax.formats import tensor_files
+from aoe_jax.formats.configs import to_json
+from aoe_jax.formats.loading import load_params, read_config
+from aoe_jax.sharding import fill_mesh, make_mesh
+from configs import finetune
+from tests.formats.test_writing import written
+from tests.runs import finish, start, tiny_config
+
+pytestmark = pytest.mark.usefixtures("ragged")
+
+EXPERTS = "model.layers.1.block_sparse_moe.experts"
+SHARDED = f"{EXPERTS}.3.w2.weight"
+NORM = "model.layers.1.input_layernorm.weight"
+INDEX = "model.safetensors.index.json"
+
+
+ROUTER = tiny_config(experts__kind="router", experts__d_ffn=24)
+
+
+def load(directory, dtype=None):
+    config = fill_mesh(read_config(directory), 1)
+    mesh = make_mesh(config, jax.devices()[:1])
+    return load_params(directory, config, mesh, dtype)[0]
+
+
+def change_config(directory, **changes):
+    path = directory / "config.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(
+        json.dumps({name: value for name, value in values.items() if value != "removed"})
+    )
+
+
+def edit(directory, file="model.safetensors", **changes):
+    """Changes tensors, `None` removes one."""
+    tensors = load_file(directory / file) | changes
+    save_file({name: a for name, a in tensors.items() if a is not None}, directory / file)
+
+
+def shard_of(directory):
+    return directory / json.loads((directory / INDEX).read_text())["weight_map"][SHARDED]
+
+
+def truncate(directory):
+    os.truncate(shard_of(directory), shard_of(directory).stat().st_size - 1)
+
+
+def map_wrongly(directory, name, file):
+    index = json.loads((directory / INDEX).read_text())
+    index["weight_map"][name] = file
+    found = {name: file for name, file in index["weight_map"].items() if file}
+    (directory / INDEX).write_text(json.dumps(index | {"weight_map": found}))
+
+
+ONE = np.ones(32, np.float32)
+IN_ONE_FILE = [
+    (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
+    (lambda d: (d / "config.json").unlink(), "config.json cannot be read (No such file"),
+    (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read (Expecting"),
+    (lambda d: (d / "config.json").write_text("[]"), "holds no JSON object"),
+    (lambda d: edit(d, **{NORM: None}), f"tensor {NORM} is missing"),
+    (lambda d: edit(d, **{SHARDED: None}), f"tensor {SHARDED} is missing"),
+    (lambda d: edit(d, more=ONE), "model.safetensors: tensor more is unknown"),
+    (lambda d: edit(d, **{NORM: np.ones(33, np.float32)}), f"{NORM} is [33], by config.json [32]"),
+    (
+        lambda d: edit(d, **{SHARDED: np.ones((24, 32), np.float32)}),
+        f"tensor {SHARDED} is [24, 32], by config.json [32, 24]",
+    ),
+    (
+        lambda d: edit(d, **{NORM: ONE.astype(np.float16)}),
+        f"{NORM} of float16 must be of the same type",
+    ),
+    (
+        lambda d: edit(d, **{NORM: ONE.astype(np.int8)}),
+        f"model.safetensors: tensor {NORM} is of type I8; only F32, F16, BF16",
+    ),
+    (lambda d: (d / "model.safetensors").write_text("hello"), "cannot be read"),
+]
+IN_SHARDS = [
+    (truncate, ".safetensors cannot be read"),
+    (lambda d: shard_of(d).unlink(), "is missing; model.safetensors.index"),
+    (lambda d: (d / INDEX).write_text("{"), f"{INDEX} cannot be read (Expecting"),
+    (lambda d: (d / INDEX).write_text("{}"), "weight_map is None, not an object"),
+    (
+        lambda d: map_wrongly(d, SHARDED, "../x.safetensors"),
+        f"weight_map['{SHARDED}'] is '../x.safetensors', not the name of a safetensors file",
+    ),
+    (
+        lambda d: map_wrongly(d, SHARDED, sorted(d.glob("model-*"))[0].name),
+        f"has no tensor {SHARDED}",
+    ),
+    (lambda d: map_wrongly(d, SHARDED, None), f"has a tensor {SHARDED}, which"),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), [*IN_ONE_FILE, *IN_SHARDS], ids=str)
+def test_what_is_wrong_is_named(tmp_path, monkeypatch, damage, words):
+    if (damage, words) in IN_SHARDS:
+        monkeypatch.setattr(tensor_files, "SHARD_BYTES", 20_000)
+    directory = written(tmp_path, ROUTER)[0]
+    damage(directory)
+    with pytest.raises(UserError) as error:
+        load(directory)
+    assert str(directory) in str(error.value) and words in str(error.value)
+
+
+def test_code_in_the_directory_is_not_run(tmp_path):
+    directory, marker = written(tmp_path, ROUTER)[0], tmp_path / "run"
+    for name in ("modeling_custom", "configuration_custom", "tokenization_custom", "__init__"):
+        (directory / f"{name}.py").write_text(f"open({str(marker)!r}, 'w')")
+    auto_map = {
+        "AutoConfig": "configuration_custom.CustomConfig",
+        "AutoModelForCausalLM": "modeling_custom.CustomModel",
+        "AutoTokenizer": ["tokenization_custom.CustomTokenizer", None],
+    }
+    change_config(directory, auto_map=auto_map)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+    train_tokenizer(["the state of the union"] * 9, 300).save(directory)
+    assert load_model(directory).config.experts.kind == "router"
+    finetune.get_config(str(directory))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_the_dtype_of_the_file_stays(tmp_path, dtype):
+    directory = written(tmp_path, ROUTER)[0]
+    file = directory / "model.safetensors"
+    tensors = {name: a.astype(dtype) for name, a in load_file(file).items()}
+    save_file(tensors, file)
+    of_model = "bfloat16" if dtype == ml_dtypes.bfloat16 else "float32"
+    assert read_config(directory).model.dtype == of_model
+    params = load(directory)
+    assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+    w_gate = np.asarray(params["layers"]["experts"]["w_gate"])[1, 3]
+    np.testing.assert_array_equal(w_gate.T, tensors[f"{EXPERTS}.3.w1.weight"])
+    cast = load(directory, jnp.float32)["layers"]["experts"]["w_gate"]
+    assert cast.dtype == jnp.float32
+    np.testing.assert_array_equal(np.asarray(cast)[1, 3], w_gate.astype(np.float32))
+
+
+LOADING = """
+import sys, jax
+from pathlib import Path
+from aoe_jax.formats.loading import load_params, read_config
+from aoe_jax.sharding import fill_mesh, make_mesh
+
+def peak():
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+directory = Path(sys.argv[1])
+config = fill_mesh(read_config(directory), 1)
+mesh = make_mesh(config, jax.devices())
+jax.block_until_ready(jax.numpy.ones(8))
+open("/proc/self/clear_refs", "w").write("5")  # forgets the peak
+before = peak()
+params, _ = load_params(directory, config, mesh)
+model = sum(a.nbytes for a in jax.tree.leaves(params))
+print(peak() - before, model, params["layers"]["experts"]["w_gate"].nbytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["per expert", "fused"])
+def test_no_second_copy_is_held(tmp_path, layout):
+    """Of 200 MB; beside the model a piece, here one parameter of all layers, and pages of the file
+    that is being read.
+    """
+    shape = {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 1024}
+    shape |= {"num_local_experts": 8, "num_attention_heads": 4, "num_key_value_heads": 4}
+    values = to_json(tiny_config(experts__kind="router")) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(values | shape | {"vocab_size": 96}))
+    change_config(tmp_path, head_dim="removed")
+    save_file(_large_tensors(layout), tmp_path / "model.safetensors")
+    status, stdout, stderr = finish(start(["-c", LOADING, str(tmp_path)], forked=False))
+    assert status == 0, stderr
+    taken, model, piece = map(int, stdout.split())
+    assert model > 2e8 and piece < 0.35 * model
+    assert taken < model + 2 * piece, f"{taken / 1e6:.0f} MB for a model of {model / 1e6:.0f} MB"
+
+
+def _large_tensors(layout):
+    def ones(*shape):
+        return np.ones(shape, np.float32)
+
+    tensors = {f"{name}.weight": ones(96, 512) for name in ("model.embed_tokens", "lm_head")}
+    tensors["model.norm.weight"] = ones(512)
+    for layer in range(4):
+        name = f"model.layers.{layer}."
+        tensors |= {f"{name}self_attn.{letter}_proj.weight": ones(512, 512) for letter in "qkvo"}
+        tensors |= {
+            f"{name}{norm}_layernorm.weight": ones(512) for norm in ("input", "post_attention")
+        }
+        if layout == "fused":
+            tensors |= {f"{name}mlp.experts.gate_up_proj": ones(8, 2048, 512)}
+            tensors |= {
+                f"{name}mlp.experts.down_proj": ones(8, 512, 1024),
+                f"{name}mlp.gate.weight": ones(8, 512),
+            }
+            continue
+        tensors[f"{name}block_sparse_moe.gate.weight"] = ones(8, 512)
+        for expert in range(8):
+            each = f"{name}block_sparse_moe.experts.{expert}."
+            tensors |= {f"{each}w1.weight": ones(1024, 512), f"{each}w3.weight": ones(1024, 512)}
+            tensors |= {f"{each}w2.weight": ones(512, 1024)}
+    return tensors

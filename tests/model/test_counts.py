@@ -1,0 +1,325 @@
+"""Counts without allocating, against the paper's figures and against the model itself."""
+
+import dataclasses
+import importlib
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from aoe_jax import Decoder
+from aoe_jax.config.run import Config
+from aoe_jax.model.counts import (
+    forward_flops_per_token,
+    log_run,
+    parameter_counts,
+    training_flops_per_token,
+)
+from aoe_jax.storage.config_files import update_groups
+from aoe_jax.training.step import init_state, make_train_step
+from configs import methods, paper, tiny
+
+pytestmark = pytest.mark.usefixtures("ragged")
+FILES = {"paper": paper, "tiny": tiny, "methods": methods}
+ALL = {f"{file}:{name}": module for file, module in FILES.items() for name in module.VARIANTS}
+
+
+def config_of(name):
+    return Config.from_config_dict(ALL[name].get_config(name.split(":")[1]))
+
+
+def declared(config):
+    """The parameters of the decoder as Flax makes them, without values."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return jax.tree.leaves(
+        jax.eval_shape(Decoder.from_config(config).init, jax.random.key(0), tokens)
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_variant_builds_and_counts_agree(name):
+    parameters = declared(config_of(name))
+    assert sum(a.size for a in parameters) == parameter_counts(config_of(name)).total
+    assert {a.dtype for a in parameters} == {jnp.dtype("float32")}
+
+
+def moe(group="model", **changes):
+    config = config_of("tiny:moe")
+    return dataclasses.replace(
+        config, **{group: dataclasses.replace(getattr(config, group), **changes)}
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_kv_heads": 2, "qk_norm": "all"},
+        {"n_kv_heads": 2, "qk_norm": "head", "head_dim": 48},
+        {"n_kv_heads": 2, "qkv_bias": True},
+        {"n_kv_heads": 2, "head_dim": 16, "attention_bias": True, "tie_embeddings": False},
+    ],
+    ids=str,
+)
+def test_counts_of_what_models_of_the_hub_have(changes):
+    config = moe(**changes)
+    assert sum(a.size for a in declared(config)) == parameter_counts(config).total
+
+
+@pytest.mark.parametrize("added", ["a shared expert", "dense layers in front"])
+def test_what_every_token_uses_is_active(added):
+    usual = moe()
+    if added == "a shared expert":
+        config = moe("experts", d_shared=48, shared_gate=True)
+        matrices, others, of_scores = 4 * (3 * 48 + 1) * 128, 0, 0
+    else:
+        config = moe(n_dense_layers=2, d_dense=48)
+        matrices, others = 2 * (4 * 128 * 128 + 3 * 128 * 48), 2 * 2 * 128  # matrices and norms
+        of_scores = 2 * 128 * config.data.seq_len
+    counts, without = parameter_counts(config), parameter_counts(usual)
+    assert sum(a.size for a in declared(config)) == counts.total
+    assert counts.total - without.total == counts.active - without.active == matrices + others
+    flops = training_flops_per_token(config) - training_flops_per_token(usual)
+    assert flops == 6 * (matrices + of_scores)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("paper:moe_aux", "732M", "247M"),
+        *((f"paper:aoe_r{r}_aux", "732M", "247M") for r in paper.RANKS),
+        ("paper:moe_4b", "3.97B", "1.18B"),
+        ("paper:aoe_4b", "3.97B", "1.18B"),
+    ],
+)
+def test_the_papers_figures(name, total, active):
+    """Total with the shared table once, active with the table as input and as output."""
+
+    def rounded(count):
+        return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+
+    counts = parameter_counts(config_of(name))
+    assert (rounded(counts.total), rounded(counts.active)) == (total, active)
+
+
+def test_the_papers_parts():
+    counts = parameter_counts(config_of("paper:moe"))
+    assert round(counts.attention / 1e6, 1) == 28.3
+    assert round(counts.embedding / 1e6, 1) == 24.6
+    assert round(counts.experts / 1e6, 1) == 679.6  # 679.5M of experts and 0.07M of routers
+    assert "732.46M parameters" in str(counts) and "247.43M active" in str(counts)
+
+
+def test_baselines_of_tiny_match_in_total_parameters():
+    totals = [parameter_counts(config_of(f"tiny:{name}")).total for name in ("aoe", "moe", "dense")]
+    assert max(totals) / min(totals) < 1.002
+
+
+def test_large_router_has_the_stated_parameters():
+    large, plain = (
+        parameter_counts(config_of(f"paper:{name}")) for name in ("moe_aux_large_router", "moe_aux")
+    )
+    config = config_of("paper:moe_aux_large_router")
+    wanted = 12 * 8 * 256 * 768
+    assert abs(large.experts - plain.experts + 12 * 8 * 768 - wanted) < 0.001 * wanted
+    assert config.experts.d_low == 256
+
+
+@pytest.mark.parametrize(
+    ("experts", "balance", "backward"),
+    [
+        ({"kind": "router"}, {}, None),
+        ({"kind": "capacity"}, {}, None),
+        ({"score_gradient": "dense"}, {"aux_weight": 0.0}, 2.0),
+        ({}, {"aux_weight": 0.0}, 0.0),
+        ({}, {"aux_weight": 0.01}, 2.0),
+        ({}, {"aux_weight": 0.01, "aux_tokens": 0.125}, 0.25),
+    ],
+)
+def test_training_flops(experts, balance, backward):
+    """Three times the forward pass, but for the scoring of idle experts: once and what of it has a
+    gradient.
+    """
+    config = Config.from_config_dict({"experts": experts, "balance": balance})
+    idle = 2 * 4 * (8 - 2) * 128 * 32  # 2 FLOPs, layers, idle experts, d, r
+    forward = forward_flops_per_token(config)
+    want = 3 * forward if backward is None else 3 * (forward - idle) + (1 + backward) * idle
+    assert training_flops_per_token(config) == want
+
+
+def test_flops_against_the_compiler():
+    """A forward pass of one dense layer; XLA counts the whole attention square, we the causal
+    half.
+    """
+    settings = {
+        "model": {
+            "n_layers": 1,
+            "d_model": 64,
+            "n_heads": 4,
+            "vocab_size": 512,
+            "dtype": "float32",
+        },
+        "experts": {"kind": "dense", "d_ffn": 256},
+        "balance": {"aux_weight": 0.0},
+        "data": {"seq_len": 32},
+    }
+    config = Config.from_config_dict(settings)
+    model = Decoder.from_config(config)
+    tokens = jnp.zeros((4, 32), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    compiled = (
+        jax.jit(lambda p, t: model.apply(p, t)[0])
+        .lower(params, tokens)
+        .compile()
+        .cost_analysis()["flops"]
+    )
+    ours = forward_flops_per_token(config) * tokens.size
+    assert 0.95 < ours / compiled < 1.0
+
+
+def test_aoe_scores_every_expert():
+    """Scoring costs 2 d r per expert that a token does not choose; the rest is equal parameters."""
+    moe, aoe = config_of("paper:moe"), config_of("paper:aoe_r256")
+    extra = forward_flops_per_token(aoe) - forward_flops_per_token(moe)
+    scoring = 2 * 12 * (8 - 2) * 768 * 256
+    router = 2 * 12 * 768 * 8
+    assert abs(extra - (scoring - router)) < 1e-3 * scoring
+
+
+def inner_jaxprs(eqn):
+    """The programs within an equation: bodies of loops, branches, functions called."""
+    for value in eqn.params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            jaxpr = getattr(one, "jaxpr", one)
+            if hasattr(jaxpr, "eqns"):
+                yield jaxpr
+
+
+def matmul_flops(jaxpr):
+    """FLOPs of every matrix product of a program, those of a loop as often as it runs."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "ragged_dot_general"):
+            groups, numbers = (), eqn.params.get("dimension_numbers")
+            if eqn.primitive.name == "ragged_dot_general":
+                ragged = eqn.params["ragged_dot_dimension_numbers"]
+                groups, numbers = ragged.rhs_group_dimensions, ragged.dot_dimension_numbers
+            lhs, rhs = (operand.aval.shape for operand in eqn.invars[:2])
+            # Contracted, or walked together.
+            used = {axis for lists in numbers for axis in lists[1]} | set(groups)
+            total += (
+                2
+                * math.prod(lhs)
+                * math.prod(size for axis, size in enumerate(rhs) if axis not in used)
+            )
+        else:
+            inner = [matmul_flops(inner) for inner in inner_jaxprs(eqn)]
+            assert eqn.primitive.name != "while" or not any(inner)  # nobody knows how often it runs
+            total += (
+                eqn.params.get("length", 1) * sum(inner)
+                if eqn.primitive.name != "cond"
+                else max(inner)
+            )
+    return total
+
+
+def computed_beyond_useful(config):
+    """FLOPs per token of a training step that repeat or mask what is useful, by what the code says
+    it does.
+
+    Attention takes whole blocks of queries, the keys of a block's last position for each of them,
+    and computes the scores again in the backward pass: 7 products over these blocks for 6 over half
+    the square. The coupling loss is computed again there too. Sparse scoring computes the chosen
+    activations again; for a balance loss, it scores the sampled tokens again and takes both
+    gradients also for the experts that they choose.
+    """
+    m, c, length = config.model, config.experts, config.data.seq_len
+    size = max(64, -(-length // 8))
+    area = sum(
+        min(size, length - first) * min(first + size, length) for first in range(0, length, size)
+    )
+    attention = 2 * m.d_model * (7 * area / length - 6 * length / 2) * config.routing.passes
+    if config.routing.name == "erc":
+        forward, training = config.routing.flops(config)
+        return m.n_layers * (attention + (training - 3 * forward) / 3)
+    if c.kind == "capacity":
+        return m.n_layers * (attention + config.routing.wasted_flops(config)[1])
+    if not c.sparse_scoring(config.routing):
+        return m.n_layers * attention
+    expert = 2 * c.d_low * m.d_model
+    sampled = config.balance.aux_tokens if config.balance.has_loss else 0
+    return m.n_layers * (
+        attention + c.top_k * expert + sampled * (c.n_experts + 2 * c.top_k) * expert
+    )
+
+
+STEPS = {
+    "sparse scoring, no loss": ("aoe", {"balance": {"aux_weight": 0.0}}),
+    "sparse scoring, loss of an eighth": ("aoe", {}),
+    "sparse scoring, loss of all": ("aoe", {"balance": {"aux_tokens": 1.0}}),
+    "dense scoring": ("aoe", {"experts": {"score_gradient": "dense"}}),
+    "weights over all": ("aoe", {"routing": {"name": "top_k", "norm_topk_prob": False}}),
+    "router": ("moe", {}),
+    "capacity": (
+        "moe",
+        {"experts": {"kind": "capacity"}, "routing": {"name": "capacity", "capacity_factor": 1.3}},
+    ),
+    "uoe": ("moe", {"experts": {"kind": "uoe"}, "routing": {"name": "uoe", "routing_neurons": 40}}),
+    "merged": ("methods:smear_router", {}),
+    "merged by norms": ("methods:smear", {}),
+    "two passes": ("methods:thor", {}),
+    "coupled router": ("moe", {"experts": {"n_experts": 32}, "routing": {"name": "erc"}}),
+    "dense": ("dense", {}),
+    "accumulated": ("aoe", {"train": {"accumulate": 2}}),
+    "longer than a block": ("aoe", {"data": {"seq_len": 768}, "model": {"max_len": 768}}),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_flops_of_a_whole_training_step(name, monkeypatch):
+    """Every product of the train step of `configs/tiny.py`, forward, backward and all, is useful or
+    known not to be.
+
+    The step is the one that runs, but for `grouped_matmul`: `ragged` has one product where others
+    have loops.
+    """
+    monkeypatch.setattr(
+        importlib.import_module("aoe_jax.moe.grouped_matmul"),
+        "_default_backend",
+        lambda device: "ragged",
+    )
+    variant, changes = STEPS[name]
+    file, _, variant = variant.rpartition(":")
+    settings = FILES[file or "tiny"].get_config(variant)
+    update_groups(settings, changes)
+    config = Config.from_config_dict(settings)
+    shape = (config.train.batch_size, config.data.seq_len)
+    batch = {
+        key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ("inputs", "targets", "segment_ids")
+    }
+    batch |= {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    state = jax.eval_shape(lambda: init_state(config, 0))
+    counted = matmul_flops(jax.make_jaxpr(make_train_step(config))(state, batch).jaxpr) / math.prod(
+        shape
+    )
+    useful = training_flops_per_token(config)
+    assert counted - computed_beyond_useful(config) == pytest.approx(useful, rel=0.002)
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [
+        ("top_k", None),
+        ("threshold", "threshold is not causal before step 200: "),
+        ("expert_choice", "expert_choice is not causal: "),
+    ],
+)
+def test_a_warning_if_losses_depend_on_later_tokens(caplog, variant, words):
+    groups = methods.get_config(variant)
+    if variant == "threshold":
+        groups.routing.warmup_steps = 200
+    log_run(Config.from_config_dict(groups))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert (
+        (not warnings) if words is None else (len(warnings) == 1 and warnings[0].startswith(words))
+    ), warnings
