@@ -48,7 +48,7 @@ def choice_scores(method, x, w_gate_down, prepared, top_k, bias=None):
     n_experts = estimates.shape[1]
     candidates = choose_top_k(estimates, min(method.candidates * top_k, n_experts), bias=bias)
     transport = Local(Devices(), n_experts, all_used=True)
-    round = transport.plan(candidates)
+    round = transport.schedule(candidates)
     rows, groups = transport.dispatch(x, round)
     code = grouped_matmul(rows, w_gate_down, groups)
     exact_norms = transport.slot_values(activation_norms(code), round, candidates.token.shape[0])

@@ -40,7 +40,7 @@ LAYERS = {
 class WithLoss(TopK):
     """Top-k with a loss of its own, in training alone."""
 
-    def losses(self, stats, state, weights, token_weights):
+    def losses(self, stats, state, weights):
         return {"size": (0.5, jnp.square(weights["w_router"]).sum())}
 
 

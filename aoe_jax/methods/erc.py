@@ -98,7 +98,7 @@ class ERC(FixedK):
             loss = coupling_loss(ctx.devices, *matrices, self.alpha, key)
         return routing._replace(records={"coupling_loss": loss})
 
-    def losses(self, stats, state, weights, token_weights):
+    def losses(self, stats, state, weights):
         return {"coupling_loss": (self.weight, stats.records["coupling_loss"].mean())}
 
     def flops(self, config):

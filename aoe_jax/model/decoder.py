@@ -52,7 +52,7 @@ class DecoderLayer(nn.Module):
     def setup(self):
         """Makes the modules."""
         self.attention_norm, self.experts_norm = make_norm(self.model), make_norm(self.model)
-        self.attention = Attention(self.model, self.routing.needs_attention_peaks)
+        self.attention = Attention(self.model, self.routing.hooks.attention)
         self.experts_layer = ExpertsLayer(
             experts=self.experts,
             routing=self.routing,
@@ -84,10 +84,10 @@ class DecoderLayer(nn.Module):
 
     def _layer(self, attend, x, token_weights, routing_state, layer_index, positions=None):
         with jax.named_scope("attention"):
-            y, peaks, *cache = attend(self.attention_norm(x))
+            y, captured, *cache = attend(self.attention_norm(x))
             x = x + y
         y, stats = self.experts_layer(
-            self.experts_norm(x), token_weights, routing_state, peaks, layer_index, positions
+            self.experts_norm(x), token_weights, routing_state, captured, layer_index, positions
         )
         return (x + y, stats), *cache
 

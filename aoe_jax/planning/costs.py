@@ -20,11 +20,8 @@ from functools import cached_property
 
 import numpy as np
 
-from aoe_jax.model.attention import cudnn, splash
-from aoe_jax.moe.grouped_matmul import megablox, mosaic_gpu
 from aoe_jax.planning.hlo import parse
-
-KERNEL_COSTS = tuple(m.kernel_cost for m in (splash, cudnn, megablox, mosaic_gpu))
+from aoe_jax.planning.kernel_costs import KERNEL_COSTS
 
 # Named scopes of the train step.
 SCOPES = (
@@ -33,7 +30,7 @@ SCOPES = (
     "score",
     "route",
     "balance",
-    "plan",
+    "schedule",
     "dispatch",
     "experts",
     "combine",

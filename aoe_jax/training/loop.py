@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from aoe_jax import sharding
 from aoe_jax.config.run import Config
 from aoe_jax.distributed import all_agree, together
-from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped, UserError
+from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.planning.counts import parameter_counts
@@ -53,9 +53,6 @@ def train(
     Raises the exceptions of `errors.py`: `UserError` also if the run has finished, unless `start`
     only resumes, and `Stopped` once the state is saved.
     """
-    if not config.routing.trains:
-        named = f"config.routing.name={config.routing.name!r}"
-        raise UserError(f"{named}: can be evaluated but not trained; train with 'top_k'")
     check_store(workdir)  # before anything is written there
     filled = sharding.fill_mesh(config, jax.device_count())
     mesh, heartbeat = sharding.make_mesh(filled, jax.devices()), Heartbeat(workdir)

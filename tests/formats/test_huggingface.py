@@ -18,6 +18,7 @@ from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import write_arrays
 from aoe_jax.model.decoder import Decoder
+from aoe_jax.moe.routing import state_shapes
 from benchmarks.parity import load_there, logits_here, logits_there
 from tests.evaluation.models import make_config, make_model
 from tests.evaluation.public_tasks import write_examples
@@ -139,7 +140,7 @@ def test_bfloat16(tmp_path):
 def test_models_without_a_class(caplog, named):
     with caplog.at_level(logging.INFO):
         config = tiny_config(**WITHOUT_CLASS[named])
-        state = config.routing.state_shapes(config.experts, config.balance, config.model.d_model)
+        state = state_shapes(config.routing, config.experts, config.balance, config.model.d_model)
         values = to_json(config, state)
     assert "auto_map" not in values and values["model"]["d_model"] == 32
     assert named in caplog.text and "transformers cannot load the model" in caplog.text

@@ -9,7 +9,7 @@ import numpy as np
 from aoe_jax import ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
-from aoe_jax.methods import ROUTERS
+from aoe_jax.methods import find_method
 from aoe_jax.moe import reference
 from tests.moe.drawn import parameters_of
 
@@ -30,7 +30,7 @@ def make(kind, name, training=True, dtype=jnp.float64, recompute=False, **settin
     """`(layer, parameters, tokens)`; all parameters are random, those of the router too."""
     layer = ExpertsLayer(
         ExpertsConfig(kind=kind, n_experts=EXPERTS, top_k=2, d_ffn=16, d_low=4),
-        routing=ROUTERS[name](**settings),
+        routing=find_method(name)(**settings),
         dtype=jnp.dtype(dtype),
         remat="experts" if recompute else "none",
         training=training,

@@ -20,7 +20,7 @@ from tests.moe.contexts import context
 @pytest.fixture
 def added(monkeypatch):
     """The example's router, registered as docs/add_a_method.md says."""
-    monkeypatch.setitem(ROUTERS, AboveMean.name, AboveMean)
+    monkeypatch.setitem(ROUTERS, AboveMean.name, "examples.add_a_method:AboveMean")
     return AboveMean()
 
 

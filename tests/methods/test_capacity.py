@@ -13,8 +13,7 @@ from jax.sharding import AxisType, Mesh
 
 from aoe_jax import ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
-from aoe_jax.methods import Capacity
-from aoe_jax.methods.capacity import assign_places, combine_tensor, dispatch_tensor
+from aoe_jax.methods.capacity import Capacity, assign_places, combine_tensor, dispatch_tensor
 from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.routing import TopK, expert_capacity
 from aoe_jax.sharding import MESH_AXES

@@ -4,14 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
 from aoe_jax import AoELayer, Decoder
 from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
-from aoe_jax.methods import DAMoE
-from aoe_jax.methods.da_moe import best, experts_of
-from aoe_jax.model.attention.layer import concentration
+from aoe_jax.methods.da_moe import DAMoE, best, concentration, experts_of, head_importance
+from aoe_jax.model.attention.layer import Attention, rotary, rotary_tables
+from aoe_jax.sharding import MESH_AXES
 from tests.methods.method_layers import small_config
 
 K_MAX = 4
@@ -70,6 +72,54 @@ def test_weights_are_the_softmax_over_the_count_best_scores():
     assert np.isfinite(gradient).all() and gradient.any()
 
 
+def attention(masked):
+    """`(layer, parameters, x [4, 16, d], documents)` of attention that captures the importance."""
+    config = ModelConfig(n_heads=4, n_kv_heads=2, d_model=16, dtype="float32")
+    layer = Attention(config, head_importance)
+    x = 3 * jax.random.normal(jax.random.key(0), (4, 16, 16))
+    documents = jnp.arange(16)[None].repeat(4, 0) // 5 if masked else None
+    return layer, layer.init(jax.random.key(1), x), x, documents
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_importance_by_each_head(masked):
+    """`(N p - 1) / (N - 1)` of the N keys of the token's document, `[B, S, H]`, on a mesh that
+    splits heads too; without a gradient.
+    """
+    layer, params, x, documents = attention(masked)
+    y, found = jax.jit(layer.apply)(params, x, documents)
+    assert found.shape == (4, 16, 4) and found.dtype == jnp.float32
+    w = params["params"]
+    q, k = (jnp.einsum("bsd,dhi->bhsi", x, w[name]) for name in "qk")
+    tables = rotary_tables(16, layer.config)
+    q, k = rotary(q, *tables), jnp.repeat(rotary(k, *tables), 2, axis=1)
+    visible = np.tril(np.ones((16, 16), bool))
+    if masked:
+        visible = visible & np.asarray(documents[0][:, None] == documents[0])
+    scores = np.einsum("bhqi,bhki->bhqk", np.float64(q), np.float64(k)) / 2
+    p, n = jax.nn.softmax(np.where(visible, scores, -np.inf)), visible.sum(axis=-1)
+    want = np.where(n > 1, (n * p.max(axis=-1) - 1) / np.maximum(n - 1, 1), 0).swapaxes(1, 2)
+    np.testing.assert_allclose(found, want, atol=1e-5)
+    assert (found[:, 0] == 0).all() and 0.05 < float(found[:, 1:].mean()) < 0.95
+    assert not jax.grad(lambda x: layer.apply(params, x, documents)[1].sum())(x).any()
+    mesh = Mesh(np.reshape(jax.devices(), (1, 2, 2, 2)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    with jax.set_mesh(mesh):
+        of_mesh = jax.jit(layer.apply)(params, x, documents)
+    np.testing.assert_allclose(of_mesh[0], y, atol=1e-5)
+    np.testing.assert_allclose(of_mesh[1], found, atol=1e-5)
+
+
+def test_importance_with_a_cache():
+    """It is that of a whole pass, in the first piece and in the next."""
+    layer, params, x, _ = attention(masked=False)
+    want = layer.apply(params, x)
+    *first, cache = layer.apply(params, x[:, :12], method="prefill")
+    cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 7), (0, 0))), cache)
+    *rest, _ = layer.apply(params, x[:, 12:], cache, jnp.full(4, 12), method="extend")
+    for a, b, c in zip(first, rest, want, strict=True):
+        np.testing.assert_allclose(jnp.concatenate([a, b], axis=1), c, atol=1e-5)
+
+
 def decoder_of(kind, name, top_k):
     experts, routing = {"kind": kind, "top_k": top_k}, {"name": name}
     return Decoder.from_config(small_config(experts=experts, routing=routing))
@@ -124,5 +174,5 @@ def test_what_is_refused(groups, message):
 
 def test_a_layer_needs_attention():
     layer = AoELayer(ExpertsConfig(n_experts=4, d_ffn=24, d_low=4), routing=DAMoE())
-    with pytest.raises(ValueError, match="router 'da_moe' needs attention_peaks"):
+    with pytest.raises(ValueError, match="router 'da_moe' works only in a decoder"):
         layer.init(jax.random.key(0), jnp.zeros((3, 8)))

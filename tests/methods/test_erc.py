@@ -15,8 +15,7 @@ from aoe_jax import RouterLayer
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
-from aoe_jax.methods import ERC
-from aoe_jax.methods.erc import coupling_loss, loss_of_norms, noise_bounds, with_noise
+from aoe_jax.methods.erc import ERC, coupling_loss, loss_of_norms, noise_bounds, with_noise
 from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import TopK
 from aoe_jax.sharding import MESH_AXES

@@ -8,8 +8,7 @@ import pytest
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
-from aoe_jax.methods import GShard
-from aoe_jax.methods.gshard import top_two
+from aoe_jax.methods.gshard import GShard, top_two
 from aoe_jax.moe import balance
 from aoe_jax.moe.routing import top_k
 from aoe_jax.moe.scoring import Scores

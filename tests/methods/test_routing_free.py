@@ -10,8 +10,8 @@ import pytest
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
-from aoe_jax.methods import RoutingFree
 from aoe_jax.methods.routing_free import (
+    RoutingFree,
     active_gates,
     expert_balance,
     next_multiplier,

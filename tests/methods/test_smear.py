@@ -13,11 +13,11 @@ from aoe_jax import ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
-from aoe_jax.methods import Smear
-from aoe_jax.methods.smear import drop_experts, merge, merged_experts, near_copies
+from aoe_jax.methods.smear import Smear, drop_experts, merge, merged_experts, near_copies
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.model.decoding import check_decodes
 from aoe_jax.moe.experts import single_expert
+from aoe_jax.moe.layer import parameters_of
 from aoe_jax.moe.reference import aoe_scores
 from aoe_jax.sharding import MESH_AXES
 from configs import methods
@@ -31,7 +31,10 @@ FORMS = {"router": {}, "aoe": {"factorised_gate": True, "d_wide": 8}}
 def shapes_of(layer):
     """The shapes of the parameters by name."""
     sizes = layer.experts.sizes(WIDTH)
-    return {name: parameter.shape(sizes) for name, parameter in layer.parameters.items()}
+    return {
+        name: parameter.shape(sizes)
+        for name, parameter in parameters_of(layer.experts, layer.routing).items()
+    }
 
 
 def make(form="router", dtype="float32", recompute=False, training=False, **settings):

@@ -12,8 +12,7 @@ import numpy as np
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
-from aoe_jax.methods import Threshold
-from aoe_jax.methods.threshold import above_thresholds, kth_largest
+from aoe_jax.methods.threshold import Threshold, above_thresholds, kth_largest
 from tests.moe.contexts import context
 
 N, T = 8, 4000

@@ -14,8 +14,7 @@ from aoe_jax import DenseLayer, ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
-from aoe_jax.methods import UoE
-from aoe_jax.methods.uoe import routing_neurons
+from aoe_jax.methods.uoe import UoE, routing_neurons
 from aoe_jax.moe import reference
 from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.parallel.collectives import Devices

@@ -1,5 +1,5 @@
-"""Tokens to rows by expert and back, for token-major and arbitrary slots, in expert order and at
-places.
+"""Tokens to rows by expert and back, for token-major and arbitrary slots, in expert order and
+in the layout of a backend.
 """
 
 import jax
@@ -27,10 +27,10 @@ def routing(request):
     return ROUTERS[request.param](jax.random.normal(jax.random.key(0), (30, 5)))
 
 
-@pytest.fixture(params=["in expert order", "at places"])
+@pytest.fixture(params=["in expert order", "in the layout of a backend"])
 def rows(request, routing, monkeypatch):
     if request.param == "in expert order":
-        monkeypatch.setattr(module, "place_rows", lambda *args: None)
+        monkeypatch.setattr(module, "row_layout", lambda *args: None)
     return lay_out(routing, 5, all_used=bool((routing.expert < 5).all()))
 
 
@@ -40,7 +40,7 @@ def read(values, index, fill):
 
 
 def test_rows_lie_in_expert_order(routing, monkeypatch):
-    monkeypatch.setattr(module, "place_rows", lambda *args: None)
+    monkeypatch.setattr(module, "row_layout", lambda *args: None)
     rows = lay_out(routing, 5)
     expert = np.asarray(routing.expert)[rows.slot]
     assert (np.diff(expert) >= 0).all()

@@ -9,7 +9,7 @@ import pytest
 
 from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul import BACKENDS, grouped_matmul
-from aoe_jax.moe.grouped_matmul.blocked import place_rows
+from aoe_jax.moe.grouped_matmul.blocked import row_layout
 from aoe_jax.moe.grouped_matmul.groups import WholeGroups
 from aoe_jax.moe.grouped_matmul.permute import NOWHERE
 
@@ -122,16 +122,16 @@ def test_random_group_sizes(n_experts, m):
 
 @pytest.mark.parametrize("case", GROUP_SIZES)
 def test_every_row_has_one_place(case):
-    places = place_rows(jnp.array(GROUP_SIZES[case], jnp.int32), M)
+    layout = row_layout(jnp.array(GROUP_SIZES[case], jnp.int32), M)
     used = sum(GROUP_SIZES[case])
-    np.testing.assert_array_equal(places.row[places.place[:used]], np.arange(used))
-    np.testing.assert_array_equal(places.place[used:], NOWHERE)
-    assert (places.row == NOWHERE).sum() == len(places.row) - used
+    np.testing.assert_array_equal(layout.row[layout.position[:used]], np.arange(used))
+    np.testing.assert_array_equal(layout.position[used:], NOWHERE)
+    assert (layout.row == NOWHERE).sum() == len(layout.row) - used
 
 
 def test_both_ways_of_blocked_are_tested():
     ways = {
-        case: bool(place_rows(jnp.array(sizes, jnp.int32), M).is_batched)
+        case: bool(row_layout(jnp.array(sizes, jnp.int32), M).is_batched)
         for case, sizes in GROUP_SIZES.items()
     }
     assert {case for case, batched in ways.items() if batched} == set(BATCHED)

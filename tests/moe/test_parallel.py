@@ -14,12 +14,13 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
-from aoe_jax.methods import LAYERS
+from aoe_jax.methods import LAYERS, find_method
 from aoe_jax.methods.capacity import Capacity
 from aoe_jax.methods.dynmoe import DynMoE
 from aoe_jax.methods.routing_free import RoutingFree
 from aoe_jax.methods.thor import Thor
 from aoe_jax.methods.uoe import UoE
+from aoe_jax.moe import layer as moe_layer
 from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.grouped_matmul import BACKENDS
 from aoe_jax.moe.layer import ExpertsLayer
@@ -65,7 +66,7 @@ KINDS = {
 
 def make(settings, transport="ring", recompute=False, aux_tokens=1.0, dtype=jnp.float64):
     settings = {"n_experts": 8, "top_k": 2, "d_ffn": 16, "d_low": 8} | settings
-    default = LAYERS[settings["kind"]]() if settings["kind"] in LAYERS else TopK()
+    default = find_method(settings["kind"])() if settings["kind"] in LAYERS else TopK()
     routing = settings.pop("routing", default)
     experts = ExpertsConfig(**settings)
     if experts.low_rank:
@@ -257,7 +258,7 @@ def test_gradients_of_experts_summed_in_bfloat16(x64, ragged, kind):
     )
     for name, exact in want.items():
         error = float(jnp.linalg.norm(got[name] - exact) / jnp.linalg.norm(exact))
-        per_expert = layer.parameters[name].per_expert
+        per_expert = moe_layer.parameters_of(layer.experts, layer.routing)[name].per_expert
         low, high = (1e-4, 4e-3) if per_expert else (0, 1e-6)
         assert low <= error <= high, name
 
