@@ -29,6 +29,7 @@ from aoe_jax.sharding import (
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.step import init_state, make_train_step
 from configs import methods
+from tests.arrays import assert_equal
 
 STEPS, BATCH, LENGTH = 4, 8, 16
 SMALL = {
@@ -198,11 +199,11 @@ def test_resumed_bit_for_bit(ragged, tmp_path, variant):
     there = on_a_mesh(variant)
     _, moved, _ = Checkpoints(tmp_path).restore_newest(there.abstract, data)
     assert jax.tree.map(lambda a: a.sharding, moved) == there.shardings
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(moved), jax.device_get(half))
+    assert_equal(jax.device_get(moved), jax.device_get(half))
     _, state, _ = Checkpoints(tmp_path).restore_newest(run.abstract, data)
     state, found = run.take(state, list(batches())[STEPS // 2 :])
     assert found == losses[STEPS // 2 :]
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(want))
+    assert_equal(jax.device_get(state), jax.device_get(want))
 
 
 # Their logits are those of evaluation; the others, and those that are not known yet, are tried both

@@ -25,7 +25,7 @@ from aoe_jax.evaluation.models import Model, check_split, corpus_of, load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
 from aoe_jax.evaluation.run import TextTokens, read_text, write_report
 from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
-from aoe_jax.moe.scoring import SCORES
+from aoe_jax.moe.scoring import SCORE_OF_CODE
 from aoe_jax.parameters import EXPERTS
 from aoe_jax.storage.lease import make_folder
 from aoe_jax.storage.paths import parsed_path
@@ -70,8 +70,8 @@ def by_norm(node, norm):
 
 
 def by_first_neurons(count, score):
-    """The choice by a score (of `moe.scoring.SCORES`) of the first gate neurons of experts."""
-    return by_activations(lambda x, w: x @ w["w_gate"][:, :count], SCORES[score])
+    """The choice by a score (of `SCORE_OF_CODE`) of the first gate neurons of experts."""
+    return by_activations(lambda x, w: x @ w["w_gate"][:, :count], SCORE_OF_CODE[score])
 
 
 def by_activations(activations, score):

@@ -108,7 +108,7 @@ class Capacity(FixedK):
             dropped, n_tokens = devices.total((dropped, ctx.token_weights.sum()))
             stats = stats._replace(dropped_share=dropped / jnp.maximum(n_tokens, 1))
 
-        def experts(x, places, weights):
+        def compute(x, places, weights):
             with jax.named_scope("experts"):
                 w = layer.gathered(weights, devices)
             groups = devices.whole_sequences(x)
@@ -116,7 +116,7 @@ class Capacity(FixedK):
             return devices.sum_scatter(y, "tensor", 1).reshape(x.shape)
 
         matrices = {name: weights[name] for name in ("w_gate", "w_up", "w_down")}
-        return rematerialised(experts, devices)(x, places, matrices), stats
+        return rematerialised(compute, devices)(x, places, matrices), stats
 
     def places(self, n_tokens, experts):
         """C, for sequences of `n_tokens`."""

@@ -176,7 +176,7 @@ class Smear(Unchosen):
         kept = self._kept(ctx, token_weights.shape[:2], layer.experts.n_experts)
         declared = layer.parameters
 
-        def experts(x, weights):
+        def compute(x, weights):
             with jax.named_scope("experts"):
                 w = {
                     name: devices.gather_experts(declared[name], a, layer.dtype)
@@ -201,7 +201,7 @@ class Smear(Unchosen):
                 y = y.reshape(n_sequences, -1, y.shape[-1])[:, :n_positions]
                 return devices.sum_scatter(y, "tensor", 1).reshape(x.shape), scores, p
 
-        run = rematerialised(experts, devices, gathers_experts=True)
+        run = rematerialised(compute, devices, gathers_experts=True)
         y, scores, p = run(x, weights)
         return y, merging_stats(scores, p, token_weights.sum(axis=-1), devices.total)
 

@@ -115,12 +115,12 @@ class Thor(Unchosen):
             expert = draw_expert(key, n)
 
         @jax.named_scope("experts")
-        def experts(x, weights):
+        def compute(x, weights):
             w = {name: drawn(devices, a, expert) for name, a in weights.items()}
             y = single_expert(devices.gather(x, "tensor"), layer.gathered(w, devices))
             return devices.sum_scatter(y, "tensor")
 
-        return rematerialised(experts, devices)(x, weights), _stats_of_draws(n)
+        return rematerialised(compute, devices)(x, weights), _stats_of_draws(n)
 
     @property
     def hooks(self):

@@ -16,7 +16,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.methods.dense import Dense
 from aoe_jax.model.attention.blocks import KEPT_ATTENTION
 from aoe_jax.model.attention.cudnn import is_cudnn_forward
-from aoe_jax.model.attention.layer import Attention
+from aoe_jax.model.attention.multi_head import Attention
 from aoe_jax.model.vocabulary import embed, logits
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.layer import ExpertsLayer

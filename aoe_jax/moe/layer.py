@@ -26,7 +26,7 @@ from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.parallel import collectives
 from aoe_jax.moe.parallel.transports import is_local, make_transport
 from aoe_jax.moe.routing import Context, Method, TopK
-from aoe_jax.moe.scoring import SCORES, aoe_scores, router_scores, score_columns
+from aoe_jax.moe.scoring import SCORE_OF_CODE, aoe_scores, router_scores, score_columns
 from aoe_jax.parameters import LARGE_ROUTER, ROUTER, SHARED_EXPERT, matrices_of, shared_expert
 from aoe_jax.sharding import AXES, MeshAxes, spec_of
 
@@ -41,7 +41,7 @@ def moe_block(x, weights, layer, ctx):
         weights = layer.with_w_score(weights, ctx.devices)
         scores = layer.score(x, weights, ctx)
     with jax.named_scope("route"):
-        routing = layer.routing(scores.values, weights, ctx)
+        routing = layer.router(scores.values, weights, ctx)
     with jax.named_scope("balance"):
         stats = layer.statistics(scores, routing, weights, ctx)
     y = apply_experts(x, routing, weights, layer, ctx, scores.code)
@@ -67,7 +67,7 @@ class Layer:
     """The settings of a layer, and the steps of `moe_block` that depend on them."""
 
     experts: ExpertsConfig
-    routing: Method
+    router: Method  # `config.routing`
     balance: BalanceConfig
     dtype: Any  # of computation
     observe: Callable | None = None  # see `ExpertsLayer`
@@ -75,12 +75,12 @@ class Layer:
     @cached_property
     def parameters(self):
         """See `parameters_of`."""
-        return parameters_of(self.experts, self.routing)
+        return parameters_of(self.experts, self.router)
 
     @property
     def sparse_scoring(self):
         """See `ExpertsConfig.sparse_scoring`."""
-        return self.experts.sparse_scoring(self.routing)
+        return self.experts.sparse_scoring(self.router)
 
     def with_w_score(self, weights, devices):
         """`weights` with AoE's `w_score`, see `scoring.score_columns`."""
@@ -92,13 +92,13 @@ class Layer:
         """The `Scores` of tokens `x [T, d]` by all experts."""
         if self.experts.kind != "aoe":
             return router_scores(x, weights, self.balance.aux_stride)
-        local = is_local(ctx.devices, self.routing.choice(self.experts).is_fixed)
+        local = is_local(ctx.devices, self.router.choice(self.experts).is_fixed)
         keeps_code = local and ctx.devices.size("tensor") == 1 and self.experts.low_rank
         return aoe_scores(x, weights["w_score"], self, ctx.devices, keeps_code)
 
     def statistics(self, scores, routing, weights, ctx):
         """The `LayerStats` of `Scores` and a `Routing`."""
-        logits = self.routing.hooks.balance_logits(scores.for_balance)
+        logits = self.router.hooks.balance_logits(scores.for_balance)
         stats = balance.statistics(scores._replace(for_balance=logits), routing, self.balance, ctx)
         if self.observe is None:
             return stats
@@ -107,7 +107,7 @@ class Layer:
 
     def row_scores(self, gate, code, devices):
         """AoE's score of each row: `gate [R, f]`, `code [R, r]` or None -> `(gate, scores [R])`."""
-        score = SCORES[self.experts.score]
+        score = SCORE_OF_CODE[self.experts.score]
         if code is not None:
             return gate, score(code)
         gate, code = first_neurons(gate, self.experts.score_neurons)
@@ -148,7 +148,7 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
     """
     devices, declared = ctx.devices, layer.parameters
     with jax.named_scope("schedule"):
-        transport = make_transport(devices, routing, layer.experts, layer.routing, x.shape[0])
+        transport = make_transport(devices, routing, layer.experts, layer.router, x.shape[0])
         routing = transport.gather_routing(routing)
         schedule = transport.schedule(routing)
     product = partial(grouped_matmul, backend=layer.experts.grouped_matmul)
@@ -208,7 +208,9 @@ def scores_of_round(transport, product, score, n_slots, schedule, number, args):
     x, w_score = args
     round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)
-    return transport.slot_values(SCORES[score](product(rows, w_score, groups)), round, n_slots)
+    return transport.slot_values(
+        SCORE_OF_CODE[score](product(rows, w_score, groups)), round, n_slots
+    )
 
 
 def outputs_of_round(transport, product, schedule, number, args):

@@ -45,7 +45,7 @@ def aoe_scores(x, w, layer, devices, keeps_code):
     Otherwise, with `keeps_code`, the codes of all experts are kept, as published. Over a mesh, and
     with whole gates, no code is kept, and the rows compute theirs again.
     """
-    score, stride = SCORES[layer.experts.score], layer.balance.aux_stride
+    score, stride = SCORE_OF_CODE[layer.experts.score], layer.balance.aux_stride
     if layer.sparse_scoring:
         if not layer.balance.has_loss:
             x, w = jax.lax.stop_gradient((x, w))
@@ -133,7 +133,7 @@ def largest(c):
 
 
 # `ExpertsConfig.score`: from a code to its score.
-SCORES = {"norm": activation_norms, "max": largest}
+SCORE_OF_CODE = {"norm": activation_norms, "max": largest}
 
 
 def scores_of_all(x, w_score, score=activation_norms):

@@ -11,6 +11,7 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.methods import find_method
 from aoe_jax.moe import reference
+from tests.arrays import assert_close
 from tests.moe.drawn import parameters_of
 
 TOKENS, D, EXPERTS = 29, 12, 5
@@ -57,13 +58,6 @@ def by_loops(params, x, weights):
     else:
         experts, names = reference.router_experts, ("w_gate", "w_up", "w_down")
     return experts(x, weights, *(params[name] for name in names))
-
-
-def assert_close(got, want, tolerance):
-    """Compares two trees, with a tolerance relative to the largest entry of each array."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, atol=tolerance * max(1, float(jnp.abs(b).max())))
 
 
 def assert_agree(layer, params, x, weights_of):

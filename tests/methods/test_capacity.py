@@ -9,15 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
 from aoe_jax import ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.methods.capacity import Capacity, assign_places, combine_tensor, dispatch_tensor
 from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.routing import TopK, expert_capacity
-from aoe_jax.sharding import MESH_AXES
-from tests.methods.method_layers import assert_close
+from tests.arrays import assert_close, mesh_of
 from tests.moe.drawn import parameters_of
 
 GROUPS, TOKENS, WIDTH, EXPERTS = 3, 16, 8, 5
@@ -214,6 +212,6 @@ def test_bfloat16():
 
 def test_flat_tokens_of_a_mesh_are_refused():
     layer, _, params, x = make(1.0, dtype="float32")
-    mesh = Mesh(np.reshape(jax.devices(), (8, 1, 1, 1)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = mesh_of(8, 1, 1, 1)
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="needs sequences"):
         jax.eval_shape(partial(layer.apply, {"params": params}), x.reshape(-1, WIDTH))

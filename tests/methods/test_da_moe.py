@@ -4,16 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
 from aoe_jax import AoELayer, Decoder
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
-from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError
 from aoe_jax.methods.da_moe import DAMoE, best, concentration, experts_of, head_importance
-from aoe_jax.model.attention.layer import Attention, rotary, rotary_tables
-from aoe_jax.sharding import MESH_AXES
+from aoe_jax.model.attention.multi_head import Attention, rotary, rotary_tables
+from tests.arrays import mesh_of
+from tests.config.refused import check_refused
 from tests.methods.method_layers import small_config
 
 K_MAX = 4
@@ -102,7 +100,7 @@ def test_importance_by_each_head(masked):
     np.testing.assert_allclose(found, want, atol=1e-5)
     assert (found[:, 0] == 0).all() and 0.05 < float(found[:, 1:].mean()) < 0.95
     assert not jax.grad(lambda x: layer.apply(params, x, documents)[1].sum())(x).any()
-    mesh = Mesh(np.reshape(jax.devices(), (1, 2, 2, 2)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = mesh_of(1, 2, 2, 2)
     with jax.set_mesh(mesh):
         of_mesh = jax.jit(layer.apply)(params, x, documents)
     np.testing.assert_allclose(of_mesh[0], y, atol=1e-5)
@@ -145,31 +143,17 @@ def test_tokens_of_a_decoder_have_different_numbers_of_experts(ragged):
     assert ((per_token > 1.2) & (per_token < 3.8)).all()
 
 
-@pytest.mark.parametrize(
-    ("groups", "message"),
-    [
-        (
-            {"routing": {"name": "da_moe", "measure": "received"}},
-            r"config\.routing\.measure is unknown; known are reduce$",
-        ),
-        (
-            {"routing": {"name": "da_moe", "reduce": "sum"}},
-            r"config\.routing\.reduce='sum': choose one of mean, max$",
-        ),
-        ({"routing": {"reduce": "max"}}, r"config\.routing\.reduce is unknown"),
-        (
-            {"by_attention": {"reduce": "max"}},
-            r"config\.by_attention is gone; set config\.routing, with routing\.name='da_moe'$",
-        ),
-        (
-            {"experts": {"selection": "by_attention"}},
-            r"config\.experts\.selection is gone; set config\.routing\.name$",
-        ),
-    ],
-)
-def test_what_is_refused(groups, message):
-    with pytest.raises(UserError, match=message):
-        Config.from_config_dict(groups)
+REFUSED = """
+routing.measure=received; routing.name=da_moe => routing.measure is unknown ... known are reduce
+routing.reduce=sum; routing.name=da_moe => choose one of mean, max
+routing.reduce=max => routing.reduce is unknown ... known are norm_topk_prob
+by_attention.reduce=max => by_attention is gone ... set config.routing, with routing.name='da_moe'
+"""
+
+
+@pytest.mark.parametrize("case", REFUSED.strip().splitlines())
+def test_what_is_refused(case):
+    check_refused(case)
 
 
 def test_a_layer_needs_attention():

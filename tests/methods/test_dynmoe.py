@@ -22,6 +22,7 @@ from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.reference import l2_norm
 from aoe_jax.training.step import init_state, make_train_step
 from configs import methods
+from tests.arrays import assert_equal, assert_finite
 from tests.methods.method_layers import EXPERTS, TOKENS, D, assert_agree, make, scores_of
 from tests.moe.contexts import context
 
@@ -147,11 +148,11 @@ def test_relative_norms_have_no_scale(x64):
     gradients = jax.grad(lambda x, w: relative_norms(x, w).sum(), (0, 1))(
         x.at[0].set(0), w_gate_down.at[0].set(0)
     )
-    assert all(np.isfinite(g).all() for g in gradients)
+    assert_finite(gradients)
     assert jnp.abs(cosines(x, w_gate_down[:, :, 0].T)).max() < 1
     np.testing.assert_allclose(cosines(w_gate_down[0].T, w_gate_down[0]).diagonal(), 1)
     gradients = jax.grad(lambda x, w: cosines(x, w).sum(), (0, 1))(x * 0, w_gate_down[0])
-    assert all(np.isfinite(g).all() for g in gradients)
+    assert_finite(gradients)
 
 
 def test_the_loss_of_orthonormal_columns():
@@ -177,7 +178,7 @@ def test_the_losses_of_gates(x64, ragged):
     def losses(params, x):
         stats = layer.apply({"params": params}, x, real.astype(float))[1]
         stats = jax.tree.map(lambda a: a[None], stats)
-        return layer.routing.losses(stats, {}, params, None)
+        return layer.routing.losses(stats, {}, params)
 
     def by_hand(params, x):
         scores, thresholds = scores_of_formula(params, x[real]), params["firing_threshold"]
@@ -345,4 +346,4 @@ def test_a_step_that_is_not_finite_changes_no_parameters(ragged):
     after, metrics = step(state, bad)
     assert not metrics["finite"]
     for name in ("params", "routing_state"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+        assert_equal(getattr(after, name), getattr(state, name))

@@ -9,18 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
 from aoe_jax import RouterLayer
 from aoe_jax.config.experts import ExpertsConfig
-from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError
 from aoe_jax.methods.erc import ERC, coupling_loss, loss_of_norms, noise_bounds, with_noise
 from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import TopK
-from aoe_jax.sharding import MESH_AXES
 from aoe_jax.training.step import init_state, training_loss
-from tests.methods.method_layers import assert_close, small_config
+from tests.arrays import assert_close, mesh_of
+from tests.config.refused import check_refused
+from tests.methods.method_layers import small_config
 from tests.moe.drawn import parameters_of
 
 N, D, WIDTH = 6, 8, 5
@@ -71,9 +69,8 @@ def test_formula_and_gradients(alpha):
     got = jax.value_and_grad(loss_of, (0, 1))(rows, w_gate, alpha, KEY)
     want = OF_LOOPS(rows, w_gate, alpha, KEY)
     assert got[0] > 0
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-10)
-        assert np.abs(b).max() > 0
+    assert_close(got, want, 1e-10)
+    assert all(np.abs(b).max() > 0 for b in want[1])
 
 
 def test_the_sum_over_pairs_is_the_mean_over_all_entries():
@@ -154,7 +151,7 @@ def evaluate(layer, params, x):
 def test_a_mesh_computes_what_one_device_does(ragged, shape):
     layer, params, x = make()
     want = evaluate(layer, params, x)
-    mesh = Mesh(np.reshape(jax.devices(), shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
         got = evaluate(layer, params, x)
     assert got[1][1].records["coupling_loss"] > 0
@@ -231,48 +228,24 @@ def test_it_is_added_to_the_loss_of_training(ragged):
         assert redrawn["coupling_loss"] != metrics["coupling_loss"]
 
 
-COUPLES = "couples the columns of a plain router with whole gates, of several experts"
+REFUSED = """
+routing.name=erc; experts.kind=aoe => couples the columns of a plain router with whole gates
+routing.name=erc; experts.kind=router; experts.factorised_gate=True => couples the columns of a
+routing.name=erc; experts.kind=router; experts.large_router=True => couples the columns of a plain
+routing.name=erc; experts.kind=router; experts.n_experts=1; experts.top_k=1 => of several experts
+routing.name=erc; experts.kind=capacity => choose one of capacity
+routing.name=erc; experts.kind=dense; balance.aux_weight=0.0 => choose one of dense
+routing.name=threshold; routing.weight=1.0 => routing.weight is unknown ... known are decay
+routing.alpha=0.5 => routing.alpha is unknown ... known are norm_topk_prob
+routing.weight=0.0; experts.kind=router; routing.name=erc => must be greater than 0
+routing.alpha=-0.5; experts.kind=router; routing.name=erc => must be at least 0
+balance.coupling_alpha=0.5 => balance.coupling_alpha is gone ... set config.routing.alpha, with
+"""
 
 
-@pytest.mark.parametrize(
-    ("experts", "message"),
-    [
-        ({"kind": "aoe"}, COUPLES),
-        ({"kind": "router", "factorised_gate": True}, COUPLES),
-        ({"kind": "router", "large_router": True}, COUPLES),
-        ({"kind": "router", "n_experts": 1, "top_k": 1}, COUPLES),
-        ({"kind": "capacity"}, "choose one of capacity"),
-        ({"kind": "dense"}, "choose one of dense"),
-    ],
-)
-def test_it_is_refused_where_there_is_nothing_to_couple(experts, message):
-    groups = {"experts": experts, "routing": {"name": "erc"}, "balance": {"aux_weight": 0.0}}
-    with pytest.raises(UserError, match=rf"config\.routing\.name='erc': {message}"):
-        Config.from_config_dict(groups)
-
-
-@pytest.mark.parametrize(
-    ("routing", "message"),
-    [
-        (
-            {"name": "threshold", "weight": 1.0},
-            r"config\.routing\.weight is unknown; known are decay",
-        ),
-        ({"alpha": 0.5}, r"config\.routing\.alpha is unknown; known are norm_topk_prob$"),
-        ({"name": "erc", "weight": 0.0}, r"config\.routing\.weight=0\.0: must be greater than 0$"),
-        ({"name": "erc", "alpha": -0.5}, r"config\.routing\.alpha=-0\.5: must be at least 0$"),
-    ],
-)
-def test_settings_that_are_refused(routing, message):
-    with pytest.raises(UserError, match=message):
-        Config.from_config_dict({"experts": {"kind": "router"}, "routing": routing})
-
-
-@pytest.mark.parametrize("name", ["weight", "alpha"])
-def test_the_old_settings_are_gone(name):
-    message = rf"balance\.coupling_{name} is gone; set config\.routing\.{name}, with .*='erc'$"
-    with pytest.raises(UserError, match=message):
-        Config.from_config_dict({"balance": {f"coupling_{name}": 0.5}})
+@pytest.mark.parametrize("case", REFUSED.strip().splitlines())
+def test_what_is_refused(case):
+    check_refused(case)
 
 
 def test_defaults():

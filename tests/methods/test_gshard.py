@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError
 from aoe_jax.methods.gshard import GShard, top_two
 from aoe_jax.moe import balance
 from aoe_jax.moe.routing import top_k
 from aoe_jax.moe.scoring import Scores
+from tests.arrays import assert_equal
+from tests.config.refused import check_refused
 from tests.moe.contexts import context
 
 
@@ -36,7 +36,7 @@ def loss_of(scores, token_weights=None):
 def test_evaluation_takes_both_as_top_2_does():
     scores = jax.random.normal(jax.random.key(0), (50, 6))
     for found in (top_two(scores), routed(scores)._replace(shares=None)):
-        jax.tree.map(np.testing.assert_array_equal, found, top_k(scores, 2))
+        assert_equal(found, top_k(scores, 2))
 
 
 def test_the_second_is_drawn_with_twice_its_weight():
@@ -93,13 +93,12 @@ def test_gradients_reach_gates_only_and_padding_does_not_count():
     np.testing.assert_allclose(jax.grad(loss_of)(scores), want, atol=1e-7)
 
 
-def test_it_is_for_two():
-    message = r"config\.experts\.top_k=3: routing\.name='gshard' takes two experts; set 2$"
-    with pytest.raises(UserError, match=message):
-        Config.from_config_dict({"experts": {"top_k": 3}, "routing": {"name": "gshard"}})
+REFUSED = """
+experts.top_k=3; routing.name=gshard => routing.name='gshard' takes two experts; set 2
+balance.aux_weight=0.01; routing.name=gshard => is the balance loss of both choices, and
+"""
 
 
-def test_it_has_its_own_loss():
-    message = r"config\.balance\.aux_weight=0\.01: is the balance loss of both .* own; set 0$"
-    with pytest.raises(UserError, match=message):
-        Config.from_config_dict({"routing": {"name": "gshard"}, "balance": {"aux_weight": 0.01}})
+@pytest.mark.parametrize("case", REFUSED.strip().splitlines())
+def test_what_is_refused(case):
+    check_refused(case)

@@ -97,10 +97,11 @@ def test_losses_are_over_the_experts_of_all_layers(x64):
 def test_the_loss_of_a_model_is_shared_between_both(share):
     """`expert_share` divides it between experts and tokens; lambda is its weight."""
     load, gates = jnp.array([[0.5, 0.0, 0.25, 0.25]]), jnp.array([[2.0, 0.0, 1.0, 3.0]])
-    per_token = {"active": jnp.full((1, 1, 2), 0.5), "gates": jnp.full((1, 1, 2), 4.0)}
+    of_tokens = {"active": 0.5, "gates": 4.0, "weight": 1.0}
+    per_token = {name: jnp.full((1, 1, 2), value) for name, value in of_tokens.items()}
     stats = SimpleNamespace(load=load, records={"gates": gates}, per_token=per_token)
     state = {"multiplier": jnp.array([0.3])}
-    losses = RoutingFree(expert_share=share).losses(stats, state, {}, jnp.ones((1, 2)))
+    losses = RoutingFree(expert_share=share).losses(stats, state, {})
     weight, value = losses["density_loss"]
     of_experts, of_tokens = (1.0 + 0.25 + 0.75) / 4, 0.5 * 4.0
     np.testing.assert_allclose(value, share * of_experts + (1 - share) * of_tokens, rtol=1e-6)

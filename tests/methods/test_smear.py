@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
 from aoe_jax import ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
@@ -19,9 +18,9 @@ from aoe_jax.model.decoding import check_decodes
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.layer import parameters_of
 from aoe_jax.moe.reference import aoe_scores
-from aoe_jax.sharding import MESH_AXES
 from configs import methods
-from tests.methods.method_layers import assert_close, by_loops
+from tests.arrays import assert_close, assert_finite, mesh_of
+from tests.methods.method_layers import by_loops
 from tests.moe.contexts import context
 
 SEQUENCES, TOKENS, WIDTH, EXPERTS = 3, 12, 8, 4
@@ -167,7 +166,7 @@ def test_a_sequence_of_zeros_has_a_finite_gradient():
     gradient = jax.jit(jax.grad(lambda p, x: layer.apply({"params": p}, x)[0].sum(), (0, 1)))(
         params, jnp.zeros_like(x)
     )
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+    assert_finite(gradient)
 
 
 @pytest.mark.parametrize("segment", [4, 0])
@@ -242,10 +241,6 @@ def test_on_a_mesh_whose_devices_share_segments(form):
     want = values_and_gradients(layer, params, x)
     with jax.set_mesh(mesh_of(1, 1, 2, 4)):
         assert_close(values_and_gradients(layer, params, x), want, 1e-5)
-
-
-def mesh_of(*sizes):
-    return Mesh(np.reshape(jax.devices(), sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def test_flat_tokens_of_a_mesh_are_refused():

@@ -13,6 +13,7 @@ from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.methods.threshold import Threshold, above_thresholds, kth_largest
+from tests.arrays import assert_equal
 from tests.moe.contexts import context
 
 N, T = 8, 4000
@@ -75,7 +76,7 @@ def test_a_token_is_routed_by_itself():
     for training in (True, False):
         found = [routed(method, s, state, training) for s in (scores, others)]
         first = [(routing.expert[:N], routing.weight[:N]) for routing in found]
-        jax.tree.map(np.testing.assert_array_equal, *first)
+        assert_equal(*first)
         assert (found[0].records is None) == (not training)
     np.testing.assert_array_equal(first[0][0] < N, above_thresholds(scores[0], state["threshold"]))
 

@@ -8,12 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
 from aoe_jax import DenseLayer, ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
-from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError
 from aoe_jax.methods.uoe import UoE, routing_neurons
 from aoe_jax.moe import reference
 from aoe_jax.moe.balance import balance_loss
@@ -21,8 +18,9 @@ from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.planning.counts import forward_flops_per_token, parameter_counts
 from aoe_jax.planning.hardware import topology_devices
 from aoe_jax.planning.plan import plan
-from aoe_jax.sharding import MESH_AXES
-from tests.methods.method_layers import assert_close, small_config
+from tests.arrays import assert_close, assert_finite, mesh_of
+from tests.config.refused import check_refused
+from tests.methods.method_layers import small_config
 from tests.moe.drawn import parameters_of
 
 N, D, WIDTH, ROUTING = 8, 8, 16, 4
@@ -104,7 +102,7 @@ def test_agrees_with_loops(x64, ragged, settings, recompute):
 )
 def test_a_mesh_computes_what_one_device_does(x64, ragged, shape, transport):
     layer, params, x = make(transport=transport)
-    mesh = Mesh(np.reshape(jax.devices(), shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
         got = values_and_gradients(partial(by_layer, layer), params, x)
     want = values_and_gradients(partial(by_loops, layer), params, x)
@@ -174,7 +172,7 @@ def test_which_neurons_have_a_gradient(x64, ragged):
     for name, route, rest, _ in parts(grads):
         assert all(np.abs(route[i]).max() > 0 for i in range(N)), name
         assert [i for i in range(N) if np.abs(rest[i]).max() > 0] == list(chosen), name
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients(params, jnp.zeros_like(x))))
+    assert_finite(gradients(params, jnp.zeros_like(x)))
 
 
 def test_few_tokens_go_row_by_row(x64):
@@ -211,55 +209,23 @@ def test_counts_and_plans():
     assert planned["parameters"] == parameter_counts(config).total
 
 
-@pytest.mark.parametrize(
-    ("groups", "message"),
-    [
-        ({"routing": {"name": "threshold"}}, "routing.name='threshold': choose one of uoe"),
-        ({"routing": {"name": "expert_choice"}}, "routing.name='expert_choice': choose one of uoe"),
-        ({"routing": {"name": "sparsemixer"}}, "routing.name='sparsemixer': choose one of uoe"),
-        (
-            {"routing": {"name": "threshold", "decay": 0.5}},
-            "routing.name='threshold': choose one of uoe",
-        ),
-        (
-            {"experts": {"kind": "uoe", "top_k": 1}},
-            "routing.routing_neurons=None: comes to 512 for experts.top_k=1",
-        ),
-        (
-            {"routing": {"name": "uoe", "routing_neurons": 512}},
-            "routing.routing_neurons=512: must be at least 1",
-        ),
-        (
-            {"routing": {"name": "uoe", "routing_neurons": 0}},
-            "routing.routing_neurons=0: must be at least 1",
-        ),
-        (
-            {"routing": {"name": "uoe", "p": 1.0}},
-            "routing.p=1.0: must be greater than 0 and below 1",
-        ),
-        (
-            {"balance": {"z_weight": 0.1}},
-            "balance.z_weight=0.1: is not tested with experts.kind='uoe'",
-        ),
-        (
-            {"balance": {"aux_batch": "sequence"}},
-            "balance.aux_batch='sequence': is not tested with experts.kind='uoe'",
-        ),
-        (
-            {"routing": {"name": "uoe", "routing_neurons": 30}, "mesh": {"tensor": 4}},
-            "mesh.tensor=4: must divide routing_neurons=30",
-        ),
-        (
-            {"experts": {"kind": "aoe"}, "routing": {"name": "uoe", "routing_neurons": 4}},
-            "routing.name='uoe': choose one of top_k, top_p,",
-        ),
-        (
-            {"uoe": {"routing_neurons": 4}},
-            "uoe is gone; set config.routing, with routing.name='uoe'",
-        ),
-    ],
-)
-def test_what_is_refused(groups, message):
-    with pytest.raises(UserError) as error:
-        Config.from_config_dict({"experts": {"kind": "uoe"}} | groups)
-    assert f"config.{message}" in str(error.value)
+REFUSED = """
+routing.name=threshold; experts.kind=uoe => choose one of uoe
+routing.name=expert_choice; experts.kind=uoe => choose one of uoe
+routing.name=sparsemixer; experts.kind=uoe => choose one of uoe
+routing.name=threshold; experts.kind=uoe; routing.decay=0.5 => choose one of uoe
+experts.kind=uoe; experts.top_k=1 => routing.routing_neurons=None ... comes to 512
+routing.routing_neurons=512; experts.kind=uoe; routing.name=uoe => must be at least 1
+routing.routing_neurons=0; experts.kind=uoe; routing.name=uoe => must be at least 1
+routing.p=1.0; experts.kind=uoe; routing.name=uoe => must be greater than 0 and below 1
+balance.z_weight=0.1; experts.kind=uoe => is not tested with experts.kind='uoe'
+balance.aux_batch=sequence; experts.kind=uoe => is not tested with experts.kind='uoe'
+mesh.tensor=4; experts.kind=uoe; routing.routing_neurons=30 => must divide routing_neurons=30
+routing.name=uoe; experts.kind=aoe; routing.routing_neurons=4 => choose one of top_k, top_p,
+uoe.routing_neurons=4 => uoe is gone ... set config.routing, with routing.name='uoe'
+"""
+
+
+@pytest.mark.parametrize("case", REFUSED.strip().splitlines())
+def test_what_is_refused(case):
+    check_refused(case)

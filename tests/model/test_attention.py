@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.errors import UserError
@@ -19,7 +18,7 @@ from aoe_jax.model.attention.blocks import (
 )
 from aoe_jax.model.attention.cudnn import check as check_cudnn
 from aoe_jax.model.attention.cudnn import cudnn_attention, is_cudnn_forward
-from aoe_jax.model.attention.layer import (
+from aoe_jax.model.attention.multi_head import (
     Attention,
     attend_to_cache,
     rotary,
@@ -28,7 +27,7 @@ from aoe_jax.model.attention.layer import (
 )
 from aoe_jax.model.attention.reference import reference_attention
 from aoe_jax.model.attention.splash import LANES, LONG, MAX_BLOCK, block_size
-from aoe_jax.sharding import MESH_AXES
+from tests.arrays import mesh_of
 from tests.runs import finish, start
 
 
@@ -151,7 +150,7 @@ def test_nor_are_they_on_a_mesh(shape):
     layer = Attention(ModelConfig(n_heads=2, d_model=16, dtype="float32"))
     x = jnp.zeros((8, 100, 16))
     params = layer.init(jax.random.key(0), x)
-    mesh = Mesh(np.reshape(jax.devices(), shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
         kept = jax.eval_shape(lambda p, x: jax.vjp(layer.apply, p, x)[1], params, x)
     assert not [a.shape for a in jax.tree.leaves(kept) if a.ndim == 4 and a.shape[-1] >= MIN_BLOCK]

@@ -17,7 +17,7 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.methods.capacity import Capacity
 from aoe_jax.methods.dense import Dense
-from aoe_jax.model.attention.layer import rotary, rotary_tables
+from aoe_jax.model.attention.multi_head import rotary, rotary_tables
 from aoe_jax.moe.routing import ExpertChoice, TopK
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("ragged")]

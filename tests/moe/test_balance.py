@@ -9,6 +9,7 @@ from aoe_jax.load_figures import load_entropy, load_spread
 from aoe_jax.moe import balance
 from aoe_jax.moe.balance import balance_loss, updated_bias
 from aoe_jax.moe.routing import top_k
+from tests.arrays import assert_close
 from tests.moe.contexts import expert_choice, layer_stats, sequence_balance_loss, top_p
 
 
@@ -80,8 +81,7 @@ def test_padding_counts_in_nothing(select):
     weights = jnp.concatenate([jnp.ones(12), jnp.zeros(8)])
     got = layer_stats(scores, scores, select(scores, weights), weights)
     want = layer_stats(scores[:12], scores[:12], select(scores[:12], jnp.ones(12)), jnp.ones(12))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert_close(got, want, 1e-6)
 
 
 def of_batch(scores, assignment, weights):

@@ -12,6 +12,7 @@ from aoe_jax.moe.grouped_matmul import BACKENDS, grouped_matmul
 from aoe_jax.moe.grouped_matmul.blocked import row_layout
 from aoe_jax.moe.grouped_matmul.groups import WholeGroups
 from aoe_jax.moe.grouped_matmul.permute import NOWHERE
+from tests.arrays import assert_equal
 
 pytestmark = pytest.mark.smoke
 
@@ -106,7 +107,7 @@ def test_groups_of_all_rows(backend):
     rows, weights, group_sizes, cotangent = inputs(GROUP_SIZES["random"], "float32")
     run = partial(value_and_gradients, PORTABLE[backend], rows, weights)
     whole = run(WholeGroups(group_sizes), cotangent)
-    jax.tree.map(np.testing.assert_array_equal, whole, run(group_sizes, cotangent))
+    assert_equal(whole, run(group_sizes, cotangent))
 
 
 @pytest.mark.parametrize("n_experts", [1, 3, 64])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
@@ -27,7 +27,7 @@ from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.parallel import collectives as parallel
 from aoe_jax.moe.parallel.transports import make_transport
 from aoe_jax.moe.routing import ExpertChoice, TopK, TopP
-from aoe_jax.sharding import MESH_AXES
+from tests.arrays import assert_close, mesh_of
 from tests.moe.contexts import routing_of_slots
 from tests.moe.drawn import parameters_of
 
@@ -107,15 +107,9 @@ def alone(kind):
 
 
 def on_mesh(shape, *args):
-    mesh = Mesh(np.reshape(jax.devices(), shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
         return evaluate(*args)
-
-
-def assert_same(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-10 * max(1, float(jnp.abs(b).max())))
 
 
 def transports(shape):
@@ -140,7 +134,7 @@ CASES += [((1, 8, 1, 1), "ring", "whole"), ((1, 1, 8, 1), "ring", "whole")]
 @pytest.mark.parametrize(("shape", "transport", "kind"), CASES)
 def test_a_mesh_computes_what_one_device_does(x64, ragged, shape, transport, kind):
     layer, params, x, weights = make(KINDS[kind], transport)
-    assert_same(on_mesh(shape, layer, params, x, weights), alone(kind))
+    assert_close(on_mesh(shape, layer, params, x, weights), alone(kind), 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +150,7 @@ def test_a_mesh_computes_what_one_device_does(x64, ragged, shape, transport, kin
 def test_so_do_products_of_rows_in_places(x64, shape, transport, kind):
     """The backend of CPUs, `blocked`, for which a layer lays its rows out otherwise."""
     layer, params, x, weights = make(KINDS[kind], transport)
-    assert_same(on_mesh(shape, layer, params, x, weights), alone(kind))
+    assert_close(on_mesh(shape, layer, params, x, weights), alone(kind), 1e-10)
 
 
 def test_a_backend_by_configuration(x64, ragged, monkeypatch):
@@ -164,7 +158,7 @@ def test_a_backend_by_configuration(x64, ragged, monkeypatch):
     layer, params, x, weights = make(KINDS["aoe"], "all_to_all")
     want, named = alone("aoe"), dataclasses.replace(layer.experts, grouped_matmul="blocked")
     monkeypatch.delitem(BACKENDS, "ragged")
-    assert_same(on_mesh((1, 2, 2, 2), layer.clone(experts=named), params, x, weights), want)
+    assert_close(on_mesh((1, 2, 2, 2), layer.clone(experts=named), params, x, weights), want, 1e-10)
 
 
 @pytest.mark.parametrize("routing", [UoE(routing_neurons=4), Thor(inference="token")])
@@ -178,16 +172,16 @@ def test_a_backend_by_configuration_in_other_layers(ragged, monkeypatch, routing
 
 def test_balance_losses_from_some_of_the_tokens(x64, ragged):
     layer, params, x, weights = make(KINDS["aoe"], aux_tokens=0.25)
-    assert_same(
-        on_mesh((2, 2, 2, 1), layer, params, x, weights), evaluate(layer, params, x, weights)
+    assert_close(
+        on_mesh((2, 2, 2, 1), layer, params, x, weights), evaluate(layer, params, x, weights), 1e-10
     )
 
 
 @pytest.mark.smoke
 def test_recomputed_experts(x64):
     layer, params, x, weights = make(KINDS["aoe"], "all_to_all", recompute=True)
-    assert_same(
-        on_mesh((1, 2, 4, 1), layer, params, x, weights), evaluate(layer, params, x, weights)
+    assert_close(
+        on_mesh((1, 2, 4, 1), layer, params, x, weights), evaluate(layer, params, x, weights), 1e-10
     )
 
 
@@ -217,7 +211,7 @@ def test_all_tokens_choose_the_experts_of_one_device(x64, ragged, kind, shape, t
     experts = ExpertsConfig(n_experts=8, top_k=1)
     buffer = make_transport(devices, routing_of_slots(1), experts, TopK(), B * S // 8)
     assert rows > 1.9 * (buffer.size if transport == "ring" else 8 * buffer.pair_size)
-    assert_same(on_mesh(shape, layer, params, x, weights, bias), want)
+    assert_close(on_mesh(shape, layer, params, x, weights, bias), want, 1e-10)
 
 
 def test_further_rounds_are_needed_for_that(x64, ragged, first_round_only):
@@ -290,7 +284,7 @@ def test_ragged_offsets_land_where_equal_buffers_do(seed):
 @pytest.mark.smoke
 def test_tokens_of_the_whole_batch_and_back():
     values = jnp.arange(B * S * 3.0).reshape(B, S, 3)
-    mesh = Mesh(np.reshape(jax.devices(), (1, 2, 2, 2)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = mesh_of(1, 2, 2, 2)
 
     def there_and_back(devices, values):
         devices = devices.with_tokens(values.shape[:2])
@@ -337,7 +331,7 @@ def kept(shape, kind, transport="ring", recompute=False):
     layer, params, x, _ = make(settings, transport, recompute, dtype=jnp.float32)
     layer = dataclasses.replace(layer, balance=BalanceConfig(aux_weight=0.01))
     params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
-    mesh = Mesh(np.reshape(jax.devices(), shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = mesh_of(*shape)
 
     def outputs(params, x):
         y, stats = layer.apply({"params": params}, x)
@@ -397,7 +391,7 @@ def test_fsdp_keeps_no_more_than_data(x64, kind, recompute):
 def test_what_a_router_does_not_need_costs_nothing(x64):
     """Positions, attention peaks and random keys are no inputs of the program of a top-k router."""
     layer, params, x, weights = make(KINDS["aoe"], dtype=jnp.float32)
-    mesh = Mesh(np.reshape(jax.devices(), (1, 2, 2, 2)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = mesh_of(1, 2, 2, 2)
 
     def outputs(params, x, weights, peaks, positions, key):
         variables, rngs = {"params": params}, {"experts": key}
@@ -416,7 +410,7 @@ def test_what_a_router_does_not_need_costs_nothing(x64):
 def test_devices_agree_on_the_number_of_rounds_once(x64, recompute):
     """AoE has further rounds of norms and of outputs, and both have the rounds of one plan."""
     layer, params, x, weights = make(KINDS["aoe"], "all_to_all", recompute)
-    mesh = Mesh(np.reshape(jax.devices(), (1, 2, 4, 1)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = mesh_of(1, 2, 4, 1)
 
     def gradient(params, x):
         return jax.grad(lambda params: layer.apply({"params": params}, x, weights)[0].sum())(params)
