@@ -15,7 +15,7 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.methods.capacity import Capacity, assign_places, combine_tensor, dispatch_tensor
 from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.routing import TopK, expert_capacity
-from tests.arrays import assert_close, mesh_of
+from tests.arrays import assert_close
 from tests.moe.drawn import parameters_of
 
 GROUPS, TOKENS, WIDTH, EXPERTS = 3, 16, 8, 5
@@ -208,10 +208,3 @@ def test_bfloat16():
     )
     assert y.dtype == jnp.bfloat16 and stats.dropped_share == exact_stats.dropped_share > 0
     np.testing.assert_allclose(np.asarray(y, float), exact, atol=0.05 * float(jnp.abs(exact).max()))
-
-
-def test_flat_tokens_of_a_mesh_are_refused():
-    layer, _, params, x = make(1.0, dtype="float32")
-    mesh = mesh_of(8, 1, 1, 1)
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match="needs sequences"):
-        jax.eval_shape(partial(layer.apply, {"params": params}), x.reshape(-1, WIDTH))

@@ -16,7 +16,7 @@ from aoe_jax.methods.erc import ERC, coupling_loss, loss_of_norms, noise_bounds,
 from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import TopK
 from aoe_jax.training.step import init_state, training_loss
-from tests.arrays import assert_close, mesh_of
+from tests.arrays import assert_close
 from tests.config.refused import check_refused
 from tests.methods.method_layers import small_config
 from tests.moe.drawn import parameters_of
@@ -145,17 +145,6 @@ def evaluate(layer, params, x):
         return (y**2).sum() + stats.records["coupling_loss"], (y, stats)
 
     return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 2, 2, 2)])
-def test_a_mesh_computes_what_one_device_does(ragged, shape):
-    layer, params, x = make()
-    want = evaluate(layer, params, x)
-    mesh = mesh_of(*shape)
-    with jax.set_mesh(mesh):
-        got = evaluate(layer, params, x)
-    assert got[1][1].records["coupling_loss"] > 0
-    assert_close(got, want, 1e-10)
 
 
 def test_the_loss_depends_on_parameters_and_noise_only(ragged):

@@ -1,7 +1,6 @@
 """SMEAR: merged experts by plain loops, and what merging must be and must not be."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.layer import parameters_of
 from aoe_jax.moe.reference import aoe_scores
 from configs import methods
-from tests.arrays import assert_close, assert_finite, mesh_of
+from tests.arrays import assert_finite
 from tests.methods.method_layers import by_loops
 from tests.moe.contexts import context
 
@@ -219,39 +218,6 @@ def test_how_often_an_expert_is_kept():
     ctx = context(jnp.zeros((1, EXPERTS)), training=True, rng=jax.random.key(0))
     kept = Smear(expert_dropout=0.1)._kept(ctx, (500, 5), EXPERTS)
     assert kept.shape == (500, 5, EXPERTS) and abs(kept.mean() - 0.9) < 0.01
-
-
-def values_and_gradients(layer, params, x):
-    cotangent = jax.random.normal(jax.random.key(9), x.shape)
-
-    def loss(params, x):
-        y, stats = layer.apply({"params": params}, x, rngs={"experts": jax.random.key(3)})
-        return (y * cotangent).sum(), (y, stats)
-
-    return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_on_a_mesh_whose_devices_share_segments(form):
-    """Four devices split the positions, two each, and segments have four; two split the experts.
-    All drop the same experts.
-    """
-    layer, params, _ = make(form, training=True, expert_dropout=0.3)
-    x = jax.random.normal(jax.random.key(0), (4, 8, WIDTH))
-    want = values_and_gradients(layer, params, x)
-    with jax.set_mesh(mesh_of(1, 1, 2, 4)):
-        assert_close(values_and_gradients(layer, params, x), want, 1e-5)
-
-
-def test_flat_tokens_of_a_mesh_are_refused():
-    layer, params, x = make()
-    with jax.set_mesh(mesh_of(8, 1, 1, 1)), pytest.raises(ValueError, match="needs sequences"):
-        jax.eval_shape(partial(layer.apply, {"params": params}), x.reshape(-1, WIDTH)[:32])
-
-
-def test_recomputing_changes_nothing():
-    want = values_and_gradients(*make("aoe"))
-    assert_close(values_and_gradients(*make("aoe", recompute=True)), want, 1e-6)
 
 
 def test_bfloat16():

@@ -18,7 +18,7 @@ from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.planning.counts import forward_flops_per_token, parameter_counts
 from aoe_jax.planning.hardware import topology_devices
 from aoe_jax.planning.plan import plan
-from tests.arrays import assert_close, assert_finite, mesh_of
+from tests.arrays import assert_close, assert_finite
 from tests.config.refused import check_refused
 from tests.methods.method_layers import small_config
 from tests.moe.drawn import parameters_of
@@ -94,19 +94,6 @@ def test_agrees_with_loops(x64, ragged, settings, recompute):
     layer, params, x = make(recompute=recompute, **settings)
     want = values_and_gradients(partial(by_loops, layer), params, x)
     assert_close(values_and_gradients(partial(by_layer, layer), params, x), want, 1e-10)
-
-
-@pytest.mark.parametrize(
-    ("shape", "transport"),
-    [((1, 2, 2, 2), "ring"), ((1, 2, 2, 2), "all_to_all"), ((2, 1, 1, 4), "ring")],
-)
-def test_a_mesh_computes_what_one_device_does(x64, ragged, shape, transport):
-    layer, params, x = make(transport=transport)
-    mesh = mesh_of(*shape)
-    with jax.set_mesh(mesh):
-        got = values_and_gradients(partial(by_layer, layer), params, x)
-    want = values_and_gradients(partial(by_loops, layer), params, x)
-    assert_close(got, want, 1e-10)
 
 
 def test_a_selection_bias_changes_the_choice_and_not_the_weights(x64, ragged):
