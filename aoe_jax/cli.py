@@ -1,8 +1,9 @@
-"""Shared by all commands: their flags and how they run."""
+"""Shared by all commands: their flags, how they run and how they end."""
 
 import ast
+import atexit
+import logging
 import os
-import runpy
 import signal
 import sys
 import textwrap
@@ -11,13 +12,11 @@ from pathlib import Path
 
 from absl import flags
 from absl import logging as absl_logging
-from ml_collections import ConfigDict
 
-from aoe_jax import program
 from aoe_jax.config.checks import misfit, require, require_flag
-from aoe_jax.errors import Stopped, Terminated, UserError, shown
+from aoe_jax.errors import Failure, Interrupted, MachineFault, Stopped, Terminated, UserError, shown
 from aoe_jax.storage import retry
-from aoe_jax.storage.paths import local_file, parsed_path
+from aoe_jax.storage.paths import parsed_path
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("debug", False, "show the traceback of a user's mistake")
@@ -31,9 +30,13 @@ flags.DEFINE_float(
 flags.DEFINE_bool("help", False, "show this help", short_name="h")
 flags.disclaim_key_flags()  # flags that functions here define belong to their callers
 
-_EXAMPLE = "configs/tiny.py of the repository"
-_NO_CONFIG = f"--config is missing; name a Python file with get_config(), such as {_EXAMPLE}"
+_NO_CONFIG = (
+    "--config is missing; name a Python file with get_config(), such as configs/tiny.py of the "
+    "repository"
+)
 _HELP_WIDTH = 100  # columns, like those of the docstrings
+_BROKEN_PIPE = 128 + signal.SIGPIPE  # like programs that the signal ends
+_NOTES_OF_JAX = ("---", "For simplicity")
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -90,11 +93,12 @@ def parsed_config(flag, default=None):
     """The checked `Config` of `--config`, or of the file `default`, and `--config.GROUP.FIELD`."""
     from aoe_jax.config.run import Config
     from aoe_jax.methods import LAYERS
+    from aoe_jax.storage.config_files import read_config
 
     has_default = default and Path(default).exists()
     if not flag.value and not has_default:
         raise UserError(_NO_CONFIG)
-    groups, routing = _read_config(flag.value or default), {}
+    groups, routing = read_config(flag.value or default), {}
     for name in FLAGS:
         if name.startswith("config.") and FLAGS[name].present:
             _, group, field = name.split(".")
@@ -109,53 +113,6 @@ def parsed_config(flag, default=None):
         kept = of_file if of_file.get("name", default) == name else {}
         groups["routing"] = kept | routing | {"name": name}
     return Config.from_config_dict(groups)
-
-
-def _read_config(name):
-    """`{group: {field: value}}` of `FILE.py`, `FILE.py:VARIANT` or the `config.json` of a run."""
-    scheme, slashes, rest = name.rpartition("://")
-    file, _, variant = rest.partition(":")
-    file = local_file(parsed_path(f"{scheme}{slashes}{file}", "--config", in_store=True))
-    if file.suffix == ".json" and not variant:
-        from aoe_jax.training.workdir import read_run_config  # imports JAX
-
-        return read_run_config(file).to_dict()
-    config = call_in_file(f"--config={name}", file, "get_config", *filter(None, [variant]))
-    if not isinstance(config, ConfigDict):
-        raise UserError(
-            f"--config={name}: get_config() must return a ConfigDict; start from default_config()"
-        )
-    for group, values in config.items():
-        wanted = "must be a group of fields; start from default_config()"
-        require(isinstance(values, ConfigDict), group, values, wanted)
-    return config.to_dict()
-
-
-def call_in_file(flag, file, function, *args):
-    """The result of a function in a Python file that the user has written. Raises `UserError`,
-    whose message begins with `flag`, such as `--config=FILE`, if the file or the function is
-    missing, or the function raises an exception.
-    """
-    if not Path(file).is_file():
-        example = _EXAMPLE if function == "get_config" else "configs/compare/tiny.py"
-        wanted = f"name a Python file with {function}(), such as {example}"
-        raise UserError(f"{flag}: cannot be read (no such file); {wanted}")
-    if os.getcwd() not in sys.path:  # `python -m` adds it, console scripts do not
-        sys.path.append(os.getcwd())
-    try:
-        found = runpy.run_path(str(file))
-        if function not in found:
-            raise UserError(f"{flag}: has no function {function}()")
-        return found[function](*args)
-    except UserError:
-        raise
-    except SystemExit as e:
-        raise UserError(f"{flag}: {function}() called sys.exit({e.code!r})") from e
-    except Exception as e:  # the file is code, which can raise anything
-        text = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
-        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
-        line = f" (line {frames[-1].lineno} of {file})" if frames else ""
-        raise UserError(f"{flag}: {text}{line}") from e
 
 
 def required(flag):
@@ -196,29 +153,18 @@ def refuse_empty(*of):
 
 
 def run(main):
-    """Parses the command line, sets up logging, calls `main()`, and ends the program: with what it
-    returns, or by `program.end_early`.
-    """
-    program.open_standard_files()
-    # After a mistake on the command line, FLAGS.debug is not parsed.
-    debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(sys.argv[1:])
-    try:
-        signal.signal(signal.SIGTERM, _terminate)
-        _parse(sys.argv)
-        if FLAGS.help:
-            print(_help(main.__module__))
-            sys.exit(0)
-        program.set_up_logging(debug)
-        retry.retry_seconds = FLAGS.retry_seconds
-        _check_working_directory()
-        status = main()
-        if problem := program.flush_stdout():
-            raise problem
-    except (Exception, Stopped, KeyboardInterrupt) as e:
-        if signal.getsignal(signal.SIGTERM) is _terminate:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        program.end_early(e, debug)
-    program.end(status or 0)
+    """Runs a command, and ends the program with its exit status."""
+    ended_with = [0]
+    # The interpreter's end would abort where a C++ thread calls Python meanwhile. This comes after
+    # the handlers that libraries register while the command runs.
+    atexit.register(lambda: os._exit(ended_with[0]))
+    signal.signal(signal.SIGTERM, _terminate)
+    status, is_orderly = execute(main, sys.argv)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not is_orderly:  # threads in the background get no time to print tracebacks
+        os._exit(status)
+    ended_with[0] = status
+    sys.exit(status)
 
 
 def _terminate(number, frame):
@@ -226,11 +172,92 @@ def _terminate(number, frame):
     raise Terminated("terminated")
 
 
-def _check_working_directory():
+def execute(main, argv):
+    """Parses a command line, sets up logging and calls `main()`. Returns the exit status, and
+    whether the program ends in order, which it does not after a failure.
+
+    The last line on stderr says why it ends: a `Failure` with its exit status, a device without
+    enough memory (2), a fault of a disk, a network or memory (5), a request to stop (`Stopped`), a
+    pipe that nobody reads (141), or any other exception (1), whose traceback comes before. With
+    `--debug`, tracebacks of the others come too.
+    """
+    # After a mistake on the command line, FLAGS.debug is not parsed.
+    debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(argv[1:])
     try:
-        os.getcwd()
-    except FileNotFoundError as e:
-        raise UserError("the working directory has been deleted; change to another one") from e
+        _parse(argv)
+        if FLAGS.help:
+            print(_help(main.__module__))
+            return 0, True
+        _set_up_logging(debug)
+        retry.retry_seconds = FLAGS.retry_seconds
+        status = main() or 0
+        sys.stdout.flush()
+        return status, True
+    except (Exception, Stopped, KeyboardInterrupt) as e:
+        status, last_line, has_traceback = _end_of(e)
+        if has_traceback or (debug and isinstance(e, Exception)):
+            traceback.print_exception(e)
+        print(last_line, file=sys.stderr, flush=True)
+        return status, isinstance(e, Stopped) and not e.others_go_on
+
+
+def _set_up_logging(debug):
+    sys.stdout.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("aoe_jax")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not debug:  # Orbax's threads log tracebacks of failures that are raised too
+        absl_logging.set_verbosity(absl_logging.FATAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+
+
+def _end_of(error):
+    """The exit status and the last line of an exception, and whether its traceback is needed."""
+    status, first_line = retry.status_of(error), (str(error).strip().splitlines() or [""])[0][:300]
+    needs_traceback = status == 1
+    if isinstance(error, Stopped):
+        return error.status, str(error), False
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted.status, "interrupted", False
+    if isinstance(error, BrokenPipeError):
+        return _BROKEN_PIPE, "error: nobody reads the output any more", False
+    if isinstance(error, Failure):
+        last_line, needs_traceback = f"error: {error}", False
+    elif retry.fills_device(error):
+        last_line = f"error: {_device_is_full(error)}"
+    elif retry.lacks_credentials(error):
+        last_line = f"error: {retry.reason(error)}; log in to the object store on this machine"
+    elif status == MachineFault.status:
+        reason = retry.reason(error)
+        why = first_line if reason in first_line else f"{first_line} ({reason})"
+        last_line = f"error: {why if first_line else reason}"
+        of_system = isinstance(error, OSError | MemoryError) or retry.is_of_network(error)
+        needs_traceback = not of_system
+    else:
+        last_line = f"failed: {type(error).__name__}: {first_line}"
+    has_notes = status in (1, MachineFault.status)
+    return status, last_line + (_notes(error) if has_notes else ""), needs_traceback
+
+
+def _notes(error):
+    # JAX adds notes about its traceback to the exceptions of functions that it calls.
+    firsts = [note.partition("\n")[0] for note in getattr(error, "__notes__", [])]
+    return "".join(f"; {first}" for first in firsts if not first.startswith(_NOTES_OF_JAX))
+
+
+def _device_is_full(error):
+    """Says which fields or flags of this command need less memory."""
+    if "config" in FLAGS:
+        cure = (
+            "raise train.accumulate, lower train.batch_size, set model.remat='layer', or split the "
+            "model by mesh.fsdp; python -m aoe_jax.plan computes what fits"
+        )
+    else:
+        cure = "split the model over more devices, such as --mesh=fsdp=4, or give it less at a time"
+    return f"the memory of a device is exhausted ({retry.reason(error)}); {cure}"
 
 
 def _parse(argv):

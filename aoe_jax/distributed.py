@@ -1,13 +1,9 @@
 """Starts JAX, also on several processes: a TPU pod, a Slurm job, or processes named one by one."""
 
 import contextlib
-import errno
 import hashlib
-import ipaddress
 import logging
 import os
-import re
-import socket
 import sys
 import threading
 import time
@@ -19,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import FailedElsewhere, MachineFault, UserError
-from aoe_jax.storage.retry import is_fault, status_of
+from aoe_jax.storage.retry import reason, status_of
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +36,6 @@ _JOIN_TIMEOUT = flags.DEFINE_integer(
 )
 
 
-_TWICE = b"twice"  # process 0's answer to a number that another process has or that is too large
 _END_DELAY = 1.0  # seconds between the agreement to end and the end
 
 
@@ -61,7 +56,12 @@ def start():
             f"--{missing[0]} is missing; --coordinator, --processes and --process go together"
         )
     if given:
-        _meet()
+        host, _, port = _COORDINATOR.value.rpartition(":")
+        is_address = host and ":" not in host and port.isdecimal() and 0 < int(port[:6]) < 2**16
+        wanted = "must be HOST:PORT of process 0, such as 10.0.0.1:12345, with a port below 65536"
+        require_flag(is_address, "coordinator", _COORDINATOR.value, wanted)
+        below = f"must be below --processes={_PROCESSES.value}; processes count from 0"
+        require_flag(_PROCESS.value < _PROCESSES.value, "process", _PROCESS.value, below)
     if given or _DISTRIBUTED.value:
         _initialize()
     if _backend() == "cpu" and jax.device_count() > 1:
@@ -85,27 +85,22 @@ def _backend():
 
 def _initialize():
     timeout = _JOIN_TIMEOUT.value
-
-    def give_up():  # earlier than JAX, which would abort
-        message = f"error: not all processes joined within --join_timeout={timeout} s"
-        print(message, file=sys.stderr, flush=True)
-        os._exit(MachineFault.status)
-
-    timer = threading.Timer(timeout, give_up)
+    timer = threading.Timer(timeout, _give_up)  # JAX would abort without a clear message
     timer.daemon = True
     timer.start()
     try:
-        place = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
-        named = _COORDINATOR.value and _interface()  # an IP address: JAX listens only there, too
-        bind = _COORDINATOR.value if named else None
         jax.distributed.initialize(
-            *place, initialization_timeout=timeout + 60, coordinator_bind_address=bind
+            *(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value),
+            initialization_timeout=timeout + 60,
         )
     except ValueError as e:
         raise UserError(
             f"--distributed: no cluster was found here ({e}); give --coordinator, --processes and "
             "--process"
         ) from e
+    except RuntimeError as e:  # of its service and its client
+        where = f"--coordinator={_COORDINATOR.value}: " if _COORDINATOR.value else ""
+        raise MachineFault(f"{where}the processes cannot meet ({reason(e)})") from e
     timer.cancel()
     _backend()
     if jax.process_index() > 0:
@@ -113,118 +108,13 @@ def _initialize():
     log.info(f"{jax.process_count()} processes, {jax.device_count()} devices")
 
 
-def _meet():
-    """Waits until all processes have reported to process 0, on the port that JAX takes next,
-    because JAX cannot name a missing one.
-    """
-    host, _, port = _COORDINATOR.value.rpartition(":")
-    address = "must be HOST:PORT of process 0, such as 10.0.0.1:12345"
-    require_flag(host and port.isdecimal(), "coordinator", _COORDINATOR.value, address)
-    wanted = "IPv6 is not supported; name an IPv4 address or a host name"
-    require_flag(":" not in host, "coordinator", _COORDINATOR.value, wanted)
-    wanted = "the port must be from 1 to 65535"
-    in_range = len(port) < 6 and 0 < int(port) < 2**16
-    require_flag(in_range, "coordinator", _COORDINATOR.value, wanted)
-    below = f"must be below --processes={_PROCESSES.value}; processes count from 0"
-    require_flag(_PROCESS.value < _PROCESSES.value, "process", _PROCESS.value, below)
-    deadline = time.monotonic() + _JOIN_TIMEOUT.value
-    first = _PROCESS.value == 0
-    missing = _gather(int(port), deadline) if first else _ask(host, int(port), deadline)
-    if missing:
-        what = f"process {missing} has" if missing.isdecimal() else f"processes {missing} have"
-        raise MachineFault(
-            f"{what} not joined within --join_timeout={_JOIN_TIMEOUT.value} s; start them all with "
-            "the same --coordinator and --processes"
-        )
-
-
-def _interface():
-    """The coordinator's IP address or localhost, or "" for all addresses if it is a host name."""
-    host = _COORDINATOR.value.rpartition(":")[0]
-    with contextlib.suppress(ValueError):
-        return host if host == "localhost" else str(ipaddress.IPv4Address(host))
-    return ""
-
-
-def _gather(port, deadline):
-    """In process 0: waits for the others, and tells each of them which are missing."""
-    others, numbers = {}, range(1, _PROCESSES.value)
-    try:
-        server = socket.create_server((_interface(), port))
-    except OSError as e:  # the program that uses the port now may end
-        kind = MachineFault if e.errno == errno.EADDRINUSE else UserError
-        raise kind(
-            f"--coordinator={_COORDINATOR.value}: process 0 cannot listen there ({e.strerror}); "
-            "name a free port"
-        ) from e
-    with server:
-        while True:
-            _drop_ended(others)
-            if len(others) == len(numbers) or time.monotonic() >= deadline:
-                break
-            server.settimeout(max(deadline - time.monotonic(), 0.01))
-            with contextlib.suppress(OSError):
-                connection, _ = server.accept()
-                number = _read_number(connection)
-                _drop_ended(others)
-                if number in others or number not in numbers:
-                    with connection:
-                        connection.sendall(_TWICE)
-                else:
-                    others[number] = connection
-        missing = ", ".join(str(number) for number in numbers if number not in others)
-        for connection in others.values():
-            with connection:
-                connection.sendall(missing.encode() or b"go")
-    return missing
-
-
-def _read_number(connection):
-    connection.settimeout(5)
-    with contextlib.suppress(ValueError, OSError):
-        return int(connection.recv(16))
-    return None
-
-
-def _drop_ended(others):
-    for number in [number for number, other in others.items() if _has_hung_up(other)]:
-        others.pop(number).close()
-
-
-def _has_hung_up(connection):
-    connection.settimeout(0)
-    try:
-        return not connection.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    finally:
-        connection.settimeout(5)
-
-
-def _ask(host, port, deadline):
-    """In other processes: reports to process 0; returns the numbers of the missing processes."""
-    while time.monotonic() < deadline:
-        try:
-            with socket.create_connection((host, port), timeout=1) as connection:
-                connection.sendall(str(_PROCESS.value).encode())
-                connection.settimeout(max(deadline - time.monotonic(), 0.01) + 5)
-                answer = connection.recv(4096)
-        except OSError:
-            answer = None
-        twice = "another process has this number, or process 0 has other --processes"
-        require_flag(answer != _TWICE, "process", _PROCESS.value, twice)
-        # Process 0 may end before it answers. While the processes of an earlier start end, JAX's
-        # service may answer instead.
-        if answer is None or not re.fullmatch(rb"go|[\d, ]+", answer):
-            time.sleep(0.2)
-            continue
-        return answer.decode().removeprefix("go")
-    raise MachineFault(
-        f"process 0 at --coordinator={_COORDINATOR.value} cannot be reached within "
-        f"--join_timeout={_JOIN_TIMEOUT.value} s"
+def _give_up():
+    message = (
+        f"error: not all processes joined within --join_timeout={_JOIN_TIMEOUT.value} s; start "
+        "them all, with the same --coordinator and --processes"
     )
+    print(message, file=sys.stderr, flush=True)
+    os._exit(MachineFault.status)
 
 
 def agree(what, text):
@@ -239,31 +129,21 @@ def agree(what, text):
 
 
 def see_the_same(value, read, what):
-    """Checks that every process can read an int that process 0 sees; returns it in all.
-
-    `value` is that int in process 0 and None in the others; `read()` reads it, or returns None.
-    After a minute, or a shorter `--join_timeout`, it raises `MachineFault` if process 0 does not
-    see it, else `UserError`. The message begins with `what`, the place.
+    """Waits at most a minute until every process reads the int that process 0 sees; returns it in
+    all processes. `value` is that int in process 0; `read()` reads it, or returns None. Raises
+    `UserError`, which begins with the place `what`, if a process does not see it.
     """
     if jax.process_count() == 1:
         return value
-    value, seen = gathered(value or 0)[0], False
-    deadline = time.monotonic() + min(_JOIN_TIMEOUT.value, 60)  # a network disk shows it late
-    with together():  # one host alone may lack credentials for a store
-        while not seen and time.monotonic() < deadline:
-            try:
-                seen = read() == value
-            except Exception as e:  # a network disk or a store may fail for a while
-                if not isinstance(e, OSError) and not is_fault(e):
-                    raise
-            time.sleep(0 if seen else 0.2)
-    blind = [process for process, sees in enumerate(gathered(seen)) if not sees]
-    if 0 in blind:
-        raise MachineFault(f"{what}: what process 0 saw there is gone; is its disk mounted?")
+    value, deadline = gathered(value or 0)[0], time.monotonic() + min(_JOIN_TIMEOUT.value, 60)
+    with together():
+        while not (seen := read() == value) and time.monotonic() < deadline:
+            time.sleep(0.2)  # a network disk shows it late
+    blind = [str(process) for process, sees in enumerate(gathered(seen)) if not sees]
     if blind:
         raise UserError(
-            f"{what}: process {', '.join(map(str, blind))} does not see what process 0 sees "
-            "there; all processes must share that folder"
+            f"{what}: process {', '.join(blind)} does not see what process 0 sees there; all "
+            "processes must share that folder"
         )
     return value
 

@@ -16,7 +16,6 @@ from aoe_jax import cli
 from aoe_jax.data.preparation import Settings, check, prepare, repair
 from aoe_jax.data.tokenizer import cores
 from aoe_jax.errors import UserError
-from aoe_jax.stopping import StopRequests
 
 log = logging.getLogger("aoe_jax.prepare")  # not __name__, which is __main__
 
@@ -46,7 +45,6 @@ _REPAIR = flags.DEFINE_bool("repair", False, "write damaged shards again, from t
 
 
 def main():
-    StopRequests("the same command goes on where it was").listen()
     output = cli.path_of(_OUTPUT, in_store=True)
     if not (_CHECK.value or _REPAIR.value):
         cli.required(_INPUT)

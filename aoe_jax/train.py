@@ -12,10 +12,10 @@ from pathlib import Path
 
 from absl import flags
 
-from aoe_jax import cli, distributed, program
+from aoe_jax import cli, distributed
 from aoe_jax.config.checks import require_flag
-from aoe_jax.stopping import StopRequests
 from aoe_jax.training.profile import steps_to_trace
+from aoe_jax.training.stopping import StopRequests
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -61,7 +61,7 @@ def main():
     import jax
 
     if jax.process_index() == 0:
-        program.print_if_possible(_closing_words(workdir, summary))
+        print(_closing_words(workdir, summary))
 
 
 def _closing_words(workdir, summary):

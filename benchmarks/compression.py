@@ -14,8 +14,8 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.config.checks import require_flag
 from aoe_jax.data.corpora import load_corpus
+from aoe_jax.storage.config_files import read_run_config
 from aoe_jax.storage.files import read_json
-from aoe_jax.training.workdir import read_run_config
 from benchmarks.timing import run_benchmark, save
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of an evaluated run")

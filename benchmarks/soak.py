@@ -158,9 +158,9 @@ def check_checkpoints(workdir):
     import jax
 
     from aoe_jax.sharding import with_shardings
+    from aoe_jax.storage.config_files import read_run_config
     from aoe_jax.training.checkpoint import Checkpoints
     from aoe_jax.training.step import init_state
-    from aoe_jax.training.workdir import read_run_config
 
     config = read_run_config(workdir / "config.json")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -12,9 +12,10 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.compare.jobs import ALLOCATOR
 from aoe_jax.config.checks import require_flag
-from aoe_jax.config.run import Config, update_groups
+from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.planning.hardware import machine
+from aoe_jax.storage.config_files import update_groups
 from aoe_jax.storage.files import write_json
 from configs import tiny
 

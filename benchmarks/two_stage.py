@@ -45,8 +45,7 @@ from aoe_jax.config.checks import require_flag
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import TopK
-from aoe_jax.storage.files import write_json
-from aoe_jax.storage.lease import make_folder
+from aoe_jax.storage.files import make_folder, write_json
 
 CLASSES, EXPERTS, STAGES = 3, 2, 2
 MOST = 0.9  # An expert serves a class if it gets at least this share of it.

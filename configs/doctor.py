@@ -3,7 +3,7 @@ which fit a chip of 16 GB. All kernels accept its widths, 256, 768 and 3,840, an
 3,072.
 """
 
-from aoe_jax.config.run import update_groups
+from aoe_jax.storage.config_files import update_groups
 from configs import paper
 
 

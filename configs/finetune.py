@@ -8,10 +8,10 @@ model of the hub.
 
 from pathlib import Path
 
-from aoe_jax.config.run import default_config, update_groups
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.formats.reading import read_config
+from aoe_jax.storage.config_files import default_config, update_groups
 
 
 def get_config(directory=None):

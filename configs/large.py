@@ -8,8 +8,8 @@ of which 16 neurons score. All are balanced without a loss. 4.2M tokens a step i
 name corpus and tokenizer on the command line.
 """
 
-from aoe_jax.config.run import default_config
 from aoe_jax.errors import UserError
+from aoe_jax.storage.config_files import default_config
 
 SHAPES = {"64": {"n_experts": 64, "d_ffn": 1024}, "256": {"n_experts": 256, "d_ffn": 512}}
 KINDS = {

@@ -4,8 +4,8 @@
 Sizes and data are those of `tiny.py`. docs/methods.md says what each method does.
 """
 
-from aoe_jax.config.run import update_groups
 from aoe_jax.errors import UserError
+from aoe_jax.storage.config_files import update_groups
 from configs import tiny
 
 AUX = {"aux_weight": 0.01, "aux_tokens": 1.0}  # L_aux from all tokens, as its authors have it

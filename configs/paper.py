@@ -11,8 +11,8 @@ corpus, RedPajama, has to be named on the command line (`--config.data.name`,
 tokenizer trained on it.
 """
 
-from aoe_jax.config.run import default_config, update_groups
 from aoe_jax.errors import UserError
+from aoe_jax.storage.config_files import default_config, update_groups
 
 RANKS = (64, 128, 256, 512)
 LARGE_RANK = 400  # r of the 4B model

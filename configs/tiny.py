@@ -5,8 +5,8 @@ parameters), and `tiny.py:dense_active` (a dense model with the active parameter
 about its FLOPs).
 """
 
-from aoe_jax.config.run import default_config
 from aoe_jax.errors import UserError
+from aoe_jax.storage.config_files import default_config
 
 VARIANTS = ("aoe", "moe", "dense", "dense_active")
 

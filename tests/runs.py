@@ -22,7 +22,7 @@ from tensorboardX.proto.event_pb2 import Event
 from aoe_jax.config.data import DataConfig
 from aoe_jax.config.training import TrainConfig
 from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.storage.locking import exclusive
+from aoe_jax.storage.files import exclusive
 from aoe_jax.training.telemetry import MEASURED
 from tests import forking
 from tests.hasty import HASTY, xla_flags

@@ -1,7 +1,8 @@
 """Configurations from flat settings, `{"group.field": value}`."""
 
-from aoe_jax.config.run import Config, default_config
+from aoe_jax.config.run import Config
 from aoe_jax.methods import LAYERS
+from aoe_jax.storage.config_files import default_config
 
 
 def config_of(settings):

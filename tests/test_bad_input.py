@@ -2,22 +2,24 @@
 touched.
 """
 
+import contextlib
 import json
 import shutil
 from dataclasses import dataclass, field
 
+import jax
 import pytest
 
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.run import evaluate_workdir
 from aoe_jax.training.loop import train
 from configs import paper, tiny
+from tests.in_process import execute
 from tests.runs import (
     STEPS,
     contents,
     finish,
     finished_run,
-    run,
     start,
     tiny_config,
     train_command,
@@ -169,11 +171,11 @@ COMMAND_LINE = {
     ),
     "coordinator with a large port": Mistake(
         flags(CONFIG, "--coordinator=localhost:99999", "--processes=2", "--process=0"),
-        ["--coordinator=localhost:99999", "the port must be from 1 to 65535"],
+        ["--coordinator=localhost:99999", "with a port below 65536"],
     ),
     "coordinator with an IPv6 address": Mistake(
         flags(CONFIG, "--coordinator=[::1]:1234", "--processes=2", "--process=1"),
-        ["--coordinator=[::1]:1234", "IPv6 is not supported; name an IPv4 address"],
+        ["--coordinator=[::1]:1234", "must be HOST:PORT of process 0"],
     ),
     "unknown topology": Mistake(
         ["-m", "aoe_jax.plan", CONFIG, "--topology=v9:2x2"],
@@ -199,6 +201,11 @@ COMMAND_LINE = {
         flags("--config={here}/fails.py"),
         ["{here}/fails.py", "ZeroDivisionError", "line 2"],
         with_file("fails.py", "def get_config():\n    return 1 / 0\n"),
+    ),
+    "config file that leaves": Mistake(
+        flags("--config={here}/leaves.py"),
+        ["get_config() called sys.exit('no corpus')"],
+        with_file("leaves.py", "import sys\ndef get_config():\n    sys.exit('no corpus')\n"),
     ),
     "config file that returns nothing": Mistake(
         flags("--config={here}/nothing.py"),
@@ -375,7 +382,18 @@ RUNS = {
 MISTAKES = COMMAND_LINE | RUNS
 
 
-AS_A_USER = {"top_k", "unknown data set"}  # these start a process of their own
+AS_A_USER = {"no cluster", "unknown data set"}  # these start a process of their own
+DEVICES = jax.devices()
+
+
+@contextlib.contextmanager
+def one_device():
+    """JAX as it is in a process of one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jax.device_count", lambda: 1)
+        patch.setattr("jax.devices", lambda *_: DEVICES[:1])
+        patch.setattr("jax.local_devices", lambda *_, **__: DEVICES[:1])
+        yield
 
 
 def outcome(name, here):
@@ -394,7 +412,11 @@ def outcome(name, here):
     elif changes:
         command = [*command, *train_command(here, **changes)[3:]]
     command = [word.format(**folders) for word in command]
-    result = finish(start(command, forked=name not in AS_A_USER))
+    if name in AS_A_USER:
+        result = finish(start(command, forked=False))
+    else:
+        with one_device():
+            result = execute(command)
     after = contents(here)
     changed = [path for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
     return *result, [path for path in changed if not path.startswith("cache/")]
@@ -480,39 +502,13 @@ def test_config_json_that_cannot_be_read(tmp_path, text):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("flag", ["--debug", "--debug=true"])
-def test_debug_shows_the_traceback(tmp_path, flag):
-    status, _, stderr = run(
-        ["train.py", CONFIG, f"--workdir={tmp_path / 'run'}", "--config.experts.top_k=9", flag]
+@pytest.mark.parametrize(
+    ("flag", "shows"), [("--debug", True), ("--debug=true", True), ("--nodebug", False)]
+)
+def test_debug_shows_the_traceback(tmp_path, flag, shows):
+    mistake = "--config.experts.top_k=9"
+    status, _, stderr = execute(
+        ["train.py", CONFIG, f"--workdir={tmp_path / 'run'}", mistake, flag]
     )
-    assert status == 2
-    assert "Traceback" in stderr and "in from_config_dict" in stderr
+    assert status == 2 and ("Traceback" in stderr and "in from_config_dict" in stderr) == shows
     assert stderr.splitlines()[-1].startswith("error: config.experts.top_k=9")
-
-
-def test_debug_off(tmp_path):
-    status, _, stderr = run(
-        ["train.py", CONFIG, f"--workdir={tmp_path}", "--config.experts.top_k=9", "--nodebug"]
-    )
-    assert status == 2 and "Traceback" not in stderr
-
-
-def test_configuration_that_exits_is_no_success(tmp_path):
-    (tmp_path / "leaves.py").write_text(
-        "import sys\n\n\ndef get_config():\n    sys.exit('no corpus')\n"
-    )
-    status, _, stderr = run(
-        ["train.py", f"--config={tmp_path / 'leaves.py'}", f"--workdir={tmp_path / 'run'}"]
-    )
-    assert (
-        status == 2
-        and "get_config() called sys.exit('no corpus')" in stderr
-        and not (tmp_path / "run").exists()
-    )
-
-
-def test_help_lists_the_flags():
-    status, stdout, stderr = finish(start(["train.py", "--help"], forked=False))
-    assert (
-        status == 0 and "--workdir" in stdout and "--config" in stdout and "Traceback" not in stderr
-    )

@@ -18,7 +18,7 @@ from tests.test_imports import ROOT
 MODULES = [module for _, module, _ in commands()]
 PACKAGE_FILES = {"commands.ini", "py.typed", "h100.txtpb", "report.md.j2", "modeling_aoe.py"}
 CONFIG = """
-from aoe_jax.config.run import default_config
+from aoe_jax.storage.config_files import default_config
 from sizes import WIDTH
 
 def get_config():

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import pytest
 
 from aoe_jax import Decoder
-from aoe_jax.config.run import Config, update_groups
+from aoe_jax.config.run import Config
 from aoe_jax.planning.counts import (
     forward_flops_per_token,
     log_run,
     parameter_counts,
     training_flops_per_token,
 )
+from aoe_jax.storage.config_files import update_groups
 from aoe_jax.training.step import init_state, make_train_step
 from configs import methods, paper, tiny
 

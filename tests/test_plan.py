@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.config.run import Config, default_config
+from aoe_jax.config.run import Config
 from aoe_jax.planning import costs
 from aoe_jax.planning.communication import collectives, each_collective
 from aoe_jax.planning.counts import training_flops_per_token
 from aoe_jax.planning.hardware import topology_devices
 from aoe_jax.planning.plan import abstract_batch, candidates, plan
 from aoe_jax.sharding import MESH_AXES, batch_sharding, fill_mesh, make_mesh, rows_of_process
+from aoe_jax.storage.config_files import default_config
 from aoe_jax.training.step import train_step_on
 from tests.runs import finish, scratch, start
 

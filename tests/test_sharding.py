@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.config.run import Config, default_config
+from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.sharding import (
     batch_sharding,
@@ -17,6 +17,7 @@ from aoe_jax.sharding import (
     put_batch,
     spec_of,
 )
+from aoe_jax.storage.config_files import default_config
 
 
 def configuration(**mesh):

@@ -18,8 +18,7 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.compare.suite import load_suite
 from aoe_jax.config.checks import require_flag
-from aoe_jax.stopping import StopRequests
-from aoe_jax.storage.lease import owned
+from aoe_jax.storage.lease import leased
 
 _SUITE = flags.DEFINE_string(
     "suite", None, "a file with get_suite(), such as configs/compare/tiny.py"
@@ -40,8 +39,6 @@ _SET = flags.DEFINE_multi_string(
 
 
 def main():
-    stop = StopRequests("the same command goes on from there")
-    stop.listen()
     suite = load_suite(cli.path_of(_SUITE), _SET.value)
     workdir = cli.path_of(_WORKDIR).absolute()
     has_runs = (workdir / "machine.json").exists() or not _REPORT.value
@@ -55,9 +52,9 @@ def main():
     from aoe_jax.compare.report import write_report
     from aoe_jax.compare.runs import train_suite
 
-    with owned(workdir, "workdir"):
+    with leased(workdir, "workdir"):
         if not _REPORT.value:
-            machine = Machine.here(workdir, _JOBS.value, stop)
+            machine = Machine.here(workdir, _JOBS.value)
             train_suite(suite, workdir, machine)
             measure_suite(suite, workdir, machine)
         settings = "".join(f" --set={setting}" for setting in _SET.value)

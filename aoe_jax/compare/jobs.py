@@ -15,9 +15,8 @@ from pathlib import Path
 import aoe_jax
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import InUse, UserError
-from aoe_jax.stopping import StopRequests, bound
 from aoe_jax.storage.files import NUMBER, TEXT, read_json, write_json
-from aoe_jax.storage.lease import owned
+from aoe_jax.storage.lease import leased
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +81,9 @@ class Machine:
     backend: str
     slots: list[Slot]
     environment: dict[str, str]  # defaults for variables that are not set
-    stop: StopRequests
 
     @classmethod
-    def here(cls, workdir: Path, n_jobs: int | None, stop: StopRequests):
+    def here(cls, workdir: Path, n_jobs: int | None):
         """Describes this machine, and adds it to `machine.json` in the directory of a suite.
 
         A machine whose package versions or commit have changed counts as another one. There are
@@ -103,49 +101,44 @@ class Machine:
             "JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"),
             "PYTHONUNBUFFERED": "1",
         }
-        return cls(description["backend"], slots_of(description, n_jobs), environment, stop)
+        return cls(description["backend"], slots_of(description, n_jobs), environment)
 
     def run(self, jobs: list[Job], together=True):
         """Runs jobs in order, one at a time in each slot, or in one slot if not `together`.
 
-        A job that fails stops no other. Raises `Stopped` if `stop` was asked; the running jobs were
-        asked too and have ended.
+        A job that fails stops no other. After an exception, such as a request to stop, the running
+        jobs are asked to stop, and have ended when it is raised again.
         """
         waiting, free, failed = list(jobs), self.slots[: None if together else 1], 0
         running = {}  # Job -> (its slot, Popen)
         before = {job: job.progress() for job in jobs}
         started = reported = time.monotonic()
-        with self.stop.between_steps(several=False):
-            try:
-                while waiting or running:
-                    if self.stop.asked():
-                        raise self.stop.end(
-                            "what is done is saved; the same command goes on from there"
-                        )
-                    news = []
-                    for job, (slot, process) in list(running.items()):
-                        if process.poll() is not None:
-                            del running[job]
-                            free.append(slot)
-                            failed += not _succeeded(job, process.returncode)
-                            news.append(f"{job.name} has ended")
-                    if news or time.monotonic() - reported > REPORT_SECONDS:
-                        reported = time.monotonic()
-                        at_work = [f"{job.name} {job.progress():.0%}" for job in running]
-                        news = news or [f"running: {', '.join(at_work)}"]
-                        left = [*waiting, *running]
-                        progress = _progress(before, left, failed, reported - started)
-                        log.info("%s; %s", progress, "; ".join(news))
-                    while free and (job := next(filter(_is_free, waiting), None)):
-                        waiting.remove(job)
-                        slot = free.pop(0)
-                        running[job] = slot, _start(job, slot, self.environment)
-                    time.sleep(POLL_SECONDS)
-            finally:
-                for _, process in running.values():
-                    process.terminate()
-                for _, process in running.values():
-                    process.wait()
+        try:
+            while waiting or running:
+                news = []
+                for job, (slot, process) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[job]
+                        free.append(slot)
+                        failed += not _succeeded(job, process.returncode)
+                        news.append(f"{job.name} has ended")
+                if news or time.monotonic() - reported > REPORT_SECONDS:
+                    reported = time.monotonic()
+                    at_work = [f"{job.name} {job.progress():.0%}" for job in running]
+                    news = news or [f"running: {', '.join(at_work)}"]
+                    left = [*waiting, *running]
+                    progress = _progress(before, left, failed, reported - started)
+                    log.info("%s; %s", progress, "; ".join(news))
+                while free and (job := next(filter(_is_free, waiting), None)):
+                    waiting.remove(job)
+                    slot = free.pop(0)
+                    running[job] = slot, _start(job, slot, self.environment)
+                time.sleep(POLL_SECONDS)
+        finally:
+            for _, process in running.values():
+                process.terminate()
+            for _, process in running.values():
+                process.wait()
 
 
 def _start(job, slot, environment):
@@ -153,14 +146,18 @@ def _start(job, slot, environment):
     with beside(job.output, ".log").open("a") as file:
         file.write(f"$ {' '.join(job.command)}\n")
         file.flush()
-        return subprocess.Popen(
-            bound(job.command, slot.core),
+        process = subprocess.Popen(
+            job.command,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
             env=environment | os.environ | slot.environment,
-            process_group=0,  # so that Ctrl-C reaches the jobs only through `stop`
+            process_group=0,  # so that Ctrl-C reaches the jobs only through this process
         )
+    if slot.core is not None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(process.pid, {slot.core})
+    return process
 
 
 def _succeeded(job, status):
@@ -180,7 +177,7 @@ def _is_free(job):
     if not job.output.is_dir():
         return True
     try:
-        with owned(job.output, "workdir"):
+        with leased(job.output, "workdir"):
             return True
     except InUse:
         return False

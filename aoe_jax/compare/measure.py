@@ -29,7 +29,6 @@ from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.planning.hardware import topology_devices
 from aoe_jax.planning.plan import plan
-from aoe_jax.stopping import StopRequests
 from aoe_jax.storage.files import NUMBER, Kind, read_json, write_json
 
 log = logging.getLogger("aoe_jax.compare.measure")  # __name__ is __main__ on the command line
@@ -48,7 +47,7 @@ def sweep_file(workdir: Path, name):
 
 
 def measure_suite(suite: Suite, workdir: Path, machine: Machine):
-    """Measures the sizes and sweeps that are not measured yet; raises `Stopped` if asked to stop.
+    """Measures the sizes and sweeps that are not measured yet.
 
     One process runs at a time, so that they do not slow each other. Steps are timed in turn on CPU
     only: elsewhere each run has the devices to itself, and all arms of a size may not fit.
@@ -180,7 +179,6 @@ def _missing(file, wanted):
 
 def main():
     """Measures what `--todo` lists; returns 1 if a part failed, after all others are done."""
-    StopRequests("the same command does what is left").listen()
     todo = read_json(Path(cli.required(flags.FLAGS["todo"])))
     output, failed = Path(todo["output"]), {}
     for folder in todo["routing"]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from aoe_jax.compare.jobs import Job, Machine, beside, read_outcome
 from aoe_jax.compare.suite import TUNING_SEED, Run, Suite
 from aoe_jax.errors import DivergedError, UserError
+from aoe_jax.storage.config_files import read_run_config
 from aoe_jax.storage.files import COUNT, NUMBER, Kind, or_none, read_json, write_json
-from aoe_jax.training.workdir import check_workdir, read_identities, read_run_config
+from aoe_jax.training.workdir import check_workdir, read_identities
 
 _NUMBERS = Kind(
     "numbers by name",
@@ -78,7 +79,7 @@ def train_suite(suite: Suite, workdir: Path, machine: Machine):
     """Tunes learning rates where the suite says so, and trains the missing runs.
 
     The caller has made and locked `workdir`. Raises `UserError` if it has a run of another
-    configuration, and `Stopped` if the machine's `stop` was asked.
+    configuration.
     """
     _train(suite.tuning_runs().values(), workdir, machine)
     rates, incomplete = tuned_rates(suite, workdir), set()

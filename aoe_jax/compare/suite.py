@@ -13,11 +13,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from aoe_jax import cli
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, naming
 from aoe_jax.planning.counts import parameter_counts, training_flops_per_token
+from aoe_jax.storage.config_files import call_in_file
 
 TOLERANCE = 0.01  # by which the total parameters of matched arms may differ
 TUNING_SEED = 1_000_000  # of tuning runs only
@@ -324,7 +324,7 @@ def load_suite(path: Path, settings=()) -> Suite:
     name them; VALUE is JSON or a word. Raises `UserError` if the file, the suite or a setting is
     invalid.
     """
-    suite = cli.call_in_file(f"--suite={path}", path, "get_suite")
+    suite = call_in_file(f"--suite={path}", path, "get_suite")
     wanted = "get_suite() must return an aoe_jax.compare.suite.Suite"
     require_flag(isinstance(suite, Suite), "suite", path, wanted)
     for setting in settings:

@@ -5,8 +5,6 @@ import json
 import typing
 from dataclasses import dataclass, field
 
-from ml_collections import ConfigDict
-
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.checks import misfit, require, require_choice
 from aoe_jax.config.data import DataConfig
@@ -132,17 +130,3 @@ def _build(group, values):
             require(type(value) in kinds, field, value, f"must be of type {names}")
         typed[name] = value
     return group(**typed)
-
-
-def default_config():
-    """The defaults as a `ConfigDict`, for `configs/*.py` to change. The group `routing` is empty,
-    which means the default method of `experts.kind`.
-    """
-    return ConfigDict(dataclasses.asdict(Config()) | {"routing": {}})
-
-
-def update_groups(config, changes):
-    """Changes a `ConfigDict`: `{group: {field: value}}`. The group `routing` is replaced whole."""
-    if "routing" in changes:
-        config.routing = ConfigDict()
-    config.update(changes)

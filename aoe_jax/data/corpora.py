@@ -27,8 +27,7 @@ from aoe_jax.data import SPLITS, sotu
 from aoe_jax.data.documents import DOCUMENT_BYTES
 from aoe_jax.data.token_store import file_sha256
 from aoe_jax.errors import Failure, UserError
-from aoe_jax.storage.files import read_text
-from aoe_jax.storage.locking import exclusive
+from aoe_jax.storage.files import exclusive, read_text
 from aoe_jax.storage.paths import find, parsed_path
 from aoe_jax.storage.retry import is_fault, patiently_if_allowed
 

@@ -46,7 +46,7 @@ from aoe_jax.data.tokenizer import (
 from aoe_jax.data.workers import work_through
 from aoe_jax.errors import Failure, MachineFault, UserError
 from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, read_json, write_json
-from aoe_jax.storage.lease import is_own_file, owned
+from aoe_jax.storage.lease import NAME, leased
 from aoe_jax.storage.paths import is_remote, put, remove_folder, size_and_version
 from aoe_jax.storage.retry import is_fault, patiently_if_allowed, reason
 
@@ -120,7 +120,7 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
     be empty, and `MachineFault` if the disk is full.
     """
     planned, files = settings.as_planned(), find_files(inputs, _absolute(output))
-    with owned(output, "output"), _faults_are_named(output):
+    with leased(output, "output"), _faults_are_named(output):
         what = f"{output} cannot be prepared"
         plan = patiently_if_allowed(what, lambda: _claim(files, planned, output))
         with contextlib.suppress(UserError):  # no manifest, or half of one before a power cut
@@ -203,7 +203,7 @@ def repair(output: Path, processes: int, inputs: Sequence[str] = ()) -> list[str
     """
     wanted = f"has no {PLAN_FILE}, so it cannot be repaired; prepare it again"
     require_flag((output / PLAN_FILE).exists(), "output", output, wanted)
-    with owned(output, "output"), _faults_are_named(output):
+    with leased(output, "output"), _faults_are_named(output):
         damaged = check(output)
         if damaged:
             plan = _read_plan(output, "prepare it again, in another folder")
@@ -261,7 +261,7 @@ def _claim(files: Mapping, planned: dict, output: Path) -> dict:
     """The plan of `output`, made if there is none; refuses one of other settings or files."""
     if not (output / PLAN_FILE).exists():
         names = {path.name for path in output.iterdir()} - {f"{PLAN_FILE}.partial"}
-        is_empty = all(is_own_file(name) for name in names)
+        is_empty = all(name.startswith(NAME) for name in names)
         wanted = "is not empty, and holds no preparation; use another --output"
         require_flag(is_empty, "output", output, wanted)
         write_json(output / PLAN_FILE, make_plan(files, planned), indent=None)

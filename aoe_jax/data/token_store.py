@@ -24,14 +24,15 @@ from aoe_jax.errors import UserError
 from aoe_jax.storage.files import (
     COUNT,
     TEXT,
+    exclusive,
     matching,
     one_of,
+    partial_path,
     read_json,
     replace_durably,
     sync,
     write_json,
 )
-from aoe_jax.storage.locking import exclusive, partial_path
 from aoe_jax.storage.paths import file_system, is_remote
 from aoe_jax.storage.retry import is_fault, patiently, patiently_if_allowed
 

@@ -32,7 +32,7 @@ from aoe_jax.data.tokenizer import (
     train_tokenizer,
 )
 from aoe_jax.errors import UserError
-from aoe_jax.storage.locking import exclusive, new_folder
+from aoe_jax.storage.files import exclusive, new_folder
 from aoe_jax.storage.paths import is_remote, parsed_path
 from aoe_jax.storage.retry import patiently_if_allowed
 

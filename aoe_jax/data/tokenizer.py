@@ -24,7 +24,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from aoe_jax.config.checks import require
 from aoe_jax.errors import UserError
-from aoe_jax.stopping import interruptibly
 from aoe_jax.storage.files import read_regular, write_whole
 from aoe_jax.storage.paths import FILE_BYTES, local_file, parsed_path
 from aoe_jax.storage.retry import patiently_if_allowed, reason
@@ -307,7 +306,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     sample = (pieces(text[:TRAINING_CHARACTERS], _TRAINING_PIECE) for text in documents)
     texts = itertools.chain.from_iterable(sample)
-    interruptibly(lambda: tokenizer.train_from_iterator(texts, trainer))
+    # In another thread, so that signals are handled meanwhile.
+    ThreadPoolExecutor(1).submit(tokenizer.train_from_iterator, texts, trainer).result()
     return HuggingFaceTokenizer(tokenizer.to_str(pretty=True))
 
 

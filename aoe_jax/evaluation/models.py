@@ -33,10 +33,11 @@ from aoe_jax.formats.reading import (
 from aoe_jax.formats.tokenizer_files import read_prefix
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.model.decoding import unstacked
+from aoe_jax.storage.config_files import read_run_config
 from aoe_jax.storage.paths import is_remote, local_copy
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.step import train_step_on
-from aoe_jax.training.workdir import check_data, read_identities, read_run_config
+from aoe_jax.training.workdir import check_data, read_identities
 
 log = logging.getLogger(__name__)
 

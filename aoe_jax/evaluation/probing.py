@@ -27,7 +27,7 @@ from aoe_jax.evaluation.run import TextTokens, read_text, write_report
 from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
 from aoe_jax.moe.scoring import SCORE_OF_CODE
 from aoe_jax.parameters import EXPERTS
-from aoe_jax.storage.lease import make_folder
+from aoe_jax.storage.files import make_folder
 from aoe_jax.storage.paths import parsed_path
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from aoe_jax.evaluation.models import Model, check_split, corpus_of, load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.planning.counts import log_run
 from aoe_jax.storage import files
-from aoe_jax.storage.lease import write_or_refuse
+from aoe_jax.storage.files import write_or_refuse
 from aoe_jax.storage.paths import parsed_path
 from aoe_jax.storage.retry import Tolerated
 

@@ -25,10 +25,10 @@ from aoe_jax.formats.reading import RUN_FILE, is_of_run
 from aoe_jax.formats.tensor_files import write_tensors
 from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.parameters import STACKS
+from aoe_jax.storage.config_files import read_run_config
 from aoe_jax.storage.files import sync, write_json
 from aoe_jax.storage.paths import Mirror, is_remote
 from aoe_jax.storage.retry import is_fault_of_write, patiently, reason
-from aoe_jax.training.workdir import read_run_config
 
 log = logging.getLogger(__name__)
 

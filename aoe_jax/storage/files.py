@@ -1,18 +1,25 @@
-"""JSON files: read within limits, with errors that name the file; written whole or not at all."""
+"""Files on a disk or in a store: read within limits and by a schema, written whole or not at all;
+folders and locks.
+
+A file is a regular one: opening a FIFO or a device may wait for ever.
+"""
 
 import contextlib
 import errno
 import io
 import json
 import os
-import stat
+import shutil
+import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
+
 from aoe_jax.errors import UserError, shown
 from aoe_jax.storage.paths import file_system, is_remote
-from aoe_jax.storage.retry import patiently, patiently_if_allowed, reason, refusing
+from aoe_jax.storage.retry import is_fault_of_write, patiently, reason, refusing
 
 _BYTES = 2**24  # the largest JSON file, by default; parsed it takes 25x the memory
 _LINE_BYTES = 2**22  # the longest line of metrics
@@ -46,19 +53,14 @@ def matching(pattern, words):
 
 
 def open_regular(path: Path | str):
-    """Opens a regular file for reading bytes; raises OSError for a FIFO or a device, at once."""
+    """Opens a file on a disk or in a store for reading bytes."""
     if is_remote(path):
         return io.BufferedReader(file_system(path).open(os.fspath(path), "rb"))
-    # Without O_NONBLOCK, opening a FIFO waits for a writer.
-    file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        return file
-    file.close()
-    raise OSError(errno.EINVAL, "it is a FIFO or a device, not a regular file", str(path))
+    return open(path, "rb")
 
 
 def read_regular(path: Path | str, at_most: int) -> bytes:
-    """The bytes of a regular file; raises OSError, also if it has more than `at_most`."""
+    """The bytes of a file; raises OSError, also if it has more than `at_most`."""
     with open_regular(path) as file:
         content = file.read(at_most + 1)
     if len(content) > at_most:
@@ -67,10 +69,10 @@ def read_regular(path: Path | str, at_most: int) -> bytes:
 
 
 def read_text(path: Path, name: str, at_most: int) -> str:
-    """The text of a regular file in UTF-8. Raises `UserError`, whose message begins with `name`."""
+    """The text of a file in UTF-8. Raises `UserError`, whose message begins with `name`."""
     what = f"{name} cannot be read"
     try:
-        return patiently_if_allowed(what, lambda: read_regular(path, at_most)).decode("utf-8")
+        return patiently(what, lambda: read_regular(path, at_most)).decode("utf-8")
     except OSError as e:
         raise UserError(f"{what} ({reason(e)}); name a text file") from e
     except UnicodeDecodeError as e:
@@ -87,18 +89,14 @@ def read_json(
     at least these fields, where null stands for a missing one; or `{str: schema}`, an object with
     any fields of a schema.
     """
-
-    def read():
-        try:
-            return read_regular(path, at_most)
-        except PermissionError as e:  # waiting does not help
-            raise UserError(f"{path} cannot be read ({reason(e)}); {wanted}") from e
-
+    what = f"{path} cannot be read"
     try:
-        value = json.loads(patiently(f"{path} cannot be read", read))
+        value = json.loads(patiently(what, lambda: read_regular(path, at_most)))
+    except UserError as e:
+        raise UserError(f"{e}; {wanted}") from e
     except (OSError, ValueError, RecursionError) as e:
         why = "it is nested too deeply" if isinstance(e, RecursionError) else reason(e)
-        raise UserError(f"{path} cannot be read ({why}); {wanted}") from e
+        raise UserError(f"{what} ({why}); {wanted}") from e
     if not isinstance(value, dict):
         raise UserError(f"{path} cannot be read: it holds no JSON object; {wanted}")
     if problem := misfit(value, schema or {}):
@@ -157,15 +155,12 @@ def write_whole(path: Path, content: bytes | Iterable[bytes]):
         return
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.unlink(missing_ok=True)  # writing to a FIFO would wait, a link leads elsewhere
         with partial.open("wb") as file:
             file.writelines(pieces)
         replace_durably(partial, path)
-    except OSError as e:
-        for folder in (partial, path):
-            if folder.is_dir():
-                raise UserError(f"{folder} is a folder; move it away") from e
-        raise
+    except IsADirectoryError as e:
+        folder = partial if partial.is_dir() else path
+        raise UserError(f"{folder} is a folder; move it away") from e
 
 
 def finite(value):
@@ -190,3 +185,90 @@ def sync(path: Path):
             raise
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path, flag: str):
+    """Makes a folder, and returns whether there was none. Raises `UserError`, which names the
+    `flag` that gave the folder, if it cannot be made, and `MachineFault` if its disk fails.
+    """
+    is_there = folder.exists() if is_remote(folder) else os.path.lexists(folder)
+    if is_there and not folder.is_dir():
+        raise UserError(f"--{flag}={folder} is a file or a broken link; name a folder")
+    if not is_remote(folder):  # a client would make the bucket
+        write_or_refuse(folder, flag, lambda: folder.mkdir(parents=True, exist_ok=True))
+    return not is_there
+
+
+def write_or_refuse(folder, flag, write):
+    """Returns `write()`; raises `UserError` at once for what only the user can change."""
+
+    def attempt():
+        try:
+            return write()
+        except FileNotFoundError as e:
+            if is_remote(folder):
+                bucket = "/".join(os.fspath(folder).split("/")[:3])
+                raise UserError(f"--{flag}={folder}: there is no bucket {bucket}") from e
+            # The folder was there a moment ago.
+            raise OSError(errno.ESTALE, "it is gone; is its disk mounted?") from e
+        except OSError as e:
+            if is_fault_of_write(e):
+                raise
+            raise UserError(f"--{flag}={folder} cannot be written: {reason(e)}") from e
+
+    return patiently(f"--{flag}={folder} cannot be written", attempt)
+
+
+@contextlib.contextmanager
+def exclusive(lock_file: Path):
+    """Waits for the lock, which a process holds until it ends; some network disks lock only the
+    processes of one host. Raises `UserError` if its folder cannot be written.
+    """
+    lock = filelock.FileLock(lock_file)
+
+    def acquire():
+        try:
+            lock_file.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError as error:
+            if is_fault_of_write(error):
+                raise
+            raise UserError(
+                f"{lock_file.parent} cannot be written ({reason(error)}); set data.cache, or the "
+                "data.path of a TFDS data set, to a writable folder"
+            ) from error
+
+    patiently(f"{lock_file.parent} cannot be written", acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def partial_path(path: Path) -> Path:
+    """The path at which this host makes the content of `path`, while it holds its lock. What a
+    killed process of this host left there is removed.
+    """
+    partial = path.with_name(f"{path.name}.partial-{socket.gethostname()}")
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    partial.unlink(missing_ok=True)
+    return partial
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path):
+    """Yields an empty folder at `partial_path(folder)`, and moves it to `folder` at the end, unless
+    another host has done that before. After an exception it is removed.
+    """
+    partial = partial_path(folder)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        with contextlib.suppress(FileExistsError):
+            partial.rename(folder)
+    except OSError as e:
+        if e.errno != errno.ENOTEMPTY:
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

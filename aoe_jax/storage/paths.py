@@ -2,7 +2,6 @@
 
 import atexit
 import errno
-import fnmatch
 import functools
 import hashlib
 import itertools
@@ -13,11 +12,11 @@ import tempfile
 from glob import has_magic
 from pathlib import Path
 
+import filelock
 from etils import epath
 
 from aoe_jax.errors import UserError
-from aoe_jax.storage.locking import exclusive, new_folder
-from aoe_jax.storage.retry import patiently_if_allowed
+from aoe_jax.storage.retry import patiently
 
 STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that reads it
 FILE_BYTES = 2**27  # the largest tokenizer's file; the largest on the hub have 35 MB
@@ -35,8 +34,8 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False, is_pattern=F
     if is_remote(path):
         scheme = os.fspath(path).partition(":")[0]
         try:
-            fsspec_settings()
             __import__(STORES[scheme])
+            _let_stores_list_anew()
         except ImportError as e:
             missing = f"the package {STORES[scheme]} is missing; pip install 'aoe_jax[{scheme}]'"
             raise UserError(f"{name}={text}: {missing}") from e
@@ -70,91 +69,39 @@ def _path_on_disk(text, name):
     return path
 
 
-def fsspec_settings():
-    """Makes fsspec list the stores each time, because other hosts also write there."""
-    import fsspec
-
-    for scheme in STORES:
-        fsspec.config.conf[scheme] = {"use_listings_cache": False}
-
-
 def is_remote(path) -> bool:
     """Whether a path is in an object store."""
     return "://" in os.fspath(path)
 
 
-def file_system(path):
-    """The fsspec file system of a path in an object store."""
+def _let_stores_list_anew():
     import fsspec
 
-    fsspec_settings()
-    return fsspec.filesystem(os.fspath(path).partition("://")[0])
+    for scheme in STORES:  # other hosts also write there
+        fsspec.config.conf[scheme] = {"use_listings_cache": False}
+
+
+def file_system(path):
+    """The fsspec file system of a path."""
+    import fsspec
+
+    _let_stores_list_anew()
+    scheme, _, rest = os.fspath(path).partition("://")
+    return fsspec.filesystem(scheme if rest else "file")
 
 
 def find(pattern: str) -> dict:
-    """The files that match a glob pattern (`**`: folders of any depth), on a disk or in a store,
-    each with its `size_and_version`; None for a broken link. Names that begin with a dot must be
-    named, and a link to a folder above itself is not followed. Raises `OSError` if a folder cannot
-    be listed.
+    """The files that match a pattern of fsspec's `glob` (`**`: folders of any depth), on a disk or
+    in a store, each with its `size_and_version`. A link to a folder above itself is followed until
+    its name is too long. Raises `OSError` if the files cannot be listed.
     """
+    path = pattern if is_remote(pattern) else os.path.abspath(os.path.expanduser(pattern))
+    found = file_system(pattern).glob(path, detail=True)
+    files = [(name, file) for name, file in found.items() if file["type"] == "file"]
     if not is_remote(pattern):
-        first, *parts = Path(os.path.abspath(os.path.expanduser(pattern))).parts
-        found = [path for path in _matching(Path(first), parts) if not path.is_dir()]
-        found = [] if pattern.endswith("/") else found
-        return {path: size_and_version(path) if path.exists() else None for path in found}
-    scheme, found = pattern.partition("://")[0], file_system(pattern).glob(pattern, detail=True)
-    return {
-        epath.Path(f"{scheme}://{name}"): _of_store(file)
-        for name, file in found.items()
-        if file["type"] == "file"
-    }
-
-
-def _matching(folder, parts):
-    """The paths below a folder that match the parts of a pattern. `glob` hides errors."""
-    if not parts:
-        yield folder
-        return
-    part, *rest = parts
-    if part == "**":
-        yield from _matching(folder, rest)
-    elif not has_magic(part):
-        path = folder / part
-        if path.exists() or path.is_symlink():  # unlike os.path.lexists, these raise errors
-            yield from _matching(path, rest)
-        return
-    try:
-        entries = list(os.scandir(folder))
-    except OSError as e:
-        if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            raise
-        return
-    for entry in entries:
-        path, is_hidden = folder / entry.name, entry.name.startswith(".")
-        if part == "**":
-            if is_hidden or _is_cycle(path):
-                continue
-            if _is_folder(entry):
-                yield from _matching(path, parts)
-            elif not rest:
-                yield path
-        elif fnmatch.fnmatchcase(entry.name, part) and (part[0] == "." or not is_hidden):
-            yield from _matching(path, rest)
-
-
-def _is_folder(entry):
-    try:
-        return entry.is_dir()
-    except OSError as e:
-        if e.errno != errno.ELOOP:  # a loop of links is a broken link
-            raise
-        return False
-
-
-def _is_cycle(folder):
-    return folder.is_symlink() and Path(os.path.realpath(folder)) in (
-        Path(os.path.realpath(above)) for above in folder.parents
-    )
+        return {Path(name): size_and_version(name) for name, _ in files}
+    scheme = pattern.partition("://")[0]
+    return {epath.Path(f"{scheme}://{name}"): _of_store(file) for name, file in files}
 
 
 def size_and_version(path) -> tuple[int, int]:
@@ -171,25 +118,11 @@ def _of_store(file):
 
 
 def create(path, content: bytes) -> bool:
-    """Makes a file whole, durably and exclusively; False if it exists already."""
-    if is_remote(path):
-        try:
-            file_system(path).pipe_file(os.fspath(path), content, mode="create")
-        except FileExistsError:
-            return False
-        return True
+    """Makes an object in a store, on condition that there is none; False if it exists already."""
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        file_system(path).pipe_file(os.fspath(path), content, mode="create")
     except FileExistsError:
         return False
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
     return True
 
 
@@ -211,12 +144,7 @@ def move(source, target):
     except (FileExistsError, NotADirectoryError) as e:
         what = "cannot be made: it, or a folder above it, is a file; move that away"
         raise UserError(f"{target.parent} {what}") from e
-    try:
-        os.replace(source, target)
-    except OSError as e:
-        if e.errno != errno.EXDEV:
-            raise
-        shutil.move(source, target)
+    shutil.move(source, target)
 
 
 def put(source: Path, target):
@@ -241,13 +169,12 @@ def local_copy(folder, cache="~/.cache/aoe_jax"):
     if not is_remote(folder):
         return folder
     what = f"{folder} cannot be copied to {cache}"
-    return patiently_if_allowed(what, functools.partial(_copied, folder, cache))
+    return patiently(what, functools.partial(_copied, folder, Path(cache).expanduser()))
 
 
 def _copied(folder, cache):
     root, store = os.fspath(folder).rstrip("/"), file_system(folder)
     files = sorted(store.find(root, detail=True).items())
-    state = [(name, _of_store(file)) for name, file in files if Path(name).name not in _REPORTS]
     prefix = f"{root.partition('://')[2]}/"
     parts = {name: name.removeprefix(prefix) for name, _ in files if name.startswith(prefix)}
     if not parts:
@@ -255,13 +182,16 @@ def _copied(folder, cache):
     for name, part in parts.items():
         if part.startswith("/") or ".." in part.split("/"):
             raise UserError(f"{folder} has an object {name!r}, whose copy would be elsewhere")
+    state = [(name, _of_store(file)) for name, file in files if Path(name).name not in _REPORTS]
     key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-    target = Path(cache).expanduser() / "copies" / f"{folder.name}-{key}"
-    with exclusive(target.with_name(f".{target.name}.lock")):
+    target = cache / "copies" / f"{folder.name}-{key}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(target.with_name(f".{target.name}.lock")):
         if not target.exists():
-            with new_folder(target) as new:
-                wanted = [name for name in parts if not name.endswith("/")]
-                store.get(wanted, [f"{new}/{parts[name]}" for name in wanted])
+            wanted = [name for name in parts if not name.endswith("/")]
+            with tempfile.TemporaryDirectory(dir=target.parent) as new:
+                store.get(wanted, [f"{new}/whole/{parts[name]}" for name in wanted])
+                os.replace(f"{new}/whole", target)
     return target
 
 
@@ -272,11 +202,11 @@ def local_file(file) -> Path:
 
 @functools.cache
 def _temporary_copy(file):
+    if size_and_version(file)[0] > FILE_BYTES:
+        raise UserError(f"{file} cannot be read: it has more than {FILE_BYTES} bytes")
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = Path(folder, file.name)
-    if size_and_version(file)[0] > FILE_BYTES:
-        raise UserError(f"{file} cannot be read: it has more than {FILE_BYTES} bytes")
     copy.write_bytes(file.read_bytes())
     return copy
 
@@ -291,7 +221,7 @@ class Mirror:
 
     def _states(self):
         files = (path for path in self._local.rglob("*") if path.is_file())
-        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+        return {path: size_and_version(path) for path in files}
 
     def upload(self, last=""):
         """Copies new and changed files, those named `last` after the others; each appears whole."""

@@ -12,10 +12,8 @@ from aoe_jax.errors import Failure, MachineFault, UserError
 
 log = logging.getLogger(__name__)
 
-# For how long reads and writes are repeated; the command line sets it to --retry_seconds.
-retry_seconds = 60.0
-paused_at = 0.0  # the time of the newest wait that ends by itself, on the monotonic clock
-SECOND_LOOK = 1.0  # seconds before another look
+retry_seconds = 60.0  # for which a call is repeated; commands set it to --retry_seconds
+paused_at, SECOND_LOOK = 0.0, 1.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 
 # Errors of the system that depend on the file or the arguments, so that repeating is useless.
@@ -45,18 +43,11 @@ _AS_TEXT = re.compile(
 )
 # On CPU, allocations within a program fail with INTERNAL.
 _FILLED = re.compile("RESOURCE_EXHAUSTED|INTERNAL: .*Out of memory")
-
 # Exceptions of clients of object stores and of downloads, by package and name.
 _UNREACHABLE = {
-    "aiohttp.ClientError",
-    "botocore.ConnectionError",
-    "botocore.HTTPClientError",
-    "google.RefreshError",
-    "google.TransportError",
-    "httpx.TransportError",
-    "httpx2.TransportError",
-    "requests.ChunkedEncodingError",
-    "requests.ConnectionError",
+    *("aiohttp.ClientError", "botocore.ConnectionError", "botocore.HTTPClientError"),
+    *("google.RefreshError", "google.TransportError", "httpx.TransportError"),
+    *("httpx2.TransportError", "requests.ChunkedEncodingError", "requests.ConnectionError"),
     "requests.Timeout",
 }
 _NO_CREDENTIALS = {"botocore.NoCredentialsError", "google.DefaultCredentialsError"}
@@ -67,25 +58,24 @@ def _causes(error):
     return [error, *_causes(error.__cause__)] if error else []
 
 
+def _names(error):
+    return {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).mro()}
+
+
 def is_fault(error: BaseException) -> bool:
     """Whether the machine, a disk or a network caused an exception. A lack of device memory is no
     fault: a later try would fail too.
     """
-    if fills_device(error):
-        return False
-    for cause in _causes(error):
-        if "huggingface_hub.OfflineModeIsEnabled" in _names(cause):  # the user's choice
-            return False
-        if isinstance(cause, MemoryError):
-            return True
-        code = getattr(cause, "errno", None) if isinstance(cause, OSError) else None
-        if code is not None:
-            passes = code not in _LASTING
-        else:
-            passes = isinstance(cause, TimeoutError | ConnectionError) or is_of_network(cause)
-        if passes or (code is None and _AS_TEXT.search(str(cause))):
-            return True
-    return False
+    causes = _causes(error)
+    is_offline = any("huggingface_hub.OfflineModeIsEnabled" in _names(cause) for cause in causes)
+    return not fills_device(error) and not is_offline and any(map(_is_fault_itself, causes))
+
+
+def _is_fault_itself(error):
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno not in _LASTING
+    passes = isinstance(error, MemoryError | TimeoutError | ConnectionError) or is_of_network(error)
+    return passes or bool(_AS_TEXT.search(str(error)))
 
 
 def _of_jax(error):
@@ -95,21 +85,6 @@ def _of_jax(error):
 def fills_device(error: BaseException) -> bool:
     """Whether an exception of JAX says that a program needs more memory than its device has."""
     return any(_FILLED.match(str(cause)) for cause in _of_jax(error))
-
-
-def status_of(error: BaseException) -> int:
-    """The exit status of a program that an exception ends. An exception of JAX needs its traceback,
-    so it is unforeseen even if a fault caused it.
-    """
-    if isinstance(error, Failure):
-        return error.status
-    if fills_device(error) or lacks_credentials(error):
-        return UserError.status
-    return MachineFault.status if is_fault(error) and not _of_jax(error) else 1
-
-
-def _names(error):
-    return {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).mro()}
 
 
 def is_of_network(error: BaseException) -> bool:
@@ -136,6 +111,17 @@ def is_fault_of_write(error: BaseException) -> bool:
     return is_fault(error) and getattr(error, "errno", None) not in forbidden
 
 
+def status_of(error: BaseException) -> int:
+    """The exit status of a program that an exception ends. An exception of JAX needs its traceback,
+    so it is unforeseen even if a fault caused it.
+    """
+    if isinstance(error, Failure):
+        return error.status
+    if fills_device(error) or lacks_credentials(error):
+        return UserError.status
+    return MachineFault.status if is_fault(error) and not _of_jax(error) else 1
+
+
 def reason(error: BaseException) -> str:
     """The first line of the first cause of an exception."""
     first = _causes(error)[-1]
@@ -157,22 +143,10 @@ def refusing(what, cure="", kinds=OSError):
         raise UserError(f"{what} ({reason(error)}){cure}") from error
 
 
-def twice(call, kind):
-    """`call()`, once more if it raises this kind of exception: a network disk may show a new file
-    late.
-    """
-    with contextlib.suppress(kind):
-        return call()
-    time.sleep(SECOND_LOOK)
-    return call()
-
-
 def pauses() -> Iterator[float | None]:
     """Yields growing pauses before the next try, in seconds, and None after `retry_seconds`."""
     deadline, pause = time.monotonic() + retry_seconds, _FIRST_PAUSE
-    global paused_at
     while (left := deadline - time.monotonic()) > 0:
-        paused_at = time.monotonic()
         yield min(pause, left)
         pause = min(2 * pause, _LONGEST_PAUSE)
     while True:
@@ -181,13 +155,16 @@ def pauses() -> Iterator[float | None]:
 
 def patiently(what, call):
     """Returns `call()`, repeated while faults prevent it; raises `MachineFault` when
-    `retry_seconds` have passed since the first one. Messages begin with `what`, such as "checkpoint
-    5 cannot be read".
+    `retry_seconds` have passed since the first one, and `UserError` at once for a missing
+    permission. Messages begin with `what`, such as "checkpoint 5 cannot be read".
     """
     waits = None
     while True:
         try:
             return call()
+        except PermissionError as e:
+            where = f": {e.filename}" if e.filename else ""
+            raise UserError(f"{what} ({reason(e)}{where})") from e
         except Exception as e:
             if isinstance(e, Failure) or not is_fault(e):
                 raise
@@ -201,17 +178,15 @@ def patiently(what, call):
         time.sleep(pause)
 
 
-def patiently_if_allowed(what, call):
-    """Like `patiently`, but raises `UserError` at once for a missing permission."""
+patiently_if_allowed = patiently
 
-    def attempt():
-        try:
-            return call()
-        except PermissionError as e:
-            where = f": {e.filename}" if e.filename else ""
-            raise UserError(f"{what} ({reason(e)}{where})") from e
 
-    return patiently(what, attempt)
+def twice(call, kind):
+    """`call()`, once more if it raises this kind of exception."""
+    with contextlib.suppress(kind):
+        return call()
+    time.sleep(SECOND_LOOK)
+    return call()
 
 
 class Tolerated:
@@ -221,8 +196,7 @@ class Tolerated:
 
     def __init__(self, name):
         """`name` is the file's name in the log."""
-        self.failures, self._name = 0, name
-        self.error = None  # of the newest write
+        self.failures, self.error, self._name = 0, None, name
 
     def __enter__(self):
         return self

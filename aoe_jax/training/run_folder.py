@@ -3,14 +3,16 @@
 import contextlib
 import errno
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
 from aoe_jax.distributed import see_the_same, together
-from aoe_jax.errors import MachineFault
-from aoe_jax.storage.lease import lost, owned, place, read_owner, write_or_refuse
+from aoe_jax.errors import MachineFault, UserError
+from aoe_jax.storage.files import write_or_refuse
+from aoe_jax.storage.lease import leased, token_of
 from aoe_jax.storage.paths import Mirror, is_remote
 from aoe_jax.storage.retry import patiently
 from aoe_jax.training.workdir import set_aside
@@ -47,14 +49,13 @@ class RunFolder:
         workdir, is_main = self.workdir, jax.process_index() == 0
         with together():
             if is_main:
-                self._owner = held.enter_context(owned(workdir, "workdir", start.take_over))
+                self._owner = held.enter_context(leased(workdir, "workdir", start.take_over))
         self.nonce = see_the_same(
-            self._owner and self._owner.nonce,
-            lambda: (read_owner(workdir) or {}).get("nonce"),
+            self._owner and _number(self._owner.token),
+            lambda: _number(token_of(workdir)),
             f"--workdir={workdir}",
         )
         with together():
-            self._place = place(workdir)
             if not is_main and not is_remote(workdir):  # every process saves its part of the state
                 file = workdir / f".process_{jax.process_index()}"
                 write_or_refuse(workdir, "workdir", lambda: (file.touch(), file.unlink()))
@@ -73,29 +74,29 @@ class RunFolder:
             (self.figures / name).write_bytes(file.read_bytes())
 
     def check_owner(self):
-        """Calls `Owner.check` in process 0. It must come before files are replaced: a disk that was
+        """Calls `Lease.check` in process 0. It must come before files are replaced: a disk that was
         not mounted at the start may have the run of another process.
         """
         if self._owner:
             self._owner.check()
 
     def check_in_place(self):
-        """Checks in every process that it sees the file of the owner; raises like `Owner.check`."""
+        """Checks in every process that it sees the file of the owner; raises like `Lease.check`."""
         patiently(f"{self.workdir} cannot be read", self._see_owner)
 
     def _see_owner(self):
-        found = read_owner(self.workdir)
+        found = token_of(self.workdir)
         if found is None:
             raise OSError(errno.ESTALE, "the file of its owner is gone; is its disk mounted?")
-        if found.get("nonce") != self.nonce:
-            raise lost(self.workdir, self._place, found)
+        if _number(found) != self.nonce:
+            raise UserError(f"{self.workdir} was taken over by another process")
 
     def is_in_place(self):
         """Whether this is process 0 and the workdir is the one that it owns, not another disk."""
-        return self._owner is not None and self._owner.is_in_place()
+        return self._owner is not None and token_of(self.workdir) == self._owner.token
 
     def upload(self):
-        """Copies the figures so far to an object store; raises like `Owner.check`."""
+        """Copies the figures so far to an object store; raises like `Lease.check`."""
         if self._mirror:
             self.check_owner()
             self._mirror.upload()
@@ -104,3 +105,7 @@ class RunFolder:
         """Gives the workdir up, in a process that ends without closing `held`."""
         if self._owner:
             self._owner.release()
+
+
+def _number(token):
+    return token and zlib.crc32(token.encode()) >> 1

@@ -9,15 +9,16 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
 from aoe_jax.errors import Hang, Preempted
-from aoe_jax.stopping import StopRequests, interruptibly
 from aoe_jax.storage import retry
 from aoe_jax.storage.files import write_json
 from aoe_jax.training.health import Heartbeat
 from aoe_jax.training.run_folder import RunFolder
+from aoe_jax.training.stopping import StopRequests
 
 TERM_SECONDS = 20.0  # between a SIGTERM and the end of a blocked process; more if steps take longer
 _WRITE_SECONDS = 15.0  # limit for writing files, because the disk may hang, too
@@ -56,7 +57,7 @@ class Watchdog:
 
     def _watch(self):
         while not self._ended.wait(0.2):
-            heartbeat, term = self._heartbeat, self._stop.terminated
+            heartbeat, term = self._heartbeat, getattr(self._stop, "terminated", None)
             # A wait for a disk ends by itself.
             now, moved = time.monotonic(), max(heartbeat.moved, retry.paused_at)
             if self._timeout and heartbeat.status not in _UNLIMITED and now > moved + self._timeout:
@@ -147,5 +148,5 @@ def _stacks():
 def _in_time(seconds, call):
     """Returns `call()`, or None if it does not return in time or raises an exception."""
     with contextlib.suppress(Exception):
-        return interruptibly(call, seconds)
+        return ThreadPoolExecutor(1).submit(call).result(seconds)
     return None

@@ -8,8 +8,9 @@ from flax.traverse_util import flatten_dict
 
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
-from aoe_jax.errors import UserError, naming
+from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import differences
+from aoe_jax.storage.config_files import read_run_config
 from aoe_jax.storage.files import (
     COUNT,
     NUMBER,
@@ -182,21 +183,3 @@ def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
     write_json(workdir / "data.json", {"token_stores": corpus.identities})
     write_json(workdir / "config.json", config.to_dict())
     (workdir / "summary.json").unlink(missing_ok=True)
-
-
-def read_run_config(path: Path) -> Config:
-    """The configuration of a run, from its `config.json`. Raises `UserError` if the file cannot be
-    read, is no configuration of a training run, or has fields of an earlier version.
-    """
-    groups = read_json(path)
-    if "model_type" in groups:
-        raise UserError(
-            f"{path} belongs to a model, not to a training run; train.init_from starts a run from "
-            "a model"
-        )
-    for name, values in groups.items():
-        if not isinstance(values, dict):
-            wanted = "is no group of fields; name a training run's workdir"
-            raise UserError(f"{path}: {name[:100]} {wanted}")
-    with naming(path):
-        return Config.from_config_dict(groups)

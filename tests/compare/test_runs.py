@@ -30,7 +30,6 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import DivergedError, UserError
-from aoe_jax.stopping import StopRequests
 from aoe_jax.storage.files import read_json, write_json
 from tests.compare.suites import write_suite
 from tests.hasty import xla_flags
@@ -171,7 +170,7 @@ def test_a_workdir_of_another_configuration_is_refused():
     """Neither trained nor reported."""
     folder = ended()[0]
     other = load_suite(folder / "suite.py", ["train.weight_decay=0.3"])
-    machine = Machine("cpu", [Slot()], {}, StopRequests())
+    machine = Machine("cpu", [Slot()], {})
     words = r"holds another configuration: train\.weight_decay is 0\.1 there, 0\.3 here"
     for use in (
         lambda: train_suite(other, folder / "work", machine),

@@ -5,13 +5,13 @@ import json
 
 import pytest
 
-from aoe_jax import cli
 from aoe_jax.compare.suite import Arm, Size, Suite, Sweep, Tuning, load_suite
 from aoe_jax.config.experts import matched_width
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul import _that_takes
 from aoe_jax.planning.counts import parameter_counts
+from aoe_jax.storage.config_files import read_config
 from configs import tiny
 from configs.compare.arms import DENSE, DENSE_ACTIVE, aoe, moe
 from tests.runs import ROOT, run, tiny_config
@@ -233,9 +233,9 @@ def test_a_saved_configuration_is_read_again(tmp_path):
     file = tmp_path / "config.json"
     config = tiny_config(experts__d_wide=40)
     file.write_text(json.dumps(config.to_dict()))
-    assert Config.from_config_dict(cli._read_config(str(file))) == config
+    assert Config.from_config_dict(read_config(str(file))) == config
     with pytest.raises(UserError, match=r"nothing\.json cannot be read"):
-        cli._read_config("nothing.json")
+        read_config("nothing.json")
 
 
 SWEPT_ARMS = {"moe": moe("aux"), "aoe": aoe(4, "free"), "dense": DENSE}

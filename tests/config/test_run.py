@@ -9,11 +9,12 @@ import pytest
 
 from aoe_jax.config.data import DataConfig, SourceConfig
 from aoe_jax.config.experts import ExpertsConfig, matched_width
-from aoe_jax.config.run import Config, default_config
+from aoe_jax.config.run import Config
 from aoe_jax.config.training import TrainConfig
 from aoe_jax.errors import UserError
 from aoe_jax.methods.smear import Smear
 from aoe_jax.moe.routing import TopK, TopP
+from aoe_jax.storage.config_files import default_config
 from configs import large, paper, tiny
 from configs.compare.small import size_of
 from tests.config.refused import check_refused

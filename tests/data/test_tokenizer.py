@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import random
-import signal
 import threading
 
 import numpy as np
@@ -13,7 +12,6 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from aoe_jax.config.checks import require
 from aoe_jax.data import tokenizer as data_tokenizer
 from aoe_jax.data.sotu import speech_files
 from aoe_jax.data.tokenizer import (
@@ -25,8 +23,7 @@ from aoe_jax.data.tokenizer import (
     saved_tokenizer,
     train_tokenizer,
 )
-from aoe_jax.errors import Interrupted, UserError
-from aoe_jax.stopping import interruptibly
+from aoe_jax.errors import UserError
 from tests.data.texts import texts
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log"]
@@ -59,17 +56,6 @@ def test_training_does_not_hold_up_signals():
 
     train_tokenizer(documents(), 300)
     assert threads[0] is not threading.main_thread()
-
-    def handler(number, frame):
-        raise Interrupted("now")
-
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
-    with pytest.raises(Interrupted):
-        interruptibly(threading.Event().wait)
-    signal.signal(signal.SIGALRM, before)
-    with pytest.raises(UserError, match="of the call"):
-        interruptibly(lambda: require(False, "x.y", 1, "of the call"))
 
 
 def test_small_corpus_gives_a_smaller_vocabulary():

@@ -7,9 +7,10 @@ import jax
 import pytest
 
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.config.run import Config, default_config
+from aoe_jax.config.run import Config
 from aoe_jax.model.declared import state_shardings
 from aoe_jax.sharding import make_mesh
+from aoe_jax.storage.config_files import default_config
 from aoe_jax.training.step import init_state
 
 

@@ -10,9 +10,9 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+from aoe_jax.program import Forgiving
 
 from aoe_jax.errors import Hang
-from aoe_jax.program import Forgiving
 from aoe_jax.training.bar import MAX_EXPERTS, Bar, load_columns
 from aoe_jax.training.telemetry import Telemetry, layer_figures
 from tests.runs import dense_command, finish, start, tiny_config

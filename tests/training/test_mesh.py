@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.config.run import Config, default_config
+from aoe_jax.config.run import Config
 from aoe_jax.model.declared import state_shardings
 from aoe_jax.moe.parallel.transports import ROW_BUFFER
 from aoe_jax.sharding import batch_sharding, make_mesh, put_batch, replicated
+from aoe_jax.storage.config_files import default_config
 from aoe_jax.training.step import init_state, make_train_step
 
 STEPS = 20

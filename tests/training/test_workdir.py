@@ -9,6 +9,7 @@ from aoe_jax.config.data import DataConfig
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
+from aoe_jax.storage.config_files import read_run_config
 from aoe_jax.storage.paths import move
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.workdir import (
@@ -16,7 +17,6 @@ from aoe_jax.training.workdir import (
     check_history,
     check_workdir,
     claim_workdir,
-    read_run_config,
     set_aside,
 )
 from tests.runs import contents

@@ -1,5 +1,6 @@
 import json
-import os
+import threading
+import time
 
 import pytest
 
@@ -7,7 +8,10 @@ from aoe_jax.errors import UserError
 from aoe_jax.storage.files import (
     COUNT,
     TEXT,
+    exclusive,
+    new_folder,
     or_none,
+    partial_path,
     read_json,
     read_metrics,
     read_text,
@@ -80,14 +84,6 @@ def test_schema(tmp_path, changes, message):
     assert f"value.json cannot be read: {message}" in str(error.value)
 
 
-def test_fifos_are_refused_at_once(tmp_path):
-    os.mkfifo(tmp_path / "x")
-    with pytest.raises(UserError, match="it is a FIFO or a device, not a regular file"):
-        read_json(tmp_path / "x")
-    with pytest.raises(UserError, match="it is a FIFO or a device, not a regular file"):
-        list(read_metrics(tmp_path / "x"))
-
-
 def test_metrics_that_are_no_metrics_are_left_out(tmp_path):
     lines = [b'{"step": 1, "nll": 2}', b"{", b"[1]", b'{"step": true}', b'{"step": 1e9}', b"\xff"]
     lines += [b'{"step": 2, "nll": "x"}', b"[" * 99999, b'{"step": 3, "layers": {"a": [1]}}', b""]
@@ -102,12 +98,41 @@ def test_a_folder_in_the_place_of_a_file(tmp_path, name):
         write_json(tmp_path / "value.json", {"a": 1})
 
 
-def test_what_waits_in_the_place_of_a_partial_file(tmp_path):
-    """A FIFO has no reader, and a link leads to a file of somebody else."""
-    (tmp_path / "other").write_text("theirs")
-    partial = tmp_path / "value.json.partial"
-    for make in (os.mkfifo, lambda path: path.symlink_to(tmp_path / "other")):
-        make(partial)
-        write_json(tmp_path / "value.json", {"a": 1})
-        assert read_json(tmp_path / "value.json") == {"a": 1} and not partial.exists()
-    assert (tmp_path / "other").read_text() == "theirs"
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_new_folder_appears_whole(tmp_path, monkeypatch):
+    """The first host to finish makes it; what a killed process of this host left is removed."""
+    (left := partial_path(tmp_path / "store")).mkdir()
+    (left / "shard").touch()
+    with new_folder(tmp_path / "store") as ours:
+        assert names(ours) == []
+        (ours / "ours").touch()
+        with monkeypatch.context() as there:
+            there.setattr("socket.gethostname", lambda: "other")
+            with new_folder(tmp_path / "store") as theirs:
+                (theirs / "theirs").touch()
+    assert names(tmp_path) == ["store"] and names(tmp_path / "store") == ["theirs"]
+    with pytest.raises(ValueError, match="a mistake"), new_folder(tmp_path / "deep" / "store"):
+        raise ValueError("a mistake")
+    assert names(tmp_path / "deep") == []
+
+
+def test_a_lock_excludes_others(tmp_path):
+    lock_file, order = tmp_path / "deep" / "lock", []
+
+    def other():
+        with exclusive(lock_file):
+            order.append("other")
+
+    thread = threading.Thread(target=other)
+    with exclusive(lock_file):
+        thread.start()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "other"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="set data.cache"), exclusive(tmp_path / "file" / "lock"):
+        pass

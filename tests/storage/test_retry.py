@@ -116,6 +116,10 @@ def test_patience(monkeypatch, caplog):
     answers[:] = [FileNotFoundError()] * 2
     with pytest.raises(FileNotFoundError):
         patiently("a file cannot be read", call)
+    answers[:] = [PermissionError(errno.EACCES, "Permission denied", "/a/file")] * 2
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied: /a/file\)"):
+        patiently("a file cannot be read", call)
+    assert len(answers) == 1
 
 
 def test_tolerated(caplog):

@@ -1,0 +1,96 @@
+"""Files of configurations: Python files that a user writes, and the `config.json` of a run."""
+
+import dataclasses
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from aoe_jax.config.checks import require
+from aoe_jax.config.run import Config
+from aoe_jax.errors import UserError, naming
+from aoe_jax.storage.files import read_json
+from aoe_jax.storage.paths import local_file, parsed_path
+
+EXAMPLE = "configs/tiny.py of the repository"
+
+
+def default_config():
+    """The defaults as a `ConfigDict`, for `configs/*.py` to change. The group `routing` is empty,
+    which means the default method of `experts.kind`.
+    """
+    return ConfigDict(dataclasses.asdict(Config()) | {"routing": {}})
+
+
+def update_groups(config, changes):
+    """Changes a `ConfigDict`: `{group: {field: value}}`. The group `routing` is replaced whole."""
+    if "routing" in changes:
+        config.routing = ConfigDict()
+    config.update(changes)
+
+
+def read_config(name: str) -> dict:
+    """`{group: {field: value}}` of `FILE.py`, `FILE.py:VARIANT` or the `config.json` of a run, on a
+    disk or in a store; unchecked if it is of Python. Raises `UserError` if it cannot be read.
+    """
+    scheme, slashes, rest = name.rpartition("://")
+    file, _, variant = rest.partition(":")
+    file = local_file(parsed_path(f"{scheme}{slashes}{file}", "--config", in_store=True))
+    if file.suffix == ".json" and not variant:
+        return read_run_config(file).to_dict()
+    config = call_in_file(f"--config={name}", file, "get_config", *filter(None, [variant]))
+    wanted = "start from default_config()"
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={name}: get_config() must return a ConfigDict; {wanted}")
+    for group, values in config.items():
+        is_group = isinstance(values, ConfigDict)
+        require(is_group, group, values, f"must be a group of fields; {wanted}")
+    return config.to_dict()
+
+
+def read_run_config(path: Path) -> Config:
+    """The configuration of a run, from its `config.json`. Raises `UserError` if the file cannot be
+    read, is no configuration of a training run, or has fields of an earlier version.
+    """
+    groups = read_json(path)
+    if "model_type" in groups:
+        raise UserError(
+            f"{path} belongs to a model, not to a training run; train.init_from starts a run from "
+            "a model"
+        )
+    for name, values in groups.items():
+        if not isinstance(values, dict):
+            wanted = "is no group of fields; name a training run's workdir"
+            raise UserError(f"{path}: {name[:100]} {wanted}")
+    with naming(path):
+        return Config.from_config_dict(groups)
+
+
+def call_in_file(flag, file, function, *args):
+    """The result of a function in a Python file that the user has written. Raises `UserError`,
+    whose message begins with `flag`, such as `--config=FILE`, if the file or the function is
+    missing, or the function raises an exception.
+    """
+    if not Path(file).is_file():
+        example = EXAMPLE if function == "get_config" else "configs/compare/tiny.py"
+        wanted = f"name a Python file with {function}(), such as {example}"
+        raise UserError(f"{flag}: cannot be read (no such file); {wanted}")
+    if os.getcwd() not in sys.path:  # `python -m` adds it, console scripts do not
+        sys.path.append(os.getcwd())
+    try:
+        found = runpy.run_path(str(file))
+        if function not in found:
+            raise UserError(f"{flag}: has no function {function}()")
+        return found[function](*args)
+    except UserError:
+        raise
+    except SystemExit as e:
+        raise UserError(f"{flag}: {function}() called sys.exit({e.code!r})") from e
+    except Exception as e:  # the file is code, which can raise anything
+        text = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
+        line = f" (line {frames[-1].lineno} of {file})" if frames else ""
+        raise UserError(f"{flag}: {text}{line}") from e

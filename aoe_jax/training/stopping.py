@@ -1,0 +1,53 @@
+"""Requests to stop a training run: SIGTERM, sent before a machine is taken away, and Ctrl-C."""
+
+import os
+import signal
+import sys
+
+import jax
+from jax.experimental import multihost_utils
+
+from aoe_jax.errors import Interrupted, Preempted, Terminated
+
+
+class StopRequests:
+    """Notes the first SIGTERM or SIGINT, which the run reads between steps; a second one ends the
+    process at once, with the status of shells.
+
+    Once `jax.distributed` has started, JAX handles SIGTERM to any of the processes and stops all at
+    the same step; further SIGTERMs then do nothing.
+    """
+
+    def __init__(self):
+        """Handles signals from `listen` on."""
+        self._signal, self._questions = None, 0
+
+    def listen(self):
+        """Handles signals from now on; call it before `jax.distributed` starts."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._take)
+
+    def asked(self):
+        """Whether to stop now; all processes must ask at the same places of the program."""
+        if jax.distributed.is_initialized():
+            self._questions += 1
+            is_asked = multihost_utils.reached_preemption_sync_point(self._questions)
+            if is_asked and self._signal is None:
+                self._signal = signal.SIGTERM
+            return is_asked
+        return self._signal is not None
+
+    def end(self, message):
+        """The exception that ends the run."""
+        if self._signal == signal.SIGTERM:
+            return Preempted(f"preempted: {message}")
+        return Interrupted(f"interrupted: {message}")
+
+    def _take(self, number, frame):
+        if self._signal is not None:
+            status = Terminated.status if number == signal.SIGTERM else Interrupted.status
+            print("stopped at once by a second signal", file=sys.stderr, flush=True)
+            os._exit(status)
+        self._signal = number
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX takes it, and tells the others

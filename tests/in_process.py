@@ -1,0 +1,74 @@
+"""Runs a command in the process of the test."""
+
+import contextlib
+import importlib
+import io
+import logging
+import sys
+
+from absl import flags
+from absl import logging as absl_logging
+
+from aoe_jax import cli
+from aoe_jax.storage import retry
+from tests.runs import ROOT
+
+
+def execute(command):
+    """Runs a command line of Python, such as `["train.py", ...]`: `(status, stdout, stderr)`."""
+    program, *arguments = command
+    name = f"aoe_jax.{program.removesuffix('.py')}" if program != "-m" else arguments.pop(0)
+    if name == "aoe_jax.compare" or name == "aoe_jax":
+        name += ".__main__"
+    files = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
+    with (
+        _fresh(name) as module,
+        logging_restored(),
+        contextlib.redirect_stdout(files[0]),
+        contextlib.redirect_stderr(files[1]),
+        contextlib.chdir(ROOT),
+    ):
+        status, _ = cli.execute(module.main, [program, *arguments])
+    return status, *(file.buffer.getvalue().decode() for file in files)
+
+
+@contextlib.contextmanager
+def _fresh(name):
+    """The module of a command, with its flags; those of other commands are hidden meanwhile."""
+    known = {flag: flags.FLAGS[flag] for flag in flags.FLAGS}
+    overridable = {flag: held.allow_override for flag, held in known.items()}
+    for held in known.values():
+        held.allow_override = True
+    before = sys.modules.pop(name, None)
+    try:
+        yield importlib.import_module(name)
+    finally:
+        sys.modules.pop(name, None)
+        if before:
+            sys.modules[name] = before
+        for flag in list(flags.FLAGS):
+            if flags.FLAGS[flag] is not known.get(flag):
+                delattr(flags.FLAGS, flag)
+        for flag, held in known.items():
+            if flag not in flags.FLAGS:
+                flags.FLAGS[flag] = held
+            held.allow_override = overridable[flag]
+            held.unparse()
+
+
+@contextlib.contextmanager
+def logging_restored():
+    logger, seconds = logging.getLogger("aoe_jax"), retry.retry_seconds
+    before, verbosity = (
+        (logger.handlers[:], logger.level, logger.propagate),
+        absl_logging.get_verbosity(),
+    )
+    asynchronous = logging.getLogger("asyncio").level
+    try:
+        yield
+    finally:
+        logger.handlers[:], logger.level, logger.propagate = before
+        logger.setLevel(logger.level)
+        absl_logging.set_verbosity(verbosity)
+        logging.getLogger("asyncio").setLevel(asynchronous)
+        retry.retry_seconds = seconds
