@@ -19,13 +19,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.model.declared import state_shardings
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.sharding import (
-    batch_sharding,
-    make_mesh,
-    put_batch,
-    replicated,
-    with_shardings,
-)
+from aoe_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, with_shardings
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.step import init_state, make_train_step
 from configs import methods
@@ -33,14 +27,8 @@ from tests.arrays import assert_equal
 
 STEPS, BATCH, LENGTH = 4, 8, 16
 SMALL = {
-    "model": {
-        "n_layers": 2,
-        "n_heads": 2,
-        "d_model": 16,
-        "vocab_size": 64,
-        "max_len": 32,
-        "unroll": 1,
-    },
+    "model": {"n_layers": 2, "n_heads": 2, "d_model": 16, "vocab_size": 64}
+    | {"max_len": 32, "unroll": 1},
     "experts": {"n_experts": 4, "d_ffn": 16, "d_low": 4, "round_to": 2},
     "data": {"seq_len": LENGTH},
     "train": {"steps": STEPS, "batch_size": BATCH, "warmup": 1 / STEPS, "learning_rate": 1e-2},
@@ -48,12 +36,8 @@ SMALL = {
 # In small, and so that what changes after many steps changes here.
 SOONER = {
     "threshold": {"warmup_steps": 2, "decay": 0.5},
-    "dynmoe": {
-        "initial_experts": 2,
-        "period_steps": 3,
-        "idle_steps": 1,
-        "record_steps": 2,
-    },  # an update after step 3
+    # An update after step 3.
+    "dynmoe": {"initial_experts": 2, "period_steps": 3, "idle_steps": 1, "record_steps": 2},
     "routing_free": {"threshold": 1.5, "multiplier": 0.1, "rate": 0.5},
     "smear": {"segment": 4},
 }
@@ -113,7 +97,17 @@ class Run:
         return state, losses
 
 
-@pytest.fixture(scope="module", params=methods.VARIANTS)
+# The first tier has every method once, the other one also the variants on a router.
+ALONE = ("erc_router", "sigmoid_top_k_router")
+VARIANTS = [
+    pytest.param(name, marks=pytest.mark.slow if name.endswith("_router") else ())
+    if name not in ALONE
+    else name
+    for name in methods.VARIANTS
+]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
 def variant(request):
     """One after the other through all tests, so that programs of one at a time are kept."""
     yield request.param
@@ -164,6 +158,7 @@ def mesh_of(variant):
     return MESHES[list(methods.VARIANTS).index(variant) % 2]
 
 
+@pytest.mark.slow
 def test_the_same_on_a_mesh(ragged, variant):
     """A mesh gives the losses, parameters and state of one device."""
     _, first, (_, want), losses = alone(variant)
@@ -171,22 +166,17 @@ def test_the_same_on_a_mesh(ragged, variant):
     state, found = run.take(run.put(first), batches())
     assert np.isfinite(losses).all() and losses[-1] != losses[0]
     np.testing.assert_allclose(found, losses, rtol=2e-5)
-    for a, b in zip(
-        *(jax.tree.leaves(jax.device_get(s.routing_state)) for s in (state, want)), strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    for a, b in zip(
-        *(jax.tree.leaves(jax.device_get(s.params)) for s in (state, want)), strict=True
-    ):
-        # A gradient near 0 has either sign, and an update of full size.
-        np.testing.assert_allclose(a, b, atol=1e-2)
+    state, want = jax.device_get((state, want))
+    near = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(near, state.routing_state, want.routing_state)
+    # A gradient near 0 has either sign, and an update of full size.
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-2), state.params, want.params)
     # The moments of AdamW: its updates would hide a factor that is wrong.
-    for a, b in zip(
-        *(jax.tree.leaves(jax.device_get(s.opt_state)) for s in (state, want)), strict=True
-    ):
+    for a, b in zip(*map(jax.tree.leaves, (state.opt_state, want.opt_state)), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_resumed_bit_for_bit(ragged, tmp_path, variant):
     """What is saved half-way goes on to the very end that it would have come to; and it goes to the
     devices of a mesh.
@@ -208,22 +198,13 @@ def test_resumed_bit_for_bit(ragged, tmp_path, variant):
 
 # Their logits are those of evaluation; the others, and those that are not known yet, are tried both
 # ways.
-SAME_IN_TRAINING = {
-    *(
-        "top_k",
-        "top_p",
-        "expert_choice",
-        "erc",
-        "uoe",
-        "routing_free",
-        "switch",
-        "da_moe",
-        "whole_gate",
-    ),
-    *("z_loss", "sequence_balance", "loss_free", "sigmoid_top_k"),
-}
+SAME_IN_TRAINING = (
+    "top_k top_p expert_choice erc uoe routing_free switch da_moe whole_gate z_loss "
+    "sequence_balance loss_free sigmoid_top_k"
+)
 
 
+@pytest.mark.slow
 def test_no_token_depends_on_later_ones(ragged, variant):
     """Neither by value nor by gradient: every position has a token of its own, whose embedding is
     nowhere else.
@@ -245,7 +226,7 @@ def test_no_token_depends_on_later_ones(ragged, variant):
         return (logits[0, at] ** 2).sum(), logits
 
     for training in (
-        (False,) if variant.removesuffix("_router") in SAME_IN_TRAINING else (False, True)
+        (False,) if variant.removesuffix("_router") in SAME_IN_TRAINING.split() else (False, True)
     ):
         step = jax.jit(jax.grad(partial(of_one_token, training), has_aux=True))
         by_token, before = step(drawn, tokens)

@@ -10,13 +10,7 @@ from jax.sharding import PartitionSpec
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
-from aoe_jax.sharding import (
-    batch_sharding,
-    fill_mesh,
-    make_mesh,
-    put_batch,
-    spec_of,
-)
+from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch, spec_of
 from aoe_jax.storage.config_files import default_config
 
 

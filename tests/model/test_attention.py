@@ -11,11 +11,7 @@ import pytest
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.errors import UserError
 from aoe_jax.model.attention import backend_for, causal_attention
-from aoe_jax.model.attention.blocks import (
-    KEPT_ATTENTION,
-    MAX_BLOCKS,
-    MIN_BLOCK,
-)
+from aoe_jax.model.attention.blocks import KEPT_ATTENTION, MAX_BLOCKS, MIN_BLOCK
 from aoe_jax.model.attention.cudnn import check as check_cudnn
 from aoe_jax.model.attention.cudnn import cudnn_attention, is_cudnn_forward
 from aoe_jax.model.attention.multi_head import (

@@ -70,11 +70,7 @@ def test_bias_moves_against_the_load():
 
 @pytest.mark.parametrize(
     "select",
-    [
-        lambda s, w: top_k(s, 2),
-        lambda s, w: top_p(s, 0.6),
-        lambda s, w: expert_choice(s, 2.5, w),
-    ],
+    [lambda s, w: top_k(s, 2), lambda s, w: top_p(s, 0.6), lambda s, w: expert_choice(s, 2.5, w)],
 )
 def test_padding_counts_in_nothing(select):
     scores = jax.random.normal(jax.random.key(0), (20, 6))

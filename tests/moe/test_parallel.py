@@ -309,8 +309,7 @@ def test_tokens_of_the_whole_batch_and_back():
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(
-    ("shape", "transport"),
-    [((1, 8, 1, 1), "ring"), (THREE, "ring"), ((1, 2, 4, 1), "all_to_all")],
+    ("shape", "transport"), [((1, 8, 1, 1), "ring"), (THREE, "ring"), ((1, 2, 4, 1), "all_to_all")]
 )
 def test_bfloat16(x64, shape, transport):
     """Gradients within 3% of the largest of one device's; weights' are summed over devices in

@@ -49,12 +49,7 @@ def test_tiles_compute_little_more_than_is_useful(n_experts):
 
 
 EVERY_SHAPE = list(
-    zip(
-        expert_shapes(),
-        cycle(TPUS),
-        cycle(["float32", "bfloat16"]),
-        cycle([32768, 131072, 96]),
-    )
+    zip(expert_shapes(), cycle(TPUS), cycle(["float32", "bfloat16"]), cycle([32768, 131072, 96]))
 )
 
 
