@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, Mesh
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax.sharding import MESH_AXES
 
@@ -14,18 +15,23 @@ def mesh_of(*sizes):
     return Mesh(np.reshape(jax.devices(), sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
+def normal(seed, shape, dtype=float):
+    """Normally distributed numbers; float is the widest type that JAX has enabled."""
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
 def assert_close(got, want, tolerance):
     """Compares two trees, with a tolerance relative to the largest entry of each array or 1."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         b = np.asarray(b, float)
         atol = tolerance * max(1.0, float(np.abs(b).max(initial=0)))
-        np.testing.assert_allclose(np.asarray(a, float), b, rtol=0, atol=atol)
+        assert_allclose(np.asarray(a, float), b, rtol=0, atol=atol)
 
 
 def assert_equal(got, want):
     """Compares two trees bit for bit."""
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    jax.tree.map(assert_array_equal, got, want)
 
 
 def assert_finite(tree):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
@@ -23,7 +24,7 @@ from aoe_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, w
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.step import init_state, make_train_step
 from configs import methods
-from tests.arrays import assert_equal
+from tests.arrays import assert_equal, normal
 
 STEPS, BATCH, LENGTH = 4, 8, 16
 SMALL = {
@@ -145,7 +146,7 @@ def test_losses_are_those_that_were_recorded(ragged, variant):
         lines = (f' "{name}": {json.dumps(v)}' for name, v in (goldens | {variant: losses}).items())
         GOLDENS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         return
-    np.testing.assert_allclose(losses, goldens[variant], rtol=1e-5)
+    assert_allclose(losses, goldens[variant], rtol=1e-5)
 
 
 MESHES = (
@@ -165,15 +166,15 @@ def test_the_same_on_a_mesh(ragged, variant):
     run = on_a_mesh(variant)
     state, found = run.take(run.put(first), batches())
     assert np.isfinite(losses).all() and losses[-1] != losses[0]
-    np.testing.assert_allclose(found, losses, rtol=2e-5)
+    assert_allclose(found, losses, rtol=2e-5)
     state, want = jax.device_get((state, want))
-    near = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    near = partial(assert_allclose, rtol=1e-4, atol=1e-5)
     jax.tree.map(near, state.routing_state, want.routing_state)
     # A gradient near 0 has either sign, and an update of full size.
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-2), state.params, want.params)
+    jax.tree.map(partial(assert_allclose, atol=1e-2), state.params, want.params)
     # The moments of AdamW: its updates would hide a factor that is wrong.
     for a, b in zip(*map(jax.tree.leaves, (state.opt_state, want.opt_state)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.abs(b).max())
+        assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.abs(b).max())
 
 
 @pytest.mark.slow
@@ -215,7 +216,7 @@ def test_no_token_depends_on_later_ones(ragged, variant):
     config = configuration(variant, tied=False)
     trained = alone(variant)[2][1]
     tokens, at = jnp.arange(2 * LENGTH).reshape(2, LENGTH), LENGTH // 2
-    drawn, output = jax.random.normal(jax.random.key(0), (2, 64, 16))
+    drawn, output = normal(0, (2, 64, 16))
     params = trained.params | {"output": {"embedding": output}}
 
     def of_one_token(training, table, tokens):

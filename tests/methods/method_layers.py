@@ -11,7 +11,7 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.methods import find_method
 from aoe_jax.moe import reference
-from tests.arrays import assert_close
+from tests.arrays import assert_close, normal
 from tests.moe.drawn import parameters_of
 
 TOKENS, D, EXPERTS = 29, 12, 5
@@ -36,7 +36,7 @@ def make(kind, name, training=True, dtype=jnp.float64, recompute=False, **settin
         remat="experts" if recompute else "none",
         training=training,
     )
-    x = jax.random.normal(jax.random.key(0), (TOKENS, D), dtype)
+    x = normal(0, (TOKENS, D), dtype)
     noise = 0.05 * np.random.default_rng(2).standard_normal(EXPERTS)
     params = jax.tree.map(
         lambda a: (a + noise).astype(dtype) if a.ndim == 1 else a, parameters_of(layer, x)

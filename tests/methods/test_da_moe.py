@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax import AoELayer, Decoder
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.methods.da_moe import DAMoE, best, concentration, experts_of, head_importance
 from aoe_jax.model.attention.multi_head import Attention, rotary, rotary_tables
-from tests.arrays import mesh_of
+from tests.arrays import mesh_of, normal
 from tests.config.refused import check_refused
 from tests.methods.method_layers import small_config
 
@@ -20,26 +21,26 @@ CAUSAL = jnp.tril(jnp.ones((6, 6), bool))
 
 def test_paying_all_tokens_alike_is_one_expert_at_every_position():
     n = jnp.arange(1, 2000)
-    np.testing.assert_array_equal(experts_of(concentration(1 / n, n), K_MAX), 1)
+    assert_array_equal(experts_of(concentration(1 / n, n), K_MAX), 1)
 
 
 def test_paying_one_token_alone_is_every_expert():
     n = jnp.arange(2, 2000)
-    np.testing.assert_array_equal(experts_of(concentration(jnp.ones(1998), n), K_MAX), K_MAX)
-    np.testing.assert_array_equal(concentration(jnp.ones(1), 1), 0)  # it sees itself only
+    assert_array_equal(experts_of(concentration(jnp.ones(1998), n), K_MAX), K_MAX)
+    assert_array_equal(concentration(jnp.ones(1), 1), 0)  # it sees itself only
 
 
 def test_more_attention_to_one_token_is_more_experts():
     found = experts_of(concentration(jnp.linspace(0.1, 1, 91), 10), K_MAX)
     assert (np.diff(found) >= 0).all() and set(found.tolist()) == {1, 2, 3, 4}
-    np.testing.assert_array_equal(
+    assert_array_equal(
         experts_of(jnp.array([0.0, 0.25, 0.2501, 0.5, 0.75, 0.7501, 1]), 4), [1, 1, 2, 2, 3, 4, 4]
     )
 
 
 def test_attention_paid_is_causal():
     """The last query affects earlier tokens neither by value nor by gradient."""
-    logits = jax.random.normal(jax.random.key(0), (1, 2, 6, 6))
+    logits = normal(0, (1, 2, 6, 6))
 
     def importance(last):
         scores = jnp.where(CAUSAL, logits.at[:, :, 5].set(last), -jnp.inf)
@@ -48,24 +49,22 @@ def test_attention_paid_is_causal():
 
     last = logits[:, :, 5]
     moved, stayed = importance(last + jnp.arange(6)), importance(last)
-    np.testing.assert_array_equal(moved[:5], stayed[:5])
+    assert_array_equal(moved[:5], stayed[:5])
     assert moved[5] != stayed[5]
     slopes = jax.jacobian(importance)(last)
     assert not slopes[:5].any() and jnp.abs(slopes[5]).max() > 1e-4
 
 
 def test_weights_are_the_softmax_over_the_count_best_scores():
-    scores = jax.random.normal(jax.random.key(0), (40, 6))
+    scores = normal(0, (40, 6))
     count = np.arange(40) % 3 + 1
     found = best(scores, count, 3)
     expert, weight = (np.asarray(a).reshape(40, 3) for a in (found.expert, found.weight))
     for row, n, experts, weights in zip(np.asarray(scores), count, expert, weight, strict=True):
         order = np.argsort(-row)[:n]
-        np.testing.assert_array_equal(experts, [*order, *[6] * (3 - n)])
-        np.testing.assert_allclose(
-            weights[:n], np.exp(row[order]) / np.exp(row[order]).sum(), rtol=1e-5
-        )
-        np.testing.assert_array_equal(weights[n:], 0)
+        assert_array_equal(experts, [*order, *[6] * (3 - n)])
+        assert_allclose(weights[:n], np.exp(row[order]) / np.exp(row[order]).sum(), rtol=1e-5)
+        assert_array_equal(weights[n:], 0)
     gradient = jax.grad(lambda s: (best(s, count, 3).weight ** 2).sum())(scores)
     assert np.isfinite(gradient).all() and gradient.any()
 
@@ -74,7 +73,7 @@ def attention(masked):
     """`(layer, parameters, x [4, 16, d], documents)` of attention that captures the importance."""
     config = ModelConfig(n_heads=4, n_kv_heads=2, d_model=16, dtype="float32")
     layer = Attention(config, head_importance)
-    x = 3 * jax.random.normal(jax.random.key(0), (4, 16, 16))
+    x = 3 * normal(0, (4, 16, 16))
     documents = jnp.arange(16)[None].repeat(4, 0) // 5 if masked else None
     return layer, layer.init(jax.random.key(1), x), x, documents
 
@@ -97,14 +96,14 @@ def test_importance_by_each_head(masked):
     scores = np.einsum("bhqi,bhki->bhqk", np.float64(q), np.float64(k)) / 2
     p, n = jax.nn.softmax(np.where(visible, scores, -np.inf)), visible.sum(axis=-1)
     want = np.where(n > 1, (n * p.max(axis=-1) - 1) / np.maximum(n - 1, 1), 0).swapaxes(1, 2)
-    np.testing.assert_allclose(found, want, atol=1e-5)
+    assert_allclose(found, want, atol=1e-5)
     assert (found[:, 0] == 0).all() and 0.05 < float(found[:, 1:].mean()) < 0.95
     assert not jax.grad(lambda x: layer.apply(params, x, documents)[1].sum())(x).any()
     mesh = mesh_of(1, 2, 2, 2)
     with jax.set_mesh(mesh):
         of_mesh = jax.jit(layer.apply)(params, x, documents)
-    np.testing.assert_allclose(of_mesh[0], y, atol=1e-5)
-    np.testing.assert_allclose(of_mesh[1], found, atol=1e-5)
+    assert_allclose(of_mesh[0], y, atol=1e-5)
+    assert_allclose(of_mesh[1], found, atol=1e-5)
 
 
 def test_importance_with_a_cache():
@@ -115,7 +114,7 @@ def test_importance_with_a_cache():
     cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 7), (0, 0))), cache)
     *rest, _ = layer.apply(params, x[:, 12:], cache, jnp.full(4, 12), method="extend")
     for a, b, c in zip(first, rest, want, strict=True):
-        np.testing.assert_allclose(jnp.concatenate([a, b], axis=1), c, atol=1e-5)
+        assert_allclose(jnp.concatenate([a, b], axis=1), c, atol=1e-5)
 
 
 def decoder_of(kind, name, top_k):
@@ -130,8 +129,8 @@ def test_one_slot_is_top_1(ragged, kind):
     decoders = [decoder_of(kind, name, top_k=1) for name in ("da_moe", "top_k")]
     params = jax.jit(decoders[0].init)(jax.random.key(0), tokens)
     found, want = (jax.jit(decoder.apply)(params, tokens) for decoder in decoders)
-    np.testing.assert_allclose(found[0], want[0], atol=1e-5)
-    np.testing.assert_array_equal(found[1].load, want[1].load)
+    assert_allclose(found[0], want[0], atol=1e-5)
+    assert_array_equal(found[1].load, want[1].load)
 
 
 def test_tokens_of_a_decoder_have_different_numbers_of_experts(ragged):

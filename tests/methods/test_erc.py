@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax import RouterLayer
 from aoe_jax.config.experts import ExpertsConfig
@@ -78,7 +79,7 @@ def test_the_sum_over_pairs_is_the_mean_over_all_entries():
     own = alpha * np.diagonal(norms)
     entries = np.maximum(norms - own[:, None], 0) + np.maximum(norms.T - own[:, None], 0)
     np.fill_diagonal(entries, 0)
-    np.testing.assert_allclose(loss_of_norms(norms, alpha), entries.mean(), rtol=1e-12)
+    assert_allclose(loss_of_norms(norms, alpha), entries.mean(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -89,7 +90,7 @@ def test_zero_where_each_row_excites_its_own_expert_alone(alpha):
     u = normal(5, WIDTH)
     rows = orthonormal()
     norms = jnp.linalg.norm(jnp.einsum("id,jdf->ijf", rows, rows[:, :, None] * u), axis=-1)
-    np.testing.assert_allclose(loss_of_norms(norms, alpha), 0, atol=1e-12)
+    assert_allclose(loss_of_norms(norms, alpha), 0, atol=1e-12)
     rows = jnp.eye(D)[jnp.array([3, 0, 7, 5, 1, 2])] * 1.7
     w_gate = rows[:, :, None] * u
     value, gradients = jax.value_and_grad(loss_of, (0, 1))(rows, w_gate, alpha, KEY)
@@ -99,14 +100,14 @@ def test_zero_where_each_row_excites_its_own_expert_alone(alpha):
 
 def test_homogeneous_in_the_rows():
     rows, w_gate = normal(1, N, D), normal(2, N, D, WIDTH)
-    np.testing.assert_allclose(
+    assert_allclose(
         loss_of(2.5 * rows, w_gate, 1.0, KEY), 2.5 * loss_of(rows, w_gate, 1.0, KEY), rtol=1e-12
     )
 
 
 def test_noise():
     """eps is sqrt(2) / 2 for orthonormal rows; with every draw a row stays nearest to itself."""
-    np.testing.assert_allclose(noise_bounds(orthonormal()), np.full(N, np.sqrt(0.5)), rtol=1e-12)
+    assert_allclose(noise_bounds(orthonormal()), np.full(N, np.sqrt(0.5)), rtol=1e-12)
     rows = normal(6, N, D) * jnp.arange(1.0, N + 1)[:, None]
     noisy = jax.vmap(partial(with_noise, rows))(jax.random.split(KEY, 200))
     apart = jnp.linalg.norm(noisy[:, :, None] - rows, axis=-1)
@@ -162,11 +163,11 @@ def test_the_loss_depends_on_parameters_and_noise_only(ragged):
     assert same_loss == loss and jnp.abs(other - y).max() > 1e-3
     again, other_loss = apply(layer, jax.random.key(4))
     assert other_loss != loss
-    np.testing.assert_array_equal(again, y)
+    assert_array_equal(again, y)
     for plain in (layer.clone(training=False), layer.clone(routing=TopK())):
         used, no_loss = apply(plain, KEY)
         assert no_loss is None
-        np.testing.assert_array_equal(used, y)
+        assert_array_equal(used, y)
 
 
 def test_with_loss_free_balancing(ragged):
@@ -209,9 +210,9 @@ def test_it_is_added_to_the_loss_of_training(ragged):
         run = jax.jit(partial(training_loss, config))
         loss, metrics = run(state.params, {}, batch, KEY)
         added = 0.01 * metrics["aux_loss"] + 0.5 * metrics["coupling_loss"]
-        np.testing.assert_allclose(loss, metrics["nll"] + added, rtol=1e-6)
+        assert_allclose(loss, metrics["nll"] + added, rtol=1e-6)
         first, second = of_layers = metrics["stats"].records["coupling_loss"]
-        np.testing.assert_allclose(metrics["coupling_loss"], of_layers.mean(), rtol=1e-6)
+        assert_allclose(metrics["coupling_loss"], of_layers.mean(), rtol=1e-6)
         assert first > 0 and first != second
         _, redrawn = run(state.params, {}, batch, jax.random.key(5))
         assert redrawn["coupling_loss"] != metrics["coupling_loss"]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax import RouterLayer
 from aoe_jax.config.balance import BalanceConfig
@@ -15,7 +16,7 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.methods.sigmoid_top_k import SigmoidTopK, in_best_groups, sigmoid_top_k_weights
 from aoe_jax.moe.balance import balance_loss
-from tests.arrays import assert_close, mesh_of
+from tests.arrays import assert_close, mesh_of, normal
 from tests.config.refused import check_refused
 from tests.methods.method_layers import by_loops
 from tests.moe.drawn import parameters_of
@@ -40,7 +41,7 @@ def make(routing, balance=None):
         dtype=jnp.float64,
         training=True,
     )
-    x = jax.random.normal(jax.random.key(0), (B, S, D), jnp.float64)
+    x = normal(0, (B, S, D), jnp.float64)
     return layer, parameters_of(layer, x), x, jnp.linspace(-0.4, 0.4, N)
 
 
@@ -84,9 +85,9 @@ def test_values_and_gradients_by_loops_here_and_on_a_mesh(settings):
 def test_groups_rank_by_the_sum_of_their_two_best():
     ranked = jnp.array([[0.9, 0.1, 0.5, 0.6], [0.2, 0.3, 0.4, 0.0]])
     kept = jnp.isfinite(in_best_groups(ranked, 2, 1))
-    np.testing.assert_array_equal(kept, [[False, False, True, True], [True, True, False, False]])
+    assert_array_equal(kept, [[False, False, True, True], [True, True, False, False]])
     three = jnp.array([[0.5, 0.5, 0.0, 0.4, 0.4, 0.4]])
-    np.testing.assert_array_equal(jnp.isfinite(in_best_groups(three, 2, 1))[0, :3], True)
+    assert_array_equal(jnp.isfinite(in_best_groups(three, 2, 1))[0, :3], True)
 
 
 def test_aux_loss_is_of_the_normalised_scores():
@@ -103,7 +104,7 @@ def test_aux_loss_is_of_the_normalised_scores():
         chosen = weights_by_loops(layer.routing, logits[b], bias) > 0
         share = (scores[b] / scores[b].sum(axis=1, keepdims=True)).mean(axis=0)
         losses.append(N / K * (chosen.mean(axis=0) * share).sum())
-    np.testing.assert_allclose(stats.sequence_loss, K * np.mean(losses), rtol=1e-10)
+    assert_allclose(stats.sequence_loss, K * np.mean(losses), rtol=1e-10)
     assert balance_loss(stats.load, stats.mean_probability) != stats.sequence_loss
 
 
@@ -117,7 +118,7 @@ def test_the_bias_moves_by_the_rate_or_stays(rate, moved):
     )
     state, changed = layer.routing.update(config, {"selection_bias": bias[None]}, stacked, {})
     want = bias + moved * np.sign(stats.load.mean() - stats.load)
-    np.testing.assert_allclose(state["selection_bias"][0], want, rtol=1e-12)
+    assert_allclose(state["selection_bias"][0], want, rtol=1e-12)
     assert changed == {}
 
 

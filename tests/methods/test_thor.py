@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax import ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
@@ -21,6 +22,7 @@ from aoe_jax.model import loss
 from aoe_jax.moe.layer import parameters_of
 from aoe_jax.training.step import init_state, training_loss
 from configs import methods
+from tests.arrays import normal
 from tests.methods.method_layers import by_loops
 from tests.model.test_loss import inputs, plain
 
@@ -91,7 +93,7 @@ def test_in_training_one_expert_takes_the_batch_and_learns(form):
         (expert,) = set(experts_of(y, outputs).ravel())
         for g in gradient.values():
             has_gradient = np.abs(g).sum(axis=(1, 2)) > 0
-            np.testing.assert_array_equal(has_gradient, np.arange(EXPERTS) == expert)
+            assert_array_equal(has_gradient, np.arange(EXPERTS) == expert)
         seen.add(expert)
     assert len(seen) > 1
 
@@ -111,10 +113,10 @@ def test_draws_at_inference_depend_on_layer_and_position(ragged, form):
     for number in range(3):
         y = apply(x, number, None)
         in_all = np.broadcast_to(want[number], (SEQUENCES, TOKENS))
-        np.testing.assert_array_equal(experts_of(y, outputs), in_all)
+        assert_array_equal(experts_of(y, outputs), in_all)
     assert len({tuple(np.asarray(w)) for w in want}) == 3
     later = jnp.broadcast_to(jnp.arange(5, 12), (SEQUENCES, 7))
-    np.testing.assert_allclose(apply(x[:, 5:], 2, later), y[:, 5:], atol=1e-6)
+    assert_allclose(apply(x[:, 5:], 2, later), y[:, 5:], atol=1e-6)
 
 
 def test_sequences_at_inference_draw_one_expert_per_layer():
@@ -133,8 +135,8 @@ def test_sequences_at_inference_draw_one_expert_per_layer():
 def test_statistics_are_of_the_draw():
     layer, params, x = make(training=True)
     stats = jax.jit(layer.apply)({"params": params}, x, rngs={"experts": jax.random.key(0)})[1]
-    np.testing.assert_allclose(stats.load, 1 / EXPERTS)
-    np.testing.assert_allclose(stats.confidence_entropy, np.log(EXPERTS), rtol=1e-6)
+    assert_allclose(stats.load, 1 / EXPERTS)
+    assert_allclose(stats.confidence_entropy, np.log(EXPERTS), rtol=1e-6)
 
 
 def test_bfloat16():
@@ -143,7 +145,7 @@ def test_bfloat16():
     both = layer, layer.clone(dtype=jnp.float32)
     y, exact = (jax.jit(made.apply)({"params": params}, x, rngs=rngs)[0] for made in both)
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(y, float), exact, atol=0.05 * float(jnp.abs(exact).max()))
+    assert_allclose(np.asarray(y, float), exact, atol=0.05 * float(jnp.abs(exact).max()))
 
 
 class Step:
@@ -184,8 +186,8 @@ def step():
 def test_a_single_expert_has_no_divergence():
     step = Step(n_experts=1)
     loss, metrics, _ = step(step.params)
-    np.testing.assert_allclose(metrics["divergence"], 0, atol=1e-6)
-    np.testing.assert_allclose(loss, 2 * metrics["nll"], rtol=1e-6)
+    assert_allclose(metrics["divergence"], 0, atol=1e-6)
+    assert_allclose(loss, 2 * metrics["nll"], rtol=1e-6)
 
 
 def test_equal_experts_agree(step):
@@ -195,8 +197,8 @@ def test_equal_experts_agree(step):
     }
     params = step.params | {"layers": step.params["layers"] | {"experts": experts}}
     loss, metrics, _ = step(params)
-    np.testing.assert_allclose(metrics["divergence"], 0, atol=1e-6)
-    np.testing.assert_allclose(loss, 2 * metrics["nll"], rtol=1e-6)
+    assert_allclose(metrics["divergence"], 0, atol=1e-6)
+    assert_allclose(loss, 2 * metrics["nll"], rtol=1e-6)
 
 
 def test_the_loss_of_a_step(step):
@@ -208,10 +210,10 @@ def test_the_loss_of_a_step(step):
     for key in range(8, 16):
         loss, metrics, gradient = step(sharper, key)
         assert metrics["divergence"] >= 0
-        np.testing.assert_allclose(loss, 2 * metrics["nll"] + 5 * metrics["divergence"], rtol=1e-5)
+        assert_allclose(loss, 2 * metrics["nll"] + 5 * metrics["divergence"], rtol=1e-5)
         learnt = np.abs(gradient["layers"]["experts"]["w_down"]).sum(axis=(2, 3)) > 0
         for w in gradient["layers"]["experts"].values():
-            np.testing.assert_array_equal(np.abs(w).sum(axis=(2, 3)) > 0, learnt)
+            assert_array_equal(np.abs(w).sum(axis=(2, 3)) > 0, learnt)
         assert set(learnt.sum(axis=1)) <= {1, 2}
         assert metrics["divergence"] > 1e-4 or learnt.sum() == 2
         drawn.append(learnt)
@@ -224,12 +226,12 @@ def test_padding_does_not_count(step):
     step.batch["targets"] = step.batch["targets"].copy()
     step.batch["targets"][0, 5:] = 7
     again = jax.jit(step._loss)(step.params, jax.random.key(0))[0]
-    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    assert_allclose(again, loss, rtol=1e-6)
 
 
 def two_inputs(n_tokens, dtype="float32"):
     hidden, *rest = inputs(n_tokens, dtype)
-    return (hidden, hidden + jax.random.normal(jax.random.key(7), hidden.shape, dtype)), *rest
+    return (hidden, hidden + normal(7, hidden.shape, dtype)), *rest
 
 
 def plain_passes(consistency, hidden, table, targets, weights):
@@ -260,8 +262,8 @@ def test_two_passes(n_tokens, monkeypatch):
     for scale in (1.0, -2.5):
         results = (jax.tree.leaves(function(hidden, table, scale)) for function in (got, want))
         for a, b in zip(*results, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(
+            assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert_allclose(
         jax.jit(consistent_cross_entropy, static_argnums=0)(5.0, hidden, table, *rest),
         plain_passes(5.0, hidden, table, *rest),
         rtol=1e-5,
@@ -281,8 +283,8 @@ def test_two_passes_in_bfloat16():
         value(plain_passes),
     )
     assert (got.dtype, d_hidden[1].dtype, d_table.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
-    np.testing.assert_allclose(got, want, rtol=2e-2)
-    np.testing.assert_allclose(d_table, wanted, atol=0.05 * float(jnp.abs(wanted).max()))
+    assert_allclose(got, want, rtol=2e-2)
+    assert_allclose(d_table, wanted, atol=0.05 * float(jnp.abs(wanted).max()))
 
 
 def test_logits_of_two_passes_are_never_whole():
@@ -310,12 +312,12 @@ def test_divergence():
     def divergence(first, second):
         return consistent_cross_entropy(5.0, (first[None], second[None]), table, *rest)[2]
 
-    first, second = jax.random.normal(jax.random.key(1), (2, 50, 8))
+    first, second = normal(1, (2, 50, 8))
     found = jax.vmap(divergence)(first, second)
     log_p, log_q = (jax.nn.log_softmax(a @ table.T) for a in (first, second))
     kl = [(jnp.exp(a) * (a - b)).sum(axis=1) for a, b in ((log_p, log_q), (log_q, log_p))]
-    np.testing.assert_allclose(found, (kl[0] + kl[1]) / 2, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found, jax.vmap(divergence)(second, first), rtol=1e-5)
+    assert_allclose(found, (kl[0] + kl[1]) / 2, rtol=1e-4, atol=1e-5)
+    assert_allclose(found, jax.vmap(divergence)(second, first), rtol=1e-5)
     assert (found > 0).all() and not jax.vmap(divergence)(first, first).any()
     hidden, *others = inputs(64)
     alone = jax.jit(jax.grad(lambda h: loss.cross_entropy(h, *others)))(hidden)
@@ -323,4 +325,4 @@ def test_divergence():
         (hidden, hidden)
     )
     for gradient in both:
-        np.testing.assert_allclose(gradient, alone, rtol=1e-5, atol=1e-6)
+        assert_allclose(gradient, alone, rtol=1e-5, atol=1e-6)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from aoe_jax import DenseLayer, ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
@@ -18,7 +19,7 @@ from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.planning.counts import forward_flops_per_token, parameter_counts
 from aoe_jax.planning.hardware import topology_devices
 from aoe_jax.planning.plan import plan
-from tests.arrays import assert_close, assert_finite
+from tests.arrays import assert_close, assert_finite, normal
 from tests.config.refused import check_refused
 from tests.methods.method_layers import small_config
 from tests.moe.drawn import parameters_of
@@ -39,7 +40,7 @@ def make(
         remat="experts" if recompute else "none",
         transport=transport,
     )
-    x = jax.random.normal(jax.random.key(0), (*n_tokens, D), dtype)
+    x = normal(0, (*n_tokens, D), dtype)
     return layer, parameters_of(layer, x), x
 
 
@@ -73,7 +74,7 @@ def by_layer(layer, params, x):
 
 
 def values_and_gradients(function, params, x):
-    cotangent = jax.random.normal(jax.random.key(9), x.shape, x.dtype)
+    cotangent = normal(9, x.shape, x.dtype)
 
     @jax.jit
     def run(params, x):
@@ -101,16 +102,16 @@ def test_a_selection_bias_changes_the_choice_and_not_the_weights(x64, ragged):
     bias = jnp.array([0.0, -50, 0, 50, 0, 0, 0, 0])
     y, stats = jax.jit(layer.apply)({"params": params}, x, routing_state={"selection_bias": bias})
     assert float(stats.load[3]) == 1 and float(stats.load[1]) == 0
-    np.testing.assert_allclose(y, by_loops(layer, params, x, bias)[0], atol=1e-10)
+    assert_allclose(y, by_loops(layer, params, x, bias)[0], atol=1e-10)
 
 
 def test_if_all_neurons_are_routing_neurons_it_is_the_sum_of_all_experts(x64):
     layer, params, _ = make()
     w = {name: jnp.concatenate([w, p], axis) for name, w, p, axis in parts(params)}
-    x = jax.random.normal(jax.random.key(2), (5, D), float)
+    x = normal(2, (5, D), float)
     _, y = routing_neurons(layer, Devices(), x, {f"{name}_route": w[name] for name in w})
     want = reference.router_experts(x, jnp.ones((5, N)), w["w_gate"], w["w_up"], w["w_down"])
-    np.testing.assert_allclose(y, want, atol=1e-10)
+    assert_allclose(y, want, atol=1e-10)
 
 
 def parts(params):
@@ -125,7 +126,7 @@ def test_one_expert_is_the_dense_layer_of_all_its_neurons(x64, ragged):
     whole = {name: jnp.concatenate([w, p], axis)[0] for name, w, p, axis in parts(params)}
     dense = DenseLayer(ExpertsConfig(kind="dense", d_ffn=WIDTH), dtype=jnp.float64)
     got = jax.jit(layer.apply)({"params": params}, x)[0]
-    np.testing.assert_allclose(got, dense.apply({"params": whole}, x)[0], atol=1e-12)
+    assert_allclose(got, dense.apply({"params": whole}, x)[0], atol=1e-12)
 
 
 def test_with_zeros_for_the_rest_the_virtual_shared_expert_is_left(x64, ragged):
@@ -135,8 +136,8 @@ def test_with_zeros_for_the_rest_the_virtual_shared_expert_is_left(x64, ragged):
     silent = params | {"w_down": jnp.zeros_like(params["w_down"])}
     y, stats = jax.jit(layer.apply)({"params": silent}, x)
     scores, shared = routing_neurons(layer, Devices(), x.reshape(-1, D), routing)
-    np.testing.assert_allclose(y, shared.reshape(x.shape), atol=1e-12)
-    np.testing.assert_allclose(stats.mean_score, scores.mean(axis=0), atol=1e-12)
+    assert_allclose(y, shared.reshape(x.shape), atol=1e-12)
+    assert_allclose(stats.mean_score, scores.mean(axis=0), atol=1e-12)
 
 
 def test_which_neurons_have_a_gradient(x64, ragged):
@@ -166,7 +167,7 @@ def test_few_tokens_go_row_by_row(x64):
     """Fewer rows than experts take the backend of decoding, and another product for the scores."""
     layer, params, x = make((40,))
     apply = jax.jit(lambda x: layer.apply({"params": params}, x)[0])
-    np.testing.assert_allclose(apply(x[:3]), apply(x)[:3], atol=1e-10)
+    assert_allclose(apply(x[:3]), apply(x)[:3], atol=1e-10)
 
 
 def test_drawn_like_whole_matrices():

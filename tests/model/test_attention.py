@@ -5,8 +5,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.errors import UserError
@@ -23,7 +23,7 @@ from aoe_jax.model.attention.multi_head import (
 )
 from aoe_jax.model.attention.reference import reference_attention
 from aoe_jax.model.attention.splash import LANES, LONG, MAX_BLOCK, block_size
-from tests.arrays import mesh_of
+from tests.arrays import mesh_of, normal
 from tests.runs import finish, start
 
 
@@ -58,7 +58,7 @@ def test_the_reference_computes_what_jax_does():
 
     want = value_and_gradients(library, args, cotangent, documents)
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.smoke
@@ -70,7 +70,7 @@ def test_blocks_compute_what_the_reference_does(x64, length, masked):
     got = value_and_gradients(blocks, args, cotangent, documents)
     want = value_and_gradients(reference_attention, args, cotangent, documents)
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-12)
+        assert_allclose(a, b, atol=1e-12)
 
 
 @pytest.mark.smoke
@@ -85,7 +85,7 @@ def test_splash_computes_what_the_reference_does(length, n_heads, n_kv, masked, 
     got = value_and_gradients(splash, args, cotangent, documents)
     want = value_and_gradients(reference_attention, args, cotangent, documents)
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert_allclose(a, b, atol=1e-5)
 
 
 def test_splash_blocks_divide_every_length():
@@ -102,7 +102,7 @@ def test_bfloat16():
     want = value_and_gradients(reference_attention, exact, cotangent.astype(jnp.float32), documents)
     for a, b in zip(got, want, strict=True):
         assert a.dtype == jnp.bfloat16
-        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.03 * float(jnp.abs(b).max()))
+        assert_allclose(a.astype(jnp.float32), b, atol=0.03 * float(jnp.abs(b).max()))
 
 
 def test_no_probabilities_are_kept():
@@ -125,20 +125,20 @@ def test_attention_to_a_cache():
     position = jnp.arange(15, 20)
     visible = jnp.broadcast_to(jnp.arange(27) <= position[:, None], (2, 5, 27))
     y = attend_to_cache(q[:, :, 15:], jnp.pad(k, free), jnp.pad(v, free), visible)
-    np.testing.assert_allclose(y, blocks(q, k, v)[:, :, 15:], atol=1e-5)
+    assert_allclose(y, blocks(q, k, v)[:, :, 15:], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rotary_by_a_product(dtype):
     """As TPUs compute it; with the same gradient."""
-    x, g = jax.random.normal(jax.random.key(0), (2, 2, 3, 20, 8), dtype)
+    x, g = normal(0, (2, 2, 3, 20, 8), dtype)
     tables = [jnp.asarray(a, jnp.float32) for a in rotary_tables(20, ModelConfig(d_model=32))]
     want, want_back = jax.vjp(lambda x: rotary(x, *tables), x)
     got, got_back = jax.vjp(lambda x: rotary_by_product(x, *tables), x)
     atol = 1e-6 if dtype == "float32" else 0.03
-    np.testing.assert_allclose(got.astype("float32"), want.astype("float32"), atol=atol)
+    assert_allclose(got.astype("float32"), want.astype("float32"), atol=atol)
     (got_g,), (want_g,) = got_back(g), want_back(g)
-    np.testing.assert_allclose(got_g.astype("float32"), want_g.astype("float32"), atol=atol)
+    assert_allclose(got_g.astype("float32"), want_g.astype("float32"), atol=atol)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1)])

@@ -2,8 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from aoe_jax.model import loss
 
@@ -39,17 +39,17 @@ def test_values_and_gradients(n_tokens, monkeypatch):
     for scale in (1.0, -2.5):
         results = (jax.tree.leaves(function(*args[:2], scale)) for function in (got, want))
         for a, b in zip(*results, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(jax.jit(loss.cross_entropy)(*args), plain(*args), rtol=1e-5)
+            assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert_allclose(jax.jit(loss.cross_entropy)(*args), plain(*args), rtol=1e-5)
 
 
 def test_bfloat16_hidden_float32_loss():
     args = inputs(64, "bfloat16")
     value, (d_hidden, d_table) = jax.jit(jax.value_and_grad(loss.cross_entropy, (0, 1)))(*args)
     assert (value.dtype, d_hidden.dtype, d_table.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
-    np.testing.assert_allclose(value, plain(*args), rtol=1e-2)
+    assert_allclose(value, plain(*args), rtol=1e-2)
     want = jax.jit(jax.grad(plain, 1))(*args)
-    np.testing.assert_allclose(d_table, want, atol=0.02 * float(jnp.abs(want).max()))
+    assert_allclose(d_table, want, atol=0.02 * float(jnp.abs(want).max()))
 
 
 def test_logits_are_never_whole():

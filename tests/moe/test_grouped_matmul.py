@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul import BACKENDS, grouped_matmul
@@ -82,7 +83,7 @@ def test_values_and_gradients(backend, case, dtype, tolerance):
     for a, b in zip(got, reference(rows, weights, GROUP_SIZES[case], cotangent), strict=True):
         assert a.dtype == jnp.dtype(dtype)
         scale = max(np.abs(b).max(), 1.0)
-        np.testing.assert_allclose(np.asarray(a, float) / scale, b / scale, atol=tolerance)
+        assert_allclose(np.asarray(a, float) / scale, b / scale, atol=tolerance)
 
 
 @pytest.mark.parametrize("backend", PORTABLE)
@@ -97,8 +98,8 @@ def test_nothing_leaks_from_unused_rows(backend, case):
     got, d_rows, d_weights = value_and_gradients(
         function, poisoned, weights, group_sizes, cotangent
     )
-    np.testing.assert_array_equal(got[used:], 0)
-    np.testing.assert_array_equal(d_rows[used:], 0)
+    assert_array_equal(got[used:], 0)
+    assert_array_equal(d_rows[used:], 0)
     assert np.isfinite(got).all() and np.isfinite(d_rows).all() and np.isfinite(d_weights).all()
 
 
@@ -118,15 +119,15 @@ def test_random_group_sizes(n_experts, m):
     rows = jnp.asarray(rng.standard_normal((m, 8)), jnp.float32)
     weights = jnp.asarray(rng.standard_normal((n_experts, 8, 4)), jnp.float32)
     got = jax.jit(PORTABLE["blocked"])(rows, weights, jnp.asarray(sizes, jnp.int32))
-    np.testing.assert_allclose(got, reference(rows, weights, sizes)[0], atol=1e-5)
+    assert_allclose(got, reference(rows, weights, sizes)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("case", GROUP_SIZES)
 def test_every_row_has_one_place(case):
     layout = row_layout(jnp.array(GROUP_SIZES[case], jnp.int32), M)
     used = sum(GROUP_SIZES[case])
-    np.testing.assert_array_equal(layout.row[layout.position[:used]], np.arange(used))
-    np.testing.assert_array_equal(layout.position[used:], NOWHERE)
+    assert_array_equal(layout.row[layout.position[:used]], np.arange(used))
+    assert_array_equal(layout.position[used:], NOWHERE)
     assert (layout.row == NOWHERE).sum() == len(layout.row) - used
 
 

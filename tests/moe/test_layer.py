@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax import AoELayer, DenseLayer, RouterLayer
 from aoe_jax.config.balance import BalanceConfig
@@ -19,7 +20,7 @@ from aoe_jax.moe import reference, scoring
 from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import ExpertChoice, TopK, TopP, expert_capacity
-from tests.arrays import assert_close, assert_equal, assert_finite, products_with
+from tests.arrays import assert_close, assert_equal, assert_finite, normal, products_with
 from tests.moe.drawn import parameters_of
 
 TOP_K = TopK()
@@ -55,7 +56,7 @@ def make(
         dtype=jnp.dtype(dtype),
         remat="experts" if recompute else "none",
     )
-    x = jax.random.normal(jax.random.key(seed), (n_tokens, d_model), dtype)
+    x = normal(seed, (n_tokens, d_model), dtype)
     return layer, parameters_of(layer, x, seed + 1), x
 
 
@@ -115,7 +116,7 @@ def assert_agree(layer, params, x, tolerance):
 
     Returns the gradients in parameters.
     """
-    cotangent = jax.random.normal(jax.random.key(9), x.shape, x.dtype)
+    cotangent = normal(9, x.shape, x.dtype)
 
     def value_and_gradients(function, params, x):
         value, pull_back = jax.vjp(function, params, x)
@@ -130,9 +131,7 @@ def assert_agree(layer, params, x, tolerance):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         scale = max(float(jnp.abs(b).max()), 1.0)
-        np.testing.assert_allclose(
-            np.asarray(a, float) / scale, np.asarray(b, float) / scale, atol=tolerance
-        )
+        assert_allclose(np.asarray(a, float) / scale, np.asarray(b, float) / scale, atol=tolerance)
     return got[1]
 
 
@@ -284,7 +283,7 @@ def test_selection_bias_chooses_and_does_not_weigh(x64, ragged, kind, norm_topk_
     weights = jnp.zeros_like(p).at[jnp.arange(x.shape[0])[:, None], chosen].set(values)
     experts = reference.aoe_experts if layer.experts.low_rank else reference.router_experts
     want = experts(x, weights, *(params[name] for name in WEIGHTS[kind] if name != "w_router"))
-    np.testing.assert_allclose(y, want, atol=1e-10)
+    assert_allclose(y, want, atol=1e-10)
 
 
 @pytest.mark.slow
@@ -319,7 +318,7 @@ def test_bfloat16(kind):
         for layer, (p, t) in ((layer, (params, x)), (exact, to_float32))
     )
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(stats.load, of_exact.load, atol=1e-6)
+    assert_allclose(stats.load, of_exact.load, atol=1e-6)
 
     @partial(jax.jit, static_argnums=0)
     def gradient(layer, params, x):
@@ -331,7 +330,7 @@ def test_bfloat16(kind):
     want = (reference_apply(exact, *to_float32)[0], gradient(exact, *to_float32))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         scale = float(jnp.abs(b).max())
-        np.testing.assert_allclose(
+        assert_allclose(
             np.asarray(a, float) / scale, np.asarray(b) / scale, atol=TOLERANCE["bfloat16"]
         )
 
@@ -344,7 +343,7 @@ def test_ties_go_to_the_lower_expert(x64, ragged, kind):
         for k, v in params.items()
     }
     stats = jax.jit(layer.apply)({"params": params}, x)[1]
-    np.testing.assert_allclose(stats.load, [1, 1, 0, 0, 0], atol=1e-12)
+    assert_allclose(stats.load, [1, 1, 0, 0, 0], atol=1e-12)
     assert_agree(layer, params, x, TOLERANCE["float64"])
 
 
@@ -361,10 +360,10 @@ def test_all_tokens_choose_the_same_experts(x64, kind, top_k):
         x = x.at[:, 0].set(50.0)
         params["w_router"] = params["w_router"].at[0].set(jnp.array([0.0, 1, 0, 2, 0]))
     stats = jax.jit(layer.apply)({"params": params}, x)[1]
-    np.testing.assert_allclose(stats.load, [0, top_k - 1, 0, 1, 0], atol=1e-12)
+    assert_allclose(stats.load, [0, top_k - 1, 0, 1, 0], atol=1e-12)
     grads = assert_agree(layer, params, x, TOLERANCE["float64"])
     for name in ("w_up", "w_down"):
-        np.testing.assert_array_equal(grads[name][0], 0)
+        assert_array_equal(grads[name][0], 0)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +389,7 @@ def test_one_expert_is_the_dense_layer(x64):
     dense = DenseLayer(ExpertsConfig(kind="dense", d_ffn=16), dtype=jnp.float64)
     dense_params = {name: params[name][0] for name in ("w_gate", "w_up", "w_down")}
     got = jax.jit(dense.apply)({"params": dense_params}, x)[0]
-    np.testing.assert_allclose(got, jax.jit(layer.apply)({"params": params}, x)[0], atol=1e-12)
+    assert_allclose(got, jax.jit(layer.apply)({"params": params}, x)[0], atol=1e-12)
 
 
 def test_gate_pre_activations_start_with_equal_variance():
@@ -398,7 +397,7 @@ def test_gate_pre_activations_start_with_equal_variance():
     variance 1 on normalised tokens.
     """
     d_model, settings = 128, {"n_experts": 8, "d_ffn": 256}
-    x = jax.random.normal(jax.random.key(0), (512, d_model))
+    x = normal(0, (512, d_model))
     drawn = lambda layer, seed=1: jax.jit(layer.init)(jax.random.key(seed), x)["params"]  # noqa: E731
     variances = {}
     for d_low in (8, 32, 96):
@@ -420,7 +419,7 @@ def test_leading_axes_are_tokens(kind):
     layer, params, x = make(kind, n_tokens=24, dtype="float32")
     apply = jax.jit(layer.apply)
     flat, shaped = (apply({"params": params}, tokens)[0] for tokens in (x, x.reshape(2, 3, 4, -1)))
-    np.testing.assert_array_equal(shaped.reshape(24, -1), flat)
+    assert_array_equal(shaped.reshape(24, -1), flat)
 
 
 def test_public_reference_signatures(x64, ragged):
@@ -430,9 +429,7 @@ def test_public_reference_signatures(x64, ragged):
             layer, params, x = make(kind, routing=TopK(norm_topk_prob))
             weights = (params[name] for name in WEIGHTS[kind])
             got = function(x, *weights, top_k=2, norm_topk_prob=norm_topk_prob)
-            np.testing.assert_allclose(
-                got, jax.jit(layer.apply)({"params": params}, x)[0], atol=1e-10
-            )
+            assert_allclose(got, jax.jit(layer.apply)({"params": params}, x)[0], atol=1e-10)
 
 
 def test_scoring_is_one_matmul():

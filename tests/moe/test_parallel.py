@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
@@ -28,7 +29,7 @@ from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.parallel import collectives as parallel
 from aoe_jax.moe.parallel.transports import make_transport
 from aoe_jax.moe.routing import ExpertChoice, TopK, TopP
-from tests.arrays import assert_close, mesh_of, operations
+from tests.arrays import assert_close, mesh_of, normal, operations
 from tests.moe.contexts import routing_of_slots
 from tests.moe.drawn import parameters_of
 
@@ -81,7 +82,7 @@ def make(settings, transport="ring", recompute=False, aux_tokens=1.0, dtype=jnp.
         transport=transport,
         training=isinstance(routing, TRAINED),
     )
-    x = jax.random.normal(jax.random.key(0), (B, S, D), jnp.float64)
+    x = normal(0, (B, S, D), jnp.float64)
     params = parameters_of(layer, x)
     weights = jnp.ones((B, S)).at[3, 5:].set(0)  # padding counts in no statistic
     return layer, params, x, weights
@@ -89,7 +90,7 @@ def make(settings, transport="ring", recompute=False, aux_tokens=1.0, dtype=jnp.
 
 def evaluate(layer, params, x, weights, routing_state=None):
     """Output, statistics, and the gradients of a projection of them."""
-    cotangent = jax.random.normal(jax.random.key(2), x.shape, x.dtype)
+    cotangent = normal(2, x.shape, x.dtype)
 
     def loss(params, x):
         y, stats = layer.apply({"params": params}, x, weights, routing_state, rngs=KEY)
@@ -233,7 +234,7 @@ def test_further_rounds_are_needed_for_that(x64, ragged, first_round_only):
 @pytest.mark.parametrize("dimension", [0, 1])
 def test_gradients_in_two_stages_are_those_in_one(dimension):
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
-    g = jax.random.normal(jax.random.key(0), (8, 16, 24))  # of each device, [16, 24]
+    g = normal(0, (8, 16, 24))  # of each device, [16, 24]
     pieces = PartitionSpec(*[None] * dimension, "fsdp")
 
     def summed(in_stages):
@@ -244,8 +245,8 @@ def test_gradients_in_two_stages_are_those_in_one(dimension):
         mapped = jax.shard_map(function, mesh=mesh, in_specs=of_devices, out_specs=pieces)
         return jax.jit(mapped)(g)
 
-    np.testing.assert_allclose(summed(True), g.sum(axis=0), atol=1e-5)
-    np.testing.assert_allclose(summed(False), g.sum(axis=0), atol=1e-5)
+    assert_allclose(summed(True), g.sum(axis=0), atol=1e-5)
+    assert_allclose(summed(False), g.sum(axis=0), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])
@@ -285,7 +286,7 @@ def test_ragged_offsets_land_where_equal_buffers_do(seed):
                 sender, start[receiver] : start[receiver] + size
             ]
     equal = rows.reshape(n_devices, n_devices, block).swapaxes(0, 1).reshape(n_devices, -1)
-    np.testing.assert_array_equal(out, equal)
+    assert_array_equal(out, equal)
 
 
 @pytest.mark.smoke
@@ -302,9 +303,9 @@ def test_tokens_of_the_whole_batch_and_back():
         specs = (parallel.token_spec(1, None, None), parallel.token_spec(2, None))
         run = parallel.over_mesh(there_and_back, (parallel.token_spec(2, None),), specs)
         everywhere, own = jax.jit(run)(values)
-    np.testing.assert_array_equal(own, values)
+    assert_array_equal(own, values)
     for copy in everywhere:
-        np.testing.assert_array_equal(copy, values.reshape(-1, 3))
+        assert_array_equal(copy, values.reshape(-1, 3))
 
 
 @pytest.mark.smoke
@@ -324,7 +325,7 @@ def test_bfloat16(x64, shape, transport):
         jax.tree.leaves((d_params, d_x)), jax.tree.leaves((want_params, want_x)), strict=True
     ):
         assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, atol=0.03 * float(jnp.abs(b).max()))
+        assert_allclose(a, b, atol=0.03 * float(jnp.abs(b).max()))
 
 
 def kept(shape, kind, transport="ring", recompute=False):
