@@ -105,6 +105,7 @@ class Layer:
         observed = self.observe(scores.values, routing, weights, ctx)
         return stats._replace(records={"observed": observed})
 
+    @jax.named_scope("row_scores")
     def row_scores(self, gate, code, devices):
         """AoE's score of each row: `gate [R, f]`, `code [R, r]` or None -> `(gate, scores [R])`."""
         score = SCORE_OF_CODE[self.experts.score]

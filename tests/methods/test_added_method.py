@@ -78,6 +78,7 @@ def losses_of_training(config, n_devices):
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_in_a_model(added, ragged, kind):
     """Three steps on eight devices as on one; greedy decoding as by full passes."""

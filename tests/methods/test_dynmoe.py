@@ -279,6 +279,7 @@ def test_an_expert_for_the_tokens_that_are_left(variant):
     assert_array_equal(w[~added], before[~added])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["dynmoe", "dynmoe_router"])
 def test_the_schedule(ragged, variant):
     """Two steps pass, two are recorded, then the pool is updated; the next period does the same."""
@@ -297,6 +298,7 @@ def test_the_schedule(ragged, variant):
     assert found[0] < 1e-6  # of one column
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["dynmoe", "dynmoe_router"])
 def test_an_expert_without_tokens_is_removed(ragged, variant):
     """A training step removes it, and no token goes there afterwards. Where no expert takes a
@@ -328,6 +330,7 @@ def test_an_expert_without_tokens_is_removed(ragged, variant):
     assert (load[4][:, 0] > 0).all()
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_no_parameters(ragged):
     config = config_of(
         "dynmoe_router", period_steps=1, idle_steps=0, record_steps=1, initial_experts=1

@@ -178,7 +178,7 @@ def test_drawn_like_whole_matrices():
             assert abs(float(part.std()) / (64 if name != "w_down" else 512) ** -0.5 - 1) < 0.02
 
 
-def test_counts_and_plans():
+def test_counts():
     """An expert has the parameters of a traditional one. A token costs all routing neurons and the
     rest of K experts.
     """
@@ -190,6 +190,10 @@ def test_counts_and_plans():
     neurons = c.n_experts * 24 + c.top_k * 24
     more = forward_flops_per_token(config) - forward_flops_per_token(moe) + 2 * routers
     assert more == config.model.n_layers * 6 * d * (neurons - c.top_k * 48)
+
+
+@pytest.mark.slow
+def test_a_plan_counts_the_same_parameters():
     _, devices = topology_devices("v5e:2x2")
     mesh = {"data": 1, "expert": 2, "tensor": 2}
     config = small_config(experts={"kind": "uoe"}, mesh=mesh)

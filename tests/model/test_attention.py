@@ -238,6 +238,7 @@ def cudnn_calls(length, masked):
     return found
 
 
+@pytest.mark.slow
 def test_rematerialisation_keeps_what_cudnn_needs():
     """Else its forward kernel would run once more."""
     status, stdout, stderr = finish(start(["-c", WITH_CUDNN], forked=False))

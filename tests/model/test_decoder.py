@@ -124,6 +124,7 @@ def test_document_mask_separates_documents():
     assert float(jnp.abs(apply(variables, TOKENS)[0] - together)[:, 5:].max()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["aoe", "router", "dense"])
 def test_remat_changes_memory_but_no_gradient(kind):
     saved, grads, (plain, variables) = {}, {}, build(kind=kind)
@@ -144,6 +145,7 @@ def test_remat_changes_memory_but_no_gradient(kind):
             assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "experts"])
 def test_several_layers_at_once_compute_the_same(remat):
     """Also where they do not divide the number of layers."""

@@ -249,6 +249,7 @@ def test_gradients_in_two_stages_are_those_in_one(dimension):
     assert_allclose(summed(False), g.sum(axis=0), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_gradients_of_experts_summed_in_bfloat16(x64, ragged, kind):
     """They have the error of rounding eight terms and their sums; other gradients have none."""
@@ -349,6 +350,7 @@ def kept(shape, kind, transport="ring", recompute=False):
     return [a.shape for a in jax.tree.leaves(pull_back)], params
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
@@ -381,6 +383,7 @@ def test_whole_weights_are_not_kept(x64, shape, transport, kind, recompute):
     assert any(len(one) == 2 and one[0] >= B * S for one in shapes)  # rows, which do wait
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "recompute"),
     [("aoe", False), ("aoe", True), ("router", False), ("router", True), ("dense", False)],

@@ -36,6 +36,8 @@ from benchmarks.compiling import (
 )
 from configs import paper
 
+pytestmark = pytest.mark.slow
+
 
 def kernels_and_dense_products(lowered):
     # Of the program as lowered: jaxlib cannot always print what a newer libtpu has compiled.
