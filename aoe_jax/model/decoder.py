@@ -73,9 +73,9 @@ class DecoderLayer(nn.Module):
     def decode(self, x, past, routing_state, layer_index):
         """`x [B, S, d]` -> `([B, S, d], (keys, values))`.
 
-        `past` is `(cache, n_past)`, see `Attention.extend`, or None: see `Attention.prefill`.
+        `past` is `(cache, n_past)`, see `Attention.extend`; None at the beginning of a text.
         """
-        attend, positions = self.attention.prefill, None
+        attend, positions = partial(self.attention, with_cache=True), None
         if past is not None:
             attend = partial(self.attention.extend, cache=past[0], n_past=past[1])
             positions = past[1][:, None] + jnp.arange(x.shape[1])
@@ -84,12 +84,12 @@ class DecoderLayer(nn.Module):
 
     def _layer(self, attend, x, token_weights, routing_state, layer_index, positions=None):
         with jax.named_scope("attention"):
-            y, captured, *cache = attend(self.attention_norm(x))
+            y, captured, cache = attend(self.attention_norm(x))
             x = x + y
         y, stats = self.experts_layer(
             self.experts_norm(x), token_weights, routing_state, captured, layer_index, positions
         )
-        return (x + y, stats), *cache
+        return (x + y, stats), cache
 
 
 class Decoder(nn.Module):

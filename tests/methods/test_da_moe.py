@@ -84,7 +84,7 @@ def test_importance_by_each_head(masked):
     splits heads too; without a gradient.
     """
     layer, params, x, documents = attention(masked)
-    y, found = jax.jit(layer.apply)(params, x, documents)
+    y, found, _ = jax.jit(layer.apply)(params, x, documents)
     assert found.shape == (4, 16, 4) and found.dtype == jnp.float32
     w = params["params"]
     q, k = (jnp.einsum("bsd,dhi->bhsi", x, w[name]) for name in "qk")
@@ -109,8 +109,8 @@ def test_importance_by_each_head(masked):
 def test_importance_with_a_cache():
     """It is that of a whole pass, in the first piece and in the next."""
     layer, params, x, _ = attention(masked=False)
-    want = layer.apply(params, x)
-    *first, cache = layer.apply(params, x[:, :12], method="prefill")
+    *want, _ = layer.apply(params, x)
+    *first, cache = layer.apply(params, x[:, :12], with_cache=True)
     cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 7), (0, 0))), cache)
     *rest, _ = layer.apply(params, x[:, 12:], cache, jnp.full(4, 12), method="extend")
     for a, b, c in zip(first, rest, want, strict=True):

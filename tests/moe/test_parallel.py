@@ -195,7 +195,7 @@ def test_recomputed_experts(x64, shape, transport, kind):
 
 
 @pytest.mark.parametrize("kind", ["capacity", "smear"])
-def test_flat_tokens_of_a_mesh_are_refused_where_sequences_count(kind):
+def test_flat_tokens_of_a_mesh_are_refused_where_sequences_count(x64, kind):
     layer, params, x, _ = make(KINDS[kind], dtype=jnp.float32)
     with jax.set_mesh(mesh_of(8, 1, 1, 1)), pytest.raises(ValueError, match="needs sequences"):
         jax.eval_shape(layer.apply, {"params": params}, x.reshape(-1, D), rngs=KEY)

@@ -137,24 +137,23 @@ class Attention(nn.Module):
             for name in names
         }
 
-    def __call__(self, x, segment_ids=None):
-        """Attends to earlier positions: `x [B, S, d]` -> `(y [B, S, d], captured)`.
+    def __call__(self, x, segment_ids=None, with_cache=False):
+        """Attends to earlier positions: `x [B, S, d]` -> `(y [B, S, d], captured, cache)`.
 
         `segment_ids [B, S]` int32 is the document that each position attends within, or None.
-        `captured [B, S, H]` is what `capture` gives; None without it.
+        `captured [B, S, H]` is what `capture` gives; None without it. The cache has `(keys,
+        values)`, `[B, G, S, h]` each; None unless `with_cache`.
         """
-        return self._over_mesh(self._attend, _OUTPUT, (token_spec(2),), x, segment_ids)
-
-    def prefill(self, x):
-        """The results of `__call__`, and the `(keys, values)` for a cache, `[B, G, S, h]` each."""
-        return self._over_mesh(self._prefill, (*_OUTPUT, (_CACHE, _CACHE)), (), x)
+        attend = partial(self._attend, with_cache=with_cache)
+        out_specs = (*_OUTPUT, (_CACHE, _CACHE) if with_cache else None)
+        return self._over_mesh(attend, out_specs, (token_spec(2),), x, segment_ids)
 
     def extend(self, x, cache, n_past):
         """Attends to the positions of a cache and to earlier positions of `x`, which follow them.
 
         `cache` is `(keys, values)`, `[B, G, c, h]` each, and `n_past [B]` int32 how many of its
-        positions are filled; S more must be free. Returns the results of `__call__`, and the cache
-        with the keys and values of `x`.
+        positions are filled; S more must be free. Returns what `__call__` returns; the keys and
+        values of `x` are in the cache.
         """
         keys, values = cache
         in_specs = (_CACHE, _CACHE, spec_of("batch"))
@@ -178,7 +177,7 @@ class Attention(nn.Module):
         cos, sin = positions
         return rotary(q, cos, sin), rotary(k, cos, sin), v
 
-    def _attend(self, devices, x, segment_ids, weights):
+    def _attend(self, devices, x, segment_ids, weights, with_cache):
         # A device computes some heads for all positions of its sequences.
         x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
         tables = rotary_tables(x.shape[1], self.config)
@@ -190,19 +189,11 @@ class Attention(nn.Module):
             q, k, v = self._queries_keys_values(x, w, tables)
             y = causal_attention(q, k, v, segment_ids, backend=self.config.attention)
             visible = partial(_visible, x.shape[1], segment_ids)
-            return self._project(y, w), self._captured(devices, q, k, visible)
+            cache = (k, v) if with_cache else None
+            return self._project(y, w), self._captured(devices, q, k, visible), cache
 
-        y, captured = devices.without_whole_weights(heads)(x, weights)
-        return self._output(devices, y, weights), captured
-
-    def _prefill(self, devices, x, weights):
-        x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
-        w = _gathered(devices, weights, x.dtype)
-        q, k, v = self._queries_keys_values(x, w, rotary_tables(x.shape[1], self.config))
-        y = causal_attention(q, k, v, backend=self.config.attention)
-        y = self._output(devices, self._project(y, w), weights)
-        captured = self._captured(devices, q, k, partial(_visible, x.shape[1], None))
-        return y, captured, (k, v)
+        y, captured, cache = devices.without_whole_weights(heads)(x, weights)
+        return self._output(devices, y, weights), captured, cache
 
     def _extend(self, devices, x, keys, values, n_past, weights):
         x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
