@@ -22,7 +22,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.methods import LAYERS
 from aoe_jax.moe.balance import LayerStats, balance_loss
 from aoe_jax.moe.layer import ExpertsLayer
-from aoe_jax.moe.routing import Method, TopK
+from aoe_jax.moe.routing import Method, TopK, state_shapes
 from aoe_jax.sharding import MESH_AXES, MeshAxes
 
 AxisNames = str | tuple[str, ...] | None
@@ -104,8 +104,6 @@ class _Experts(nn.Module, kw_only=True):
         balance = BalanceConfig(aux_weight=self.aux_weight, z_weight=self.z_weight)
         with _naming_arguments(self):
             _check_tokens(x, token_weights)
-            if training and not self.routing.trains:
-                raise ValueError(f"routing={self.routing!r}: it can be used but not trained")
             experts = self._config(x.shape[-1])
             sizes = dict(zip(MESH_AXES, axes.sizes(mesh), strict=True))
             _check_routing(self.routing, experts, balance, sizes, x.shape[-1])
@@ -122,11 +120,11 @@ class _Experts(nn.Module, kw_only=True):
             axes=axes,
         )
         nn.share_scope(self, layer)
-        y, stats = layer(x, token_weights)
+        with _naming_arguments(self):
+            y, stats = layer(x, token_weights)
         if mesh.explicit_axes:
             y = jax.sharding.reshard(y, jax.typeof(x).sharding.spec)
-        token_weights = jnp.ones(x.shape[:-1]) if token_weights is None else token_weights
-        aux = _aux(layer, nn.unbox(self.variables["params"]), stats, token_weights)
+        aux = _aux(layer, nn.unbox(self.variables["params"]), stats)
         if not self.is_initializing():
             self.sow("losses", "loss", aux.loss)
         return y, aux
@@ -205,12 +203,12 @@ class MoE(_Experts, kw_only=True):
     kind: ClassVar[str] = "router"
 
 
-def _aux(layer, weights, stats, token_weights):
+def _aux(layer, weights, stats):
     """The `Aux` of an `ExpertsLayer` with these parameters by name."""
     balance, losses = layer.balance, {}
     if layer.training:
         stacked = jax.tree.map(lambda a: a[None], (stats, weights))  # a model of one layer
-        losses = layer.routing.losses(stacked[0], {}, stacked[1], token_weights)
+        losses = layer.routing.losses(stacked[0], {}, stacked[1])
     losses["aux_loss"] = balance.aux_weight, balance_loss(stats.load, stats.mean_probability)
     if stats.z_loss is not None:
         losses["z_loss"] = balance.z_weight, stats.z_loss
@@ -236,7 +234,7 @@ def _naming_arguments(layer):
     except (UserError, ValueError) as error:
         message = re.sub(r"(config\.)?routing\.name=", "routing=", str(error))
         message = re.sub(r"(config\.)?\b(experts|balance|routing|mesh|model)\.", "", message)
-        raise ValueError(f"{type(layer).__name__}: {message}") from None
+        raise ValueError(f"{type(layer).__name__}: {message}") from error
 
 
 def _is_floating(dtype):
@@ -263,9 +261,7 @@ def _check_routing(routing, experts, balance, sizes, d_model):
     named = f"routing={routing!r}"
     if routing.name in LAYERS:
         raise ValueError(f"{named}: it is a whole layer; take a router")
-    if routing.needs_attention_peaks:
-        raise ValueError(f"{named}: it needs attention peaks; use aoe_jax.ExpertsLayer")
-    if routing.state_shapes(experts, balance, d_model):
+    if state_shapes(routing, experts, balance, d_model):
         wanted = "it has a state that training updates; use aoe_jax.ExpertsLayer"
         raise ValueError(f"{named}: {wanted}")
     config = SimpleNamespace(experts=experts, balance=balance, routing=routing)

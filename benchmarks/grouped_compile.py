@@ -26,9 +26,10 @@ from unittest import mock
 from absl import flags
 from jax.extend import backend as jax_backend
 
-from aoe_jax.moe.grouped_matmul import BACKENDS, backend_for, mosaic_gpu
+from aoe_jax.moe.grouped_matmul import BACKENDS, backend_for
 from aoe_jax.planning import costs, hlo
 from aoe_jax.planning.hardware import compiling_for
+from aoe_jax.planning.kernel_costs import mosaic_gpu_cost
 from benchmarks.compiling import PRODUCTS, TOPOLOGIES, devices_of, expert_shapes, lower_for
 from benchmarks.timing import check_names, parse_shapes, report, run_benchmark
 
@@ -55,7 +56,7 @@ def _tokamax(implementation, rows, weights, group_sizes):
 
 def _tokamax_cost(name, operands, results):
     if name == "__gpu$xla.gpu.triton":
-        return mosaic_gpu.kernel_cost("mosaic_gpu", operands, results)
+        return mosaic_gpu_cost("mosaic_gpu", operands, results)
     return None
 
 

@@ -99,11 +99,11 @@ def _phases(config, n_tokens):
         return routing.expert.reshape(-1, k), routing.weight.reshape(-1, k)
 
     def dispatch(x, expert, weight):
-        return transport.dispatch(x, transport.plan(by_token(expert, weight)))[0]
+        return transport.dispatch(x, transport.schedule(by_token(expert, weight)))[0]
 
     scores = score(x, w["w_gate_down"])
     expert, weight = route(scores)
-    routing, layout = round = transport.plan(by_token(expert, weight))
+    routing, layout = round = transport.schedule(by_token(expert, weight))
     rows, groups = transport.dispatch(x, round)
     row_weight = transport.row_values(routing.weight, round)
 

@@ -38,9 +38,8 @@ from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.model.counts import parameter_counts
-from aoe_jax.moe.grouped_matmul import megablox
-from aoe_jax.planning.costs import KERNEL_COSTS
 from aoe_jax.planning.hardware import CHIPS, chip_part, slice_shape, topology_devices
+from aoe_jax.planning.kernel_costs import KERNEL_COSTS, megablox_cost
 from aoe_jax.planning.plan import plan, read_program
 from aoe_jax.sharding import fill_mesh
 from aoe_jax.training.step import init_state
@@ -277,8 +276,8 @@ def _tiles(m, k, n, n_experts, itemsize):
 
 def _read(text, chip, shape):
     """`read_program` of a program of MaxText."""
-    grouped = partial(megablox.kernel_cost, tiles=_tiles)
-    others = [cost for cost in KERNEL_COSTS if cost is not megablox.kernel_cost]
+    grouped = partial(megablox_cost, tiles=_tiles)
+    others = [cost for cost in KERNEL_COSTS if cost is not megablox_cost]
     return read_program(text, chip, shape, [grouped, *others])
 
 

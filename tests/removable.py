@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from aoe_jax.methods import LAYERS, ROUTERS
+from aoe_jax.methods import all_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("aoe_jax", "configs", "tests", "pyproject.toml")
@@ -20,7 +20,7 @@ COPIED = ("aoe_jax", "configs", "tests", "pyproject.toml")
 NEEDED = ("dense", "ranked")
 METHODS = {
     name: method.__module__.rpartition(".")[2]
-    for name, method in (ROUTERS | LAYERS).items()
+    for name, method in all_methods().items()
     if method.__module__.startswith("aoe_jax.methods.") and name not in NEEDED
 }
 CHECK = """
@@ -57,11 +57,8 @@ def remove(root: Path, name):
     """Removes a method from a copy of the repository."""
     module = METHODS[name]
     (root / f"aoe_jax/methods/{module}.py").unlink()
-    class_name = (ROUTERS | LAYERS)[name].__name__
     registry = root / "aoe_jax/methods/__init__.py"
-    text = registry.read_text()
-    text = re.sub(rf"from aoe_jax\.methods\.{module} import .*\n", "", text)
-    registry.write_text(re.sub(rf"\b{class_name},? ?", "", text))
+    registry.write_text(re.sub(rf" *\"{name}\": .*\n", "", registry.read_text()))
     variants = root / "configs/methods.py"
     lines = variants.read_text().splitlines(keepends=True)
     variants.write_text("".join(line for line in lines if not _is_variant(line, name)))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from aoe_jax.model.attention import causal_attention, splash
-from aoe_jax.moe.grouped_matmul import grouped_matmul, megablox, mosaic_gpu
-from aoe_jax.planning import costs, hlo
+from aoe_jax.model.attention import causal_attention
+from aoe_jax.moe.grouped_matmul import grouped_matmul, mosaic_gpu
+from aoe_jax.planning import costs, hlo, kernel_costs
 from aoe_jax.planning.hardware import CHIPS, topology_devices
 from aoe_jax.sharding import replicated
 
@@ -301,7 +301,7 @@ def test_wide_experts_read_rows_once_for_each_pass():
     rows, weights, out = (
         hlo.Array("bf16", dims, "") for dims in ((8192, 4096), (8, 4096, 14336), (8192, 14336))
     )
-    flops, traffic = mosaic_gpu.kernel_cost("mosaic_gpu_v2", [rows, weights], [out])
+    flops, traffic = kernel_costs.mosaic_gpu_cost("mosaic_gpu_v2", [rows, weights], [out])
     assert flops == 2 * 8192 * 4096 * 14336
     assert mosaic_gpu.blocks_at_once(4096, 14336) == 16  # of 112, each of 1 MiB for an expert
     assert traffic == 7 * rows.bytes + weights.bytes + out.bytes
@@ -349,11 +349,11 @@ def test_kernels_count_by_the_blocks_of_their_operands():
     """Blocks of other sizes than ours: 2 by 4 blocks of scores, tiles of 512 rows."""
     q = hlo.Array("bf16", (1, 2, 2048, 128), "{3,2,1,0}")
     mask = hlo.Array("s8", (1, 2, 4), "{2,1,0}")
-    flops, traffic, _ = splash.kernel_cost("splash_mha_fwd", [mask, mask, q, q, q], [q])
+    flops, traffic, _ = kernel_costs.splash_cost("splash_mha_fwd", [mask, mask, q, q, q], [q])
     met = 2 + 4  # of 8 pairs of blocks
     assert flops == 2 * 2 * 2 * 2048**2 * 128 * met / 8
     assert traffic == q.bytes * (2 + 2 * met / 4)  # q and y once, k and v in parts
-    _, traffic, _ = splash.kernel_cost("splash_mha_dkv", [mask, mask, q, q, q, q], [q, q])
+    _, traffic, _ = kernel_costs.splash_cost("splash_mha_dkv", [mask, mask, q, q, q, q], [q, q])
     # k, v and their gradients once, q and dy in parts
     assert traffic == q.bytes * (4 + 2 * met / 2)
 
@@ -362,7 +362,7 @@ def test_kernels_count_by_the_blocks_of_their_operands():
     )
     scalar, offsets, listed = (hlo.Array("s32", dims, "") for dims in [(), (5,), (16 + 3,)])
     given = [scalar, offsets, listed, listed, scalar, rows, weights]
-    flops, traffic, occupied = megablox.kernel_cost("gmm", given, [out])
+    flops, traffic, occupied = kernel_costs.megablox_cost("gmm", given, [out])
     assert flops == 2 * 8192 * 1024 * 512 and occupied == flops * 19 / 16
     assert traffic == rows.bytes + weights.bytes + out.bytes
 

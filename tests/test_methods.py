@@ -13,33 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.model.declared import state_shardings
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.sharding import (
-    batch_sharding,
-    make_mesh,
-    put_batch,
-    replicated,
-    with_shardings,
-)
+from aoe_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, with_shardings
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.step import init_state, make_train_step
 from configs import methods
+from tests.arrays import assert_equal, normal
 
 STEPS, BATCH, LENGTH = 4, 8, 16
 SMALL = {
-    "model": {
-        "n_layers": 2,
-        "n_heads": 2,
-        "d_model": 16,
-        "vocab_size": 64,
-        "max_len": 32,
-        "unroll": 1,
-    },
+    "model": {"n_layers": 2, "n_heads": 2, "d_model": 16, "vocab_size": 64}
+    | {"max_len": 32, "unroll": 1},
     "experts": {"n_experts": 4, "d_ffn": 16, "d_low": 4, "round_to": 2},
     "data": {"seq_len": LENGTH},
     "train": {"steps": STEPS, "batch_size": BATCH, "warmup": 1 / STEPS, "learning_rate": 1e-2},
@@ -47,12 +37,8 @@ SMALL = {
 # In small, and so that what changes after many steps changes here.
 SOONER = {
     "threshold": {"warmup_steps": 2, "decay": 0.5},
-    "dynmoe": {
-        "initial_experts": 2,
-        "period_steps": 3,
-        "idle_steps": 1,
-        "record_steps": 2,
-    },  # an update after step 3
+    # An update after step 3.
+    "dynmoe": {"initial_experts": 2, "period_steps": 3, "idle_steps": 1, "record_steps": 2},
     "routing_free": {"threshold": 1.5, "multiplier": 0.1, "rate": 0.5},
     "smear": {"segment": 4},
 }
@@ -112,7 +98,17 @@ class Run:
         return state, losses
 
 
-@pytest.fixture(scope="module", params=methods.VARIANTS)
+# The first tier has every method once, the other one also the variants on a router.
+ALONE = ("erc_router", "sigmoid_top_k_router")
+VARIANTS = [
+    pytest.param(name, marks=pytest.mark.slow if name.endswith("_router") else ())
+    if name not in ALONE
+    else name
+    for name in methods.VARIANTS
+]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
 def variant(request):
     """One after the other through all tests, so that programs of one at a time are kept."""
     yield request.param
@@ -150,7 +146,7 @@ def test_losses_are_those_that_were_recorded(ragged, variant):
         lines = (f' "{name}": {json.dumps(v)}' for name, v in (goldens | {variant: losses}).items())
         GOLDENS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         return
-    np.testing.assert_allclose(losses, goldens[variant], rtol=1e-5)
+    assert_allclose(losses, goldens[variant], rtol=1e-5)
 
 
 MESHES = (
@@ -163,29 +159,25 @@ def mesh_of(variant):
     return MESHES[list(methods.VARIANTS).index(variant) % 2]
 
 
+@pytest.mark.slow
 def test_the_same_on_a_mesh(ragged, variant):
     """A mesh gives the losses, parameters and state of one device."""
     _, first, (_, want), losses = alone(variant)
     run = on_a_mesh(variant)
     state, found = run.take(run.put(first), batches())
     assert np.isfinite(losses).all() and losses[-1] != losses[0]
-    np.testing.assert_allclose(found, losses, rtol=2e-5)
-    for a, b in zip(
-        *(jax.tree.leaves(jax.device_get(s.routing_state)) for s in (state, want)), strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    for a, b in zip(
-        *(jax.tree.leaves(jax.device_get(s.params)) for s in (state, want)), strict=True
-    ):
-        # A gradient near 0 has either sign, and an update of full size.
-        np.testing.assert_allclose(a, b, atol=1e-2)
+    assert_allclose(found, losses, rtol=2e-5)
+    state, want = jax.device_get((state, want))
+    near = partial(assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(near, state.routing_state, want.routing_state)
+    # A gradient near 0 has either sign, and an update of full size.
+    jax.tree.map(partial(assert_allclose, atol=1e-2), state.params, want.params)
     # The moments of AdamW: its updates would hide a factor that is wrong.
-    for a, b in zip(
-        *(jax.tree.leaves(jax.device_get(s.opt_state)) for s in (state, want)), strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.abs(b).max())
+    for a, b in zip(*map(jax.tree.leaves, (state.opt_state, want.opt_state)), strict=True):
+        assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_resumed_bit_for_bit(ragged, tmp_path, variant):
     """What is saved half-way goes on to the very end that it would have come to; and it goes to the
     devices of a mesh.
@@ -198,31 +190,22 @@ def test_resumed_bit_for_bit(ragged, tmp_path, variant):
     there = on_a_mesh(variant)
     _, moved, _ = Checkpoints(tmp_path).restore_newest(there.abstract, data)
     assert jax.tree.map(lambda a: a.sharding, moved) == there.shardings
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(moved), jax.device_get(half))
+    assert_equal(jax.device_get(moved), jax.device_get(half))
     _, state, _ = Checkpoints(tmp_path).restore_newest(run.abstract, data)
     state, found = run.take(state, list(batches())[STEPS // 2 :])
     assert found == losses[STEPS // 2 :]
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(want))
+    assert_equal(jax.device_get(state), jax.device_get(want))
 
 
 # Their logits are those of evaluation; the others, and those that are not known yet, are tried both
 # ways.
-SAME_IN_TRAINING = {
-    *(
-        "top_k",
-        "top_p",
-        "expert_choice",
-        "erc",
-        "uoe",
-        "routing_free",
-        "switch",
-        "da_moe",
-        "whole_gate",
-    ),
-    *("z_loss", "sequence_balance", "loss_free", "sigmoid_top_k"),
-}
+SAME_IN_TRAINING = (
+    "top_k top_p expert_choice erc uoe routing_free switch da_moe whole_gate z_loss "
+    "sequence_balance loss_free sigmoid_top_k"
+)
 
 
+@pytest.mark.slow
 def test_no_token_depends_on_later_ones(ragged, variant):
     """Neither by value nor by gradient: every position has a token of its own, whose embedding is
     nowhere else.
@@ -233,7 +216,7 @@ def test_no_token_depends_on_later_ones(ragged, variant):
     config = configuration(variant, tied=False)
     trained = alone(variant)[2][1]
     tokens, at = jnp.arange(2 * LENGTH).reshape(2, LENGTH), LENGTH // 2
-    drawn, output = jax.random.normal(jax.random.key(0), (2, 64, 16))
+    drawn, output = normal(0, (2, 64, 16))
     params = trained.params | {"output": {"embedding": output}}
 
     def of_one_token(training, table, tokens):
@@ -244,7 +227,7 @@ def test_no_token_depends_on_later_ones(ragged, variant):
         return (logits[0, at] ** 2).sum(), logits
 
     for training in (
-        (False,) if variant.removesuffix("_router") in SAME_IN_TRAINING else (False, True)
+        (False,) if variant.removesuffix("_router") in SAME_IN_TRAINING.split() else (False, True)
     ):
         step = jax.jit(jax.grad(partial(of_one_token, training), has_aux=True))
         by_token, before = step(drawn, tokens)

@@ -6,17 +6,12 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from numpy.testing import assert_array_equal
 
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
-from aoe_jax.sharding import (
-    batch_sharding,
-    fill_mesh,
-    make_mesh,
-    put_batch,
-    spec_of,
-)
+from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch, spec_of
 from aoe_jax.storage.config_files import default_config
 
 
@@ -45,5 +40,5 @@ def test_a_batch_lies_as_it_was_read(n_rows):
     mesh = make_mesh(configuration(data=2, fsdp=2, tensor=2), jax.devices())
     tokens = np.arange(8 * 3).reshape(8, 3)
     got = put_batch(batch_sharding(mesh), {"inputs": tokens}, n_rows)["inputs"]
-    np.testing.assert_array_equal(got, tokens)
+    assert_array_equal(got, tokens)
     assert {shard.data.shape for shard in got.addressable_shards} == {(2, 3)}

@@ -7,7 +7,7 @@ chosen together, and how close its choices are to an oracle's.
 
 The oracle of a layer knows the outputs `E_i(x)` of all n experts. It takes the K experts whose sum,
 with the layer's weights for chosen experts, is nearest to the mixture of all n experts by their
-probabilities, the softmax of `Method.balance_logits`. Its inputs are the model's own.
+probabilities, the softmax of `Hooks.balance_logits`. Its inputs are the model's own.
 
 L layers, T tokens, n experts, K chosen, S sets of K experts, d model width.
 """
@@ -103,7 +103,7 @@ def observing(decoder: Decoder):
         chosen = jnp.zeros((n_tokens, n + 1), bool).at[slots.token, slots.expert].set(True)[:, :n]
         figures = None
         if few_sets and ctx.devices.total_size == 1:
-            logits = decoder.routing.balance_logits(scores)
+            logits = decoder.routing.hooks.balance_logits(scores)
             x, *some = (a[:ORACLE_TOKENS] for a in (ctx.x, logits, chosen))
             x, weights = jax.tree.map(lambda a: a.astype(jnp.float32), (x, weights))
             outputs = single_expert(jnp.broadcast_to(x, (n, *x.shape)), weights)  # [n, t, d]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from aoe_jax.config.checks import Group, setting
+from aoe_jax.moe.routing import state_shapes
 
 LOSSES = ("aux_weight", "entropy_weight", "z_weight")
 
@@ -41,7 +42,7 @@ class BalanceConfig(Group):
 
     def check(self, config):
         method, length = config.routing, config.data.seq_len
-        state = method.state_shapes(config.experts, self, config.model.d_model)
+        state = state_shapes(method, config.experts, self, config.model.d_model)
         if self.bias_rate and "selection_bias" not in state:
             wanted = f"set it to 0 with routing.name={method.name!r}"
             self.refuse("bias_rate", f"biases the choice of top-k routers; {wanted}")

@@ -5,6 +5,7 @@ would be right.
 import dataclasses
 import math
 import operator
+import os
 from typing import ClassVar
 
 from aoe_jax.errors import UserError, shown
@@ -87,6 +88,11 @@ def misfit(value):
 def require_choice(name, value, choices):
     """Refuses a value that is not one of the choices."""
     require(value in choices, name, value, f"choose one of {', '.join(map(str, choices))}")
+
+
+def absolute_path(path):
+    """A user's path in full; a path in an object store, such as gs://BUCKET/FOLDER, as it is."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def require_flag(condition, name, value, wanted):

@@ -7,9 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 
-from aoe_jax.config.checks import Group, require, setting
-from aoe_jax.errors import UserError, shown
-from aoe_jax.storage.paths import is_remote, named_path
+from aoe_jax.config.checks import Group, absolute_path, require, setting
+from aoe_jax.errors import shown
 
 # Fraction alone would compute 10**EXPONENT for any exponent.
 _WEIGHT = re.compile(r"[0-9]{0,30}\.?[0-9]{0,30}([eE][+-]?[0-9]{1,2})?|[0-9]{1,99}/[0-9]{1,99}")
@@ -73,14 +72,13 @@ class DataConfig(Group):
                     self.refuse("path", f"name the {folder}")
                 self.refuse("name", f"name the {folder} as {source.name}@FOLDER")
         super().__post_init__()
-        object.__setattr__(self, "cache", _absolute(self.cache, "cache"))
         object.__setattr__(self, "name", ", ".join(map(str, sources)))
-        if self.path is not None:
-            in_store = sources[0].name == "prepared"
-            object.__setattr__(self, "path", _absolute(self.path, "path", in_store))
-        if self.tokenizer is not None:
-            tokenizer = _absolute(self.tokenizer, "tokenizer", in_store=True)
-            object.__setattr__(self, "tokenizer", tokenizer)
+        for field in ("path", "cache", "tokenizer"):
+            path = getattr(self, field)
+            if path is not None:
+                if not path.strip():
+                    self.refuse(field, "is empty; name a path")
+                object.__setattr__(self, field, absolute_path(path))
 
     def check(self, config):
         if self.seq_len > config.model.max_len:
@@ -126,7 +124,7 @@ def _parsed_sources(name):
         share = _parsed_weight(weight.strip()) if equals else None
         wanted = f"the weight {shown(weight.strip())} of {source.strip()} must be a number"
         check(share is not None or not equals, f"{wanted} from 1e-15 to 1e15, such as 0.5 or 1/3")
-        path = _absolute(path, "name", in_store=corpus == "prepared") if at else None
+        path = absolute_path(path) if at else None
         sources.append(SourceConfig("", corpus, path, share))
     has_weight = {source.weight is not None for source in sources}
     check(len(has_weight) == 1, "give every corpus a weight, or none of them")
@@ -142,15 +140,3 @@ def _parsed_weight(text):
     except (ValueError, ZeroDivisionError):
         return None
     return weight if Fraction(1, 10**15) <= weight <= 10**15 else None
-
-
-def _absolute(path, name, in_store=False):
-    """An absolute path on a disk, or a path in an object store; `name` is that of its field."""
-    try:
-        parsed = named_path(path, f"config.data.{name}", in_store)
-    except UserError as e:
-        if in_store or name == "cache" or "://" not in path:
-            raise
-        wanted = "aoe_jax.prepare reads texts in a store, and data.name=prepared its output"
-        raise UserError(f"{e}; {wanted}") from e
-    return os.fspath(parsed) if is_remote(parsed) else os.path.abspath(parsed)

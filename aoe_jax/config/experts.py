@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from aoe_jax.config.checks import Group, setting
 
-SCORES = ("norm", "max")
 _USUAL = ("aoe", "router")
 
 
@@ -26,7 +25,7 @@ class ExpertsConfig(Group):
     # number: gates are whole, and this many of their first pre-activations give the score.
     score_neurons: int | None = setting(None, kinds=("aoe",), above=0, at_most="d_ffn")
     # How the activations become a score.
-    score: str = setting("norm", choices=SCORES, kinds=("aoe",))
+    score: str = setting("norm", choices=("norm", "max"), kinds=("aoe",))
     d_wide: int | None = setting(None, above=0)  # width with a factorised gate; None: Eq. 5
     round_to: int = setting(1, above=0)  # Eq. 5's width is rounded to the nearest multiple of it
     # sparse: only the chosen norms have a gradient (with a balance loss also all norms of a

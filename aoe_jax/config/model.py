@@ -81,9 +81,6 @@ class ModelConfig(Group):
         if self.n_dense_layers and kind not in ("aoe", "router"):
             wanted = "is for experts.kind='aoe' or 'router'; set it to 0"
             self.refuse("n_dense_layers", f"{wanted} with experts.kind={kind!r}")
-        if self.attention not in ("auto", "blocks") and config.routing.needs_attention_peaks:
-            why = f"has no attention peaks, which routing.name={config.routing.name!r} needs"
-            self.refuse("attention", f"{why}; use 'auto'")
 
     @property
     def head_width(self):

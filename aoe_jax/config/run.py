@@ -13,7 +13,7 @@ from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.training import CheckpointConfig, TrainConfig
 from aoe_jax.errors import UserError
-from aoe_jax.methods import LAYERS, ROUTERS
+from aoe_jax.methods import LAYERS, ROUTERS, all_methods, find_method
 from aoe_jax.moe.routing import Method, TopK
 
 # Fields of older versions, and what replaces them.
@@ -57,7 +57,7 @@ class Config:
         kind = self.experts.kind
         require_choice("experts.kind", kind, ("aoe", "router", *LAYERS))
         if kind in LAYERS and self.routing == TopK():  # the default: nothing was chosen
-            object.__setattr__(self, "routing", LAYERS[kind]())
+            object.__setattr__(self, "routing", find_method(kind)())
         choices = (kind,) if kind in LAYERS else tuple(ROUTERS)
         require_choice("routing.name", self.routing.name, choices)
         for f in dataclasses.fields(self):
@@ -70,7 +70,7 @@ class Config:
 
     @classmethod
     def from_config_dict(cls, config):
-        """A `Config` of a nested dict or `ConfigDict`. Raises `UserError` for any wrong field."""
+        """A `Config` of nested mappings. Raises `UserError` for any wrong field."""
         classes = {f.name: f.type for f in dataclasses.fields(cls)}
         _refuse_unknown(config, classes)
         groups = {name: dict(values) for name, values in config.items()}
@@ -78,9 +78,8 @@ class Config:
             kind = groups.get("experts", {}).get("kind", ExpertsConfig.kind)
             default = kind if kind in tuple(LAYERS) else TopK.name
             method = groups["routing"].pop("name", default)
-            methods = ROUTERS | LAYERS
-            require_choice("routing.name", method, tuple(methods))
-            classes["routing"] = methods[method]
+            require_choice("routing.name", method, (*ROUTERS, *LAYERS))
+            classes["routing"] = find_method(method)
         return cls(**{name: _build(classes[name], values) for name, values in groups.items()})
 
     def to_dict(self):
@@ -96,7 +95,7 @@ def field_types():
     """
     found = {f.name: _types(f.type) for f in dataclasses.fields(Config) if f.name != "routing"}
     found["routing"] = {"name": (str,)}
-    for method in (ROUTERS | LAYERS).values():
+    for method in all_methods().values():
         found["routing"] |= _types(method)
     return found
 

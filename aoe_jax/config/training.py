@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from aoe_jax.config.checks import Group, setting
-from aoe_jax.storage.paths import is_remote, named_path
+from aoe_jax.config.checks import Group, absolute_path, setting
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class TrainConfig(Group):
     def __post_init__(self):
         super().__post_init__()
         if self.init_from is not None:
-            path = named_path(self.init_from, "config.train.init_from", in_store=True)
-            object.__setattr__(self, "init_from", str(path if is_remote(path) else path.absolute()))
+            object.__setattr__(self, "init_from", absolute_path(self.init_from))
 
     @property
     def warmup_steps(self):
@@ -91,8 +89,7 @@ class CheckpointConfig(Group):
     def __post_init__(self):
         super().__post_init__()
         if self.local_path is not None:
-            path = named_path(self.local_path, "config.checkpoint.local_path")
-            object.__setattr__(self, "local_path", str(path.absolute()))
+            object.__setattr__(self, "local_path", absolute_path(self.local_path))
             if self.local_every >= self.every:
                 self.refuse("local_every", f"must be below checkpoint.every={self.every}")
 

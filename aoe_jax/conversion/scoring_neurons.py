@@ -13,7 +13,7 @@ import numpy as np
 
 from aoe_jax.conversion.moments import observing_step
 from aoe_jax.evaluation.models import Model
-from aoe_jax.moe.scoring import SCORES, scores_of_all
+from aoe_jax.moe.scoring import SCORE_OF_CODE, scores_of_all
 
 # Name of a score -> (the score without neurons, the score with one more: score, its activation).
 _GROWING = {
@@ -90,11 +90,12 @@ def agreement(model: Model, batches: Iterable[dict], w_score, score):
     """The share of the router's experts that other scores, `w_score [L, n, d, r]`, choose as well.
 
     Both see the tokens of the model with its router. A token takes as many experts by `score`, a
-    name of `SCORES`, as the router gives it. Returns `(shares [L], share of a random choice)`.
+    name of `SCORE_OF_CODE`, as the router gives it. Returns `(shares [L], share of a random
+    choice)`.
     """
 
     def observe(ctx, chosen, scores, w_score):
-        found, count = scores_of_all(ctx.x, w_score, SCORES[score]), chosen.sum(axis=1)
+        found, count = scores_of_all(ctx.x, w_score, SCORE_OF_CODE[score]), chosen.sum(axis=1)
         rank = jnp.argsort(jnp.argsort(-found, axis=1), axis=1)
         agreed = jnp.sum(chosen * (rank < count[:, None]))
         by_chance = jnp.sum(count * count) / chosen.shape[1]

@@ -23,7 +23,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.evaluation.evaluate import TextTokens, read_text, write_report
 from aoe_jax.evaluation.models import Model, check_split, corpus_of, load_model
 from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
-from aoe_jax.moe.scoring import SCORES
+from aoe_jax.moe.scoring import SCORE_OF_CODE
 from aoe_jax.parameters import EXPERTS
 from aoe_jax.storage.files import make_folder
 from aoe_jax.storage.paths import parsed_path
@@ -69,8 +69,8 @@ def by_norm(node, norm):
 
 
 def by_first_neurons(count, score):
-    """Ranks experts by a score (of `moe.scoring.SCORES`) of their first gate neurons."""
-    return by_activations(lambda x, w: x @ w["w_gate"][:, :count], SCORES[score])
+    """The choice by a score (of `SCORE_OF_CODE`) of the first gate neurons of experts."""
+    return by_activations(lambda x, w: x @ w["w_gate"][:, :count], SCORE_OF_CODE[score])
 
 
 def by_activations(activations, score):

@@ -24,6 +24,7 @@ from aoe_jax.formats.configs import computed_fields, from_json
 from aoe_jax.formats.tensor_files import stored_tensors
 from aoe_jax.model.declared import state_shardings
 from aoe_jax.model.decoder import initial_params
+from aoe_jax.moe.routing import state_shapes
 from aoe_jax.sharding import replicated
 from aoe_jax.storage.files import COUNT, or_none, read_json
 from aoe_jax.storage.retry import patiently_if_allowed
@@ -140,7 +141,7 @@ class ModelReader:
         first_layer = config.model.n_dense_layers
         has_bias = f"model.layers.{first_layer}.mlp.selection_bias" in self._stored
         balance = BalanceConfig(bias_rate=1.0) if has_bias else own.balance
-        state = own.routing.state_shapes(own.experts, balance, own.model.d_model)
+        state = state_shapes(own.routing, own.experts, balance, own.model.d_model)
         self.routing_state = {
             name: jax.ShapeDtypeStruct((config.model.n_layers, *a.shape), a.dtype)
             for name, a in state.items()

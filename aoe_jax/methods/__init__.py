@@ -1,41 +1,42 @@
 """The methods of the field beside AoE and the top-k router, one per file: settings, code, formula.
 
-Each is a frozen dataclass that is registered here: a router, `(scores, weights, ctx) -> Routing`,
-or a layer of its own, `(x, weights, layer, ctx) -> (y, LayerStats)`. Both inherit from `Method`
-(`moe/routing.py`). A run has one of them as `config.routing`.
+A method is a frozen dataclass that inherits from `Method` (`moe/routing.py`): a router,
+`(scores, weights, ctx) -> Routing`, or a layer of its own, `(x, weights, layer, ctx) -> (y,
+LayerStats)`. A run has one of them as `config.routing`. The tables say which class a name means;
+`find_method` imports it.
 """
 
-from aoe_jax.methods.capacity import Capacity
-from aoe_jax.methods.da_moe import DAMoE
-from aoe_jax.methods.dense import Dense
-from aoe_jax.methods.dynmoe import DynMoE
-from aoe_jax.methods.erc import ERC
-from aoe_jax.methods.gshard import GShard
-from aoe_jax.methods.ranked import Ranked
-from aoe_jax.methods.routing_free import RoutingFree
-from aoe_jax.methods.sigmoid_top_k import SigmoidTopK
-from aoe_jax.methods.smear import Smear
-from aoe_jax.methods.sparsemixer import SparseMixer
-from aoe_jax.methods.thor import Thor
-from aoe_jax.methods.threshold import Threshold
-from aoe_jax.methods.uoe import UoE
-from aoe_jax.moe.routing import ExpertChoice, TopK, TopP
+from importlib import import_module
 
 ROUTERS = {
-    method.name: method
-    for method in (
-        TopK,
-        TopP,
-        ExpertChoice,
-        Ranked,
-        SparseMixer,
-        SigmoidTopK,
-        Threshold,
-        DynMoE,
-        RoutingFree,
-        GShard,
-        DAMoE,
-        ERC,
-    )
+    "top_k": "aoe_jax.moe.routing:TopK",
+    "top_p": "aoe_jax.moe.routing:TopP",
+    "expert_choice": "aoe_jax.moe.routing:ExpertChoice",
+    "ranked": "aoe_jax.methods.ranked:Ranked",
+    "sparsemixer": "aoe_jax.methods.sparsemixer:SparseMixer",
+    "sigmoid_top_k": "aoe_jax.methods.sigmoid_top_k:SigmoidTopK",
+    "threshold": "aoe_jax.methods.threshold:Threshold",
+    "dynmoe": "aoe_jax.methods.dynmoe:DynMoE",
+    "routing_free": "aoe_jax.methods.routing_free:RoutingFree",
+    "gshard": "aoe_jax.methods.gshard:GShard",
+    "da_moe": "aoe_jax.methods.da_moe:DAMoE",
+    "erc": "aoe_jax.methods.erc:ERC",
 }
-LAYERS = {method.name: method for method in (Dense, Capacity, UoE, Smear, Thor)}
+LAYERS = {
+    "dense": "aoe_jax.methods.dense:Dense",
+    "capacity": "aoe_jax.methods.capacity:Capacity",
+    "uoe": "aoe_jax.methods.uoe:UoE",
+    "smear": "aoe_jax.methods.smear:Smear",
+    "thor": "aoe_jax.methods.thor:Thor",
+}
+
+
+def find_method(name: str):
+    """The class of a router or layer. Raises `KeyError` for an unknown name."""
+    module, _, class_name = (ROUTERS | LAYERS)[name].partition(":")
+    return getattr(import_module(module), class_name)
+
+
+def all_methods():
+    """The classes of all methods by name."""
+    return {name: find_method(name) for name in (*ROUTERS, *LAYERS)}

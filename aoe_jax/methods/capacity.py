@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from aoe_jax.config.checks import setting
 from aoe_jax.moe.experts import single_expert
+from aoe_jax.moe.layer import rematerialised
 from aoe_jax.moe.routing import Causality, FixedK, expert_capacity, top_k
-from aoe_jax.moe.scoring import router_scores
 from aoe_jax.parameters import EXPERTS, ROUTER
 
 
@@ -92,7 +92,7 @@ class Capacity(FixedK):
     def __call__(self, x, weights, layer, ctx):
         n, devices = layer.experts.n_experts, ctx.devices
         with jax.named_scope("score"):
-            scores = router_scores(x, weights, layer, ctx)
+            scores = layer.score(x, weights, ctx)
         with jax.named_scope("route"):
             bias = ctx.state.get("selection_bias")
             routing = top_k(scores.values, ctx.top_k, self.norm_topk_prob, bias)
@@ -108,7 +108,7 @@ class Capacity(FixedK):
             dropped, n_tokens = devices.total((dropped, ctx.token_weights.sum()))
             stats = stats._replace(dropped_share=dropped / jnp.maximum(n_tokens, 1))
 
-        def experts(x, places, weights):
+        def compute(x, places, weights):
             with jax.named_scope("experts"):
                 w = layer.gathered(weights, devices)
             groups = devices.whole_sequences(x)
@@ -116,7 +116,7 @@ class Capacity(FixedK):
             return devices.sum_scatter(y, "tensor", 1).reshape(x.shape)
 
         matrices = {name: weights[name] for name in ("w_gate", "w_up", "w_down")}
-        return layer.rematerialised(experts, devices)(x, places, matrices), stats
+        return rematerialised(compute, devices)(x, places, matrices), stats
 
     def places(self, n_tokens, experts):
         """C, for sequences of `n_tokens`."""

@@ -7,7 +7,8 @@ importance comes from attention weights without parameters of its own; it decide
 the token has, and the router's scores decide which. The formulas were not available; these are this
 project's. The importance of a token is `(N p - 1) / (N - 1)`, with p the largest of its attention
 probabilities over the N tokens that it sees: 0 where it attends to all alike, 1 where it attends to
-one alone; 0 for the first token of a document. `model/attention/` gives it for each head.
+one alone; 0 for the first token of a document. Each head has an importance, from the queries and
+keys of the layer's attention, which costs one more product of them.
 
 K has no gradient. A layer reserves K_max slots per token and computes those in use. L_aux counts
 the experts in use. Causal.
@@ -20,10 +21,35 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.config.checks import setting
-from aoe_jax.moe.routing import Method, by_token
+from aoe_jax.moe.routing import Hooks, Method, by_token
 from aoe_jax.moe.scoring import KEPT_ROUTING
 
 REDUCE = {"mean": jnp.mean, "max": jnp.max}
+
+
+def concentration(peaks, n_visible):
+    """How concentrated the attention of a query is: 0 if it is uniform, 1 if it is on one key.
+
+    `peaks [...]` are the largest probabilities and `n_visible`, which broadcasts to them, is N, the
+    number of keys that a query attends to -> `(N peak - 1) / (N - 1)`, `[...]`; 0 where N is 1.
+    """
+    n = jnp.asarray(n_visible, peaks.dtype)
+    return jnp.where(n > 1, jnp.clip((n * peaks - 1) / jnp.maximum(n - 1, 1), 0, 1), 0)
+
+
+def head_importance(q, k, visible):
+    """The importance of each token by each head, see `Hooks.attention`: `[B, H, S]` float32 or
+    wider, without a gradient. One head after another: their scores are `[B, S, c]` each.
+    """
+    q, k = jax.lax.stop_gradient((q.swapaxes(0, 1), k.swapaxes(0, 1)))
+    share, dtype = q.shape[0] // k.shape[0], jnp.promote_types(q.dtype, jnp.float32)
+
+    def of_head(head):
+        scores = jnp.einsum("bqi,bki->bqk", q[head], k[head // share], preferred_element_type=dtype)
+        scores = jnp.where(visible, scores * q.shape[-1] ** -0.5, -jnp.inf)
+        return concentration(jax.nn.softmax(scores).max(axis=-1), visible.sum(axis=-1))
+
+    return jax.lax.map(of_head, jnp.arange(q.shape[0])).swapaxes(0, 1)
 
 
 def experts_of(importance, k_max):
@@ -49,10 +75,12 @@ class DAMoE(Method):
     """At most `experts.top_k` experts per token: more if its attention is on a single token."""
 
     name = "da_moe"
-    needs_attention_peaks = True
+    hooks = Hooks(attention=head_importance)
 
     reduce: str = setting("mean", choices=tuple(REDUCE))  # how heads are combined
 
     def __call__(self, scores, weights, ctx):
-        importance = REDUCE[self.reduce](jax.lax.stop_gradient(ctx.attention_peaks), axis=1)
+        if ctx.captured is None:
+            raise ValueError(f"router {self.name!r} works only in a decoder, behind attention")
+        importance = REDUCE[self.reduce](ctx.captured, axis=1)
         return best(scores, experts_of(importance, ctx.top_k), ctx.top_k)

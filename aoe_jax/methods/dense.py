@@ -31,10 +31,10 @@ class Dense(Unchosen):
         devices = ctx.devices
 
         @jax.named_scope("experts")
-        def expert(x, weights):
+        def compute(x, weights):
             return single_expert(x, layer.gathered(weights, devices))
 
-        y = devices.without_whole_weights(expert)(devices.gather(x, "tensor"), weights)
+        y = devices.without_whole_weights(compute)(devices.gather(x, "tensor"), weights)
         one, zero = jnp.ones(1), jnp.zeros(())
         return devices.sum_scatter(y, "tensor"), LayerStats(one, one, zero, one, zero)
 

@@ -217,7 +217,7 @@ class DynMoE(Method):
         zero = jnp.zeros(())
         return {"live": live, "fired": jnp.zeros(n), "unclaimed": jnp.zeros(d), "updates": zero}
 
-    def losses(self, stats, state, weights, token_weights):
+    def losses(self, stats, state, weights):
         records, terms = stats.records, {}
         if "w_router" in weights:
             w_router, live = weights["w_router"], state["live"] > 0

@@ -3,8 +3,8 @@ a router's columns to its experts.
 
     eps_i = min_j ||R_i - R_j|| / (2 ||R_i||)
     R~_i = R_i * delta_i,   delta_i ~ U(1 - eps_i, 1 + eps_i)^d
-    M_ij = ||R~_i W_gate_j||
-    L    = 1/n^2 sum over i and j != i of  max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0)
+    a_ij = ||R~_i W_gate_j||
+    L    = 1/n^2 sum over i and j != i of  max(a_ij - alpha a_ii, 0) + max(a_ji - alpha a_ii, 0)
 
 Column R_i of the router represents the tokens that go to expert i. R~_i, with noise that leaves it
 nearer to R_i than to any other column, must activate its own expert more than other experts, and
@@ -48,7 +48,7 @@ def with_noise(rows, key):
 
 
 def loss_of_norms(norms, alpha):
-    """L from M: `[n, n]` -> `[]`."""
+    """L from the norms a: `[n, n]` -> `[]`."""
     n = norms.shape[0]
     own = alpha * jnp.diagonal(norms)[:, None]
     above = jax.nn.relu(norms - own) + jax.nn.relu(norms.T - own)
@@ -66,7 +66,7 @@ def coupling_loss(devices, w_router, w_gate, alpha, key):
 
 
 def _norms(devices, rows, w_gate):
-    """M `[n, n]` on all devices."""
+    """The norms a, `[n, n]`, on all devices."""
     rows = devices.piece(rows, "fsdp", 1)
     # One expert after another: a product with all would copy W_gate with d in front.
     activations = devices.total(jax.lax.map(lambda w: rows @ w, w_gate), ("fsdp",))
@@ -98,7 +98,7 @@ class ERC(FixedK):
             loss = coupling_loss(ctx.devices, *matrices, self.alpha, key)
         return routing._replace(records={"coupling_loss": loss})
 
-    def losses(self, stats, state, weights, token_weights):
+    def losses(self, stats, state, weights):
         return {"coupling_loss": (self.weight, stats.records["coupling_loss"].mean())}
 
     def flops(self, config):

@@ -59,7 +59,7 @@ class GShard(Method):
         first, n_tokens = ctx.devices.total((first.sum(axis=0), ctx.token_weights.sum()))
         return routing._replace(shares={"first_choices": first / jnp.maximum(n_tokens, 1)})
 
-    def losses(self, stats, state, weights, token_weights):
+    def losses(self, stats, state, weights):
         loss = balance_loss(stats.shares["first_choices"], stats.mean_probability).mean()
         return {"first_choice_loss": (self.aux_weight, loss)}
 

@@ -85,7 +85,11 @@ class RoutingFree(Method):
         sums, n_tokens = ctx.devices.total((gates.sum(axis=0), ctx.token_weights.sum()))
         return routing._replace(
             records={"gates": sums / jnp.maximum(n_tokens, 1)},
-            per_token={"active": active.mean(axis=1), "gates": gates.mean(axis=1)},
+            per_token={
+                "active": active.mean(axis=1),
+                "gates": gates.mean(axis=1),
+                "weight": ctx.token_weights,
+            },
         )
 
     def parameters(self, experts):
@@ -94,8 +98,9 @@ class RoutingFree(Method):
     def state(self, experts, balance, d):
         return {"multiplier": jnp.full((), self.multiplier, jnp.float32)}
 
-    def losses(self, stats, state, weights, token_weights):
+    def losses(self, stats, state, weights):
         mu, of_tokens = self.expert_share, stats.per_token
+        token_weights = of_tokens["weight"][0]  # every layer has the same
         value = mu * expert_balance(stats.load, stats.records["gates"])
         value += (1 - mu) * token_balance(of_tokens["active"], of_tokens["gates"], token_weights)
         return {"density_loss": (state["multiplier"][0], value)}

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.config.checks import setting
-from aoe_jax.moe.routing import Choice, FixedK, best_experts, by_token
+from aoe_jax.moe.routing import Choice, FixedK, Hooks, best_experts, by_token
 
 
 def in_best_groups(ranked, n_groups, groups_per_token):
@@ -54,6 +54,7 @@ class SigmoidTopK(FixedK):
     """Top-k of sigmoid scores, in groups; state `selection_bias [n]`."""
 
     name = "sigmoid_top_k"
+    hooks = Hooks(balance_logits=jax.nn.log_sigmoid)
 
     norm_topk_prob: bool = True  # weights of a token sum to `scale`
     scale: float = setting(1.0, above=0)  # of weights (routed_scaling_factor)
@@ -73,9 +74,6 @@ class SigmoidTopK(FixedK):
 
     def choice(self, experts):
         return Choice(experts.top_k, is_fixed=True)
-
-    def balance_logits(self, scores):
-        return jax.nn.log_sigmoid(scores)
 
     def state(self, experts, balance, d):
         return {"selection_bias": jnp.zeros(experts.n_experts)}

@@ -44,6 +44,7 @@ from aoe_jax.config.checks import setting
 from aoe_jax.methods.unchosen import Unchosen
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.experts import KEPT_EXPERTS, single_expert
+from aoe_jax.moe.layer import rematerialised
 from aoe_jax.moe.routing import Causality
 from aoe_jax.moe.scoring import scores_of_all
 from aoe_jax.parameters import Parameter, expert_init, matrices_of, ones_init, vector, zeros_init
@@ -175,7 +176,7 @@ class Smear(Unchosen):
         kept = self._kept(ctx, token_weights.shape[:2], layer.experts.n_experts)
         declared = layer.parameters
 
-        def experts(x, weights):
+        def compute(x, weights):
             with jax.named_scope("experts"):
                 w = {
                     name: devices.gather_experts(declared[name], a, layer.dtype)
@@ -200,7 +201,7 @@ class Smear(Unchosen):
                 y = y.reshape(n_sequences, -1, y.shape[-1])[:, :n_positions]
                 return devices.sum_scatter(y, "tensor", 1).reshape(x.shape), scores, p
 
-        run = layer.rematerialised(experts, devices, gathers_experts=True)
+        run = rematerialised(compute, devices, gathers_experts=True)
         y, scores, p = run(x, weights)
         return y, merging_stats(scores, p, token_weights.sum(axis=-1), devices.total)
 

@@ -33,11 +33,12 @@ class SparseMixer(FixedK):
     """Top-k with SparseMixer's weights, for models that are trained already."""
 
     name = "sparsemixer"
-    trains = False  # its sampling in training is not implemented
 
     # Scores are near if they differ by at most 2 jitter, relative to the larger one.
     jitter: float = setting(0.01, at_least=0)
 
     def __call__(self, scores, weights, ctx):
+        if ctx.training:
+            self.refuse("name", "can be used but not trained; train with 'top_k'")
         expert = best_experts(scores, ctx.top_k, ctx.state.get("selection_bias"))
         return by_token(expert, sparsemixer_weights(scores, expert, self.jitter))

@@ -30,12 +30,14 @@ import numpy as np
 
 from aoe_jax.config.checks import setting
 from aoe_jax.methods.unchosen import Unchosen
-from aoe_jax.model.loss import consistent_cross_entropy
+from aoe_jax.model.loss import sums_over_chunks
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.experts import single_expert
-from aoe_jax.moe.layer import apply_experts
-from aoe_jax.moe.routing import by_token
+from aoe_jax.moe.layer import apply_experts, rematerialised
+from aoe_jax.moe.routing import Hooks, by_token
 from aoe_jax.parameters import matrices_of
+
+PASSES = 2  # forward passes of a training step
 
 
 def draw_expert(key, n_experts):
@@ -62,12 +64,39 @@ def drawn(devices, w, expert):
     return devices.total(jnp.where(is_here, own, 0), ("expert",))
 
 
+def consistent_cross_entropy(consistency, hidden, table, targets, weights):
+    """The cross-entropy of two passes, and the divergence of their predictions.
+
+    `hidden` are `[T, d]` of the first pass and of the second, and `consistency` is the weight of
+    the divergence. `cross_entropy` has the other arguments.
+
+    Returns:
+      `(loss, nll, divergence)`, weighted sums over tokens: `nll` is that of both passes together,
+      `divergence` the symmetric `(KL(p || q) + KL(q || p)) / 2` of their distributions, and `loss`
+      is `nll + consistency * divergence`. Only the loss has a gradient.
+    """
+    of_chunk = partial(_of_two_passes, consistency)
+    return tuple(sums_over_chunks(of_chunk, 3, hidden, table, targets, weights))
+
+
+def _of_two_passes(consistency, logits, targets, weights):
+    one_hot = targets[:, None] == jnp.arange(logits[0].shape[1])
+    log_p, log_q = (jax.nn.log_softmax(a) for a in logits)
+    p, q, difference = jnp.exp(log_p), jnp.exp(log_q), log_p - log_q
+    kl_pq, kl_qp = (p * difference).sum(axis=1), -(q * difference).sum(axis=1)
+    nll = jnp.sum(weights * -jnp.where(one_hot, log_p + log_q, 0).sum(axis=1))
+    divergence = jnp.sum(weights * (kl_pq + kl_qp) / 2)
+    half, weights = consistency / 2, weights[:, None]
+    by_p = weights * (p - one_hot + half * (p * (difference - kl_pq[:, None]) + p - q))
+    by_q = weights * (q - one_hot + half * (q * (-difference - kl_qp[:, None]) + q - p))
+    return [nll + consistency * divergence, nll, divergence], [by_p, by_q]
+
+
 @dataclass(frozen=True)
 class Thor(Unchosen):
     """THOR. A sequence is the tokens along the axis before the last."""
 
     name = "thor"
-    passes = 2
 
     # alpha: weight of the symmetric KL divergence between the two passes.
     consistency_weight: float = setting(5.0, at_least=0, training_only=True)
@@ -86,19 +115,23 @@ class Thor(Unchosen):
             expert = draw_expert(key, n)
 
         @jax.named_scope("experts")
-        def experts(x, weights):
+        def compute(x, weights):
             w = {name: drawn(devices, a, expert) for name, a in weights.items()}
             y = single_expert(devices.gather(x, "tensor"), layer.gathered(w, devices))
             return devices.sum_scatter(y, "tensor")
 
-        return layer.rematerialised(experts, devices)(x, weights), _stats_of_draws(n)
+        return rematerialised(compute, devices)(x, weights), _stats_of_draws(n)
 
-    def training_sums(self, features, key, sum_over_targets):
-        hidden, stats = jax.lax.map(features, jax.random.split(key, self.passes))
+    @property
+    def hooks(self):
+        return Hooks(training_sums=self._training_sums, passes=PASSES)
+
+    def _training_sums(self, features, key, sum_over_targets):
+        hidden, stats = jax.lax.map(features, jax.random.split(key, PASSES))
         function = partial(consistent_cross_entropy, self.consistency_weight)
         loss, nll, divergence = sum_over_targets(tuple(hidden), function)
         stats = jax.tree.map(lambda a: a.mean(axis=0), stats)
-        return loss, nll / self.passes, {"divergence": divergence}, stats
+        return loss, nll / PASSES, {"divergence": divergence}, stats
 
     def parameters(self, experts):
         return matrices_of(experts)

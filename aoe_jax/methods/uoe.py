@@ -35,7 +35,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.config.checks import setting
 from aoe_jax.moe.experts import KEPT_EXPERTS, weighted_product
-from aoe_jax.moe.layer import apply_experts
+from aoe_jax.moe.layer import apply_experts, rematerialised
 from aoe_jax.moe.routing import Method, TopK, TopP
 from aoe_jax.moe.scoring import Scores, activation_norms, codes_of_all, safe_root
 from aoe_jax.parameters import EXPERTS
@@ -88,15 +88,14 @@ class UoE(Method):
 
     def __call__(self, x, weights, layer, ctx):
         routing_weights = {name: w for name, w in weights.items() if name.endswith(SUFFIX)}
-        rest = {name: w for name, w in weights.items() if name not in routing_weights}
         neurons = partial(routing_neurons, layer, ctx.devices)
-        norms, shared = layer.rematerialised(neurons, ctx.devices)(x, routing_weights)
+        norms, shared = rematerialised(neurons, ctx.devices)(x, routing_weights)
         scores = Scores.of(norms, layer.balance.aux_stride)
         with jax.named_scope("route"):
             routing = self.router(scores.values, weights, ctx)
         with jax.named_scope("balance"):
             stats = layer.statistics(scores, routing, weights, ctx)
-        return apply_experts(x, routing, rest, layer, ctx) + shared, stats
+        return apply_experts(x, routing, weights, layer, ctx) + shared, stats
 
     def choice(self, experts):
         return self.router.choice(experts)

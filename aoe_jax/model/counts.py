@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 
 from aoe_jax.config.run import Config
-from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.layer import parameters_of
 from aoe_jax.parameters import shared_expert
 from aoe_jax.sharding import MESH_AXES
 
@@ -71,7 +71,7 @@ def _layer_parameters(config):
     """
     c = config.experts
     sizes = c.sizes(config.model.d_model)
-    declared = ExpertsLayer(c, config.routing).parameters.values()
+    declared = parameters_of(c, config.routing).values()
     declared = [(parameter, math.prod(parameter.shape(sizes))) for parameter in declared]
     n_experts = 1 if c.kind == "dense" else c.n_experts
     expert = sum(size for parameter, size in declared if parameter.per_expert) // n_experts
@@ -143,7 +143,9 @@ def forward_flops_per_token(config: Config):
 def training_flops_per_token(config: Config):
     """Useful matmul FLOPs per token of a training step; see `layer_flops_per_token`."""
     of_layer = layer_flops_per_token(config)[1]
-    return config.routing.passes * (3 * _other_flops(config) + config.model.n_layers * of_layer)
+    return config.routing.hooks.passes * (
+        3 * _other_flops(config) + config.model.n_layers * of_layer
+    )
 
 
 def _other_flops(config):

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from aoe_jax.config.experts import ExpertsConfig
-from aoe_jax.methods import LAYERS, ROUTERS
+from aoe_jax.methods import all_methods
 from aoe_jax.methods.dense import Dense
 from aoe_jax.parameters import (
     DECODER,
@@ -25,7 +25,7 @@ from aoe_jax.sharding import replicated, spec_of
 def declared_parameters():
     """Every parameter that any model has, by its path in the tree of parameters."""
     experts, of_layers = ExpertsConfig(kind="router"), {}
-    for method in (ROUTERS | LAYERS).values():
+    for method in all_methods().values():
         of_layers |= method().parameters(experts)
     of_layers |= LARGE_ROUTER | ROUTER | EXPERTS | SHARED_EXPERT | SHARED_SCALE
     found = DECODER | {f"layers/experts/{name}": p for name, p in of_layers.items()}

@@ -16,7 +16,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.methods.dense import Dense
 from aoe_jax.model.attention.blocks import KEPT_ATTENTION
 from aoe_jax.model.attention.cudnn import is_cudnn_forward
-from aoe_jax.model.attention.layer import Attention
+from aoe_jax.model.attention.multi_head import Attention
 from aoe_jax.model.vocabulary import embed, logits
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.layer import ExpertsLayer
@@ -52,7 +52,7 @@ class DecoderLayer(nn.Module):
     def setup(self):
         """Makes the modules."""
         self.attention_norm, self.experts_norm = make_norm(self.model), make_norm(self.model)
-        self.attention = Attention(self.model, self.routing.needs_attention_peaks)
+        self.attention = Attention(self.model, self.routing.hooks.attention)
         self.experts_layer = ExpertsLayer(
             experts=self.experts,
             routing=self.routing,
@@ -73,9 +73,9 @@ class DecoderLayer(nn.Module):
     def decode(self, x, past, routing_state, layer_index):
         """`x [B, S, d]` -> `([B, S, d], (keys, values))`.
 
-        `past` is `(cache, n_past)`, see `Attention.extend`, or None: see `Attention.prefill`.
+        `past` is `(cache, n_past)`, see `Attention.extend`; None at the beginning of a text.
         """
-        attend, positions = self.attention.prefill, None
+        attend, positions = partial(self.attention, with_cache=True), None
         if past is not None:
             attend = partial(self.attention.extend, cache=past[0], n_past=past[1])
             positions = past[1][:, None] + jnp.arange(x.shape[1])
@@ -84,12 +84,12 @@ class DecoderLayer(nn.Module):
 
     def _layer(self, attend, x, token_weights, routing_state, layer_index, positions=None):
         with jax.named_scope("attention"):
-            y, peaks, *cache = attend(self.attention_norm(x))
+            y, captured, cache = attend(self.attention_norm(x))
             x = x + y
         y, stats = self.experts_layer(
-            self.experts_norm(x), token_weights, routing_state, peaks, layer_index, positions
+            self.experts_norm(x), token_weights, routing_state, captured, layer_index, positions
         )
-        return (x + y, stats), *cache
+        return (x + y, stats), cache
 
 
 class Decoder(nn.Module):

@@ -19,7 +19,7 @@ from aoe_jax.model.vocabulary import embed, logits
 class Cache(NamedTuple):
     """Keys and values of the positions so far."""
 
-    layers: tuple  # `(keys, values)` of each layer, `[B, G, M, h]`
+    layers: tuple  # `(keys, values)` of each layer, `[B, G, c, h]`
     length: jax.Array  # [B] int32, positions that count
 
 
@@ -68,7 +68,7 @@ def _stacks(model):
     return [*dense, ("layer", model.n_layers)]
 
 
-def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
+def prefill(decoder: Decoder, params, routing_state, tokens, length, n_positions):
     """Reads the beginnings of sequences.
 
     Args:
@@ -76,23 +76,25 @@ def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
       routing_state: `Method.state` of all layers, `[L, ...]` by name; None: there is none.
       tokens: `[B, S]` int32; those past a sequence's length have no effect.
       length: `[B]` int32, from 1 to S.
-      places: M of the cache, at least S.
+      n_positions: c of the cache, at least S.
 
     Returns:
       `(logits, cache)`: `[B, V]` float32 after the last token of each sequence, and a `Cache`.
     """
 
-    def with_places(a):
-        """`[B, G, S, h]` -> `[B, G, M, h]`, filled up or cut at the end."""
-        return jnp.pad(a[:, :, :places], ((0, 0), (0, 0), (0, max(0, places - a.shape[2])), (0, 0)))
+    def resized(a):
+        """`[B, G, S, h]` -> `[B, G, c, h]`, filled up or cut at the end."""
+        return jnp.pad(
+            a[:, :, :n_positions], ((0, 0), (0, 0), (0, max(0, n_positions - a.shape[2])), (0, 0))
+        )
 
     x, layers = _through_layers(decoder, params, routing_state, tokens, None)
     last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)
-    return output_logits(params, last)[:, 0], Cache(jax.tree.map(with_places, layers), length)
+    return output_logits(params, last)[:, 0], Cache(jax.tree.map(resized, layers), length)
 
 
 def extend(decoder: Decoder, params, routing_state, tokens, cache):
-    """Reads more of sequences whose beginnings are in a `Cache` with S free places.
+    """Reads more of sequences whose beginnings are in a `Cache` with S free positions.
 
     `tokens [B, S]` int32 -> `(hidden, cache)`: `[B, S, d]` after the last norm (`output_logits`
     takes them), and the cache with these positions in it. For other arguments see `prefill`.

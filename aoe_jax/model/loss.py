@@ -1,6 +1,6 @@
 """Cross-entropy over a large vocabulary, computed in chunks: the logits never exist as a whole.
 
-N tokens, V vocabulary, d model width.
+T tokens, V vocabulary, d model width.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ SCORED_CHUNK_TOKENS = 256  # smaller, because scoring often needs few tokens of 
 
 
 def _chunks(*arrays, size=CHUNK_TOKENS):
-    """Cuts `arrays [N, ...]` into chunks `[N / size, size, ...]`, with zeros after the end."""
+    """Cuts `arrays [T, ...]` into chunks `[T / size, size, ...]`, with zeros after the end."""
     n_tokens = arrays[0].shape[0]
     size = min(n_tokens, size)
 
@@ -27,14 +27,14 @@ def _chunks(*arrays, size=CHUNK_TOKENS):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _over_chunks(of_chunk, n_sums, hidden, table, targets, weights):
+def sums_over_chunks(of_chunk, n_sums, hidden, table, targets, weights):
     """Sums over tokens, `[n_sums]` float32; the first one is the loss, and only it has a gradient.
 
     The gradient is computed together with the loss, chunk by chunk, so that no logits are kept or
     computed twice. It is written by hand, because autodiff keeps more of a chunk and is slower. XLA
     removes it from programs that do not use it.
 
-    `hidden` is `[N, d]` of each pass, and `of_chunk` is
+    `hidden` is `[T, d]` of each pass, and `of_chunk` is
     `(logits of each pass, targets, weights) -> (sums, gradients of the loss by the logits)`.
     """
     return _forward(of_chunk, n_sums, hidden, table, targets, weights)[0]
@@ -62,16 +62,16 @@ def _backward(of_chunk, n_sums, residuals, g):
     return tuple((g[0] * d).astype(d.dtype) for d in d_hidden), g[0] * d_table, None, None
 
 
-_over_chunks.defvjp(_forward, _backward)
+sums_over_chunks.defvjp(_forward, _backward)
 
 
 def cross_entropy(hidden, table, targets, weights):
     """Sum over tokens of `weight * -log softmax(hidden table^T)[target]`, `[]` float32, in nats.
 
-    `hidden [N, d]`; `table [V, d]` float32, cast to the dtype of `hidden` for the product;
-    `targets [N]` int32; `weights [N]` float32, without a gradient.
+    `hidden [T, d]`; `table [V, d]` float32, cast to the dtype of `hidden` for the product;
+    `targets [T]` int32; `weights [T]` float32, without a gradient.
     """
-    return _over_chunks(_of_one_pass, 1, (hidden,), table, targets, weights)[0]
+    return sums_over_chunks(_of_one_pass, 1, (hidden,), table, targets, weights)[0]
 
 
 def _of_one_pass(logits, targets, weights):
@@ -83,42 +83,14 @@ def _of_one_pass(logits, targets, weights):
     return [jnp.sum(weights * nll)], [by_logits]
 
 
-def consistent_cross_entropy(consistency, hidden, table, targets, weights):
-    """The cross-entropy of two passes, and the divergence of their predictions.
-
-    `hidden` are `[N, d]` of the first pass and of the second, and `consistency` is the weight of
-    the divergence. `cross_entropy` has the other arguments.
-
-    Returns:
-      `(loss, nll, divergence)`, weighted sums over tokens: `nll` is that of both passes together,
-      `divergence` the symmetric `(KL(p || q) + KL(q || p)) / 2` of their distributions, and `loss`
-      is `nll + consistency * divergence`. Only the loss has a gradient.
-    """
-    of_chunk = partial(_of_two_passes, consistency)
-    return tuple(_over_chunks(of_chunk, 3, hidden, table, targets, weights))
-
-
-def _of_two_passes(consistency, logits, targets, weights):
-    one_hot = targets[:, None] == jnp.arange(logits[0].shape[1])
-    log_p, log_q = (jax.nn.log_softmax(a) for a in logits)
-    p, q, difference = jnp.exp(log_p), jnp.exp(log_q), log_p - log_q
-    kl_pq, kl_qp = (p * difference).sum(axis=1), -(q * difference).sum(axis=1)
-    nll = jnp.sum(weights * -jnp.where(one_hot, log_p + log_q, 0).sum(axis=1))
-    divergence = jnp.sum(weights * (kl_pq + kl_qp) / 2)
-    half, weights = consistency / 2, weights[:, None]
-    by_p = weights * (p - one_hot + half * (p * (difference - kl_pq[:, None]) + p - q))
-    by_q = weights * (q - one_hot + half * (q * (-difference - kl_qp[:, None]) + q - p))
-    return [nll + consistency * divergence, nll, divergence], [by_p, by_q]
-
-
 def target_log_probs(hidden, table, targets, wanted):
     """The log-probability of each wanted target, and whether it is the likeliest token.
 
-    Only chunks with tokens that are `wanted [N]` compute logits. For the other arguments see
+    Only chunks with tokens that are `wanted [T]` compute logits. For the other arguments see
     `cross_entropy`.
 
     Returns:
-      `(log_prob, is_best)`: `[N]` float32, 0 where not wanted; and `[N]` bool, true where not
+      `(log_prob, is_best)`: `[T]` float32, 0 where not wanted; and `[T]` bool, true where not
       wanted. If tokens are equally likely, the first counts as the likeliest.
     """
     cast = table.astype(hidden.dtype)

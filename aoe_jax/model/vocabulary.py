@@ -1,6 +1,6 @@
 """The embedding and the output projection over a mesh.
 
-N tokens of all sequences of a device; other letters: see `aoe_jax/moe/__init__.py`.
+Letters in shapes: see `aoe_jax/moe/__init__.py`.
 """
 
 import jax
@@ -35,7 +35,7 @@ def sum_over_tokens(function, hidden, table, targets, weights):
     """A function of the output projection, summed over the tokens of all devices.
 
     Args:
-      function: `(hidden [N, d], table [V, d], targets [N], weights [N]) -> []`, or several sums.
+      function: `(hidden [T, d], table [V, d], targets [T], weights [T]) -> []`, or several sums.
       hidden: `[B, S, d]`, or a tuple of such arrays, which the function then takes.
       targets, weights: `[B, S]`.
     """
@@ -49,7 +49,7 @@ def sum_over_tokens(function, hidden, table, targets, weights):
 def on_each_token(function, hidden, table, *values):
     """A function of the output projection with a result per token, on the tokens of each device.
 
-    `function(hidden [N, d], table [V, d], *values [N]) -> arrays [N]`; `values` are `[B, S]`, and
+    `function(hidden [T, d], table [V, d], *values [T]) -> arrays [T]`; `values` are `[B, S]`, and
     so are the arrays of the result, a tuple. Other arguments: see `sum_over_tokens`.
     """
     return _over_tokens(function, hidden, table, values, token_spec(2), jnp.reshape)

@@ -12,6 +12,9 @@ Axis letters, the same in the whole package; a shape such as `[T, n]` is built o
     S  positions of a sequence      P  slots: choices of experts   H  heads of queries
     d  model width                  R  rows: tokens by expert      G  heads of keys and values
     f  width of an expert           r  rank of a factorised gate   h  width of a head
-    m  hidden width of a router     s  routing neurons             M  places of a cache
-    u  width of a shared expert
+    m  hidden width of a router     s  routing neurons             c  positions of a cache
+    u  width of a shared expert     N  devices along expert        C  places of an expert
+
+`grouped_matmul` is an operation of its own, with letters of its own: M rows, D contracted width,
+F output width, E experts.
 """

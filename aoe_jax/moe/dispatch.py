@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.moe.grouped_matmul import place_rows
+from aoe_jax.moe.grouped_matmul import row_layout
 from aoe_jax.moe.grouped_matmul.groups import WholeGroups
 from aoe_jax.moe.grouped_matmul.permute import NOWHERE, permute
 from aoe_jax.moe.routing import Routing
@@ -21,7 +21,7 @@ MAX_GATHERS = 16  # a sum over more slots is one gather: programs would grow wit
 class Rows(NamedTuple):
     """How slots are laid out as rows: by expert, or where `grouped_matmul` wants them.
 
-    Where there is nothing (an unused slot, a free place), the index is `NOWHERE`, and rows are 0.
+    Where there is nothing (an unused slot, a free position), indices are `NOWHERE` and rows 0.
     """
 
     slot: jax.Array  # [R] int32, the slot of each row
@@ -44,12 +44,12 @@ def sort_slots(expert, n_experts):
 def lay_out(routing, n_experts, all_used=False, backend="auto"):
     """The `Rows` of a `Routing` for a backend; `all_used`: it has no unused slot."""
     slot, row, group_sizes = sort_slots(routing.expert, n_experts)
-    places = place_rows(group_sizes, slot.shape[0], backend)
-    if places is None:
+    layout = row_layout(group_sizes, slot.shape[0], backend)
+    if layout is None:
         groups = WholeGroups(group_sizes) if all_used else group_sizes
         return Rows(slot, row, routing.token[slot], groups)
-    slot = _take(slot, places.row, NOWHERE)
-    return Rows(slot, places.place[row], _take(routing.token, slot, NOWHERE), places)
+    slot = _take(slot, layout.row, NOWHERE)
+    return Rows(slot, layout.position[row], _take(routing.token, slot, NOWHERE), layout)
 
 
 class Local:
@@ -59,13 +59,13 @@ class Local:
     transport, in the order of their use:
 
         gather, gather_routing   tokens and routing of the devices that share experts
-        plan, round              the slots of each round, and its rows; without a gradient
+        schedule, round          the slots of each round, and its rows; without a gradient
         dispatch                 `[T, d]` -> rows `[R, d]`, and the rows of each expert
         row_values               from slots to rows, `[P]` -> `[R]`
         slot_values              from rows to slots, `[R]` -> `[P]`; 0 for slots without a row here
         complete                 values of slots, `[P]`, with those of other devices added
         combine                  each token's rows, summed in float32 at least: `[R, d]` -> `[T, d]`
-        further_rounds           `first` plus `function(plan, number, args)` of later rounds
+        further_rounds           `first` plus `function(schedule, number, args)` of later rounds
         scatter                  the transpose of `gather`: outputs to the owners of the tokens
     """
 
@@ -89,11 +89,11 @@ class Local:
         token = jnp.arange(expert.shape[0], dtype=jnp.int32) // k
         return Routing(token, expert, weight, k)
 
-    def plan(self, routing):
+    def schedule(self, routing):
         return routing, self.lay_out(routing)
 
-    def round(self, plan, number):
-        return plan
+    def round(self, schedule, number):
+        return schedule
 
     def dispatch(self, x, round):
         routing, rows = round
@@ -117,7 +117,7 @@ class Local:
             return jax.ops.segment_sum(y.astype(dtype), rows.token, n_tokens).astype(y.dtype)
         return _sum_by_token(y, rows, routing.slots_per_token)
 
-    def further_rounds(self, first, function, plan, args):
+    def further_rounds(self, first, function, schedule, args):
         return first
 
 

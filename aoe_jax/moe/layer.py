@@ -1,7 +1,8 @@
 """The layer of experts: `moe_block`, the way of a token, and the Linen module around it."""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.parallel import collectives
 from aoe_jax.moe.parallel.transports import is_local, make_transport
 from aoe_jax.moe.routing import Context, Method, TopK
-from aoe_jax.moe.scoring import SCORES, aoe_scores, router_scores, score_columns
+from aoe_jax.moe.scoring import SCORE_OF_CODE, aoe_scores, router_scores, score_columns
 from aoe_jax.parameters import LARGE_ROUTER, ROUTER, SHARED_EXPERT, matrices_of, shared_expert
 from aoe_jax.sharding import AXES, MeshAxes, spec_of
 
@@ -34,23 +35,92 @@ def moe_block(x, weights, layer, ctx):
     """A layer of experts on one device, or inside `jax.shard_map` on each device of a mesh.
 
     `x [T, d]` in the dtype of computation -> `(y [T, d], LayerStats)`. `weights` are float32
-    parameters by name, on a mesh this device's pieces.
+    parameters by name, on a mesh this device's pieces; `layer` is a `Layer`, `ctx` a `Context`.
     """
     with jax.named_scope("score"):
-        score, with_score = router_scores, weights
-        if layer.experts.kind == "aoe":
-            w_score = score_columns(weights, layer.experts, ctx.devices)
-            score, with_score = aoe_scores, weights | {"w_score": w_score}
-        scores = score(x, with_score, layer, ctx)
+        weights = layer.with_w_score(weights, ctx.devices)
+        scores = layer.score(x, weights, ctx)
     with jax.named_scope("route"):
-        routing = layer.routing(scores.values, with_score, ctx)
+        routing = layer.router(scores.values, weights, ctx)
     with jax.named_scope("balance"):
-        stats = layer.statistics(scores, routing, with_score, ctx)
-    matrices = {name: w for name, w in weights.items() if layer.parameters[name].per_expert}
-    y = apply_experts(x, routing, matrices, layer, ctx, scores.code)
+        stats = layer.statistics(scores, routing, weights, ctx)
+    y = apply_experts(x, routing, weights, layer, ctx, scores.code)
     if layer.experts.d_shared:
         y += apply_shared_expert(x, weights, layer, ctx.devices)
     return y, stats
+
+
+def parameters_of(experts, routing):
+    """A layer's parameters by name, `Parameter`s, in the order in which they are drawn."""
+    matrices, own = matrices_of(experts), routing.parameters(experts) | shared_expert(experts)
+    if experts.kind == "aoe":
+        return matrices | own
+    if experts.kind != "router":
+        return own
+    router = LARGE_ROUTER if experts.large_router else ROUTER
+    # Here the gates are drawn last.
+    return router | {name: matrices[name] for name in ("w_up", "w_down")} | matrices | own
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The settings of a layer, and the steps of `moe_block` that depend on them."""
+
+    experts: ExpertsConfig
+    router: Method  # `config.routing`
+    balance: BalanceConfig
+    dtype: Any  # of computation
+    observe: Callable | None = None  # see `ExpertsLayer`
+
+    @cached_property
+    def parameters(self):
+        """See `parameters_of`."""
+        return parameters_of(self.experts, self.router)
+
+    @property
+    def sparse_scoring(self):
+        """See `ExpertsConfig.sparse_scoring`."""
+        return self.experts.sparse_scoring(self.router)
+
+    def with_w_score(self, weights, devices):
+        """`weights` with AoE's `w_score`, see `scoring.score_columns`."""
+        if self.experts.kind != "aoe":
+            return weights
+        return weights | {"w_score": score_columns(weights, self.experts, devices)}
+
+    def score(self, x, weights, ctx):
+        """The `Scores` of tokens `x [T, d]` by all experts."""
+        if self.experts.kind != "aoe":
+            return router_scores(x, weights, self.balance.aux_stride)
+        local = is_local(ctx.devices, self.router.choice(self.experts).is_fixed)
+        keeps_code = local and ctx.devices.size("tensor") == 1 and self.experts.low_rank
+        return aoe_scores(x, weights["w_score"], self, ctx.devices, keeps_code)
+
+    def statistics(self, scores, routing, weights, ctx):
+        """The `LayerStats` of `Scores` and a `Routing`."""
+        logits = self.router.hooks.balance_logits(scores.for_balance)
+        stats = balance.statistics(scores._replace(for_balance=logits), routing, self.balance, ctx)
+        if self.observe is None:
+            return stats
+        observed = self.observe(scores.values, routing, weights, ctx)
+        return stats._replace(records={"observed": observed})
+
+    @jax.named_scope("row_scores")
+    def row_scores(self, gate, code, devices):
+        """AoE's score of each row: `gate [R, f]`, `code [R, r]` or None -> `(gate, scores [R])`."""
+        score = SCORE_OF_CODE[self.experts.score]
+        if code is not None:
+            return gate, score(code)
+        gate, code = first_neurons(gate, self.experts.score_neurons)
+        return gate, devices.from_first(score(code))
+
+    def gathered(self, weights, devices):
+        """`weights` whole along what is split over fsdp, in the dtype of computation."""
+        sums = None if self.experts.gradient_sums == "float32" else self.experts.gradient_sums
+        return {
+            name: devices.gather_weight(self.parameters[name], w, self.dtype, sums)
+            for name, w in weights.items()
+        }
 
 
 @jax.named_scope("experts")
@@ -64,7 +134,7 @@ def apply_shared_expert(x, weights, layer, devices):
         return single_expert(x, {name.replace("shared_", ""): w[name] for name in SHARED_EXPERT})
 
     matrices = {name: weights[name] for name in SHARED_EXPERT}
-    y = layer.rematerialised(expert, devices)(devices.gather(x, "tensor"), matrices)
+    y = rematerialised(expert, devices)(devices.gather(x, "tensor"), matrices)
     y = devices.sum_scatter(y, "tensor")
     if not layer.experts.shared_gate:
         return y
@@ -75,63 +145,93 @@ def apply_shared_expert(x, weights, layer, devices):
 def apply_experts(x, routing, weights, layer, ctx, code=None):
     """Dispatch, experts, combine: `[T, d]`, the sum over each token's experts of weight * output.
 
-    `weights` are the matrices of experts by name; `code [T, n, r]` are AoE's codes, if kept.
+    `weights` have the matrices of experts; `code [T, n, r]` are AoE's codes, if kept.
     """
-    with jax.named_scope("plan"):
-        transport = make_transport(ctx.devices, routing, layer.experts, layer.routing, x.shape[0])
+    devices, declared = ctx.devices, layer.parameters
+    with jax.named_scope("schedule"):
+        transport = make_transport(devices, routing, layer.experts, layer.router, x.shape[0])
         routing = transport.gather_routing(routing)
-        plan = transport.plan(routing)
-        n_slots = routing.expert.shape[0]
+        schedule = transport.schedule(routing)
     product = partial(grouped_matmul, backend=layer.experts.grouped_matmul)
 
     def rows_through_experts(x, slot_weight, weights, code):
         # Weights are gathered and cast in here, where the backward pass does it again: neither
         # whole weights nor cast copies are kept.
         with jax.named_scope("experts"):
-            w = layer.gathered(weights, ctx.devices)
+            w = layer.gathered(weights, devices)
         with jax.named_scope("dispatch"):
             x = transport.gather(x)
-            round = transport.round(plan, 0)
-            rows, groups = transport.dispatch(x, round)
+            first = transport.round(schedule, 0)
+            rows, groups = transport.dispatch(x, first)
         with jax.named_scope("experts"):
-            row_code = None if code is None else take_code(code, round)
+            row_code = None if code is None else take_code(code, first)
             gate, row_code = gate_pre_activations(rows, groups, w, row_code, product)
-            if layer.sparse_scoring:  # the chosen scores again, now with a gradient
-                gate, scores = layer.row_scores(gate, row_code, ctx.devices)
-                scores = transport.slot_values(scores, round, n_slots)
-                w_score = score_columns(w, layer.experts, ctx.devices)
-                score = SCORES[layer.experts.score]
-                further = partial(_scores_of_round, transport, product, score, n_slots)
-                scores = transport.further_rounds(scores, further, plan, (x, w_score))
-                scores = transport.complete(scores).reshape(-1, routing.slots_per_token)
-                slot_weight = jax.nn.softmax(scores).reshape(-1)
-            row_weight = transport.row_values(slot_weight, round)
+            if layer.sparse_scoring:
+                gate, scores = layer.row_scores(gate, row_code, devices)
+                scoring = partial(scores_of_round, transport, product, layer.experts.score)
+                w_score = score_columns(w, layer.experts, devices)
+                slot_weight = weights_by_rows(
+                    scores, first, routing, transport, schedule, scoring, (x, w_score)
+                )
+            row_weight = transport.row_values(slot_weight, first)
             y = swiglu(rows, gate, row_weight, groups, w, product)
         with jax.named_scope("combine"):
-            y = transport.combine(y, round, x.shape[0])
-        further = partial(_outputs_of_round, transport, product)
-        y = transport.further_rounds(y, further, plan, (x, slot_weight, w))
+            y = transport.combine(y, first, x.shape[0])
+        further = partial(outputs_of_round, transport, product)
+        y = transport.further_rounds(y, further, schedule, (x, slot_weight, w))
         with jax.named_scope("combine"):
             return transport.scatter(y)
 
-    run = layer.rematerialised(rows_through_experts, ctx.devices)
-    return run(x, routing.weight, weights, code)
+    matrices = {
+        name: w for name, w in weights.items() if name in declared and declared[name].per_expert
+    }
+    return rematerialised(rows_through_experts, devices)(x, routing.weight, matrices, code)
 
 
-def _scores_of_round(transport, product, score, n_slots, plan, number, args):
+def weights_by_rows(scores, first, routing, transport, schedule, scoring, args):
+    """The weights of chosen experts under sparse scoring: `[P]`, with a gradient.
+
+    The scores that chose the experts have none. Here they are computed again from the rows of
+    their experts: `scores [R]` are those of the `first` round, and `scoring(n_slots, schedule,
+    number, args) -> [P]` computes those of later rounds.
+    """
+    n_slots = routing.expert.shape[0]
+    scores = transport.slot_values(scores, first, n_slots)
+    scores = transport.further_rounds(scores, partial(scoring, n_slots), schedule, args)
+    scores = transport.complete(scores).reshape(-1, routing.slots_per_token)
+    return jax.nn.softmax(scores).reshape(-1)
+
+
+def scores_of_round(transport, product, score, n_slots, schedule, number, args):
+    """AoE's scores of a later round: `[P]`, 0 for slots without a row in it; args: tokens `[T, d]`
+    and `w_score`.
+    """
     x, w_score = args
-    round = transport.round(plan, number)
+    round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)
-    return transport.slot_values(score(product(rows, w_score, groups)), round, n_slots)
+    return transport.slot_values(
+        SCORE_OF_CODE[score](product(rows, w_score, groups)), round, n_slots
+    )
 
 
-def _outputs_of_round(transport, product, plan, number, args):
+def outputs_of_round(transport, product, schedule, number, args):
+    """What a later round adds to the tokens: `[T, d]`; args: tokens, weights of slots `[P]` and
+    matrices of experts.
+    """
     x, slot_weight, w = args
-    round = transport.round(plan, number)
+    round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)
     gate, _ = gate_pre_activations(rows, groups, w, product=product)
     y = swiglu(rows, gate, transport.row_values(slot_weight, round), groups, w, product)
     return transport.combine(y, round, x.shape[0])
+
+
+def rematerialised(function, devices, gathers_experts=False):
+    """`function` of arrays, which keeps for its backward pass what `model.remat` says."""
+    if devices.remat == "experts":
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT_EXPERTS)
+        return jax.checkpoint(function, policy=policy)
+    return devices.without_whole_weights(function, gathers_experts)
 
 
 class ExpertsLayer(nn.Module):
@@ -159,7 +259,7 @@ class ExpertsLayer(nn.Module):
         x: jax.Array,
         token_weights: jax.Array | None = None,
         routing_state: dict[str, jax.Array] | None = None,
-        attention_peaks: jax.Array | None = None,
+        captured: jax.Array | None = None,
         layer_index: jax.Array | int = 0,
         positions: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerStats]:
@@ -170,7 +270,7 @@ class ExpertsLayer(nn.Module):
           token_weights: `[...]`, 1 for a token that counts in statistics and balance losses, 0 for
             padding; None: all count.
           routing_state: `Method.state` of this layer; None: that before training.
-          attention_peaks: `[..., H]`, see `routing.Context`; required if the method needs them.
+          captured: `[..., H]`, the result of the method's `Hooks.attention`.
           layer_index: the number of the layer in its model.
           positions: `[...]` int32, in the sequences; None: counted along the last axis but d.
 
@@ -182,15 +282,14 @@ class ExpertsLayer(nn.Module):
         function = moe_block if self.experts.kind in ("aoe", "router") else method
         if function is method and method.name != self.experts.kind:
             raise ValueError(
-                f"kind={self.experts.kind!r}: give the layer of aoe_jax.methods.LAYERS with this "
-                "name as `routing`, or kind='aoe' or 'router'"
+                f"kind={self.experts.kind!r}: give the layer of aoe_jax.methods with this name as "
+                "`routing`, or kind='aoe' or 'router'"
             )
-        if method.needs_attention_peaks and attention_peaks is None:
-            raise ValueError(f"router {method.name!r} needs attention_peaks")
+        layer = Layer(self.experts, method, self.balance, self.dtype, self.observe)
         sizes = self.experts.sizes(d)
         weights = {
             name: self.param(name, self._initialiser(parameter), parameter.shape(sizes))
-            for name, parameter in self.parameters.items()
+            for name, parameter in layer.parameters.items()
         }
         training = self.training and not self.is_initializing()
         rng = self.make_rng("experts") if training and self.has_rng("experts") else None
@@ -200,7 +299,7 @@ class ExpertsLayer(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(x.shape[-2]), x.shape[:-1])
         routing_state = routing_state or method.state(self.experts, self.balance, d)
 
-        def block(devices, x, token_weights, positions, attention_peaks, of_layer, weights):
+        def block(devices, x, token_weights, positions, captured, of_layer, weights):
             devices = devices.with_tokens(x.shape[:-1])
             flat = lambda a, n_axes=0: a.reshape(-1, *a.shape[a.ndim - n_axes :])  # noqa: E731
             state, rng, layer_index = of_layer
@@ -212,24 +311,24 @@ class ExpertsLayer(nn.Module):
                 training=training,
                 state=state,
                 rng=rng,
-                attention_peaks=None if attention_peaks is None else flat(attention_peaks, 1),
+                captured=None if captured is None else flat(captured, 1),
                 positions=flat(positions),
                 layer_index=layer_index,
             )
-            y, stats = function(ctx.x, weights, self, ctx)
+            y, stats = function(ctx.x, weights, layer, ctx)
             per_token = jax.tree.map(lambda a: a.reshape(x.shape[:-1]), stats.per_token)
             return y.reshape(x.shape), stats._replace(per_token=None), per_token
 
         n_axes = min(x.ndim - 1, 2)
         tokens, vectors = (collectives.token_spec(n_axes, *last) for last in ((), (None,)))
-        weight_specs = collectives.weight_specs(self.parameters, weights)
+        weight_specs = collectives.weight_specs(layer.parameters, weights)
         in_specs = (vectors, tokens, tokens, vectors, PartitionSpec(), weight_specs)
         out_specs = (vectors, PartitionSpec(), tokens)
         how = self.transport, self.remat, self.axes or AXES
         run = collectives.over_mesh(block, in_specs, out_specs, *how)
         of_layer = (routing_state, rng, layer_index)
         y, stats, per_token = run(
-            x.astype(self.dtype), token_weights, positions, attention_peaks, of_layer, weights
+            x.astype(self.dtype), token_weights, positions, captured, of_layer, weights
         )
         return y, stats._replace(per_token=per_token)
 
@@ -243,59 +342,6 @@ class ExpertsLayer(nn.Module):
             return jax.sharding.reshard(w, spec) if mesh.explicit_axes else w
 
         return nn.with_partitioning(init, tuple(spec))
-
-    @property
-    def parameters(self):
-        """The parameters by name, `Parameter`s, in the order in which they are drawn."""
-        e = self.experts
-        matrices, own = matrices_of(e), self.routing.parameters(e) | shared_expert(e)
-        if e.kind == "aoe":
-            return matrices | own
-        if e.kind != "router":
-            return own
-        router = LARGE_ROUTER if e.large_router else ROUTER
-        # Here the gates are drawn last.
-        return router | {name: matrices[name] for name in ("w_up", "w_down")} | matrices | own
-
-    @property
-    def sparse_scoring(self):
-        return self.experts.sparse_scoring(self.routing)
-
-    def statistics(self, scores, routing, weights, ctx):
-        scores = scores._replace(for_balance=self.routing.balance_logits(scores.for_balance))
-        stats = balance.statistics(scores, routing, self.balance, ctx)
-        if self.observe is None:
-            return stats
-        observed = self.observe(scores.values, routing, weights, ctx)
-        return stats._replace(records={"observed": observed})
-
-    def keeps_code(self, devices):
-        """Whether experts take their codes from scoring."""
-        local = is_local(devices, self.routing.choice(self.experts).is_fixed)
-        return local and devices.size("tensor") == 1 and self.experts.low_rank
-
-    def row_scores(self, gate, code, devices):
-        """AoE's score of each row: `gate [R, f]`, `code [R, r]` or None -> `(gate, scores [R])`."""
-        score = SCORES[self.experts.score]
-        if code is not None:
-            return gate, score(code)
-        gate, code = first_neurons(gate, self.experts.score_neurons)
-        return gate, devices.from_first(score(code))
-
-    def gathered(self, weights, devices):
-        """`weights` whole along what is split over fsdp, in the dtype of computation."""
-        sums = None if self.experts.gradient_sums == "float32" else self.experts.gradient_sums
-        return {
-            name: devices.gather_weight(self.parameters[name], w, self.dtype, sums)
-            for name, w in weights.items()
-        }
-
-    def rematerialised(self, function, devices, gathers_experts=False):
-        """`function` of arrays, which keeps for its backward pass what `model.remat` says."""
-        if self.remat == "experts":
-            policy = jax.checkpoint_policies.save_only_these_names(KEPT_EXPERTS)
-            return jax.checkpoint(function, policy=policy)
-        return devices.without_whole_weights(function, gathers_experts)
 
 
 def config_of_kind(kind, experts):

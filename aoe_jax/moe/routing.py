@@ -3,9 +3,12 @@
 A router is a frozen dataclass of its own settings with `__call__(scores, weights, ctx) -> Routing`.
 It works on norms and on logits alike. The paper's three are here; `aoe_jax/methods/` has the rest
 of the field. `Method` says what else a router (or a layer of `aoe_jax/methods/`) may bring along.
+
+Shapes: see the letters in `aoe_jax/moe/__init__.py`.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,9 +32,7 @@ class Context:
     training: bool
     state: dict[str, jax.Array] = field(default_factory=dict)  # of this layer, `Method.state`
     rng: jax.Array | None = None  # the same on all devices; None outside training
-    # [T, H], how much of its attention each head pays to one token (0 to 1), where
-    # `Method.needs_attention_peaks`.
-    attention_peaks: jax.Array | None = None
+    captured: jax.Array | None = None  # [T, H], the result of `Hooks.attention`
     positions: jax.Array | None = None  # [T] int32, in their sequences
     layer_index: jax.Array | int = 0
 
@@ -53,7 +54,7 @@ class Routing(NamedTuple):
     expert: jax.Array  # [P] int32
     weight: jax.Array  # [P] float32
     slots_per_token: int | None  # None: slots are in no order
-    # What `Method.losses` and `Method.update` need, equal on all devices, gradients included.
+    # What `Method.losses` and `Method.update` need, equal on all devices, including gradients.
     records: dict[str, jax.Array] | None = None
     # Records that are shares of the tokens. With micro-batches, losses take their mean over all
     # micro-batches of the step so far.
@@ -82,15 +83,36 @@ class Choice:
     is_normalised: bool = False
 
 
+def one_pass(features, key, sum_over_targets):
+    """The usual loss of a batch: the cross-entropy of one forward pass, see `Hooks`."""
+    hidden, stats = features(key)
+    nll = sum_over_targets(hidden)
+    return nll, nll, {}, stats
+
+
+class Hooks(NamedTuple):
+    """Functions that a method puts in the place of the usual ones."""
+
+    # The logits whose softmax is an expert's probability in balance losses: `[T, n] -> [T, n]`.
+    balance_logits: Callable = lambda scores: scores
+    # `(q [B, H, S, h], k [B, G, c, h], visible) -> [B, H, S]` from the rotated queries and keys of
+    # the layer's attention; `visible` is a bool array that broadcasts to `[B, S, c]`. The router
+    # gets the result as `Context.captured`.
+    attention: Callable | None = None
+    # The loss of a batch as sums over targets: `(features, key, sum_over_targets) -> (loss, nll,
+    # further sums by name, LayerStats)`. `features` is `key -> (hidden [B, S, d], LayerStats)`, a
+    # forward pass, and `sum_over_targets` is `(hidden, function of hidden, table, targets and
+    # weights) -> sums`, where the default function is the cross-entropy.
+    training_sums: Callable = one_pass
+    passes: int = 1  # forward passes of `training_sums`
+
+
 class Method(Group):
     """The base of routers and layers. Each default is for a method without the feature."""
 
     group = "routing"
     name: ClassVar[str]
-    needs_attention_peaks: ClassVar[bool] = False
-    trains: ClassVar[bool] = True  # False: for models that are trained already
-    passes: ClassVar[int] = 1  # forward passes of a training step, see `training_sums`
-    norm_topk_prob = False  # whether the weights of a token's experts sum to a constant
+    hooks: ClassVar[Hooks] = Hooks()
 
     def causality(self, experts) -> Causality:
         """Whether the method is causal with the sizes of `experts`."""
@@ -100,10 +122,6 @@ class Method(Group):
         """How tokens choose; None: they do not, and one expert (or a merged one) processes each."""
         return Choice()
 
-    def balance_logits(self, scores):
-        """The logits whose softmax is the probability of an expert in balance losses: `[T, n]`."""
-        return scores
-
     def parameters(self, experts) -> dict:
         """Its parameters in one layer by name, in the order in which they are drawn."""
         return {}
@@ -112,28 +130,13 @@ class Method(Group):
         """The arrays of one layer that training changes without gradients; saved with the model."""
         return {}
 
-    def state_shapes(self, experts, balance, d):
-        """The shapes of `state`; arrays would start JAX, which configurations may not."""
-        return jax.eval_shape(lambda: self.state(experts, balance, d))
-
-    def losses(self, stats, state, weights, token_weights) -> dict[str, tuple]:
+    def losses(self, stats, state, weights) -> dict[str, tuple]:
         """Further losses of the whole model, name -> `(weight, value)`; the value is reported.
 
         `stats` (`LayerStats`), `state` (before the step) and `weights` (the layers' parameters by
-        name) are stacked over layers. `token_weights [B, S]` are 0 for padding.
+        name) are stacked over layers.
         """
         return {}
-
-    def training_sums(self, features, key, sum_over_targets):
-        """The loss of a batch as sums over targets; by default the cross-entropy of one pass.
-
-        `features` is `key -> (hidden [B, S, d], LayerStats)`, one pass, and `sum_over_targets` is
-        `(hidden, function of hidden, table, targets, weights) -> sums`, where the default function
-        is the cross-entropy. Returns `(loss, nll, further sums by name, LayerStats)`.
-        """
-        hidden, stats = features(key)
-        nll = sum_over_targets(hidden)
-        return nll, nll, {}, stats
 
     def update(self, config, state, stats, weights) -> tuple[dict, dict]:
         """`(state, parameters that the method itself changes, by name)` after a step.
@@ -148,6 +151,11 @@ class Method(Group):
         2 and 6 per weight that all tokens use, such as a router's.
         """
         return None
+
+
+def state_shapes(method, experts, balance, d):
+    """The shapes of `Method.state`; arrays would start JAX, which configurations may not."""
+    return jax.eval_shape(lambda: method.state(experts, balance, d))
 
 
 def by_token(expert, weight):
@@ -188,6 +196,8 @@ class FixedK(Method):
 
     With `balance.bias_rate`, a bias (state `selection_bias [n]`) balances their load.
     """
+
+    norm_topk_prob = False  # whether weights are the softmax over the chosen scores
 
     def choice(self, experts):
         return Choice(experts.top_k, is_fixed=True, is_normalised=self.norm_topk_prob)

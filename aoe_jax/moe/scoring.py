@@ -37,22 +37,21 @@ class Scores(NamedTuple):
         return cls(kept, checkpoint_name(values[::stride], KEPT_ROUTING), code)
 
 
-def aoe_scores(x, weights, layer, ctx):
-    """AoE's scores (Algorithm 2, Eq. 4) of tokens `x [T, d]`, as `Scores`.
+def aoe_scores(x, w, layer, devices, keeps_code):
+    """AoE's scores (Algorithm 2, Eq. 4) of tokens `x [T, d]` by `w_score`, as `Scores`.
 
     Where the weights of experts depend on the chosen scores alone (`layer.sparse_scoring`), the
     scores have no gradient here: those of the chosen experts are computed again with their rows.
-    Otherwise the codes of all experts are kept, as published, on one device. Over a mesh, and with
-    whole gates, no code is kept, and the rows compute theirs again.
+    Otherwise, with `keeps_code`, the codes of all experts are kept, as published. Over a mesh, and
+    with whole gates, no code is kept, and the rows compute theirs again.
     """
-    w, devices, stride = weights["w_score"], ctx.devices, layer.balance.aux_stride
-    score = SCORES[layer.experts.score]
+    score, stride = SCORE_OF_CODE[layer.experts.score], layer.balance.aux_stride
     if layer.sparse_scoring:
         if not layer.balance.has_loss:
             x, w = jax.lax.stop_gradient((x, w))
         both = devices.score(partial(sparse_scores, score=score, stride=stride), x, w)
         return Scores(*(checkpoint_name(scores, KEPT_ROUTING) for scores in both))
-    if not layer.keeps_code(devices):
+    if not keeps_code:
         (values,) = devices.score(lambda x, w: (scores_of_all(x, w, score),), x, w)
         return Scores.of(values, stride)
 
@@ -72,15 +71,16 @@ def score_columns(weights, experts, devices):
     return devices.from_first(weights["w_gate"][..., : experts.score_neurons])
 
 
-def router_scores(x, weights, layer, ctx):
-    """The logits of a router for tokens `x [T, d]` (Algorithm 1), as `Scores`.
+def router_scores(x, weights, stride):
+    """The logits of a router for tokens `x [T, d]` (Algorithm 1), as `Scores`; see there for
+    `stride`.
 
     Those of the "large router" ablation (Table 2, row 4) are `SiLU(x W_hidden) W_router`. The paper
     gives only its parameter count, about `n r d`; one hidden layer is this project's reading.
     """
     if "w_router_hidden" in weights:
         x = jax.nn.silu(router_logits(x, weights["w_router_hidden"]))
-    return Scores.of(router_logits(x, weights["w_router"]), layer.balance.aux_stride)
+    return Scores.of(router_logits(x, weights["w_router"]), stride)
 
 
 def codes_of_all(x, w_score, dtype=None):
@@ -133,7 +133,7 @@ def largest(c):
 
 
 # `ExpertsConfig.score`: from a code to its score.
-SCORES = {"norm": activation_norms, "max": largest}
+SCORE_OF_CODE = {"norm": activation_norms, "max": largest}
 
 
 def scores_of_all(x, w_score, score=activation_norms):

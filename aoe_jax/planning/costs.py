@@ -20,15 +20,23 @@ from functools import cached_property
 
 import numpy as np
 
-from aoe_jax.model.attention import cudnn, splash
-from aoe_jax.moe.grouped_matmul import megablox, mosaic_gpu
 from aoe_jax.planning.hlo import parse
-
-KERNEL_COSTS = tuple(m.kernel_cost for m in (splash, cudnn, megablox, mosaic_gpu))
+from aoe_jax.planning.kernel_costs import KERNEL_COSTS
 
 # Named scopes of the train step.
-_OF_EXPERTS = ("score", "route", "balance", "plan", "dispatch", "experts", "combine")
-SCOPES = ("embed", "attention", *_OF_EXPERTS, "loss", "update")
+SCOPES = (
+    "embed",
+    "attention",
+    "score",
+    "route",
+    "balance",
+    "schedule",
+    "dispatch",
+    "experts",
+    "combine",
+    "loss",
+    "update",
+)
 # Operations without work of their own. The work of a `-done` counts in its `-start`.
 _FREE = {"add-dependency", "after-all", "async-update", "bitcast", "constant", "domain", "tuple"}
 _FREE |= {"get-dimension-size", "get-tuple-element", "opt-barrier", "parameter"}

@@ -78,9 +78,6 @@ def train(
     """
     started, is_main = time.perf_counter(), jax.process_index() == 0
     stop, start, given = stop or StopRequests(), start or Start(), config
-    if not config.routing.trains:
-        named = f"config.routing.name={config.routing.name!r}"
-        raise UserError(f"{named}: can be evaluated but not trained; train with 'top_k'")
     checkpoints, folder = Checkpoints(workdir), RunFolder(workdir)
     config = sharding.fill_mesh(config, jax.device_count())
     mesh = sharding.make_mesh(config, jax.devices())

@@ -96,7 +96,8 @@ def training_loss(
     document_mask = config.data.document_mask
     one_pass = partial(features, decoder, params, routing_state, batch, document_mask)
     sum_over_targets = partial(_sum_over_targets, params, batch)
-    loss, nll, reported, stats = method.training_sums(one_pass, key, sum_over_targets)
+    training_sums = method.hooks.training_sums
+    loss, nll, reported, stats = training_sums(one_pass, key, sum_over_targets)
     loss, nll, reported = jax.tree.map(lambda value: value / total_weight, (loss, nll, reported))
     with jax.named_scope("balance"):
         for_losses, so_far = _with_shares_so_far(stats, so_far)
@@ -105,7 +106,7 @@ def training_loss(
             aux_loss = balance_loss(for_losses.load, stats.mean_probability)
         aux_loss, confidence_entropy = aux_loss.mean(), stats.confidence_entropy.mean()
         weights = params["layers"]["experts"]
-        losses = method.losses(for_losses, routing_state, weights, _token_weights(batch))
+        losses = method.losses(for_losses, routing_state, weights)
     loss += config.balance.aux_weight * aux_loss
     loss += config.balance.entropy_weight * confidence_entropy
     if stats.z_loss is not None:

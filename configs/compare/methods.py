@@ -10,7 +10,7 @@ all runs. Arms with one expert a token have about half the FLOPs of experts that
 
 from aoe_jax.compare.suite import Arm, Size, Suite, Sweep
 from aoe_jax.config.experts import ExpertsConfig
-from aoe_jax.methods import LAYERS, ROUTERS
+from aoe_jax.methods import find_method
 from configs import methods
 from configs.compare.small import SMALLEST, base_config
 
@@ -24,11 +24,11 @@ def _arm(variant):
         return found
 
     experts, settings, _ = methods.VARIANTS[variant]
-    method = (ROUTERS | LAYERS)[settings["name"]]()
+    method = find_method(settings["name"])()
     causality = method.causality(ExpertsConfig())
     notes = {
         "one expert a token": experts.get("top_k") == 1 or method.choice(ExpertsConfig()) is None,
-        "two passes": method.passes == 2,
+        "two passes": method.hooks.passes == 2,
         "not causal": causality.reason and causality.until_step is None,
     }
     of = "AoE, " if variant == name else "router, "

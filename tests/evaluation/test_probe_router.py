@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
 from aoe_jax import RouterLayer
 from aoe_jax.config.experts import ExpertsConfig
@@ -19,7 +18,7 @@ from aoe_jax.evaluation.probing import (
     by_norm,
     by_router,
 )
-from aoe_jax.sharding import MESH_AXES
+from tests.arrays import mesh_of
 
 pytestmark = pytest.mark.usefixtures("ragged")
 
@@ -124,7 +123,7 @@ def test_choice_by_chance():
 @pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 2, 4, 1)], ids=str)
 def test_meshes_choose_alike(shape, choose):
     want = apply(choose)
-    mesh = Mesh(np.reshape(jax.devices(), shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
         got = apply(choose)
     np.testing.assert_allclose(got[0], want[0], atol=1e-5)

@@ -11,7 +11,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import as_own, computed_fields, from_json, to_json
 from aoe_jax.formats.loading import read_config
-from aoe_jax.moe.routing import TopK
+from aoe_jax.moe.routing import TopK, state_shapes
 from tests.runs import tiny_config
 
 MIXTRAL = to_json(tiny_config(experts__kind="router"))
@@ -103,7 +103,7 @@ VARIANTS = {
 def test_there_and_back(variant):
     changes, model_type = VARIANTS[variant]
     config = tiny_config(**changes)
-    state = config.routing.state_shapes(config.experts, config.balance, config.model.d_model)
+    state = state_shapes(config.routing, config.experts, config.balance, config.model.d_model)
     values = json.loads(json.dumps(to_json(config, state)))
     assert values["model_type"] == model_type
     for form in (values, json.loads(json.dumps(as_own(config)))):

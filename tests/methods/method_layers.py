@@ -9,8 +9,9 @@ import numpy as np
 from aoe_jax import ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
-from aoe_jax.methods import ROUTERS
+from aoe_jax.methods import find_method
 from aoe_jax.moe import reference
+from tests.arrays import assert_close, normal
 from tests.moe.drawn import parameters_of
 
 TOKENS, D, EXPERTS = 29, 12, 5
@@ -30,12 +31,12 @@ def make(kind, name, training=True, dtype=jnp.float64, recompute=False, **settin
     """`(layer, parameters, tokens)`; all parameters are random, those of the router too."""
     layer = ExpertsLayer(
         ExpertsConfig(kind=kind, n_experts=EXPERTS, top_k=2, d_ffn=16, d_low=4),
-        routing=ROUTERS[name](**settings),
+        routing=find_method(name)(**settings),
         dtype=jnp.dtype(dtype),
         remat="experts" if recompute else "none",
         training=training,
     )
-    x = jax.random.normal(jax.random.key(0), (TOKENS, D), dtype)
+    x = normal(0, (TOKENS, D), dtype)
     noise = 0.05 * np.random.default_rng(2).standard_normal(EXPERTS)
     params = jax.tree.map(
         lambda a: (a + noise).astype(dtype) if a.ndim == 1 else a, parameters_of(layer, x)
@@ -57,13 +58,6 @@ def by_loops(params, x, weights):
     else:
         experts, names = reference.router_experts, ("w_gate", "w_up", "w_down")
     return experts(x, weights, *(params[name] for name in names))
-
-
-def assert_close(got, want, tolerance):
-    """Compares two trees, with a tolerance relative to the largest entry of each array."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, atol=tolerance * max(1, float(jnp.abs(b).max())))
 
 
 def assert_agree(layer, params, x, weights_of):

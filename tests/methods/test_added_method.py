@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax import AoELayer
 from aoe_jax.config.experts import ExpertsConfig
@@ -13,6 +14,7 @@ from aoe_jax.moe import reference
 from aoe_jax.sharding import batch_sharding, make_mesh, put_batch
 from aoe_jax.training.step import init_state, make_train_step
 from examples.add_a_method import AboveMean
+from tests.arrays import normal
 from tests.evaluation.models import make_config, make_model
 from tests.moe.contexts import context
 
@@ -20,24 +22,22 @@ from tests.moe.contexts import context
 @pytest.fixture
 def added(monkeypatch):
     """The example's router, registered as docs/add_a_method.md says."""
-    monkeypatch.setitem(ROUTERS, AboveMean.name, AboveMean)
+    monkeypatch.setitem(ROUTERS, AboveMean.name, "examples.add_a_method:AboveMean")
     return AboveMean()
 
 
 def test_by_hand(added):
     scores = jnp.array([[1.0, 2.0, 6.0, 4.0], [5.0, 1.0, 1.0, 1.0]])
     routing = added(scores, {}, context(scores))
-    np.testing.assert_array_equal(routing.expert.reshape(2, 4), [[4, 4, 2, 3], [0, 4, 4, 4]])
+    assert_array_equal(routing.expert.reshape(2, 4), [[4, 4, 2, 3], [0, 4, 4, 4]])
     weight = np.exp([6.0, 4.0]) / np.exp([6.0, 4.0]).sum()
-    np.testing.assert_allclose(
-        routing.weight.reshape(2, 4), [[0, 0, *weight], [1, 0, 0, 0]], rtol=1e-6
-    )
+    assert_allclose(routing.weight.reshape(2, 4), [[0, 0, *weight], [1, 0, 0, 0]], rtol=1e-6)
 
 
 def test_in_a_layer(added, ragged):
     """Against a plain loop, values and gradients."""
     layer = AoELayer(ExpertsConfig(n_experts=4, d_ffn=24, d_low=4), routing=added)
-    x = jax.random.normal(jax.random.key(0), (12, 16))
+    x = normal(0, (12, 16))
     params = layer.init(jax.random.key(1), x)["params"]
 
     def by_loop(params):
@@ -54,7 +54,7 @@ def test_in_a_layer(added, ragged):
 
     for function in (lambda f: f(params), lambda f: jax.grad(lambda p: (f(p) ** 2).sum())(params)):
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-5),
             *map(function, (by_layer, by_loop)),
         )
 
@@ -78,13 +78,14 @@ def losses_of_training(config, n_devices):
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_in_a_model(added, ragged, kind):
     """Three steps on eight devices as on one; greedy decoding as by full passes."""
     settings = {"experts__kind": kind, "routing__name": "above_mean", "train__warmup": 0.1}
     alone = make_config(**settings, mesh__data=1)
     found = losses_of_training(make_config(**settings, mesh__data=2, mesh__expert=4), 8)
-    np.testing.assert_allclose(found, losses_of_training(alone, 1), rtol=2e-5)
+    assert_allclose(found, losses_of_training(alone, 1), rtol=2e-5)
     assert found[-1] < found[0]
     model, prompts = make_model(alone), [[5, 6, 7], [9]]
     apply, want = jax.jit(model.decoder.apply), []

@@ -9,16 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax import ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
-from aoe_jax.methods import Capacity
-from aoe_jax.methods.capacity import assign_places, combine_tensor, dispatch_tensor
+from aoe_jax.methods.capacity import Capacity, assign_places, combine_tensor, dispatch_tensor
 from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.routing import TopK, expert_capacity
-from aoe_jax.sharding import MESH_AXES
-from tests.methods.method_layers import assert_close
+from tests.arrays import assert_close, normal
 from tests.moe.drawn import parameters_of
 
 GROUPS, TOKENS, WIDTH, EXPERTS = 3, 16, 8, 5
@@ -33,7 +31,7 @@ def make(capacity_factor, top_k=2, norm_topk_prob=True, dtype="float64", recompu
     routing = Capacity(capacity_factor, norm_topk_prob)
     layer = ExpertsLayer(dataclasses.replace(config, kind="capacity"), routing=routing, **others)
     router = ExpertsLayer(config, routing=TopK(norm_topk_prob), **others)
-    x = jax.random.normal(jax.random.key(0), (GROUPS, TOKENS, WIDTH), dtype).at[..., 0].add(1.0)
+    x = normal(0, (GROUPS, TOKENS, WIDTH), dtype).at[..., 0].add(1.0)
     return layer, router, parameters_of(layer, x), x
 
 
@@ -78,18 +76,16 @@ def test_agrees_with_a_loop(x64, capacity_factor, top_k, norm_topk_prob):
     y, stats = jax.jit(layer.apply)({"params": params}, x)
     capacity = int(np.ceil(capacity_factor * top_k * TOKENS / EXPERTS))
     want, dropped, _ = by_loop(params, x, top_k, norm_topk_prob, capacity)
-    np.testing.assert_allclose(y, want, atol=1e-10)
+    assert_allclose(y, want, atol=1e-10)
     assert dropped.sum() > 0 or capacity_factor == 2
-    np.testing.assert_allclose(stats.dropped_share, dropped.mean() / top_k, atol=1e-12)
+    assert_allclose(stats.dropped_share, dropped.mean() / top_k, atol=1e-12)
 
 
 def test_load_and_balance_losses_are_of_the_choice_before_dropping(x64):
     layer, router, params, x = make(1.0)
     got, want = (jax.jit(made.apply)({"params": params}, x)[1] for made in (layer, router))
     assert got.dropped_share > 0.05 and want.dropped_share is None
-    jax.tree.map(
-        partial(np.testing.assert_allclose, atol=1e-12), got._replace(dropped_share=None), want
-    )
+    jax.tree.map(partial(assert_allclose, atol=1e-12), got._replace(dropped_share=None), want)
 
 
 def test_first_choices_come_before_second_ones():
@@ -100,15 +96,15 @@ def test_first_choices_come_before_second_ones():
     # Expert 0 takes tokens 0 and 2, which choose it first. It drops token 3 and the second choice
     # of token 1. Expert 1 takes token 1, which chooses it first, and then the second choice of
     # token 0. It drops the second choices of tokens 2 and 3.
-    np.testing.assert_array_equal(places.place[0], [[0, 1], [2, 0], [1, 2], [2, 2]])
-    np.testing.assert_allclose(places.dropped[0], [0, 0.5, 0.5, 1])
+    assert_array_equal(places.place[0], [[0, 1], [2, 0], [1, 2], [2, 2]])
+    assert_allclose(places.dropped[0], [0, 0.5, 0.5, 1])
     dispatch = dispatch_tensor(places, 2, jnp.float32)
     # Every place has exactly one token.
-    np.testing.assert_array_equal(dispatch.sum(axis=1), np.ones((1, 2, 2)))
+    assert_array_equal(dispatch.sum(axis=1), np.ones((1, 2, 2)))
     combine = combine_tensor(places, dispatch)
-    np.testing.assert_allclose(combine[0, 0], [[0.9, 0], [0, 0.1]])
-    np.testing.assert_allclose(combine[0, 1], [[0, 0], [0.8, 0]])
-    np.testing.assert_array_equal(combine[0, 3], np.zeros((2, 2)))
+    assert_allclose(combine[0, 0], [[0.9, 0], [0, 0.1]])
+    assert_allclose(combine[0, 1], [[0, 0], [0.8, 0]])
+    assert_array_equal(combine[0, 3], np.zeros((2, 2)))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +123,7 @@ def test_places_of_an_expert(sizes, factor, want):
 
 def values_and_gradients(layer, params, x):
     """Output and statistics, and gradients of a projection of the output plus balance losses."""
-    cotangent = jax.random.normal(jax.random.key(9), x.shape, x.dtype)
+    cotangent = normal(9, x.shape, x.dtype)
 
     def loss(params, x):
         y, stats = layer.apply({"params": params}, x)
@@ -164,7 +160,7 @@ def test_gradients_where_choices_are_dropped(x64):
         hidden = jax.nn.silu(gate) * up
         return jnp.einsum("gtn,gtnf,nfd->gtd", weights, hidden, params["w_down"])
 
-    cotangent = jax.random.normal(jax.random.key(9), x.shape)
+    cotangent = normal(9, x.shape)
 
     def gradients(function):
         return jax.jit(jax.grad(lambda p, x: (function(p, x) * cotangent).sum(), (0, 1)))(params, x)
@@ -177,7 +173,7 @@ def test_groups_do_not_depend_on_each_other(x64):
     layer, _, params, x = make(1.0)
     apply = jax.jit(lambda x: layer.apply({"params": params}, x)[0])
     alone = [apply(x[group]) for group in range(GROUPS)]
-    np.testing.assert_allclose(apply(x), alone, atol=1e-12)
+    assert_allclose(apply(x), alone, atol=1e-12)
 
 
 def test_padding_takes_no_place(x64):
@@ -186,8 +182,8 @@ def test_padding_takes_no_place(x64):
     real[1, 3:7], real[2, :] = False, False
     y, stats = jax.jit(layer.apply)({"params": params}, x, jnp.asarray(real, float))
     want, dropped, _ = by_loop(params, x, 2, True, expert_capacity(TOKENS, EXPERTS, 2.0), real)
-    np.testing.assert_allclose(y, want, atol=1e-10)
-    np.testing.assert_allclose(stats.dropped_share, dropped.sum() / (2 * real.sum()), atol=1e-12)
+    assert_allclose(y, want, atol=1e-10)
+    assert_allclose(stats.dropped_share, dropped.sum() / (2 * real.sum()), atol=1e-12)
 
 
 def test_a_selection_bias_moves_the_choice(x64):
@@ -196,7 +192,7 @@ def test_a_selection_bias_moves_the_choice(x64):
         {"params": params}, x, routing_state={"selection_bias": jnp.array([0.0, 0, 0, 100, 0])}
     )[1]
     assert stats.load[3] == 1
-    np.testing.assert_allclose(
+    assert_allclose(
         stats.dropped_share, 1 - expert_capacity(TOKENS, EXPERTS, 1.0) / TOKENS, atol=1e-12
     )
 
@@ -210,11 +206,4 @@ def test_bfloat16():
         {"params": to_float32[0]}, to_float32[1]
     )
     assert y.dtype == jnp.bfloat16 and stats.dropped_share == exact_stats.dropped_share > 0
-    np.testing.assert_allclose(np.asarray(y, float), exact, atol=0.05 * float(jnp.abs(exact).max()))
-
-
-def test_flat_tokens_of_a_mesh_are_refused():
-    layer, _, params, x = make(1.0, dtype="float32")
-    mesh = Mesh(np.reshape(jax.devices(), (8, 1, 1, 1)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match="needs sequences"):
-        jax.eval_shape(partial(layer.apply, {"params": params}), x.reshape(-1, WIDTH))
+    assert_allclose(np.asarray(y, float), exact, atol=0.05 * float(jnp.abs(exact).max()))

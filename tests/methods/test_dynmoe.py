@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax.config.run import Config
 from aoe_jax.methods.dynmoe import (
@@ -22,6 +23,7 @@ from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.reference import l2_norm
 from aoe_jax.training.step import init_state, make_train_step
 from configs import methods
+from tests.arrays import assert_equal, assert_finite, normal
 from tests.methods.method_layers import EXPERTS, TOKENS, D, assert_agree, make, scores_of
 from tests.moe.contexts import context
 
@@ -81,15 +83,15 @@ def test_agrees_with_plain_loops(x64, ragged, kind, training):
     fires = (scores_of_formula(params, x) > params["firing_threshold"]) & live
     without = ~fires.any(axis=1)
     assert 0 < without.sum() < TOKENS
-    np.testing.assert_array_equal(stats.live, live)
+    assert_array_equal(stats.live, live)
     # Statistics are of norms or logits, not of relative scores.
-    np.testing.assert_allclose(stats.mean_score, scores_of(params, x).mean(axis=0))
+    assert_allclose(stats.mean_score, scores_of(params, x).mean(axis=0))
     if training:
-        np.testing.assert_allclose(stats.load, fires.mean(axis=0))
-        np.testing.assert_array_equal(y[without], 0)
-        np.testing.assert_allclose(stats.records["unclaimed"], x[without].sum(axis=0))
+        assert_allclose(stats.load, fires.mean(axis=0))
+        assert_array_equal(y[without], 0)
+        assert_allclose(stats.records["unclaimed"], x[without].sum(axis=0))
     else:
-        np.testing.assert_allclose(stats.load.sum() * TOKENS, fires.sum() + without.sum())
+        assert_allclose(stats.load.sum() * TOKENS, fires.sum() + without.sum())
         assert (y != 0).any(axis=1).all()
         assert stats.records is None
 
@@ -99,8 +101,8 @@ def test_padding_counts_nowhere(x64, ragged):
     real = jnp.arange(TOKENS) % 3 > 0
     apply = jax.jit(lambda x, weights: layer.apply({"params": params}, x, weights)[1])
     got, want = apply(x, real.astype(float)), apply(x[real], jnp.ones(real.sum()))
-    np.testing.assert_allclose(got.load, want.load)
-    np.testing.assert_allclose(got.records["unclaimed"], want.records["unclaimed"])
+    assert_allclose(got.load, want.load)
+    assert_allclose(got.records["unclaimed"], want.records["unclaimed"])
 
 
 def test_only_experts_that_fire_have_a_gradient():
@@ -108,20 +110,20 @@ def test_only_experts_that_fire_have_a_gradient():
     of_thresholds, of_scores = jax.grad(lambda g, s: gates(s, g, 1.0).sum(), (0, 1))(
         jnp.zeros(3), scores
     )
-    np.testing.assert_array_equal(gates(scores, jnp.zeros(3), 1.0), [[1, 0, 0], [1, 1, 0]])
-    np.testing.assert_allclose(of_thresholds, [-0.5, -0.25, 0])
+    assert_array_equal(gates(scores, jnp.zeros(3), 1.0), [[1, 0, 0], [1, 1, 0]])
+    assert_allclose(of_thresholds, [-0.5, -0.25, 0])
     slope = np.asarray(jax.nn.sigmoid(scores) * jax.nn.sigmoid(-scores))
-    np.testing.assert_allclose(of_scores, slope * [[1, 0, 0], [1, 1, 0]], rtol=1e-6)
+    assert_allclose(of_scores, slope * [[1, 0, 0], [1, 1, 0]], rtol=1e-6)
     assert jax.grad(straight_through_sign)(0.3) == 1
 
 
 def test_half_of_the_experts_fire_at_first():
     layer, params, x = make("router", "dynmoe", dtype=jnp.float32)
     params["firing_threshold"] *= 0
-    x = jax.random.normal(jax.random.key(3), (2000, D))
+    x = normal(3, (2000, D))
     scores = cosines(x, params["w_router"])
     stats = jax.jit(layer.apply)({"params": params}, x)[1]
-    np.testing.assert_allclose(stats.load, (scores > 0).mean(axis=0), atol=1e-6)
+    assert_allclose(stats.load, (scores > 0).mean(axis=0), atol=1e-6)
     assert abs(stats.load.mean() - 0.5) < 0.03
 
 
@@ -129,7 +131,7 @@ def test_the_best_live_expert_where_none_fires():
     fires = jnp.array([[False, True, True], [False, False, False]])
     scores = jnp.array([[9.0, 0, 0], [3, 1, 2]])
     found = best_where_none(fires, scores, jnp.array([False, True, True]))
-    np.testing.assert_array_equal(found, [[False, True, True], [False, False, True]])
+    assert_array_equal(found, [[False, True, True], [False, False, True]])
 
 
 def test_relative_norms_have_no_scale(x64):
@@ -137,31 +139,31 @@ def test_relative_norms_have_no_scale(x64):
     weights, and have finite gradients at zero. So have cosines.
     """
     n, d, r = 8, 256, 32
-    w_gate_down = jax.random.normal(jax.random.key(0), (n, d, r))
-    x = jax.random.normal(jax.random.key(1), (500, d))
+    w_gate_down = normal(0, (n, d, r))
+    x = normal(1, (500, d))
     found = relative_norms(x, w_gate_down)
     assert abs(found.mean()) < 0.01 and abs(found.std() * (2 * r) ** 0.5 - 1) < 0.05
     scale = jnp.arange(1.0, n + 1)
     scaled = relative_norms(7 * x, scale[:, None, None] * w_gate_down)
-    np.testing.assert_allclose(scaled, found, atol=1e-12)
+    assert_allclose(scaled, found, atol=1e-12)
     gradients = jax.grad(lambda x, w: relative_norms(x, w).sum(), (0, 1))(
         x.at[0].set(0), w_gate_down.at[0].set(0)
     )
-    assert all(np.isfinite(g).all() for g in gradients)
+    assert_finite(gradients)
     assert jnp.abs(cosines(x, w_gate_down[:, :, 0].T)).max() < 1
-    np.testing.assert_allclose(cosines(w_gate_down[0].T, w_gate_down[0]).diagonal(), 1)
+    assert_allclose(cosines(w_gate_down[0].T, w_gate_down[0]).diagonal(), 1)
     gradients = jax.grad(lambda x, w: cosines(x, w).sum(), (0, 1))(x * 0, w_gate_down[0])
-    assert all(np.isfinite(g).all() for g in gradients)
+    assert_finite(gradients)
 
 
 def test_the_loss_of_orthonormal_columns():
-    columns = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (D, EXPERTS)))[0]
+    columns = jnp.linalg.qr(normal(0, (D, EXPERTS)))[0]
     live = jnp.ones(EXPERTS, bool)
     assert diversity(columns, live) < 1e-6 and abs(simplicity(columns) - 1) < 1e-6
     twice = columns.at[:, 1].set(3 * columns[:, 0])
     # Two entries are 1 for columns of any length.
-    np.testing.assert_allclose(diversity(twice, live), 2**0.5, rtol=1e-6)
-    np.testing.assert_allclose(simplicity(twice), (EXPERTS + 2) / EXPERTS, rtol=1e-6)
+    assert_allclose(diversity(twice, live), 2**0.5, rtol=1e-6)
+    assert_allclose(simplicity(twice), (EXPERTS + 2) / EXPERTS, rtol=1e-6)
     assert diversity(twice, live.at[1].set(False)) < 1e-6
     gradients = jax.grad(lambda w: diversity(w, live) + simplicity(w))(columns.at[:, 2].set(0))
     assert np.isfinite(gradients).all()
@@ -177,7 +179,7 @@ def test_the_losses_of_gates(x64, ragged):
     def losses(params, x):
         stats = layer.apply({"params": params}, x, real.astype(float))[1]
         stats = jax.tree.map(lambda a: a[None], stats)
-        return layer.routing.losses(stats, {}, params, None)
+        return layer.routing.losses(stats, {}, params)
 
     def by_hand(params, x):
         scores, thresholds = scores_of_formula(params, x[real]), params["firing_threshold"]
@@ -194,10 +196,10 @@ def test_the_losses_of_gates(x64, ragged):
         "efficiency": 0.25,
     }
     for (_, got), want in zip(found.values(), wanted, strict=True):
-        np.testing.assert_allclose(got, want)
+        assert_allclose(got, want)
     got = jax.grad(lambda p, x: sum(value for _, value in losses(p, x).values()), (0, 1))(params, x)
     want = jax.grad(lambda p, x: sum(by_hand(p, x)), (0, 1))(params, x)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), got, want)
+    jax.tree.map(partial(assert_allclose, atol=1e-12), got, want)
 
 
 def test_the_pool_after_an_update():
@@ -208,12 +210,8 @@ def test_the_pool_after_an_update():
     fired = jnp.array([[1, 2, 0], [0, 3, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0.0]])
     unclaimed = jnp.array([[0, 0], [0, 0], [1, 0], [1, 0], [0, -1], [0, 0.0]])
     found, added = updated_pool(live, fired, unclaimed)
-    np.testing.assert_array_equal(
-        found, [[1, 1, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1], [1, 0, 0], [1, 0, 1]]
-    )
-    np.testing.assert_array_equal(
-        added, [[0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]]
-    )
+    assert_array_equal(found, [[1, 1, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1], [1, 0, 0], [1, 0, 1]])
+    assert_array_equal(added, [[0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]])
 
 
 def config_of(variant, **settings):
@@ -248,7 +246,7 @@ def test_an_expert_for_the_tokens_that_are_left(variant):
     weights = jax.jit(lambda: init_state(config, 0))().params["layers"]["experts"]
     weights["firing_threshold"] += 0.5
     # No token is left in the second layer.
-    left = jax.random.normal(jax.random.key(1), (2, 16)) * jnp.array([[1.0], [0.0]])
+    left = normal(1, (2, 16)) * jnp.array([[1.0], [0.0]])
     n, zeros = 4, jnp.zeros((2, 4))
     state = {
         "live": zeros.at[:, :2].set(1),
@@ -259,28 +257,29 @@ def test_an_expert_for_the_tokens_that_are_left(variant):
     load = zeros.at[:, :2].set(1.0)
     stats = LayerStats(load, zeros, zeros[:, 0], zeros, zeros[:, 0], records={"unclaimed": left})
     after, changed = config.routing.update(config, state, stats, weights)
-    np.testing.assert_array_equal(after["live"], [[1, 1, 1, 0], [1, 1, 0, 0]])
+    assert_array_equal(after["live"], [[1, 1, 1, 0], [1, 1, 0, 0]])
     assert not after["fired"].any() and not after["unclaimed"].any()
     assert (after["updates"] == 1).all()
     added = np.zeros((2, n), bool)
     added[0, 2] = True
-    np.testing.assert_array_equal(changed["firing_threshold"], np.where(added, 0, 0.5))
+    assert_array_equal(changed["firing_threshold"], np.where(added, 0, 0.5))
     if variant == "dynmoe_router":
         before, w = (np.moveaxis(p["w_router"], 2, 1) for p in (weights, changed))
         scores = cosines(left[:1], changed["w_router"][0])
-        np.testing.assert_allclose(scores[0, 2], 1, rtol=1e-5)
-        np.testing.assert_allclose(np.linalg.norm(w[0, 2]), 1, rtol=1e-5)
+        assert_allclose(scores[0, 2], 1, rtol=1e-5)
+        assert_allclose(np.linalg.norm(w[0, 2]), 1, rtol=1e-5)
     else:
         before, w = weights["w_gate_down"], changed["w_gate_down"]
         lengths = np.linalg.norm(w.reshape(2, n, -1), axis=-1)
-        np.testing.assert_allclose(lengths[0, 2], np.median(lengths[0, :2]), rtol=1e-5)
+        assert_allclose(lengths[0, 2], np.median(lengths[0, :2]), rtol=1e-5)
         scores = relative_norms(left[:1], w[0])
         assert scores[0, 2] > 0.9 * 16**0.5 - 1 and scores[0, 2] > 2 * np.delete(scores[0], 2).max()
     name = "w_router" if variant == "dynmoe_router" else "w_gate_down"
     assert changed.keys() == {"firing_threshold", name}
-    np.testing.assert_array_equal(w[~added], before[~added])
+    assert_array_equal(w[~added], before[~added])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["dynmoe", "dynmoe_router"])
 def test_the_schedule(ragged, variant):
     """Two steps pass, two are recorded, then the pool is updated; the next period does the same."""
@@ -299,6 +298,7 @@ def test_the_schedule(ragged, variant):
     assert found[0] < 1e-6  # of one column
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["dynmoe", "dynmoe_router"])
 def test_an_expert_without_tokens_is_removed(ragged, variant):
     """A training step removes it, and no token goes there afterwards. Where no expert takes a
@@ -325,11 +325,12 @@ def test_an_expert_without_tokens_is_removed(ragged, variant):
         load.append(metrics["load"])
     assert live[0] == [[1, 1, 1, 0]] * 2 and live[1] == live[2] == [[1, 0, 1, 0]] * 2
     assert live[3] == [[1, 0, 0, 0]] * 2  # none took a token: one is added, at the first free place
-    np.testing.assert_array_equal(jnp.stack(load[:3])[:, :, 1], 0)
-    np.testing.assert_array_equal(jnp.stack(load[:3])[:, :, (0, 2)], 1)
+    assert_array_equal(jnp.stack(load[:3])[:, :, 1], 0)
+    assert_array_equal(jnp.stack(load[:3])[:, :, (0, 2)], 1)
     assert (load[4][:, 0] > 0).all()
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_no_parameters(ragged):
     config = config_of(
         "dynmoe_router", period_steps=1, idle_steps=0, record_steps=1, initial_experts=1
@@ -345,4 +346,4 @@ def test_a_step_that_is_not_finite_changes_no_parameters(ragged):
     after, metrics = step(state, bad)
     assert not metrics["finite"]
     for name in ("params", "routing_state"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+        assert_equal(getattr(after, name), getattr(state, name))

@@ -9,19 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax import RouterLayer
 from aoe_jax.config.experts import ExpertsConfig
-from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError
-from aoe_jax.methods import ERC
-from aoe_jax.methods.erc import coupling_loss, loss_of_norms, noise_bounds, with_noise
+from aoe_jax.methods.erc import ERC, coupling_loss, loss_of_norms, noise_bounds, with_noise
 from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import TopK
-from aoe_jax.sharding import MESH_AXES
 from aoe_jax.training.step import init_state, training_loss
-from tests.methods.method_layers import assert_close, small_config
+from tests.arrays import assert_close
+from tests.config.refused import check_refused
+from tests.methods.method_layers import small_config
 from tests.moe.drawn import parameters_of
 
 N, D, WIDTH = 6, 8, 5
@@ -72,9 +70,8 @@ def test_formula_and_gradients(alpha):
     got = jax.value_and_grad(loss_of, (0, 1))(rows, w_gate, alpha, KEY)
     want = OF_LOOPS(rows, w_gate, alpha, KEY)
     assert got[0] > 0
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-10)
-        assert np.abs(b).max() > 0
+    assert_close(got, want, 1e-10)
+    assert all(np.abs(b).max() > 0 for b in want[1])
 
 
 def test_the_sum_over_pairs_is_the_mean_over_all_entries():
@@ -82,7 +79,7 @@ def test_the_sum_over_pairs_is_the_mean_over_all_entries():
     own = alpha * np.diagonal(norms)
     entries = np.maximum(norms - own[:, None], 0) + np.maximum(norms.T - own[:, None], 0)
     np.fill_diagonal(entries, 0)
-    np.testing.assert_allclose(loss_of_norms(norms, alpha), entries.mean(), rtol=1e-12)
+    assert_allclose(loss_of_norms(norms, alpha), entries.mean(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -93,7 +90,7 @@ def test_zero_where_each_row_excites_its_own_expert_alone(alpha):
     u = normal(5, WIDTH)
     rows = orthonormal()
     norms = jnp.linalg.norm(jnp.einsum("id,jdf->ijf", rows, rows[:, :, None] * u), axis=-1)
-    np.testing.assert_allclose(loss_of_norms(norms, alpha), 0, atol=1e-12)
+    assert_allclose(loss_of_norms(norms, alpha), 0, atol=1e-12)
     rows = jnp.eye(D)[jnp.array([3, 0, 7, 5, 1, 2])] * 1.7
     w_gate = rows[:, :, None] * u
     value, gradients = jax.value_and_grad(loss_of, (0, 1))(rows, w_gate, alpha, KEY)
@@ -103,14 +100,14 @@ def test_zero_where_each_row_excites_its_own_expert_alone(alpha):
 
 def test_homogeneous_in_the_rows():
     rows, w_gate = normal(1, N, D), normal(2, N, D, WIDTH)
-    np.testing.assert_allclose(
+    assert_allclose(
         loss_of(2.5 * rows, w_gate, 1.0, KEY), 2.5 * loss_of(rows, w_gate, 1.0, KEY), rtol=1e-12
     )
 
 
 def test_noise():
     """eps is sqrt(2) / 2 for orthonormal rows; with every draw a row stays nearest to itself."""
-    np.testing.assert_allclose(noise_bounds(orthonormal()), np.full(N, np.sqrt(0.5)), rtol=1e-12)
+    assert_allclose(noise_bounds(orthonormal()), np.full(N, np.sqrt(0.5)), rtol=1e-12)
     rows = normal(6, N, D) * jnp.arange(1.0, N + 1)[:, None]
     noisy = jax.vmap(partial(with_noise, rows))(jax.random.split(KEY, 200))
     apart = jnp.linalg.norm(noisy[:, :, None] - rows, axis=-1)
@@ -151,17 +148,6 @@ def evaluate(layer, params, x):
     return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 2, 2, 2)])
-def test_a_mesh_computes_what_one_device_does(ragged, shape):
-    layer, params, x = make()
-    want = evaluate(layer, params, x)
-    mesh = Mesh(np.reshape(jax.devices(), shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-    with jax.set_mesh(mesh):
-        got = evaluate(layer, params, x)
-    assert got[1][1].records["coupling_loss"] > 0
-    assert_close(got, want, 1e-10)
-
-
 def test_the_loss_depends_on_parameters_and_noise_only(ragged):
     """Weights that are not normalised give the same loss, and experts are those of plain top-k."""
     layer, params, x = make()
@@ -177,11 +163,11 @@ def test_the_loss_depends_on_parameters_and_noise_only(ragged):
     assert same_loss == loss and jnp.abs(other - y).max() > 1e-3
     again, other_loss = apply(layer, jax.random.key(4))
     assert other_loss != loss
-    np.testing.assert_array_equal(again, y)
+    assert_array_equal(again, y)
     for plain in (layer.clone(training=False), layer.clone(routing=TopK())):
         used, no_loss = apply(plain, KEY)
         assert no_loss is None
-        np.testing.assert_array_equal(used, y)
+        assert_array_equal(used, y)
 
 
 def test_with_loss_free_balancing(ragged):
@@ -224,56 +210,32 @@ def test_it_is_added_to_the_loss_of_training(ragged):
         run = jax.jit(partial(training_loss, config))
         loss, metrics = run(state.params, {}, batch, KEY)
         added = 0.01 * metrics["aux_loss"] + 0.5 * metrics["coupling_loss"]
-        np.testing.assert_allclose(loss, metrics["nll"] + added, rtol=1e-6)
+        assert_allclose(loss, metrics["nll"] + added, rtol=1e-6)
         first, second = of_layers = metrics["stats"].records["coupling_loss"]
-        np.testing.assert_allclose(metrics["coupling_loss"], of_layers.mean(), rtol=1e-6)
+        assert_allclose(metrics["coupling_loss"], of_layers.mean(), rtol=1e-6)
         assert first > 0 and first != second
         _, redrawn = run(state.params, {}, batch, jax.random.key(5))
         assert redrawn["coupling_loss"] != metrics["coupling_loss"]
 
 
-COUPLES = "couples the columns of a plain router with whole gates, of several experts"
+REFUSED = """
+routing.name=erc; experts.kind=aoe => couples the columns of a plain router with whole gates
+routing.name=erc; experts.kind=router; experts.factorised_gate=True => couples the columns of a
+routing.name=erc; experts.kind=router; experts.large_router=True => couples the columns of a plain
+routing.name=erc; experts.kind=router; experts.n_experts=1; experts.top_k=1 => of several experts
+routing.name=erc; experts.kind=capacity => choose one of capacity
+routing.name=erc; experts.kind=dense; balance.aux_weight=0.0 => choose one of dense
+routing.name=threshold; routing.weight=1.0 => routing.weight is unknown ... known are decay
+routing.alpha=0.5 => routing.alpha is unknown ... known are norm_topk_prob
+routing.weight=0.0; experts.kind=router; routing.name=erc => must be greater than 0
+routing.alpha=-0.5; experts.kind=router; routing.name=erc => must be at least 0
+balance.coupling_alpha=0.5 => balance.coupling_alpha is gone ... set config.routing.alpha, with
+"""
 
 
-@pytest.mark.parametrize(
-    ("experts", "message"),
-    [
-        ({"kind": "aoe"}, COUPLES),
-        ({"kind": "router", "factorised_gate": True}, COUPLES),
-        ({"kind": "router", "large_router": True}, COUPLES),
-        ({"kind": "router", "n_experts": 1, "top_k": 1}, COUPLES),
-        ({"kind": "capacity"}, "choose one of capacity"),
-        ({"kind": "dense"}, "choose one of dense"),
-    ],
-)
-def test_it_is_refused_where_there_is_nothing_to_couple(experts, message):
-    groups = {"experts": experts, "routing": {"name": "erc"}, "balance": {"aux_weight": 0.0}}
-    with pytest.raises(UserError, match=rf"config\.routing\.name='erc': {message}"):
-        Config.from_config_dict(groups)
-
-
-@pytest.mark.parametrize(
-    ("routing", "message"),
-    [
-        (
-            {"name": "threshold", "weight": 1.0},
-            r"config\.routing\.weight is unknown; known are decay",
-        ),
-        ({"alpha": 0.5}, r"config\.routing\.alpha is unknown; known are norm_topk_prob$"),
-        ({"name": "erc", "weight": 0.0}, r"config\.routing\.weight=0\.0: must be greater than 0$"),
-        ({"name": "erc", "alpha": -0.5}, r"config\.routing\.alpha=-0\.5: must be at least 0$"),
-    ],
-)
-def test_settings_that_are_refused(routing, message):
-    with pytest.raises(UserError, match=message):
-        Config.from_config_dict({"experts": {"kind": "router"}, "routing": routing})
-
-
-@pytest.mark.parametrize("name", ["weight", "alpha"])
-def test_the_old_settings_are_gone(name):
-    message = rf"balance\.coupling_{name} is gone; set config\.routing\.{name}, with .*='erc'$"
-    with pytest.raises(UserError, match=message):
-        Config.from_config_dict({"balance": {f"coupling_{name}": 0.5}})
+@pytest.mark.parametrize("case", REFUSED.strip().splitlines())
+def test_what_is_refused(case):
+    check_refused(case)
 
 
 def test_defaults():

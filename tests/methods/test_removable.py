@@ -5,6 +5,7 @@ import pytest
 from tests.removable import check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dynmoe", "thor"])
 def test_everything_else_works_without_it(name):
     check(name)

@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax import RouterLayer
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError
 from aoe_jax.methods.sigmoid_top_k import SigmoidTopK, in_best_groups, sigmoid_top_k_weights
 from aoe_jax.moe.balance import balance_loss
-from aoe_jax.sharding import MESH_AXES
-from tests.methods.method_layers import assert_close, by_loops
+from tests.arrays import assert_close, mesh_of, normal
+from tests.config.refused import check_refused
+from tests.methods.method_layers import by_loops
 from tests.moe.drawn import parameters_of
 
 N, K, D, B, S = 8, 2, 8, 8, 4
@@ -41,7 +41,7 @@ def make(routing, balance=None):
         dtype=jnp.float64,
         training=True,
     )
-    x = jax.random.normal(jax.random.key(0), (B, S, D), jnp.float64)
+    x = normal(0, (B, S, D), jnp.float64)
     return layer, parameters_of(layer, x), x, jnp.linspace(-0.4, 0.4, N)
 
 
@@ -75,7 +75,7 @@ def test_values_and_gradients_by_loops_here_and_on_a_mesh(settings):
     want = with_gradients(slow, params, x)
     fast = partial(through_layer, layer, {"selection_bias": bias})
     assert_close(with_gradients(fast, params, x), want, 1e-10)
-    mesh = Mesh(np.reshape(jax.devices(), (1, 2, 2, 2)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = mesh_of(1, 2, 2, 2)
     with jax.set_mesh(mesh):
         assert_close(with_gradients(fast, params, x), want, 1e-10)
     unbiased = through_layer(layer, {"selection_bias": jnp.zeros(N)}, params, x)
@@ -85,9 +85,9 @@ def test_values_and_gradients_by_loops_here_and_on_a_mesh(settings):
 def test_groups_rank_by_the_sum_of_their_two_best():
     ranked = jnp.array([[0.9, 0.1, 0.5, 0.6], [0.2, 0.3, 0.4, 0.0]])
     kept = jnp.isfinite(in_best_groups(ranked, 2, 1))
-    np.testing.assert_array_equal(kept, [[False, False, True, True], [True, True, False, False]])
+    assert_array_equal(kept, [[False, False, True, True], [True, True, False, False]])
     three = jnp.array([[0.5, 0.5, 0.0, 0.4, 0.4, 0.4]])
-    np.testing.assert_array_equal(jnp.isfinite(in_best_groups(three, 2, 1))[0, :3], True)
+    assert_array_equal(jnp.isfinite(in_best_groups(three, 2, 1))[0, :3], True)
 
 
 def test_aux_loss_is_of_the_normalised_scores():
@@ -104,7 +104,7 @@ def test_aux_loss_is_of_the_normalised_scores():
         chosen = weights_by_loops(layer.routing, logits[b], bias) > 0
         share = (scores[b] / scores[b].sum(axis=1, keepdims=True)).mean(axis=0)
         losses.append(N / K * (chosen.mean(axis=0) * share).sum())
-    np.testing.assert_allclose(stats.sequence_loss, K * np.mean(losses), rtol=1e-10)
+    assert_allclose(stats.sequence_loss, K * np.mean(losses), rtol=1e-10)
     assert balance_loss(stats.load, stats.mean_probability) != stats.sequence_loss
 
 
@@ -118,27 +118,23 @@ def test_the_bias_moves_by_the_rate_or_stays(rate, moved):
     )
     state, changed = layer.routing.update(config, {"selection_bias": bias[None]}, stacked, {})
     want = bias + moved * np.sign(stats.load.mean() - stats.load)
-    np.testing.assert_allclose(state["selection_bias"][0], want, rtol=1e-12)
+    assert_allclose(state["selection_bias"][0], want, rtol=1e-12)
     assert changed == {}
 
 
-@pytest.mark.parametrize(
-    ("experts", "routing", "balance", "words"),
-    [
-        ({"kind": "aoe"}, {}, {}, "config.routing.name='sigmoid_top_k': is for a plain router"),
-        ({"large_router": True}, {}, {}, "is for a plain router with whole gates"),
-        ({}, {"n_groups": 3}, {}, "config.routing.n_groups=3: must divide experts.n_experts=8"),
-        ({}, {"n_groups": 8}, {}, "groups of at least 2"),
-        ({"top_k": 3}, {"n_groups": 4}, {}, "config.routing.groups_per_token=1: leaves 2 experts"),
-        ({}, {"groups_per_token": 2}, {}, "and at most routing.n_groups=1"),
-        ({}, {}, {"z_weight": 1e-3}, "config.balance.z_weight=0.001: is not implemented"),
-    ],
-)
-def test_what_is_wrong_is_named(experts, routing, balance, words):
-    groups = {
-        "experts": {"kind": "router", "n_experts": N} | experts,
-        "routing": {"name": "sigmoid_top_k"} | routing,
-        "balance": balance,
-    }
-    with pytest.raises(UserError, match=words.replace(".", r"\.")):
-        Config.from_config_dict(groups)
+REFUSED = """
+experts.kind=aoe => routing.name='sigmoid_top_k' ... is for a plain router
+experts.large_router=True => routing.name='sigmoid_top_k' ... is for a plain router with whole gates
+routing.n_groups=3 => must divide experts.n_experts=8
+routing.n_groups=8 => groups of at least 2
+routing.n_groups=4; experts.top_k=3 => routing.groups_per_token=1 ... leaves 2 experts
+routing.groups_per_token=2 => and at most routing.n_groups=1
+balance.z_weight=0.001 => is not implemented
+"""
+
+
+@pytest.mark.parametrize("case", REFUSED.strip().splitlines())
+def test_what_is_refused(case):
+    settings, _, wanted = case.partition(" => ")
+    kind = "" if "kind" in case else "; experts.kind=router"
+    check_refused(f"{settings}{kind}; experts.n_experts=8; routing.name=sigmoid_top_k => {wanted}")

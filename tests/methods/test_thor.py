@@ -2,21 +2,29 @@
 repeated.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax import ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
-from aoe_jax.methods import Thor
-from aoe_jax.methods.thor import draw_by_position, draw_expert, layer_key
+from aoe_jax.methods.thor import (
+    Thor,
+    consistent_cross_entropy,
+    draw_by_position,
+    draw_expert,
+    layer_key,
+)
+from aoe_jax.model import loss
+from aoe_jax.moe.layer import parameters_of
 from aoe_jax.training.step import init_state, training_loss
 from configs import methods
+from tests.arrays import normal
 from tests.methods.method_layers import by_loops
+from tests.model.test_loss import inputs, plain
 
 SEQUENCES, TOKENS, WIDTH, EXPERTS = 3, 12, 8, 4
 FORMS = {"router": {}, "aoe": {"factorised_gate": True, "d_wide": 8}}
@@ -37,7 +45,7 @@ def make(form="router", recompute=False, training=False, dtype="float32", **sett
     sizes = config.sizes(WIDTH)
     params = {
         name: jnp.asarray(0.5 * draw(size=parameter.shape(sizes)), jnp.float32)
-        for name, parameter in layer.parameters.items()
+        for name, parameter in parameters_of(layer.experts, layer.routing).items()
     }
     return layer, params, x
 
@@ -85,7 +93,7 @@ def test_in_training_one_expert_takes_the_batch_and_learns(form):
         (expert,) = set(experts_of(y, outputs).ravel())
         for g in gradient.values():
             has_gradient = np.abs(g).sum(axis=(1, 2)) > 0
-            np.testing.assert_array_equal(has_gradient, np.arange(EXPERTS) == expert)
+            assert_array_equal(has_gradient, np.arange(EXPERTS) == expert)
         seen.add(expert)
     assert len(seen) > 1
 
@@ -105,10 +113,10 @@ def test_draws_at_inference_depend_on_layer_and_position(ragged, form):
     for number in range(3):
         y = apply(x, number, None)
         in_all = np.broadcast_to(want[number], (SEQUENCES, TOKENS))
-        np.testing.assert_array_equal(experts_of(y, outputs), in_all)
+        assert_array_equal(experts_of(y, outputs), in_all)
     assert len({tuple(np.asarray(w)) for w in want}) == 3
     later = jnp.broadcast_to(jnp.arange(5, 12), (SEQUENCES, 7))
-    np.testing.assert_allclose(apply(x[:, 5:], 2, later), y[:, 5:], atol=1e-6)
+    assert_allclose(apply(x[:, 5:], 2, later), y[:, 5:], atol=1e-6)
 
 
 def test_sequences_at_inference_draw_one_expert_per_layer():
@@ -127,22 +135,8 @@ def test_sequences_at_inference_draw_one_expert_per_layer():
 def test_statistics_are_of_the_draw():
     layer, params, x = make(training=True)
     stats = jax.jit(layer.apply)({"params": params}, x, rngs={"experts": jax.random.key(0)})[1]
-    np.testing.assert_allclose(stats.load, 1 / EXPERTS)
-    np.testing.assert_allclose(stats.confidence_entropy, np.log(EXPERTS), rtol=1e-6)
-
-
-def test_recomputing_changes_nothing():
-    def gradient(recompute):
-        layer, params, x = make("aoe", recompute, training=True)
-        rngs = {"experts": jax.random.key(0)}
-
-        def loss(params):
-            return (layer.apply({"params": params}, x, rngs=rngs)[0] ** 2).sum()
-
-        return jax.jit(jax.grad(loss))(params)
-
-    same = partial(np.testing.assert_allclose, atol=1e-5)
-    jax.tree.map(same, gradient(True), gradient(False))
+    assert_allclose(stats.load, 1 / EXPERTS)
+    assert_allclose(stats.confidence_entropy, np.log(EXPERTS), rtol=1e-6)
 
 
 def test_bfloat16():
@@ -151,7 +145,7 @@ def test_bfloat16():
     both = layer, layer.clone(dtype=jnp.float32)
     y, exact = (jax.jit(made.apply)({"params": params}, x, rngs=rngs)[0] for made in both)
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(y, float), exact, atol=0.05 * float(jnp.abs(exact).max()))
+    assert_allclose(np.asarray(y, float), exact, atol=0.05 * float(jnp.abs(exact).max()))
 
 
 class Step:
@@ -192,8 +186,8 @@ def step():
 def test_a_single_expert_has_no_divergence():
     step = Step(n_experts=1)
     loss, metrics, _ = step(step.params)
-    np.testing.assert_allclose(metrics["divergence"], 0, atol=1e-6)
-    np.testing.assert_allclose(loss, 2 * metrics["nll"], rtol=1e-6)
+    assert_allclose(metrics["divergence"], 0, atol=1e-6)
+    assert_allclose(loss, 2 * metrics["nll"], rtol=1e-6)
 
 
 def test_equal_experts_agree(step):
@@ -203,8 +197,8 @@ def test_equal_experts_agree(step):
     }
     params = step.params | {"layers": step.params["layers"] | {"experts": experts}}
     loss, metrics, _ = step(params)
-    np.testing.assert_allclose(metrics["divergence"], 0, atol=1e-6)
-    np.testing.assert_allclose(loss, 2 * metrics["nll"], rtol=1e-6)
+    assert_allclose(metrics["divergence"], 0, atol=1e-6)
+    assert_allclose(loss, 2 * metrics["nll"], rtol=1e-6)
 
 
 def test_the_loss_of_a_step(step):
@@ -216,10 +210,10 @@ def test_the_loss_of_a_step(step):
     for key in range(8, 16):
         loss, metrics, gradient = step(sharper, key)
         assert metrics["divergence"] >= 0
-        np.testing.assert_allclose(loss, 2 * metrics["nll"] + 5 * metrics["divergence"], rtol=1e-5)
+        assert_allclose(loss, 2 * metrics["nll"] + 5 * metrics["divergence"], rtol=1e-5)
         learnt = np.abs(gradient["layers"]["experts"]["w_down"]).sum(axis=(2, 3)) > 0
         for w in gradient["layers"]["experts"].values():
-            np.testing.assert_array_equal(np.abs(w).sum(axis=(2, 3)) > 0, learnt)
+            assert_array_equal(np.abs(w).sum(axis=(2, 3)) > 0, learnt)
         assert set(learnt.sum(axis=1)) <= {1, 2}
         assert metrics["divergence"] > 1e-4 or learnt.sum() == 2
         drawn.append(learnt)
@@ -232,4 +226,103 @@ def test_padding_does_not_count(step):
     step.batch["targets"] = step.batch["targets"].copy()
     step.batch["targets"][0, 5:] = 7
     again = jax.jit(step._loss)(step.params, jax.random.key(0))[0]
-    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    assert_allclose(again, loss, rtol=1e-6)
+
+
+def two_inputs(n_tokens, dtype="float32"):
+    hidden, *rest = inputs(n_tokens, dtype)
+    return (hidden, hidden + normal(7, hidden.shape, dtype)), *rest
+
+
+def plain_passes(consistency, hidden, table, targets, weights):
+    """`(loss, nll, divergence)` by the definition, whole."""
+    p, q = (jax.nn.softmax(h.astype(jnp.float32) @ table.T) for h in hidden)
+    divergence = 0.5 * ((p * jnp.log(p / q)).sum(axis=1) + (q * jnp.log(q / p)).sum(axis=1))
+    nll, divergence = (
+        sum(plain(h, table, targets, weights) for h in hidden),
+        (weights * divergence).sum(),
+    )
+    return nll + consistency * divergence, nll, divergence
+
+
+@pytest.mark.parametrize("n_tokens", [64, 61])
+def test_two_passes(n_tokens, monkeypatch):
+    """Sums, and the gradient of the loss by both passes and the table."""
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 16)
+    hidden, table, *rest = two_inputs(n_tokens)
+
+    def scaled(function):
+        def value(hidden, table, scale):
+            total, *parts = function(5.0, hidden, table, *rest)
+            return scale * total, parts
+
+        return jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))
+
+    got, want = scaled(consistent_cross_entropy), scaled(plain_passes)
+    for scale in (1.0, -2.5):
+        results = (jax.tree.leaves(function(hidden, table, scale)) for function in (got, want))
+        for a, b in zip(*results, strict=True):
+            assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert_allclose(
+        jax.jit(consistent_cross_entropy, static_argnums=0)(5.0, hidden, table, *rest),
+        plain_passes(5.0, hidden, table, *rest),
+        rtol=1e-5,
+    )
+
+
+def test_two_passes_in_bfloat16():
+    hidden, table, *rest = two_inputs(64, "bfloat16")
+
+    def value(function):
+        return jax.jit(jax.value_and_grad(lambda h, t: function(5.0, h, t, *rest)[0], (0, 1)))(
+            hidden, table
+        )
+
+    (got, (d_hidden, d_table)), (want, (_, wanted)) = (
+        value(consistent_cross_entropy),
+        value(plain_passes),
+    )
+    assert (got.dtype, d_hidden[1].dtype, d_table.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    assert_allclose(got, want, rtol=2e-2)
+    assert_allclose(d_table, wanted, atol=0.05 * float(jnp.abs(wanted).max()))
+
+
+def test_logits_of_two_passes_are_never_whole():
+    n_tokens, vocabulary = 4096, 8192
+    hidden = (jnp.zeros((n_tokens, 8)),) * 2
+    shapes = (
+        hidden,
+        jnp.zeros((vocabulary, 8)),
+        jnp.zeros(n_tokens, jnp.int32),
+        jnp.ones(n_tokens),
+    )
+    gradient = jax.grad(lambda *args: consistent_cross_entropy(5.0, *args)[0], (0, 1))
+    compiled = jax.jit(gradient).lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * n_tokens * vocabulary * 4
+
+
+def test_divergence():
+    """Symmetric, never negative, the mean of both KL divergences, and 0 for equal passes, without a
+    gradient then.
+    """
+    args = inputs(1)
+    table, rest = args[1], (args[2], jnp.ones(1))
+
+    @jax.jit
+    def divergence(first, second):
+        return consistent_cross_entropy(5.0, (first[None], second[None]), table, *rest)[2]
+
+    first, second = normal(1, (2, 50, 8))
+    found = jax.vmap(divergence)(first, second)
+    log_p, log_q = (jax.nn.log_softmax(a @ table.T) for a in (first, second))
+    kl = [(jnp.exp(a) * (a - b)).sum(axis=1) for a, b in ((log_p, log_q), (log_q, log_p))]
+    assert_allclose(found, (kl[0] + kl[1]) / 2, rtol=1e-4, atol=1e-5)
+    assert_allclose(found, jax.vmap(divergence)(second, first), rtol=1e-5)
+    assert (found > 0).all() and not jax.vmap(divergence)(first, first).any()
+    hidden, *others = inputs(64)
+    alone = jax.jit(jax.grad(lambda h: loss.cross_entropy(h, *others)))(hidden)
+    both = jax.jit(jax.grad(lambda h: consistent_cross_entropy(5.0, h, *others)[0]))(
+        (hidden, hidden)
+    )
+    for gradient in both:
+        assert_allclose(gradient, alone, rtol=1e-5, atol=1e-6)

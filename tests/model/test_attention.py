@@ -5,34 +5,25 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from numpy.testing import assert_allclose
 
 from aoe_jax.config.model import ModelConfig
-from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.model.attention import backend_for, causal_attention
-from aoe_jax.model.attention.blocks import (
-    KEPT_ATTENTION,
-    MAX_BLOCKS,
-    MIN_BLOCK,
-    attention_and_peaks,
-)
+from aoe_jax.model.attention.blocks import KEPT_ATTENTION, MAX_BLOCKS, MIN_BLOCK
 from aoe_jax.model.attention.cudnn import check as check_cudnn
 from aoe_jax.model.attention.cudnn import cudnn_attention, is_cudnn_forward
-from aoe_jax.model.attention.layer import (
+from aoe_jax.model.attention.multi_head import (
     Attention,
     attend_to_cache,
-    concentration,
     rotary,
     rotary_by_product,
     rotary_tables,
 )
 from aoe_jax.model.attention.reference import reference_attention
 from aoe_jax.model.attention.splash import LANES, LONG, MAX_BLOCK, block_size
-from aoe_jax.sharding import MESH_AXES
-from aoe_jax.storage.config_files import default_config
+from tests.arrays import mesh_of, normal
 from tests.runs import finish, start
 
 
@@ -67,7 +58,7 @@ def test_the_reference_computes_what_jax_does():
 
     want = value_and_gradients(library, args, cotangent, documents)
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.smoke
@@ -79,7 +70,7 @@ def test_blocks_compute_what_the_reference_does(x64, length, masked):
     got = value_and_gradients(blocks, args, cotangent, documents)
     want = value_and_gradients(reference_attention, args, cotangent, documents)
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-12)
+        assert_allclose(a, b, atol=1e-12)
 
 
 @pytest.mark.smoke
@@ -94,7 +85,7 @@ def test_splash_computes_what_the_reference_does(length, n_heads, n_kv, masked, 
     got = value_and_gradients(splash, args, cotangent, documents)
     want = value_and_gradients(reference_attention, args, cotangent, documents)
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert_allclose(a, b, atol=1e-5)
 
 
 def test_splash_blocks_divide_every_length():
@@ -111,7 +102,7 @@ def test_bfloat16():
     want = value_and_gradients(reference_attention, exact, cotangent.astype(jnp.float32), documents)
     for a, b in zip(got, want, strict=True):
         assert a.dtype == jnp.bfloat16
-        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.03 * float(jnp.abs(b).max()))
+        assert_allclose(a.astype(jnp.float32), b, atol=0.03 * float(jnp.abs(b).max()))
 
 
 def test_no_probabilities_are_kept():
@@ -127,90 +118,27 @@ def test_no_probabilities_are_kept():
     assert products < flops < 1.5 * products
 
 
-def probabilities(q, k, documents=None):
-    length = q.shape[2]
-    visible = np.tril(np.ones((length, length), bool))
-    if documents is not None:
-        visible = visible & np.asarray(documents[:, None, :, None] == documents[:, None, None, :])
-    scores = np.einsum("bhqi,bhki->bhqk", *(np.asarray(a, np.float64) for a in (q, k))) / np.sqrt(
-        q.shape[3]
-    )
-    return np.asarray(jax.nn.softmax(np.where(visible, scores, -np.inf))), visible
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_peaks_are_the_largest_probabilities(masked):
-    """Of several blocks; they have no gradient, and leave that of the output as it is."""
-    (q, k, v), cotangent, documents = arrays(150, jnp.float32)
-    documents = documents if masked else None
-    peaks = attention_and_peaks(q, k, v, documents)[1]
-    np.testing.assert_allclose(peaks, probabilities(q, k, documents)[0].max(axis=-1), rtol=1e-5)
-
-    def projected(function):
-        return jax.grad(lambda q: (function(q) * cotangent).sum())(q)
-
-    def with_peaks(q):
-        y, peaks = attention_and_peaks(q, k, v, documents)
-        return y + peaks[..., None]
-
-    want = projected(lambda q: blocks(q, k, v, documents))
-    np.testing.assert_array_equal(projected(with_peaks), want)
-
-
-def test_peaks_of_a_cache():
-    (q, k, v), _, _ = arrays(20, jnp.float32)
-    places = [(0, 0), (0, 0), (0, 7), (0, 0)]
-    keys, values = jnp.pad(k, places), jnp.pad(v, places)
-    n_past = jnp.array([15, 15])
-    y, peaks = attend_to_cache(q[:, :, 15:], keys, values, n_past)
-    want = attention_and_peaks(q, k, v)
-    np.testing.assert_allclose(y, want[0][:, :, 15:], atol=1e-5)
-    np.testing.assert_allclose(peaks, want[1][:, :, 15:], rtol=1e-5)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_how_concentrated_each_head_is(masked):
-    """`(N p - 1) / (N - 1)` of the N keys of the token's document, `[B, S, H]`, on a mesh that
-    splits heads too.
-    """
-    layer = Attention(ModelConfig(n_heads=4, d_model=16, dtype="float32"), watched=True)
-    x = 3 * jax.random.normal(jax.random.key(0), (4, 16, 16))
-    documents = jnp.arange(16)[None].repeat(4, 0) // 5 if masked else None
-    params = layer.init(jax.random.key(1), x)
-    y, found = jax.jit(layer.apply)(params, x, documents)
-    assert found.shape == (4, 16, 4) and found.dtype == jnp.float32
-    w = params["params"]
-    q, k = (jnp.einsum("bsd,dhi->bhsi", x, w[name]) for name in "qk")
-    tables = rotary_tables(16, layer.config)
-    p, visible = probabilities(rotary(q, *tables), rotary(k, *tables), documents)
-    n = np.broadcast_to(visible, p.shape).sum(axis=-1)
-    want = np.where(n > 1, (n * p.max(axis=-1) - 1) / np.maximum(n - 1, 1), 0).swapaxes(1, 2)
-    np.testing.assert_allclose(found, want, atol=1e-5)
-    assert (found[:, 0] == 0).all() and 0.05 < float(found[:, 1:].mean()) < 0.95
-    mesh = Mesh(np.reshape(jax.devices(), (1, 2, 1, 4)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-    with jax.set_mesh(mesh):
-        of_mesh = jax.jit(layer.apply)(params, x, documents)
-    np.testing.assert_allclose(of_mesh[0], y, atol=1e-5)
-    np.testing.assert_allclose(of_mesh[1], found, atol=1e-5)
+def test_attention_to_a_cache():
+    """The newest positions get what they get in a whole pass."""
+    (q, k, v), _, _ = arrays(20, jnp.float32, 4, 2)
+    free = [(0, 0), (0, 0), (0, 7), (0, 0)]
+    position = jnp.arange(15, 20)
+    visible = jnp.broadcast_to(jnp.arange(27) <= position[:, None], (2, 5, 27))
+    y = attend_to_cache(q[:, :, 15:], jnp.pad(k, free), jnp.pad(v, free), visible)
+    assert_allclose(y, blocks(q, k, v)[:, :, 15:], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rotary_by_a_product(dtype):
     """As TPUs compute it; with the same gradient."""
-    x, g = jax.random.normal(jax.random.key(0), (2, 2, 3, 20, 8), dtype)
+    x, g = normal(0, (2, 2, 3, 20, 8), dtype)
     tables = [jnp.asarray(a, jnp.float32) for a in rotary_tables(20, ModelConfig(d_model=32))]
     want, want_back = jax.vjp(lambda x: rotary(x, *tables), x)
     got, got_back = jax.vjp(lambda x: rotary_by_product(x, *tables), x)
     atol = 1e-6 if dtype == "float32" else 0.03
-    np.testing.assert_allclose(got.astype("float32"), want.astype("float32"), atol=atol)
+    assert_allclose(got.astype("float32"), want.astype("float32"), atol=atol)
     (got_g,), (want_g,) = got_back(g), want_back(g)
-    np.testing.assert_allclose(got_g.astype("float32"), want_g.astype("float32"), atol=atol)
-
-
-def test_attention_to_all_alike_is_not_concentrated():
-    n = jnp.arange(1, 100)
-    np.testing.assert_allclose(concentration(1 / n, n), 0, atol=1e-6)
-    np.testing.assert_array_equal(concentration(jnp.ones(99), n), np.arange(1, 100) > 1)
+    assert_allclose(got_g.astype("float32"), want_g.astype("float32"), atol=atol)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1)])
@@ -218,7 +146,7 @@ def test_nor_are_they_on_a_mesh(shape):
     layer = Attention(ModelConfig(n_heads=2, d_model=16, dtype="float32"))
     x = jnp.zeros((8, 100, 16))
     params = layer.init(jax.random.key(0), x)
-    mesh = Mesh(np.reshape(jax.devices(), shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
         kept = jax.eval_shape(lambda p, x: jax.vjp(layer.apply, p, x)[1], params, x)
     assert not [a.shape for a in jax.tree.leaves(kept) if a.ndim == 4 and a.shape[-1] >= MIN_BLOCK]
@@ -310,21 +238,13 @@ def cudnn_calls(length, masked):
     return found
 
 
+@pytest.mark.slow
 def test_rematerialisation_keeps_what_cudnn_needs():
     """Else its forward kernel would run once more."""
     status, stdout, stderr = finish(start(["-c", WITH_CUDNN], forked=False))
     assert status == 0, stderr
     for once, kept, nothing in json.loads(stdout.splitlines()[-1]):
         assert once > 0 and kept == once and nothing == once + 1
-
-
-def test_attention_peaks_need_blocks():
-    config = default_config()
-    config.experts.kind, config.routing = "router", {"name": "da_moe"}
-    config.model.attention = "splash"
-    wanted = "config.model.attention='splash': has no attention peaks, which routing.name='da_moe'"
-    with pytest.raises(UserError, match=wanted):
-        Config.from_config_dict(config)
 
 
 def test_shapes_that_do_not_fit():

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax import Decoder
 from aoe_jax.config.balance import BalanceConfig
@@ -17,8 +18,9 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.methods.capacity import Capacity
 from aoe_jax.methods.dense import Dense
-from aoe_jax.model.attention.layer import rotary, rotary_tables
+from aoe_jax.model.attention.multi_head import rotary, rotary_tables
 from aoe_jax.moe.routing import ExpertChoice, TopK
+from tests.arrays import normal
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("ragged")]
 
@@ -76,7 +78,7 @@ def test_token_choice_is_causal(kind):
     decoder, variables = build(kind=kind)
     gradient = reach(decoder, variables, position=5)
     assert (gradient[:6] > 0).all()
-    np.testing.assert_array_equal(gradient[6:], 0)
+    assert_array_equal(gradient[6:], 0)
     assert not changed_by_the_future(decoder, variables)
 
 
@@ -99,12 +101,12 @@ def test_a_capacity_is_causal_with_one_expert_per_token_only(top_k, leaks):
 
 
 def test_rotary_depends_on_distance_only():
-    q, k = jax.random.normal(jax.random.key(0), (2, 1, 3, 1, 8))
+    q, k = normal(0, (2, 1, 3, 1, 8))
     q, k = (jnp.broadcast_to(a, (1, 3, 10, 8)) for a in (q, k))
     tables = rotary_tables(10, ModelConfig(n_heads=1, d_model=8))
     scores = jnp.einsum("bhqd,bhkd->bhqk", rotary(q, *tables), rotary(k, *tables))
-    np.testing.assert_allclose(scores[..., :-1, :-1], scores[..., 1:, 1:], atol=1e-4)
-    np.testing.assert_allclose(
+    assert_allclose(scores[..., :-1, :-1], scores[..., 1:, 1:], atol=1e-4)
+    assert_allclose(
         jnp.linalg.norm(rotary(q, *tables), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5
     )
     assert float(jnp.abs(scores[0, 0, 0] - scores[0, 0, 0, 0]).max()) > 0.1
@@ -116,14 +118,13 @@ def test_document_mask_separates_documents():
     apply = jax.jit(decoder.apply)
     together = apply(variables, TOKENS, segment_ids)[0]
     changed = TOKENS.at[:, :5].set((TOKENS[:, :5] + 3) % 50)
-    np.testing.assert_allclose(
-        apply(variables, changed, segment_ids)[0][:, 5:], together[:, 5:], atol=1e-5
-    )
+    assert_allclose(apply(variables, changed, segment_ids)[0][:, 5:], together[:, 5:], atol=1e-5)
     alone = apply(variables, TOKENS[:, 5:])[0]
-    np.testing.assert_allclose(together[:, 5:], alone, atol=1e-4)  # rotary positions are relative
+    assert_allclose(together[:, 5:], alone, atol=1e-4)  # rotary positions are relative
     assert float(jnp.abs(apply(variables, TOKENS)[0] - together)[:, 5:].max()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["aoe", "router", "dense"])
 def test_remat_changes_memory_but_no_gradient(kind):
     saved, grads, (plain, variables) = {}, {}, build(kind=kind)
@@ -141,9 +142,10 @@ def test_remat_changes_memory_but_no_gradient(kind):
     assert kind == "dense" or saved["experts"] < 0.95 * saved["none"]
     for remat in modes[1:]:
         for a, b in zip(jax.tree.leaves(grads["none"]), jax.tree.leaves(grads[remat]), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-6)
+            assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "experts"])
 def test_several_layers_at_once_compute_the_same(remat):
     """Also where they do not divide the number of layers."""
@@ -158,7 +160,7 @@ def test_several_layers_at_once_compute_the_same(remat):
         got[unroll] = jax.jit(loss)(variables)
     for unroll in (2, 3):
         for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(got[unroll]), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-6)
+            assert_allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])
@@ -245,4 +247,4 @@ def test_statistics_are_stacked_over_layers():
     decoder, variables = build()
     stats = jax.jit(decoder.apply)(variables, TOKENS)[1]
     assert stats.load.shape == (2, 4) and stats.confidence_entropy.shape == (2,)
-    np.testing.assert_allclose(stats.load.sum(axis=1), 2, atol=1e-5)
+    assert_allclose(stats.load.sum(axis=1), 2, atol=1e-5)

@@ -22,10 +22,10 @@ def parameters_of(layer, x, seed=1):
 @cache
 def _drawn(experts, routing, shape, dtype, seed, x64):
     layer = ExpertsLayer(experts, routing)
-    peaks = jnp.zeros((*shape[:-1], 2)) if routing.needs_attention_peaks else None
+    captured = jnp.zeros((*shape[:-1], 2)) if routing.hooks.attention else None
 
     def init(key, x):
-        return layer.init(key, x, attention_peaks=peaks)["params"]
+        return layer.init(key, x, captured=captured)["params"]
 
     arguments = jax.random.key(seed), jnp.zeros(shape, dtype)
     shapes, chance = jax.eval_shape(init, *arguments), np.random.default_rng(seed)

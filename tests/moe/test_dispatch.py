@@ -1,17 +1,19 @@
-"""Tokens to rows by expert and back, for token-major and arbitrary slots, in expert order and at
-places.
+"""Tokens to rows by expert and back, for token-major and arbitrary slots, in expert order and
+in the layout of a backend.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax.moe import dispatch as module
 from aoe_jax.moe.dispatch import Local, lay_out, take_code
 from aoe_jax.moe.grouped_matmul.permute import NOWHERE
 from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import top_k
+from tests.arrays import normal
 from tests.moe.contexts import expert_choice, top_p
 
 LOCAL = Local(Devices(), 5)
@@ -24,13 +26,13 @@ ROUTERS = {
 
 @pytest.fixture(params=ROUTERS)
 def routing(request):
-    return ROUTERS[request.param](jax.random.normal(jax.random.key(0), (30, 5)))
+    return ROUTERS[request.param](normal(0, (30, 5)))
 
 
-@pytest.fixture(params=["in expert order", "at places"])
+@pytest.fixture(params=["in expert order", "in the layout of a backend"])
 def rows(request, routing, monkeypatch):
     if request.param == "in expert order":
-        monkeypatch.setattr(module, "place_rows", lambda *args: None)
+        monkeypatch.setattr(module, "row_layout", lambda *args: None)
     return lay_out(routing, 5, all_used=bool((routing.expert < 5).all()))
 
 
@@ -40,12 +42,12 @@ def read(values, index, fill):
 
 
 def test_rows_lie_in_expert_order(routing, monkeypatch):
-    monkeypatch.setattr(module, "place_rows", lambda *args: None)
+    monkeypatch.setattr(module, "row_layout", lambda *args: None)
     rows = lay_out(routing, 5)
     expert = np.asarray(routing.expert)[rows.slot]
     assert (np.diff(expert) >= 0).all()
-    np.testing.assert_array_equal(rows.groups, np.bincount(expert, minlength=6)[:5])
-    np.testing.assert_array_equal(rows.slot[rows.row], np.arange(len(expert)))
+    assert_array_equal(rows.groups, np.bincount(expert, minlength=6)[:5])
+    assert_array_equal(rows.slot[rows.row], np.arange(len(expert)))
     for e in range(5):  # stable: tokens of an expert keep their order
         slots = np.asarray(rows.slot)[expert == e]
         assert (np.diff(slots) > 0).all()
@@ -55,18 +57,18 @@ def test_every_used_slot_has_one_place(routing):
     rows = lay_out(routing, 5)
     expert = np.asarray(routing.expert)
     placed = np.asarray(rows.slot) != NOWHERE
-    np.testing.assert_array_equal(np.sort(rows.slot[placed]), np.flatnonzero(expert < 5))
-    np.testing.assert_array_equal(rows.row[rows.slot[placed]], np.flatnonzero(placed))
-    np.testing.assert_array_equal(rows.row[expert == 5], NOWHERE)
-    np.testing.assert_array_equal(rows.token, read(routing.token, rows.slot, NOWHERE))
+    assert_array_equal(np.sort(rows.slot[placed]), np.flatnonzero(expert < 5))
+    assert_array_equal(rows.row[rows.slot[placed]], np.flatnonzero(placed))
+    assert_array_equal(rows.row[expert == 5], NOWHERE)
+    assert_array_equal(rows.token, read(routing.token, rows.slot, NOWHERE))
 
 
 def test_round_trip_and_gradients(routing, rows):
     """Dispatch, weigh and combine multiplies each token by the sum of its weights; so says the
     gradient.
     """
-    x = jax.random.normal(jax.random.key(1), (30, 7))
-    cotangent = jax.random.normal(jax.random.key(2), (30, 7))
+    x = normal(1, (30, 7))
+    cotangent = normal(2, (30, 7))
     total = jnp.zeros(30).at[routing.token].add(routing.weight)
 
     def there_and_back(x, weight):
@@ -75,43 +77,35 @@ def test_round_trip_and_gradients(routing, rows):
         return LOCAL.combine(weighted, round, 30)
 
     got, pull_back = jax.vjp(there_and_back, x, routing.weight)
-    np.testing.assert_allclose(got, x * total[:, None], atol=1e-5)
+    assert_allclose(got, x * total[:, None], atol=1e-5)
     d_x, d_weight = pull_back(cotangent)
-    np.testing.assert_allclose(d_x, cotangent * total[:, None], atol=1e-5)
+    assert_allclose(d_x, cotangent * total[:, None], atol=1e-5)
     used = routing.expert < 5  # the weights of others are constants
-    np.testing.assert_allclose(
-        d_weight[used], (x * cotangent).sum(axis=1)[routing.token][used], atol=1e-5
-    )
+    assert_allclose(d_weight[used], (x * cotangent).sum(axis=1)[routing.token][used], atol=1e-5)
 
 
 def test_values_by_slot_and_by_row(routing, rows):
     values = jnp.arange(routing.expert.shape[0], dtype=jnp.float32)
     by_row = LOCAL.row_values(values, (routing, rows))
-    np.testing.assert_array_equal(by_row, read(values, rows.slot, 0))
-    np.testing.assert_array_equal(
+    assert_array_equal(by_row, read(values, rows.slot, 0))
+    assert_array_equal(
         LOCAL.slot_values(by_row, (routing, rows), len(values)),
         jnp.where(rows.row == NOWHERE, 0, values),
     )
 
 
 def test_activations_follow_their_rows(routing, rows):
-    cache = jax.random.normal(jax.random.key(3), (30, 5, 4))
+    cache = normal(3, (30, 5, 4))
     taken = take_code(cache, (routing, rows))
     expert = read(routing.expert, rows.slot, 5)
     used = expert < 5
-    np.testing.assert_array_equal(
-        taken[used], np.asarray(cache)[np.asarray(rows.token)[used], expert[used]]
-    )
-    np.testing.assert_array_equal(taken[~used], 0)
+    assert_array_equal(taken[used], np.asarray(cache)[np.asarray(rows.token)[used], expert[used]])
+    assert_array_equal(taken[~used], 0)
 
 
 def test_more_slots_than_gathers_are_spelled_out_for():
     """As under top-p, where every expert is a slot."""
-    rows, n_tokens, n_slots = (
-        jax.random.normal(jax.random.key(0), (90, 7)),
-        5,
-        module.MAX_GATHERS + 2,
-    )
+    rows, n_tokens, n_slots = (normal(0, (90, 7)), 5, module.MAX_GATHERS + 2)
     inverse = jax.random.permutation(jax.random.key(1), 90)
     for dtype in (jnp.float32, jnp.bfloat16):
         layout = module.Rows(None, inverse, None, None)
@@ -123,6 +117,6 @@ def test_more_slots_than_gathers_are_spelled_out_for():
             .sum(axis=1)
         )
         assert got.dtype == dtype
-        np.testing.assert_allclose(
+        assert_allclose(
             got.astype(jnp.float32), want, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-5
         )

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul import BACKENDS, grouped_matmul
-from aoe_jax.moe.grouped_matmul.blocked import place_rows
+from aoe_jax.moe.grouped_matmul.blocked import row_layout
 from aoe_jax.moe.grouped_matmul.groups import WholeGroups
 from aoe_jax.moe.grouped_matmul.permute import NOWHERE
+from tests.arrays import assert_equal
 
 pytestmark = pytest.mark.smoke
 
@@ -81,7 +83,7 @@ def test_values_and_gradients(backend, case, dtype, tolerance):
     for a, b in zip(got, reference(rows, weights, GROUP_SIZES[case], cotangent), strict=True):
         assert a.dtype == jnp.dtype(dtype)
         scale = max(np.abs(b).max(), 1.0)
-        np.testing.assert_allclose(np.asarray(a, float) / scale, b / scale, atol=tolerance)
+        assert_allclose(np.asarray(a, float) / scale, b / scale, atol=tolerance)
 
 
 @pytest.mark.parametrize("backend", PORTABLE)
@@ -96,8 +98,8 @@ def test_nothing_leaks_from_unused_rows(backend, case):
     got, d_rows, d_weights = value_and_gradients(
         function, poisoned, weights, group_sizes, cotangent
     )
-    np.testing.assert_array_equal(got[used:], 0)
-    np.testing.assert_array_equal(d_rows[used:], 0)
+    assert_array_equal(got[used:], 0)
+    assert_array_equal(d_rows[used:], 0)
     assert np.isfinite(got).all() and np.isfinite(d_rows).all() and np.isfinite(d_weights).all()
 
 
@@ -106,7 +108,7 @@ def test_groups_of_all_rows(backend):
     rows, weights, group_sizes, cotangent = inputs(GROUP_SIZES["random"], "float32")
     run = partial(value_and_gradients, PORTABLE[backend], rows, weights)
     whole = run(WholeGroups(group_sizes), cotangent)
-    jax.tree.map(np.testing.assert_array_equal, whole, run(group_sizes, cotangent))
+    assert_equal(whole, run(group_sizes, cotangent))
 
 
 @pytest.mark.parametrize("n_experts", [1, 3, 64])
@@ -117,21 +119,21 @@ def test_random_group_sizes(n_experts, m):
     rows = jnp.asarray(rng.standard_normal((m, 8)), jnp.float32)
     weights = jnp.asarray(rng.standard_normal((n_experts, 8, 4)), jnp.float32)
     got = jax.jit(PORTABLE["blocked"])(rows, weights, jnp.asarray(sizes, jnp.int32))
-    np.testing.assert_allclose(got, reference(rows, weights, sizes)[0], atol=1e-5)
+    assert_allclose(got, reference(rows, weights, sizes)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("case", GROUP_SIZES)
 def test_every_row_has_one_place(case):
-    places = place_rows(jnp.array(GROUP_SIZES[case], jnp.int32), M)
+    layout = row_layout(jnp.array(GROUP_SIZES[case], jnp.int32), M)
     used = sum(GROUP_SIZES[case])
-    np.testing.assert_array_equal(places.row[places.place[:used]], np.arange(used))
-    np.testing.assert_array_equal(places.place[used:], NOWHERE)
-    assert (places.row == NOWHERE).sum() == len(places.row) - used
+    assert_array_equal(layout.row[layout.position[:used]], np.arange(used))
+    assert_array_equal(layout.position[used:], NOWHERE)
+    assert (layout.row == NOWHERE).sum() == len(layout.row) - used
 
 
 def test_both_ways_of_blocked_are_tested():
     ways = {
-        case: bool(place_rows(jnp.array(sizes, jnp.int32), M).is_batched)
+        case: bool(row_layout(jnp.array(sizes, jnp.int32), M).is_batched)
         for case, sizes in GROUP_SIZES.items()
     }
     assert {case for case, batched in ways.items() if batched} == set(BATCHED)

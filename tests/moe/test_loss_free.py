@@ -5,8 +5,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax.config.run import Config
 from aoe_jax.moe import reference
@@ -14,6 +14,7 @@ from aoe_jax.moe.balance import balance_loss, updated_bias
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import top_k
 from configs import methods
+from tests.arrays import normal
 from tests.moe.contexts import layer_stats
 
 
@@ -25,7 +26,7 @@ def test_switch(ragged, variant):
     config = Config.from_config_dict(methods.get_config(variant))
     experts = dataclasses.replace(config.experts, n_experts=4, d_ffn=24, d_low=4)
     layer = ExpertsLayer(experts, config.routing, config.balance)
-    x = jax.random.normal(jax.random.key(0), (30, 16))
+    x = normal(0, (30, 16))
     params = layer.init(jax.random.key(1), x)["params"]
 
     def by_formula(params, x):
@@ -52,7 +53,7 @@ def test_switch(ragged, variant):
         return value, pull_back((jnp.ones_like(x), jnp.ones(())))
 
     jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        partial(assert_allclose, rtol=1e-4, atol=1e-5),
         with_gradients(by_layer),
         with_gradients(by_formula),
     )
@@ -66,25 +67,25 @@ def bias_of(expert, value, n=8):
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 def test_a_bias_chooses_always_and_weighs_nothing(norm_topk_prob):
     """By 1e3: the weights are those of the unbiased scores of the chosen."""
-    scores = jax.random.normal(jax.random.key(0), (50, 8))
+    scores = normal(0, (50, 8))
     found = top_k(scores, 2, norm_topk_prob, bias_of(5, 1e3))
     expert, weight = found.expert.reshape(50, 2), found.weight.reshape(50, 2)
     assert (expert[:, 0] == 5).all()
     chosen = jnp.take_along_axis(scores, expert, axis=1)
     p = jax.nn.softmax(scores)
     want = jax.nn.softmax(chosen) if norm_topk_prob else jnp.take_along_axis(p, expert, axis=1)
-    np.testing.assert_allclose(weight, want, rtol=1e-6)
+    assert_allclose(weight, want, rtol=1e-6)
     never = top_k(scores, 2, norm_topk_prob, bias_of(5, -1e3))
     assert not (never.expert == 5).any()
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 def test_a_bias_has_no_gradient(norm_topk_prob):
-    scores = jax.random.normal(jax.random.key(0), (50, 8))
+    scores = normal(0, (50, 8))
     gradient = jax.grad(lambda bias: (top_k(scores, 2, norm_topk_prob, bias).weight ** 2).sum())(
         bias_of(5, 0.3)
     )
-    np.testing.assert_array_equal(gradient, 0)
+    assert_array_equal(gradient, 0)
 
 
 def test_loss_free_balancing_of_a_skewed_stream():
@@ -109,4 +110,4 @@ def test_loss_free_balancing_of_a_skewed_stream():
     assert violation(load[-200:].mean(axis=0)) < 0.1
     assert float(jnp.abs(bias.sum(axis=1)).max()) < 1 and float(jnp.abs(bias).max()) < 1
     # This is what was to be undone.
-    np.testing.assert_allclose(bias[-1] - bias[-1].mean(), -skew, atol=0.1)
+    assert_allclose(bias[-1] - bias[-1].mean(), -skew, atol=0.1)

@@ -4,12 +4,13 @@ inside scan and remat.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul import BACKENDS, grouped_matmul
 from aoe_jax.moe.grouped_matmul.megablox import MAX_ROWS, MAX_WIDTH, row_tile, tiles, width_tile
+from tests.arrays import normal
 
 
 @pytest.mark.parametrize(
@@ -80,12 +81,12 @@ def test_widths_of_several_tiles_with_a_remainder():
     for got, want in zip(
         value_and_gradients("megablox"), value_and_gradients("ragged"), strict=True
     ):
-        np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()))
+        assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()))
 
 
 def test_inside_scan_and_remat():
     sizes = jnp.array([5, 0, 9], jnp.int32)
-    rows, weights = jnp.ones((16, 8)), jax.random.normal(jax.random.key(1), (2, 3, 8, 8)) / 8
+    rows, weights = jnp.ones((16, 8)), normal(1, (2, 3, 8, 8)) / 8
 
     def loss(rows, weights, backend):
         layer = jax.checkpoint(
@@ -97,7 +98,7 @@ def test_inside_scan_and_remat():
     for got, want in zip(
         gradients(rows, weights, "megablox"), gradients(rows, weights, "ragged"), strict=True
     ):
-        np.testing.assert_allclose(got, want, atol=1e-5)
+        assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize(("m", "d", "f"), [(0, 8, 4), (5, 8, 0)])

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul import _default_backend, _that_takes, grouped_matmul
@@ -152,6 +153,4 @@ if jax.__version_info__ >= (0, 12):
         for a, b in zip(got, want, strict=True):
             assert a.dtype == jnp.bfloat16
             scale = max(1.0, float(jnp.abs(b).max()))
-            np.testing.assert_allclose(
-                np.asarray(a, np.float32) / scale, np.asarray(b) / scale, atol=1e-2
-            )
+            assert_allclose(np.asarray(a, np.float32) / scale, np.asarray(b) / scale, atol=1e-2)

@@ -1,27 +1,28 @@
 """Few tokens take another way to the same norms, and largest activations hardly ever tie."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from aoe_jax.moe.scoring import FEW_TOKENS, codes_of_all, largest, scores_of_all
+from tests.arrays import normal
 
 pytestmark = pytest.mark.smoke
 
 
 @pytest.mark.parametrize("n_tokens", [1, FEW_TOKENS - 1, FEW_TOKENS])
 def test_each_expert_times_each_token(n_tokens):
-    x = jax.random.normal(jax.random.key(0), (n_tokens, 6))
-    w_gate_down = jax.random.normal(jax.random.key(1), (5, 6, 3))
+    x = normal(0, (n_tokens, 6))
+    w_gate_down = normal(1, (5, 6, 3))
     want = [[token @ expert for expert in np.asarray(w_gate_down)] for token in np.asarray(x)]
-    np.testing.assert_allclose(codes_of_all(x, w_gate_down), want, rtol=1e-4, atol=1e-6)
+    assert_allclose(codes_of_all(x, w_gate_down), want, rtol=1e-4, atol=1e-6)
 
 
 def test_the_largest_activations_of_bfloat16_hardly_ever_tie():
     """In bfloat16 one token in seven would have two equal scores around its eighth expert."""
-    x = jax.random.normal(jax.random.key(0), (512, 64), jnp.bfloat16)
-    w_score = jax.random.normal(jax.random.key(1), (64, 64, 4), jnp.bfloat16)
+    x = normal(0, (512, 64), jnp.bfloat16)
+    w_score = normal(1, (64, 64, 4), jnp.bfloat16)
     scores = np.sort(scores_of_all(x, w_score, largest), axis=1)
     assert scores.dtype == np.float32
     assert np.mean(scores[:, -8] == scores[:, -9]) < 0.002

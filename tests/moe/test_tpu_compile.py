@@ -36,6 +36,8 @@ from benchmarks.compiling import (
 )
 from configs import paper
 
+pytestmark = pytest.mark.slow
+
 
 def kernels_and_dense_products(lowered):
     # Of the program as lowered: jaxlib cannot always print what a newer libtpu has compiled.
@@ -49,12 +51,7 @@ def test_tiles_compute_little_more_than_is_useful(n_experts):
 
 
 EVERY_SHAPE = list(
-    zip(
-        expert_shapes(),
-        cycle(TPUS),
-        cycle(["float32", "bfloat16"]),
-        cycle([32768, 131072, 96]),
-    )
+    zip(expert_shapes(), cycle(TPUS), cycle(["float32", "bfloat16"]), cycle([32768, 131072, 96]))
 )
 
 

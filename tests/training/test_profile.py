@@ -14,7 +14,7 @@ PARTS = (
     "attention",
     "score",
     "route",
-    "plan",
+    "schedule",
     "dispatch",
     "experts",
     "combine",
@@ -69,5 +69,5 @@ def test_trace_of_a_run(tmp_path):
     for part in PARTS:
         found = [name for name in names if re.search(rf"[/(]{part}[/)]".encode(), name)]
         assert any(b"transpose" not in name for name in found), part
-        assert part in ("plan", "route") or any(b"transpose" in name for name in found), part
+        assert part in ("schedule", "route") or any(b"transpose" in name for name in found), part
     assert any(b"/update/" in name for name in names)

@@ -13,13 +13,6 @@ KEPT_ATTENTION = "attention"
 
 def blocks_attention(q, k, v, segment_ids=None):
     """`causal_attention` in blocks of queries; shapes as there."""
-    return attention_and_peaks(q, k, v, segment_ids)[0]
-
-
-def attention_and_peaks(q, k, v, segment_ids=None):
-    """`(y, peaks)`: the result of `causal_attention`, and the largest attention probability of each
-    query, `[B, H, S]`, float32 or wider, without a gradient.
-    """
     share = q.shape[1] // k.shape[1]
     if share > 1:
         k, v = (jnp.repeat(a, share, axis=1) for a in (k, v))
@@ -49,7 +42,7 @@ def product(subscripts, a, b):
 
 @jax.custom_vjp
 def _attention(q, k, v, segment_ids):
-    """`attention_and_peaks` of equally many heads of queries, keys and values.
+    """`blocks_attention` of equally many heads of queries, keys and values.
 
     A block skips the keys after its last query, up to 44% of all products. Probabilities are
     normalised after their product with the values, where there are fewer numbers to divide. The
@@ -60,7 +53,7 @@ def _attention(q, k, v, segment_ids):
 
 
 def _attention_forward(q, k, v, segment_ids):
-    outputs, peaks, log_sums = [], [], []
+    outputs, log_sums = [], []
     for first, end in _blocks(q.shape[2]):
         scores = _scores(q, k, segment_ids, first, end)
         largest = scores.max(axis=-1, keepdims=True)  # finite: each position attends to itself
@@ -68,16 +61,14 @@ def _attention_forward(q, k, v, segment_ids):
         total = exponential.sum(axis=-1, keepdims=True)
         y = product("bhqp,bhpi->bhqi", exponential.astype(v.dtype), v[:, :, :end])
         outputs.append((y / total).astype(v.dtype))
-        peaks.append(1 / total[..., 0])
         log_sums.append(largest + jnp.log(total))
-    y, peaks, log_sums = (jnp.concatenate(parts, axis=2) for parts in (outputs, peaks, log_sums))
+    y, log_sums = (jnp.concatenate(parts, axis=2) for parts in (outputs, log_sums))
     y, log_sums = (checkpoint_name(a, KEPT_ATTENTION) for a in (y, log_sums))
-    return (y, peaks), (q, k, v, segment_ids, y, log_sums)
+    return y, (q, k, v, segment_ids, y, log_sums)
 
 
-def _attention_backward(residuals, gradients):
+def _attention_backward(residuals, g):
     q, k, v, segment_ids, y, log_sums = residuals
-    g, _ = gradients
     projected = product("bhqi,bhqi->bhq", g, y)[..., None]
     d_q, d_k, d_v = [], 0.0, 0.0
     for first, end in _blocks(q.shape[2]):

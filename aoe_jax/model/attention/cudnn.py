@@ -1,7 +1,5 @@
 """Attention by cuDNN, for NVIDIA GPUs from Ampere on."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -27,19 +25,6 @@ def check(dtype, head_width):
 def is_cudnn_forward(primitive, *_, **params):
     """A checkpoint policy that keeps what the backward kernel needs, which JAX does not name."""
     return primitive.name == "dot_product_attention_fwd_wrapper"
-
-
-def kernel_cost(name, operands, results):
-    """The cost of a kernel, as `aoe_jax.planning.costs.Program` takes it; None for other kernels.
-
-    Every position meets itself and those before it. All arrays are read or written once.
-    """
-    if not name.startswith("__cudnn$fmha"):
-        return None
-    *batch, length, width = results[0].dims  # the output, or the gradient of q: [B, H, S, h]
-    n_products = 5 if name.endswith("Backward") else 2
-    pairs = math.prod(batch) * length * (length + 1) / 2
-    return 2 * n_products * pairs * width, sum(a.hbm_bytes for a in (*operands, *results))
 
 
 def cudnn_attention(q, k, v, segment_ids=None):

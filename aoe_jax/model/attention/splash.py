@@ -1,7 +1,5 @@
 """Attention by the splash kernels of JAX (Pallas), for TPU; interpreted on CPU."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -43,38 +41,6 @@ def block_size(length):
     """
     largest = MAX_BLOCK if length < LONG else 2 * MAX_BLOCK
     return max(size for size in range(LANES, largest + 1, LANES) if length % size == 0)
-
-
-# Products of [block, block] by [block, h] for each pair of blocks.
-_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
-
-
-def kernel_cost(name, operands, results):
-    """The cost of a kernel, as `aoe_jax.planning.costs.Program` takes it; None for other kernels.
-
-    A block of queries meets the blocks of keys that are not entirely in its future, so it reads
-    only a part of the keys; in `dkv` a block of keys reads a part of the queries. The mask, which
-    is the first operand, has a number for each pair of blocks. Heads narrower than `LANES` leave a
-    part of the matrix unit idle.
-    """
-    kind = name.removeprefix("splash_mha_").split("_")[0]
-    if not name.startswith("splash_mha_") or kind not in _PRODUCTS:
-        return None
-    q, k, v, *others = (a for a in operands if len(a.dims) >= 3 and a.dtype[0] in "bf")
-    *_, n_heads, length, width = q.dims
-    if length < LANES:  # heads narrower than that are transposed
-        length, width = width, length
-    n_q, n_kv = operands[0].dims[-2:]
-    n_met = sum(-(-n_kv * (i + 1) // n_q) for i in range(n_q))  # pairs of blocks
-    share = n_met / (n_q if kind == "dkv" else n_kv)
-    if kind == "dkv":
-        once, again = (k, v), (q, *others)
-    else:
-        once, again, share = (q, *others), (k, v), share * n_heads / k.dims[-3]
-    traffic = sum(a.hbm_bytes for a in (*once, *results)) + share * sum(a.hbm_bytes for a in again)
-    pairs = math.prod(q.dims[:-2]) * length**2 * n_met / (n_q * n_kv)
-    occupied = -(-width // LANES) * LANES
-    return 2 * _PRODUCTS[kind] * pairs * width, traffic, 2 * _PRODUCTS[kind] * pairs * occupied
 
 
 def _kernel(n_heads, length, width):

@@ -6,37 +6,35 @@ Letters of shapes in this package: M rows, D contracted width, F output width, E
 
 import logging
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib import import_module
 
 import jax
 import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
-from aoe_jax.moe.grouped_matmul.blocked import Places, blocked_matmul, placed_matmul
-from aoe_jax.moe.grouped_matmul.blocked import place_rows as place_for_blocked
+from aoe_jax.moe.grouped_matmul.blocked import RowLayout, layout_matmul
+from aoe_jax.moe.grouped_matmul.blocked import row_layout as blocked_row_layout
 from aoe_jax.moe.grouped_matmul.groups import WholeGroups, group_sizes_of
-from aoe_jax.moe.grouped_matmul.megablox import megablox_matmul
-from aoe_jax.moe.grouped_matmul.mosaic_gpu import check as check_mosaic_gpu
-from aoe_jax.moe.grouped_matmul.mosaic_gpu import mosaic_gpu_matmul
-from aoe_jax.moe.grouped_matmul.ragged import ragged_matmul
-from aoe_jax.moe.grouped_matmul.rowwise import rowwise_matmul
 from aoe_jax.sharding import target_device
 
 log = logging.getLogger(__name__)
 
-BACKENDS = {
-    "blocked": blocked_matmul,
-    "rowwise": rowwise_matmul,
-    "ragged": ragged_matmul,
-    "megablox": megablox_matmul,
-    "mosaic_gpu": mosaic_gpu_matmul,
-}
+
+def _import_and_multiply(name, rows, weights, groups):
+    """The product by the function `NAME_matmul` of the module `NAME` beside this one."""
+    module = import_module(f"{__name__}.{name}")
+    return getattr(module, f"{name}_matmul")(rows, weights, groups)
+
+
+_NAMES = ("blocked", "rowwise", "ragged", "megablox", "mosaic_gpu")
+BACKENDS = {name: partial(_import_and_multiply, name) for name in _NAMES}
 
 
 def grouped_matmul(
     rows: jax.Array,
     weights: jax.Array,
-    groups: jax.Array | WholeGroups | Places,
+    groups: jax.Array | WholeGroups | RowLayout,
     *,
     backend: str = "auto",
 ) -> jax.Array:
@@ -46,8 +44,8 @@ def grouped_matmul(
       rows: `[M, D]`, floating-point; the first `groups[0]` rows belong to expert 0, and so on.
       weights: `[E, D, F]`, same dtype as `rows`.
       groups: `[E]` int32, the rows of each expert, with a sum of at most M; or `WholeGroups`,
-        whose sum is M; or the `Places` of `place_rows`: then rows and result are in that layout,
-        with zeros in places without a row, and M is the number of places.
+        whose sum is M; or a `RowLayout` of `row_layout`: then rows and result are in that layout,
+        with zeros where it has no row, and M is its length.
       backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"rowwise"` (plain
         JAX, for fewer rows than experts), `"megablox"` (TPU; interpreted on CPU), `"mosaic_gpu"`
         (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense on most platforms: a baseline) or
@@ -67,8 +65,8 @@ def grouped_matmul(
             "grouped_matmul wants rows [M, D], weights [E, D, F]; "
             f"got {rows.shape}, {weights.shape}"
         )
-    if isinstance(groups, Places):
-        return placed_matmul(rows, weights, groups)
+    if isinstance(groups, RowLayout):
+        return layout_matmul(rows, weights, groups)
     sizes = group_sizes_of(groups)
     if sizes.shape != weights.shape[:1] or not jnp.issubdtype(sizes.dtype, jnp.signedinteger):
         wanted = f"int32[{weights.shape[0]}]"
@@ -98,8 +96,8 @@ def backend_for(device, dtype, m, shape):
     return backend
 
 
-def place_rows(group_sizes, m, backend):
-    """Row layout that a backend or `"auto"` wants for m rows; None means sorted by expert.
+def row_layout(group_sizes, m, backend):
+    """The `RowLayout` that a backend or `"auto"` wants for m rows; None means sorted by expert.
 
     Products of rows in this layout do not move them first.
     """
@@ -107,7 +105,7 @@ def place_rows(group_sizes, m, backend):
         return None
     if backend == "auto":
         backend = _default_backend(target_device())
-    return place_for_blocked(group_sizes, m) if backend == "blocked" else None
+    return blocked_row_layout(group_sizes, m) if backend == "blocked" else None
 
 
 @lru_cache
@@ -129,9 +127,10 @@ def _is_hopper(device):
 @lru_cache
 def _that_takes(backend, dtype, d, f):
     """The backend if it takes the dtype and weights `[E, d, f]`, else the next best, logged."""
+    if backend != "mosaic_gpu":
+        return backend
     try:
-        if backend == "mosaic_gpu":
-            check_mosaic_gpu(dtype, d, f)
+        import_module(f"{__name__}.mosaic_gpu").check(dtype, d, f)
     except UserError as error:
         log.warning(f"{error}. This run uses backend 'blocked', which is slower")
         return "blocked"

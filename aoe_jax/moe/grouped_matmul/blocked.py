@@ -2,14 +2,14 @@
 block by block.
 
 B is a little more than the mean group, so with balanced loads almost all rows go through the
-batched product, which reads every expert's weights in place. Rows are stored where that product
-reads and writes them, in E stretches of B places. The rest of larger groups fills places that
+batched product, which reads every expert's weights in position. Rows are stored where that product
+reads and writes them, in E stretches of B positions. The rest of larger groups fills positions that
 smaller groups leave free. There the batched product is wrong, and a loop of dynamic length
 overwrites it, one dense matmul per block of such rows. If less than half of the batched product
 would be useful, all rows go through the loop. So the work is at most about twice the useful work
 and two blocks a group.
 
-B rows of a group's head, N = E B places, S rows of a block; other letters: see `__init__.py`.
+B rows of a group's head, N = E B positions, S rows of a block; other letters: see `__init__.py`.
 """
 
 import math
@@ -27,9 +27,9 @@ MAX_BLOCK = 128
 
 def blocked_matmul(rows, weights, groups):
     """`grouped_matmul` of rows in expert order; shapes as there."""
-    places = place_rows(group_sizes_of(groups), rows.shape[0])
-    out = placed_matmul(permute(rows, places.row, places.place), weights, places)
-    return permute(out, places.place, places.row)
+    layout = row_layout(group_sizes_of(groups), rows.shape[0])
+    out = layout_matmul(permute(rows, layout.row, layout.position), weights, layout)
+    return permute(out, layout.position, layout.row)
 
 
 def _head_and_block(m, n_experts):
@@ -49,28 +49,28 @@ class _Blocks(NamedTuple):
 
     count: jax.Array  # []
     expert: jax.Array  # [max blocks]
-    stretch: jax.Array  # [max blocks], the group in whose stretch of places the block lies
-    # [max blocks], first place, moved back where the block would run past the last place.
+    stretch: jax.Array  # [max blocks], the group in whose stretch of positions the block lies
+    # [max blocks], first position, moved back where the block would run past the last position.
     start: jax.Array
-    first: jax.Array  # [max blocks], first place that belongs to the block
-    last: jax.Array  # [max blocks], one past the last place that belongs to the block
+    first: jax.Array  # [max blocks], first position that belongs to the block
+    last: jax.Array  # [max blocks], one past the last position that belongs to the block
 
 
-class Places(NamedTuple):
+class RowLayout(NamedTuple):
     """Where rows lie: those of a group's head from the start of its stretch on, the rest in free
-    places, in order.
+    positions, in order.
     """
 
-    # [M] int32, the place of each row in expert order; NOWHERE for rows past the last group.
-    place: jax.Array
-    row: jax.Array  # [N] int32, the row at each place; NOWHERE where there is none
+    # [M] int32, the position of each row in expert order; NOWHERE for rows past the last group.
+    position: jax.Array
+    row: jax.Array  # [N] int32, the row at each position; NOWHERE where there is none
     # [], whether the batched product is worth it; if not, no group has a head.
     is_batched: jax.Array
     blocks: _Blocks  # of the rows that are in no head
 
 
-def place_rows(group_sizes, m):
-    """`Places` of m rows in groups of `group_sizes [E]`."""
+def row_layout(group_sizes, m):
+    """`RowLayout` of m rows in groups of `group_sizes [E]`."""
     n_experts = group_sizes.shape[0]
     size, block_size = _head_and_block(m, n_experts)
     head = jnp.minimum(group_sizes, size)
@@ -78,30 +78,30 @@ def place_rows(group_sizes, m):
     head = jnp.where(is_batched, head, 0)
     end = jnp.cumsum(group_sizes)
     start = end - group_sizes
-    # The rows of no head are counted through, and so are the free places: the i-th of these rows
-    # lies in the i-th place.
+    # The rows of no head are counted through, and so are the free positions: the i-th of these rows
+    # lies in the i-th position.
     rest_end, free_end = jnp.cumsum(group_sizes - head), jnp.cumsum(size - head)
-    # From the count of such a row to the row, by expert, and from that of a free place to the
-    # place, by stretch.
+    # From the count of such a row to the row, by expert, and from that of a free position to the
+    # position, by stretch.
     to_row = end - rest_end
-    to_place = size * jnp.arange(1, n_experts + 1) - free_end
+    to_position = size * jnp.arange(1, n_experts + 1) - free_end
 
     row = jnp.arange(m, dtype=jnp.int32)
     expert = find(end, row)
     count = row - to_row[expert]
-    place = jnp.where(
+    position = jnp.where(
         row - start[expert] < head[expert],
         expert * size + row - start[expert],
-        count + to_place[find(free_end, count)],
+        count + to_position[find(free_end, count)],
     )
-    place = jnp.where(row < end[-1], place, NOWHERE)
+    position = jnp.where(row < end[-1], position, NOWHERE)
 
     stretch, within = jnp.divmod(jnp.arange(n_experts * size, dtype=jnp.int32), size)
-    count = stretch * size + within - to_place[stretch]
+    count = stretch * size + within - to_position[stretch]
     row = jnp.where(count < rest_end[-1], count + to_row[find(rest_end, count)], NOWHERE)
     row = jnp.where(within < head[stretch], start[stretch] + within, row)
 
-    # Runs of rows of one expert in places of one stretch, each cut into blocks.
+    # Runs of rows of one expert in positions of one stretch, each cut into blocks.
     run_end = jnp.minimum(jnp.sort(jnp.concatenate([rest_end, free_end])), rest_end[-1])
     run_start = jnp.concatenate([jnp.zeros_like(run_end[:1]), run_end[:-1]])
     per_run = (run_end - run_start + block_size - 1) // block_size
@@ -111,16 +111,16 @@ def place_rows(group_sizes, m):
     first = run_start[run] + (block - (block_end - per_run)[run]) * block_size
     last = jnp.minimum(first + block_size, run_end[run])
     expert, stretch = find(rest_end, first), find(free_end, first)
-    first, last = first + to_place[stretch], last + to_place[stretch]
+    first, last = first + to_position[stretch], last + to_position[stretch]
     block_start = jnp.minimum(first, n_experts * size - block_size)
     blocks = _Blocks(block_end[-1], expert, stretch, block_start, first, last)
     # Without the barrier XLA computes an index again for every element of the rows that it gathers.
-    return jax.lax.optimization_barrier(Places(place, row, is_batched, blocks))
+    return jax.lax.optimization_barrier(RowLayout(position, row, is_batched, blocks))
 
 
-def _add_block_products(out, rows, weights, places, contracted):
+def _add_block_products(out, rows, weights, layout, contracted):
     """Writes the products of the blocks into `out [N, F]`."""
-    blocks, size = places.blocks, _head_and_block(places.place.shape[0], weights.shape[0])[1]
+    blocks, size = layout.blocks, _head_and_block(layout.position.shape[0], weights.shape[0])[1]
     row = jnp.arange(size)[:, None]
 
     def step(b, out):
@@ -135,11 +135,11 @@ def _add_block_products(out, rows, weights, places, contracted):
     return jax.lax.fori_loop(0, blocks.count, step, out)
 
 
-def _add_block_gradients(out, rows, g, places):
+def _add_block_gradients(out, rows, g, layout):
     """Adds the weight gradients of the blocks to `out [E, D, F]`, less what the batched product
     made of their rows.
     """
-    blocks, size = places.blocks, _head_and_block(places.place.shape[0], out.shape[0])[1]
+    blocks, size = layout.blocks, _head_and_block(layout.position.shape[0], out.shape[0])[1]
     row = jnp.arange(size)[:, None]
 
     def add(out, expert, product):
@@ -152,18 +152,18 @@ def _add_block_gradients(out, rows, g, places):
         x, y = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, start, size), 0) for a in (rows, g))
         product = dot(x, y, (0, 0))
         out = add(out, blocks.expert[b], product)
-        return add(out, blocks.stretch[b], jnp.where(places.is_batched, -product, 0))
+        return add(out, blocks.stretch[b], jnp.where(layout.is_batched, -product, 0))
 
     return jax.lax.fori_loop(0, blocks.count, step, out)
 
 
 @jax.custom_vjp
-def placed_matmul(rows, weights, places):
-    """`[N, D] x [E, D, F] -> [N, F]`, by `Places`; a place without a row must hold zeros."""
-    return _product(rows, weights, places, 1)
+def layout_matmul(rows, weights, layout):
+    """`[N, D] x [E, D, F] -> [N, F]`, by `RowLayout`; a position without a row must hold zeros."""
+    return _product(rows, weights, layout, 1)
 
 
-def _product(rows, weights, places, contracted):
+def _product(rows, weights, layout, contracted):
     """`[N, D] x [E, D, F] -> [N, F]`; with `contracted=2` over the last axis of the weights."""
     n_experts, width = weights.shape[0], weights.shape[3 - contracted]
 
@@ -172,21 +172,21 @@ def _product(rows, weights, places, contracted):
         return out.astype(rows.dtype).reshape(-1, width)
 
     out = jax.lax.cond(
-        places.is_batched, batched, lambda: jnp.zeros((rows.shape[0], width), rows.dtype)
+        layout.is_batched, batched, lambda: jnp.zeros((rows.shape[0], width), rows.dtype)
     )
-    return _add_block_products(out, rows, weights, places, contracted)
+    return _add_block_products(out, rows, weights, layout, contracted)
 
 
-def _gradient(rows, g, places, n_experts):
+def _gradient(rows, g, layout, n_experts):
     """`[N, D], [N, F] -> [E, D, F]`."""
     out = jax.lax.cond(
-        places.is_batched,
+        layout.is_batched,
         lambda: dot(_stretches(rows, n_experts), _stretches(g, n_experts), (1, 1), batch=(0,)),
         lambda: jnp.zeros(
             (n_experts, rows.shape[1], g.shape[1]), jnp.promote_types(rows.dtype, jnp.float32)
         ),
     )
-    return _add_block_gradients(out, rows, g, places).astype(rows.dtype)
+    return _add_block_gradients(out, rows, g, layout).astype(rows.dtype)
 
 
 def _stretches(rows, n_experts):
@@ -194,8 +194,8 @@ def _stretches(rows, n_experts):
 
 
 def _backward(residuals, g):
-    rows, weights, places = residuals
-    return _product(g, weights, places, 2), _gradient(rows, g, places, weights.shape[0]), None
+    rows, weights, layout = residuals
+    return _product(g, weights, layout, 2), _gradient(rows, g, layout, weights.shape[0]), None
 
 
-placed_matmul.defvjp(lambda *args: (placed_matmul(*args), args), _backward)
+layout_matmul.defvjp(lambda *args: (layout_matmul(*args), args), _backward)

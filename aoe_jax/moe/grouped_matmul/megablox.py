@@ -108,29 +108,6 @@ def _depth_and_width(m, k, n, n_experts, itemsize):
     return min(tiles, key=lambda tile: reads(*tile))
 
 
-def kernel_cost(name, operands, results, tiles=tiles):
-    """The cost of a kernel, as `aoe_jax.planning.costs.Program` takes it; None for other kernels.
-
-    `tiles` are those of the kernel; see `_depth_and_width` for what a product reads. The kernel
-    lists the tiles of rows by group; a tile that two groups share is there, and is computed, twice.
-    """
-    if name not in ("gmm", "tgmm"):
-        return None
-    (_, offsets, listed, *_, lhs, rhs), (out,) = operands, results
-    k, n = out.dims[1:] if name == "tgmm" else (lhs.dims[1], out.dims[1])
-    m = math.prod(lhs.dims) // k
-    n_groups, n_visits = offsets.dims[0] - 1, listed.dims[0]
-    product = "d_weights" if name == "tgmm" else "forward"  # d_rows is a forward one, transposed
-    itemsize = 2 if lhs.dtype == "bf16" else 4
-    _, tk, tn = tiles(m, k, n, n_groups, itemsize)[product]
-    rhs_reads = math.ceil(k / tk)
-    if name == "gmm" and tk < k:
-        rhs_reads = n_visits / n_groups
-    traffic = math.ceil(n / tn) * lhs.hbm_bytes + rhs_reads * rhs.hbm_bytes + out.hbm_bytes
-    flops = 2 * m * k * n
-    return flops, traffic, flops * n_visits / (n_visits - n_groups + 1)
-
-
 def _round_up(value, multiple):
     return -(-value // multiple) * multiple
 

@@ -13,8 +13,6 @@ number of cores: where no GPU is, the derivative compiles within `hardware.compi
 forward product anywhere.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -72,23 +70,6 @@ def blocks_at_once(depth, width):
     """
     block = width_block(width)
     return min(width // block, max(1, CACHED_BYTES // (2 * depth * block)))
-
-
-def kernel_cost(name, operands, results):
-    """The cost of a kernel, as `aoe_jax.planning.costs.Program` takes it; None for other kernels.
-
-    Rows are read once in every pass over them, for d_weights once, since the blocks of an expert
-    advance along its rows together.
-    """
-    matrices = [a for a in operands if len(a.dims) > 1]
-    if not name.startswith("mosaic_gpu") or len(matrices) != 2:
-        return None
-    (lhs, rhs), out = matrices, results[0]
-    depth, width, n_passes = lhs.dims[1], out.dims[-1], 1
-    if len(out.dims) == 2:
-        n_passes = math.ceil(width // width_block(width) / blocks_at_once(depth, width))
-    traffic = n_passes * lhs.hbm_bytes + rhs.hbm_bytes + out.hbm_bytes
-    return 2 * math.prod(lhs.dims) * width, traffic
 
 
 def _product(rows, weights, groups, transpose_rhs):

@@ -12,8 +12,8 @@ NOWHERE = jnp.iinfo(jnp.int32).max  # an index that is out of range of every arr
 def permute(values, index, inverse):
     """`values[index]` along the first axis, `[M, ...] -> [N, ...]`; zero for an index out of range.
 
-    `index [N]` int32 has each number below M at most once. `inverse [M]` int32 is the place of each
-    element of `values` in the result, or out of range if it has none.
+    `index [N]` int32 has each number below M at most once. `inverse [M]` int32 says where each
+    element of `values` is in the result; it is out of range if the element is not there.
     """
     return values.at[index].get(mode="fill", fill_value=0)
 

@@ -67,8 +67,8 @@ class Devices:
     def exchange_rows(self, rows, sent, received):
         """Sends `sent[e]` rows to device e of the expert axis and returns the rows received.
 
-        `rows [E B, d]` has a buffer of B rows for each device, and the result one from each device.
-        Only the first rows of a buffer are in use: `sent [E]` and `received [E]` int32. Where the
+        `rows [N R, d]` has a buffer of R rows for each device, and the result one from each device.
+        Only the first rows of a buffer are in use: `sent [N]` and `received [N]` int32. Where the
         platform has `ragged_all_to_all`, only these travel; elsewhere whole buffers do.
         """
         if target_device().device_kind in RAGGED_PLATFORMS:
@@ -266,7 +266,7 @@ def sum_gradients(g, axis, dimension, in_stages=None):
 
 
 def ragged_offsets(rank, n_devices, n_rows):
-    """`(input offsets, output offsets)` `[E]` of `ragged_all_to_all` between buffers of equal size,
+    """`(input offsets, output offsets)` `[N]` of `ragged_all_to_all` between buffers of equal size,
     ordered by receiver before and by sender after.
     """
     size = n_rows // n_devices

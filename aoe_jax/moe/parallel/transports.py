@@ -3,7 +3,7 @@
     Local      All experts are on the device (`dispatch.py`). Tokens are gathered over tensor, and
                outputs are summed and scattered back.
     Ring       Tokens are gathered over expert and tensor. Every device computes the rows of its own
-               experts; outputs are summed and scattered back. A device receives (E - 1) T d numbers
+               experts; outputs are summed and scattered back. A device receives (N - 1) T d numbers
                and sends as many back, whatever is chosen.
     AllToAll   Each row goes to the device of its expert and back: about K T d numbers each way.
 
@@ -13,7 +13,7 @@ follow where the load is uneven, as many as the fullest device needs. They keep 
 backward pass, which computes them again. So two rounds are about what memory must hold, even if all
 tokens choose the experts of one device.
 
-E devices along expert; letters in shapes: see `aoe_jax/moe/__init__.py`.
+N devices along expert; other letters in shapes: see `aoe_jax/moe/__init__.py`.
 """
 
 import math
@@ -81,11 +81,11 @@ _add_rows.defvjp(
 class _Rounds(Local):
     """Transports with rounds. `share` is the number of a device's rows under perfect balance."""
 
-    def further_rounds(self, first, function, plan, args):
-        return _sum_over_rounds(function, first, plan.n_rounds, plan, args)
+    def further_rounds(self, first, function, schedule, args):
+        return _sum_over_rounds(function, first, schedule.n_rounds, schedule, args)
 
 
-class _RingPlan(NamedTuple):
+class _RingSchedule(NamedTuple):
     slot: jax.Array  # [P + R] int32, the slot of each row in expert order; P past the end
     end: jax.Array  # [n] int32, the end of each expert's rows
     n_rounds: jax.Array  # [] int32, as many as this device needs: others may need more or fewer
@@ -112,20 +112,20 @@ class Ring(_Rounds):
             expert=jnp.where((expert >= 0) & (expert < self.n_experts), expert, self.n_experts)
         )
 
-    def plan(self, routing):
+    def schedule(self, routing):
         """One sort of all slots, those of other devices last."""
         order, _, group_sizes = sort_slots(routing.expert, self.n_experts)
         order = jnp.pad(order, (0, self.size), constant_values=order.shape[0])
         end = jnp.cumsum(group_sizes)
-        return _RingPlan(order, end, -(-end[-1] // self.size))
+        return _RingSchedule(order, end, -(-end[-1] // self.size))
 
-    def round(self, plan, number):
+    def round(self, schedule, number):
         """`(slot [R], group sizes [n])`; rows past the last group have slot P."""
         start = number * self.size
-        within = jnp.clip(plan.end - start, 0, self.size)
+        within = jnp.clip(schedule.end - start, 0, self.size)
         used = jnp.arange(self.size) < within[-1]
-        slot = jax.lax.dynamic_slice_in_dim(plan.slot, start, self.size)
-        return jnp.where(used, slot, plan.slot[-1]), jnp.diff(within, prepend=0)
+        slot = jax.lax.dynamic_slice_in_dim(schedule.slot, start, self.size)
+        return jnp.where(used, slot, schedule.slot[-1]), jnp.diff(within, prepend=0)
 
     def dispatch(self, x, round):
         slot, group_sizes = round
@@ -145,11 +145,11 @@ class Ring(_Rounds):
         return _add_rows(rows, round[0] // self.slots_per_token, n_tokens)
 
 
-class _AllToAllPlan(NamedTuple):
+class _AllToAllSchedule(NamedTuple):
     slot: jax.Array  # [P] int32, slots in expert order
     expert: jax.Array  # [P] int32, their experts
-    start: jax.Array  # [E] int32, the first row for each device
-    count: jax.Array  # [E] int32, the number of rows for each device
+    start: jax.Array  # [N] int32, the first row for each device
+    count: jax.Array  # [N] int32, the number of rows for each device
     # [] int32, as many as the fullest pair of devices needs: all take part in each.
     n_rounds: jax.Array
 
@@ -159,8 +159,8 @@ class _AllToAllRound(NamedTuple):
     order: jax.Array  # [R] int32, the expert order of the rows that arrive
     inverse: jax.Array  # [R] int32, its inverse
     group_sizes: jax.Array  # [n] int32
-    sent: jax.Array  # [E] int32, rows for each device
-    received: jax.Array  # [E] int32, rows from each device
+    sent: jax.Array  # [N] int32, rows for each device
+    received: jax.Array  # [N] int32, rows from each device
 
 
 class AllToAll(_Rounds):
@@ -172,25 +172,25 @@ class AllToAll(_Rounds):
         self.n_devices = devices.size("expert")
         self.pair_size = _with_buffer(share / self.n_devices)
 
-    def plan(self, routing):
+    def schedule(self, routing):
         """One sort of the slots: by device, and by expert within."""
         order, _, group_sizes = sort_slots(routing.expert, self.n_devices * self.n_experts)
         count = group_sizes.reshape(self.n_devices, -1).sum(axis=1)
         start, n_rounds = jnp.cumsum(count) - count, -(-count.max() // self.pair_size)
         expert, n_rounds = routing.expert[order], self.devices.largest(n_rounds)
-        return _AllToAllPlan(order, expert, start, count, n_rounds)
+        return _AllToAllSchedule(order, expert, start, count, n_rounds)
 
-    def round(self, plan, number):
-        n_slots = plan.slot.shape[0]
+    def round(self, schedule, number):
+        n_slots = schedule.slot.shape[0]
         within = number * self.pair_size + jnp.arange(self.pair_size)
-        used = within < plan.count[:, None]
-        row = jnp.where(used, plan.start[:, None] + within, n_slots)
-        slot = plan.slot.at[row].get(mode="fill", fill_value=n_slots)
+        used = within < schedule.count[:, None]
+        row = jnp.where(used, schedule.start[:, None] + within, n_slots)
+        slot = schedule.slot.at[row].get(mode="fill", fill_value=n_slots)
         first = jnp.arange(self.n_devices, dtype=jnp.int32)[:, None] * self.n_experts
-        expert = jnp.where(used, plan.expert.at[row].get(mode="clip") - first, self.n_experts)
+        expert = jnp.where(used, schedule.expert.at[row].get(mode="clip") - first, self.n_experts)
         arrived = self.devices.exchange(expert, 0, 0).reshape(-1)
         order, inverse, group_sizes = sort_slots(arrived, self.n_experts)
-        sent = jnp.clip(plan.count - number * self.pair_size, 0, self.pair_size)
+        sent = jnp.clip(schedule.count - number * self.pair_size, 0, self.pair_size)
         received = self.devices.exchange(sent, 0, 0)
         return _AllToAllRound(slot.reshape(-1), order, inverse, group_sizes, sent, received)
 
@@ -216,14 +216,14 @@ class AllToAll(_Rounds):
 TRANSPORTS = {"ring": Ring, "all_to_all": AllToAll}
 
 
-def _sum_over_rounds(function, first, count, plan, args):
-    """`first` plus `function(plan, number, args)` of rounds 1 to `count - 1`.
+def _sum_over_rounds(function, first, count, schedule, args):
+    """`first` plus `function(schedule, number, args)` of rounds 1 to `count - 1`.
 
     The number of rounds is known only at run time. So they are a loop with a derivative of its own:
     the backward pass computes each round again and keeps nothing of it. `function` closes over no
-    arrays; the arrays of `plan` have no gradient, those of `args` have one.
+    arrays; the arrays of `schedule` have no gradient, those of `args` have one.
     """
-    return (first + _further_rounds(function, plan, count, args)).astype(first.dtype)
+    return (first + _further_rounds(function, schedule, count, args)).astype(first.dtype)
 
 
 def _loop(function, count, like):
@@ -237,18 +237,18 @@ def _loop(function, count, like):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _further_rounds(function, plan, count, args):
+def _further_rounds(function, schedule, count, args):
     with jax.named_scope("further_rounds"):
-        shape = jax.eval_shape(lambda: function(plan, 1, args))
-        return _loop(lambda number: function(plan, number, args), count, shape)
+        shape = jax.eval_shape(lambda: function(schedule, 1, args))
+        return _loop(lambda number: function(schedule, number, args), count, shape)
 
 
 def _further_rounds_backward(function, residuals, g):
-    plan, count, args = residuals
+    schedule, count, args = residuals
     with jax.named_scope("further_rounds"):
 
         def gradient(number):
-            result, pull_back = jax.vjp(partial(function, plan, number), args)
+            result, pull_back = jax.vjp(partial(function, schedule, number), args)
             return pull_back(g.astype(result.dtype))[0]
 
         d_args = _loop(gradient, count, args)
@@ -256,9 +256,9 @@ def _further_rounds_backward(function, residuals, g):
 
 
 _further_rounds.defvjp(
-    lambda function, plan, count, args: (
-        _further_rounds(function, plan, count, args),
-        (plan, count, args),
+    lambda function, schedule, count, args: (
+        _further_rounds(function, schedule, count, args),
+        (schedule, count, args),
     ),
     _further_rounds_backward,
 )

@@ -28,7 +28,7 @@ from aoe_jax.model.attention.reference import reference_attention
 from aoe_jax.model.counts import experts_per_token
 from aoe_jax.moe import reference
 from aoe_jax.moe.grouped_matmul import grouped_matmul
-from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.layer import ExpertsLayer, parameters_of
 from aoe_jax.sharding import MESH_AXES, replicated
 
 PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # of float32 operands: bfloat16 and TF32
@@ -200,7 +200,7 @@ def expert_shapes(config: Config):
         return {}
     mesh, sizes = config.mesh, config.experts.sizes(config.model.d_model)
     sizes |= {"n": sizes["n"] // mesh.expert, "f": sizes["f"] // mesh.tensor}
-    declared = ExpertsLayer(config.experts, config.routing).parameters
+    declared = parameters_of(config.experts, config.routing)
     return {name: p.shape(sizes) for name, p in declared.items() if p.per_expert}
 
 
@@ -273,6 +273,7 @@ def layer_case(config: Config, name):
     sizes, router = experts.sizes(d), ["w_router"] if experts.kind == "router" else []
     gate = ["w_gate_down", "w_gate_up"] if experts.low_rank else ["w_gate"]
     names = [*router, *gate, "w_up", "w_down"]
+    declared = parameters_of(experts, layer.routing)
     of_experts = reference.aoe_experts if experts.low_rank else reference.router_experts
 
     def scaled(weights):  # so that they keep the variance of tokens, by a power of two
@@ -295,7 +296,7 @@ def layer_case(config: Config, name):
     return Case(
         kernel=f"{name} layer",
         shape=f"{'x'.join(map(str, x_shape))} (BxSxd), {n} experts",
-        arguments={"x": x_shape, **{w: layer.parameters[w].shape(sizes) for w in names}},
+        arguments={"x": x_shape, **{w: declared[w].shape(sizes) for w in names}},
         result=x_shape,
         function=apply,
         reference=plain,

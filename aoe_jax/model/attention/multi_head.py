@@ -1,5 +1,6 @@
 """The layer of causal multi-head attention with rotary positions, with a cache for decoding."""
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import numpy as np
 
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.model.attention import causal_attention
-from aoe_jax.model.attention.blocks import attention_and_peaks, product
+from aoe_jax.model.attention.blocks import product
 from aoe_jax.moe.parallel.collectives import over_mesh, token_spec, weight_specs
 from aoe_jax.parameters import ATTENTION
 from aoe_jax.sharding import spec_of, target_device
@@ -17,7 +18,7 @@ from aoe_jax.sharding import spec_of, target_device
 _CACHE = spec_of("batch", "heads", None, None)
 # The scales of norms by `ModelConfig.qk_norm`.
 _QK_NORMS = {"none": [], "all": ["q_norm", "k_norm"], "head": ["q_head_norm", "k_head_norm"]}
-_OUTPUT = (token_spec(2, None), token_spec(2, None))  # output and concentration
+_OUTPUT = (token_spec(2, None), token_spec(2, None))  # output, and what `capture` gives
 
 
 def rotary_tables(length, config: ModelConfig):
@@ -74,27 +75,12 @@ def rotary_by_product(x, cos, sin):
     return (x.astype(cos.dtype) * cos + swapped * sin).astype(x.dtype)
 
 
-def concentration(peaks, n_visible):
-    """How concentrated the attention of a query is: 0 if it is uniform, 1 if it is on one key.
-
-    Args:
-      peaks: `[...]`, the largest probability of each query.
-      n_visible: N, how many keys it attends to, an array that broadcasts to `peaks`.
-
-    Returns:
-      `(N peak - 1) / (N - 1)`, `[...]`; 0 where N is 1.
-    """
-    n = jnp.asarray(n_visible, peaks.dtype)
-    return jnp.where(n > 1, jnp.clip((n * peaks - 1) / jnp.maximum(n - 1, 1), 0, 1), 0)
-
-
-def _n_visible(length, segment_ids):
-    """How many keys each query attends to, `[S]` or `[B, 1, S]`."""
-    position = np.arange(length)
+def _visible(length, segment_ids):
+    """Whether queries attend to keys: `[S, S]` or `[B, S, S]` bool."""
+    is_past = jnp.tril(jnp.ones((length, length), bool))
     if segment_ids is None:
-        return position + 1
-    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (position[:, None] >= position)
-    return same.sum(axis=2)[:, None]
+        return is_past
+    return is_past & (segment_ids[:, :, None] == segment_ids[:, None, :])
 
 
 def _rms_norm(x, scale, epsilon):
@@ -107,25 +93,23 @@ def _rms_norm(x, scale, epsilon):
     return (x * inverse).astype(x.dtype) * scale[..., None, :]
 
 
-def attend_to_cache(q, keys, values, n_past):
+def attend_to_cache(q, keys, values, visible):
     """Causal softmax attention of the newest positions of a cache to all of its positions.
 
     Args:
-      q: `[B, H, S, h]` of positions `n_past`, `n_past + 1`, ...
-      keys: `[B, G, M, h]` with the keys of these positions, and so is `values`; G divides H.
-      n_past: `[B]` int32.
+      q: `[B, H, S, h]` of the newest positions.
+      keys: `[B, G, c, h]` with the keys of these positions, and so is `values`; G divides H.
+      visible: `[B, S, c]` bool, the positions of the cache that a query attends to.
 
     Returns:
-      `(y, peaks)`, see `attention_and_peaks`.
+      `[B, H, S, h]` in the dtype of `values`.
     """
-    b, n_heads, s, h = q.shape
+    b, _, s, h = q.shape
     grouped = q.reshape(b, keys.shape[1], -1, s, h)
-    position = n_past[:, None] + jnp.arange(s)
-    is_visible = jnp.arange(keys.shape[2]) <= position[:, None, None, :, None]
-    scores = product("bgqsi,bgmi->bgqsm", grouped, keys) * h**-0.5
-    p = jax.nn.softmax(jnp.where(is_visible, scores, -jnp.inf))
-    y = product("bgqsm,bgmi->bgqsi", p.astype(values.dtype), values)
-    return y.reshape(q.shape).astype(values.dtype), p.max(axis=-1).reshape(b, n_heads, s)
+    scores = product("bgqsi,bgci->bgqsc", grouped, keys) * h**-0.5
+    p = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf))
+    y = product("bgqsc,bgci->bgqsi", p.astype(values.dtype), values)
+    return y.reshape(q.shape).astype(values.dtype)
 
 
 def _gathered(devices, weights, dtype):
@@ -136,7 +120,7 @@ class Attention(nn.Module):
     """Multi-head causal self-attention with rotary positions."""
 
     config: ModelConfig
-    watched: bool = False  # whether to return the concentration, too
+    capture: Callable | None = None  # see `moe.routing.Hooks.attention`
 
     def setup(self):
         """Makes the parameters."""
@@ -153,24 +137,23 @@ class Attention(nn.Module):
             for name in names
         }
 
-    def __call__(self, x, segment_ids=None):
-        """Attends to earlier positions: `x [B, S, d]` -> `(y [B, S, d], concentration)`.
+    def __call__(self, x, segment_ids=None, with_cache=False):
+        """Attends to earlier positions: `x [B, S, d]` -> `(y [B, S, d], captured, cache)`.
 
-        `segment_ids [B, S]` int32 is the document that each position attends within, or None. The
-        concentration is `[B, S, H]` float32 or, unless `watched`, None.
+        `segment_ids [B, S]` int32 is the document that each position attends within, or None.
+        `captured [B, S, H]` is what `capture` gives; None without it. The cache has `(keys,
+        values)`, `[B, G, S, h]` each; None unless `with_cache`.
         """
-        return self._over_mesh(self._attend, _OUTPUT, (token_spec(2),), x, segment_ids)
-
-    def prefill(self, x):
-        """The results of `__call__`, and the `(keys, values)` for a cache, `[B, G, S, h]` each."""
-        return self._over_mesh(self._prefill, (*_OUTPUT, (_CACHE, _CACHE)), (), x)
+        attend = partial(self._attend, with_cache=with_cache)
+        out_specs = (*_OUTPUT, (_CACHE, _CACHE) if with_cache else None)
+        return self._over_mesh(attend, out_specs, (token_spec(2),), x, segment_ids)
 
     def extend(self, x, cache, n_past):
         """Attends to the positions of a cache and to earlier positions of `x`, which follow them.
 
-        `cache` is `(keys, values)`, `[B, G, M, h]` each, and `n_past [B]` int32 how many of its
-        places are filled; S more must be free. Returns the results of `__call__`, and the cache
-        with the keys and values of `x`.
+        `cache` is `(keys, values)`, `[B, G, c, h]` each, and `n_past [B]` int32 how many of its
+        positions are filled; S more must be free. Returns what `__call__` returns; the keys and
+        values of `x` are in the cache.
         """
         keys, values = cache
         in_specs = (_CACHE, _CACHE, spec_of("batch"))
@@ -194,7 +177,7 @@ class Attention(nn.Module):
         cos, sin = positions
         return rotary(q, cos, sin), rotary(k, cos, sin), v
 
-    def _attend(self, devices, x, segment_ids, weights):
+    def _attend(self, devices, x, segment_ids, weights, with_cache):
         # A device computes some heads for all positions of its sequences.
         x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
         tables = rotary_tables(x.shape[1], self.config)
@@ -204,46 +187,35 @@ class Attention(nn.Module):
         def heads(x, weights):
             w = _gathered(devices, weights, x.dtype)
             q, k, v = self._queries_keys_values(x, w, tables)
-            y, peaks = self._attention(q, k, v, segment_ids)
-            return self._project(y, w), peaks
+            y = causal_attention(q, k, v, segment_ids, backend=self.config.attention)
+            visible = partial(_visible, x.shape[1], segment_ids)
+            cache = (k, v) if with_cache else None
+            return self._project(y, w), self._captured(devices, q, k, visible), cache
 
-        y, peaks = devices.without_whole_weights(heads)(x, weights)
-        n_visible = _n_visible(x.shape[1], segment_ids) if self.watched else None
-        return self._output(devices, y, weights), self._concentration(devices, peaks, n_visible)
-
-    def _prefill(self, devices, x, weights):
-        x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
-        w = _gathered(devices, weights, x.dtype)
-        q, k, v = self._queries_keys_values(x, w, rotary_tables(x.shape[1], self.config))
-        y, peaks = self._attention(q, k, v)
-        y = self._output(devices, self._project(y, w), weights)
-        return y, self._concentration(devices, peaks, _n_visible(x.shape[1], None)), (k, v)
+        y, captured, cache = devices.without_whole_weights(heads)(x, weights)
+        return self._output(devices, y, weights), captured, cache
 
     def _extend(self, devices, x, keys, values, n_past, weights):
         x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
         w = _gathered(devices, weights, x.dtype)
         position = n_past[:, None] + jnp.arange(x.shape[1])
-        # For all places of the cache, by numpy in float64: sines of large angles need it.
+        # For all positions of the cache, by numpy in float64: sines of large angles need it.
         tables = rotary_tables(keys.shape[2], self.config)
         tables = (jnp.asarray(a, jnp.float32)[position][:, None] for a in tables)
         q, k, v = self._queries_keys_values(x, w, tables)
-        places = (jnp.arange(x.shape[0])[:, None], slice(None), position)
-        keys = keys.at[places].set(k.swapaxes(1, 2).astype(keys.dtype), mode="drop")
-        values = values.at[places].set(v.swapaxes(1, 2).astype(values.dtype), mode="drop")
-        y, peaks = attend_to_cache(q, keys, values, n_past)
-        y = self._output(devices, self._project(y, w), weights)
-        return y, self._concentration(devices, peaks, position[:, None] + 1), (keys, values)
+        new = (jnp.arange(x.shape[0])[:, None], slice(None), position)
+        keys = keys.at[new].set(k.swapaxes(1, 2).astype(keys.dtype), mode="drop")
+        values = values.at[new].set(v.swapaxes(1, 2).astype(values.dtype), mode="drop")
+        visible = jnp.arange(keys.shape[2]) <= position[:, :, None]
+        y = self._project(attend_to_cache(q, keys, values, visible), w)
+        captured = self._captured(devices, q, keys, lambda: visible)
+        return self._output(devices, y, weights), captured, (keys, values)
 
-    def _concentration(self, devices, peaks, n_visible):
-        """The concentration of all heads at the positions of this device, `[B, S, H]`."""
-        if not self.watched:
+    def _captured(self, devices, q, k, visible):
+        """What `capture` gives for all heads at the positions of this device, `[B, S, H]`."""
+        if self.capture is None:
             return None
-        return devices.exchange(concentration(peaks, n_visible), 2, 1, "tensor").swapaxes(1, 2)
-
-    def _attention(self, q, k, v, segment_ids=None):
-        if self.watched:
-            return attention_and_peaks(q, k, v, segment_ids)
-        return causal_attention(q, k, v, segment_ids, backend=self.config.attention), None
+        return devices.exchange(self.capture(q, k, visible()), 2, 1, "tensor").swapaxes(1, 2)
 
     def _project(self, y, w):
         return jnp.einsum("bhsi,hid->bsd", y, w["o"])

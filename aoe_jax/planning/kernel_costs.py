@@ -1,0 +1,99 @@
+"""What kernels cost whose FLOPs and traffic a compiled program does not state.
+
+Each function takes `(name, operands, results)` of a custom call and returns `(flops, traffic[,
+occupied FLOPs])`, see `costs.Program`, or None for kernels of other kinds.
+"""
+
+import math
+
+from aoe_jax.model.attention.splash import LANES
+from aoe_jax.moe.grouped_matmul.megablox import tiles
+from aoe_jax.moe.grouped_matmul.mosaic_gpu import blocks_at_once, width_block
+
+# Products of [block, block] by [block, h] for each pair of blocks.
+_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def splash_cost(name, operands, results):
+    """The cost of a splash kernel.
+
+    A block of queries meets the blocks of keys that are not entirely in its future, so it reads
+    only a part of the keys; in `dkv` a block of keys reads a part of the queries. The mask, which
+    is the first operand, has a number for each pair of blocks. Heads narrower than `LANES` leave a
+    part of the matrix unit idle.
+    """
+    kind = name.removeprefix("splash_mha_").split("_")[0]
+    if not name.startswith("splash_mha_") or kind not in _PRODUCTS:
+        return None
+    q, k, v, *others = (a for a in operands if len(a.dims) >= 3 and a.dtype[0] in "bf")
+    *_, n_heads, length, width = q.dims
+    if length < LANES:  # heads narrower than that are transposed
+        length, width = width, length
+    n_q, n_kv = operands[0].dims[-2:]
+    n_met = sum(-(-n_kv * (i + 1) // n_q) for i in range(n_q))  # pairs of blocks
+    share = n_met / (n_q if kind == "dkv" else n_kv)
+    if kind == "dkv":
+        once, again = (k, v), (q, *others)
+    else:
+        once, again, share = (q, *others), (k, v), share * n_heads / k.dims[-3]
+    traffic = sum(a.hbm_bytes for a in (*once, *results)) + share * sum(a.hbm_bytes for a in again)
+    pairs = math.prod(q.dims[:-2]) * length**2 * n_met / (n_q * n_kv)
+    occupied = -(-width // LANES) * LANES
+    return 2 * _PRODUCTS[kind] * pairs * width, traffic, 2 * _PRODUCTS[kind] * pairs * occupied
+
+
+def cudnn_cost(name, operands, results):
+    """The cost of attention by cuDNN.
+
+    Every position meets itself and those before it. All arrays are read or written once.
+    """
+    if not name.startswith("__cudnn$fmha"):
+        return None
+    *batch, length, width = results[0].dims  # the output, or the gradient of q: [B, H, S, h]
+    n_products = 5 if name.endswith("Backward") else 2
+    pairs = math.prod(batch) * length * (length + 1) / 2
+    return 2 * n_products * pairs * width, sum(a.hbm_bytes for a in (*operands, *results))
+
+
+def megablox_cost(name, operands, results, tiles=tiles):
+    """The cost of a Megablox kernel.
+
+    `tiles` are those of the kernel. Weights are read once if the whole depth is in one tile, else
+    again for each tile of rows; rows once for each tile of the width. The kernel lists the tiles of
+    rows by group; a tile that two groups share is there, and is computed, twice.
+    """
+    if name not in ("gmm", "tgmm"):
+        return None
+    (_, offsets, listed, *_, lhs, rhs), (out,) = operands, results
+    k, n = out.dims[1:] if name == "tgmm" else (lhs.dims[1], out.dims[1])
+    m = math.prod(lhs.dims) // k
+    n_groups, n_visits = offsets.dims[0] - 1, listed.dims[0]
+    product = "d_weights" if name == "tgmm" else "forward"  # d_rows is a forward one, transposed
+    itemsize = 2 if lhs.dtype == "bf16" else 4
+    _, tk, tn = tiles(m, k, n, n_groups, itemsize)[product]
+    rhs_reads = math.ceil(k / tk)
+    if name == "gmm" and tk < k:
+        rhs_reads = n_visits / n_groups
+    traffic = math.ceil(n / tn) * lhs.hbm_bytes + rhs_reads * rhs.hbm_bytes + out.hbm_bytes
+    flops = 2 * m * k * n
+    return flops, traffic, flops * n_visits / (n_visits - n_groups + 1)
+
+
+def mosaic_gpu_cost(name, operands, results):
+    """The cost of a grouped product by Mosaic GPU.
+
+    Rows are read once in every pass over them, for d_weights once, since the blocks of an expert
+    advance along its rows together.
+    """
+    matrices = [a for a in operands if len(a.dims) > 1]
+    if not name.startswith("mosaic_gpu") or len(matrices) != 2:
+        return None
+    (lhs, rhs), out = matrices, results[0]
+    depth, width, n_passes = lhs.dims[1], out.dims[-1], 1
+    if len(out.dims) == 2:
+        n_passes = math.ceil(width // width_block(width) / blocks_at_once(depth, width))
+    traffic = n_passes * lhs.hbm_bytes + rhs.hbm_bytes + out.hbm_bytes
+    return 2 * math.prod(lhs.dims) * width, traffic
+
+
+KERNEL_COSTS = (splash_cost, cudnn_cost, megablox_cost, mosaic_gpu_cost)
