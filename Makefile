@@ -45,14 +45,13 @@ multiprocess: setup
 
 # Kills training processes fifty times and asks them to stop twenty times, then disturbs two and four
 # supervised processes a hundred times each, and two in an object store; every run must end as without
-# a disturbance. Then two trainers start in one folder fifty times.
+# a disturbance.
 SOAK ?= runs/soak
 soak: setup
 	$(BIN)/python -m benchmarks.soak --workdir=$(SOAK) $(ARGS)
 	$(BIN)/python -m benchmarks.pod_soak --workdir=$(SOAK)/two --events=100
 	$(BIN)/python -m benchmarks.pod_soak --workdir=$(SOAK)/four --pod_size=4 --events=100
 	$(BIN)/python -m benchmarks.pod_soak --workdir=$(SOAK)/store --store
-	$(BIN)/python -m benchmarks.two_owners --workdir=$(SOAK)/owners
 
 # Two tiers: `test` needs no right that a plain container lacks, `test-slow` is the rest.
 test: setup

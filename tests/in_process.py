@@ -17,12 +17,10 @@ from tests.runs import ROOT
 def execute(command):
     """Runs a command line of Python, such as `["train.py", ...]`: `(status, stdout, stderr)`."""
     program, *arguments = command
-    name = f"aoe_jax.{program.removesuffix('.py')}" if program != "-m" else arguments.pop(0)
-    if name == "aoe_jax.compare" or name == "aoe_jax":
-        name += ".__main__"
+    name = arguments.pop(0) if program == "-m" else program
     files = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
     with (
-        _fresh(name) as module,
+        fresh(name) as module,
         logging_restored(),
         contextlib.redirect_stdout(files[0]),
         contextlib.redirect_stderr(files[1]),
@@ -33,8 +31,12 @@ def execute(command):
 
 
 @contextlib.contextmanager
-def _fresh(name):
-    """The module of a command, with its flags; those of other commands are hidden meanwhile."""
+def fresh(program):
+    """The module of a command, such as `train.py` or `aoe_jax.plan`, with its flags; those of other
+    commands are hidden meanwhile.
+    """
+    name = f"aoe_jax.{program.removesuffix('.py')}" if program.endswith(".py") else program
+    name += ".__main__" if name in ("aoe_jax", "aoe_jax.compare") else ""
     known = {flag: flags.FLAGS[flag] for flag in flags.FLAGS}
     overridable = {flag: held.allow_override for flag, held in known.items()}
     for held in known.values():

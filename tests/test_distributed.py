@@ -1,5 +1,7 @@
 """Several processes: how they join, agree and fail together."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from aoe_jax import distributed
@@ -40,6 +42,7 @@ def two(monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr(distributed, "gathered", gathered)
     monkeypatch.setattr(distributed, "_END_DELAY", 0.0)
+    monkeypatch.setattr(distributed, "_JOIN_TIMEOUT", SimpleNamespace(value=60))
     return says
 
 
