@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from aoe_jax.errors import UserError, shown
-from aoe_jax.storage.files import matching, open_regular, read_json, write_json
+from aoe_jax.storage.files import matching, read_json, write_json
 from aoe_jax.storage.retry import patiently_if_allowed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -99,7 +99,6 @@ def _read_header(path):
 
 
 def _shapes_and_dtypes(path):
-    open_regular(path).close()  # the library would wait for the writer of a FIFO
     with safe_open(path, framework="numpy") as file:
         tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no dict
         return {name: (tuple(t.get_shape()), t.get_dtype()) for name, t in tensors.items()}
