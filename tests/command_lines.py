@@ -1,13 +1,15 @@
 """The command lines of the documentation, and a parser that runs none of them."""
 
 import re
+import runpy
 import shlex
 
+import pytest
 from absl import flags
 from markdown_it import MarkdownIt
 
 from aoe_jax import cli
-from tests.in_process import fresh
+from tests.in_process import module_of, other_flags_hidden
 
 _COMMAND = re.compile(r"\bpython (?:-m )?([\w.]+|\w+/\w+\.py)(?= |$|\")([^#|;\"]*)")
 _MADE_FROM_FILES = re.compile(r"configs/finetune\.py.*|.*\.json")  # of a user
@@ -44,11 +46,17 @@ def check(program, lines):
     """Parses lines of arguments with the flags of a program, and checks their configurations.
     Raises `UserError` if one has a mistake.
     """
-    with fresh(program):
-        for line in lines:
-            cli._parse([program, *_values(line)])
-            config = "config" in flags.FLAGS and flags.FLAGS.config
-            if config and not _MADE_FROM_FILES.fullmatch(config):
-                cli.parsed_config(flags.FLAGS["config"])
-            for flag in flags.FLAGS:
-                flags.FLAGS[flag].unparse()
+    with pytest.MonkeyPatch.context() as patch, other_flags_hidden():
+        patch.setattr(cli, "run", lambda main: _parse(program, lines))
+        patch.setattr("sys.argv", [program])
+        runpy.run_module(module_of(program), run_name="__main__")
+
+
+def _parse(program, lines):
+    for line in lines:
+        cli._parse([program, *_values(line)])
+        config = "config" in flags.FLAGS and flags.FLAGS.config
+        if config and not _MADE_FROM_FILES.fullmatch(config):
+            cli.parsed_config(flags.FLAGS["config"])
+        for flag in flags.FLAGS:
+            flags.FLAGS[flag].unparse()

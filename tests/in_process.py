@@ -30,24 +30,36 @@ def execute(command):
     return status, *(file.buffer.getvalue().decode() for file in files)
 
 
+def module_of(program):
+    """The module of a command, such as `train.py` or `aoe_jax.plan`."""
+    return f"aoe_jax.{program.removesuffix('.py')}" if program.endswith(".py") else program
+
+
 @contextlib.contextmanager
 def fresh(program):
-    """The module of a command, such as `train.py` or `aoe_jax.plan`, with its flags; those of other
-    commands are hidden meanwhile.
-    """
-    name = f"aoe_jax.{program.removesuffix('.py')}" if program.endswith(".py") else program
+    """Imports the module of a command again, with its flags."""
+    name = module_of(program)
     name += ".__main__" if name in ("aoe_jax", "aoe_jax.compare") else ""
+    before = sys.modules.pop(name, None)
+    with other_flags_hidden():
+        try:
+            yield importlib.import_module(name)
+        finally:
+            sys.modules.pop(name, None)
+            if before:
+                sys.modules[name] = before
+
+
+@contextlib.contextmanager
+def other_flags_hidden():
+    """A context in which a command may define its flags, whatever other commands have defined."""
     known = {flag: flags.FLAGS[flag] for flag in flags.FLAGS}
     overridable = {flag: held.allow_override for flag, held in known.items()}
     for held in known.values():
         held.allow_override = True
-    before = sys.modules.pop(name, None)
     try:
-        yield importlib.import_module(name)
+        yield
     finally:
-        sys.modules.pop(name, None)
-        if before:
-            sys.modules[name] = before
         for flag in list(flags.FLAGS):
             if flags.FLAGS[flag] is not known.get(flag):
                 delattr(flags.FLAGS, flag)
