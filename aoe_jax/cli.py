@@ -4,6 +4,7 @@ import ast
 import atexit
 import logging
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -34,14 +35,13 @@ _NO_CONFIG = (
     "--config is missing; name a Python file with get_config(), such as configs/tiny.py of the "
     "repository"
 )
-_HELP_WIDTH = 100  # columns, like those of the docstrings
 _BROKEN_PIPE = 128 + signal.SIGPIPE  # like programs that the signal ends
 _NOTES_OF_JAX = ("---", "For simplicity")
-_TYPES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "tuple": "numbers, such as (0, 2)",
+_WANTED = {"int": "a whole number", "float": "a number", "tuple": "numbers, such as (0, 2)"}
+_WORDS_OF_ABSL = {
+    r"\('Non-boolean argument.*": "must be true or false",
+    r"invalid literal for int\(\).*": "must be a whole number",
+    "could not convert string to float.*": "must be a number",
 }
 
 
@@ -54,12 +54,13 @@ class _FieldParser(flags.ArgumentParser):
     def parse(self, argument):
         if self.has_none and argument == "None":
             return None
-        if self.kind is not tuple:
-            return self.kind(argument)
         try:
+            if self.kind is not tuple:
+                return self.kind(argument)
             return tuple(ast.literal_eval(f"[{argument.strip('()[]')}]"))
-        except (SyntaxError, RecursionError, MemoryError) as e:
-            raise ValueError(e) from e
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as e:
+            none = " or None" if self.has_none else ""
+            raise ValueError(f"must be {_WANTED[self.kind.__name__]}{none}") from e
 
     def flag_type(self):
         return self.kind.__name__
@@ -154,7 +155,7 @@ def refuse_empty(*of):
 
 def run(main):
     """Runs a command, and ends the program with its exit status."""
-    ended_with = [0]
+    ended_with = []
     # The interpreter's end would abort where a C++ thread calls Python meanwhile. This comes after
     # the handlers that libraries register while the command runs.
     atexit.register(lambda: os._exit(ended_with[0]))
@@ -163,7 +164,7 @@ def run(main):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not is_orderly:  # threads in the background get no time to print tracebacks
         os._exit(status)
-    ended_with[0] = status
+    ended_with.append(status)
     sys.exit(status)
 
 
@@ -216,30 +217,26 @@ def _set_up_logging(debug):
 
 def _end_of(error):
     """The exit status and the last line of an exception, and whether its traceback is needed."""
-    status, first_line = retry.status_of(error), (str(error).strip().splitlines() or [""])[0][:300]
-    needs_traceback = status == 1
     if isinstance(error, Stopped):
         return error.status, str(error), False
     if isinstance(error, KeyboardInterrupt):
         return Interrupted.status, "interrupted", False
     if isinstance(error, BrokenPipeError):
         return _BROKEN_PIPE, "error: nobody reads the output any more", False
+    status, reason = retry.status_of(error), retry.reason(error)
+    line = (str(error).strip().splitlines() or [""])[0][:300]
     if isinstance(error, Failure):
-        last_line, needs_traceback = f"error: {error}", False
-    elif retry.fills_device(error):
-        last_line = f"error: {_device_is_full(error)}"
-    elif retry.lacks_credentials(error):
-        last_line = f"error: {retry.reason(error)}; log in to the object store on this machine"
-    elif status == MachineFault.status:
-        reason = retry.reason(error)
-        why = first_line if reason in first_line else f"{first_line} ({reason})"
-        last_line = f"error: {why if first_line else reason}"
+        notes = _notes(error) if isinstance(error, MachineFault) else ""
+        return status, f"error: {error}{notes}", False
+    if retry.fills_device(error):
+        return status, f"error: the memory of a device is exhausted ({reason}); {_cure()}", False
+    if retry.lacks_credentials(error):
+        return status, f"error: {reason}; log in to the object store on this machine", False
+    if status == MachineFault.status:
+        line = (line if reason in line else f"{line} ({reason})") if line else reason
         of_system = isinstance(error, OSError | MemoryError) or retry.is_of_network(error)
-        needs_traceback = not of_system
-    else:
-        last_line = f"failed: {type(error).__name__}: {first_line}"
-    has_notes = status in (1, MachineFault.status)
-    return status, last_line + (_notes(error) if has_notes else ""), needs_traceback
+        return status, f"error: {line}{_notes(error)}", not of_system
+    return status, f"failed: {type(error).__name__}: {line}{_notes(error)}", True
 
 
 def _notes(error):
@@ -248,16 +245,14 @@ def _notes(error):
     return "".join(f"; {first}" for first in firsts if not first.startswith(_NOTES_OF_JAX))
 
 
-def _device_is_full(error):
+def _cure():
     """Says which fields or flags of this command need less memory."""
     if "config" in FLAGS:
-        cure = (
+        return (
             "raise train.accumulate, lower train.batch_size, set model.remat='layer', or split the "
             "model by mesh.fsdp; python -m aoe_jax.plan computes what fits"
         )
-    else:
-        cure = "split the model over more devices, such as --mesh=fsdp=4, or give it less at a time"
-    return f"the memory of a device is exhausted ({retry.reason(error)}); {cure}"
+    return "split the model over more devices, such as --mesh=fsdp=4, or give it less at a time"
 
 
 def _parse(argv):
@@ -291,19 +286,11 @@ def _help(module):
 
 
 def _flag_help(flag):
-    if flag.boolean:
-        usage = f"--[no]{flag.name}" if flag.default else f"--{flag.name}"
-    else:
-        usage = f"--{flag.name}=..."
     has_default = flag.default is not False and flag.default not in (None, "", [], [""])
     default = f" (default: {flag.default_as_str.strip(chr(39))})" if has_default else ""
-    return textwrap.fill(
-        f"{' '.join(flag.help.split())}{default}",
-        _HELP_WIDTH,
-        initial_indent=f"  {usage:<20} ",
-        subsequent_indent=" " * 23,
-        break_on_hyphens=False,
-    )
+    text = " ".join(f"{flag.help}{default}".split())
+    indent = {"initial_indent": f"  --{flag.name:<18} ", "subsequent_indent": " " * 23}
+    return textwrap.fill(text, 100, **indent, break_on_hyphens=False)
 
 
 def _flag_mistake(error):
@@ -315,17 +302,9 @@ def _flag_mistake(error):
             return _NO_CONFIG
         _, _, suggestion = text.partition(". ")
         return f"--{error.flagname} is no flag; --help lists them. {suggestion}".removesuffix(". ")
-    if isinstance(error, flags.IllegalFlagValueError) and text.startswith("flag --"):
-        name, _, value = text.removeprefix("flag --").split(": ", 1)[0].partition("=")
-        kind = FLAGS[name].flag_type() if name in FLAGS else ""
-        if kind in _TYPES:
-            parser = FLAGS[name].parser
-            lowest, highest = (getattr(parser, f"{end}_bound", None) for end in ("lower", "upper"))
-            bound = "" if lowest is None else f", {lowest} or greater"
-            bound = bound if highest is None else f" from {lowest} to {highest}"
-            none = " or None" if getattr(parser, "has_none", False) else ""
-            return f"--{name}={value}: must be {_TYPES[kind]}{bound}{none}"
-    return text[:400]
+    for words, plain in _WORDS_OF_ABSL.items():
+        text = re.sub(words, plain, text)
+    return text.removeprefix("flag ")[:400]
 
 
 def _refuse_field(group, *fields):

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -84,22 +85,22 @@ def _backend():
 
 
 def _initialize():
-    timeout = _JOIN_TIMEOUT.value
+    address, timeout = _COORDINATOR.value, _JOIN_TIMEOUT.value
     timer = threading.Timer(timeout, _give_up)  # JAX would abort without a clear message
     timer.daemon = True
     timer.start()
+    # An IP address or localhost: JAX listens only there; else at all addresses of the machine.
+    bind = address if re.match(r"localhost:|[\d.]+:", address or "") else None
+    settings = {"coordinator_bind_address": bind, "initialization_timeout": timeout + 60}
     try:
-        jax.distributed.initialize(
-            *(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value),
-            initialization_timeout=timeout + 60,
-        )
+        jax.distributed.initialize(address, _PROCESSES.value, _PROCESS.value, **settings)
     except ValueError as e:
         raise UserError(
             f"--distributed: no cluster was found here ({e}); give --coordinator, --processes and "
             "--process"
         ) from e
     except RuntimeError as e:  # of its service and its client
-        where = f"--coordinator={_COORDINATOR.value}: " if _COORDINATOR.value else ""
+        where = f"--coordinator={address}: " if address else ""
         raise MachineFault(f"{where}the processes cannot meet ({reason(e)})") from e
     timer.cancel()
     _backend()

@@ -1,21 +1,15 @@
-"""The command lines of the documentation, and a parser that runs none of them:
-
-    python -m tests.command_lines PROGRAM ARGUMENTS ...
-
-where PROGRAM is a module or a file with a command, and each of ARGUMENTS is one line. They are
-parsed with the flags of the program, and configurations are checked. The exit status is 2, with
-a message on stderr, if a line has a mistake.
-"""
+"""The command lines of the documentation, and a parser that runs none of them."""
 
 import re
 import runpy
 import shlex
-import sys
 
+import pytest
 from absl import flags
 from markdown_it import MarkdownIt
 
 from aoe_jax import cli
+from tests.in_process import module_of, other_flags_hidden
 
 _COMMAND = re.compile(r"\bpython (?:-m )?([\w.]+|\w+/\w+\.py)(?= |$|\")([^#|;\"]*)")
 _MADE_FROM_FILES = re.compile(r"configs/finetune\.py.*|.*\.json")  # of a user
@@ -48,21 +42,21 @@ def _values(arguments):
     return [re.sub(r"=[A-Z]+$", "=1", argument) for argument in given]
 
 
-def _parse(lines):
+def check(program, lines):
+    """Parses lines of arguments with the flags of a program, and checks their configurations.
+    Raises `UserError` if one has a mistake.
+    """
+    with pytest.MonkeyPatch.context() as patch, other_flags_hidden():
+        patch.setattr(cli, "run", lambda main: _parse(program, lines))
+        patch.setattr("sys.argv", [program])
+        runpy.run_module(module_of(program), run_name="__main__")
+
+
+def _parse(program, lines):
     for line in lines:
-        cli._parse([sys.argv[0], *_values(line)])
+        cli._parse([program, *_values(line)])
         config = "config" in flags.FLAGS and flags.FLAGS.config
         if config and not _MADE_FROM_FILES.fullmatch(config):
             cli.parsed_config(flags.FLAGS["config"])
         for flag in flags.FLAGS:
             flags.FLAGS[flag].unparse()
-
-
-if __name__ == "__main__":
-    _, program, *lines = sys.argv
-    run, cli.run = cli.run, lambda main: run(lambda: _parse(lines))
-    sys.argv = [program]
-    if program.endswith(".py"):
-        runpy.run_path(program, run_name="__main__")
-    else:
-        runpy.run_module(program, run_name="__main__", alter_sys=True)

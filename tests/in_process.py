@@ -17,12 +17,10 @@ from tests.runs import ROOT
 def execute(command):
     """Runs a command line of Python, such as `["train.py", ...]`: `(status, stdout, stderr)`."""
     program, *arguments = command
-    name = f"aoe_jax.{program.removesuffix('.py')}" if program != "-m" else arguments.pop(0)
-    if name == "aoe_jax.compare" or name == "aoe_jax":
-        name += ".__main__"
+    name = arguments.pop(0) if program == "-m" else program
     files = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
     with (
-        _fresh(name) as module,
+        fresh(name) as module,
         logging_restored(),
         contextlib.redirect_stdout(files[0]),
         contextlib.redirect_stderr(files[1]),
@@ -32,20 +30,36 @@ def execute(command):
     return status, *(file.buffer.getvalue().decode() for file in files)
 
 
+def module_of(program):
+    """The module of a command, such as `train.py` or `aoe_jax.plan`."""
+    return f"aoe_jax.{program.removesuffix('.py')}" if program.endswith(".py") else program
+
+
 @contextlib.contextmanager
-def _fresh(name):
-    """The module of a command, with its flags; those of other commands are hidden meanwhile."""
+def fresh(program):
+    """Imports the module of a command again, with its flags."""
+    name = module_of(program)
+    name += ".__main__" if name in ("aoe_jax", "aoe_jax.compare") else ""
+    before = sys.modules.pop(name, None)
+    with other_flags_hidden():
+        try:
+            yield importlib.import_module(name)
+        finally:
+            sys.modules.pop(name, None)
+            if before:
+                sys.modules[name] = before
+
+
+@contextlib.contextmanager
+def other_flags_hidden():
+    """A context in which a command may define its flags, whatever other commands have defined."""
     known = {flag: flags.FLAGS[flag] for flag in flags.FLAGS}
     overridable = {flag: held.allow_override for flag, held in known.items()}
     for held in known.values():
         held.allow_override = True
-    before = sys.modules.pop(name, None)
     try:
-        yield importlib.import_module(name)
+        yield
     finally:
-        sys.modules.pop(name, None)
-        if before:
-            sys.modules[name] = before
         for flag in list(flags.FLAGS):
             if flags.FLAGS[flag] is not known.get(flag):
                 delattr(flags.FLAGS, flag)

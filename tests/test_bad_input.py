@@ -132,14 +132,15 @@ COMMAND_LINE = {
         wrong_config("mesh.expert=3"), ["config.mesh.expert=3", "must divide experts.n_experts=8"]
     ),
     "too few processes": Mistake(
-        flags(CONFIG, "--processes=0"), ["--processes=0", "whole number, 1 or greater"]
+        flags(CONFIG, "--processes=0"), ["--processes=0", "0 is not a positive integer"]
     ),
     "negative time of retries": Mistake(
         flags(CONFIG, "--retry_seconds=-5"),
-        ["--retry_seconds=-5: must be a number from 0 to 1000000"],
+        ["--retry_seconds=-5: -5.0 is not a number in the range [0, 1000000]"],
     ),
     "endless retries": Mistake(
-        flags(CONFIG, "--retry_seconds=1e300"), ["--retry_seconds=1e300", "from 0 to 1000000"]
+        flags(CONFIG, "--retry_seconds=1e300"),
+        ["--retry_seconds=1e300", "is not a number in the range [0, 1000000]"],
     ),
     "time of retries that is no number": Mistake(
         flags(CONFIG, "--retry_seconds=nan"), ["--retry_seconds=nan", "must be finite"]

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.command_lines import commands_of
-from tests.runs import finish, start
+from aoe_jax.errors import UserError
+from tests.command_lines import check, commands_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("results/*.md"))]
@@ -105,15 +105,14 @@ def test_commands_parse(program):
         is_there = (ROOT / program).exists() or importlib.util.find_spec(program)
         assert is_there, program
         return
-    status, _, stderr = finish(start(["-m", "tests.command_lines", program, *COMMANDS[program]]))
-    assert status == 0, stderr
+    check(program, COMMANDS[program])
 
 
 @pytest.mark.slow
 def test_a_wrong_command_does_not_parse():
     for arguments in ("--workdri=DIR", "--config=configs/tiny.py --config.experts.top_k=9"):
-        command = ["-m", "tests.command_lines", "train.py", "--workdir=DIR", arguments]
-        assert finish(start(command))[0] == 2
+        with pytest.raises(UserError):
+            check("train.py", ["--workdir=DIR", arguments])
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """Files that somebody else may have made, mutated at random: every reader succeeds or raises
 `UserError`, and nothing is written outside the folder of the files.
-
-`python -m tests.test_fuzz COUNT SEED` tries more mutations of each file.
 """
 
 import copy
@@ -11,7 +9,6 @@ import json
 import os
 import random
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -310,7 +307,7 @@ def targets(tmp_path_factory):
     return make_targets(folder), Watch(folder)
 
 
-COUNT = 125  # mutations of each file, 2000 in all
+COUNT = 25  # mutations of each file
 NAMES = (
     "config.json of a model",
     "config.json of the hub",
@@ -354,12 +351,3 @@ def test_sizes_that_the_tensors_lack_take_no_memory(targets, field):
             target.read()
     finally:
         target.file.write_text(whole)
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as root:
-        by_name, watch = make_targets(Path(root)), Watch(Path(root))
-        for name, target in by_name.items():
-            choice = random.Random(f"{sys.argv[2]} {name}")
-            refused = try_mutations(target, watch, choice, int(sys.argv[1]))
-            print(f"{name}: {refused} of {sys.argv[1]} refused", flush=True)

@@ -1,13 +1,138 @@
-"""Neither imports nor configurations start a backend of JAX: `jax.distributed.initialize` has to
-come first.
-"""
+"""The wall: the library imports no room beyond it and no I/O; rooms import only rooms below."""
 
+import ast
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from aoe_jax.__main__ import commands
+
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "aoe_jax"
+LIBRARY = {"moe", "methods", "model", "config", "layers", "parameters", "sharding", "errors"}
+# From below to above; a file imports from its own room and from those before it.
+ROOMS = (
+    LIBRARY | {"__init__"},
+    {"storage"},
+    {"distributed"},
+    {"cli"},
+    {"data"},
+    {"planning"},
+    {"training"},
+    {"formats"},
+    {"evaluation"},
+    {"pruning"},
+    {"compare"},
+    {"__main__"},
+)
+# What is still to be moved: `{(room, room above it)}`, modules of a circle, modules at the top.
+UPWARD = {
+    *(("config", "storage"), ("evaluation", "compare"), ("formats", "evaluation")),
+    *(("formats", "pruning"), ("planning", "compare"), ("planning", "training")),
+    *(("training", "evaluation"), ("training", "formats")),
+}
+IN_CIRCLES = {
+    f"aoe_jax.{name}"
+    for name in ("eval", "evaluation.probing", "evaluation.run", "evaluation.tasks", "probe")
+}
+AT_THE_TOP = {"load_figures"}
+OUTSIDE = {  # I/O, flags and threads
+    *("absl", "concurrent", "etils", "filelock", "fsspec", "gcsfs", "ml_collections"),
+    *("multiprocessing", "orbax", "s3fs", "socket", "subprocess", "tensorstore", "threading"),
+}
+COMMANDS = {name.removeprefix("aoe_jax.").partition(".")[0] for _, name, _ in commands()}
+
+
+def files():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(file):
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module):
+    """A room, or a module at the top of the package."""
+    return [*module.split("."), "__init__"][1]
+
+
+def imports_of(file, everywhere=True):
+    """The modules that a file imports, with those in functions if `everywhere`."""
+    tree = ast.parse(file.read_text())
+    nodes = ast.walk(tree) if everywhere else tree.body
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                path = ROOT / Path(*name.split("."))
+                is_module = path.is_dir() or path.with_suffix(".py").exists()
+                yield name if is_module else node.module
+
+
+def arrows():
+    """`(file's module, imported module)` within the package."""
+    return [
+        (module_of(file), name)
+        for file in files()
+        for name in imports_of(file)
+        if name.partition(".")[0] == "aoe_jax"
+    ]
+
+
+def height_of(module):
+    room = room_of(module)
+    found = [i for i, rooms in enumerate(ROOMS) if room in rooms]
+    return found[0] if found else len(ROOMS)  # a command
+
+
+def test_the_library_imports_nothing_beyond_the_wall():
+    beyond = {
+        (module_of(file), name)
+        for file in files()
+        if room_of(module_of(file)) in LIBRARY
+        for name in imports_of(file)
+        if name.partition(".")[0] in OUTSIDE
+        or (name.startswith("aoe_jax.") and room_of(name) not in LIBRARY)
+    }
+    rooms = {(room_of(module), room_of(name)) for module, name in beyond}
+    assert rooms <= UPWARD, beyond
+
+
+def test_rooms_import_only_rooms_below():
+    upward = [arrow for arrow in arrows() if height_of(arrow[0]) < height_of(arrow[1])]
+    rooms = {(room_of(module), room_of(name)) for module, name in upward}
+    assert {arrow for arrow in rooms if arrow[1] not in AT_THE_TOP} <= UPWARD, upward
+
+
+def test_nothing_imports_a_command():
+    entry = {name for _, name, _ in commands()}
+    assert [arrow for arrow in arrows() if arrow[1] in entry] == []
+
+
+def test_there_is_no_circle():
+    graph = {}
+    for module, name in arrows():
+        graph.setdefault(module, set()).add(name)
+    while leaves := [m for m in graph if not graph[m] & graph.keys()]:
+        for module in leaves:
+            del graph[module]
+    assert graph.keys() <= IN_CIRCLES, graph
+
+
+def test_the_top_of_the_package_has_commands_and_eight_other_modules():
+    top = {file.stem for file in PACKAGE.glob("*.py")}
+    wanted = {"__init__", "__main__", "cli", "distributed", "errors", "layers", "parameters"}
+    assert top - COMMANDS <= wanted | {"sharding"} | AT_THE_TOP
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"} <= {
+        room for rooms in ROOMS for room in rooms
+    }
+
+
 CODE = """
 import importlib, pkgutil
 import aoe_jax, configs
@@ -27,8 +152,11 @@ for module in (methods, paper):
 """
 
 
-def status_and_errors(code):
-    """Of Python code where a backend cannot start, since JAX is told to use one that is unknown."""
+@pytest.mark.parametrize(
+    ("code", "status"), [(CODE, 0), ("import jax; jax.numpy.zeros(1)", 1)], ids=["all", "a backend"]
+)
+def test_no_backend_is_started(code, status):
+    """Neither imports nor configurations start one: `jax.distributed.initialize` comes first."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -37,11 +165,5 @@ def status_and_errors(code):
         text=True,
         check=False,
     )
-    return done.returncode, done.stderr
-
-
-def test_no_backend_is_started():
-    status, errors = status_and_errors(CODE)
-    assert status == 0, errors
-    status, errors = status_and_errors("import jax; jax.numpy.zeros(1)")
-    assert status == 1 and "Unable to initialize backend" in errors
+    assert done.returncode == status, done.stderr
+    assert ("Unable to initialize backend" in done.stderr) == (status == 1)

@@ -8,6 +8,7 @@ import signal
 import time
 
 import numpy as np
+import pytest
 
 from tests.hasty import xla_flags
 from tests.processes import (
@@ -39,13 +40,12 @@ NOTICES_SOON = """
 import functools
 import time
 import jax
-import train
-from aoe_jax import cli
-from aoe_jax.training.loop import _Run
+from aoe_jax import cli, train
+from aoe_jax.training.stopping import StopRequests
 
-initialize, end_step = jax.distributed.initialize, _Run._validate_and_save
+initialize, asked = jax.distributed.initialize, StopRequests.asked
 jax.distributed.initialize = functools.partial(initialize, heartbeat_timeout_seconds=20)
-_Run._validate_and_save = lambda run: (time.sleep(0.1), end_step(run))
+StopRequests.asked = lambda stop: (time.sleep(0.1), asked(stop))[1]
 cli.run(train.main)
 """
 
@@ -61,6 +61,7 @@ def test_two_processes_train_as_one_does():
     assert not any("step" in text for text in stderr[1:])  # the first alone reports
 
 
+@pytest.mark.slow
 def test_evaluation_on_other_devices_than_training(tmp_path):
     """A run of four devices on one, and a run of one on eight, whose batches they do not divide;
     these without a cache.
@@ -83,6 +84,7 @@ def evaluated(workdir, **variables):
     return json.loads((workdir / "eval.json").read_text())
 
 
+@pytest.mark.slow
 def test_from_four_processes_to_two_to_one():
     """And from mesh (2, 1, 2, 1) to (1, 4, 1, 1) to a single device: the curve of one process."""
     moved, alone = (scratch("multiprocess") / name for name in ("moved", "alone"))
@@ -116,6 +118,7 @@ def stop_one(workdir, number, after):
     return [status for status, _, _ in outcomes], [stderr for _, _, stderr in outcomes]
 
 
+@pytest.mark.slow
 def test_one_process_of_two_is_stopped():
     """SIGTERM to one has both save and end; SIGKILL of one ends the other; what goes on then
     follows the same curve.
@@ -139,37 +142,7 @@ def test_one_process_of_two_is_stopped():
     np.testing.assert_allclose(losses(workdir), losses(two_dense_processes()), rtol=1e-5)
 
 
-def test_two_processes_go_on_from_local_copies(tmp_path):
-    """From the newest that both have, and on the same curve."""
-    local = tmp_path / "local"
-    local.mkdir()
-    settings = DENSE_FSDP | {"checkpoint__every": 100, "checkpoint__local_every": 2}
-    settings |= {"checkpoint__local_path": str(local)}
-
-    def copies(process):
-        files = local.glob(f"*/process_{process}/*.npz")
-        return {int(path.name.partition("-")[0]): path for path in files}
-
-    processes = start_on(tmp_path / "run", 2, 2, **settings)
-    deadline = time.monotonic() + 120
-    while min(len(copies(0)), len(copies(1))) < 2:
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
-        time.sleep(0.005)
-    for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped, neither sees the other end
-        for process in processes:
-            process.send_signal(number)
-    assert [finish(process)[0] for process in processes] == [-signal.SIGKILL] * 2
-    *_, common, newest = [0, *sorted(copies(0).keys() & copies(1).keys())]
-    if common:
-        for step in copies(1).keys() - range(newest):
-            copies(1)[step].unlink()
-    common = common or newest
-    stderr = train_on(tmp_path / "run", 2, 2, **settings)
-    assert f"going on from the local copies of step {common}" in stderr[0]
-    whole = two_dense_processes()
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(whole), rtol=1e-5)
-
-
+@pytest.mark.slow
 def test_ctrl_c_in_one_process_of_two_stops_both():
     workdir = scratch("multiprocess") / "interrupted"
     statuses, stderr = stop_one(workdir, signal.SIGINT, after=EVERY)
@@ -179,70 +152,16 @@ def test_ctrl_c_in_one_process_of_two_stops_both():
         assert f"{word}: saved at step {stopped_at} of {STEPS}; the same" in text
 
 
-def test_cluster_of_one_process_is_stopped():
+@pytest.mark.slow
+def test_a_cluster_of_one_process_is_stopped():
     workdir = scratch("multiprocess") / "cluster_of_one"
     flags = [f"--coordinator=localhost:{free_port()}", "--processes=1", "--process=0"]
-    step = 0
-    for _ in range(2):
-        process = start([*train_command(workdir, train__steps=5000, train__eval_every=0), *flags])
-        deadline = time.monotonic() + 120
-        while (
-            not (workdir / "checkpoints").is_dir() or max(checkpoints(workdir), default=0) <= step
-        ):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.005)
-        process.send_signal(signal.SIGTERM)
-        status, _, stderr = finish(process)
-        step = max(checkpoints(workdir))
-        assert status == 0 and f"preempted: saved at step {step} of 5000" in stderr, stderr
-
-
-def test_a_process_that_never_joins_is_named():
-    flags = [f"--coordinator=localhost:{free_port()}", "--processes=3", "--join_timeout=10"]
-    workdir = scratch("multiprocess") / "never"
-    processes = [start([*train_command(workdir), *flags, f"--process={i}"]) for i in (0, 2)]
-    for process in processes:
-        status, _, stderr = finish(process)
-        assert (
-            status == 5 and "error: process 1 has not joined within --join_timeout=10 s" in stderr
-        ), stderr
-    assert not workdir.exists()
-
-
-# Process 1 lists the newest checkpoint late.
-LATE_LIST = """
-import sys
-import train
-from aoe_jax import cli
-from aoe_jax.training.checkpoint import Checkpoints
-
-listed, looks = Checkpoints._complete_steps, []
-
-def late(self):
-    looks.append(1)
-    return listed(self)[: -1 if "--process=1" in sys.argv and len(looks) < 4 else None]
-
-Checkpoints._complete_steps = late
-cli.run(train.main)
-"""
-
-
-def test_a_process_that_sees_a_checkpoint_late(tmp_path):
-    workdir = shutil.copytree(two_dense_processes(), tmp_path / "run")
-    program = "-c", LATE_LIST
-    processes = start_on(workdir, 2, 2, program=program, train__steps=STEPS + 2, **DENSE_FSDP)
-    outcomes = [finish(process) for process in processes]
-    assert [status for status, _, _ in outcomes] == [0, 0], outcomes
-    assert f"going on from step {STEPS}" in outcomes[0][2]
-    assert not (workdir / "damaged_checkpoints").exists()
-
-
-def test_nobody_at_the_coordinators_address():
-    flags = [
-        f"--coordinator=localhost:{free_port()}",
-        "--processes=2",
-        "--process=1",
-        "--join_timeout=2",
-    ]
-    status, _, stderr = run([*train_command(scratch("multiprocess") / "nobody"), *flags])
-    assert status == 5 and "process 0 at --coordinator=localhost" in stderr
+    process = start([*train_command(workdir, train__steps=5000, train__eval_every=0), *flags])
+    deadline = time.monotonic() + 120
+    while not saved(workdir, EVERY):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    status, _, stderr = finish(process)
+    step = max(checkpoints(workdir))
+    assert status == 0 and f"preempted: saved at step {step} of 5000" in stderr, stderr

@@ -14,7 +14,6 @@ import pyarrow
 import pyarrow.parquet
 
 from aoe_jax.errors import UserError, shown
-from aoe_jax.storage.files import open_regular
 from aoe_jax.storage.paths import file_system, find, is_remote, parsed_path
 from aoe_jax.storage.retry import patiently_if_allowed, refusing
 
@@ -121,7 +120,6 @@ def _format(path: Path) -> tuple[str | None, str | None]:
 def _open(path) -> pyarrow.NativeFile:
     if is_remote(path):
         return pyarrow.PythonFile(file_system(path).open(os.fspath(path)), "r")
-    open_regular(path).close()  # pyarrow would wait for the writer of a FIFO
     return pyarrow.OSFile(os.fsencode(path))  # a name need not be UTF-8
 
 

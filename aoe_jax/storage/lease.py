@@ -77,12 +77,13 @@ class _OnDisk:
             found = write_or_refuse(self._folder, flag, lambda: _seen(self._file))
             waited = time.monotonic() - since
             if found and before and (found != before or waited > 2 * STALE):
-                words = f"--{flag}={self._folder} is in use by {_in_words(found)}. It may still be "
-                words += "saving after a request to stop: start again once it has ended"
-                raise InUse(f"{words}, use another --{flag}, or end it")
+                raise InUse(
+                    f"--{flag}={self._folder} is in use by {_in_words(found)}. It may still be "
+                    f"saving: start again once it has ended, use another --{flag}, or end it"
+                )
             if found and not before:
-                what = f"{self._folder} belongs to {_in_words(found)}"
-                log.warning(f"{what}; this process takes over if it does not renew its lease")
+                owner = f"{self._folder} belongs to {_in_words(found)}"
+                log.warning(f"{owner}; this process takes over if it does not renew its lease")
                 before, since, waited = found, time.monotonic(), 0.0
             is_stale = waited >= STALE
             time.sleep(RENEW / 10)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import filelock
 from etils import epath
+from fsspec.implementations.local import LocalFileSystem
 
 from aoe_jax.errors import UserError
 from aoe_jax.storage.retry import patiently
@@ -92,16 +93,42 @@ def file_system(path):
 
 def find(pattern: str) -> dict:
     """The files that match a pattern of fsspec's `glob` (`**`: folders of any depth), on a disk or
-    in a store, each with its `size_and_version`. A link to a folder above itself is followed until
-    its name is too long. Raises `OSError` if the files cannot be listed.
+    in a store, each with its `size_and_version`; None for a broken link. Names that begin with a
+    dot must be named. `**` does not follow links to folders. Raises `OSError` if a folder cannot be
+    listed.
     """
-    path = pattern if is_remote(pattern) else os.path.abspath(os.path.expanduser(pattern))
-    found = file_system(pattern).glob(path, detail=True)
-    files = [(name, file) for name, file in found.items() if file["type"] == "file"]
-    if not is_remote(pattern):
-        return {Path(name): size_and_version(name) for name, _ in files}
-    scheme = pattern.partition("://")[0]
-    return {epath.Path(f"{scheme}://{name}"): _of_store(file) for name, file in files}
+    is_hidden = re.compile("(?!)" if "/." in pattern else r"/\.")
+    if is_remote(pattern):
+        scheme, found = pattern.partition("://")[0], file_system(pattern).glob(pattern, detail=True)
+        return {
+            epath.Path(f"{scheme}://{name}"): _of_store(file)
+            for name, file in found.items()
+            if file["type"] == "file" and not is_hidden.search(name)
+        }
+    disk = _Disk()
+    names = disk.glob(os.path.abspath(os.path.expanduser(pattern)))
+    if disk.errors:
+        raise disk.errors[0]
+    files = [Path(n) for n in names if not os.path.isdir(n) and not is_hidden.search(n)]
+    return {path: size_and_version(path) if path.exists() else None for path in files}
+
+
+class _Disk(LocalFileSystem):
+    """Keeps the errors of folders that cannot be listed, which `glob` takes for empty ones."""
+
+    cachable = False
+
+    def __init__(self):
+        super().__init__()
+        self.errors = []
+
+    def ls(self, path, detail=False, **kwargs):
+        try:
+            return super().ls(path, detail, **kwargs)
+        except OSError as e:
+            if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                self.errors.append(e)
+            raise
 
 
 def size_and_version(path) -> tuple[int, int]:

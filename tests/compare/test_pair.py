@@ -1,7 +1,5 @@
 """Any two arms from the committed results of a suite, and missing ones."""
 
-import os
-
 import pandas as pd
 import pytest
 
@@ -47,12 +45,6 @@ def test_runs_that_have_not_finished_do_not_count(tmp_path):
         (tmp_path / "runs.csv").write_text("\n".join([*lines, more]))
         with pytest.raises(UserError, match=r"runs\.csv is damaged"):
             finished_runs(tmp_path)
-
-
-def test_a_fifo_is_no_table(tmp_path):
-    os.mkfifo(tmp_path / "runs.csv")
-    with pytest.raises(UserError, match=r"runs\.csv cannot be read \(it is a FIFO"):
-        finished_runs(tmp_path)
 
 
 def test_what_the_results_say_of_loss_free_balancing():

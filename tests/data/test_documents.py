@@ -342,8 +342,6 @@ def test_fifos_are_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match=r"a\.jsonl is a FIFO or a device; give regular files"):
         find_files([str(tmp_path / "*")], tmp_path / "out")
-    with pytest.raises(UserError, match=r"a\.jsonl cannot be read \(it is a FIFO or a device"):
-        list(documents(Piece(str(tmp_path / "a.jsonl"), 0, 10), "text"))
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -388,19 +386,19 @@ def test_a_loop_of_links_is_a_broken_link(tmp_path, pattern):
         find_files([str(tmp_path / "*" / "*")], tmp_path / "out")
 
 
-def test_links_to_folders_above_themselves(tmp_path):
+def test_links_to_folders_are_not_followed(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.txt").write_text("text")
-    for name in ("a/up", "a/top", "a/self"):
+    for name in ("a/up", "a/top", "link"):
         (tmp_path / name).symlink_to(tmp_path if name == "a/top" else tmp_path / "a")
-    (tmp_path / "link").symlink_to(tmp_path / "a")
-    found = find_files([str(tmp_path / "**" / "*.txt")], tmp_path / "out")
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["a/x.txt", "link/x.txt"]
+    for pattern, names in (("**/*.txt", ["a/x.txt"]), ("link/*.txt", ["link/x.txt"])):
+        found = find_files([str(tmp_path / pattern)], tmp_path / "out")
+        assert [str(path.relative_to(tmp_path)) for path in found] == names
 
 
 @pytest.mark.parametrize(
     "pattern",
-    ["*.txt", "**", "**/*.txt", "d/**", "*/*/", "./d/../d/*", "x[[]1].txt", "d/.*/*", "d/b.txt/*"],
+    ["*.txt", "**", "**/*.txt", "d/**", "./d/../d/*", "x[[]1].txt", "d/.*/*", "d/b.txt/*"],
 )
 def test_patterns_are_those_of_glob(tmp_path, monkeypatch, pattern):
     for name in ("a.txt", ".h.txt", "d/b.txt", "d/.h/c.txt", "d/e/f.txt", "d/e/g.TXT", "x[1].txt"):

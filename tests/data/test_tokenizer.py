@@ -2,7 +2,6 @@ import base64
 import importlib.resources
 import itertools
 import json
-import os
 import random
 import threading
 
@@ -448,9 +447,3 @@ def test_tokenizers_that_lengthen_a_text_are_given_less_at_once(tmp_path):
         content = trained(tmp_path, lambda spec: spec.update(normalizer=normalizer), 300)
         tokenizer = load_tokenizer(content)
         assert tokenizer.at_once == data_tokenizer.PIECE_CHARACTERS // share
-
-
-def test_a_fifo_is_no_tokenizer(tmp_path):
-    os.mkfifo(tmp_path / "tokenizer.json")
-    with pytest.raises(UserError, match=r"cannot be read \(it is a FIFO or a device"):
-        load_tokenizer(tmp_path / "tokenizer.json")

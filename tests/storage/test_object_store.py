@@ -18,22 +18,23 @@ import pytest
 from gcsfs.retry import HttpError
 from moto.server import ThreadedMotoServer
 
-from aoe_jax import cli
 from aoe_jax.config.data import DataConfig
 from aoe_jax.conversion.exporting import export
 from aoe_jax.data.preparation import Settings, check, prepare, repair
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.errors import UserError
+from aoe_jax.errors import InUse, UserError
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.storage import lease, paths, retry
-from aoe_jax.storage.lease import is_own_file, owned, read_owner
+from aoe_jax.storage.config_files import read_config
+from aoe_jax.storage.lease import NAME, leased, token_of
 from aoe_jax.storage.paths import Mirror, create, file_system, local_copy, move, parsed_path
 from aoe_jax.supervise import Supervisor
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.run_folder import RunFolder, Start
 from tests import forking
 from tests.hasty import xla_flags
+from tests.in_process import execute
 from tests.object_store import object_store
 from tests.runs import (
     DENSE,
@@ -49,9 +50,10 @@ from tests.runs import (
     tiny_config,
     train_command,
 )
+from tests.storage.test_lease import outcomes_of_rivals
 from tests.test_faults import last_line
 
-ELSEWHERE = {"nonce": 7, "host": "tpu-3", "pid": 11, "started": 1, "kernel": "other", "time": 0}
+ELSEWHERE = "token=aa\nhost=tpu-3\npid=11\n"
 
 
 @pytest.fixture(scope="session")
@@ -155,10 +157,11 @@ def test_what_must_be_on_a_disk():
         with pytest.raises(UserError, match=words):
             tiny_config(**changes)
     command = ["-m", "aoe_jax.compare", "--suite=gs://b/x.py", "--workdir=x"]
-    status, _, stderr = finish(start(command))
+    status, _, stderr = execute(command)
     assert status == 2 and "error: --suite=gs://b/x.py: it must be on a disk" in stderr, stderr
 
 
+@pytest.mark.slow
 def test_s3_without_credentials(tmp_path):
     """A run is refused before the store is asked; a model cannot be read."""
     wanted = "checkpoints can be on a disk or in gs://BUCKET/"
@@ -189,17 +192,41 @@ def test_files(folder, tmp_path):
     assert local_copy(folder, tmp_path / "cache") != copy
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(lease, "RENEW", 0.2)
+    monkeypatch.setattr(lease, "STALE", 4.0)
+    monkeypatch.setattr(lease, "_SETTLE", 0.2)
+
+
 @in_both
-def test_one_owner(folder, monkeypatch):
-    monkeypatch.setattr(lease, "STALE", 1.0)
-    with owned(folder, "workdir") as owner:
+def test_one_owner(folder, hasty):
+    with leased(folder, "workdir") as owner:
         owner.check()
-        with pytest.raises(UserError, match="is in use by"), owned(folder, "workdir"):
+        assert token_of(folder) == owner.token
+        words = rf"is in use by process {os.getpid()} on"
+        with pytest.raises(InUse, match=words), leased(folder, "workdir"):
             pass
-    assert read_owner(folder) is None
-    (folder / "owner_1.json").write_text(json.dumps(ELSEWHERE))
-    with owned(folder, "workdir") as owner:
+        with leased(folder, "workdir", take_over=True) as other:
+            other.check()
+            with pytest.raises(UserError, match="was taken over by process"):
+                owner.check()
+    assert token_of(folder) is None
+    (folder / NAME).write_text(ELSEWHERE)  # of a silent host
+    started = time.monotonic()
+    with leased(folder, "workdir") as owner:
+        assert time.monotonic() - started >= 4.0
         owner.check()
+        (folder / NAME).write_text(ELSEWHERE)
+        with pytest.raises(UserError, match="was taken over by process 11 on tpu-3"):
+            owner.check()
+    assert token_of(folder) == "aa"  # and stays
+
+
+def test_two_processes_that_want_a_folder(folder, store, tmp_path):
+    (folder / NAME).write_text(ELSEWHERE)
+    found = outcomes_of_rivals(folder, tmp_path / "refused", **store.variables)
+    assert found == ["refused", "trained"]
 
 
 @in_both
@@ -207,7 +234,7 @@ def test_a_bucket_that_does_not_exist(folder):
     scheme = str(folder).partition("://")[0]
     other = parsed_path(f"{scheme}://bukcet/run", "--workdir", in_store=True)
     words = f"--workdir={scheme}://bukcet/run: there is no bucket {scheme}://bukcet$"
-    with pytest.raises(UserError, match=words), owned(other, "workdir"):
+    with pytest.raises(UserError, match=words), leased(other, "workdir"):
         pass
     assert scheme == "gs" or not file_system(other).exists("bukcet")  # and none is made
 
@@ -252,8 +279,7 @@ def test_a_former_owner_uploads_nothing(folder):
         (run.figures / "metrics.jsonl").write_text("1")
         run.upload()
         (run.figures / "metrics.jsonl").write_text("of the former owner")
-        (folder / "owner_2.json").write_text(json.dumps(ELSEWHERE))
-        (folder / "owner_1.json").unlink()
+        (folder / NAME).write_text(ELSEWHERE)
         with pytest.raises(UserError, match="was taken over by process 11 on tpu-3"):
             run.upload()
     assert (folder / "metrics.jsonl").read_text() == "1"
@@ -262,7 +288,8 @@ def test_a_former_owner_uploads_nothing(folder):
 def test_attempts_of_a_supervisor(folder, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     (folder / "config.json").write_text("{}")
-    assert Supervisor(["-c", "raise SystemExit(5)"], folder).run(restarts=1, pause=0) == 5
+    command = ["-c", "raise SystemExit(5)", f"--workdir={folder}"]
+    assert Supervisor(command).run(restarts=1, pause=0) == 5
     (file,) = (folder / "attempts").iterdir()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(line["attempt"], line["exit_status"]) for line in lines] == [(1, 5), (2, 5)]
@@ -362,12 +389,13 @@ def test_a_corpus_from_texts_in_a_store(folder, tmp_path):
 @in_both
 def test_a_configuration_in_a_store(folder):
     (folder / "small.py").write_text((ROOT / "configs" / "methods.py").read_text())
-    config = cli._read_config(f"{folder}/small.py:smear")
-    assert config == cli._read_config("configs/methods.py:smear")
+    config = read_config(f"{folder}/small.py:smear")
+    assert config == read_config("configs/methods.py:smear")
     with pytest.raises(UserError, match=r"nothing\.py.*no such file"):
-        cli._read_config(f"{folder}/nothing.py")
+        read_config(f"{folder}/nothing.py")
 
 
+@pytest.mark.slow
 def test_a_model_in_s3(s3):
     """A training run cannot be there."""
     folder = parsed_path("s3://bucket/model", "--output", in_store=True)
@@ -378,6 +406,7 @@ def test_a_model_in_s3(s3):
         Checkpoints(folder.parent / "run")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
     """Also while the store answers 503."""
     command = train_command(folder)
@@ -399,9 +428,10 @@ def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
     assert store.failed > failed  # the clients of the store have tried again
     assert status == 0 and "going on from step" in stderr, stderr
     assert same_end(fetched(folder, tmp_path / "run"), finished_run())
-    assert not [name for name in names(folder) if is_own_file(name)]
+    assert NAME not in names(folder)
 
 
+@pytest.mark.slow
 def test_everything_in_a_store(folder, store, tmp_path):
     """The script for users: prepare, train, stop, go on, evaluate, export, generate."""
     changes = DENSE | {"data__name": None, "data__path": None, "train__steps": 400}
