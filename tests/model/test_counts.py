@@ -238,7 +238,7 @@ def computed_beyond_useful(config):
     area = sum(
         min(size, length - first) * min(first + size, length) for first in range(0, length, size)
     )
-    attention = 2 * m.d_model * (7 * area / length - 6 * length / 2) * config.routing.passes
+    attention = 2 * m.d_model * (7 * area / length - 6 * length / 2) * config.routing.hooks.passes
     if config.routing.name == "erc":
         forward, training = config.routing.flops(config)
         return m.n_layers * (attention + (training - 3 * forward) / 3)
