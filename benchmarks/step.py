@@ -9,8 +9,8 @@ import dataclasses
 
 from absl import flags
 
-from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.planning.counts import training_flops_per_token
+from aoe_jax.training.step_times import RepeatedStep
 from benchmarks.timing import (
     check_names,
     configuration,

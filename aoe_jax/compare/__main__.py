@@ -4,11 +4,9 @@
 
 Trains the arms x sizes x seeds of the suite, several runs at a time, each on its own core. Finished
 runs are not repeated, so after a stop the same command goes on. `--report` only makes the report
-again: `DIR/report.md`, `DIR/report.html` (one file), CSV files, and the figures as PNG and SVG.
-`--set=GROUP.FIELD=VALUE` changes a setting of all runs.
-
-`python -m aoe_jax.compare.pair` compares two arms of a report, and `python -m aoe_jax.compare.plan`
-plans the runs for an absent machine.
+again: `DIR/report.md`, `DIR/report.html` (one file), CSV files, and the pictures as PNG and SVG.
+`--set=GROUP.FIELD=VALUE` changes a setting of all runs. `python -m aoe_jax.compare.pair` compares
+two arms of a report.
 """
 
 from functools import partial
@@ -18,7 +16,6 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.compare.suite import load_suite
 from aoe_jax.config.checks import require_flag
-from aoe_jax.stopping import StopRequests
 from aoe_jax.storage.lease import owned
 
 _SUITE = flags.DEFINE_string(
@@ -40,8 +37,6 @@ _SET = flags.DEFINE_multi_string(
 
 
 def main():
-    stop = StopRequests("the same command goes on from there")
-    stop.listen()
     suite = load_suite(cli.path_of(_SUITE), _SET.value)
     workdir = cli.path_of(_WORKDIR).absolute()
     has_runs = (workdir / "machine.json").exists() or not _REPORT.value
@@ -53,16 +48,16 @@ def main():
     from aoe_jax.compare.jobs import Machine
     from aoe_jax.compare.measure import measure_suite
     from aoe_jax.compare.report import write_report
-    from aoe_jax.compare.runs import train_suite
+    from aoe_jax.compare.train_runs import train_suite
 
+    given = [f"--suite={_SUITE.value}", *(f"--set={setting}" for setting in _SET.value)]
     with owned(workdir, "workdir"):
         if not _REPORT.value:
-            machine = Machine.here(workdir, _JOBS.value, stop)
+            machine = Machine.here(workdir, _JOBS.value)
             train_suite(suite, workdir, machine)
-            measure_suite(suite, workdir, machine)
-        settings = "".join(f" --set={setting}" for setting in _SET.value)
-        command = f"python -m aoe_jax.compare --suite={_SUITE.value} --workdir=DIR{settings}"
-        print(write_report(suite, workdir, command))
+            measure_suite(suite, workdir, machine, given)
+        command = ["python -m aoe_jax.compare", *given, "--workdir=DIR"]
+        print(write_report(suite, workdir, " ".join(command)))
 
 
 command = partial(cli.run, main)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from tabulate import tabulate
 from tqdm import tqdm
 
-from aoe_jax.compare.step_times import seconds_in_turn
 from aoe_jax.config.checks import require, require_flag
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
@@ -29,6 +28,7 @@ from aoe_jax.moe.scoring import SCORES
 from aoe_jax.parameters import EXPERTS
 from aoe_jax.storage.lease import make_folder
 from aoe_jax.storage.paths import parsed_path
+from aoe_jax.training.step_times import seconds_in_turn
 
 log = logging.getLogger(__name__)
 

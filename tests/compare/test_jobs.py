@@ -8,7 +8,6 @@ import pytest
 
 from aoe_jax.compare.jobs import Job, Machine, Slot, read_machines, read_outcome, slots_of
 from aoe_jax.errors import UserError
-from aoe_jax.stopping import StopRequests
 from aoe_jax.storage.files import read_json
 from tests.runs import ROOT
 
@@ -32,7 +31,7 @@ def test_a_job_that_fails_stops_no_other(tmp_path):
         job(tmp_path, "killed", "import os; print('at work', flush=True); os.kill(os.getpid(), 9)"),
         job(tmp_path, "good", says_core),
     ]
-    Machine("cpu", [Slot(CORES[0])], {"WORD": "default"}, StopRequests()).run(jobs)
+    Machine("cpu", [Slot(CORES[0])], {"WORD": "default"}).run(jobs)
     assert read_json(tmp_path / "bad.outcome.json") == {"status": 4, "last_line": "why"}
     killed = {"status": -9, "last_line": "killed by signal 9, after: at work"}
     assert read_json(tmp_path / "killed.outcome.json") == killed
@@ -50,19 +49,17 @@ os.write(1, b'ready\\n')
 time.sleep(600)
 """
 PARENT = """
-import pathlib, sys
+import os, pathlib
+from aoe_jax import cli
 from aoe_jax.compare.jobs import Machine, Slot
-from aoe_jax.errors import Stopped
-from aoe_jax.stopping import StopRequests
 from tests.compare.test_jobs import SLEEPER, job
-stop = StopRequests()
-stop.listen()
-folder = pathlib.Path(sys.argv[1])
-try:
+
+def main():
+    folder = pathlib.Path(os.environ["FOLDER"])
     jobs = [job(folder, "sleeper", SLEEPER), job(folder, "next", "print(1)")]
-    Machine("cpu", [Slot()], {}, stop).run(jobs)
-except Stopped as e:
-    print(e)
+    Machine("cpu", [Slot()], {}).run(jobs)
+
+cli.run(main)
 """
 
 
@@ -73,19 +70,23 @@ def wait_for(line, log):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_what_is_at_work_ends_with_the_command(tmp_path, number):
-    """Asked to stop, it asks its jobs and waits for them; killed, the system asks them."""
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_what_is_at_work_ends_with_the_command(tmp_path, number, status):
+    """Asked to stop, it asks its jobs and waits for them."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PARENT],
+        cwd=ROOT,
+        env=os.environ | {"FOLDER": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
     )
     log = tmp_path / "sleeper.log"
     wait_for("ready", log)
     process.send_signal(number)
-    stdout, _ = process.communicate(timeout=60)
-    if number == signal.SIGTERM:
-        assert "what is done is saved; the same command goes on" in stdout
-    wait_for("saved", log)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status, stderr
+    assert "what is done is saved; the same command goes on" in stderr
+    assert log.read_text().endswith("saved\n")
     assert not (tmp_path / "next.log").exists()
     assert not (tmp_path / "sleeper.outcome.json").exists()  # it is unfinished, not failed
 
@@ -110,7 +111,7 @@ def test_a_slot_says_which_device(tmp_path):
     """Whatever the environment of the command says."""
     slot = Slot(environment={"PATH": "/nowhere", "CUDA_VISIBLE_DEVICES": "3"})
     program = "import os; print(os.environ['PATH'], os.environ['CUDA_VISIBLE_DEVICES'])"
-    Machine("gpu", [slot], {}, StopRequests()).run([job(tmp_path, "one", program)])
+    Machine("gpu", [slot], {}).run([job(tmp_path, "one", program)])
     assert read_json(tmp_path / "one.outcome.json") == {"status": 0, "last_line": "/nowhere 3"}
 
 

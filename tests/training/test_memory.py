@@ -86,7 +86,7 @@ def test_cpus_have_no_count():
 STEP_TAKES = """
 import json, jax, pathlib, time
 from aoe_jax.training.memory import host_memory, program_memory
-from aoe_jax.compare.step_times import random_batch
+from aoe_jax.training.step_times import random_batch
 from benchmarks.timing import configuration
 from aoe_jax.training.step import init_state, make_train_step
 model = {"n_layers": 1, "d_model": 64, "n_heads": 1, "vocab_size": 512, "unroll": 1}

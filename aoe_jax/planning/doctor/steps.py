@@ -8,7 +8,6 @@ import time
 
 import jax
 
-from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.planning.counts import parameter_counts, training_flops_per_token
@@ -16,6 +15,7 @@ from aoe_jax.planning.hardware import GENERATIONS
 from aoe_jax.planning.plan import plan
 from aoe_jax.sharding import fill_mesh
 from aoe_jax.training.memory import device_memory
+from aoe_jax.training.step_times import RepeatedStep
 
 log = logging.getLogger(__name__)
 

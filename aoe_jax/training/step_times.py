@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aoe_jax.compare.routing import validation_batches
 from aoe_jax.config.run import Config
 from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
 from aoe_jax.training.checkpoint import Checkpoints
@@ -40,16 +39,15 @@ class RepeatedStep:
     `program` is the compiled step, `memory` its `program_memory` in bytes.
     """
 
-    def __init__(self, config: Config, folder: Path | None = None):
+    def __init__(self, config: Config, batch=None, folder: Path | None = None):
         """Compiles for all devices of all processes, on the mesh of the configuration.
 
-        With the `folder` of a run, steps start from its newest checkpoint, on its first validation
-        batch; else parameters and tokens are random. Raises `UserError` if the run cannot be read.
+        Steps take `batch`, by default random tokens, and start from the newest checkpoint in the
+        `folder` of a run, by default from new parameters. Raises `UserError` if the run cannot be
+        read.
         """
         config = fill_mesh(config, jax.device_count())
-        batch = random_batch(config)
-        if folder:
-            batch = next(validation_batches(folder, config, config.train.batch_size))
+        batch = random_batch(config) if batch is None else batch
         self._mesh = make_mesh(config, jax.devices())
         with jax.set_mesh(self._mesh):
             self._batch = put_batch(batch_sharding(self._mesh), batch)
