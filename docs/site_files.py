@@ -14,7 +14,7 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
 FILES = ["README.md", "docs/**/*.md", "docs/*.css"]
-FILES += [f"results/**/*.{ending}" for ending in ("md", "png", "txt")]
+FILES += [f"results/**/*.{ending}" for ending in ("md", "png", "txt", "csv")]
 _CODE_LINK = re.compile(r"(\]\((?!\w+://)([^)#]+\.(?:py|ipynb)))\)")
 
 

@@ -92,6 +92,6 @@ def call(module, *arguments):
     """Parses a command line with the flags of a command's module, and returns what its `main`
     returns. Raises what the command would print as its last line.
     """
-    with _fresh(module) as command, logging_restored():
+    with fresh(module) as command, logging_restored():
         cli._parse([module, *arguments])
         return command.main()

@@ -32,8 +32,6 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY, LOG_EVERY = 24, 3, 2
 FOR_TPUS = {
     "aoe_jax.plan",
-    "aoe_jax.compare",
-    "aoe_jax.compare.plan",
     "benchmarks.attention",
     "benchmarks.grouped_compile",
 }  # may compile for them

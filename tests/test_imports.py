@@ -38,7 +38,7 @@ IN_CIRCLES = {
     f"aoe_jax.{name}"
     for name in ("eval", "evaluation.probing", "evaluation.run", "evaluation.tasks", "probe")
 }
-AT_THE_TOP = {"load_figures"}
+AT_THE_TOP = set()
 OUTSIDE = {  # I/O, flags and threads
     *("absl", "concurrent", "etils", "filelock", "fsspec", "gcsfs", "ml_collections"),
     *("multiprocessing", "orbax", "s3fs", "socket", "subprocess", "tensorstore", "threading"),

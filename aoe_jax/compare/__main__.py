@@ -4,11 +4,9 @@
 
 Trains the arms x sizes x seeds of the suite, several runs at a time, each on its own core. Finished
 runs are not repeated, so after a stop the same command goes on. `--report` only makes the report
-again: `DIR/report.md`, `DIR/report.html` (one file), CSV files, and the figures as PNG and SVG.
-`--set=GROUP.FIELD=VALUE` changes a setting of all runs.
-
-`python -m aoe_jax.compare.pair` compares two arms of a report, and `python -m aoe_jax.compare.plan`
-plans the runs for an absent machine.
+again: `DIR/report.md`, `DIR/report.html` (one file), CSV files, and the pictures as PNG and SVG.
+`--set=GROUP.FIELD=VALUE` changes a setting of all runs. `python -m aoe_jax.compare.pair` compares
+two arms of a report.
 """
 
 from functools import partial
@@ -50,16 +48,16 @@ def main():
     from aoe_jax.compare.jobs import Machine
     from aoe_jax.compare.measure import measure_suite
     from aoe_jax.compare.report import write_report
-    from aoe_jax.compare.runs import train_suite
+    from aoe_jax.compare.train_runs import train_suite
 
+    given = [f"--suite={_SUITE.value}", *(f"--set={setting}" for setting in _SET.value)]
     with leased(workdir, "workdir"):
         if not _REPORT.value:
             machine = Machine.here(workdir, _JOBS.value)
             train_suite(suite, workdir, machine)
-            measure_suite(suite, workdir, machine)
-        settings = "".join(f" --set={setting}" for setting in _SET.value)
-        command = f"python -m aoe_jax.compare --suite={_SUITE.value} --workdir=DIR{settings}"
-        print(write_report(suite, workdir, command))
+            measure_suite(suite, workdir, machine, given)
+        command = ["python -m aoe_jax.compare", *given, "--workdir=DIR"]
+        print(write_report(suite, workdir, " ".join(command)))
 
 
 command = partial(cli.run, main)

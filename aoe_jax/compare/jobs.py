@@ -1,4 +1,4 @@
-"""Runs commands as jobs, each in a process of its own, and describes the machine that runs them."""
+"""Runs commands in processes of their own, and describes the machine that runs them."""
 
 import contextlib
 import json
@@ -14,13 +14,11 @@ from pathlib import Path
 
 import aoe_jax
 from aoe_jax.config.checks import require_flag
-from aoe_jax.errors import InUse, UserError
+from aoe_jax.errors import Interrupted, Preempted, Terminated, UserError
 from aoe_jax.storage.files import NUMBER, TEXT, read_json, write_json
-from aoe_jax.storage.lease import leased
 
 log = logging.getLogger(__name__)
 
-ROOT = Path(aoe_jax.__file__).parents[1]
 # By default glibc returns freed memory to the system after every step; on CPU, getting it back
 # costs more than a tenth of the time.
 ALLOCATOR = (
@@ -40,11 +38,11 @@ class Job:
 
     name: str
     command: tuple[str, ...]
-    # What the command writes: a file, or a directory that it locks. Beside it are `.log` (stdout
-    # and stderr, appended) and `.outcome.json` with `status` and `last_line`.
+    # A file or a directory that the command writes. Beside it are `.log` (stdout and stderr,
+    # appended) and `.outcome.json` with `status` and `last_line`.
     output: Path
-    cost: float  # in any unit, to estimate the remaining time
-    progress: Callable[[], float]  # the fraction that is done
+    cost: float = 1.0  # in any unit, to estimate the remaining time
+    progress: Callable[[], float] = lambda: 0.0  # the fraction that is done
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,10 @@ class Slot:
     environment: dict[str, str] = field(default_factory=dict)  # selects its devices
 
 
-def last_line(path: Path):
-    """Returns the last line of a log that is not empty."""
-    lines = path.read_text(errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+def last_line(log_file: Path):
+    """Returns the last line of a log that is not empty; "" without a log."""
+    text = log_file.read_text(errors="replace") if log_file.exists() else ""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def read_outcome(output: Path):
@@ -91,14 +89,12 @@ class Machine:
         share them out. Raises `UserError` if JAX does not start, or `n_jobs` is impossible here.
         """
         description = _describe()
-        file = workdir / "machine.json"
-        earlier = read_machines(workdir) if file.exists() else []
+        earlier = read_machines(workdir) if (workdir / "machine.json").exists() else []
         machines = [*(m for m in earlier if m != description), description]
-        write_json(file, {"machines": machines})
-        # Runs that differ in their seed alone are one program.
+        write_json(workdir / "machine.json", {"machines": machines})
         environment = {
             "GLIBC_TUNABLES": ALLOCATOR,
-            "JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"),  # seeds share programs
             "PYTHONUNBUFFERED": "1",
         }
         return cls(description["backend"], slots_of(description, n_jobs), environment)
@@ -106,34 +102,33 @@ class Machine:
     def run(self, jobs: list[Job], together=True):
         """Runs jobs in order, one at a time in each slot, or in one slot if not `together`.
 
-        A job that fails stops no other. After an exception, such as a request to stop, the running
-        jobs are asked to stop, and have ended when it is raised again.
+        A job that fails stops no other. SIGTERM and Ctrl-C end the call by `Preempted` and
+        `Interrupted`, after the running jobs were asked to stop and have ended.
         """
-        waiting, free, failed = list(jobs), self.slots[: None if together else 1], 0
-        running = {}  # Job -> (its slot, Popen)
-        before = {job: job.progress() for job in jobs}
-        started = reported = time.monotonic()
+        waiting, free = list(jobs), self.slots[: None if together else 1]
+        running, n_failed = {}, 0  # running: Job -> (its slot, Popen)
+        before, started = {job: job.progress() for job in jobs}, time.monotonic()
+        reported, advice = started, "what is done is saved; the same command goes on from there"
         try:
             while waiting or running:
-                news = []
-                for job, (slot, process) in list(running.items()):
-                    if process.poll() is not None:
-                        del running[job]
-                        free.append(slot)
-                        failed += not _succeeded(job, process.returncode)
-                        news.append(f"{job.name} has ended")
-                if news or time.monotonic() - reported > REPORT_SECONDS:
-                    reported = time.monotonic()
-                    at_work = [f"{job.name} {job.progress():.0%}" for job in running]
-                    news = news or [f"running: {', '.join(at_work)}"]
-                    left = [*waiting, *running]
-                    progress = _progress(before, left, failed, reported - started)
-                    log.info("%s; %s", progress, "; ".join(news))
-                while free and (job := next(filter(_is_free, waiting), None)):
-                    waiting.remove(job)
-                    slot = free.pop(0)
+                while free and waiting:
+                    job, slot = waiting.pop(0), free.pop(0)
                     running[job] = slot, _start(job, slot, self.environment)
                 time.sleep(POLL_SECONDS)
+                ended = [job for job, (_, process) in running.items() if process.poll() is not None]
+                for job in ended:
+                    slot, process = running.pop(job)
+                    free.append(slot)
+                    n_failed += not _succeeded(job, process.returncode)
+                if ended or time.monotonic() - reported > REPORT_SECONDS:
+                    reported = time.monotonic()
+                    words = _progress(before, [*waiting, *running], n_failed, reported - started)
+                    at_work = ", ".join(f"{job.name} {job.progress():.0%}" for job in running)
+                    log.info("%s; running: %s", words, at_work or "none")
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted: {advice}") from None
+        except Terminated:
+            raise Preempted(f"preempted: {advice}") from None
         finally:
             for _, process in running.values():
                 process.terminate()
@@ -152,11 +147,10 @@ def _start(job, slot, environment):
             stdout=file,
             stderr=file,
             env=environment | os.environ | slot.environment,
-            process_group=0,  # so that Ctrl-C reaches the jobs only through this process
+            process_group=0,  # so that Ctrl-C reaches the jobs only through `Machine.run`
         )
     if slot.core is not None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended
-            os.sched_setaffinity(process.pid, {slot.core})
+        os.sched_setaffinity(process.pid, {slot.core})  # before it starts threads, which inherit it
     return process
 
 
@@ -172,17 +166,6 @@ def _succeeded(job, status):
     return status == 0
 
 
-def _is_free(job):
-    """Whether the output is unlocked: an earlier process may still be ending."""
-    if not job.output.is_dir():
-        return True
-    try:
-        with leased(job.output, "workdir"):
-            return True
-    except InUse:
-        return False
-
-
 def _progress(before, left, failed, seconds):
     text = f"{len(before) - len(left)} of {len(before)} ended"
     if failed:
@@ -190,9 +173,7 @@ def _progress(before, left, failed, seconds):
     to_do = sum(job.cost * (1 - job.progress()) for job in left)
     done = sum(job.cost * max(job.progress() - earlier, 0) for job, earlier in before.items())
     if done and to_do:
-        remaining = to_do / done * seconds
-        hours, minutes = f"{remaining / 3600:.1f} h", f"{remaining / 60:.0f} min"
-        text += f", about {hours if remaining > 5400 else minutes} left"
+        text += f", about {to_do / done * seconds / 60:.0f} min left"
     return text
 
 
@@ -211,9 +192,9 @@ def _describe():
     if machine["backend"] == "cpu" and cpuinfo.exists():
         model = re.search(r"^model name.*?:(.*)", cpuinfo.read_text(), re.MULTILINE)
         machine["device"] = model[1].strip() if model else machine["device"]
-    commit = None
+    commit, root = None, str(Path(aoe_jax.__file__).parents[1])
     with contextlib.suppress(FileNotFoundError):  # git is not installed
-        git = _output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*")
+        git = _output_of("git", "-C", root, "describe", "--always", "--dirty", "--exclude=*")
         commit = git.stdout.strip() or None
     return {"commit": commit, **machine}
 
@@ -238,7 +219,5 @@ def slots_of(machine, n_jobs):
     wanted = f"must divide the {len(devices)} GPUs, which runs share out"
     require_flag(len(devices) % n_jobs == 0, "jobs", n_jobs, wanted)
     share = len(devices) // n_jobs
-    starts = range(0, len(devices), share)
-    return [
-        Slot(environment={"CUDA_VISIBLE_DEVICES": ",".join(devices[i : i + share])}) for i in starts
-    ]
+    shares = [devices[i : i + share] for i in range(0, len(devices), share)]
+    return [Slot(environment={"CUDA_VISIBLE_DEVICES": ",".join(own)}) for own in shares]

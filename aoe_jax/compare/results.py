@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from aoe_jax.compare.statistics import ABOUT_EQUAL, at, fit_parabola, fit_power_law, mean
+from aoe_jax.compare.statistics import at, fit_power_law, mean
 from aoe_jax.compare.suite import Suite
 from aoe_jax.model.counts import experts_per_token
 
@@ -36,7 +36,7 @@ RUN_COLUMNS = [  # of runs.csv
     "tokens_per_second",
     "memory_bytes",  # that the compiler plans for a device: state and temporaries
 ]
-# Figures of routing at the end of a run -> digits in the report.
+# Measurements of routing at the end of a run -> digits in the report.
 ROUTING_DIGITS = {
     "experts_per_token": 2,
     "confidence_entropy": 3,
@@ -44,10 +44,6 @@ ROUTING_DIGITS = {
     "dead_experts": 1,
     "settled_first": 2,
     "settled_half": 2,
-    "agreement": 3,  # with the oracle
-    "distance_chosen": 2,
-    "distance_oracle": 2,
-    "distance_any": 2,
 }
 MORE_RUN_COLUMNS = [
     *ROUTING_DIGITS,
@@ -59,8 +55,8 @@ MORE_RUN_COLUMNS = [
 ]
 CURVE_COLUMNS = [*KEYS, "split", "step", "tokens", "flops", "seconds", "nll"]
 LAYER_MEANS = ["load_entropy", "confidence_entropy", "max_violation"]
-LAYER_FIGURES = [*LAYER_MEANS, "dead_experts", "overlap_with_final"]
-ROUTING_COLUMNS = [*KEYS, "step", "layer", "experts_per_token", *LAYER_FIGURES]
+LAYER_COLUMNS = [*LAYER_MEANS, "dead_experts", "overlap_with_final"]
+ROUTING_COLUMNS = [*KEYS, "step", "layer", "experts_per_token", *LAYER_COLUMNS]
 SCALES = {
     "active_non_embedding": "active parameters without embeddings",
     "flops": "useful training FLOPs",
@@ -98,8 +94,8 @@ class Results:
         for *keys, report in self.runs.dropna(subset="report")[[*KEYS, "report"]].to_numpy():
             for checkpoint in report["checkpoints"]:
                 for layer, load in enumerate(checkpoint["load"]):
-                    figures = [checkpoint[name][layer] for name in LAYER_FIGURES]
-                    rows.append([*keys, checkpoint["step"], layer, sum(load), *figures])
+                    of_layer = [checkpoint[name][layer] for name in LAYER_COLUMNS]
+                    rows.append([*keys, checkpoint["step"], layer, sum(load), *of_layer])
         return pd.DataFrame(rows, columns=ROUTING_COLUMNS)
 
     def finished(self, size, arm):
@@ -207,58 +203,19 @@ class Results:
                 rows.append(row | dataclasses.asdict(self.difference(size, arm, kind)))
         return pd.DataFrame(rows)
 
-    @functools.cached_property
-    def isoflop_sizes(self):
-        """Lists of three or more sizes of a setting that cost the baseline equal training FLOPs."""
-        of_baseline = self.runs[self.runs["arm"] == self.suite.baseline]
-        flops = of_baseline.groupby("size")["flops"].first().sort_values()
-        lists = []
-        for size, value in flops.items():
-            alike = [sizes for sizes in lists if self._setting(sizes[0]) == self._setting(size)]
-            if alike and value <= ABOUT_EQUAL * flops[alike[-1][0]]:
-                alike[-1].append(size)
-            else:
-                lists.append([size])
-        in_order = [[size for size in self.suite.sizes if size in sizes] for sizes in lists]
-        return [sizes for sizes in in_order if len(sizes) > 2]
-
-    def _setting(self, size):
-        """What sizes have in common that differ in size alone: corpus, experts, experts a token."""
-        config = self.configs[size, self.suite.baseline]
-        return config.data, config.experts.n_experts, config.experts.top_k
-
-    def over_sizes(self, sizes, arm):
-        return pd.concat([self.finished(size, arm) for size in sizes])
-
-    def isoflops(self, sizes):
-        """Fits parabolas over sizes of `isoflop_sizes`, for the arms to which they cost equal
-        FLOPs: `{arm: ({active parameters: [nll of each seed]}, Fit)}`.
-        """
-        found = {}
-        for arm in self.suite.arms:
-            rows = self.over_sizes(sizes, arm)
-            groups, flops = _groups(rows, "active_non_embedding"), rows["flops"]
-            fit = fit_parabola(groups)
-            if fit and flops.max() <= ABOUT_EQUAL * flops.min():
-                found[arm] = groups, fit
-        return found
-
     def scaling(self, scale):
-        """Fits power laws over sizes, without those of equal FLOPs, if they are of one setting, for
-        arms with two or more sizes that all differ in x, a key of SCALES:
-        `{arm: ({x: [nll of each seed]}, Fit)}`.
+        """Fits power laws over sizes for arms with two or more sizes that all differ in x, a key of
+        SCALES: `{arm: ({x: [nll of each seed]}, Fit)}`.
+
+        It is empty if sizes differ in corpus or experts, or if they cost the baseline equal FLOPs.
         """
-        isoflop = set().union(*self.isoflop_sizes)
-        sizes = [size for size in self.suite.sizes if size not in isoflop]
-        is_one_setting = len({self._setting(size) for size in sizes}) == 1
+        of_baseline = self.runs[self.runs["arm"] == self.suite.baseline].drop_duplicates("size")
+        settings = {(c.data, c.experts.n_experts, c.experts.top_k) for c in of_baseline["config"]}
+        grows = of_baseline["flops"].max() > 1.1 * of_baseline["flops"].min()
         found = {}
-        for arm in self.suite.arms if is_one_setting else ():
-            rows = self.over_sizes(sizes, arm)
-            groups = _groups(rows, scale)
+        for arm in self.suite.arms if len(settings) == 1 and grows else ():
+            rows = self.finished_runs[self.finished_runs["arm"] == arm]
+            groups = rows.groupby(scale, sort=False)["validation_nll"].apply(list).to_dict()
             if len(groups) == rows["size"].nunique() > 1:
                 found[arm] = groups, fit_power_law(groups)
         return found
-
-
-def _groups(rows, scale):
-    return rows.groupby(scale, sort=False)["validation_nll"].apply(list).to_dict()

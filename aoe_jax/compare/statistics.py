@@ -1,16 +1,13 @@
 """Means over seeds, paired differences, fits over sizes, and how the report writes numbers."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, stats
+from scipy import stats
 
 CONFIDENCE = 0.95
-ABOUT_EQUAL = 1.1  # ratio up to which training FLOPs, or parameters, count as equal
-MIN_SIZES, MIN_SIZES_WITH_FLOOR, MIN_SIZES_OF_PARABOLA = 2, 4, 3
 N_RESAMPLES = 500  # of a bootstrap
 
 
@@ -70,29 +67,24 @@ def markdown_table(rows):
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A curve fitted to the mean losses of several sizes, with bootstrap resamples."""
+class PowerLaw:
+    """`loss = factor * x^-exponent`, fitted to the mean losses of several sizes."""
 
-    curve: Callable  # (x, *parameters) -> loss
-    parameters: np.ndarray  # [P]
-    resampled: np.ndarray  # [B, P]
+    factor: float
+    exponent: float
+    resampled: np.ndarray  # [2, B], both for bootstrap resamples of the seeds of each size
 
     def __call__(self, x):
-        return self.curve(np.asarray(x, float), *self.parameters)
+        return self.factor * np.asarray(x, float) ** -self.exponent
 
     def band(self, x):
         """Returns the middle CONFIDENCE of the resampled losses at `x`, `(low, high)`."""
-        return _middle(self.curve(np.atleast_1d(x).astype(float), *self.resampled.T[:, :, None]))
+        factor, exponent = self.resampled[:, :, None]
+        return _middle(factor * np.atleast_1d(x).astype(float) ** -exponent)
 
-    def figure(self, function):
-        """Returns `exponent` or `minimum` of the curve."""
-        return float(function(*self.parameters))
-
-    def interval(self, function):
-        """Returns `(low, high)` of `exponent` or `minimum`; NaN if no size has two seeds, or if a
-        resample has no minimum.
-        """
-        values = function(*self.resampled.T)
+    def interval(self):
+        """Returns `(low, high)` of the exponent; NaN if no size has two seeds."""
+        values = self.resampled[1]
         if np.ptp(values) <= 1e-9 * np.abs(values).max():  # equal but for rounding
             return math.nan, math.nan
         return tuple(_middle(values))
@@ -102,71 +94,13 @@ def _middle(values):
     return np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
 
 
-def power_law(x, floor, factor, exponent):
-    return floor + factor * x**-exponent
-
-
-def exponent(floor, factor, exponent):
-    return exponent
-
-
-def parabola(x, square, slope, constant):
-    return (square * np.log(x) + slope) * np.log(x) + constant
-
-
-def minimum(square, slope, constant):
-    """Returns the `x` of least loss of a `parabola`; NaN if it has none."""
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return np.where(square > 0, np.exp(-slope / (2 * square)), np.nan)
-
-
-def _means(groups, n_resamples):
-    """Returns `(x [N], mean losses [N], means of bootstrap resamples of the seeds [B, N])`."""
-    rng = np.random.default_rng(0)
+def fit_power_law(groups):
+    """Fits a `PowerLaw` to `{x: [loss of each seed]}` by least squares in log x and log loss."""
+    rng, x = np.random.default_rng(0), np.log(list(groups))
     losses = [np.asarray(of_size, float) for of_size in groups.values()]
-    draws = [rng.choice(of_size, (n_resamples, of_size.size)).mean(axis=1) for of_size in losses]
-    means = np.array([of_size.mean() for of_size in losses])
-    return np.array(list(groups), float), means, np.stack(draws, axis=1)
-
-
-def fit_power_law(groups, n_resamples=N_RESAMPLES):
-    """Fits a `power_law` by least squares in log loss to `{x: [loss of each seed]}` with x > 0.
-
-    The result is None for fewer than two sizes. Fewer than four sizes cannot separate a floor from
-    an exponent, so the floor is 0 for them: a line in log x and log loss.
-    """
-    if len(groups) < MIN_SIZES:
-        return None
-    x, means, resampled = _means(groups, n_resamples)
-    if len(groups) < MIN_SIZES_WITH_FLOOR:
-        return Fit(power_law, _line(x, means), _line(x, resampled.T).T)
-    scale = math.exp(np.log(x).mean())  # so that the parameters are of one magnitude
-    guess = 0.5 * means.min(), means.mean() - 0.5 * means.min(), max(2 * _line(x, means)[2], 1e-3)
-    best = _fit_with_floor(x / scale, means, guess)
-    of_resamples = np.array([_fit_with_floor(x / scale, row, best) for row in resampled])
-    for parameters in (best, of_resamples.T):
-        parameters[1] *= scale ** parameters[2]
-    return Fit(power_law, best, of_resamples)
-
-
-def _line(x, losses):
-    """Returns `[floor 0, factor, exponent]`, each with the trailing axes of `losses [N, ...]`."""
-    slope, intercept = np.polyfit(np.log(x), np.log(losses), 1)
-    return np.stack([np.zeros_like(slope), np.exp(intercept), -slope])
-
-
-def _fit_with_floor(x, losses, guess):
-    def residuals(parameters):
-        return np.log(power_law(x, *parameters)) - np.log(losses)
-
-    bounds = ([0, 1e-12, 0], [losses.min(), np.inf, 10])
-    return optimize.least_squares(residuals, np.clip(guess, *bounds), bounds=bounds).x
-
-
-def fit_parabola(groups):
-    """Fits a `parabola` to groups, see `fit_power_law`; None for fewer than three sizes."""
-    if len(groups) < MIN_SIZES_OF_PARABOLA:
-        return None
-    x, means, resampled = _means(groups, N_RESAMPLES)
-    best, of_resamples = (np.polyfit(np.log(x), losses, 2) for losses in (means, resampled.T))
-    return Fit(parabola, best, of_resamples.T)
+    draws = [rng.choice(of_size, (N_RESAMPLES, of_size.size)).mean(axis=1) for of_size in losses]
+    means = [of_size.mean() for of_size in losses]
+    slopes, intercepts = np.polyfit(x, np.log(np.column_stack([means, *np.transpose(draws)])), 1)
+    factors, exponents = np.exp(intercepts), -slopes
+    resampled = np.stack([factors[1:], exponents[1:]])
+    return PowerLaw(float(factors[0]), float(exponents[0]), resampled)

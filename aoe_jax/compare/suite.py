@@ -5,7 +5,6 @@ A suite file has a function `get_suite()` that returns a `Suite`; see `configs/c
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +26,6 @@ SWEPT = {
     "experts.top_k": "experts a token, K",
     "experts.d_low": "low rank r",
     "train.batch_size": "tokens a step",
-    "topology": "chips",
 }
 
 
@@ -69,41 +67,15 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The cost of a training step of each arm against one setting; nothing is trained.
-
-    Values of `topology` are absent machines as in `aoe_jax.plan`, such as `v5e:4x4`. There the
-    step is traced, not run: parameters are split over all chips, and `train.batch_size` is the
-    batch of one chip.
-    """
+    """The cost of a training step of each arm against one setting; nothing is trained."""
 
     setting: str  # a key of SWEPT
     values: tuple
     changes: Mapping  # group -> field -> value, applied to the base
     arms: tuple[str, ...] | None = None  # None: all
 
-    @property
-    def is_topology(self):
-        return self.setting == "topology"
-
-    def changes_at(self, value, batch_size):
-        """Returns the changes for one value; `batch_size` is that of one chip, for topologies only.
-        Raises `UserError` if the value is not a topology.
-        """
-        if not self.is_topology:
-            group, _, name = self.setting.partition(".")
-            return {group: {name: value}}
-        shape = str(value).partition(":")[2]
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-            wanted = "must be a kind of chip and a shape, such as v5e:4x4"
-            raise UserError(f"topology={value!r}: {wanted}")
-        n_chips = math.prod(map(int, shape.split("x")))
-        mesh = {"data": 1, "fsdp": n_chips, "expert": 1, "tensor": 1, "transport": "ring"}
-        return {"mesh": mesh, "train": {"batch_size": n_chips * batch_size, "accumulate": 1}}
-
     def position(self, config):
         """Returns the x coordinate of a configuration."""
-        if self.is_topology:
-            return config.mesh.fsdp
         if self.setting == "train.batch_size":
             return config.tokens_per_step
         group, _, name = self.setting.partition(".")
@@ -153,11 +125,10 @@ class Suite:
         self._check_names("throughput", Sweep, needed=False)
         self._require(self.baseline in self.arms, "baseline", self.baseline, one_of(self.arms))
         for name, size in self.sizes.items():
-            place = f"sizes[{name!r}]"
-            for number in ("seeds", "rate_factor"):
-                value = getattr(size, number)
-                self._require(value > 0, f"{place}.{number}", value, "must be greater than 0")
-            self._check_arms(f"{place}.arms", size)
+            for field_name in ("seeds", "rate_factor"):
+                place, value = f"sizes[{name!r}].{field_name}", getattr(size, field_name)
+                self._require(value > 0, place, value, "must be greater than 0")
+            self._check_arms(f"sizes[{name!r}].arms", size)
         if self.tuning:
             size = self.tuning_size
             self._require(size in self.sizes, "tuning.size", size, one_of(self.sizes))
@@ -260,12 +231,12 @@ class Suite:
     def swept(self, name):
         """Returns `{value: {arm: Config}}` of a sweep; raises `UserError` as `runs` does."""
         sweep, found = self.throughput[name], {}
+        group, _, field_name = sweep.setting.partition(".")
         for value in sweep.values:
             place, found[value] = f"throughput {name}, {sweep.setting}={value}", {}
             for arm in self._arms(sweep):
                 with naming(f"suite {self.name}, {place}, arm {arm}"):
-                    batch_size = self._groups(arm, sweep.changes)["train"]["batch_size"]
-                    at_value = sweep.changes_at(value, batch_size)
+                    at_value = {group: {field_name: value}}
                     groups = self._groups(arm, sweep.changes, at_value)
                     groups = _changed(groups, at_value)  # wins over the arm and the settings
                     found[value][arm] = Config.from_config_dict(groups)

@@ -17,7 +17,6 @@ from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.memory import program_memory
 from aoe_jax.training.step import new_state, train_step_on
-from aoe_jax.training.validation import validation_batches
 
 ROUNDS = 10
 STEPS = 3  # of a round; the first is not counted, because caches still belong to another arm
@@ -41,16 +40,15 @@ class RepeatedStep:
     `program` is the compiled step, `memory` its `program_memory` in bytes.
     """
 
-    def __init__(self, config: Config, folder: Path | None = None):
+    def __init__(self, config: Config, batch=None, folder: Path | None = None):
         """Compiles for all devices of all processes, on the mesh of the configuration.
 
-        With the `folder` of a run, steps start from its newest checkpoint, on its first validation
-        batch; else parameters and tokens are random. Raises `UserError` if the run cannot be read.
+        Steps take `batch`, by default random tokens, and start from the newest checkpoint in the
+        `folder` of a run, by default from new parameters. Raises `UserError` if the run cannot be
+        read.
         """
         config = fill_mesh(config, jax.device_count())
-        batch = random_batch(config)
-        if folder:
-            batch = next(validation_batches(folder, config, config.train.batch_size))
+        batch = random_batch(config) if batch is None else batch
         self._mesh = make_mesh(config, jax.devices())
         with jax.set_mesh(self._mesh):
             self._batch = put_batch(batch_sharding(self._mesh), batch)

@@ -1,12 +1,12 @@
 """Tables 2, 3 and 5 of the paper, for a pod: `--suite=configs/compare/paper.py`; one seed, as in
 the paper.
 
-Arms are the variants of `configs/paper.py`. These commands tell whether they fit a slice:
+Arms are the variants of `configs/paper.py`. These commands tell whether one fits a slice:
 
-    python -m aoe_jax.compare.plan --suite=configs/compare/paper.py --sizes=732M \
-        --topology=v5e:4x4 --set=mesh.fsdp=16 --set=train.accumulate=32
-    python -m aoe_jax.compare.plan --suite=configs/compare/paper.py --sizes=4B \
-        --topology=v5e:16x16 --set=mesh.fsdp=16 --set=train.accumulate=4
+    python -m aoe_jax.plan --config=configs/paper.py:aoe_r256_aux --topology=v5e:4x4 \
+        --config.mesh.fsdp=16 --config.train.accumulate=32
+    python -m aoe_jax.plan --config=configs/paper.py:aoe_4b --topology=v5e:16x16 \
+        --config.mesh.fsdp=16 --config.train.accumulate=4
 
 A run keeps a checkpoint every 2000 steps, for the analysis of routing, and the newest three: 13 in
 the end, of 9 GB each, or 48 GB at 4B.

@@ -1,10 +1,9 @@
-"""Cost of a training step against experts, K, r, tokens and chips:
+"""Cost of a training step against experts, K, r and tokens:
 `--suite=configs/compare/throughput.py`.
 
 AoE, the dropless MoE of equal total parameters, a dense model of equal total parameters, and one of
 equal active parameters. Nothing is trained. Steps of two layers of d=192 are timed, about an hour
-on two CPU cores. Against chips, steps of twelve layers of d=768 are traced for TPU v5e, which needs
-`libtpu`.
+on two CPU cores.
 """
 
 from dataclasses import replace
@@ -17,20 +16,6 @@ MODEL = {
     "model": {"n_layers": 2, "unroll": 2, "n_heads": 4, "d_model": 192, "vocab_size": 1024},
     "experts": {"n_experts": 8, "top_k": 2, "d_ffn": 384},
 }
-LARGE = {
-    "model": {
-        "n_layers": 12,
-        "unroll": 1,
-        "n_heads": 12,
-        "d_model": 768,
-        "vocab_size": 32_000,
-        "max_len": 2048,
-        "dtype": "bfloat16",
-    },
-    "experts": {"n_experts": 8, "top_k": 2, "d_ffn": 3072},
-    "data": {"seq_len": 2048},
-}
-SLICES = ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
 
 
 def get_suite():
@@ -51,6 +36,5 @@ def get_suite():
             "chosen": Sweep("experts.top_k", (1, 2, 4, 8), MODEL),
             "rank": Sweep("experts.d_low", (12, 24, 48, 96), MODEL),
             "tokens": Sweep("train.batch_size", (1, 2, 4, 8, 16), MODEL),
-            "chips": Sweep("topology", SLICES, LARGE | {"train": {"batch_size": 8}}),
         },
     )

@@ -3,7 +3,7 @@
 import itertools
 import math
 
-from aoe_jax.compare.reading import curve_of, make_results, row_of
+from aoe_jax.compare.collect import curve_of, make_results, row_of
 from aoe_jax.compare.report import to_markdown
 from aoe_jax.compare.suite import Size, Suite
 from aoe_jax.config.run import Config

@@ -49,13 +49,17 @@ os.write(1, b'ready\\n')
 time.sleep(600)
 """
 PARENT = """
-import pathlib, sys
+import os, pathlib
 from aoe_jax import cli
 from aoe_jax.compare.jobs import Machine, Slot
 from tests.compare.test_jobs import SLEEPER, job
-folder = pathlib.Path(sys.argv.pop())
-jobs = [job(folder, "sleeper", SLEEPER), job(folder, "next", "print(1)")]
-cli.run(lambda: Machine("cpu", [Slot()], {}).run(jobs))
+
+def main():
+    folder = pathlib.Path(os.environ["FOLDER"])
+    jobs = [job(folder, "sleeper", SLEEPER), job(folder, "next", "print(1)")]
+    Machine("cpu", [Slot()], {}).run(jobs)
+
+cli.run(main)
 """
 
 
@@ -66,16 +70,23 @@ def wait_for(line, log):
         time.sleep(0.02)
 
 
-def test_what_is_at_work_ends_with_the_command(tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_what_is_at_work_ends_with_the_command(tmp_path, number, status):
     """Asked to stop, it asks its jobs and waits for them."""
-    command = [sys.executable, "-c", PARENT, str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT],
+        cwd=ROOT,
+        env=os.environ | {"FOLDER": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     log = tmp_path / "sleeper.log"
     wait_for("ready", log)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stderr) == (143, "terminated\n")
-    wait_for("saved", log)
+    assert process.returncode == status, stderr
+    assert "what is done is saved; the same command goes on" in stderr
+    assert log.read_text().endswith("saved\n")
     assert not (tmp_path / "next.log").exists()
     assert not (tmp_path / "sleeper.outcome.json").exists()  # it is unfinished, not failed
 

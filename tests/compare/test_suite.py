@@ -269,15 +269,6 @@ def test_the_value_wins_over_what_an_arm_says():
     assert [sweep.position(configs["dense"]) for configs in found.values()] == [2 * 256, 4 * 256]
 
 
-def test_topologies_keep_the_batch_of_a_chip():
-    changes = SWEPT_MODEL | {"train": {"batch_size": 3}}
-    sweep = Sweep("topology", ("v5e:2x2", "v5p:2x2x4"), changes, arms=("moe", "aoe"))
-    found = suite_of(sweep, settings={"mesh": {"fsdp": 2}, "train": {"accumulate": 3}}).swept("it")
-    assert [sweep.position(configs["aoe"]) for configs in found.values()] == [4, 16]
-    assert [configs["aoe"].train.batch_size for configs in found.values()] == [12, 48]
-    assert {configs["moe"].train.accumulate for configs in found.values()} == {1}
-
-
 @pytest.mark.parametrize(
     ("sweep", "words"),
     [
@@ -290,7 +281,6 @@ def test_topologies_keep_the_batch_of_a_chip():
             Sweep("experts.top_k", (9, 2), SWEPT_MODEL),
             ["throughput it, experts.top_k=9, arm moe", "experts.top_k=9"],
         ),
-        (Sweep("topology", ("v5e", "v5e:2x2"), SWEPT_MODEL), ["topology='v5e'", "such as v5e:4x4"]),
         (Sweep("experts.top_k", (1, 2), {}, arms=("aoe",)), ["must have the baseline 'moe'"]),
         (
             Sweep("experts.top_k", (1, 2), SWEPT_MODEL),

@@ -1,4 +1,4 @@
-"""The figures of a report. Each drawing function returns a matplotlib `Figure`.
+"""The pictures of a report. Each drawing function returns a matplotlib `Figure`.
 
 `styles` are those of `styles_of`, so an arm has the same colour and line style everywhere. L
 layers, n experts.
@@ -288,37 +288,6 @@ def by_layer(routing, styles, name, ylabel):
     found = {arm: rows.groupby("layer")[name].mean() for arm, rows in by_arm}
     figure, axes = _lines(found, styles, xlabel="layer", ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
-
-
-@drawn
-def coactivation(entries):
-    """Draws how often two experts of the last layer are chosen together, relative to chance.
-
-    `entries` are `[(title, routing.json)]`. Chance has the same loads: every token draws k
-    different experts or, where k depends on the token or is 1, each expert independently.
-    """
-    n_rows = -(-len(entries) // 2)
-    figure, panels = _new(1.1 + 1.9 * n_rows, n_rows, 2)
-    for axes in panels.flat[len(entries) :]:
-        axes.set_visible(False)
-    for axes, (title, report) in zip(panels.flat, entries, strict=False):
-        together = np.array(report["coactivation"][-1])
-        load = np.diag(together)
-        expected, n = np.outer(load, load), len(load)
-        if k := report["experts_per_token"]:
-            # With equal loads, two given experts are drawn together with probability
-            # k (k - 1) / (n (n - 1)).
-            expected *= n * (k - 1) / (k * (n - 1))
-        ratio = np.where(np.eye(n, dtype=bool), np.nan, together / np.maximum(expected, 1e-9))
-        image = axes.imshow(ratio, cmap="PuOr_r", vmin=0, vmax=2)
-        axes.set_title(textwrap.fill(title, LABEL_WIDTH), loc="left", fontsize=7)
-        axes.set(xticks=[], yticks=[])
-        axes.grid(visible=False)
-        axes.spines[:].set_visible(False)
-    options = {"location": "bottom", "shrink": 0.7, "extend": "max"}
-    label = "frequency relative to chance"
-    figure.colorbar(image, ax=list(panels.flat), label=label, **options)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Reads the results of a suite from the directories of its runs, as DataFrames."""
+"""Collects the results of a suite from the directories of its runs, as DataFrames."""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from aoe_jax.compare.choices import read_choices
 from aoe_jax.compare.jobs import beside, last_line, read_outcome
-from aoe_jax.compare.measure import measured_points, step_seconds, sweep_file
+from aoe_jax.compare.measure import configs_by_point, read_point, sweep_points
 from aoe_jax.compare.results import (
     CURVE_COLUMNS,
     KEYS,
@@ -17,19 +18,19 @@ from aoe_jax.compare.results import (
     RUN_COLUMNS,
     Results,
 )
-from aoe_jax.compare.routing import read_routing
-from aoe_jax.compare.runs import folder_of, has_diverged, is_finished, read_summary
 from aoe_jax.compare.suite import Run, Suite
+from aoe_jax.compare.train_runs import folder_of, has_diverged, is_finished, read_summary
 from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.storage.files import read_metrics
 
 
 def read_results(suite: Suite, runs: Sequence[Run], workdir: Path):
     """Reads the `Results` of runs, finished or not, from their directories."""
-    timed = {size: step_seconds(workdir, runs, size) or {} for size in suite.sizes}
-    rows, curves = [], []
+    configs, rows, curves = configs_by_point(suite, runs, workdir), [], []
+    timed = {size: read_point(workdir, size, configs[size]) for size in suite.sizes}
     for run in runs:
-        row, of_run = _read_run(run, folder_of(workdir, run), timed[run.size].get(run.arm))
+        seconds = timed[run.size].get(run.arm, {}).get("seconds")
+        row, of_run = _read_run(run, folder_of(workdir, run), seconds)
         rows.append(row)
         curves += of_run
     return make_results(suite, rows, curves)
@@ -52,8 +53,7 @@ def _read_run(run, folder, seconds):
     )
     nll = metrics.get("validation_nll", math.nan)
     state = "failed" if ended else "unfinished"
-    log = beside(folder, ".log")
-    line = ended["last_line"] if ended else last_line(log) if log.exists() else ""
+    line = ended["last_line"] if ended else last_line(beside(folder, ".log"))
     if has_diverged(folder):
         state = "diverged"
     elif finished and math.isfinite(nll):
@@ -70,7 +70,7 @@ def _read_run(run, folder, seconds):
     row = row_of(
         run,
         seconds or own_seconds,
-        read_routing(file, run.config) if finished and file.exists() else None,
+        read_choices(file, run.config) if finished and file.exists() else None,
         state=state,
         last_line=line,
         validation_nll=nll,
@@ -104,7 +104,7 @@ def row_of(run: Run, seconds_per_step, report, **columns):
         "seconds_per_step": seconds_per_step,
         "tokens_per_second": config.tokens_per_step / seconds_per_step,
         "report": report,
-        **_routing_figures(report),
+        **_at_the_end(report),
         **columns,
     }
 
@@ -118,7 +118,7 @@ def curve_of(row, split, step, nll):
     return pd.DataFrame(keys | costs | {"nll": np.asarray(nll, float)}, columns=CURVE_COLUMNS)
 
 
-def _routing_figures(report):
+def _at_the_end(report):
     """Summarises a run's routing.json by columns of `runs`: means over layers at the end.
 
     `dead_experts` is a sum over layers. `settled_first` and `settled_half` are the overlaps with
@@ -135,45 +135,33 @@ def _routing_figures(report):
     half = next(c for c in checkpoints if c["step"] >= 0.5 * last["step"])
     if half["step"] <= 0.6 * last["step"]:
         found["settled_half"] = np.mean(half["overlap_with_final"])
-    return found | {name: np.mean(values) for name, values in (report["oracle"] or {}).items()}
+    return found
 
 
 def read_costs(suite: Suite, workdir: Path):
     """Returns a frame of each measured sweep by name, with a row for each arm and value.
 
-    The columns are those of `throughput.csv`, and `config`. `memory_bytes` of a device, state and
-    temporaries, is None for absent machines, and `received_bytes` of a chip for this machine.
+    The columns are those of `throughput.csv`, and `config`.
     """
-    found = {}
-    for name, sweep in suite.throughput.items():
-        points = measured_points(sweep_file(workdir, name), suite.swept(name))
-        points = [point for point in points if point[2]]
-        rows = [
-            _cost(name, sweep, arm, suite.baseline, configs, figures)
-            for arm in suite.arms
-            for _, configs, figures in points
-            if arm in figures
-        ]
-        if rows:
-            found[name] = pd.DataFrame(rows)
-    return found
-
-
-def _cost(name, sweep, arm, baseline, configs, figures):
-    config, of_arm = configs[arm], figures[arm]
-    tokens, seconds = config.tokens_per_step, of_arm["seconds"]
-    of_baseline = figures.get(baseline, {"seconds": math.nan})
-    return {
-        "sweep": name,
-        "setting": sweep.setting,
-        "x": sweep.position(config),
-        "arm": arm,
-        "tokens_per_step": tokens,
-        "seconds_per_step": seconds,
-        "tokens_per_second": tokens / seconds,
-        "speed_to_baseline": (tokens / seconds) / (tokens / of_baseline["seconds"]),
-        "flops_per_step": tokens * training_flops_per_token(config),
-        "memory_bytes": of_arm.get("memory_bytes"),
-        "received_bytes": of_arm.get("received_bytes"),
-        "config": config,
-    }
+    rows, swept = {}, {name: suite.swept(name) for name in suite.throughput}
+    for (name, value), point in sweep_points(suite).items():
+        configs, sweep = swept[name][value], suite.throughput[name]
+        costs = read_point(workdir, point, configs)
+        of_baseline = costs.get(suite.baseline, {"seconds": math.nan})
+        for arm, cost in costs.items():
+            tokens, seconds = configs[arm].tokens_per_step, cost["seconds"]
+            row = {
+                "sweep": name,
+                "setting": sweep.setting,
+                "x": sweep.position(configs[arm]),
+                "arm": arm,
+                "tokens_per_step": tokens,
+                "seconds_per_step": seconds,
+                "tokens_per_second": tokens / seconds,
+                "speed_to_baseline": of_baseline["seconds"] / seconds,
+                "flops_per_step": tokens * training_flops_per_token(configs[arm]),
+                "memory_bytes": cost["memory_bytes"],
+                "config": configs[arm],
+            }
+            rows.setdefault(name, []).append(row)
+    return {name: pd.DataFrame(of_sweep) for name, of_sweep in rows.items()}

@@ -79,7 +79,7 @@ def train_suite(suite: Suite, workdir: Path, machine: Machine):
     """Tunes learning rates where the suite says so, and trains the missing runs.
 
     The caller has made and locked `workdir`. Raises `UserError` if it has a run of another
-    configuration.
+    configuration; raises like `Machine.run`.
     """
     _train(suite.tuning_runs().values(), workdir, machine)
     rates, incomplete = tuned_rates(suite, workdir), set()

@@ -1,0 +1,158 @@
+"""Analyses which experts the layers of a run choose, checkpoint by checkpoint.
+
+Every checkpoint that the run has kept chooses experts for the same tokens, the first ones of the
+validation split. `RUN/routing.json` has load, entropies, dead experts, mean norms or logits, and
+the overlap of the choices with the final ones.
+
+L layers, T tokens, n experts.
+"""
+
+import itertools
+import math
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aoe_jax.compare.results import LAYER_COLUMNS
+from aoe_jax.config.run import Config
+from aoe_jax.errors import UserError, naming, shown
+from aoe_jax.evaluation.models import load_model
+from aoe_jax.model.decoder import Decoder
+from aoe_jax.storage.files import (
+    COUNT,
+    one_of,
+    or_none,
+    read_json,
+    write_json,
+)
+from aoe_jax.training.checkpoint import Checkpoints
+from aoe_jax.training.load_statistics import layer_statistics
+from aoe_jax.training.validation import compile_eval_step, validation_batches
+
+_MOST_BYTES = 2**28  # of routing.json: a hundred layers of 256 experts
+
+
+def _experts_per_token(config):
+    """K of a run; None if it depends on the token."""
+    choice = config.routing.choice(config.experts)
+    return config.experts.top_k if choice and choice.is_fixed else None
+
+
+def observing(decoder: Decoder):
+    """Returns the same decoder, which records the choices of its layers, `[T, n]` bool, as
+    "observed" in its statistics.
+    """
+
+    def observe(scores, slots, weights, ctx):
+        n_tokens, n = scores.shape
+        chosen = jnp.zeros((n_tokens, n + 1), bool).at[slots.token, slots.expert].set(True)[:, :n]
+        return ctx.devices.all_tokens(chosen)
+
+    return decoder.clone(observe=observe)
+
+
+def overlap(chosen, final):
+    """Computes the mean share of a token's final experts that another model has chosen too.
+
+    `[L, T, n]` bool, twice -> `[L]`. The mean is over tokens with final experts; 1 without any.
+    """
+    wanted, in_common = final.sum(axis=-1), (chosen & final).sum(axis=-1)
+    shares = in_common / np.maximum(wanted, 1)  # 0 for tokens without experts
+    n_tokens = (wanted > 0).sum(axis=-1)
+    return np.where(n_tokens > 0, shares.sum(axis=-1) / np.maximum(n_tokens, 1), 1)
+
+
+def analyse(folder: Path, n_tokens: int):
+    """Writes `routing.json` of a run, from `n_tokens` of its validation split in whole batches.
+    Raises `UserError` if the run cannot be read.
+    """
+    steps, model = Checkpoints(folder).steps(), load_model(folder, "newest")
+    config = model.config
+    decoder = observing(model.decoder)
+    eval_step = compile_eval_step(decoder, config.data.document_mask, model.mesh)
+    size = config.train.batch_size // config.train.accumulate
+    n_batches = math.ceil(n_tokens / (size * config.data.seq_len))
+    on_host = list(itertools.islice(validation_batches(folder, config, size), n_batches))
+    is_real = np.concatenate([batch["weights"].reshape(-1) > 0 for batch in on_host])
+    batches = [model.put(batch) for batch in on_host]
+    with jax.set_mesh(model.mesh):
+        found = {}
+        for step in steps:
+            of_step = model if step == model.step else load_model(folder, str(step))
+            run = partial(eval_step, of_step.params, of_step.routing_state)
+            found[step] = _gathered([jax.device_get(run(batch)) for batch in batches], is_real)
+    final = found[steps[-1]]
+    report = {
+        "wanted_tokens": n_tokens,
+        "tokens": final["chosen"].shape[1],
+        "kind": config.experts.kind,
+        "checkpoints": [_summary(step, of_step, final) for step, of_step in found.items()],
+        "experts_per_token": _experts_per_token(config),
+    }
+    write_json(folder / "routing.json", report, indent=None)
+
+
+def read_choices(file: Path, config: Config):
+    """Returns the content of a `routing.json`; lists become float64 arrays, with NaN for numbers
+    that were not finite. Raises `UserError` if it cannot be read or is of another configuration.
+    """
+    wanted, n_layers = "remove it, and run the command again", config.model.n_layers
+    shapes = dict.fromkeys(("load", "mean_score"), (n_layers, config.experts.n_experts))
+    shapes |= dict.fromkeys(LAYER_COLUMNS, (n_layers,))
+    schema = {
+        "wanted_tokens": or_none(COUNT),  # files of earlier versions have none
+        "tokens": COUNT,
+        "kind": one_of(config.experts.kind),
+        "checkpoints": [{"step": COUNT}],
+        "experts_per_token": one_of(_experts_per_token(config)),
+    }
+    report = read_json(file, wanted, schema, _MOST_BYTES)
+    steps = [checkpoint["step"] for checkpoint in report["checkpoints"]]
+    with naming(f"{file} cannot be read"):
+        if not steps or steps != sorted({*steps}):
+            problem = f"the steps of its checkpoints, {shown(steps)}, do not rise"
+            raise UserError(f"{problem}; {wanted}")
+        for checkpoint in report["checkpoints"]:
+            for name, shape in shapes.items():
+                checkpoint[name] = _array(checkpoint.get(name), shape)
+                if checkpoint[name] is None:
+                    raise UserError(f"{name} is not numbers of shape {[*shape]}; {wanted}")
+    return report
+
+
+def _array(value, shape):
+    """Returns a float64 array; None if `value` is not numbers or null of this shape."""
+    try:
+        found = np.array(value, np.float64)
+    except (TypeError, ValueError):
+        return None
+    return found if found.shape == shape else None
+
+
+def _gathered(results, is_real):
+    """Joins the statistics of all batches, and the choices of real tokens, `[L, T, n]` bool."""
+    of_batches = [stats for _, _, stats in results]
+    chosen = np.concatenate([stats.records["observed"] for stats in of_batches], axis=1)
+    means = [stats._replace(records=None) for stats in of_batches]
+    return {
+        "stats": jax.tree.map(lambda *a: np.mean(a, axis=0), *means),
+        "chosen": chosen[:, is_real],
+    }
+
+
+def _summary(step, found, final):
+    stats, load = found["stats"], found["chosen"].mean(axis=1)  # [L, n]
+    of_load = layer_statistics(load, stats.live)
+    by_name = {
+        "load": load,
+        "load_entropy": of_load["load_entropy"],
+        "confidence_entropy": stats.confidence_entropy,
+        "max_violation": np.maximum(of_load["load_max_over_mean"] - 1, 0),
+        "dead_experts": of_load["dead_experts"],
+        "mean_score": stats.mean_score,
+        "overlap_with_final": overlap(found["chosen"], final["chosen"]),
+    }
+    return {"step": step} | {name: np.asarray(value).tolist() for name, value in by_name.items()}
