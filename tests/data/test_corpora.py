@@ -294,6 +294,7 @@ def load_from_hub(name, cache, endpoint, before=""):
     return json.loads(process.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_hugging_face_data_set_through_tfds(tmp_path):
     with hub() as endpoint:
         fingerprint, found = load_from_hub("huggingface:org/poems", tmp_path, endpoint)

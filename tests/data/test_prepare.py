@@ -114,6 +114,7 @@ def test_no_jax_is_needed():
     } & {*modules}
 
 
+@pytest.mark.slow
 def test_training_on_a_store_of_a_sentencepiece_model(tmp_path):
     (tmp_path / "texts.jsonl").write_bytes(json_lines(texts(60, 0, longest=140)))
     status, stderr = finish(
