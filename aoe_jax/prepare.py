@@ -4,20 +4,22 @@
 
 The input is JSON lines (.jsonl, .ndjson, .json) or plain text (.txt), also with .gz or .zst, or
 Parquet. After a kill or a stop, the same command goes on where it was. `--check` finds damaged
-shards, `--repair` writes them again.
+shards.
 """
 
 import logging
+import os
 from functools import partial
 
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.data.preparation import Settings, check, prepare, repair
-from aoe_jax.data.tokenizer import cores
+from aoe_jax.data.preparation import Settings, check, prepare
 from aoe_jax.errors import UserError
 
 log = logging.getLogger("aoe_jax.prepare")  # not __name__, which is __main__
+
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 _INPUT = flags.DEFINE_multi_string(
     "input", [], "a glob pattern of files, '**' for folders of any depth"
@@ -38,30 +40,24 @@ _VALIDATION = flags.DEFINE_float(
 )
 _TEST = flags.DEFINE_float("test", Settings.test, "share of the documents for test")
 _PROCESSES = flags.DEFINE_integer(
-    "processes", cores(), "processes that tokenise, a core each", lower_bound=1
+    "processes", _CORES, "processes that tokenise, a core each", lower_bound=1
 )
 _CHECK = flags.DEFINE_bool("check", False, "read the store whole, and name damaged shards")
-_REPAIR = flags.DEFINE_bool("repair", False, "write damaged shards again, from the same input")
 
 
 def main():
     output = cli.path_of(_OUTPUT, in_store=True)
-    if not (_CHECK.value or _REPAIR.value):
+    if not _CHECK.value:
         cli.required(_INPUT)
         tokenizer = cli.required(_TOKENIZER)
         settings = Settings(tokenizer, _TEXT_FIELD.value, _VALIDATION.value, _TEST.value)
         prepare(_INPUT.value, settings, output, _PROCESSES.value)
-    elif (_CHECK.value and (_INPUT.value or _REPAIR.value)) or _TOKENIZER.value:
-        raise UserError(
-            "--check takes --output alone, --repair --output and --input; leave out the rest"
-        )
-    elif _REPAIR.value:
-        damaged = repair(output, _PROCESSES.value, _INPUT.value)
-        names = ", ".join(damaged) or "nothing, all shards are as they were written"
-        log.info(f"wrote again: {names}")
+    elif _INPUT.value or _TOKENIZER.value:
+        raise UserError("--check takes --output alone; leave out --input and --tokenizer")
     elif damaged := check(output):
         raise UserError(
-            f"--output={output}: damaged shards: {', '.join(damaged)}; --repair writes them again"
+            f"--output={output}: damaged shards: {', '.join(damaged)}; prepare the input again, "
+            "into a new folder"
         )
     else:
         log.info("all shards are as they were written")

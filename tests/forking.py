@@ -38,7 +38,6 @@ LIBRARIES = [
     "scipy.stats",
     "tensorboardX",
     "tensorflow_datasets.text",
-    "tiktoken",
     "tokenizers",
     "tree",
 ]

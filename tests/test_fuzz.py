@@ -28,10 +28,8 @@ from aoe_jax.formats.loading import RUN_FILE, ModelReader, read_begin_token, rea
 from aoe_jax.formats.tensor_files import INDEX, SINGLE, stored_tensors
 from aoe_jax.formats.tokenizer_files import read_prefix
 from aoe_jax.formats.writing import write_arrays
-from aoe_jax.storage.files import write_json
-from aoe_jax.training.checkpoint import Checkpoints
-from aoe_jax.training.run_folder import check_config, check_data, claim_workdir
-from aoe_jax.training.writers import JsonLines
+from aoe_jax.storage.files import read_metrics, write_json
+from aoe_jax.training.run_folder import RunFolder, check_config, check_data
 from tests.data.texts import write_everything
 from tests.evaluation.models import make_config, make_model
 
@@ -129,8 +127,8 @@ def read_store(directory: Path):
 
 
 def read_lines(workdir: Path):
-    Checkpoints(workdir)
-    JsonLines(workdir / "metrics.jsonl", 7, 1).close()
+    for _ in read_metrics(workdir / "metrics.jsonl"):
+        pass
 
 
 def read_documents(file: Path):
@@ -150,7 +148,7 @@ def make_targets(folder: Path):
     config = make_config(data__name="prepared", data__path=str(store))
     corpus = open_corpus(config.data, config.model.vocab_size)
     workdir.mkdir()
-    claim_workdir(workdir, config, corpus)
+    RunFolder(workdir).claim(config, corpus)
     lines = [{"step": 7, "loss": 1.5, "nll": None, "layers": {"load": [1.0]}}] * 9
     lines += [{"step": 9, "validation_nll": 1.25}]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,20 +1,16 @@
-"""Whole runs over two corpora: killed and resumed, on two processes, evaluated by source; and a run
-on a damaged shard.
-"""
+"""Whole runs over two corpora: killed and resumed, on two processes, evaluated by source."""
 
 import json
 import shutil
 
 import numpy as np
+import pytest
 
-from aoe_jax.data.tokenised import open_corpus
 from tests.processes import train_on
 from tests.runs import (
     DENSE,
     EVERY,
-    SETTINGS,
     STEPS,
-    damage,
     mixture,
     read_metrics,
     run,
@@ -26,10 +22,11 @@ from tests.runs import (
     tiny_config,
     train_command,
     untimed,
-    write_texts,
 )
 from tests.test_multiprocess import losses
 from tests.test_train import kill_when, raw_checkpoint
+
+pytestmark = pytest.mark.slow
 
 FIGURES = ("nll", "bits_per_byte")
 
@@ -116,31 +113,3 @@ def test_evaluation_is_of_all_tokens_and_by_source(tmp_path):
         line = next(line for line in stdout.splitlines() if line.startswith(f"{source}: "))
         assert f"{result['tokens']} tokens" in line and f"{result['nll']:.4f}" in line
         assert f"{result['bits_per_byte']:.4f}" in line
-
-
-def test_damaged_shard_ends_a_run_where_it_comes_upon_it(tmp_path):
-    """Exit status 2 and the shard's name, nothing lost; and once the shard is whole again the run
-    goes on.
-    """
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    settings = {
-        "data__path": str(write_texts(folder, count=1000)),
-        "data__cache": str(tmp_path / "cache"),
-    }
-    settings["train__eval_every"] = 0
-    corpus = open_corpus(tiny_config(**settings).data, SETTINGS["model.vocab_size"])
-    (shard,) = corpus.tokenizer.parent.glob("train-*.array_record")
-    whole = shard.read_bytes()
-    damage(shard)
-    workdir = tmp_path / "run"
-    status, stdout, stderr = run(train_command(workdir, train__steps=300, **settings))
-    assert status == 2 and stdout == "" and "Traceback" not in stderr, stderr
-    error = stderr.rpartition("error: ")[2]
-    assert str(shard.parent) in error and shard.name in error and len(error.splitlines()) <= 2
-    newest = max(
-        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()
-    )
-    shard.write_bytes(whole)
-    status, _, stderr = run(train_command(workdir, train__steps=newest + 2, **settings))
-    assert status == 0 and f"going on from step {newest}" in stderr, stderr

@@ -28,7 +28,7 @@ from aoe_jax.data.documents import DOCUMENT_BYTES
 from aoe_jax.data.token_store import file_sha256
 from aoe_jax.errors import Failure, UserError
 from aoe_jax.storage.files import exclusive, read_text
-from aoe_jax.storage.paths import find, parsed_path
+from aoe_jax.storage.paths import find
 from aoe_jax.storage.retry import is_fault, patiently_if_allowed
 
 logger = logging.getLogger(__name__)
@@ -82,28 +82,19 @@ def _text_folder(path: str | None) -> Corpus:
     The hash of its path decides on a file's split: one in twenty for validation and for test, at
     least one each. In all but small folders, files that are added leave the others in their splits.
     """
-    root = path and parsed_path(path, "config.data.path").absolute()
-    what = f"data.path={path!r} cannot be read"
-    wanted = "no such folder of .txt files; correct the path, or mount its disk"
-    require(root and patiently_if_allowed(what, root.is_dir), "data.path", path, wanted)
+    what, root = f"data.path={path!r} cannot be read", Path(path or "").absolute()
+    wanted = "no such folder of .txt files; correct the path"
+    require(path and patiently_if_allowed(what, root.is_dir), "data.path", path, wanted)
     files = patiently_if_allowed(what, partial(find, f"{glob.escape(str(root))}/**/*.txt"))
     require(files, "data.path", path, "the folder has no .txt files; make one for each document")
     hashes, digest = {}, hashlib.sha256()
     for file, state in sorted(files.items()):
-        what = f"data.path={path!r}: {file} cannot be read"
-        wanted = f"{file} is a broken link, a FIFO or a device; mend or remove it"
-        require(patiently_if_allowed(what, file.is_file), "data.path", path, wanted)
-        size, _ = state
-        wanted = f"{file} has {size} bytes; a document has at most {DOCUMENT_BYTES}, so split it"
-        require(size <= DOCUMENT_BYTES, "data.path", path, wanted)
-        if size == 0:
-            logger.warning(f"data.path: skipped the empty file {file}")
+        if not state or state[0] == 0:
+            logger.warning(f"data.path: skipped {file}, which is empty or a broken link")
             continue
         name = file.relative_to(root).as_posix()
-        try:
-            hashes[name] = patiently_if_allowed(what, partial(file_sha256, file))
-        except OSError as error:
-            raise UserError(f"{what} ({error.strerror})") from error
+        what = f"data.path={path!r}: {file} cannot be read"
+        hashes[name] = patiently_if_allowed(what, partial(file_sha256, file))
         digest.update(f"{name!r} {hashes[name]}\n".encode())
     wanted = "train, validation and test need at least 3 documents, one a file"
     found = f"{len(hashes)} non-empty .txt file(s); {wanted}"
@@ -167,13 +158,10 @@ def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) 
                 cut = sotu.split_of(index)
                 if split != (cut if cut in from_train else "train"):
                     continue
-            content, which = source[index][text_field], f"document {index} of its split {split}"
-            wanted = f"{which} has {len(content)} bytes; a document has at most {DOCUMENT_BYTES}"
-            require(len(content) <= DOCUMENT_BYTES, "data.name", name, wanted)
             try:
-                text = content.decode("utf-8")
+                text = source[index][text_field].decode("utf-8")
             except UnicodeDecodeError as error:
-                wanted = f"{which} is not UTF-8 at byte {error.start}"
+                wanted = f"document {index} of split {split} is not UTF-8 at byte {error.start}"
                 raise UserError(f"data.name={name!r}: {wanted}") from error
             if text:
                 yield text

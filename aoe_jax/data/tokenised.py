@@ -67,25 +67,41 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
 
 
 def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
-    sources, tokenizer = data.sources, data.tokenizer
-    given = {
-        source.label: parsed_path(source.path, "data.path", in_store=True)
-        for source in sources
-        if source.name == "prepared"
-    }
-    origins = {label: path for label, path in given.items() if is_remote(path)}
-    directories = given | {label: staged(path, data.cache) for label, path in origins.items()}
-    if directories:
+    cache, tokenizer = _cache(data), data.tokenizer
+    paths = {source.label: _path_of(source, data) for source in data.sources}
+    prepared = {s.label: paths[s.label] for s in data.sources if s.name == "prepared"}
+    origins = {label: path for label, path in prepared.items() if is_remote(path)}
+    directories = prepared | {label: staged(path, cache) for label, path in origins.items()}
+    if prepared:
         tokenizer = _shared_tokenizer(list(directories.values()), tokenizer, vocab_size)
     corpora = {
-        source.label: load_corpus(source.name, source.path, data.cache, data.text_field)
-        for source in sources
+        source.label: load_corpus(source.name, paths[source.label], cache, data.text_field)
+        for source in data.sources
         if source.name != "prepared"
     }
     if corpora:
-        stores = cached_token_stores(list(corpora.values()), tokenizer, vocab_size, data.cache)
+        stores = cached_token_stores(list(corpora.values()), tokenizer, vocab_size, cache)
         directories |= dict(zip(corpora, stores, strict=True))
-    return _opened(sources, directories, origins)
+    return _opened(data.sources, directories, origins)
+
+
+def _cache(data: DataConfig) -> Path:
+    return parsed_path(data.cache, "config.data.cache").absolute()
+
+
+def _path_of(source: SourceConfig, data: DataConfig):
+    """The full path of a source; None if it has none. Raises `UserError` if it cannot be used."""
+    if source.path is None:
+        return None
+    is_prepared, field = source.name == "prepared", "name" if data.path is None else "path"
+    try:
+        path = parsed_path(source.path, f"config.data.{field}", in_store=is_prepared)
+    except UserError as error:
+        if is_prepared or "://" not in source.path:
+            raise
+        wanted = "aoe_jax.prepare reads texts in a store, and data.name=prepared its output"
+        raise UserError(f"{error}; {wanted}") from error
+    return path if is_remote(path) else path.absolute()
 
 
 def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | None:
@@ -93,7 +109,7 @@ def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | 
     configuration is opened.
     """
     found = {}
-    for manifest in Path(data.cache, "tokens").glob("*/manifest.json"):
+    for manifest in _cache(data).glob("tokens/*/manifest.json"):
         with contextlib.suppress(UserError):
             found[_identity(read_manifest(manifest.parent))] = manifest.parent
     if len(data.sources) != len(identities) or not found.keys() >= {*identities}:
@@ -133,7 +149,7 @@ def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: in
         if not (directory / "manifest.json").is_file():
             raise UserError(
                 f"data.name: 'prepared' names {directory}, which is no token store; correct the "
-                "path, mount its disk, or make one with `python -m aoe_jax.prepare`"
+                "path, or make one with `python -m aoe_jax.prepare`"
             )
         hashes[str(directory)] = read_manifest(directory)["tokenizer_sha256"]
     if len(set(hashes.values())) > 1:

@@ -2,12 +2,9 @@
 SentencePiece model.
 """
 
-import base64
 import contextlib
 import hashlib
 import itertools
-import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,9 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 import sentencepiece
-import tiktoken
 import tokenizers
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from aoe_jax.config.checks import require
@@ -39,13 +34,8 @@ _END_OF_TEXT_NAMES = (
     "<｜end▁of▁sentence｜>",
     "[SEP]",
 )
-_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MOST_TOKENS = 2**24
-_TIKTOKEN_TOKENS = 2**20  # the check of more tokens would need gigabytes of memory
 PIECE_CHARACTERS = 2**21  # a tokenizer is given at most this many at once
-# Normalizers of the hub make a text up to 32 times as long; NFKC alone 18 times.
-_USUAL_GROWTH, _MOST_GROWTH = 32, 2**12
-_MOST_ADDED = 2**10  # special tokens that are put before and after a text
 TRAINING_CHARACTERS = 2**24  # the first ones of a document train byte-level BPE
 _TRAINING_PIECE = 2**16
 _AFTER_A_WORD = re.compile(r"(?<=\S)(?=[ \n])")
@@ -72,43 +62,9 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
     yield text[start:]
 
 
-def _growth(part: dict | None) -> float:
-    """A bound on how many times as long a normalizer or a decoder makes a text, from its part of a
-    `tokenizer.json`.
-    """
-    if not part:
-        return 1.0
-    if parts := part.get("normalizers") or part.get("decoders"):
-        return math.prod(map(_growth, parts), start=1.0)
-    if charsmap := part.get("precompiled_charsmap"):
-        return _longest_text(base64.b64decode(charsmap))
-    longest = max(len(part.get("content") or ""), len(part.get("prepend") or ""))
-    is_text = "String" in (part.get("pattern") or ())  # an expression may match between characters
-    return max(1, longest) if is_text else 1 + longest
-
-
-def _longest_text(charsmap: bytes) -> int:
-    """The length of the longest text by which a map of SentencePiece replaces characters."""
-    texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")
-    return max(len(text.decode(errors="replace")) for text in texts)
-
-
 def _is_panic(error: BaseException) -> bool:
     """Whether a library in Rust panicked; the class is no `Exception`, and cannot be imported."""
     return type(error).__name__ == "PanicException"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides what libraries write to stderr themselves, such as the backtrace of a panic."""
-    stderr = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
 
 
 @contextlib.contextmanager
@@ -135,7 +91,6 @@ class Tokenizer:
         sha256: the hash of the file, which identifies the tokenizer.
         prefix: ids of the special tokens that the file puts before each text, such as `<s>`; often
             empty.
-        at_once: at most how many characters it should be given at once.
     """
 
     file_name: ClassVar[str]
@@ -143,19 +98,11 @@ class Tokenizer:
     end_name: str
     token_count: int
     prefix: list[int]
-    at_once: int = PIECE_CHARACTERS
 
     def __init__(self, content: bytes, threads: int | None):
         """Keeps the bytes of the file; see `load_tokenizer`."""
-        self._content, self._threads = content, threads or cores()
+        self._content, self._threads = content, threads or -1  # of SentencePiece: one for each core
         self.sha256 = hashlib.sha256(content).hexdigest()
-
-    def _allow_growth(self, growth: float):
-        """Sets `at_once` for a normalizer that makes a text at most `growth` times as long."""
-        if growth > _MOST_GROWTH:
-            wanted = f"at most {_MOST_GROWTH} times as long is possible"
-            raise UserError(f"makes a text {growth:g} times as long; {wanted}")
-        self.at_once = int(PIECE_CHARACTERS * _USUAL_GROWTH / max(growth, _USUAL_GROWTH))
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, uint32 `[tokens]`, without special tokens.
@@ -185,12 +132,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, content: str, threads: int | None = None):
         """Raises `UserError` if there is no end-of-text token; errors of the library pass."""
         super().__init__(content.encode(), threads)
-        spec = json.loads(content)
-        # Before the library reads it, because it normalizes the names of added tokens.
-        self._allow_growth(max(_growth(spec.get("normalizer")), _growth(spec.get("decoder"))))
         self._tokenizer = tokenizer = tokenizers.Tokenizer.from_str(content)
-        if (added := tokenizer.num_special_tokens_to_add(is_pair=False)) > _MOST_ADDED:
-            raise UserError(f"adds {added} tokens to a text; at most {_MOST_ADDED} are possible")
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -200,12 +142,6 @@ class HuggingFaceTokenizer(Tokenizer):
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.token_count = max(vocabulary.values(), default=-1) + 1
-        if self.token_count > MOST_TOKENS:  # the library would count up to the highest
-            raise UserError(
-                f"has a token {self.token_count - 1}; at most {MOST_TOKENS} are possible"
-            )
-        is_small = len(vocabulary) <= _TIKTOKEN_TOKENS
-        self._tiktoken = _as_tiktoken(tokenizer) if is_small else None
         ends = [name for name in _END_OF_TEXT_NAMES if name in vocabulary]
         if not ends:
             raise UserError(f"has no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
@@ -222,17 +158,6 @@ class HuggingFaceTokenizer(Tokenizer):
         self.prefix = example.ids[: sum(is_prefix)]
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if not self._tiktoken:
-            return self._encode_by_tokenizers(texts)
-        if self._threads == 1:
-            return list(map(self._encode_by_tiktoken, texts))
-        with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(self._encode_by_tiktoken, texts))
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens)
-
-    def _encode_by_tokenizers(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [
             self._encode_around_the_end(text)
@@ -240,6 +165,9 @@ class HuggingFaceTokenizer(Tokenizer):
             else np.array(encoding.ids, np.uint32)
             for text, encoding in zip(texts, encodings, strict=True)
         ]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens)
 
     def _encode_around_the_end(self, text: str) -> np.ndarray:
         # Some models turn the name of the end-of-text token into that token all the same; cut
@@ -249,12 +177,6 @@ class HuggingFaceTokenizer(Tokenizer):
         parts = re.split(f"(?<={start})(?={rest})", text)
         encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
         return np.concatenate([np.array(encoding.ids, np.uint32) for encoding in encodings])
-
-    def _encode_by_tiktoken(self, text: str) -> np.ndarray:
-        try:
-            return self._tiktoken.encode_to_numpy(text)
-        except ValueError:  # its regular expressions fail at about a million blanks in a row
-            return self._encode_by_tokenizers([text])[0]
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -267,8 +189,6 @@ class SentencePieceTokenizer(Tokenizer):
         if not model:
             raise RuntimeError("it is empty")
         super().__init__(model, threads)
-        settings = ModelProto.FromString(model).normalizer_spec
-        self._allow_growth(_longest_text(settings.precompiled_charsmap))
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.end_of_text = self._processor.eos_id()
         if self.end_of_text < 0:
@@ -330,8 +250,7 @@ def load_tokenizer(
         kind, given = SentencePieceTokenizer, content
         if content[:1] == b"{":
             kind, given = HuggingFaceTokenizer, content.decode()
-        with _quiet():
-            return kind(given, threads)
+        return kind(given, threads)
     except UserError as error:
         raise UserError(f"{setting}={str(path)!r}: {error}") from error
     except BaseException as error:  # the libraries raise bare Exception, RuntimeError and others
@@ -351,55 +270,3 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises `UserError` if a model with `vocab_size` lacks an embedding for some token."""
     wanted = f"the tokenizer has {tokenizer.token_count} tokens; it must be at least that"
     require(vocab_size >= tokenizer.token_count, "model.vocab_size", vocab_size, wanted)
-
-
-def _as_tiktoken(tokenizer: tokenizers.Tokenizer) -> tiktoken.Encoding | None:
-    """The same tokenizer in the tiktoken library, which is several times as fast; None if it might
-    differ.
-
-    tiktoken joins the neighbours whose union has the lowest id, the tokenizers library those that
-    come first in its list of merges. These are the same if the merges are in the order of the ids
-    of their unions, no two of which are equal, and the text of every token is encoded as that
-    token. Proof of the last part: let x, y be neighbours that are no merge although their union z
-    is a token. Up to here the text of z has been joined as it would be alone. So alone it would end
-    as x, y, and not as z.
-    """
-    spec = json.loads(tokenizer.to_str())
-    model, split = spec["model"], spec["pre_tokenizer"] or {}
-    options = [model[name] for name in model.keys() - {"type", "vocab", "merges"}]
-    if (
-        spec["normalizer"]
-        or model["type"] != "BPE"
-        or any(options)  # such as end_of_word_suffix
-        or split.get("type") != "ByteLevel"
-        or split.get("add_prefix_space") is not False
-        or split.get("use_regex") is not True
-        or not all(token["special"] for token in spec["added_tokens"])
-    ):
-        return None
-    added = {token["content"] for token in spec["added_tokens"]}
-    vocabulary = {token: id for token, id in model["vocab"].items() if token not in added}
-    unions = [vocabulary.get("".join(merge), -1) for merge in model["merges"]]
-    if -1 in unions or any(a >= b for a, b in itertools.pairwise(unions)):
-        return None
-    # The letters of bytes: printable bytes are letters themselves, the others come after U+00FF.
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    printable = [ord(letter) for letter in letters if letter <= "\xff"]
-    others = [byte for byte in range(256) if byte not in printable]
-    bytes_of = dict(zip(letters, printable + others, strict=True))
-    if not ({*"".join(vocabulary)} <= bytes_of.keys() <= vocabulary.keys()):
-        return None
-    bare = json.dumps(spec | {"pre_tokenizer": None, "added_tokens": []})
-    bare = tokenizers.Tokenizer.from_str(bare)
-    encodings = bare.encode_batch_fast(list(vocabulary), add_special_tokens=False)
-    if [encoding.ids for encoding in encodings] != [[id] for id in vocabulary.values()]:
-        return None
-    ranks = {bytes(bytes_of[letter] for letter in token): id for token, id in vocabulary.items()}
-    return tiktoken.Encoding(
-        "byte-level BPE", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
-    )
-
-
-def cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

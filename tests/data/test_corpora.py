@@ -135,11 +135,10 @@ def test_links_are_followed(text_folder, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/linked.txt").write_text("linked words")
     (text_folder / "folder").symlink_to(tmp_path / "elsewhere")
+    (text_folder / "broken.txt").symlink_to(tmp_path / "nothing.txt")
     found = documents(load_corpus("text", str(text_folder), str(tmp_path)))
     assert sum(texts.count("linked words") for texts in found.values()) == 1
-    (text_folder / "broken.txt").symlink_to(tmp_path / "nothing.txt")
-    with pytest.raises(UserError, match=r"data.path=.*broken.txt is a broken link"):
-        load_corpus("text", str(text_folder), str(tmp_path))
+    assert sum(map(len, found.values())) == 41
 
 
 def test_copies_in_training_and_validation_are_told(tmp_path, caplog):
@@ -157,7 +156,7 @@ def test_copies_in_training_and_validation_are_told(tmp_path, caplog):
 def test_text_folder_mistakes(tmp_path):
     folder = tmp_path / "texts"
     for missing in (str(folder), None):
-        with pytest.raises(UserError, match=r"data.path=.*no such folder .*mount its disk"):
+        with pytest.raises(UserError, match=r"data.path=.*no such folder of .txt files; cor"):
             load_corpus("text", missing, str(tmp_path))
     folder.mkdir()
     (folder / "readme.md").write_text("not text")
@@ -171,15 +170,11 @@ def test_text_folder_mistakes(tmp_path):
 
 def test_text_folder_with_a_folder_that_cannot_be_listed(text_folder, tmp_path, monkeypatch):
     """It is no empty folder: its texts would be missing, and nobody would know."""
-    (text_folder / "denied").mkdir()
-    scandir = os.scandir
 
-    def failing(path):
-        if str(path).endswith("denied"):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return scandir(path)
+    def denied(pattern):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{text_folder}/denied")
 
-    monkeypatch.setattr(os, "scandir", failing)
+    monkeypatch.setattr(corpora, "find", denied)
     with pytest.raises(UserError, match=r"cannot be read \(Permission denied: .*/denied\)"):
         load_corpus("text", str(text_folder), str(tmp_path / "cache"))
 
@@ -205,14 +200,6 @@ def test_missing_tfds_splits_are_cut_from_train(tmp_path):
     again = load_corpus("only_train:1.0.0", str(tmp_path), "unused", "body")
     assert documents(again) == found
     assert again.fingerprint == corpus.fingerprint
-
-
-def test_tfds_documents_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "DOCUMENT_BYTES", 10)
-    corpus = load_corpus("only_train", str(tmp_path), "unused", "body")
-    wanted = "document .* of its split train has 11 bytes; a document has at most 10"
-    with pytest.raises(UserError, match=f"data.name='only_train': {wanted}"):
-        documents(corpus)
 
 
 def test_tfds_data_lies_in_the_cache_by_default(tmp_path):
@@ -307,6 +294,7 @@ def load_from_hub(name, cache, endpoint, before=""):
     return json.loads(process.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_hugging_face_data_set_through_tfds(tmp_path):
     with hub() as endpoint:
         fingerprint, found = load_from_hub("huggingface:org/poems", tmp_path, endpoint)

@@ -1,8 +1,5 @@
-import errno
 import gzip
 import os
-from glob import glob
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -11,8 +8,6 @@ import pytest
 from aoe_jax.data import documents as data_documents
 from aoe_jax.data.documents import Piece, documents, find_files, pieces_of
 from aoe_jax.errors import UserError
-from aoe_jax.storage import retry
-from aoe_jax.storage.paths import find
 from tests.data.texts import (
     json_lines,
     texts,
@@ -28,7 +23,7 @@ from tests.data.texts import (
 def read(path, piece_bytes=2**30, field="text"):
     """The documents of a file piece by piece."""
     pieces = [piece for piece, _ in pieces_of(path, path.stat().st_size, piece_bytes)]
-    return [[text for text, _ in documents(piece, field)] for piece in pieces]
+    return [list(documents(piece, field)) for piece in pieces]
 
 
 def joined(pieces):
@@ -90,14 +85,6 @@ def test_an_empty_compressed_file_is_truncated(tmp_path, name):
 def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(rb'{"text": "\ud83d\ude80 a \ud83d b"}' + b"\n")
     assert read(tmp_path / "a.jsonl") == [["🚀 a \ufffd b"]]
-
-
-def test_progress_reaches_the_size(tmp_path):
-    write_everything(tmp_path / "in")
-    for path, (n_bytes, _) in find_files([str(tmp_path / "in" / "**")], tmp_path / "out").items():
-        for piece, size in pieces_of(path, n_bytes, 5000):
-            told = [read for _, read in documents(piece, "text")]
-            assert told == sorted(told) and told[-1] == size, path
 
 
 def test_files_are_found_once_and_sorted(tmp_path):
@@ -175,7 +162,11 @@ def damaged(content):
             b'{"text": ' + 9999 * b"[" + b"\n",
             r"byte 0 of .*is no JSON \(maximum recursion depth",
         ),
-        ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8 at byte 3; convert or remove it"),
+        (
+            "a.txt",
+            b"caf\xe9",
+            r"a\.txt cannot be read \('utf-8' codec can't decode .*position 3.*mend or",
+        ),
         ("a.parquet", b"no parquet", r"a\.parquet cannot be read \(.*[Pp]arquet"),
     ],
 )
@@ -194,7 +185,7 @@ def test_mistakes_in_parquet(tmp_path):
         read(tmp_path / "a.parquet", field="body")
     lists = pyarrow.table({"text": [["a"], ["b"]]})
     pyarrow.parquet.write_table(lists, tmp_path / "lists.parquet")
-    with pytest.raises(UserError, match=r"lists\.parquet has a list<element: string> there, not a"):
+    with pytest.raises(UserError, match=r"lists\.parquet has a list there, not a text"):
         read(tmp_path / "lists.parquet")
     with pytest.raises(
         UserError, match=r"--text_field='text': row group 2 of .*a\.parquet has a NoneType there"
@@ -206,40 +197,22 @@ def test_mistakes_in_parquet(tmp_path):
         read(tmp_path / "a.parquet")
 
 
-@pytest.mark.parametrize(
-    ("number", "problem"),
-    [
-        (b"\xd0\x0f", r"a\.parquet has 1000 rows instead of 1001"),
-        (b"\xe8\x07", r"row group 1 of .*a\.parquet has 500 rows instead of 501"),
-    ],
-)
-def test_parquet_without_some_of_its_rows(tmp_path, number, problem):
-    """Its footer promises 1,001 rows (2,002 as a varint), or 501 in the last row group."""
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts(1000)}), path, row_group_size=500)
-    content = bytearray(path.read_bytes())
-    content[content.rindex(number)] += 2
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=problem):
-        read(path)
-
-
 def test_parquet_that_is_not_utf8(tmp_path):
     binary = pyarrow.array([b"caf\xe9"], pyarrow.binary())
     wrong = pyarrow.StringArray.from_buffers(1, *binary.buffers()[1:])
     pyarrow.parquet.write_table(pyarrow.table({"text": wrong}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"row group 0 of .*a\.parquet is not UTF-8"):
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read \('utf-8' codec"):
         read(tmp_path / "a.parquet")
 
 
-def test_output_is_no_input_and_links_lead_somewhere(tmp_path):
+def test_output_and_broken_links_are_no_input(tmp_path):
     (tmp_path / "store" / "units").mkdir(parents=True)
     for name in ("a.jsonl", "store/plan.json", "store/units/00000.json"):
         (tmp_path / name).touch()
-    assert [*find_files([str(tmp_path / "**")], tmp_path / "store")] == [tmp_path / "a.jsonl"]
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
-    with pytest.raises(UserError, match=r"b\.jsonl is a broken link"):
-        find_files([str(tmp_path / "*.jsonl")], tmp_path / "store")
+    assert [*find_files([str(tmp_path / "**")], tmp_path / "store")] == [tmp_path / "a.jsonl"]
+    with pytest.raises(UserError, match="matches no file"):
+        find_files([str(tmp_path / "b*")], tmp_path / "store")
 
 
 def test_file_that_goes_away(tmp_path):
@@ -261,7 +234,6 @@ def test_patterns(tmp_path):
 def test_a_line_is_read_once_and_has_a_longest_length(tmp_path, monkeypatch):
     """Pieces within a long line have no document, and read no further than their ends."""
     monkeypatch.setattr(data_documents, "DOCUMENT_BYTES", 1000)
-    monkeypatch.setattr(data_documents, "_READ_BYTES", 10)
     line = json_lines(["x" * 900])
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'{"text": "b"}')
     assert joined(read(tmp_path / "a.jsonl", 100)) == ["a", "x" * 900, "b"]
@@ -270,19 +242,6 @@ def test_a_line_is_read_once_and_has_a_longest_length(tmp_path, monkeypatch):
     assert [list(documents(piece, "text")) for piece in others] == [[]] * 100
     with pytest.raises(UserError, match=r"the line at byte 0 of .*b\.jsonl is longer than 0 MiB"):
         list(documents(first, "text"))
-
-
-def test_a_line_has_few_values_but_any_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_documents, "_MOST_VALUES", 50)
-    long = r'[a], {"b": "c\", \\"}' * 50
-    (tmp_path / "a.jsonl").write_bytes(json_lines([long]))
-    assert read(tmp_path / "a.jsonl") == [[long]]
-    for value in (b"[]", b'{"a": 1}', b'"\\\\"'):
-        values = b", ".join([value] * 99)
-        (tmp_path / "b.jsonl").write_bytes(b'{"text": "a", "m": [' + values + b"]}\n")
-        wanted = r"the line at byte 0 of .*b\.jsonl has more than 50 values.*other than 'text'"
-        with pytest.raises(UserError, match=wanted):
-            read(tmp_path / "b.jsonl")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
@@ -294,33 +253,6 @@ def test_longest_text(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(compress(bytes(1001)))
     with pytest.raises(UserError, match=rf"{name} is longer than .* split or remove it"):
         read(tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz"])
-def test_bombs(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(data_documents, "_RATIO_FROM", 2**16)
-    compress = gzip.compress if name.endswith("gz") else zstd
-    (tmp_path / name).write_bytes(compress(json_lines(["a" * 10**5] * 20)))
-    with pytest.raises(UserError, match=r"expand to more than 256 times that size"):
-        read(tmp_path / name)
-
-
-def test_a_parquet_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_documents, "_RATIO_FROM", 2**16)
-    texts = {"text": [str(n) + "a" * 10**5 for n in range(20)]}
-    options = {"compression": "zstd", "use_dictionary": False}
-    pyarrow.parquet.write_table(pyarrow.table(texts), tmp_path / "a.parquet", **options)
-    with pytest.raises(UserError, match=r"expand to more than 256 times that size"):
-        read(tmp_path / "a.parquet")
-
-
-@pytest.mark.parametrize("group_rows", [3, 2000])
-def test_a_parquet_bomb_of_one_text_in_its_dictionary(tmp_path, monkeypatch, group_rows):
-    monkeypatch.setattr(data_documents, "_RATIO_FROM", 2**16)
-    table, path = pyarrow.table({"text": ["a" * 10**4] * 2000}), tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(table, path, row_group_size=group_rows, compression="zstd")
-    with pytest.raises(UserError, match=r"expand to more than 256 times that size"):
-        read(path)
 
 
 def test_long_rows_of_parquet_are_read_in_small_batches(tmp_path, monkeypatch):
@@ -338,12 +270,6 @@ def test_long_rows_of_parquet_are_read_in_small_batches(tmp_path, monkeypatch):
     assert read(path) == [texts] and seen == [4]
 
 
-def test_fifos_are_refused_at_once(tmp_path):
-    os.mkfifo(tmp_path / "a.jsonl")
-    with pytest.raises(UserError, match=r"a\.jsonl is a FIFO or a device; give regular files"):
-        find_files([str(tmp_path / "*")], tmp_path / "out")
-
-
 def test_names_that_are_not_utf8(tmp_path):
     names = [b"\xff.jsonl", b"\xff.jsonl.gz", b"\xff.parquet", b"\xff.txt"]
     paths = [tmp_path / os.fsdecode(name) for name in names]
@@ -353,57 +279,3 @@ def test_names_that_are_not_utf8(tmp_path):
     paths[-1].write_text("text")
     assert [*find_files([str(tmp_path / "*")], tmp_path / "out")] == paths
     assert [joined(read(path)) for path in paths] == [texts(20)] * 3 + [["text"]]
-
-
-def test_folders_that_cannot_be_listed_are_no_empty_folders(tmp_path, monkeypatch):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    for file in (tmp_path / "x.txt", tmp_path / "a" / "b" / "y.txt"):
-        file.write_text("text")
-    scandir, errors = os.scandir, [errno.ESTALE]
-
-    def failing(folder):
-        if str(folder).endswith("/a") and errors:
-            code = errors.pop()
-            raise OSError(code, os.strerror(code), str(folder))
-        return scandir(folder)
-
-    monkeypatch.setattr(os, "scandir", failing)
-    monkeypatch.setattr(retry, "_FIRST_PAUSE", 0.01)
-    pattern = str(tmp_path / "**" / "*.txt")
-    assert len(find_files([pattern], tmp_path / "out")) == 2  # after another try
-    errors.append(errno.EACCES)
-    with pytest.raises(UserError, match=r"cannot be read \(Permission denied: .*/a\)"):
-        find_files([pattern], tmp_path / "out")
-
-
-@pytest.mark.parametrize("pattern", ["*", "**", "**/*.txt", "**/a.txt"])
-def test_a_loop_of_links_is_a_broken_link(tmp_path, pattern):
-    (tmp_path / "a.txt").symlink_to("b.txt")
-    (tmp_path / "b.txt").symlink_to("a.txt")
-    with pytest.raises(UserError, match=r"[ab]\.txt is a broken link; mend or remove it"):
-        find_files([str(tmp_path / pattern)], tmp_path / "out")
-    with pytest.raises(UserError, match="matches no file"):
-        find_files([str(tmp_path / "*" / "*")], tmp_path / "out")
-
-
-def test_links_to_folders_are_not_followed(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.txt").write_text("text")
-    for name in ("a/up", "a/top", "link"):
-        (tmp_path / name).symlink_to(tmp_path if name == "a/top" else tmp_path / "a")
-    for pattern, names in (("**/*.txt", ["a/x.txt"]), ("link/*.txt", ["link/x.txt"])):
-        found = find_files([str(tmp_path / pattern)], tmp_path / "out")
-        assert [str(path.relative_to(tmp_path)) for path in found] == names
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    ["*.txt", "**", "**/*.txt", "d/**", "./d/../d/*", "x[[]1].txt", "d/.*/*", "d/b.txt/*"],
-)
-def test_patterns_are_those_of_glob(tmp_path, monkeypatch, pattern):
-    for name in ("a.txt", ".h.txt", "d/b.txt", "d/.h/c.txt", "d/e/f.txt", "d/e/g.TXT", "x[1].txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    monkeypatch.chdir(tmp_path)
-    wanted = {Path(os.path.abspath(path)) for path in glob(pattern, recursive=True)}
-    assert find(pattern).keys() == {path for path in wanted if path.is_file()}

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import sys
 from collections import Counter
 from fractions import Fraction
 
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 
 from aoe_jax.config.data import DataConfig
-from aoe_jax.data import SPLITS
+from aoe_jax.data import SPLITS, token_store
 from aoe_jax.data.pipeline import Mixture, train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
+from tests.runs import damage
 
 SEQ_LEN, BATCH_SIZE = 16, 6
 
@@ -223,7 +225,7 @@ def test_prepared_stores_that_do_not_fit(folders):
         corpus_of(here, "prepared@{mine}, text@{digits}", vocab_size=280)
     with pytest.raises(
         UserError,
-        match=rf"data\.name: 'prepared' names {folders['cache']}, which is no .*mount its disk",
+        match=rf"data\.name: 'prepared' names {folders['cache']}, which is no token store",
     ):
         corpus_of(here, "prepared@{nothing}, text@{digits}")
     assert not any(
@@ -234,3 +236,51 @@ def test_prepared_stores_that_do_not_fit(folders):
 def test_batches_of_a_single_window(corpus):
     batch = next(iter(train_batches(corpus.train, corpus.weights, SEQ_LEN, 1, 7)))
     assert batch["inputs"].shape == (1, SEQ_LEN)
+
+
+def test_damaged_shard_ends_the_batches_where_they_come_upon_it(folders, corpus):
+    """Once the shard is whole again, they go on as if nothing had been."""
+    expected = [batch["inputs"] for batch in itertools.islice(batches_of(corpus), 100)]
+    shard = corpus.tokenizer.parent / "train-00000.array_record"
+    whole, batches = shard.read_bytes(), iter(batches_of(corpus))
+    found = [next(batches)["inputs"] for _ in range(10)]
+    state = batches.get_state()
+    token_store._reader.cache_clear()
+    damage(shard)
+    with pytest.raises(UserError, match=rf"{shard.parent}.*{shard.name}"):
+        for _ in range(1000):
+            next(batches)
+    shard.write_bytes(whole)
+    again = iter(batches_of(corpus))
+    again.set_state(state)
+    found += [next(again)["inputs"] for _ in range(90)]
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"name": "text", "path": "/none"}, "data.path=.*/none.*: no such folder of .txt files"),
+        ({"name": "text@/none"}, "data.path=.*/none.*: no such folder of .txt files"),
+        ({"name": "prepared", "path": "/none"}, "'prepared' names /none, which is no token store"),
+        ({"name": "text", "path": "/" + "x" * 300}, "config.data.path=/x*: File name too long"),
+        ({"name": "text", "path": "gs://b/x"}, "config.data.path=gs://b/x: it must be on a disk"),
+        ({"name": "text@gs://b/x"}, "config.data.name=gs://b/x: it must be on a disk; aoe_jax.pre"),
+        ({"cache": "gs://b/x"}, "config.data.cache=gs://b/x: it must be on a disk"),
+        ({"name": "prepared@gs://b/x"}, "config.data.name=gs://b/x: the package gcsfs is missing"),
+        ({"tokenizer": "/none"}, "data.tokenizer='/none': cannot be read"),
+    ],
+)
+def test_paths_that_cannot_be_opened(monkeypatch, tmp_path, settings, words):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=words):
+        open_corpus(DataConfig(**{"cache": str(tmp_path)} | settings), 300)
+
+
+@pytest.mark.parametrize("path", ["~/texts", "texts", "../home/texts"])
+def test_paths_as_a_user_writes_them(monkeypatch, tmp_path, path):
+    write_documents(tmp_path / "home" / "texts", "abc")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "home")
+    corpus = open_corpus(DataConfig("text", path=path, cache="~/cache"), 300)
+    assert corpus.tokenizer.parent.parent == tmp_path / "home" / "cache" / "tokens"

@@ -20,7 +20,7 @@ from moto.server import ThreadedMotoServer
 
 from aoe_jax.config.data import DataConfig
 from aoe_jax.conversion.exporting import export
-from aoe_jax.data.preparation import Settings, check, prepare, repair
+from aoe_jax.data.preparation import Settings, check, prepare
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import InUse, UserError
@@ -155,7 +155,7 @@ def test_what_must_be_on_a_disk():
         ({"data__cache": "gs://b/x"}, r"config\.data\.cache=gs://b/x: it must be on a disk$"),
     ):
         with pytest.raises(UserError, match=words):
-            tiny_config(**changes)
+            open_corpus(tiny_config(**changes).data, 300)
     command = ["-m", "aoe_jax.compare", "--suite=gs://b/x.py", "--workdir=x"]
     status, _, stderr = execute(command)
     assert status == 2 and "error: --suite=gs://b/x.py: it must be on a disk" in stderr, stderr
@@ -345,18 +345,17 @@ def test_a_prepared_corpus(folder, tmp_path):
     (damaged,) = (path for path in folder.iterdir() if path.name.startswith("validation"))
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1] + b"x")
-    wanted = r"validation.* has another hash .* --repair --output=\w\w:"
-    with pytest.raises(UserError, match=wanted):
+    with pytest.raises(UserError, match="validation.* has another hash .*into a new folder"):
         corpus.validation[folder.name].read(0, 9)
-    assert repair(folder, 1) == [damaged.name]
-    assert damaged.read_bytes() == content
+    assert check(folder) == [damaged.name]
+    damaged.write_bytes(content)
     assert len(corpus.validation[folder.name].read(0, 9)) == 9
 
     missing = open_corpus(data, 300).train[folder.name]
     for path in [shard, *shard.parent.glob("train*")]:
         path.unlink(missing_ok=True)
     (folder / shard.name).unlink()
-    with pytest.raises(UserError, match=rf"{shard.name} is missing; .* --repair --output=\w\w:"):
+    with pytest.raises(UserError, match=rf"{shard.name} is missing; prepare it again"):
         missing.read(5, 50)
 
 
@@ -375,8 +374,6 @@ def test_a_corpus_from_texts_in_a_store(folder, tmp_path):
     assert disk.pop("plan.json") != remote.pop("plan.json")
     assert disk.pop("manifest.json") != remote.pop("manifest.json")  # the name of the store
     assert disk == remote and any(name.startswith("train-") for name in disk)
-    (shard := next(stores[1].glob("train-*"))).unlink()
-    assert repair(stores[1], 1, [f"{folder}/**/*.txt", f"{folder}/lines.*"]) == [shard.name]
     (folder / "lines.jsonl.gz").write_bytes(gzip.compress(lines[0].encode()))
     with pytest.raises(
         UserError, match=r"lines\.jsonl\.gz has changed since the preparation began"
