@@ -10,7 +10,6 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-from aoe_jax.program import Forgiving
 
 from aoe_jax.errors import Hang
 from aoe_jax.training.bar import MAX_EXPERTS, Bar, load_columns
@@ -27,7 +26,7 @@ log = logging.getLogger("aoe_jax")
 def attached(monkeypatch):
     """A terminal that is stderr from now on; pytest resets stderr after fixtures."""
     terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", Forgiving(terminal.file))
+    monkeypatch.setattr(sys, "stderr", terminal.file)
     handler = logging.StreamHandler(sys.stderr)
     monkeypatch.setattr(log, "handlers", [handler])
     monkeypatch.setattr(log, "level", log.level)
