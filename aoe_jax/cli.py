@@ -158,7 +158,7 @@ def run(main):
     ended_with = []
     # The interpreter's end would abort where a C++ thread calls Python meanwhile. This comes after
     # the handlers that libraries register while the command runs.
-    atexit.register(lambda: os._exit(ended_with[0]))
+    atexit.register(lambda: ended_with and os._exit(ended_with[0]))
     signal.signal(signal.SIGTERM, _terminate)
     status, is_orderly = execute(main, sys.argv)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -184,6 +184,7 @@ def execute(main, argv):
     """
     # After a mistake on the command line, FLAGS.debug is not parsed.
     debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(argv[1:])
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _parse(argv)
         if FLAGS.help:
@@ -203,7 +204,6 @@ def execute(main, argv):
 
 
 def _set_up_logging(debug):
-    sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("aoe_jax")

@@ -45,17 +45,14 @@ def start():
     `UserError` if the flags contradict each other or there is no cluster, and `MachineFault` if a
     process does not join or JAX finds no device.
     """
-    flags_of_one = (_COORDINATOR, _PROCESSES, _PROCESS)
-    given = [flag.name for flag in flags_of_one if flag.value is not None]
-    missing = [flag.name for flag in flags_of_one if flag.value is None]
-    if _DISTRIBUTED.value and given:
-        raise UserError(
-            f"--distributed and --{given[0]}: give one or the other; --distributed asks the cluster"
-        )
+    given, missing = [], []
+    for flag in (_COORDINATOR, _PROCESSES, _PROCESS):
+        (missing if flag.value is None else given).append(f"--{flag.name}")
+    if given and _DISTRIBUTED.value:
+        raise UserError(f"--distributed asks the cluster; leave out {', '.join(given)}")
     if given and missing:
-        raise UserError(
-            f"--{missing[0]} is missing; --coordinator, --processes and --process go together"
-        )
+        wanted = "--coordinator, --processes and --process go together"
+        raise UserError(f"{missing[0]} is missing; {wanted}")
     if given:
         host, _, port = _COORDINATOR.value.rpartition(":")
         is_address = host and ":" not in host and port.isdecimal() and 0 < int(port[:6]) < 2**16
@@ -69,9 +66,7 @@ def start():
         # Programs from the cache have lost the order of their collectives, and deadlock.
         jax.config.update("jax_enable_compilation_cache", False)
         if jax.config.jax_compilation_cache_dir:
-            log.warning(
-                "the compilation cache is off: its programs deadlock on several CPU devices"
-            )
+            log.warning("the compilation cache is off: it deadlocks on several CPU devices")
 
 
 def _backend():
@@ -95,10 +90,8 @@ def _initialize():
     try:
         jax.distributed.initialize(address, _PROCESSES.value, _PROCESS.value, **settings)
     except ValueError as e:
-        raise UserError(
-            f"--distributed: no cluster was found here ({e}); give --coordinator, --processes and "
-            "--process"
-        ) from e
+        wanted = "give --coordinator, --processes and --process"
+        raise UserError(f"--distributed: no cluster was found here ({e}); {wanted}") from e
     except RuntimeError as e:  # of its service and its client
         where = f"--coordinator={address}: " if address else ""
         raise MachineFault(f"{where}the processes cannot meet ({reason(e)})") from e

@@ -20,7 +20,7 @@ class StopRequests:
 
     def __init__(self):
         """Handles signals from `listen` on."""
-        self._signal, self._questions = None, 0
+        self._signal, self._is_told, self._questions = None, False, 0
 
     def listen(self):
         """Handles signals from now on; call it before `jax.distributed` starts."""
@@ -29,13 +29,16 @@ class StopRequests:
 
     def asked(self):
         """Whether to stop now; all processes must ask at the same places of the program."""
-        if jax.distributed.is_initialized():
-            self._questions += 1
-            is_asked = multihost_utils.reached_preemption_sync_point(self._questions)
-            if is_asked and self._signal is None:
-                self._signal = signal.SIGTERM
-            return is_asked
-        return self._signal is not None
+        if not jax.distributed.is_initialized():
+            return self._signal is not None
+        if self._signal is not None and not self._is_told:
+            self._is_told = True
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX takes it, and tells the others
+        self._questions += 1
+        is_asked = multihost_utils.reached_preemption_sync_point(self._questions)
+        if is_asked and self._signal is None:
+            self._signal = signal.SIGTERM
+        return is_asked
 
     def end(self, message):
         """The exception that ends the run."""
@@ -49,5 +52,3 @@ class StopRequests:
             print("stopped at once by a second signal", file=sys.stderr, flush=True)
             os._exit(status)
         self._signal = number
-        if jax.distributed.is_initialized():
-            os.kill(os.getpid(), signal.SIGTERM)  # JAX takes it, and tells the others
