@@ -70,7 +70,9 @@ def define_config_flag():
     """Defines `--config`, and `--config.GROUP.FIELD=VALUE` of every field."""
     from aoe_jax.config.run import field_types  # imports JAX
 
-    for group, fields in field_types().items():
+    sets_method = any("config.routing." in argument for argument in sys.argv)
+    types = field_types(sets_method)
+    for group, fields in types.items():
         for field, (kind, *others) in fields.items():
             name = f"config.{group}.{field}"
             if kind is bool:
@@ -79,7 +81,7 @@ def define_config_flag():
                 flags.DEFINE(_FieldParser(kind, type(None) in others), name, None, "")
     about = (
         "FILE.py, FILE.py:VARIANT or the config.json of a run; --config.GROUP.FIELD=VALUE changes "
-        f"a field, such as --config.train.steps=2000; the groups are {', '.join(field_types())}"
+        f"a field, such as --config.train.steps=2000; the groups are {', '.join(types)}"
     )
     return flags.DEFINE_string("config", None, about)
 

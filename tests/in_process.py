@@ -5,6 +5,7 @@ import importlib
 import io
 import logging
 import sys
+from unittest import mock
 
 from absl import flags
 from absl import logging as absl_logging
@@ -20,6 +21,7 @@ def execute(command):
     name = arguments.pop(0) if program == "-m" else program
     files = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
     with (
+        mock.patch.object(sys, "argv", command),  # flags are defined by what it names
         fresh(name) as module,
         logging_restored(),
         contextlib.redirect_stdout(files[0]),
@@ -92,6 +94,7 @@ def call(module, *arguments):
     """Parses a command line with the flags of a command's module, and returns what its `main`
     returns. Raises what the command would print as its last line.
     """
-    with fresh(module) as command, logging_restored():
-        cli._parse([module, *arguments])
+    argv = [module, *arguments]
+    with mock.patch.object(sys, "argv", argv), fresh(module) as command, logging_restored():
+        cli._parse(argv)
         return command.main()

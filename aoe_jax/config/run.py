@@ -89,13 +89,13 @@ class Config:
         return json.loads(json.dumps(groups))
 
 
-def field_types():
+def field_types(methods=True):
     """The types that each field of each group may have: `{group: {field: (type, ...)}}`, where
-    `routing` has the fields of all methods.
+    `routing` has the fields of all methods, or of none, which are then not imported.
     """
     found = {f.name: _types(f.type) for f in dataclasses.fields(Config) if f.name != "routing"}
     found["routing"] = {"name": (str,)}
-    for method in all_methods().values():
+    for method in all_methods().values() if methods else ():
         found["routing"] |= _types(method)
     return found
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 from flax.traverse_util import flatten_dict
 
+from aoe_jax.config.checks import differences
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
 from aoe_jax.distributed import agree, gathered, together
 from aoe_jax.errors import UserError
-from aoe_jax.formats.configs import differences
 from aoe_jax.storage.config_files import read_run_config
 from aoe_jax.storage.files import (
     COUNT,
