@@ -8,9 +8,9 @@ unforeseen error, and while another process owns the workdir; not after a mistak
 status 2), divergence (4) or Ctrl-C. It gives up after `--restarts` restarts without a new step.
 
 It passes SIGTERM, SIGINT and SIGHUP (as SIGTERM) on, and ends with the command. Attempts get
-`--start-over` and `--go-back` until the run has begun anew or gone back, later ones
-`--resume-only`, and only the first gets `--take-over`. `WORKDIR/attempts/HOST.jsonl` has a line for
-every attempt. The exit status is 0 if the run has finished, else that of the last attempt.
+`--start-over` and `--go-back` until the run has begun anew or gone back, and only the first gets
+`--take-over`. `WORKDIR/attempts/HOST.jsonl` has a line for every attempt. The exit status is 0 if
+the run has finished, else that of the last attempt.
 """
 
 import argparse
@@ -42,12 +42,11 @@ _PAUSE = flags.DEFINE_float(
     "seconds before the first restart, doubled for each attempt without a new step",
     lower_bound=0,
 )
-_LOOK_EVERY = 0.5  # seconds until a run that has begun is seen
 _LONGEST_PAUSE = 60.0  # seconds; several supervisors must meet within --join_timeout
 _FINAL = {UserError.status, DivergedError.status, Interrupted.status}
 # signal to the supervisor -> signal to the command
 _PASSED_ON = {n: n for n in (signal.SIGTERM, signal.SIGINT)} | {signal.SIGHUP: signal.SIGTERM}
-_HEARTBEAT = {"saved": or_none(COUNT), "status": or_none(TEXT), "history": or_none(COUNT)}
+_HEARTBEAT = {"saved": or_none(COUNT), "status": or_none(TEXT)}
 
 
 class Supervisor:
@@ -60,7 +59,7 @@ class Supervisor:
             raise UserError("the command after -- has no --workdir; name the directory of the run")
         self._workdir = parsed_path(self._flags.workdir, "--workdir", in_store=True)
         self._process, self._asked_to_stop = None, threading.Event()
-        self._has_begun, self._history = False, self._heartbeat(UserError).get("history")
+        self._files = self._files_of_run()
         for number in _PASSED_ON:
             signal.signal(number, self._pass_on)
 
@@ -98,29 +97,25 @@ class Supervisor:
     def _attempt(self, number):
         arguments = [*self._rest, f"--workdir={self._flags.workdir}"]
         arguments += ["--take-over"] if self._flags.take_over and number == 1 else []
-        arguments += ["--resume-only"] if self._has_begun or self._flags.resume_only else []
-        if not self._has_begun:
+        if self._files_of_run() == self._files:  # an attempt before has not moved them yet
             arguments += ["--start-over"] if self._flags.start_over else []
             arguments += [f"--go-back={self._flags.go_back}"] if self._flags.go_back else []
         # In its own session: a Ctrl-C in the terminal must reach it once, through this process.
         self._process = subprocess.Popen([sys.executable, *arguments], start_new_session=True)
         if self._asked_to_stop.is_set():  # it came while the process was made
             self._process.send_signal(signal.SIGTERM)
-        while self._process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(None if self._has_begun else _LOOK_EVERY)
-            self._has_begun = self._has_begun or self._sees_beginning()
-        status = self._process.returncode
+        status = self._process.wait()
         return status if status >= 0 else 128 - status
 
-    def _sees_beginning(self):
-        """Whether the run has begun, begun anew or gone back, so that attempts may only resume."""
-        heartbeat, moves = self._heartbeat(), self._flags.start_over or self._flags.go_back
-        return bool(heartbeat) and (not moves or heartbeat.get("history") != self._history)
+    def _files_of_run(self):
+        """The folders of files set aside, and whether the workdir has a run."""
+        aside = self._workdir / "set_aside"
+        folders = {path.name for path in aside.iterdir()} if aside.is_dir() else set()
+        return folders, (self._workdir / "heartbeat.json").exists()
 
-    def _heartbeat(self, suppressed=Failure):
+    def _heartbeat(self):
         """The heartbeat of the run; empty if there is none, or it cannot be read."""
-        with contextlib.suppress(suppressed):
+        with contextlib.suppress(Failure):
             return read_json(self._workdir / "heartbeat.json", schema=_HEARTBEAT)
         return {}
 
@@ -138,7 +133,7 @@ def _split(command):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--workdir", "-workdir")
     parser.add_argument("--go-back", "--go_back")
-    for name in ("start-over", "take-over", "resume-only"):
+    for name in ("start-over", "take-over"):
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", action="store_true")
     return parser.parse_known_args(command)
 

@@ -26,7 +26,7 @@ from tests.runs import (
     shared,
     start,
 )
-from tests.test_faults import last_line
+from tests.test_promises import last_line
 
 LASTS = 0.7  # seconds of a fault that passes: the second try fails too
 

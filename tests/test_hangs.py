@@ -20,7 +20,7 @@ from tests.runs import (
     start,
 )
 from tests.test_fault_matrix import STATE, Fault
-from tests.test_faults import SLOW_SAVES, heartbeat, last_line, patched, wait_for
+from tests.test_promises import SLOW_SAVES, heartbeat, last_line, patched, wait_for
 
 # The data of a batch never arrives, in process `who`: a read that no signal ends.
 NO_DATA = """

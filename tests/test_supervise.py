@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from aoe_jax import supervise
-from aoe_jax.errors import MachineFault, UserError
+from aoe_jax.errors import UserError
 from aoe_jax.storage import retry
 from aoe_jax.supervise import Supervisor, main
 from tests.hasty import xla_flags
 from tests.runs import ROOT, dense_command, dense_run, same_end
-from tests.test_faults import heartbeat, wait_for
+from tests.test_promises import heartbeat, wait_for
 
 # Ends each attempt as told: exit status, status of the heartbeat, steps that it adds.
 SCRIPT = """
@@ -30,10 +29,11 @@ with (workdir / "given").open("a") as given:
     print(*(a for a in sys.argv[2:] if not a.startswith("--workdir=")), file=given)
 status, word, steps = plan[min(number, len(plan) - 1)]
 before = json.loads(path.read_text()) if path.exists() else {}
-history = before.get("history") if word == "another's" else number
 found = {"status": word, "saved": before.get("saved", 0) + steps, "time": time.time()}
 if word != "silent":
-    path.write_text(json.dumps(found | {"history": history}))
+    path.write_text(json.dumps(found))
+if word == "moves":
+    (workdir / "set_aside" / "now").mkdir(parents=True)
 if status == "wait":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     (workdir / "waits").touch()
@@ -86,23 +86,24 @@ def test_what_is_started_again(tmp_path, plan, status, count, caplog):
     assert ("gave up: 3 attempts in a row" in caplog.text) == (status == 5)
 
 
-def test_a_run_goes_back_until_it_has_begun(tmp_path):
-    """An attempt that fails before has not gone back, also if the former process still saves."""
+@pytest.mark.parametrize(
+    ("flags", "given"), [(["--go-back", "2"], "--go-back=2"), (["--start_over"], "--start-over")]
+)
+def test_files_are_moved_once(tmp_path, flags, given):
+    """An attempt that fails before has not moved them, also if the former process still saves."""
     (tmp_path / "run").mkdir()
-    before = {"status": "finished", "saved": 3, "time": 1.5, "history": 7}
-    (tmp_path / "run" / "heartbeat.json").write_text(json.dumps(before))
-    plan = [(5, "silent", 0), (5, "another's", 0), (5, "failed", 1), (0, "finished", 1)]
-    given = command(tmp_path, plan, "--take_over", "--go-back", "2")
-    assert Supervisor(given).run(restarts=2, pause=0) == 0
+    (tmp_path / "run" / "heartbeat.json").write_text('{"status": "finished", "saved": 3}')
+    plan = [(5, "silent", 0), (5, "failed", 1), (5, "moves", 0), (0, "finished", 1)]
+    supervisor = Supervisor(command(tmp_path, plan, "--take_over", *flags))
+    assert supervisor.run(restarts=2, pause=0) == 0
     lines = (tmp_path / "run" / "given").read_text().splitlines()
-    assert lines == ["--take-over --go-back=2", "--go-back=2", "--go-back=2", "--resume-only"]
+    assert lines == [f"--take-over {given}", given, given, ""]
 
 
-def test_attempts_only_resume_a_run_that_has_begun(tmp_path):
-    """Else its disk, if it vanishes, could get a new run in its place."""
-    plan = [(5, "silent", 0), (5, "failed", 1), (0, "finished", 1)]
-    assert Supervisor(command(tmp_path, plan)).run(restarts=2, pause=0) == 0
-    assert (tmp_path / "run" / "given").read_text().splitlines() == ["", "", "--resume-only"]
+def test_a_new_run_starts_over_once(tmp_path):
+    plan = [(5, "failed", 1), (0, "finished", 1)]
+    assert Supervisor(command(tmp_path, plan, "--start-over")).run(restarts=2, pause=0) == 0
+    assert (tmp_path / "run" / "given").read_text().splitlines() == ["--start-over", ""]
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '{"saved": "x"}', '{"saved": true}', "[" * 9999])
@@ -110,25 +111,6 @@ def test_a_heartbeat_of_somebody_else_counts_as_none(tmp_path, content):
     (tmp_path / "heartbeat.json").write_text(content)
     given = ["-c", "raise SystemExit(2)", f"--workdir={tmp_path}"]
     assert Supervisor(given).run(restarts=0, pause=0) == 2
-
-
-def test_a_disk_that_fails(tmp_path, monkeypatch):
-    """At the start nothing is known of the run; later, attempts go on."""
-    given = command(tmp_path, [(5, "failed", 1), (0, "finished", 1)])
-    supervisor, count = Supervisor(given), tmp_path / "run" / "count"
-    read, counts = supervise.read_json, [None]  # the attempts during which the disk fails
-
-    def read_or_fail(*arguments, **options):
-        if (count.read_text() if count.exists() else None) in counts:
-            raise MachineFault("it cannot be read")
-        return read(*arguments, **options)
-
-    monkeypatch.setattr(supervise, "read_json", read_or_fail)
-    with pytest.raises(MachineFault):
-        Supervisor(given)
-    counts[:] = ["1"]
-    assert supervisor.run(restarts=1, pause=0) == 0
-    assert count.read_text() == "2"
 
 
 def test_the_pause_stays_bounded(tmp_path, monkeypatch):

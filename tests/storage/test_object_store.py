@@ -51,7 +51,7 @@ from tests.runs import (
     train_command,
 )
 from tests.storage.test_lease import outcomes_of_rivals
-from tests.test_faults import last_line
+from tests.test_promises import last_line
 
 ELSEWHERE = "token=aa\nhost=tpu-3\npid=11\n"
 

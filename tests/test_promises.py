@@ -1,4 +1,8 @@
-"""Faults in real runs: signals, batches that are not finite, damaged checkpoints, a full disk."""
+"""The ten promises of docs/training.md, in real processes; more faults are in the second tier.
+
+Elsewhere: a kill (1) in `test_train.py`, the supervisor (8) in `test_supervise.py`, mistakes (9) in
+`test_bad_input.py`, files of others (10) in `test_fuzz.py` and `data/test_prepare.py`.
+"""
 
 import json
 import re
@@ -45,9 +49,10 @@ def last_line(stderr):
     return stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("number", "status", "word"), [(15, 0, "preempted"), (2, 130, "interrupted")]
-)
+INTERRUPT = pytest.param(2, 130, "interrupted", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("number", "status", "word"), [(15, 0, "preempted"), INTERRUPT])
 def test_asked_to_stop_while_training(tmp_path, number, status, word):
     process = start(dense_command(tmp_path / "run"))
     wait_for(process, lambda: saved(tmp_path / "run", EVERY))
@@ -86,7 +91,7 @@ def slow(*arguments):
         yield batch
         if n == 1 and {condition}:
             os.kill(os.getpid(), signal.SIGTERM)
-perplexity.eval_batches = slow
+validation.eval_batches = slow
 cli.run(train.main)
 """
 
@@ -96,6 +101,7 @@ def patched(code, workdir, **changes):
     return ["-c", code, *dense_command(workdir, **changes)[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True])
 def test_asked_to_stop_while_validating(tmp_path, last):
     """The interrupted validation is repeated, also if it is the last."""
@@ -115,6 +121,7 @@ def test_asked_to_stop_while_validating(tmp_path, last):
     assert same_end(workdir, dense_run())
 
 
+@pytest.mark.slow
 def test_asked_to_stop_before_training(tmp_path):
     """The first step is taken and saved."""
     code = "import os, signal, train\nfrom aoe_jax import cli\nfrom aoe_jax.training import loop\n"
@@ -184,6 +191,7 @@ os.rename, os.replace = slowly(os.rename), slowly(os.replace)
 """
 
 
+@pytest.mark.slow
 def test_run_that_cannot_get_on(tmp_path):
     changes = {"train__max_skipped": 3, "checkpoint__every": 4}
     command = patched(
@@ -266,6 +274,61 @@ def test_a_second_request_to_stop_ends_at_once(tmp_path):
     assert finish(process)[0] == 128 + signal.SIGTERM
 
 
+PASSING_FAULT = """
+import errno, os
+import train
+from aoe_jax import cli
+from aoe_jax.training import writers
+sync, left = os.fsync, {failures}
+def faulty(file):
+    global left
+    left -= 1
+    if left >= 0:
+        raise OSError(errno.EIO, "Input/output error")
+    sync(file)
+writers.os.fsync = faulty
+cli.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("failures", [3, 10**6])
+def test_a_fault_of_the_disk(tmp_path, failures):
+    """It is retried; a lasting one ends the run, and the next start goes on."""
+    seconds = 60 if failures == 3 else 0.1
+    command = patched(PASSING_FAULT.format(failures=failures), tmp_path / "run")
+    status, _, stderr = run([*command, f"--retry_seconds={seconds}"])
+    assert "cannot be written (Input/output error)" in stderr
+    if failures > 3:
+        assert status == 5 and "it was tried for 0.1 s" in last_line(stderr), stderr
+        status, _, stderr = run(dense_command(tmp_path / "run"))
+    assert status == 0 and same_end(tmp_path / "run", dense_run()), stderr
+
+
+HANG = """
+import os
+import train
+from aoe_jax import cli
+from aoe_jax.training import loop
+evaluate = loop.evaluate
+def read_that_hangs(*arguments):
+    os.read(os.pipe()[0], 1)
+loop.evaluate = read_that_hangs
+cli.run(train.main)
+"""
+
+
+def test_a_hang(tmp_path):
+    """It hangs in its first validation, after the checkpoint of step 9."""
+    workdir = tmp_path / "run"
+    status, _, stderr = run(patched(HANG, workdir, train__hang_timeout=3))
+    assert status == 6 and "(validating, after step 10) made no progress" in last_line(stderr)
+    assert "read_that_hangs" in (workdir / "hang" / "process_0.txt").read_text()
+    status, _, stderr = run(dense_command(workdir))
+    assert status == 0 and "going on from step 9" in stderr, stderr
+    assert same_end(workdir, dense_run())
+
+
+@pytest.mark.slow
 def test_saves_by_the_clock(tmp_path):
     """They change nothing of what is computed."""
     changes = {"checkpoint__every": 100, "checkpoint__every_minutes": 1e-6, "checkpoint__keep": 99}
@@ -277,6 +340,7 @@ def test_saves_by_the_clock(tmp_path):
     assert same_end(workdir, dense_run())
 
 
+@pytest.mark.slow
 def test_unforeseen_exception_has_a_last_line(tmp_path):
     code = "import train\nfrom aoe_jax import cli\nfrom aoe_jax.training import loop\n"
     code += "def fail(*_): raise RuntimeError('the machine is on fire')\n"
@@ -323,6 +387,7 @@ def test_history_is_not_erased(tmp_path):
     assert len([*(workdir / "set_aside").iterdir()]) == 2
 
 
+@pytest.mark.slow
 def test_exported_model_scores_as_its_run(tmp_path):
     whole = shutil.copytree(dense_run(), tmp_path / "run")
     model = f"--output={tmp_path / 'model'}"
