@@ -21,7 +21,7 @@ import filelock
 
 from aoe_jax.errors import InUse, UserError
 from aoe_jax.storage.files import make_folder, read_regular, write_or_refuse
-from aoe_jax.storage.paths import create, is_remote
+from aoe_jax.storage.paths import create, file_system, is_remote
 from aoe_jax.storage.retry import Tolerated, patiently
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,8 @@ class _OnDisk:
         while not write_or_refuse(self._folder, flag, lambda: self._take(is_stale, take_over)):
             found = write_or_refuse(self._folder, flag, lambda: _seen(self._file))
             waited = time.monotonic() - since
-            if found and before and (found != before or waited > 2 * STALE):
+            is_renewed = found != before and not take_over
+            if found and before and (is_renewed or waited > 2 * STALE):
                 raise InUse(
                     f"--{flag}={self._folder} is in use by {_in_words(found)}. It may still be "
                     f"saving: start again once it has ended, use another --{flag}, or end it"
@@ -85,7 +86,7 @@ class _OnDisk:
                 owner = f"{self._folder} belongs to {_in_words(found)}"
                 log.warning(f"{owner}; this process takes over if it does not renew its lease")
                 before, since, waited = found, time.monotonic(), 0.0
-            is_stale = waited >= STALE
+            is_stale = take_over or waited >= STALE
             time.sleep(RENEW / 10)
         if before:
             log.warning(f"{self._folder} was taken over from {_in_words(before)}")
@@ -162,8 +163,10 @@ class _InStore(_OnDisk):
 
 def _seen(file):
     try:
-        content = read_regular(file, 4096).decode("ascii", "replace")
-        return content, 0 if is_remote(file) else os.stat(file).st_mtime_ns
+        if is_remote(file):  # in one request, because the owner may replace it meanwhile
+            content = file_system(file).cat_file(os.fspath(file), start=0, end=4096)
+            return content.decode("ascii", "replace"), 0
+        return read_regular(file, 4096).decode("ascii", "replace"), os.stat(file).st_mtime_ns
     except FileNotFoundError:
         return None
 

@@ -217,7 +217,7 @@ from aoe_jax.storage import lease
 from aoe_jax.storage.paths import parsed_path
 folder = parsed_path(sys.argv[1], "--workdir", in_store=True)
 refused = pathlib.Path(sys.argv[2])
-lease.RENEW, lease.STALE = 0.1, 2.0
+lease.RENEW, lease.STALE = 0.1, 6.0
 try:
     with lease.leased(folder, "workdir") as owner:
         deadline = time.monotonic() + 60
@@ -241,7 +241,7 @@ def outcomes_of_rivals(folder, refused, **variables):
 
 def test_two_processes_that_want_a_folder(tmp_path):
     """It belongs to a third host, which is silent."""
-    elsewhere(tmp_path / "run", duration="2.0")
+    elsewhere(tmp_path / "run", duration="6.0")
     assert outcomes_of_rivals(tmp_path / "run", tmp_path / "refused") == ["refused", "trained"]
 
 
@@ -254,7 +254,7 @@ def test_a_stopped_owner_that_goes_on_late(tmp_path):
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGSTOP)
-        lease.STALE = 2.0
+        lease.STALE = 6.0
         with leased(tmp_path / "run", "workdir") as owner:
             process.send_signal(signal.SIGCONT)
             assert "was taken over by process" in process.communicate(timeout=60)[1]
