@@ -75,8 +75,8 @@ def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     if prepared:
         tokenizer = _shared_tokenizer(list(directories.values()), tokenizer, vocab_size)
     corpora = {
-        source.label: load_corpus(source.name, paths[source.label], cache, data.text_field)
-        for source in data.sources
+        label: load_corpus(source.name, paths[label] and str(paths[label]), cache, data.text_field)
+        for label, source in zip(paths, data.sources, strict=True)
         if source.name != "prepared"
     }
     if corpora:

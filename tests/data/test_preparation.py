@@ -146,8 +146,8 @@ def test_killed_process_is_a_fault_and_the_preparation_goes_on(
     inputs, whole, tmp_path, monkeypatch
 ):
     def kill(written):
-        if written == 1:
-            multiprocessing.active_children()[0].kill()
+        if children := multiprocessing.active_children():
+            children[0].kill()
 
     with pytest.raises(MachineFault, match="--processes=2: a process was killed; if memory ran"):
         interrupted(inputs, tmp_path / "store", monkeypatch, kill)

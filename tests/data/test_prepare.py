@@ -91,6 +91,22 @@ def test_processes_end_with_the_one_that_began_them(folder, tmp_path):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
+def test_long_document_takes_bounded_memory(tmp_path):
+    """A library would need up to a hundred times the memory of a text that it gets at once."""
+    (tmp_path / "many.jsonl").write_bytes(json_lines(texts(300)))
+    (tmp_path / "long.txt").write_text("the state of the Union, 1790 " * 700_000)
+    flags = [f"--input={tmp_path}/*.*", *FLAGS, f"--output={tmp_path / 'store'}", "--processes=1"]
+    code = (
+        "import resource, subprocess, sys; status = subprocess.call(sys.argv[1:]);"
+        "print(status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", code, sys.executable, "-m", "aoe_jax.prepare", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    status, kilobytes = map(int, done.stdout.split())
+    assert status == 0 and kilobytes < 700_000, (done.stdout, done.stderr)
+
+
 def test_check(whole, tmp_path):
     status, stderr = finish("--check", f"--output={whole}")
     assert status == 0 and stderr.endswith("all shards are as they were written\n")
