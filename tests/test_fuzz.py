@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from aoe_jax.compare.train_runs import read_summary
 
+from aoe_jax.compare.train_runs import read_summary
 from aoe_jax.data.documents import documents, pieces_of
 from aoe_jax.data.preparation import Settings, prepare
 from aoe_jax.data.token_store import TokenStore

@@ -23,6 +23,7 @@ STEPS = 3  # of a round; the first is not counted, because caches still belong t
 
 
 def random_batch(config: Config):
+    """Returns a batch of random tokens, each array `[train.batch_size, data.seq_len]`."""
     shape = (config.train.batch_size, config.data.seq_len)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, *shape), np.int32)
     return {
@@ -62,6 +63,7 @@ class RepeatedStep:
         self.memory = program_memory(self._state, self.program)
 
     def __call__(self):
+        """Takes a step; returns its metrics."""
         with jax.set_mesh(self._mesh):
             self._state, metrics = self.program(self._state, self._batch)
         return metrics

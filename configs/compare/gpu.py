@@ -9,7 +9,8 @@ more parameters.
 
 On one H100 a step of whole gates likely takes 90 ms at 20M and 250 ms at 100M, a run 4 and 67
 minutes, by `aoe_jax.plan`. The suite may be stopped at any time, such as after ten minutes by
-`timeout 600`, and the same command goes on from there. A run keeps the states of half of its training and of its end: 120 GB in all.
+`timeout 600`, and the same command goes on from there. A run keeps the states of half of its
+training and of its end: 120 GB in all.
 """
 
 from dataclasses import replace
