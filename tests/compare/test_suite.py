@@ -108,16 +108,8 @@ def wide(factor):
             ["size small, arm bad", "experts.top_k=9"],
         ),
         (
-            {"arms": ARMS | {"bad": Arm("bad", {"expert": {}})}},
-            ["arm bad", "config.expert is unknown"],
-        ),
-        (
             {"arms": ARMS | {"bad": Arm("bad", {"train": {"stepz": 1}})}},
             ["arm bad", "config.train.stepz is unknown"],
-        ),
-        (
-            {"arms": ARMS | {"bad": Arm("bad", {"train": {"steps": "x"}})}},
-            ["arm bad", "config.train.steps='x'"],
         ),
         ({"arms": ARMS | {"a/b": wide(96)}}, ["arms", "a/b", "letters"]),
         ({"arms": {}}, ["arms", "at least one Arm"]),
@@ -129,7 +121,6 @@ def wide(factor):
             ["sizes['small'].rate_factor=0.5", "must be 1"],
         ),
         ({"sizes": {"small": Size({}, 1, arms=("aoe",))}}, ["must have the baseline 'moe'"]),
-        ({"sizes": {"small": Size({}, 1, arms=("moe", "nope"))}}, ["'nope'"]),
     ],
 )
 def test_what_no_suite_can_be(changes, words):
@@ -138,19 +129,12 @@ def test_what_no_suite_can_be(changes, words):
     assert all(word in str(e.value) for word in words), e.value
 
 
-def test_an_arm_that_says_so_need_not_match():
-    arm = Arm("wide", {"experts": {"kind": "router", "d_ffn": 120}}, matched=False)
-    assert suite(arms=ARMS | {"wide": arm}).runs()
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         (None, ["cannot be read (no such file)", "configs/compare/tiny.py"]),
         ("x = 1\n", ["has no function get_suite()"]),
         ("def get_suite():\n    return 3\n", ["get_suite() must return", "Suite"]),
-        ("def get_suite():\n    return 1 / 0\n", ["ZeroDivisionError", "line 2"]),
-        ("def get_suite(:\n", ["SyntaxError"]),
     ],
 )
 def test_files_that_are_no_suite(tmp_path, text, words):
@@ -165,12 +149,7 @@ def test_files_that_are_no_suite(tmp_path, text, words):
 def test_mistakes_on_the_command_line_end_with_status_2(tmp_path):
     suite = "--suite=configs/compare/tiny.py"
     for arguments, words in (
-        ([suite], "--workdir is missing"),
         ([suite, f"--workdir={tmp_path}/w", "--report"], "has no runs to report"),
-        (
-            [suite, f"--workdir={tmp_path}/w", "--set=train.steps"],
-            "--set=train.steps: write it as GROUP.FIELD=VALUE",
-        ),
         (
             [suite, f"--workdir={tmp_path}/w", "--set=train.stepz=1"],
             "config.train.stepz is unknown",
@@ -193,6 +172,8 @@ def test_arms_of_another_recipe_are_refused():
 
 
 def test_what_the_suite_sets_for_each_run_is_no_setting():
+    with pytest.raises(UserError, match="--set=train.steps: write it as GROUP.FIELD=VALUE"):
+        load_suite(ROOT / "configs/compare/small.py", ["train.steps"])
     for setting in ("train.seed=7", "train.learning_rate=0.5", "experts.d_low=6"):
         with pytest.raises(UserError, match=f"--set={setting}: the suite sets it for its runs"):
             load_suite(ROOT / "configs/compare/small.py", [setting])
