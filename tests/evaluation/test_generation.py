@@ -94,12 +94,11 @@ ON_A_MESH = ("aoe by attention", "thor, by token", "router, dense layers")
 CASES = [
     pytest.param("aoe", "alone", marks=pytest.mark.smoke),
     ("aoe", "expert and tensor"),
-    ("router, grouped queries", "data and fsdp"),
-    ("uoe", "alone"),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in [
-            *((kind, "alone") for kind in KINDS if kind not in ("aoe", "uoe")),
+            ("router, grouped queries", "data and fsdp"),
+            *((kind, "alone") for kind in KINDS if kind != "aoe"),
             *((kind, "expert and tensor") for kind in ON_A_MESH),
         ]
     ),
@@ -115,6 +114,7 @@ def test_a_batch_is_decoded_as_by_full_passes(kind, mesh, request):
     assert len({tuple(tokens) for tokens in got}) > 2
 
 
+@pytest.mark.slow
 def test_in_bfloat16_each_token_is_about_the_likeliest_of_the_full_pass():
     """Rounding may turn one that is nearly as likely into the likeliest."""
     there = model("aoe")
@@ -142,6 +142,7 @@ def generator():
     return Generator(model("aoe"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["aoe", "uoe"])
 def test_a_single_prompt_goes_row_by_row(kind):
     """Its chosen experts are fewer than all."""
@@ -160,6 +161,7 @@ def test_what_ends_a_text():
     assert list(generator().stream([], 20)) == []
 
 
+@pytest.mark.slow
 def test_a_model_may_name_several_tokens_that_end_a_text():
     """As a chat model does; the end-of-text token of its tokenizer need not be one of them."""
     whole = by_full_passes("aoe", 20)

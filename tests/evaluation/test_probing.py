@@ -26,11 +26,24 @@ def few_probes(monkeypatch):
     monkeypatch.setattr(probing, "PROBES", dict(list(probing.PROBES.items())[:3]))
 
 
+def test_the_command(tmp_path, monkeypatch):
+    """The router alone scores as in training; a random choice has equal weights only."""
+    monkeypatch.setattr(probing, "PROBES", dict(list(probing.PROBES.items())[:2]))
+    workdir = kind_run("router")[0]
+    flags = [f"--output={tmp_path}", "--tokens=1000000000"]
+    call("aoe_jax.probe", f"--checkpoint={workdir}", *flags)
+    router, chance = json.loads((tmp_path / "probe.json").read_text())["probes"]
+    of_run = json.loads((workdir / "summary.json").read_text())["metrics"]["validation_nll"]
+    assert router["nll"]["softmax"] == pytest.approx(of_run, rel=1e-5)
+    assert (router["agreement"], router["time"]) == (1.0, 1.0)
+    assert 0.3 < chance["agreement"] < 0.9 and chance["nll"].keys() == {"equal"}
+
+
+@pytest.mark.slow
 def test_the_table_of_a_run(tmp_path, few_probes, capsys):
     workdir = kind_run("router")[0]
-    flags = [f"--checkpoint={workdir}", f"--output={tmp_path}", "--tokens=1000000000"]
-    call("aoe_jax.probe", *flags, "--score_neurons=4")
-    report = json.loads((tmp_path / "probe.json").read_text())
+    report = probing.probe_checkpoint(workdir, tmp_path, n_tokens=10**9, score_neurons=4)
+    assert report == json.loads((tmp_path / "probe.json").read_text())
     whole = evaluate_workdir(workdir, "validation")
     router, chance, norm, *first = report["probes"]
     assert [(p["node"], p["norm"]) for p in first] == [("x Wg[:, :4]", s) for s in ("norm", "max")]
