@@ -64,6 +64,16 @@ class Group:
         """Raises the `UserError` of a field; `wanted` says what would be right."""
         require(False, f"{self.group}.{field}", getattr(self, field), wanted)
 
+    def make_absolute(self, field):
+        """Puts the full path in the place of a field's path, unless that is None; refuses an empty
+        one. A path in an object store, such as gs://BUCKET/FOLDER, stays as it is.
+        """
+        path = getattr(self, field)
+        if path is not None:
+            if not path.strip():
+                self.refuse(field, "is empty; name a path")
+            object.__setattr__(self, field, absolute_path(path))
+
     def check(self, config):
         """Refuses values that do not fit the other groups of a `Config`."""
 

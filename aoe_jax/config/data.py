@@ -74,11 +74,7 @@ class DataConfig(Group):
         super().__post_init__()
         object.__setattr__(self, "name", ", ".join(map(str, sources)))
         for field in ("path", "cache", "tokenizer"):
-            path = getattr(self, field)
-            if path is not None:
-                if not path.strip():
-                    self.refuse(field, "is empty; name a path")
-                object.__setattr__(self, field, absolute_path(path))
+            self.make_absolute(field)
 
     def check(self, config):
         if self.seq_len > config.model.max_len:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from aoe_jax.config.checks import Group, absolute_path, setting
+from aoe_jax.config.checks import Group, setting
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class TrainConfig(Group):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.init_from is not None:
-            object.__setattr__(self, "init_from", absolute_path(self.init_from))
+        self.make_absolute("init_from")
 
     @property
     def warmup_steps(self):
@@ -88,10 +87,9 @@ class CheckpointConfig(Group):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.local_path is not None:
-            object.__setattr__(self, "local_path", absolute_path(self.local_path))
-            if self.local_every >= self.every:
-                self.refuse("local_every", f"must be below checkpoint.every={self.every}")
+        self.make_absolute("local_path")
+        if self.local_path is not None and self.local_every >= self.every:
+            self.refuse("local_every", f"must be below checkpoint.every={self.every}")
 
     def check(self, config):
         eval_every = config.train.eval_every

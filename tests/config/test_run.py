@@ -113,6 +113,7 @@ balance.aux_weight=-0.1 => at least 0
 data.name='' => sotu
 data.name=text => data.path=None ... folder of .txt files
 data.tokenizer='' => is empty
+train.init_from='' => is empty
 checkpoint.timeout=1e+300 => at most 1000000
 data.name=prepared => data.path=None ... name the folder of a token store
 data.path=/a; data.name=sotu, text@/b => leave it at None

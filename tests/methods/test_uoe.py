@@ -16,6 +16,7 @@ from aoe_jax.methods.uoe import UoE, routing_neurons
 from aoe_jax.model.counts import forward_flops_per_token, parameter_counts
 from aoe_jax.moe import reference
 from aoe_jax.moe.balance import balance_loss
+from aoe_jax.moe.layer import Layer
 from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.planning.hardware import topology_devices
 from aoe_jax.planning.plan import plan
@@ -97,6 +98,10 @@ def test_agrees_with_loops(x64, ragged, settings, recompute):
     assert_close(values_and_gradients(partial(by_layer, layer), params, x), want, 1e-10)
 
 
+def settings_of(layer):
+    return Layer(layer.experts, layer.routing, layer.balance, layer.dtype)
+
+
 def test_a_selection_bias_changes_the_choice_and_not_the_weights(x64, ragged):
     layer, params, x = make()
     bias = jnp.array([0.0, -50, 0, 50, 0, 0, 0, 0])
@@ -109,7 +114,9 @@ def test_if_all_neurons_are_routing_neurons_it_is_the_sum_of_all_experts(x64):
     layer, params, _ = make()
     w = {name: jnp.concatenate([w, p], axis) for name, w, p, axis in parts(params)}
     x = normal(2, (5, D), float)
-    _, y = routing_neurons(layer, Devices(), x, {f"{name}_route": w[name] for name in w})
+    _, y = routing_neurons(
+        settings_of(layer), Devices(), x, {f"{name}_route": w[name] for name in w}
+    )
     want = reference.router_experts(x, jnp.ones((5, N)), w["w_gate"], w["w_up"], w["w_down"])
     assert_allclose(y, want, atol=1e-10)
 
@@ -135,7 +142,7 @@ def test_with_zeros_for_the_rest_the_virtual_shared_expert_is_left(x64, ragged):
     routing = {name: w for name, w in params.items() if name.endswith("_route")}
     silent = params | {"w_down": jnp.zeros_like(params["w_down"])}
     y, stats = jax.jit(layer.apply)({"params": silent}, x)
-    scores, shared = routing_neurons(layer, Devices(), x.reshape(-1, D), routing)
+    scores, shared = routing_neurons(settings_of(layer), Devices(), x.reshape(-1, D), routing)
     assert_allclose(y, shared.reshape(x.shape), atol=1e-12)
     assert_allclose(stats.mean_score, scores.mean(axis=0), atol=1e-12)
 
