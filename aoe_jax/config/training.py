@@ -34,9 +34,6 @@ class TrainConfig(Group):
     # taken or given up, after which the run ends as hanging, with status 6; 0: never. Compilation
     # does not count.
     hang_timeout: float = setting(1800.0, at_least=0)
-    # Every so many steps, one is computed twice and compared bit for bit, which needs memory for a
-    # second state; 0: never.
-    repeat_every: int = setting(0, at_least=0)
     # Directory of a model whose parameters the run starts from; None: they are drawn at random.
     init_from: str | None = None
     # The number of first steps that update routers alone, for a new router beside trained experts,
@@ -81,15 +78,6 @@ class CheckpointConfig(Group):
     # Keep checkpoints whose step is a multiple of this; 0: none.
     keep_every: int = setting(0, at_least=0, multiple_of="every")
     keep_best: int = setting(0, at_least=0)  # number of checkpoints with the lowest validation nll
-    # A folder on a disk of each host for copies of the state between two checkpoints; None: none.
-    local_path: str | None = None
-    local_every: int = setting(50, above=0)  # steps between two such copies
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.make_absolute("local_path")
-        if self.local_path is not None and self.local_every >= self.every:
-            self.refuse("local_every", f"must be below checkpoint.every={self.every}")
 
     def check(self, config):
         eval_every = config.train.eval_every

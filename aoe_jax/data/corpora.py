@@ -29,7 +29,7 @@ from aoe_jax.data.token_store import file_sha256
 from aoe_jax.errors import Failure, UserError
 from aoe_jax.storage.files import exclusive, read_text
 from aoe_jax.storage.paths import find
-from aoe_jax.storage.retry import is_fault, patiently_if_allowed
+from aoe_jax.storage.retry import is_fault, patiently
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def load_corpus(name: str, path: str | None, cache: str, text_field: str = "text
     if name == "text":
         return _text_folder(path)
     data_dir, what = path or str(Path(cache, "tfds")), f"data.name={name!r}: TFDS cannot prepare it"
-    builder = patiently_if_allowed(what, partial(_tfds_builder, name, data_dir))
+    builder = patiently(what, partial(_tfds_builder, name, data_dir))
     return _tfds_corpus(builder, name, text_field)
 
 
@@ -84,8 +84,8 @@ def _text_folder(path: str | None) -> Corpus:
     """
     what, root = f"data.path={path!r} cannot be read", Path(path or "").absolute()
     wanted = "no such folder of .txt files; correct the path"
-    require(path and patiently_if_allowed(what, root.is_dir), "data.path", path, wanted)
-    files = patiently_if_allowed(what, partial(find, f"{glob.escape(str(root))}/**/*.txt"))
+    require(path and patiently(what, root.is_dir), "data.path", path, wanted)
+    files = patiently(what, partial(find, f"{glob.escape(str(root))}/**/*.txt"))
     require(files, "data.path", path, "the folder has no .txt files; make one for each document")
     hashes, digest = {}, hashlib.sha256()
     for file, state in sorted(files.items()):
@@ -94,7 +94,7 @@ def _text_folder(path: str | None) -> Corpus:
             continue
         name = file.relative_to(root).as_posix()
         what = f"data.path={path!r}: {file} cannot be read"
-        hashes[name] = patiently_if_allowed(what, partial(file_sha256, file))
+        hashes[name] = patiently(what, partial(file_sha256, file))
         digest.update(f"{name!r} {hashes[name]}\n".encode())
     wanted = "train, validation and test need at least 3 documents, one a file"
     found = f"{len(hashes)} non-empty .txt file(s); {wanted}"

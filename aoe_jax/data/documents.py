@@ -16,7 +16,7 @@ import pyarrow.parquet
 from aoe_jax.errors import UserError, shown
 from aoe_jax.storage.files import open_regular
 from aoe_jax.storage.paths import find, parsed_path
-from aoe_jax.storage.retry import patiently_if_allowed, refusing
+from aoe_jax.storage.retry import patiently, refusing
 
 DOCUMENT_BYTES = 2**29  # the largest document, and the longest line of JSON
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -49,7 +49,7 @@ def find_files(patterns: Sequence[str], output) -> dict:
     for pattern in patterns:
         parsed_path(pattern, "--input", in_store=True, is_pattern=True)
         what = f"--input={pattern!r} cannot be read"
-        matching = patiently_if_allowed(what, partial(find, pattern)).items()
+        matching = patiently(what, partial(find, pattern)).items()
         matching = {path: state for path, state in matching if state and output not in path.parents}
         if not matching:
             raise UserError(

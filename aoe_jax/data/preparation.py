@@ -51,7 +51,7 @@ from aoe_jax.storage import retry
 from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, read_json, write_json
 from aoe_jax.storage.lease import NAME, leased
 from aoe_jax.storage.paths import is_remote, put, remove_folder, size_and_version
-from aoe_jax.storage.retry import patiently_if_allowed
+from aoe_jax.storage.retry import patiently
 
 logger = logging.getLogger(__name__)
 
@@ -124,12 +124,12 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
     planned, files = settings.as_planned(), find_files(inputs, _absolute(output))
     with leased(output, "output"):
         what = f"{output} cannot be prepared"
-        plan = patiently_if_allowed(what, lambda: _claim(files, planned, output))
+        plan = patiently(what, lambda: _claim(files, planned, output))
         if (output / "manifest.json").exists():
             remove_folder(output / "units")
             logger.info(f"{output} is complete already; --check reads it whole")
             return
-        tokenizer = patiently_if_allowed(what, lambda: install_tokenizer(output, plan, settings))
+        tokenizer = patiently(what, lambda: install_tokenizer(output, plan, settings))
         units = range(len(plan["units"]))
         there = {path.name for path in output.iterdir()}
         missing = [unit for unit in units if not _is_done(output, unit, there)]
@@ -137,7 +137,7 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
             logger.info(f"going on: {n_done} of {len(units)} units of work are done")
         _write_units(output, plan, processes, missing)
         results = [_result(output, unit) for unit in units]
-        patiently_if_allowed(what, lambda: _finish(output, settings, tokenizer, results))
+        patiently(what, lambda: _finish(output, settings, tokenizer, results))
     logger.info(
         f"wrote {output}; train on it with --config.data.name=prepared "
         f"--config.data.path={shlex.quote(str(_absolute(output)))}"
@@ -185,7 +185,7 @@ def check(output: Path) -> list[str]:
 
 def _hash_of(shard: Path) -> str | None:
     with contextlib.suppress(OSError):  # it is missing, or no file
-        return patiently_if_allowed(f"{shard} cannot be read", lambda: file_sha256(shard))
+        return patiently(f"{shard} cannot be read", lambda: file_sha256(shard))
 
 
 def _absolute(path):
@@ -321,7 +321,7 @@ def _begin_process(retry_seconds: float):
 
 def _write_patiently(output: Path, unit: int, path: str):
     what = f"{path} (unit {unit} of {output}) cannot be processed"
-    patiently_if_allowed(what, lambda: write_unit(output, unit))
+    patiently(what, lambda: write_unit(output, unit))
 
 
 def write_unit(output: Path, unit: int):

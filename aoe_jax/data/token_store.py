@@ -33,7 +33,7 @@ from aoe_jax.storage.files import (
     write_json,
 )
 from aoe_jax.storage.paths import file_system, is_remote
-from aoe_jax.storage.retry import is_fault, patiently, patiently_if_allowed
+from aoe_jax.storage.retry import is_fault, patiently
 
 FORMAT_VERSION = 2
 PLAN_FILE = "plan.json"  # only in a store of `aoe_jax.prepare`
@@ -245,7 +245,7 @@ class TokenStore:
         # Index in the stream at which each shard begins, and at which the last one ends.
         self._starts = np.cumsum([1, *(shard["tokens"] for shard in self._shards)])
         place = origin or self._directory
-        sizes = patiently_if_allowed(f"{place} cannot be read", lambda: _file_sizes(place))
+        sizes = patiently(f"{place} cannot be read", lambda: _file_sizes(place))
         for shard in self._shards:
             name, wanted = shard["name"], shard["file_bytes"]
             if name not in sizes:
@@ -278,7 +278,7 @@ class TokenStore:
             self._fetched.add(shard)
         first, last = start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS
         read = functools.partial(self._records, path, first, last + 1)
-        content = b"".join(patiently_if_allowed(f"{path} cannot be read", read))
+        content = b"".join(patiently(f"{path} cannot be read", read))
         tokens = np.frombuffer(content, self._dtype, len(content) // self._dtype.itemsize)
         tokens = tokens[start - first * RECORD_TOKENS : stop - first * RECORD_TOKENS]
         if len(tokens) < stop - start or tokens.max() >= self.manifest["vocab_size"]:

@@ -34,7 +34,7 @@ from aoe_jax.data.tokenizer import (
 from aoe_jax.errors import UserError
 from aoe_jax.storage.files import exclusive, new_folder
 from aoe_jax.storage.paths import is_remote, parsed_path
-from aoe_jax.storage.retry import patiently_if_allowed
+from aoe_jax.storage.retry import patiently
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     several tokenizers, or another than `data.tokenizer`.
     """
     what = f"data.name={data.name!r}: cannot be opened, or tokenised in data.cache={data.cache!r}"
-    return patiently_if_allowed(what, partial(_open_at_once, data, vocab_size))
+    return patiently(what, partial(_open_at_once, data, vocab_size))
 
 
 def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:

@@ -21,7 +21,7 @@ from aoe_jax.config.checks import require
 from aoe_jax.errors import UserError
 from aoe_jax.storage.files import read_regular, write_whole
 from aoe_jax.storage.paths import FILE_BYTES, local_file, parsed_path
-from aoe_jax.storage.retry import patiently_if_allowed, reason
+from aoe_jax.storage.retry import patiently, reason
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (
@@ -243,7 +243,7 @@ def load_tokenizer(
     wanted = "give the path of a Hugging Face tokenizer.json or a SentencePiece model"
     what = f"{setting}={str(path)!r}: cannot be read"
     try:
-        content = patiently_if_allowed(what, lambda: read_regular(path, FILE_BYTES))
+        content = patiently(what, lambda: read_regular(path, FILE_BYTES))
     except OSError as error:
         raise UserError(f"{what} ({reason(error)}); {wanted}") from error
     try:

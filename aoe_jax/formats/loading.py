@@ -27,7 +27,7 @@ from aoe_jax.model.decoder import initial_params
 from aoe_jax.moe.routing import state_shapes
 from aoe_jax.sharding import replicated
 from aoe_jax.storage.files import COUNT, or_none, read_json
-from aoe_jax.storage.retry import patiently_if_allowed
+from aoe_jax.storage.retry import patiently
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _WITHOUT = "remove the file to load the model without it"
 def is_model(directory: Path) -> bool:
     """Whether a directory holds a model, whose `config.json` has a `model_type`, not a run."""
     path = directory / "config.json"
-    is_there = patiently_if_allowed(f"{path} cannot be read", path.exists)
+    is_there = patiently(f"{path} cannot be read", path.exists)
     return is_there and "model_type" in read_json(path, _WANTED)
 
 

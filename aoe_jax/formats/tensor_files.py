@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from aoe_jax.errors import UserError
 from aoe_jax.storage.files import matching, read_json, write_json
-from aoe_jax.storage.retry import patiently_if_allowed
+from aoe_jax.storage.retry import patiently
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2_000_000_000
@@ -38,7 +38,7 @@ class Stored:
         """
         what = f"{self.file}: tensor {self.name} cannot be read"
         try:
-            return patiently_if_allowed(what, lambda: self._read(slices))
+            return patiently(what, lambda: self._read(slices))
         except (SafetensorError, OSError) as e:
             raise UserError(f"{what} ({e})") from e
 
@@ -83,7 +83,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
 def _read_header(path):
     what = f"{path} cannot be read"
     try:
-        tensors = patiently_if_allowed(what, lambda: _shapes_and_dtypes(path))
+        tensors = patiently(what, lambda: _shapes_and_dtypes(path))
     except (SafetensorError, OSError) as e:
         raise UserError(f"{what} ({e}); it is no safetensors file, or damaged") from e
     stored = {}

@@ -6,14 +6,12 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
 
 from aoe_jax.errors import Failure, MachineFault, UserError
 
 log = logging.getLogger(__name__)
 
 retry_seconds = 60.0  # for which a call is repeated; commands set it to --retry_seconds
-paused_at, SECOND_LOOK = 0.0, 1.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 
 # Errors of the system that depend on the file or the arguments, so that repeating is useless.
@@ -143,22 +141,12 @@ def refusing(what, cure="", kinds=OSError):
         raise UserError(f"{what} ({reason(error)}){cure}") from error
 
 
-def pauses() -> Iterator[float | None]:
-    """Yields growing pauses before the next try, in seconds, and None after `retry_seconds`."""
-    deadline, pause = time.monotonic() + retry_seconds, _FIRST_PAUSE
-    while (left := deadline - time.monotonic()) > 0:
-        yield min(pause, left)
-        pause = min(2 * pause, _LONGEST_PAUSE)
-    while True:
-        yield None
-
-
 def patiently(what, call):
     """Returns `call()`, repeated while faults prevent it; raises `MachineFault` when
     `retry_seconds` have passed since the first one, and `UserError` at once for a missing
     permission. Messages begin with `what`, such as "checkpoint 5 cannot be read".
     """
-    waits = None
+    deadline, pause = None, _FIRST_PAUSE
     while True:
         try:
             return call()
@@ -168,25 +156,15 @@ def patiently(what, call):
         except Exception as e:
             if isinstance(e, Failure) or not is_fault(e):
                 raise
-            waits = waits or pauses()
-            pause = next(waits)
-            if pause is None:
+            deadline = deadline or time.monotonic() + retry_seconds
+            pause = min(pause, deadline - time.monotonic())
+            if pause <= 0:
                 raise MachineFault(
                     f"{what} ({reason(e)}); it was tried for {retry_seconds:g} s"
                 ) from e
             log.warning(f"{what} ({reason(e)}); next try in {pause:g} s")
         time.sleep(pause)
-
-
-patiently_if_allowed = patiently
-
-
-def twice(call, kind):
-    """`call()`, once more if it raises this kind of exception."""
-    with contextlib.suppress(kind):
-        return call()
-    time.sleep(SECOND_LOOK)
-    return call()
+        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 class Tolerated:

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from aoe_jax.config.checks import differences
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
-from aoe_jax.distributed import agree, gathered, together
+from aoe_jax.distributed import agree, see_the_same, together
 from aoe_jax.errors import UserError
 from aoe_jax.storage.config_files import read_run_config
 from aoe_jax.storage.files import (
@@ -43,7 +43,6 @@ _FILES = (
     *_IDENTITY,
 )
 _ON_DISK = ("metrics.jsonl", "wandb.json")  # of a run in an object store: a copy is on a disk
-_SEEN_WITHIN = 60.0  # seconds after which a network disk shows a new file to all hosts
 
 # Groups and fields that may change when a run continues: they do not affect what a step computes.
 FREE = {
@@ -92,11 +91,10 @@ class RunFolder:
         with together():
             if is_main:
                 self._lease = held.enter_context(leased(workdir, "workdir", start.take_over))
-        number = gathered(_number(self._lease and self._lease.token))[0]
+        number = self._lease and _number(self._lease.token)
+        see_the_same(number, lambda: _number(token_of(workdir)), f"--workdir={workdir}")
         with together():
-            if not is_main:
-                _wait_until_seen(workdir, number)
-            elif start.over or start.go_back is not None:
+            if is_main and (start.over or start.go_back is not None):
                 set_aside(workdir, start.go_back)
             if is_main and is_remote(workdir):
                 self.on_disk = Path(held.enter_context(tempfile.TemporaryDirectory()))
@@ -142,17 +140,6 @@ class RunFolder:
 
 def _number(token):
     return zlib.crc32((token or "").encode()) % 2**31
-
-
-def _wait_until_seen(workdir, number):
-    deadline = time.monotonic() + _SEEN_WITHIN
-    while _number(token_of(workdir)) != number:
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"--workdir={workdir}: process {jax.process_index()} does not see what process 0 "
-                "has made there; all processes must share that folder"
-            )
-        time.sleep(0.2)
 
 
 def _fixed(config):
