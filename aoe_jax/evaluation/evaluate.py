@@ -15,7 +15,7 @@ from aoe_jax.errors import DivergedError, UserError
 from aoe_jax.evaluation.models import Model, check_split, corpus_of, load_model
 from aoe_jax.model.counts import log_run
 from aoe_jax.storage import files
-from aoe_jax.storage.files import write_or_refuse
+from aoe_jax.storage.files import write_report
 from aoe_jax.storage.paths import parsed_path
 from aoe_jax.storage.retry import Tolerated
 from aoe_jax.training.load_statistics import draw_loads, load_statistics, load_table
@@ -94,14 +94,6 @@ def _report(model, stores, document_mask, name, about, file, picture):
                 files.write_whole(file.with_name(picture), content.getvalue())
                 log.info("wrote %s", file.with_name(picture))
     return report
-
-
-def write_report(file: Path, report: dict, flag):
-    """Writes a report. Raises `UserError`, which names the `flag` of its folder, if the folder is
-    read-only, and `MachineFault` if its disk fails.
-    """
-    write_or_refuse(file.parent, flag, lambda: files.write_json(file, report))
-    log.info("wrote %s", file)
 
 
 def _scores(result):

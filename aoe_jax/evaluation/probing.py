@@ -20,12 +20,12 @@ from tqdm import tqdm
 from aoe_jax.config.checks import require, require_flag
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.evaluate import TextTokens, read_text, write_report
+from aoe_jax.evaluation.evaluate import TextTokens, read_text
 from aoe_jax.evaluation.models import Model, check_split, corpus_of, load_model
 from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
 from aoe_jax.moe.scoring import SCORE_OF_CODE
 from aoe_jax.parameters import EXPERTS
-from aoe_jax.storage.files import make_folder
+from aoe_jax.storage.files import make_folder, write_report
 from aoe_jax.storage.paths import parsed_path
 from aoe_jax.training.step_times import seconds_in_turn
 from aoe_jax.training.validation import compile_eval_step, evaluate_batches

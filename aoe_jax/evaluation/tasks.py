@@ -27,12 +27,11 @@ except ModuleNotFoundError as e:
     raise UserError("--tasks needs the package lm-eval; run `pip install '.[eval]'`") from e
 
 from aoe_jax.config.checks import require_flag
-from aoe_jax.evaluation.evaluate import write_report
 from aoe_jax.evaluation.harness import HarnessModel
 from aoe_jax.evaluation.models import check_split, load_model
 from aoe_jax.evaluation.speeches import SPEECH_TASKS, speech_task
 from aoe_jax.model.decoding import check_decodes
-from aoe_jax.storage.files import read_json
+from aoe_jax.storage.files import read_json, write_report
 
 log = logging.getLogger(__name__)
 logging.getLogger("lm_eval").setLevel(logging.ERROR)

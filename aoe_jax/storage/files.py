@@ -8,6 +8,7 @@ import contextlib
 import errno
 import io
 import json
+import logging
 import os
 import shutil
 import socket
@@ -20,6 +21,8 @@ import filelock
 from aoe_jax.errors import UserError, shown
 from aoe_jax.storage.paths import file_system, is_remote
 from aoe_jax.storage.retry import is_fault_of_write, patiently, reason, refusing
+
+log = logging.getLogger(__name__)
 
 _BYTES = 2**24  # the largest JSON file, by default; parsed it takes 25x the memory
 _LINE_BYTES = 2**22  # the longest line of metrics
@@ -217,6 +220,14 @@ def write_or_refuse(folder, flag, write):
             raise UserError(f"--{flag}={folder} cannot be written: {reason(e)}") from e
 
     return patiently(f"--{flag}={folder} cannot be written", attempt)
+
+
+def write_report(file: Path, report: dict, flag):
+    """Writes a report. Raises `UserError`, which names the `flag` of its folder, if the folder is
+    read-only, and `MachineFault` if its disk fails.
+    """
+    write_or_refuse(file.parent, flag, lambda: write_json(file, report))
+    log.info("wrote %s", file)
 
 
 @contextlib.contextmanager
