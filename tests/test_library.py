@@ -162,6 +162,7 @@ class Residual(nn.Module):
         return x + y, aux.loss
 
 
+@pytest.mark.slow
 def test_scan_over_layers():
     stack = nn.scan(
         Residual, variable_axes={"params": 0, "losses": 0}, split_rngs={"params": True}, length=3
@@ -251,12 +252,16 @@ def mesh_of(shape, types=AxisType.Auto):
 @pytest.mark.parametrize(
     "kind,axes",
     [
-        ("aoe", {}),
-        ("aoe", {"data": "a"}),
+        pytest.param("aoe", {}, marks=pytest.mark.slow),
+        pytest.param("aoe", {"data": "a"}, marks=pytest.mark.slow),
         ("aoe", {"data": "a", "expert": ("c", "b")}),
-        ("aoe", {"fsdp": ("b", "a"), "tensor": "c"}),
-        ("aoe", {"expert": ("b", "a"), "transport": "all_to_all"}),
-        ("whole gates", {"data": "b", "fsdp": "a", "expert": "c"}),
+        pytest.param("aoe", {"fsdp": ("b", "a"), "tensor": "c"}, marks=pytest.mark.slow),
+        pytest.param(
+            "aoe", {"expert": ("b", "a"), "transport": "all_to_all"}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "whole gates", {"data": "b", "fsdp": "a", "expert": "c"}, marks=pytest.mark.slow
+        ),
         ("moe", {"fsdp": "a", "expert": "b", "tensor": "c"}),
     ],
     ids=str,
@@ -276,6 +281,7 @@ def test_axes_of_other_names(kind, axes):
     assert splits == {name for names in named for name in names}
 
 
+@pytest.mark.slow
 def test_explicit_axes():
     """On a mesh as `jax.make_mesh` makes it by default."""
     layer = LAYERS["aoe"]

@@ -133,6 +133,7 @@ def values_and_gradients(layer, params, x):
     return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("top_k", "norm_topk_prob"), [(1, False), (2, True)])
 def test_with_places_for_all_it_is_the_router(ragged, recompute, top_k, norm_topk_prob):

@@ -170,6 +170,7 @@ def test_the_loss_of_orthonormal_columns():
     assert np.isfinite(jax.grad(lambda w: diversity(w, live))(jnp.eye(D)[:, :EXPERTS])).all()
 
 
+@pytest.mark.slow
 def test_the_losses_of_gates(x64, ragged):
     """Values and gradients agree with the formulas over the tokens that have an expert."""
     weights = {"balance_weight": 0.5, "efficiency_weight": 0.25}

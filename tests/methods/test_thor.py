@@ -201,6 +201,7 @@ def test_equal_experts_agree(step):
     assert_allclose(loss, 2 * metrics["nll"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_step(step):
     """The two passes draw separately in every layer, only drawn experts learn, and alpha is the
     weight of the divergence.
@@ -221,6 +222,7 @@ def test_the_loss_of_a_step(step):
     assert any(one.sum() == 4 for one in drawn)
 
 
+@pytest.mark.slow
 def test_padding_does_not_count(step):
     loss = step(step.params)[0]
     step.batch["targets"] = step.batch["targets"].copy()
@@ -270,6 +272,7 @@ def test_two_passes(n_tokens, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_two_passes_in_bfloat16():
     hidden, table, *rest = two_inputs(64, "bfloat16")
 

@@ -189,6 +189,7 @@ RECOMPUTED = [((1, 2, 4, 1), "all_to_all", "aoe"), ((1, 1, 2, 4), "ring", "smear
 RECOMPUTED += [((8, 1, 1, 1), "ring", "thor, aoe")]
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 @pytest.mark.parametrize(("shape", "transport", "kind"), RECOMPUTED)
 def test_recomputed_experts(x64, shape, transport, kind):
