@@ -130,6 +130,8 @@ def train(
         heartbeat.beat("restoring", now.step)
         with together():
             now.batch = sharding.put_batch(split, next(data), batch_size)
+        heartbeat.beat("compiling", now.step)
+        lowered = step_function.lower(now.state, now.batch)
 
         # From here on the run writes.
         began = read_heartbeat(workdir)["began"] or time.time()
@@ -147,7 +149,7 @@ def train(
 
         heartbeat.beat("compiling", now.step)
         with metrics.clock("compile"):
-            train_step = step_function.lower(now.state, now.batch).compile()
+            train_step = lowered.compile()
         decoder = Decoder.from_config(config)
         eval_step = compile_eval_step(decoder, config.data.document_mask, mesh)
         metrics.begin(now.state, train_step)

@@ -108,7 +108,7 @@ IN_SHARDS = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "words"), [*IN_ONE_FILE, *IN_SHARDS], ids=str)
+@pytest.mark.parametrize(("damage", "words"), [*IN_ONE_FILE, *IN_SHARDS])
 def test_what_is_wrong_is_named(tmp_path, monkeypatch, damage, words):
     if (damage, words) in IN_SHARDS:
         monkeypatch.setattr(tensor_files, "SHARD_BYTES", 20_000)
