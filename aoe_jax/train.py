@@ -2,7 +2,7 @@
 
     python train.py --config=FILE[:VARIANT] --workdir=DIR [--config.train.steps=N ...]
 
-The same command continues after whatever stopped it. `--workdir` receives checkpoints, the figures
+The same command continues after whatever stopped it. `--workdir` receives checkpoints,
 `metrics.jsonl`, `summary.json` and the picture `training.png`.
 """
 
@@ -25,7 +25,7 @@ _PROFILE = flags.DEFINE_string(
     "profile", None, "STEP:N, trace N steps, beginning with step STEP, into WORKDIR/profile"
 )
 _WANDB = flags.DEFINE_string(
-    "wandb", None, "a project of Weights & Biases that receives the figures too"
+    "wandb", None, "a project of Weights & Biases that receives the metrics too"
 )
 _START_OVER = flags.DEFINE_bool(
     "start-over", False, "begin anew; the files of the run in WORKDIR are moved to its set_aside/"

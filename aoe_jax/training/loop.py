@@ -16,7 +16,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.distributed import all_agree, gathered, together
-from aoe_jax.errors import DivergedError, Stopped, UserError
+from aoe_jax.errors import DivergedError, Stopped
 from aoe_jax.model.counts import log_run
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.storage.files import write_json
@@ -32,8 +32,6 @@ from aoe_jax.training.validation import compile_eval_step, evaluate
 from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
-
-PICTURE = "training.png"
 
 
 @dataclass
@@ -101,12 +99,6 @@ def train(
         folder.check(config, corpus, saved_steps)
         now = Now(gathered(max(saved_steps, default=0))[0], progress=Progress())
         with together():
-            is_finished = now.step == steps and (workdir / "summary.json").exists()
-            if now.step > steps or is_finished:
-                raise UserError(
-                    f"config.train.steps={steps}: {workdir} is already at step {now.step}; raise "
-                    "it to go on, or use another --workdir"
-                )
             profile = profile and traced_of_run(profile, now.step, steps)
 
         # The state: restored, of a trained model, or drawn at random.
@@ -246,11 +238,11 @@ def train(
             file, name = workdir / "summary.json", workdir.absolute().name
             patiently("the metrics cannot be copied", folder.upload)
             patiently(f"{file} cannot be written", lambda: write_json(file, summary))
-            with Tolerated(PICTURE):
+            with Tolerated("training.png"):
                 from aoe_jax.training.picture import write_picture  # matplotlib is slow to import
 
                 title = f"{name}: {config.experts.kind}, {in_words(summary)}"
-                write_picture(folder.on_disk / "metrics.jsonl", workdir / PICTURE, title)
+                write_picture(folder.on_disk / "metrics.jsonl", workdir / "training.png", title)
         heartbeat.saved = now.step
         heartbeat.beat("finished", now.step)
         log.info("done: %s", json.dumps(summary["metrics"]))

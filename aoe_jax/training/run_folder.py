@@ -108,9 +108,13 @@ class RunFolder:
 
     def check(self, config: Config, corpus: TokenisedCorpus, steps):
         """Checks, in every process, that the files of the workdir belong to this run, whose
-        complete checkpoints are `steps`; raises `UserError`.
+        complete checkpoints are `steps`, and that it has not finished; raises `UserError`.
         """
+        newest, last = max(steps, default=0), config.train.steps
         with together():
+            if newest > last or (newest == last and (self.workdir / "summary.json").exists()):
+                wanted = f"{self.workdir} is already at step {newest}; raise it to go on"
+                raise UserError(f"config.train.steps={last}: {wanted}, or use another --workdir")
             check_history(self.workdir, steps)
             check_config(self.workdir, config, has_begun=bool(steps))
             if steps:

@@ -115,7 +115,7 @@ def training_loss(
     reported |= {name: value for name, (_, value) in losses.items()}
     names = ("load", "confidence_entropy", "mean_score", "score_spread", "dropped_share", "live")
     shown = {name: getattr(stats, name) for name in names}
-    reported |= {name: figures for name, figures in shown.items() if figures is not None}
+    reported |= {name: value for name, value in shown.items() if value is not None}
     reported |= {"loss": loss, "nll": nll, "aux_loss": aux_loss}
     return loss, reported | {"stats": stats._replace(per_token=None), "so_far": so_far}
 
