@@ -99,10 +99,6 @@ COMMAND_LINE = {
     "mistyped group": Mistake(
         wrong_config("nonsense.x=1"), ["config.nonsense", "unknown", "model, experts"]
     ),
-    "weights of trained models": Mistake(
-        wrong_config("experts.kind=router", "routing.name=sparsemixer"),
-        ["config.routing.name='sparsemixer'", "'top_k'"],
-    ),
     "word for a number": Mistake(
         wrong_config("train.steps=abc"), ["--config.train.steps=abc", "whole number"]
     ),
@@ -268,6 +264,10 @@ def latin_1_texts(workdir, here):
 TEXTS = {"data__path": "{here}/texts", "data__cache": "{here}/cache"}
 TRAIN, EVAL = "train", ["eval.py", "--workdir={workdir}"]
 RUNS = {
+    "weights of trained models": Mistake(
+        wrong_config("experts.kind=router", "routing.name=sparsemixer"),
+        ["config.routing.name='sparsemixer'", "'top_k'"],
+    ),
     "unknown data set": Mistake(
         TRAIN, ["data.name='lm1bb'", "lm1b"], changes={"data__name": "lm1bb"}
     ),
@@ -284,7 +284,7 @@ RUNS = {
     ),
     "texts in the home of nobody": Mistake(
         TRAIN,
-        ["config.data.path=~nobody.here/texts", "no such home directory"],
+        ["config.data.path='~nobody.here/texts'", "no such home directory"],
         changes={"data__path": "~nobody.here/texts"},
     ),
     "empty folder of texts": Mistake(

@@ -58,7 +58,7 @@ def links_of(page):
 def test_names_of_the_walk_exist():
     """Every `name` of docs/architecture.md is defined in the package, every file is there."""
     text = (ROOT / "docs/architecture.md").read_text()
-    assert len(text.splitlines()) <= 60
+    assert len(text.partition("## Rooms")[0].splitlines()) <= 60
     code = "\n".join(path.read_text() for path in ROOT.glob("aoe_jax/**/*.py"))
     for name in re.findall(r"`([^`\s]+)`", text):
         if "/" in name or name.endswith(".py"):

@@ -72,6 +72,8 @@ class Group:
         if path is not None:
             if not path.strip():
                 self.refuse(field, "is empty; name a path")
+            if os.path.expanduser(path).startswith("~"):
+                self.refuse(field, "there is no such home directory; name it in full")
             object.__setattr__(self, field, absolute_path(path))
 
     def check(self, config):

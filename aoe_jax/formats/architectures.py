@@ -17,7 +17,6 @@ float32 in every model. A layer of a dense model has the tensors of experts with
 the dense layers before those of experts have the tensors of a Llama.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -353,7 +352,7 @@ class Layout:
         `bounds` has `(first, end)` of the part by axis; all of an axis that it lacks.
         """
         bounds = {axis: (0, size) for axis, size in self.sizes.items()} | (bounds or {})
-        for numbers in itertools.product(*(range(*bounds[axis]) for axis in self._named)):
+        for numbers in _product([range(*bounds[axis]) for axis in self._named]):
             at = dict(zip(self._named, numbers, strict=True))
             index = tuple(at[axis] - bounds[axis][0] for axis in at)
             if "L" in at:
@@ -396,3 +395,13 @@ def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str,
         known = [Layout(axes, a.shape, *row, first_layer=first_layer) for row in rows]
         found[path] = next((one for one in known if one.first in names), known[0])
     return found
+
+
+def _product(ranges):
+    """Like `itertools.product`, without listing the ranges: those of a foreign file can be long."""
+    if not ranges:
+        yield ()
+        return
+    for number in ranges[0]:
+        for others in _product(ranges[1:]):
+            yield number, *others
