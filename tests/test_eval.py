@@ -30,6 +30,7 @@ def evaluated():
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_validation_is_that_of_training():
     workdir, _, report = evaluated()["validation"]
@@ -118,6 +119,7 @@ def test_dense_model_has_no_load(tmp_path, capsys):
     assert "layer" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_dropped_choices_are_in_the_table(tmp_path, capsys):
     workdir = shutil.copytree(kind_run("capacity")[0], tmp_path / "run")
     statistics = evaluate_workdir(workdir, "validation")["load_statistics"]

@@ -28,6 +28,7 @@ def test_texts_are_continued():
     assert len(first) > len("the state of") and len(second) > len("war and peace")
 
 
+@pytest.mark.slow
 def test_what_has_come_stays():
     """Chunk by chunk a text only grows, to what comes in one piece."""
     model = load_model(finished_run())
@@ -37,6 +38,7 @@ def test_what_has_come_stays():
     assert parts[-1] == list(continuations(model, ["the state of", ""], 20, chunk=20))[-1]
 
 
+@pytest.mark.slow
 def test_a_model_against_itself(capsys):
     arguments = ["--prompt=the state of", "--max_tokens=20", "--temperature=0"]
     contrast = ["--contrast=5", "--alpha=0.001", "--strong_k=3", "--weak_rank=1"]

@@ -211,6 +211,7 @@ class Model(nnx.Module):
         return self.output(x + y), aux
 
 
+@pytest.mark.slow
 def test_nnx_on_a_mesh():
     """Variables say how they are split; results are those of one device."""
     with jax.set_mesh(mesh_of((4, 2))):

@@ -54,6 +54,7 @@ def losses(workdir):
     return [line["loss"] for line in read_metrics(workdir)[0]]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does():
     workdir, stderr = two_processes()
     np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)

@@ -291,7 +291,7 @@ cli.run(train.main)
 """
 
 
-@pytest.mark.parametrize("failures", [3, 10**6])
+@pytest.mark.parametrize("failures", [3, pytest.param(10**6, marks=pytest.mark.slow)])
 def test_a_fault_of_the_disk(tmp_path, failures):
     """It is retried; a lasting one ends the run, and the next start goes on."""
     seconds = 60 if failures == 3 else 0.1
