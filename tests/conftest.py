@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, and compilation in haste."""
 
 import os
+import signal
 
 import jax
 import pytest
@@ -9,6 +10,8 @@ from aoe_jax.moe import grouped_matmul
 from aoe_jax.moe.parallel import transports
 from tests.hasty import HASTY, xla_flags
 
+# A shell may have it ignored, and the processes that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}
 assert len(jax.devices()) == 8
 _LEFT = pytest.StashKey[int]()  # the number of tests that this session leaves to the other tier

@@ -87,6 +87,9 @@ def _text_folder(path: str | None) -> Corpus:
     require(path and patiently(what, root.is_dir), "data.path", path, wanted)
     files = patiently(what, partial(find, f"{glob.escape(str(root))}/**/*.txt"))
     require(files, "data.path", path, "the folder has no .txt files; make one for each document")
+    for folder in root.rglob("*"):
+        if folder.is_symlink() and folder.is_dir():
+            logger.warning(f"data.path: skipped {folder}, which is a link to a folder")
     hashes, digest = {}, hashlib.sha256()
     for file, state in sorted(files.items()):
         if not state or state[0] == 0:

@@ -234,16 +234,17 @@ def train(
         if now.step > first_step:
             save(wait=True)
         checkpoints.close()
-        if is_main:
-            file, name = workdir / "summary.json", workdir.absolute().name
-            patiently("the metrics cannot be copied", folder.upload)
-            patiently(f"{file} cannot be written", lambda: write_json(file, summary))
-            with Tolerated("training.png"):
-                from aoe_jax.training.picture import write_picture  # matplotlib is slow to import
-
-                title = f"{name}: {config.experts.kind}, {in_words(summary)}"
-                write_picture(folder.on_disk / "metrics.jsonl", workdir / "training.png", title)
         heartbeat.saved = now.step
-        heartbeat.beat("finished", now.step)
+        with together():  # a supervisor of another process looks at the heartbeat when that ends
+            if is_main:
+                file, name = workdir / "summary.json", workdir.absolute().name
+                patiently("the metrics cannot be copied", folder.upload)
+                patiently(f"{file} cannot be written", lambda: write_json(file, summary))
+                with Tolerated("training.png"):
+                    from aoe_jax.training.picture import write_picture  # slow to import
+
+                    title = f"{name}: {config.experts.kind}, {in_words(summary)}"
+                    write_picture(folder.on_disk / "metrics.jsonl", workdir / "training.png", title)
+            heartbeat.beat("finished", now.step)
         log.info("done: %s", json.dumps(summary["metrics"]))
         return summary

@@ -131,14 +131,16 @@ def test_empty_files_are_skipped_with_a_warning(text_folder, tmp_path, caplog):
     assert sum(map(len, found.values())) == 40
 
 
-def test_links_are_followed(text_folder, tmp_path):
+def test_links_to_files_are_followed(text_folder, tmp_path, caplog):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/linked.txt").write_text("linked words")
+    (text_folder / "one.txt").symlink_to(tmp_path / "elsewhere/linked.txt")
     (text_folder / "folder").symlink_to(tmp_path / "elsewhere")
     (text_folder / "broken.txt").symlink_to(tmp_path / "nothing.txt")
     found = documents(load_corpus("text", str(text_folder), str(tmp_path)))
     assert sum(texts.count("linked words") for texts in found.values()) == 1
     assert sum(map(len, found.values())) == 41
+    assert f"skipped {text_folder}/folder, which is a link to a folder" in caplog.text
 
 
 def test_copies_in_training_and_validation_are_told(tmp_path, caplog):
