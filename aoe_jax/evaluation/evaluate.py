@@ -111,7 +111,7 @@ class TextTokens:
         end = np.array([self.end_of_text], np.int32)
         tokens = [end]
         for text in texts:
-            for piece in pieces(text, tokenizer.at_once):
+            for piece in pieces(text):
                 tokens += [ids.astype(np.int32) for ids in tokenizer.encode([piece])]
             tokens.append(end)
         self._tokens = np.concatenate(tokens)

@@ -323,7 +323,7 @@ WITHOUT_CLASS = {
 def test_models_without_a_class(caplog, named):
     with caplog.at_level(logging.INFO):
         config = tiny_config(**WITHOUT_CLASS[named])
-        state = config.routing.state_shapes(config.experts, config.balance, config.model.d_model)
+        state = state_shapes(config.routing, config.experts, config.balance, config.model.d_model)
         values = to_json(config, state)
     assert "auto_map" not in values and values["model"]["d_model"] == 32
     assert named in caplog.text and "transformers cannot load the model" in caplog.text
