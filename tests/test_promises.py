@@ -85,7 +85,7 @@ import os, signal, sys, time
 import train
 from aoe_jax import cli
 from aoe_jax.training import validation
-batches = perplexity.eval_batches
+batches = validation.eval_batches
 def slow(*arguments):
     for n, batch in enumerate(batches(*arguments)):
         yield batch

@@ -96,6 +96,7 @@ def _read_header(path):
 
 
 def _shapes_and_dtypes(path):
+    path.open("rb").close()  # the library reports every fault as a missing file
     with safe_open(path, framework="numpy") as file:
         tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no dict
         return {name: (tuple(t.get_shape()), t.get_dtype()) for name, t in tensors.items()}
