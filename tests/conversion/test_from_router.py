@@ -165,6 +165,7 @@ def measured(output, **form):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ragged")
 def test_the_neuron_of_the_router_is_found(tmp_path):
     """Then the scores choose what the router chose, and the largest does so from one neuron."""
@@ -178,6 +179,7 @@ def test_the_neuron_of_the_router_is_found(tmp_path):
     assert (report["score_neurons"], report["score"]) == (1, "max")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ragged")
 def test_whole_gates_lose_nothing(tmp_path):
     """Neurons change places; the functions of experts and all other parameters stay. Factorised

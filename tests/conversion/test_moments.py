@@ -96,6 +96,7 @@ def test_scores_of_merged_experts():
     np.testing.assert_allclose(merged_scores_of("aoe")(w_gate_down, members), want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_gathers_the_same():
     split = make_model(make_config(mesh__data=2, mesh__fsdp=2, mesh__expert=2))
     assert split.mesh.size == 8

@@ -119,6 +119,7 @@ def test_parameters_keep_their_dtype(tmp_path):
     assert read_config(tmp_path / "moe").model.dtype == "bfloat16"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ragged")
 def test_a_run_by_the_command_line(tmp_path, capsys):
     """The nll of the run is that of the upcycled model."""

@@ -175,6 +175,7 @@ def test_a_model_may_name_several_tokens_that_end_a_text():
     assert found != whole
 
 
+@pytest.mark.slow
 def test_draws_depend_on_seed_prompt_and_place():
     sampling = Sampling(temperature=2.0, top_k=30, top_p=0.95)
     both = [

@@ -173,6 +173,7 @@ def plain_logits(decoder):
     return jax.jit(lambda params, inputs: decoder.apply({"params": params}, inputs)[0])
 
 
+@pytest.mark.slow
 def test_generation_ends_at_the_until_strings():
     lm, model = adapter(), router_model()
     contexts = ["the state of", "a cat sat on", "war"]

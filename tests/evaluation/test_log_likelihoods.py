@@ -67,6 +67,7 @@ def test_scores_are_those_of_single_passes(kind):
         assert greedy == expected_greedy
 
 
+@pytest.mark.slow
 def test_what_greedy_decoding_gives_is_greedy():
     scorer = scored("aoe")[1]
     context, continuation = [3, 4, 5], []
@@ -140,6 +141,7 @@ def test_bad_requests():
         scorer([([], [2])], progress=False)
 
 
+@pytest.mark.slow
 def test_what_depends_on_other_tokens_is_refused():
     with pytest.raises(UserError, match="expert_choice': cannot score a text by itself"):
         Scorer(make_model(make_config(routing__name="expert_choice")))

@@ -18,6 +18,7 @@ from tests.evaluation.models import make_config, make_model
 from tests.runs import finished_run, tiny_config
 
 
+@pytest.mark.slow
 def test_a_run_on_another_mesh():
     model, there = load_model(finished_run(), mesh="fsdp=2,expert=4"), load_model(finished_run())
     assert (model.config.mesh.data, model.config.mesh.fsdp, model.config.mesh.expert) == (1, 2, 4)

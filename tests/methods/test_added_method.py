@@ -34,6 +34,7 @@ def test_by_hand(added):
     assert_allclose(routing.weight.reshape(2, 4), [[0, 0, *weight], [1, 0, 0, 0]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_in_a_layer(added, ragged):
     """Against a plain loop, values and gradients."""
     layer = AoELayer(ExpertsConfig(n_experts=4, d_ffn=24, d_low=4), routing=added)

@@ -38,6 +38,7 @@ def test_more_attention_to_one_token_is_more_experts():
     )
 
 
+@pytest.mark.slow
 def test_attention_paid_is_causal():
     """The last query affects earlier tokens neither by value nor by gradient."""
     logits = normal(0, (1, 2, 6, 6))
@@ -106,6 +107,7 @@ def test_importance_by_each_head(masked):
     assert_allclose(of_mesh[1], found, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_importance_with_a_cache():
     """It is that of a whole pass, in the first piece and in the next."""
     layer, params, x, _ = attention(masked=False)
@@ -122,6 +124,7 @@ def decoder_of(kind, name, top_k):
     return Decoder.from_config(small_config(experts=experts, routing=routing))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_one_slot_is_top_1(ragged, kind):
     """The same parameters give the same logits and load."""
@@ -133,6 +136,7 @@ def test_one_slot_is_top_1(ragged, kind):
     assert_array_equal(found[1].load, want[1].load)
 
 
+@pytest.mark.slow
 def test_tokens_of_a_decoder_have_different_numbers_of_experts(ragged):
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
     decoder = decoder_of("aoe", "da_moe", top_k=4)

@@ -134,6 +134,7 @@ def test_the_best_live_expert_where_none_fires():
     assert_array_equal(found, [[False, True, True], [False, False, True]])
 
 
+@pytest.mark.slow
 def test_relative_norms_have_no_scale(x64):
     """They lie around 0 with a standard deviation of 1 / sqrt(2 r) for all lengths of tokens and
     weights, and have finite gradients at zero. So have cosines.
@@ -238,6 +239,7 @@ def random_batch():
     return {"inputs": inputs, "targets": targets, "segment_ids": segment_ids, "weights": ones}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["dynmoe", "dynmoe_router"])
 def test_an_expert_for_the_tokens_that_are_left(variant):
     """The first free place gets an expert that is aligned with them; its threshold is 0, and it

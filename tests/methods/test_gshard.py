@@ -40,6 +40,7 @@ def test_evaluation_takes_both_as_top_2_does():
         assert_equal(found, top_k(scores, 2))
 
 
+@pytest.mark.slow
 def test_the_second_is_drawn_with_twice_its_weight():
     """The first is always chosen; no weight depends on the draw."""
     row = jnp.log(jnp.array([[0.1, 0.5, 0.1, 0.3 / 0.7 * 0.1], [0.4, 0.1, 0.4, 0.1]]))
