@@ -48,11 +48,10 @@ def pytest_testnodedown(node):
 
 def pytest_terminal_summary(terminalreporter, config):
     """Says that there is another tier."""
-    tier = config.getoption("markexpr")
-    if tier and (left := config.stash.get(_LEFT, 0)):
-        slow = tier == "slow"
-        other = "`make test` runs" if slow else "`make test-slow` runs"
-        terminalreporter.write_line(f"{other} {left} further tests")
+    others = {"slow": "make test", "not slow": "make test-slow"}
+    other, left = others.get(config.getoption("markexpr")), config.stash.get(_LEFT, 0)
+    if other and left:
+        terminalreporter.write_line(f"`{other}` runs {left} further tests")
 
 
 @pytest.fixture
