@@ -12,9 +12,7 @@ import pickle
 import random
 import shutil
 import struct
-import subprocess
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event
@@ -245,17 +243,6 @@ def mixture():
     store = shutil.copytree(corpus_store(), scratch("stores") / "mine")
     masks = {"data__document_mask": True, "data__loss_mask": True}
     return {"data__name": f"prepared@{store}=0.75, text@{other}=0.25", "data__path": None, **masks}
-
-
-@contextmanager
-def disk(folder, size):
-    """A disk of so many bytes, such as `4m`, in a new folder."""
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def damage(shard):

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.errors import MachineFault, UserError
+from aoe_jax.errors import UserError
 from aoe_jax.formats import tensor_files
 from aoe_jax.formats.configs import as_own, to_json
 from aoe_jax.formats.loading import load_params, read_config
@@ -25,7 +25,7 @@ from benchmarks.parity import TOKENS as HUB_TOKENS
 from benchmarks.parity import logits_here, logits_there
 from tests.formats.hub import hub_models
 from tests.formats.test_configs import VARIANTS
-from tests.runs import disk, tiny_config
+from tests.runs import tiny_config
 
 EVERYTHING = {  # that a model of the hub may have
     "model__n_heads": 4,
@@ -242,18 +242,6 @@ def test_a_directory_comes_whole_or_not_at_all(tmp_path):
         new_directory(output / "whole" / "x"),
     ):
         pass
-
-
-@pytest.mark.slow  # mounting a small disk needs root
-def test_a_full_disk(tmp_path):
-    with disk(tmp_path / "disk", "100k") as folder:
-        (params, bias), _, config = random_model(tiny_config())
-        with (
-            pytest.raises(MachineFault, match="No space left on device"),
-            new_directory(folder / "model") as partial,
-        ):
-            write_arrays(partial, as_own(config), params, bias, "float32")
-        assert list(folder.iterdir()) == []
 
 
 def test_no_model_among_checkpoints(tmp_path, monkeypatch):
