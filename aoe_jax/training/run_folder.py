@@ -127,8 +127,9 @@ class RunFolder:
             self._lease.check()
 
     def upload(self):
-        """Copies the metrics so far to an object store."""
+        """Copies the metrics so far to an object store; raises like `check_lease`."""
         if self._mirror:
+            self.check_lease()
             self._mirror.upload()
 
     def claim(self, config: Config, corpus: TokenisedCorpus):

@@ -210,6 +210,7 @@ def test_one_owner(folder, hasty, monkeypatch):
         words = rf"is in use by process {os.getpid()} on"
         with pytest.raises(InUse, match=words), leased(folder, "workdir"):
             pass
+        owner._ended.set()  # else it could renew just after the other process has looked
         with leased(folder, "workdir", take_over=True) as other:
             other.check()
             with pytest.raises(UserError, match="was taken over by process"):
@@ -280,9 +281,9 @@ def test_a_former_owner_uploads_nothing(folder):
     with contextlib.ExitStack() as held:
         run = RunFolder(folder)
         run.open(Start(), held)
-        (run.figures / "metrics.jsonl").write_text("1")
+        (run.on_disk / "metrics.jsonl").write_text("1")
         run.upload()
-        (run.figures / "metrics.jsonl").write_text("of the former owner")
+        (run.on_disk / "metrics.jsonl").write_text("of the former owner")
         (folder / NAME).write_text(ELSEWHERE)
         with pytest.raises(UserError, match="was taken over by process 11 on tpu-3"):
             run.upload()
