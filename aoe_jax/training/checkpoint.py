@@ -202,7 +202,6 @@ class Checkpoints:
         alone = jax.process_count() == 1
         options = ocp.CheckpointManagerOptions(
             save_root_metadata=False,
-            cleanup_tmp_directories=True,
             preservation_policy=self,
             async_options=ocp.AsyncOptions(
                 timeout_secs=int(self._config.timeout),
@@ -210,7 +209,18 @@ class Checkpoints:
                 create_directories_asynchronously=not alone,
             ),
         )
+        with together():
+            if jax.process_index() == 0 and self.directory.exists():
+                self._delete_half_saves()
         self._manager = _Manager(self.directory, options=options)
+
+    def _delete_half_saves(self):
+        """Deletes the unfinished saves of killed runs and of failed saves, which fill the disk."""
+        for half in ocp.utils.tmp_checkpoints(self.directory):
+            while half.get().exists():
+                # Threads of a failed save may be deleting files of theirs at the same time.
+                with contextlib.suppress(FileNotFoundError):
+                    half.get().rmtree()
 
     def should_preserve(self, checkpoints, *, context):
         """Whether to keep each checkpoint, as a preservation policy of Orbax."""
