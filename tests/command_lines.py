@@ -48,7 +48,7 @@ def check(program, lines):
     """
     with pytest.MonkeyPatch.context() as patch, other_flags_hidden():
         patch.setattr(cli, "run", lambda main: _parse(program, lines))
-        patch.setattr("sys.argv", [program])
+        patch.setattr("sys.argv", [program, *lines])  # flags are defined by what it names
         runpy.run_module(module_of(program), run_name="__main__")
 
 

@@ -154,18 +154,18 @@ def train(
         def validate():
             def put(batch):
                 stop_if_asked()
-                if now.has_scored:
-                    heartbeat.beat("validating", now.step)
+                heartbeat.beat("validating" if now.has_scored else "compiling", now.step)
                 return sharding.put_batch(split, batch)
 
             def score(batch):
                 sums = eval_step(now.state.params, now.state.routing_state, batch)
                 now.has_scored = True
+                heartbeat.beat("validating", now.step)
                 return sums
 
             metrics.flush()
             now.progress.validated = False
-            heartbeat.beat("validating" if now.has_scored else "compiling", now.step)
+            heartbeat.beat("validating", now.step)
             with metrics.clock("evaluation"):
                 size = batch_size // config.train.accumulate
                 result = evaluate(score, corpus.validation, seq_len, size, put)
