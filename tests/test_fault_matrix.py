@@ -94,8 +94,6 @@ READS = [  # error, operations, part of the path
     ("ECONNRESET", "o", STATE + "run"),
     ("ESTALE", "o", SHARD),
     ("EIO", "r", SHARD),
-    ("EIO", "o", "run/metrics.jsonl"),
-    ("ESTALE", "s", "run/metrics.jsonl"),
     ("ENOTCONN", "d", "run/checkpoints"),
     ("EIO", "o", "run/owner"),
 ]
