@@ -224,9 +224,6 @@ class Metrics:
         """Waits until `metrics.jsonl` is on the disk; a checkpoint must be saved after that."""
         if self._lines:
             self._progress.metrics_bytes = self._lines.sync()
-        if self._tensorboard:
-            with self._writers[self._tensorboard]:
-                self._tensorboard.sync()
 
     def summary(self, step, total_seconds):
         """The content of `summary.json` after the last step, which was validated."""
