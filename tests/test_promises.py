@@ -231,7 +231,8 @@ def test_two_runs_begin_in_one_workdir(tmp_path):
         start(dense_command(tmp_path / "run", train__learning_rate=rate)) for rate in (0.003, 0.01)
     ]
     outcomes = [finish(process) for process in processes]
-    assert sorted(status for status, _, _ in outcomes) == [0, 5], outcomes
+    statuses = sorted(status for status, _, _ in outcomes)
+    assert statuses in ([0, 5], [0, 2]), outcomes  # 2: the first has finished meanwhile
     winner = [status for status, _, _ in outcomes].index(0)
     assert (
         json.loads((tmp_path / "run" / "config.json").read_text())["train"]["learning_rate"]
