@@ -355,6 +355,14 @@ def test_unforeseen_exception_has_a_last_line(tmp_path):
     assert heartbeat(tmp_path / "run")["status"] == "failed"
 
 
+def test_a_run_that_ends_where_it_goes_back_to(tmp_path):
+    """The last step, which was never validated, is validated now."""
+    workdir, last = shutil.copytree(dense_run(), tmp_path / "run"), STEPS - EVERY
+    status, _, stderr = run([*dense_command(workdir, train__steps=last), f"--go-back={last}"])
+    assert status == 0, stderr
+    assert [line["step"] for line in read_metrics(workdir)[1]] == [10, 20, last]
+
+
 def test_history_is_not_erased(tmp_path):
     """A run whose checkpoints are gone stops, until its user says how to begin."""
     workdir = shutil.copytree(dense_run(), tmp_path / "run")

@@ -142,8 +142,7 @@ def train(
         heartbeat.beat("compiling", now.step)
         with metrics.clock("compile"):
             train_step = lowered.compile()
-        decoder = Decoder.from_config(config)
-        eval_step = compile_eval_step(decoder, config.data.document_mask, mesh)
+        eval_step = compile_eval_step(Decoder.from_config(config), config.data.document_mask, mesh)
         metrics.begin(now.state, train_step)
 
         def stop_if_asked():
@@ -201,7 +200,8 @@ def train(
         now.saved_at = time.monotonic()
         try:
             with jax.transfer_guard("disallow"):
-                if not now.progress.validated:
+                is_due = now.step == steps and not now.progress.validation
+                if is_due or not now.progress.validated:
                     validate()
                 while now.step < steps:
                     now.step += 1
