@@ -9,7 +9,7 @@ shift 2
 python=${PYTHON:-python}
 log=$(mktemp)
 
-"$python" -m aoe_jax.data.prepare --input="$texts" --tokenizer=bpe:512 --validation=0.1 \
+"$python" -m aoe_jax.prepare --input="$texts" --tokenizer=bpe:512 --validation=0.1 \
   --test=0.1 --output="$folder/corpus"
 train=("$python" train.py --config=configs/tiny.py --workdir="$folder/run"
   --config.data.name=prepared --config.data.path="$folder/corpus"

@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import sys
 
 import pytest
 from absl import flags
@@ -49,6 +50,7 @@ def check(program, lines):
     with pytest.MonkeyPatch.context() as patch, other_flags_hidden():
         patch.setattr(cli, "run", lambda main: _parse(program, lines))
         patch.setattr("sys.argv", [program, *lines])  # flags are defined by what it names
+        patch.delitem(sys.modules, module_of(program), raising=False)  # runpy warns otherwise
         runpy.run_module(module_of(program), run_name="__main__")
 
 
