@@ -14,7 +14,6 @@ from absl import flags
 
 from aoe_jax import cli, distributed
 from aoe_jax.config.checks import require_flag
-from aoe_jax.training.profile import steps_to_trace
 from aoe_jax.training.stopping import StopRequests
 
 _CONFIG = cli.define_config_flag()
@@ -43,13 +42,17 @@ def main():
     stop.listen()
     config = cli.parsed_config(_CONFIG)
     workdir = cli.path_of(_WORKDIR, in_store=True)
-    profile = steps_to_trace(_PROFILE.value) if _PROFILE.value is not None else range(0)
+    profile = range(0)
+    if _PROFILE.value is not None:
+        from aoe_jax.training.profile import steps_to_trace
+
+        profile = steps_to_trace(_PROFILE.value)
+    wanted = "give it without --start-over"
+    require_flag(not _START_OVER.value or _GO_BACK.value is None, "go-back", _GO_BACK.value, wanted)
     distributed.start()
     from aoe_jax.training.loop import train  # JAX may start only after `distributed.start`
     from aoe_jax.training.run_folder import Start
 
-    wanted = "give it without --start-over"
-    require_flag(not _START_OVER.value or _GO_BACK.value is None, "go-back", _GO_BACK.value, wanted)
     start = Start(_START_OVER.value, _GO_BACK.value, _TAKE_OVER.value)
     summary = train(config, workdir, stop, profile, _WANDB.value, start)
     import jax

@@ -1,5 +1,6 @@
 """`--profile=STEP:N` of `train.py` writes a trace of N steps, for TensorBoard or XProf."""
 
+import itertools
 import logging
 import re
 from pathlib import Path
@@ -21,10 +22,10 @@ def steps_to_trace(text):
 
 
 def traced_of_run(steps: range, start_step, total_steps):
-    """Returns `steps`, or no steps, with a warning, if the run has passed the first. Raises
-    `UserError` if the run ends before they do.
+    """Returns `steps`; or no steps, with a warning, if the run has passed the first. Raises
+    `UserError` if the run ends before the last.
     """
-    value = f"{steps[0]}:{steps.stop - steps.start}"
+    value = f"{steps[0]}:{len(steps)}"
     wanted = f"this run takes the steps {start_step + 1} to {total_steps}; choose some of these"
     require_flag(steps[-1] <= total_steps, "profile", value, wanted)
     if steps[0] <= start_step:
@@ -33,22 +34,29 @@ def traced_of_run(steps: range, start_step, total_steps):
     return steps
 
 
-def run_traced(steps: range, folder: Path, step, function, *args):
-    """Returns `function(*args)`, training step `step`; writes a trace of it if `steps` has it.
+def tracing(train_step, steps: range, folder: Path, next_step):
+    """A function like `train_step` that writes a trace of the calls number `steps` to `folder`; its
+    first call is number `next_step`.
 
     The first traced step waits for all steps before it, and the last one until it is done.
     """
-    if step not in steps:
-        return function(*args)
-    if step == steps[0]:
-        jax.block_until_ready(args)
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # Python calls would bury the step
-        jax.profiler.start_trace(folder, profiler_options=options)
-    with jax.profiler.StepTraceAnnotation("train", step_num=step):
-        result = function(*args)
-    if step == steps[-1]:
-        jax.block_until_ready(result)
-        jax.profiler.stop_trace()
-        log.info(f"wrote a trace of steps {steps[0]} to {step}: {folder}")
-    return result
+    numbers = itertools.count(next_step)
+
+    def traced_step(*args):
+        step = next(numbers)
+        if step not in steps:
+            return train_step(*args)
+        if step == steps[0]:
+            jax.block_until_ready(args)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # Python calls would hide the step
+            jax.profiler.start_trace(folder, profiler_options=options)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            result = train_step(*args)
+        if step == steps[-1]:
+            jax.block_until_ready(result)
+            jax.profiler.stop_trace()
+            log.info(f"wrote a trace of steps {steps[0]} to {step}: {folder}")
+        return result
+
+    return traced_step

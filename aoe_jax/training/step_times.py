@@ -15,7 +15,7 @@ import numpy as np
 from aoe_jax.config.run import Config
 from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
 from aoe_jax.training.checkpoint import Checkpoints
-from aoe_jax.training.memory import program_memory
+from aoe_jax.training.devices import program_memory
 from aoe_jax.training.step import new_state, train_step_on
 
 ROUNDS = 10

@@ -1,11 +1,11 @@
-"""Writers of a run's metrics: `metrics.jsonl`, TensorBoard, the progress bar, Weights & Biases.
+"""Writers of a run's metrics: `metrics.jsonl`, TensorBoard, Weights & Biases.
 
 `write(step, group, scalars, layers, experts)` takes the metrics of one step: `group` is `train` or
 `validation`, `scalars` maps names to numbers, `layers` names to arrays `[L]`, and `experts` names
-to arrays `[L, n]` (L layers, n experts). Only TensorBoard keeps the last, as histograms.
+to arrays `[L, n]` (L layers, n experts). Only TensorBoard keeps the last, as histograms. `close()`
+writes what is left.
 """
 
-import contextlib
 import errno
 import json
 import logging
@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
@@ -30,7 +28,7 @@ try:
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
-    from tensorboardX.summary import histogram, image
+    from tensorboardX.summary import histogram
 finally:
     if not _has_torch:
         del sys.modules["torch"]
@@ -51,8 +49,8 @@ class JsonLines:
     name = "metrics.jsonl"
 
     def __init__(self, path: Path, size: int):
-        """Goes on after the first `size` bytes, the lines up to a checkpoint; later ones are
-        dropped. Raises `UserError` if the file has lost some of them.
+        """Goes on after the first `size` bytes, the lines up to a checkpoint, and drops later ones.
+        Raises `UserError` if the file has lost some of the first.
         """
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         there = self._file.seek(0, os.SEEK_END)
@@ -63,14 +61,12 @@ class JsonLines:
                 f"{path} has lost lines: its checkpoint was saved after {size} bytes of lines, it "
                 f"has {there} bytes. Bring it back; or --start-over begins anew"
             )
-        dropped = self._file.read().count(b"\n")
-        if dropped:
+        if dropped := self._file.read().count(b"\n"):
             log.info(f"{path.name}: dropped {dropped} lines of steps after the checkpoint")
-        self._file.truncate(size)
-        self._size, self._unwritten, self._failed = size, b"", False
+        self._size, self._unwritten = size, b""
+        self._flush()
 
     def write(self, step, group, scalars, layers, experts):
-        """Adds a line."""
         line = {"step": step} | scalars
         if layers:
             line["layers"] = {name: _shortest(values) for name, values in layers.items()}
@@ -78,13 +74,11 @@ class JsonLines:
         self._flush()
 
     def _flush(self):
-        if self._failed:  # that may have left half a line
-            self._file.truncate(self._size)
-        self._failed = True
+        self._file.truncate(self._size)  # a write that failed may have left half a line
         written = self._file.write(self._unwritten)
         if written < len(self._unwritten):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._size, self._unwritten, self._failed = self._size + written, b"", False
+        self._size, self._unwritten = self._size + written, b""
 
     def sync(self) -> int:
         """Waits until all lines would survive a power cut; returns the size of the file."""
@@ -93,7 +87,6 @@ class JsonLines:
         return self._size
 
     def close(self):
-        """Writes what is left."""
         with self._file:
             self._flush()
 
@@ -115,7 +108,7 @@ def _tags(group, scalars, layers):
 
 
 class TensorBoard:
-    """Event files, in which events of later steps from a run that was killed are hidden."""
+    """Event files. The first event hides later steps that a killed run has written."""
 
     name = "tensorboard/"
 
@@ -131,7 +124,6 @@ class TensorBoard:
         self._events.flush()
 
     def write(self, step, group, scalars, layers, experts):
-        """Adds a point to each chart."""
         # One event for all takes a tenth of the time of one for each.
         values = [
             Summary.Value(tag=tag, simple_value=value)
@@ -144,48 +136,8 @@ class TensorBoard:
                     values += histogram(tag, of_experts, bins=16).value
         self._add(step, summary=Summary(value=values))
 
-    def draw(self, step, name, figure):
-        """Writes a matplotlib `Figure` as a picture, which takes a tenth of a second or more."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-        self._add(step, summary=image(name, pixels, dataformats="HWC"))
-
     def close(self):
-        """Writes what is left."""
         self._events.close()
-
-
-class Bar:
-    """The last line of a terminal: step, time left, loss, speed and load; the log is above it."""
-
-    name = "the progress bar"
-
-    def __init__(self, first_step, steps):
-        self._held = contextlib.ExitStack()
-        logs = logging_redirect_tqdm([logging.getLogger("aoe_jax")])
-        self._held.enter_context(logs)
-        bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
-        self._bar = self._held.enter_context(bar)
-
-    def write(self, step, group, scalars, layers, experts):
-        """Shows the metrics of a logged step; `load max` is the largest load over the mean."""
-        if group == "train":
-            shown = {"loss": f"{scalars['loss']:.4f}"}
-            shown["tokens/s"] = f"{scalars['tokens_per_second']:,.0f}"
-            if layers:
-                shown["load max"] = f"{layers['load_max_over_mean'].mean():.2f}x"
-            self._bar.set_postfix(shown, refresh=False)
-
-    def step(self, step):
-        """Shows a finished step, logged or not."""
-        self._bar.update(step - self._bar.n)
-
-    def close(self):
-        """Erases the line; the log is written directly again."""
-        self._held.close()
 
 
 class Wandb:
@@ -219,19 +171,16 @@ class Wandb:
         except wandb.Error as e:
             reason = " ".join(str(e).split())[:200]
             refused = wandb.errors.AuthenticationError | wandb.errors.UsageError
-            if not isinstance(e, refused) and not re.search(r"error 4\d\d", reason):
-                raise ConnectionError(reason) from e
-            raise UserError(
-                f"--wandb={project}: {reason}; log in with `wandb login`, or set WANDB_MODE=offline"
-            ) from e
+            if isinstance(e, refused) or re.search(r"error 4\d\d", reason):
+                cure = "log in with `wandb login`, or set WANDB_MODE=offline"
+                raise UserError(f"--wandb={project}: {reason}; {cure}") from e
+            raise ConnectionError(reason) from e
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step, group, scalars, layers, experts):
-        """Sends a point of each chart."""
         self._run.log({"step": step, **_tags(group, scalars, layers)})
 
     def close(self):
-        """Uploads what is left."""
         self._run.finish()
 
 

@@ -18,7 +18,7 @@ from aoe_jax.sharding import (
     put_batch,
     replicated,
 )
-from aoe_jax.training.memory import device_memory, host_memory, program_memory
+from aoe_jax.training.devices import device_memory, host_memory, program_memory
 from aoe_jax.training.step import init_state, make_train_step
 from tests.hasty import HASTY
 from tests.runs import ROOT, tiny_config
@@ -85,7 +85,7 @@ def test_cpus_have_no_count():
 
 STEP_TAKES = """
 import json, jax, pathlib, time
-from aoe_jax.training.memory import host_memory, program_memory
+from aoe_jax.training.devices import host_memory, program_memory
 from aoe_jax.training.step_times import random_batch
 from benchmarks.timing import configuration
 from aoe_jax.training.step import init_state, make_train_step
