@@ -8,7 +8,7 @@ The same command continues after whatever stopped it. `--workdir` receives check
 
 import shlex
 from functools import partial
-from pathlib import Path
+from importlib.util import find_spec
 
 from absl import flags
 
@@ -42,11 +42,15 @@ def main():
     stop.listen()
     config = cli.parsed_config(_CONFIG)
     workdir = cli.path_of(_WORKDIR, in_store=True)
-    profile = range(0)
+    profile, project = range(0), _WANDB.value
     if _PROFILE.value is not None:
         from aoe_jax.training.profile import steps_to_trace
 
-        profile = steps_to_trace(_PROFILE.value)
+        profile = steps_to_trace(_PROFILE.value, config.train.steps)
+    if project is not None:
+        require_flag(project, "wandb", project, "name a project")
+        wanted = "the package wandb is missing; pip install 'aoe_jax[wandb]'"
+        require_flag(find_spec("wandb"), "wandb", project, wanted)
     wanted = "give it without --start-over"
     require_flag(not _START_OVER.value or _GO_BACK.value is None, "go-back", _GO_BACK.value, wanted)
     distributed.start()
@@ -54,7 +58,7 @@ def main():
     from aoe_jax.training.run_folder import Start
 
     start = Start(_START_OVER.value, _GO_BACK.value, _TAKE_OVER.value)
-    summary = train(config, workdir, stop, profile, _WANDB.value, start)
+    summary = train(config, workdir, stop, profile, project, start)
     import jax
 
     if jax.process_index() == 0:
@@ -65,7 +69,7 @@ def _closing_words(workdir, summary):
     """The result of a run, its files, and the commands that come next."""
     from aoe_jax.training.metrics import in_words
 
-    folder, suite = shlex.quote(str(workdir)), "configs/compare/tiny.py"
+    folder = shlex.quote(str(workdir))
     lines = {
         "result": in_words(summary),
         "picture": workdir / "training.png",
@@ -73,9 +77,6 @@ def _closing_words(workdir, summary):
         "evaluate": f"python -m aoe_jax.eval --workdir={folder}",
         "generate": f"python -m aoe_jax.generate --workdir={folder} --prompt='We the people'",
     }
-    if Path(suite).exists():  # the command runs in the repository
-        command = f"python -m aoe_jax.compare --suite={suite} --workdir=runs/compare_tiny"
-        lines["compare"] = command
     return "\n".join(f"{name:<9} {line}" for name, line in lines.items())
 
 

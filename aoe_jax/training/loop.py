@@ -87,10 +87,6 @@ def train(
         folder.open(start, held)
         with together():
             log_run(config)
-            if wandb is not None:
-                from aoe_jax.training.writers import check_wandb
-
-                check_wandb(workdir, wandb)
             if any(source.name != "prepared" for source in config.data.sources):
                 heartbeat.beat("preparing")
             corpus = open_corpus(config.data, config.model.vocab_size)
@@ -98,11 +94,6 @@ def train(
         heartbeat.beat("restoring")
         folder.check(config, corpus, saved_steps)
         now = Now(gathered(max(saved_steps, default=0))[0], progress=Progress())
-        with together():
-            if profile:
-                from aoe_jax.training.profile import traced_of_run, tracing
-
-                profile = traced_of_run(profile, now.step, steps)
 
         # The state: restored, of a trained model, or drawn at random.
         split = sharding.batch_sharding(mesh)
@@ -146,6 +137,8 @@ def train(
         eval_step = compile_eval_step(Decoder.from_config(config), config.data.document_mask, mesh)
         metrics.begin(now.state, train_step)
         if profile:
+            from aoe_jax.training.profile import tracing
+
             train_step = tracing(train_step, profile, folder.on_disk / "profile", now.step + 1)
 
         def stop_if_asked():

@@ -12,34 +12,28 @@ from aoe_jax.config.checks import require_flag
 log = logging.getLogger(__name__)
 
 
-def steps_to_trace(text):
-    """The `range` of steps of a flag's value `STEP:N`; raises `UserError` for other values."""
+def steps_to_trace(text, total_steps):
+    """The `range` of steps of a flag's value `STEP:N`. Raises `UserError` for another value, and if
+    the run ends before the last of them.
+    """
     numbers = re.fullmatch(r"0*([1-9]\d{0,8}):0*([1-9]\d{0,8})", text, re.ASCII)
     wanted = "must be STEP:N, such as 20:3 for 3 steps from step 20 on; both at least 1"
     require_flag(numbers, "profile", text, wanted)
     first, n_steps = map(int, numbers.groups())
+    wanted = f"the run ends at step {total_steps}; choose steps up to that one"
+    require_flag(first + n_steps - 1 <= total_steps, "profile", text, wanted)
     return range(first, first + n_steps)
 
 
-def traced_of_run(steps: range, start_step, total_steps):
-    """Returns `steps`; or no steps, with a warning, if the run has passed the first. Raises
-    `UserError` if the run ends before the last.
-    """
-    value = f"{steps[0]}:{len(steps)}"
-    wanted = f"this run takes the steps {start_step + 1} to {total_steps}; choose some of these"
-    require_flag(steps[-1] <= total_steps, "profile", value, wanted)
-    if steps[0] <= start_step:
-        log.warning(f"--profile={value}: the run is past step {steps[0]}; nothing is traced")
-        return range(0)
-    return steps
-
-
 def tracing(train_step, steps: range, folder: Path, next_step):
-    """A function like `train_step` that writes a trace of the calls number `steps` to `folder`; its
-    first call is number `next_step`.
+    """`train_step` with a trace of the calls number `steps`, written to `folder`; its first call is
+    number `next_step`. Logs a warning and traces nothing if `steps` begin before that.
 
     The first traced step waits for all steps before it, and the last one until it is done.
     """
+    if steps[0] < next_step:
+        log.warning(f"--profile: the run is past step {steps[0]}; nothing is traced")
+        return train_step
     numbers = itertools.count(next_step)
 
     def traced_step(*args):

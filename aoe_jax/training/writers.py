@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from aoe_jax.storage.files import TEXT, finite, read_json, write_json
 
@@ -34,9 +33,6 @@ finally:
         del sys.modules["torch"]
 
 log = logging.getLogger(__name__)
-
-_IDENTITY = {"project": TEXT, "id": TEXT}  # of a run at Weights & Biases
-_UPLOAD_SECONDS = 60.0  # at the end of a run; `wandb sync` uploads the rest
 
 
 class JsonLines:
@@ -155,18 +151,17 @@ class Wandb:
 
         file = workdir / "wandb.json"
         if not file.exists():
-            write_json(file, {"project": project, "id": secrets.token_hex(4)})
-        identity = read_json(file, schema=_IDENTITY)
+            write_json(file, {"id": secrets.token_hex(4)})
         try:
             self._run = wandb.init(
-                project=identity["project"],
-                id=identity["id"],
+                project=project,
+                id=read_json(file, schema={"id": TEXT})["id"],
                 resume="allow",
                 name=workdir.absolute().name,
                 dir=str(workdir),
                 config=config,
-                # stdout and stderr stay as they are
-                settings=wandb.Settings(console="off", finish_timeout=_UPLOAD_SECONDS),
+                # stdout and stderr stay as they are; `wandb sync` uploads what the limit leaves
+                settings=wandb.Settings(console="off", finish_timeout=60.0),
             )
         except wandb.Error as e:
             reason = " ".join(str(e).split())[:200]
@@ -182,20 +177,3 @@ class Wandb:
 
     def close(self):
         self._run.finish()
-
-
-def check_wandb(workdir: Path, project):
-    """Raises `UserError` if the project is empty, the package is missing, or the run in `workdir`
-    belongs to another project; writes nothing.
-    """
-    require_flag(project, "wandb", project, "name a project")
-    identity = workdir / "wandb.json"
-    found = read_json(identity, schema=_IDENTITY)["project"] if identity.exists() else project
-    wanted = f"the run in {workdir} belongs to project {found}; name that one, or leave it out"
-    require_flag(found == project, "wandb", project, wanted)
-    try:
-        import wandb  # noqa: F401
-    except ImportError as e:
-        raise UserError(
-            f"--wandb={project}: the package {e.name} is missing; pip install 'aoe_jax[wandb]'"
-        ) from e
