@@ -161,13 +161,10 @@ class Checkpoints:
         try:
             model, _ = read_checkpoint(self._path(step), wanted)
         except Damaged as e:
-            steps = self.steps()
-            if step not in steps:  # the training keeps the newest ones alone
-                cure = "try again, or train with a larger checkpoint.keep"
-                raise UserError(f"{self._path(step)} was deleted while it was read; {cure}") from e
-            others = [other for other in steps if other != step]
+            others = [other for other in self.steps() if other != step]
             hint = f"--step={others[-1]} evaluates another" if others else "there is no other"
-            raise UserError(f"checkpoint {self._path(step)} is damaged ({e}); {hint}") from e
+            what = f"checkpoint {self._path(step)} is damaged or was just deleted ({e})"
+            raise UserError(f"{what}; {hint}") from e
         return model["params"], model["routing_state"]
 
     def open(self, config: CheckpointConfig):

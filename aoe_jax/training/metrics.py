@@ -157,10 +157,11 @@ class Metrics:
         self._write(step, "train", scalars, layers, experts)
         total, steps = sum(seconds.values()), self._config.train.steps
         waits = ", ".join(f"{name} {seconds[name] / total:.1%}" for name in _IN_SPEED)
+        mfu = f", MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
         left = timedelta(seconds=round(total / n_steps * (steps - step)))
         log.info(
             f"step {step}/{steps} | loss {scalars['loss']:.4f} | nll {scalars['nll']:.4f}{balance} "
-            f"| {_speed_in_words(speed)} | {waits} | {left} left"
+            f"| {speed['tokens_per_second']:,.0f} tokens/s{mfu} | {waits} | {left} left"
         )
 
     def _end_interval(self, step):
@@ -240,15 +241,6 @@ class Metrics:
             writer, tolerated = self._writers.popitem()
             with tolerated:
                 writer.close()
-
-
-def _speed_in_words(speed):
-    words = (
-        f"{speed['tokens_per_second']:,.0f} tokens/s, "
-        f"a device {speed['tokens_per_second_per_device']:,.0f} and "
-        f"{speed['flops_per_second_per_device'] / 1e12:.3g} TFLOP/s"
-    )
-    return words + (f", MFU {100 * speed['mfu']:.1f}%" if "mfu" in speed else "")
 
 
 def in_words(summary):
