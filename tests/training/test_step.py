@@ -55,28 +55,12 @@ def shrunken(variant):
     return Config.from_config_dict(config)
 
 
-def one_of_each_program():
-    """Variants whose small twins differ by more than a rank."""
-    configs = {variant: shrunken(variant) for variant in paper.VARIANTS}
-    alike = {}
-    for variant, config in configs.items():
-        experts = (
-            dataclasses.replace(config.experts, d_low=4) if config.experts.d_low else config.experts
-        )
-        alike.setdefault(repr((experts, config.routing, config.balance)), variant)
-    return list(alike.values())
+# Their small twins are those of other variants, but for a rank.
+ALIKE = ("aoe_r128", "aoe_r256", "aoe_r512", "moe_4b", "aoe_4b")
+ALIKE += ("aoe_r128_aux", "aoe_r256_aux", "aoe_r512_aux")
 
 
-def test_variants_that_differ_by_sizes_alone():
-    left_out = [variant for variant in paper.VARIANTS if variant not in one_of_each_program()]
-    assert left_out == [
-        *("aoe_r128", "aoe_r256", "aoe_r512"),
-        *("aoe_r128_aux", "aoe_r256_aux", "aoe_r512_aux"),
-        *("moe_4b", "aoe_4b"),
-    ]
-
-
-@pytest.mark.parametrize("variant", one_of_each_program())
+@pytest.mark.parametrize("variant", [name for name in paper.VARIANTS if name not in ALIKE])
 def test_every_program_of_the_paper_trains(variant):
     """Three steps; every gradient is finite and every parameter receives one."""
     config = shrunken(variant)
@@ -91,11 +75,10 @@ def test_every_program_of_the_paper_trains(variant):
             (gradient,) = optax.tree.get_all_with_path(state.opt_state, "mu")
     for path, moment in jax.tree_util.tree_leaves_with_path(gradient[1]):
         name = jax.tree_util.keystr(path)
-        stacked = moment.reshape(
-            *moment.shape[: 2 if "experts']['w_" in name and "router" not in name else 1], -1
-        )
+        n_axes = 2 if "experts']['w_" in name and "router" not in name else 1  # layer, expert
         # Tokens that do not occur in the batch have output gradients only.
         if "embedding" not in name:
+            stacked = moment.reshape(*moment.shape[:n_axes], -1)
             assert (np.abs(stacked).max(axis=-1) > 0).all(), name
     assert np.isfinite(losses).all() and losses[2] < losses[0]
     assert int(state.step) == 3
@@ -182,22 +165,6 @@ def test_loss_free_balancing(variant):
     assert np.mean(spreads[-5:]) < 0.7 * spreads[0]
 
 
-def accumulated(batch):
-    """`(state, metrics)` after a step with one micro-batch, and with four."""
-    for accumulate in (1, 4):
-        _, step, state = loss_free("aoe_r64", accumulate)
-        yield step(state, batch)
-
-
-def test_accumulation_is_the_mean_over_micro_batches():
-    states = list(accumulated(batch_of()))
-    np.testing.assert_allclose(states[0][1]["nll"], states[1][1]["nll"], rtol=1e-5)
-    np.testing.assert_allclose(states[0][1]["load"], states[1][1]["load"], rtol=1e-5)
-    moments = [jax.tree.leaves(state.opt_state) for state, _ in states]
-    for a, b in zip(*moments, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
-
-
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_step_that_is_not_finite_updates_nothing(accumulate):
     """Loss, or gradient alone; the step counts, for the schedule too, and the next one is as
@@ -223,35 +190,22 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
 
     third, metrics = step(second, batch)
     assert metrics["finite"] and int(third.skipped) == 1
-    np.testing.assert_allclose(
-        metrics["learning_rate"], learning_rate_schedule(config.train)(2), rtol=1e-6
-    )
-    assert any(
-        (a != b).any()
-        for a, b in zip(*map(jax.tree.leaves, (second.params, third.params)), strict=True)
-    )
+    rate = learning_rate_schedule(config.train)(2)
+    np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-6)
+    changed = jax.tree.map(lambda a, b: (a != b).any(), second.params, third.params)
+    assert any(jax.tree.leaves(changed))
 
 
 def test_gradient_that_overflows_updates_nothing():
-    """Where the loss is finite: the norm of a gradient of 1e20 in float32 is not."""
+    """The loss is finite, but the norm of a gradient of 1e20 in float32 is not."""
     _, step, state = loss_free("aoe_r64")
-    huge = batch_of() | {"weights": jnp.full((4, 24), 1.0)}
-    scaled = jax.tree_util.tree_map_with_path(
-        lambda path, a: (
-            a * 1e-22
-            if path[-1].key == "scale" and "final_norm" in jax.tree_util.keystr(path)
-            else a
-        ),
-        state.params,
-    )
-    scaled["embed"]["embedding"] = scaled["embed"]["embedding"] * 1e22
-    after, metrics = step(dataclasses.replace(state, params=scaled), huge)
-    assert (
-        np.isfinite(metrics["loss"])
-        and not np.isfinite(metrics["grad_norm"])
-        and not metrics["finite"]
-    )
-    np.testing.assert_array_equal(after.params["embed"]["embedding"], scaled["embed"]["embedding"])
+    params = dict(state.params)
+    params["embed"] = {"embedding": params["embed"]["embedding"] * 1e22}
+    params["final_norm"] = {"scale": params["final_norm"]["scale"] * 1e-22}
+    after, metrics = step(dataclasses.replace(state, params=params), batch_of())
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
+    assert not metrics["finite"]
+    np.testing.assert_array_equal(after.params["embed"]["embedding"], params["embed"]["embedding"])
 
 
 def masked_batch():
@@ -264,9 +218,7 @@ def masked_batch():
 
 @pytest.mark.parametrize("variant", ["aoe_r64_aux", "aoe_expert_choice"])
 def test_masked_targets_are_no_padding(variant):
-    """They count in the statistics and take their places in expert choice as others do, but not in
-    the loss.
-    """
+    """They count in the statistics and in expert choice as others do, but not in the loss."""
     settings = shrunken("aoe_r64_aux").to_dict()
     if variant == "aoe_expert_choice":
         settings["routing"] = {"name": "expert_choice"}
@@ -281,37 +233,29 @@ def test_masked_targets_are_no_padding(variant):
         for i in np.flatnonzero(masked["weights"])
     ]
     np.testing.assert_allclose(with_mask["nll"], np.mean(nll), rtol=1e-5)
-    padded = loss(
-        whole | {"weights": masked["weights"], "segment_ids": masked["weights"].astype(np.int32)}
-    )
+    padded = loss(masked | {"segment_ids": masked["weights"].astype(np.int32)})
     assert not np.allclose(padded["load"], plain["load"], rtol=1e-3)
+
+
+def _of_load(shares, stats):
+    return 4 * (shares["load"] * stats.mean_probability).sum(axis=1).mean()
+
+
+def _of_first_choices(shares, stats):
+    return 4 * (shares["first_choices"] * stats.mean_probability).sum(axis=1).mean()
+
+
+def _of_gates(shares, stats):
+    served = shares["load"] / shares["served"][:, None]
+    return 4 * (served * stats.records["normalised_gates"]).sum()
 
 
 # router -> the name of a balance loss, the field of its weight, and the loss by the shares of the
 # micro-batches so far.
 RUNNING = {
-    "top_k": (
-        "aux_loss",
-        "balance.aux_weight",
-        lambda shares, stats: 4 * (shares["load"] * stats.mean_probability).sum(axis=1).mean(),
-    ),
-    "gshard": (
-        "first_choice_loss",
-        "routing.aux_weight",
-        lambda shares, stats: (
-            4 * (shares["first_choices"] * stats.mean_probability).sum(axis=1).mean()
-        ),
-    ),
-    "dynmoe": (
-        "gate_balance",
-        "routing.balance_weight",
-        lambda shares, stats: (
-            4
-            * (shares["load"] / shares["served"][:, None] * stats.records["normalised_gates"])
-            .sum(axis=1)
-            .sum()
-        ),
-    ),
+    "top_k": ("aux_loss", "balance.aux_weight", _of_load),
+    "gshard": ("first_choice_loss", "routing.aux_weight", _of_first_choices),
+    "dynmoe": ("gate_balance", "routing.balance_weight", _of_gates),
 }
 
 
@@ -362,10 +306,20 @@ def test_balance_is_of_all_micro_batches_so_far(router):
     assert abs(balance - alone) > 1e-4
 
 
-def test_accumulation_weighs_every_target_alike():
-    results = [metrics for _, metrics in accumulated(masked_batch())]
-    np.testing.assert_allclose(results[0]["nll"], results[1]["nll"], rtol=1e-5)
-    np.testing.assert_allclose(results[0]["grad_norm"], results[1]["grad_norm"], rtol=1e-4)
+@pytest.mark.parametrize("batch", [batch_of, masked_batch])
+def test_accumulation_is_the_mean_over_micro_batches(batch):
+    """Every target counts the same, whatever the weights."""
+    results = []
+    for accumulate in (1, 4):
+        _, step, state = loss_free("aoe_r64", accumulate)
+        results.append(step(state, batch()))
+    (one_state, one), (four_state, four) = results
+    np.testing.assert_allclose(one["nll"], four["nll"], rtol=1e-5)
+    np.testing.assert_allclose(one["load"], four["load"], rtol=1e-5)
+    np.testing.assert_allclose(one["grad_norm"], four["grad_norm"], rtol=1e-4)
+    moments = (jax.tree.leaves(state.opt_state) for state in (one_state, four_state))
+    for a, b in zip(*moments, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
 
 
 def of_experts(**weights):
@@ -376,19 +330,15 @@ def test_optimiser_is_the_papers():
     """Clip by global norm, then Adam with betas (0.9, 0.95) and decoupled decay on matrices only,
     by hand.
     """
-    config = TrainConfig(
-        steps=10, warmup=0.0, learning_rate=0.1, final_learning_rate=0.01, weight_decay=0.5
-    )
-    params = {
-        **of_experts(w_up=jnp.array([[3.0, -2.0]])),
-        "final_norm": {"scale": jnp.array([1.0])},
-        "embed": {"embedding": jnp.array([[4.0]])},
-    }
-    grads = {
-        **of_experts(w_up=jnp.array([[3.0, 4.0]])),
-        "final_norm": {"scale": jnp.array([12.0])},
-        "embed": {"embedding": jnp.array([[0.0]])},
-    }
+    rates = {"learning_rate": 0.1, "final_learning_rate": 0.01}
+    config = TrainConfig(steps=10, warmup=0.0, weight_decay=0.5, **rates)
+
+    def tree(up, scale, embedding):
+        rest = {"final_norm": {"scale": jnp.array([scale])}}
+        rest["embed"] = {"embedding": jnp.array([[embedding]])}
+        return of_experts(w_up=jnp.array([up])) | rest
+
+    params, grads = tree([3.0, -2.0], 1.0, 4.0), tree([3.0, 4.0], 12.0, 0.0)
     optimizer = make_optimizer(config, ExpertsConfig())
     state, m, v = optimizer.init(params), 0.0, 0.0
     want = np.array([[3.0, -2.0]])
@@ -454,23 +404,10 @@ def tree_at(tree, path):
     return np.asarray(tree)
 
 
-def test_without_router_steps_the_optimiser_is_as_ever():
-    """So that checkpoints of runs before there was such a setting can be read."""
-    config, params = TrainConfig(), of_experts(w_router=jnp.ones((2, 2)))
-    adam = optax.adamw(learning_rate_schedule(config), mask=decayed)
-    as_ever = optax.chain(optax.clip_by_global_norm(1.0), adam).init(params)
-    assert jax.tree.structure(
-        make_optimizer(config, ExpertsConfig()).init(params)
-    ) == jax.tree.structure(as_ever)
-
-
 def test_what_decays():
     params = jax.eval_shape(lambda: init_state(shrunken("aoe_r64"), 0)).params
-    flags = {
-        jax.tree_util.keystr(path): flag
-        for path, flag in jax.tree_util.tree_leaves_with_path(decayed(params))
-    }
-    assert {name for name, flag in flags.items() if not flag} == {
+    flags = jax.tree_util.tree_leaves_with_path(decayed(params))
+    assert {jax.tree_util.keystr(path) for path, flag in flags if not flag} == {
         "['embed']['embedding']",
         "['final_norm']['scale']",
         "['layers']['attention_norm']['scale']",
@@ -479,9 +416,6 @@ def test_what_decays():
 
 
 def test_schedule():
-    schedule = learning_rate_schedule(
-        TrainConfig(steps=100, warmup=0.1, learning_rate=1.0, final_learning_rate=0.1)
-    )
-    np.testing.assert_allclose(
-        [schedule(s) for s in (0, 5, 10, 55, 100)], [0, 0.5, 1, 0.55, 0.1], atol=1e-6
-    )
+    config = TrainConfig(steps=100, warmup=0.1, learning_rate=1.0, final_learning_rate=0.1)
+    rates = [learning_rate_schedule(config)(step) for step in (0, 5, 10, 55, 100)]
+    np.testing.assert_allclose(rates, [0, 0.5, 1, 0.55, 0.1], atol=1e-6)
