@@ -292,7 +292,6 @@ KINDS = {
     "capacity": {"experts__kind": "capacity", "routing__capacity_factor": 1.0}
     | {"balance__aux_weight": 0.01},
     "dense": {"experts__kind": "dense"},
-    "top_p": {"routing__name": "top_p", "balance__entropy_weight": 1e-4},
     "expert_choice": {"routing__name": "expert_choice"},
 }
 _SHORT = {"train__steps": 6, "train__warmup": 0.3, "train__eval_every": 0}

@@ -11,7 +11,6 @@ from aoe_jax.conversion.exporting import export
 from aoe_jax.errors import MachineFault
 from tests.processes import DENSE_FSDP, free_port, two_dense_processes
 from tests.runs import (
-    EVERY,
     ROOT,
     STEPS,
     contents,
@@ -20,13 +19,14 @@ from tests.runs import (
     dense_run,
     finish,
     finished_run,
-    run,
+    is_unforeseen,
+    last_line,
     same_end,
     scratch,
     shared,
     start,
+    succeed,
 )
-from tests.test_promises import last_line
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,7 @@ class Fault:
 
 
 def stopped_run(folder):
-    """A run that has a step left."""
+    """A run that has a step left: `(workdir, the command that goes on)`."""
     return shutil.copytree(dense_run(), folder), dense_command(folder, train__steps=STEPS + 1)
 
 
@@ -113,11 +113,11 @@ NEEDLESS = [
 ]
 
 
-def ids(cases):
+def ids(*cases):
     return {"argvalues": cases, "ids": [" ".join(case) for case in cases]}
 
 
-@pytest.mark.parametrize("case", **ids(READS))
+@pytest.mark.parametrize("case", **ids(*READS))
 def test_reads_that_fail(tmp_path, case):
     """A lasting fault ends the run and changes no file; the next run goes on."""
     workdir, command = stopped_run(tmp_path / "run")
@@ -128,33 +128,32 @@ def test_reads_that_fail(tmp_path, case):
     if case != READS[0] and case[2] != SHARD:  # the files are as before: one next run is enough
         return
     fault.end()
-    status, _, stderr = run(command)
-    assert status == 0 and f"going on from step {STEPS}" in stderr, stderr
+    assert f"going on from step {STEPS}" in succeed(command)
     assert not (workdir / "damaged_checkpoints").exists()
 
 
-def test_a_read_that_fails_for_a_while(tmp_path):
-    workdir, command = stopped_run(tmp_path / "run")
-    fault = Fault(tmp_path, "ENOTCONN", "or", STATE)
-    status, _, stderr = fault.passing(command, "cannot be read")
-    assert status == 0 and f"going on from step {STEPS}" in stderr, stderr
+PASSING = [("or", STATE), ("o", SHARD), ("r", SHARD), ("w", "checkpoints/"), ("m", "checkpoints/")]
+PASSING += [("w", "run/metrics.jsonl")]
+
+
+@pytest.mark.parametrize("case", **ids(*PASSING))
+def test_faults_that_pass(tmp_path, case):
+    """When a checkpoint, the first batch, a save and the metrics are read or written."""
+    workdir, whole = tmp_path / "run", dense_run()  # so that the store of tokens is complete
+    if STATE in case:
+        shutil.copytree(whole, workdir)
+        (workdir / "summary.json").unlink()
+    fault = Fault(tmp_path, "EIO", *case)
+    status, _, stderr = fault.passing(dense_command(workdir), "cannot be")
+    assert status == 0 and same_end(workdir, whole), stderr
     assert not (workdir / "damaged_checkpoints").exists()
-
-
-@pytest.mark.parametrize("operation", ["o", "r"])
-def test_data_that_fails_for_a_while(tmp_path, operation):
-    """The first batch, of a store that is complete."""
-    dense_run()
-    fault = Fault(tmp_path, "EIO", operation, SHARD)
-    status, _, stderr = fault.passing(dense_command(tmp_path / "run"), "cannot be read")
-    assert status == 0 and same_end(tmp_path / "run", dense_run()), stderr
 
 
 @pytest.mark.parametrize(
-    "case", **ids([("ENOSPC", "w", "cache/tokens/"), ("EIO", "m", "cache/tokens/")])
+    "case", **ids(("ENOSPC", "w", "cache/tokens/"), ("EIO", "m", "cache/tokens/"))
 )
 def test_a_corpus_that_cannot_be_tokenised(tmp_path, case):
-    """For a while, or at all."""
+    """For good, or for a while."""
     command = dense_command(tmp_path / "run", data__cache=tmp_path / "cache")
     fault = Fault(tmp_path, *case)
     status, _, stderr = fault.lasting(command)
@@ -165,36 +164,20 @@ def test_a_corpus_that_cannot_be_tokenised(tmp_path, case):
     assert len([path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]) == 1
 
 
-def test_reads_that_are_short(tmp_path):
-    """They look like a file that was cut, which is damage."""
-    workdir, command = stopped_run(tmp_path / "run")
-    fault = Fault(tmp_path, "short", "r", STATE + "state")
-    status, _, stderr = fault.lasting(command)
-    assert status == 0 and f"going on from step {STEPS - EVERY}" in stderr, stderr
-    assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
-
-
-@pytest.mark.parametrize("case", **ids(WRITES))
+@pytest.mark.parametrize("case", **ids(*WRITES))
 def test_writes_that_fail(tmp_path, case):
     """A lasting fault ends the run, which goes on later as if nothing had been."""
-    workdir, command = tmp_path / "run", dense_command(tmp_path / "run")
+    command = dense_command(tmp_path / "run")
     fault = Fault(tmp_path, *case)
     status, _, stderr = fault.lasting(command)
-    assert status == MachineFault.status, stderr
+    assert status == MachineFault.status and not is_unforeseen(stderr), stderr
     assert "the same command goes on" in last_line(stderr)
     fault.end()
-    status, _, stderr = run(command)
-    assert status == 0 and same_end(workdir, dense_run()), stderr
+    succeed(command)
+    assert same_end(tmp_path / "run", dense_run())
 
 
-@pytest.mark.parametrize("case", ["w checkpoints/", "m checkpoints/", "w run/metrics.jsonl"])
-def test_writes_that_fail_for_a_while(tmp_path, case):
-    fault = Fault(tmp_path, "EIO", *case.split())
-    status, _, stderr = fault.passing(dense_command(tmp_path / "run"), "cannot be")
-    assert status == 0 and same_end(tmp_path / "run", dense_run()), stderr
-
-
-@pytest.mark.parametrize("case", **ids(NEEDLESS))
+@pytest.mark.parametrize("case", **ids(*NEEDLESS))
 def test_files_that_a_run_can_do_without(tmp_path, case):
     fault = Fault(tmp_path, *case)
     status, _, stderr = fault.lasting(dense_command(tmp_path / "run"))
@@ -202,30 +185,58 @@ def test_files_that_a_run_can_do_without(tmp_path, case):
     assert same_end(tmp_path / "run", dense_run())
 
 
-@pytest.mark.parametrize("case", **ids([("EIO", "o", STATE), ("EIO", "r", SHARD)]))
-def test_evaluation(tmp_path, case):
-    workdir, _ = stopped_run(tmp_path / "run")
-    before = contents(workdir)
-    status, _, stderr = Fault(tmp_path, *case).lasting(["eval.py", f"--workdir={workdir}"])
+def evaluation(folder):
+    return ["eval.py", f"--workdir={stopped_run(folder / 'run')[0]}", "--split=validation"]
+
+
+def evaluation_of_a_model(folder):
+    folder.mkdir()
+    export(dense_run(), folder / "model")
+    return ["eval.py", f"--workdir={folder / 'model'}"]
+
+
+def exporting(folder):
+    workdir, _ = stopped_run(folder / "run")
+    return ["-m", "aoe_jax.export", f"--workdir={workdir}", f"--output={folder / 'model'}"]
+
+
+@pytest.mark.parametrize(
+    ("command", "case"),
+    [
+        (evaluation, ("EIO", "o", STATE)),
+        (evaluation, ("EIO", "r", SHARD)),
+        (evaluation_of_a_model, ("EIO", "o", "model.safetensors")),
+        *((exporting, (code, "w", "model")) for code in ("ENOSPC", "EDQUOT", "EIO")),
+    ],
+)
+def test_other_commands_that_fail(tmp_path, command, case):
+    """They change no file, and a disk that fails is not taken for damage."""
+    command, fault = command(tmp_path / "files"), Fault(tmp_path, *case)
+    before = contents(tmp_path / "files")
+    status, _, stderr = fault.lasting(command)
     assert status == MachineFault.status and "Traceback" not in stderr, stderr
-    assert contents(workdir) == before
+    assert "damaged" not in stderr and contents(tmp_path / "files") == before
 
 
-@pytest.mark.parametrize("part", ["run/config.json", SHARD])
-def test_evaluation_while_a_disk_fails(tmp_path, part):
-    workdir, _ = stopped_run(tmp_path / "run")
-    command = ["eval.py", f"--workdir={workdir}", "--split=validation"]
-    status, _, stderr = Fault(tmp_path, "ESTALE", "s", part).passing(command, "next try in")
-    assert status == 0 and (workdir / "eval.json").exists(), stderr
+def training_on_texts(folder):
+    shutil.copytree(corpus_folder(), folder / "texts")
+    texts = {"data__name": "text", "data__path": folder / "texts", "train__steps": 1}
+    return dense_command(folder / "run", **texts)
 
 
-@pytest.mark.parametrize("operation", "sd")
-def test_a_folder_of_texts_that_fails_for_a_while(tmp_path, operation):
-    """It is not taken for a path that does not exist."""
-    shutil.copytree(corpus_folder(), tmp_path / "texts")
-    texts = {"data__name": "text", "data__path": tmp_path / "texts", "train__steps": 1}
-    fault = Fault(tmp_path, "ENOTCONN", operation, "/texts")
-    status, _, stderr = fault.passing(dense_command(tmp_path / "run", **texts), "next try in")
+@pytest.mark.parametrize(
+    ("command", "case"),
+    [
+        (evaluation, ("ESTALE", "s", "run/config.json")),
+        (evaluation, ("ESTALE", "s", SHARD)),
+        (training_on_texts, ("ENOTCONN", "s", "/texts")),
+        (training_on_texts, ("ENOTCONN", "d", "/texts")),
+    ],
+)
+def test_places_that_fail_for_a_while(tmp_path, command, case):
+    """They are not taken for paths that do not exist."""
+    command = command(tmp_path)
+    status, _, stderr = Fault(tmp_path, *case).passing(command, "next try in")
     assert status == 0, stderr
 
 
@@ -235,27 +246,8 @@ def test_an_evaluation_that_cannot_be_written(tmp_path):
     fault = Fault(tmp_path, "EROFS", "c", "eval.json")
     status, stdout, stderr = fault.lasting(["eval.py", f"--workdir={workdir}"])
     assert status == 2 and "bits" in stdout and "layer" in stdout, stdout
-    assert (
-        last_line(stderr) == f"error: --workdir={workdir} cannot be written: Read-only file system"
-    )
-
-
-def test_evaluation_of_a_model(tmp_path):
-    """A disk that fails is not taken for a damaged model."""
-    export(dense_run(), tmp_path / "model")
-    command = ["eval.py", f"--workdir={tmp_path / 'model'}"]
-    status, _, stderr = Fault(tmp_path, "EIO", "o", "model.safetensors").lasting(command)
-    assert status == MachineFault.status and "Traceback" not in stderr, stderr
-    assert "model.safetensors cannot be read" in stderr and "damaged" not in stderr
-
-
-@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EIO"])
-def test_export(tmp_path, code):
-    workdir, _ = stopped_run(tmp_path / "run")
-    command = ["-m", "aoe_jax.export", f"--workdir={workdir}", f"--output={tmp_path / 'model'}"]
-    status, _, stderr = Fault(tmp_path, code, "w", "model").lasting(command)
-    assert status == MachineFault.status and "Traceback" not in stderr, stderr
-    assert [path.name for path in tmp_path.iterdir() if "model" in path.name] == []
+    words = f"error: --workdir={workdir} cannot be written: Read-only file system"
+    assert last_line(stderr) == words
 
 
 def prepare_command(output):
@@ -268,30 +260,32 @@ def prepare_command(output):
 @pytest.mark.parametrize(
     "case",
     **ids(
-        [
-            ("EDQUOT", "w", "store/"),
-            ("EIO", "w", "store/"),
-            ("EIO", "r", "texts/"),
-            ("ENOTCONN", "s", "texts/"),
-        ]
+        ("EDQUOT", "w", "store/"),
+        ("EIO", "w", "store/units"),
+        ("EIO", "r", "texts/"),
+        ("ENOTCONN", "s", "texts/"),
     ),
 )
 def test_preparation(tmp_path, case):
-    command = prepare_command(tmp_path / "store")
+    """For good, or for a while."""
+    command, manifest = prepare_command(tmp_path / "store"), tmp_path / "store" / "manifest.json"
     fault = Fault(tmp_path, *case)
     status, _, stderr = fault.lasting(command)
     assert status == MachineFault.status and "Traceback" not in stderr, stderr
-    assert not (tmp_path / "store" / "manifest.json").exists()
-    fault.end()
-    status, _, stderr = run(command)
-    assert status == 0 and (tmp_path / "store" / "manifest.json").exists(), stderr
+    assert not manifest.exists()
+    status, _, stderr = fault.passing(command, "next try in")
+    assert status == 0 and manifest.exists(), stderr
 
 
-@pytest.mark.parametrize("case", **ids([("EIO", "w", "store/units"), ("EIO", "r", "texts/")]))
-def test_preparation_that_fails_for_a_while(tmp_path, case):
-    command = prepare_command(tmp_path / "store")
-    status, _, stderr = Fault(tmp_path, *case).passing(command, "next try in")
-    assert status == 0 and (tmp_path / "store" / "manifest.json").exists(), stderr
+def on_two_processes(command, fault, process):
+    """`(statuses, stderr)` of two processes, one of which has the fault."""
+    flags = [f"--coordinator=localhost:{free_port()}", "--processes=2", "--retry_seconds=1"]
+    processes = []
+    for number in range(2):
+        variables = fault.variables if number == process else {}
+        processes.append(start([*command, *flags, f"--process={number}"], **variables))
+    statuses, _, stderr = zip(*map(finish, processes), strict=True)
+    return statuses, stderr
 
 
 @pytest.mark.parametrize(
@@ -302,14 +296,9 @@ def test_two_processes_of_which_one_cannot_begin(tmp_path, case, process):
     """Both end, with the same status; nothing is touched."""
     workdir, command = stopped_run(tmp_path / "run")
     fault, before = Fault(tmp_path, *case), contents(workdir)
-    flags = [f"--coordinator=localhost:{free_port()}", "--processes=2", "--retry_seconds=1"]
-    processes = [
-        start([*command, *flags, f"--process={i}"], **(fault.variables if i == process else {}))
-        for i in range(2)
-    ]
-    outcomes = [finish(process) for process in processes]
-    assert [status for status, _, _ in outcomes] == [MachineFault.status] * 2, outcomes
-    assert f"process {process} failed; see its log" in outcomes[1 - process][2]
+    statuses, stderr = on_two_processes(command, fault, process)
+    assert statuses == (MachineFault.status,) * 2, stderr
+    assert f"process {process} failed; see its log" in stderr[1 - process]
     assert contents(workdir) == before
 
 
@@ -317,12 +306,10 @@ def test_two_processes_of_which_one_cannot_begin(tmp_path, case, process):
 def test_two_processes_of_which_one_cannot_write(tmp_path, process):
     """Both end, and go on later as if nothing had been."""
     whole, settings = two_dense_processes(), {"checkpoint__timeout": 20, **DENSE_FSDP}
-    command = [*dense_command(tmp_path / "run", **settings), "--processes=2", "--retry_seconds=1"]
+    command = dense_command(tmp_path / "run", **settings)
     fault = Fault(tmp_path, "EIO", "w", "checkpoints/")
-    for fails in (True, False):
-        address = f"--coordinator=localhost:{free_port()}"
-        variables = [fault.variables if fails and i == process else {} for i in range(2)]
-        processes = [start([*command, address, f"--process={i}"], **variables[i]) for i in range(2)]
-        statuses = [finish(process)[0] for process in processes]
-        assert all(status != 0 for status in statuses) == fails, statuses
+    statuses, stderr = on_two_processes(command, fault, process)
+    assert 0 not in statuses, stderr
+    statuses, stderr = on_two_processes(command, fault, None)
+    assert statuses == (0, 0), stderr
     assert same_end(tmp_path / "run", whole)

@@ -5,11 +5,23 @@ import shutil
 
 import pytest
 
+from aoe_jax.conversion.exporting import export
 from aoe_jax.errors import Hang
 from tests.processes import DENSE_FSDP, start_on
-from tests.runs import STEPS, corpus_store, dense_command, dense_run, finish, run, same_end, start
+from tests.runs import (
+    STEPS,
+    corpus_store,
+    dense_command,
+    dense_run,
+    finish,
+    last_line,
+    patched,
+    run,
+    same_end,
+    start,
+    succeed,
+)
 from tests.test_fault_matrix import STATE, Fault
-from tests.test_promises import last_line, patched
 
 pytestmark = pytest.mark.slow
 
@@ -17,13 +29,10 @@ pytestmark = pytest.mark.slow
 NO_DATA = """
 import os
 import jax
-import train
-from aoe_jax import cli
 from aoe_jax.training import loop
 batches, reading = loop.train_batches, os.pipe()[0]
 class Hanging:
     def __init__(self, data): self.data = iter(data)
-    def __iter__(self): return self
     def __getattr__(self, name): return getattr(self.data, name)
     def __next__(self):
         if self.data.get_state()["next_index"] == {batch} and jax.process_index() == {who}:
@@ -32,7 +41,6 @@ class Hanging:
 def read_that_hangs():
     os.read(reading, 1)
 loop.train_batches = lambda *arguments: Hanging(batches(*arguments))
-cli.run(train.main)
 """
 
 
@@ -44,9 +52,8 @@ def says_where(stderr, workdir, when):
 
 def goes_on(workdir, step):
     """Whether the run continues from a step and ends as if nothing had been."""
-    status, _, stderr = run(dense_command(workdir))
-    assert status == 0 and f"going on from step {step}" in stderr, stderr
-    return same_end(workdir, dense_run())
+    stderr = succeed(dense_command(workdir))
+    return f"going on from step {step}" in stderr and same_end(workdir, dense_run())
 
 
 @pytest.mark.parametrize(
@@ -69,49 +76,38 @@ def test_data_that_hang(tmp_path, batch, when):
         ("o", "run/config.json", "restoring"),
         ("r", "/validation-0", "validating, after step 10"),
         ("r", STATE + "state", "restoring"),
+        ("o", "/manifest.json", "restoring"),
+        ("o", "model/config.json", "restoring"),
     ],
 )
 def test_a_disk_that_hangs(tmp_path, operation, file, when):
-    """When the lease is taken, while the files of a run are read, and in its first validation."""
-    whole, workdir = dense_run(), tmp_path / "run"
-    if "validation" not in file:
-        shutil.copytree(whole, workdir)
+    """When the lease is taken, while the files of a run, prepared data or a first model are read,
+    and in the first validation.
+    """
+    workdir, settings = tmp_path / "run", {"train__hang_timeout": 5}
+    if "run/" in file or "state" in file:
+        shutil.copytree(dense_run(), workdir)
         (workdir / "summary.json").unlink()
+    if "manifest" in file:
+        settings |= {"data__name": "prepared", "data__path": str(corpus_store())}
+    if "model" in file:
+        export(dense_run(), tmp_path / "model")
+        settings["train__init_from"] = tmp_path / "model"
     fault = Fault(tmp_path, "HANG", operation, file)
-    command = dense_command(workdir, train__hang_timeout=5)
-    status, _, stderr = finish(start(command, **fault.variables))
+    status, _, stderr = finish(start(dense_command(workdir, **settings), **fault.variables))
     assert status == Hang.status and says_where(stderr, workdir, when), stderr
+    stacks = (workdir / "hang" / "process_0.txt").read_text()
+    assert "model" not in file or "state_from_model" in stacks
     if "state" in file:
-        assert "read_checkpoint" in (workdir / "hang" / "process_0.txt").read_text()
+        assert "read_checkpoint" in stacks
         fault.end()
         assert goes_on(workdir, STEPS)
 
 
-def test_prepared_data_that_hang(tmp_path):
-    fault, store = Fault(tmp_path, "HANG", "o", "/manifest.json"), corpus_store()
-    settings = {"data__name": "prepared", "data__path": str(store), "train__hang_timeout": 5}
-    process = start(dense_command(tmp_path / "run", **settings), **fault.variables)
-    status, _, stderr = finish(process)
-    assert status == Hang.status and says_where(stderr, tmp_path / "run", "restoring"), stderr
-
-
-def test_a_first_model_that_hangs(tmp_path):
-    """The disk does not answer when `train.init_from` is opened."""
-    workdir, model = tmp_path / "run", tmp_path / "model"
-    status, _, stderr = run(
-        ["-m", "aoe_jax.export", f"--workdir={dense_run()}", f"--output={model}"]
-    )
-    assert status == 0, stderr
-    fault = Fault(tmp_path, "HANG", "o", "model/config.json")
-    command = dense_command(workdir, train__init_from=model, train__hang_timeout=5)
-    status, _, stderr = finish(start(command, **fault.variables))
-    assert status == Hang.status and says_where(stderr, workdir, "restoring"), stderr
-    assert "state_from_model" in (workdir / "hang" / "process_0.txt").read_text()
-
-
 def test_processes_of_which_one_hangs(tmp_path):
     """One of two processes has no data, the other waits for it in a collective."""
-    workdir, program = tmp_path / "run", ("-c", NO_DATA.format(who=1, batch=7))
+    workdir = tmp_path / "run"
+    program = patched(NO_DATA.format(who=1, batch=7), workdir)[:2]
     processes = start_on(workdir, 2, 2, program=program, train__hang_timeout=10, **DENSE_FSDP)
     outcomes = [finish(process) for process in processes]
     # JAX may end the second process before its report.
