@@ -36,32 +36,17 @@ STEPS, EVERY, LOG_EVERY = 24, 3, 2
 WORDS = "the of state union war peace congress law great people army year"
 FOR_TPUS = {"aoe_jax.plan", "benchmarks.attention", "benchmarks.grouped_compile"}  # may compile
 
-SETTINGS = {
-    "model.n_layers": 2,
-    "model.n_heads": 2,
-    "model.d_model": 32,
-    "model.vocab_size": 512,
-    "model.max_len": 64,
-    "model.dtype": "float32",
-    "model.unroll": 1,
-    "experts.n_experts": 4,
-    "experts.top_k": 2,
-    "experts.d_ffn": 32,
-    "experts.d_low": 8,
-    "balance.aux_weight": 0.0,
-    "balance.aux_tokens": 1.0,
-    "data.name": "text",
-    "data.seq_len": 32,
-    "train.steps": STEPS,
-    "train.batch_size": 4,
-    "train.learning_rate": 3e-3,
-    "train.final_learning_rate": 3e-4,
-    "train.warmup": 2 / STEPS,
-    "train.log_every": LOG_EVERY,
-    "train.eval_every": 10,
-    "checkpoint.every": EVERY,
-    "checkpoint.keep": 2,
+_GROUPS = {
+    "model": {"n_layers": 2, "n_heads": 2, "d_model": 32, "vocab_size": 512, "max_len": 64}
+    | {"dtype": "float32", "unroll": 1},
+    "experts": {"n_experts": 4, "top_k": 2, "d_ffn": 32, "d_low": 8},
+    "balance": {"aux_weight": 0.0, "aux_tokens": 1.0},
+    "data": {"name": "text", "seq_len": 32},
+    "train": {"steps": STEPS, "batch_size": 4, "learning_rate": 3e-3, "warmup": 2 / STEPS}
+    | {"final_learning_rate": 3e-4, "log_every": LOG_EVERY, "eval_every": 10},
+    "checkpoint": {"every": EVERY, "keep": 2},
 }
+SETTINGS = {f"{group}.{name}": v for group, values in _GROUPS.items() for name, v in values.items()}
 
 # Half the time of a run, for tests of what does not depend on the model.
 DENSE = {"model__n_layers": 1, "experts__kind": "dense"}

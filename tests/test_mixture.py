@@ -5,20 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from tests import runs
 from tests.processes import train_on
-from tests.runs import (
-    DENSE,
-    STEPS,
-    losses,
-    mixture,
-    raw_checkpoint,
-    read_metrics,
-    run,
-    succeed,
-    tiny_config,
-    train_command,
-    untimed,
-)
+from tests.runs import DENSE, STEPS, losses, mixture, raw_checkpoint, succeed, train_command
 
 pytestmark = pytest.mark.slow
 
@@ -32,19 +21,19 @@ def position(workdir, step):
 def test_every_source_has_its_share_and_its_scores(tmp_path):
     workdir = tmp_path / "run"
     succeed(train_command(workdir, **mixture()))
-    rows = STEPS * tiny_config().train.batch_size
+    rows = STEPS * runs.tiny_config().train.batch_size
     drawn = {"mine": rows * 3 // 4, "others": rows // 4}
     assert position(workdir, STEPS) == {"next_index": STEPS, "sources": drawn}
-    lines, validations = read_metrics(workdir)
+    lines, validations = runs.read_metrics(workdir)
     assert lines[-1]["nll"] < lines[0]["nll"] - 1
     for line in validations:
         for name in FIGURES:
             low, high = sorted(line[f"validation_{name}/{source}"] for source in SOURCES)
             assert low < line[f"validation_{name}"] < high
     summary = json.loads((workdir / "summary.json").read_text())["metrics"]
-    assert summary.items() >= untimed(workdir)[1][-1].items()
+    assert summary.items() >= runs.untimed(workdir)[1][-1].items()
 
-    status, stdout, stderr = run(["eval.py", f"--workdir={workdir}", "--split=validation"])
+    status, stdout, stderr = runs.run(["eval.py", f"--workdir={workdir}", "--split=validation"])
     assert status == 0, stderr
     report = json.loads((workdir / "eval.json").read_text())
     sources = report["sources"]

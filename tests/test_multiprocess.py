@@ -10,30 +10,10 @@ import signal
 import numpy as np
 import pytest
 
+from tests import processes, runs
 from tests.hasty import xla_flags
-from tests.processes import (
-    DENSE_FSDP,
-    MESH,
-    free_port,
-    start_on,
-    train_on,
-    two_dense_processes,
-    two_processes,
-)
-from tests.runs import (
-    EVERY,
-    SETTINGS,
-    STEPS,
-    dense_command,
-    finish,
-    finished_run,
-    losses,
-    saved,
-    start,
-    succeed,
-    train_command,
-    wait_for,
-)
+from tests.processes import DENSE_FSDP, MESH, train_on
+from tests.runs import EVERY, STEPS, finish, finished_run, losses, succeed, train_command, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +34,7 @@ cli.run(train.main)
 
 
 def test_two_processes_train_as_one_does():
-    workdir, stderr = two_processes()
+    workdir, stderr = processes.two_processes()
     np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)
     assert "2 processes, 4 devices" in stderr[0]
     assert not any("step" in text for text in stderr[1:])  # the first alone reports
@@ -65,11 +45,11 @@ def test_evaluation_on_other_devices_than_training(tmp_path):
     these without a cache.
     """
     reports = []
-    for trained, n_devices in ((two_processes()[0], 1), (finished_run(), 8)):
+    for trained, n_devices in ((processes.two_processes()[0], 1), (finished_run(), 8)):
         workdir = shutil.copytree(trained, tmp_path / f"run_{n_devices}")
         cache = tmp_path / f"cache_{n_devices}"
         variables = {"JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": xla_flags(n_devices)}
-        status, _, stderr = finish(start(["eval.py", f"--workdir={workdir}"], **variables))
+        status, _, stderr = finish(runs.start(["eval.py", f"--workdir={workdir}"], **variables))
         assert status == 0 and "Traceback" not in stderr, stderr
         assert any(cache.glob("*")) == (n_devices == 1)
         reports.append(json.loads((workdir / "eval.json").read_text()))
@@ -81,7 +61,7 @@ def test_evaluation_on_other_devices_than_training(tmp_path):
 def test_from_four_processes_to_two_to_one(tmp_path):
     """And from mesh (2, 1, 2, 1) to (1, 4, 1, 1) to a single device: the curve of one process."""
     moved, alone = tmp_path / "moved", tmp_path / "alone"
-    rate = SETTINGS["train.learning_rate"]  # at every step, however many there are to be
+    rate = runs.SETTINGS["train.learning_rate"]  # at every step, however many there are to be
     constant = {"train__warmup": 0, "train__final_learning_rate": rate, "train__eval_every": 0}
     succeed(train_command(alone, train__steps=10, **constant))
     train_on(moved, 4, train__steps=4, **MESH, **constant)
@@ -99,10 +79,10 @@ def newest(workdir):
 
 def stop_one(workdir, number, after):
     """Sends a signal to process 1 of two once there is a checkpoint: `(statuses, stderr)`."""
-    processes = start_on(workdir, 2, 2, program=("-c", NOTICES_SOON), **DENSE_FSDP)
-    wait_for(processes[1], lambda: saved(workdir, after))
-    processes[1].send_signal(number)
-    statuses, _, stderr = zip(*map(finish, processes), strict=True)
+    pair = processes.start_on(workdir, 2, 2, program=("-c", NOTICES_SOON), **DENSE_FSDP)
+    wait_for(pair[1], lambda: runs.saved(workdir, after))
+    pair[1].send_signal(number)
+    statuses, _, stderr = zip(*map(finish, pair), strict=True)
     return statuses, stderr
 
 
@@ -117,22 +97,22 @@ def test_one_process_of_two_is_stopped(tmp_path):
         assert statuses == expected, stderr
         step = newest(tmp_path)
         for text, said in zip(stderr, ("preempted", word), strict=True):
-            assert f"{said}: saved at step {step} of {STEPS}; the same" in text
+            assert f"{said}: runs.saved at step {step} of {STEPS}; the same" in text
         after = step // EVERY * EVERY + EVERY
     statuses, stderr = stop_one(tmp_path, signal.SIGKILL, after)
     assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, 2), stderr
     # Either the lost connection is noticed here, or JAX's service ends the process.
     assert re.search("start all processes again: they go on from the new|another task", stderr[0])
     train_on(tmp_path, 2, 2, **DENSE_FSDP)
-    np.testing.assert_allclose(losses(tmp_path), losses(two_dense_processes()), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path), losses(processes.two_dense_processes()), rtol=1e-5)
 
 
 def test_a_cluster_of_one_process_is_stopped(tmp_path):
-    flags = [f"--coordinator=localhost:{free_port()}", "--processes=1", "--process=0"]
-    command = dense_command(tmp_path / "run", train__steps=5000, train__eval_every=0)
-    process = start([*command, *flags])
-    wait_for(process, lambda: saved(tmp_path / "run", EVERY))
+    flags = [f"--coordinator=localhost:{processes.free_port()}", "--processes=1", "--process=0"]
+    command = runs.dense_command(tmp_path / "run", train__steps=5000, train__eval_every=0)
+    process = runs.start([*command, *flags])
+    wait_for(process, lambda: runs.saved(tmp_path / "run", EVERY))
     process.send_signal(signal.SIGTERM)
     status, _, stderr = finish(process)
-    words = f"preempted: saved at step {newest(tmp_path / 'run')} of 5000"
+    words = f"preempted: runs.saved at step {newest(tmp_path / 'run')} of 5000"
     assert status == 0 and words in stderr, stderr

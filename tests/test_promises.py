@@ -13,29 +13,8 @@ import time
 
 import pytest
 
-from tests.runs import (
-    EVERY,
-    LOG_EVERY,
-    STEPS,
-    contents,
-    dense_command,
-    dense_run,
-    finish,
-    heartbeat,
-    is_unforeseen,
-    kill_when,
-    last_line,
-    patched,
-    read_metrics,
-    run,
-    same_end,
-    saved,
-    start,
-    succeed,
-    truncate_state,
-    untimed,
-    wait_for,
-)
+from tests import runs
+from tests.runs import EVERY, STEPS, dense_command, dense_run, last_line, patched, run, start
 
 
 @pytest.fixture
@@ -45,8 +24,8 @@ def workdir(tmp_path):
 
 def ends_as_ever(workdir):
     """Continues a run, which must end as one without interruptions; returns its stderr."""
-    stderr = succeed(dense_command(workdir))
-    assert same_end(workdir, dense_run())
+    stderr = runs.succeed(dense_command(workdir))
+    assert runs.same_end(workdir, dense_run())
     return stderr
 
 
@@ -56,17 +35,17 @@ INTERRUPT = pytest.param(2, 130, "interrupted", marks=pytest.mark.slow)
 @pytest.mark.parametrize(("number", "status", "word"), [(15, 0, "preempted"), INTERRUPT])
 def test_asked_to_stop_while_training(workdir, number, status, word):
     process = start(dense_command(workdir))
-    wait_for(process, lambda: saved(workdir, EVERY))
+    runs.wait_for(process, lambda: runs.saved(workdir, EVERY))
     process.send_signal(number)
-    returned, _, stderr = finish(process)
+    returned, _, stderr = runs.finish(process)
     assert returned == status, stderr
     words = rf"{word}: saved at step (\d+) of {STEPS}; the same command goes on from there"
     step = int(re.fullmatch(words, last_line(stderr))[1])
     assert (workdir / "checkpoints" / str(step)).exists()
-    assert (heartbeat(workdir)["status"], heartbeat(workdir)["step"]) == (word, step)
+    assert (runs.heartbeat(workdir)["status"], runs.heartbeat(workdir)["step"]) == (word, step)
     stderr = ends_as_ever(workdir)
     assert f"going on from step {step}" in stderr and last_line(stderr)[9:].startswith("done: ")
-    assert heartbeat(workdir)["status"] == "finished"
+    assert runs.heartbeat(workdir)["status"] == "finished"
 
 
 # The signal comes in the middle of a validation.
@@ -113,9 +92,9 @@ def test_a_second_request_to_stop_ends_at_once(workdir):
     """The save of the first one, which never ends, is given up."""
     process = start(patched(SLOW_SAVES.format(seconds=3600), workdir))
     for status in ("training", "saving"):
-        wait_for(process, lambda status=status: heartbeat(workdir)["status"] == status)
+        runs.wait_for(process, lambda status=status: runs.heartbeat(workdir)["status"] == status)
         process.send_signal(signal.SIGTERM)
-    assert finish(process)[0] == 128 + signal.SIGTERM
+    assert runs.finish(process)[0] == 128 + signal.SIGTERM
 
 
 def test_two_runs_begin_in_one_workdir(workdir):
@@ -127,15 +106,15 @@ def test_two_runs_begin_in_one_workdir(workdir):
         time.sleep(0.05)
     winner = 0 if processes[0].poll() is None else 1
     processes[winner].send_signal(signal.SIGTERM)
-    outcomes = [finish(process) for process in processes]
+    outcomes = [runs.finish(process) for process in processes]
     status, _, stderr = outcomes[1 - winner]
     owner = f"{workdir} is in use by process {processes[winner].pid} on {socket.gethostname()}"
     assert status == 5 and owner in last_line(stderr), stderr
     assert outcomes[winner][0] == 0, outcomes
     config = json.loads((workdir / "config.json").read_text())
     assert config["train"]["learning_rate"] == rates[winner]
-    steps = [line["step"] for line in read_metrics(workdir)[0]]
-    assert steps and steps == [*range(LOG_EVERY, steps[-1] + 1, LOG_EVERY)]
+    steps = [line["step"] for line in runs.read_metrics(workdir)[0]]
+    assert steps and steps == [*range(runs.LOG_EVERY, steps[-1] + 1, runs.LOG_EVERY)]
 
 
 @pytest.mark.slow
@@ -143,25 +122,25 @@ def test_an_owner_that_is_suspended(workdir):
     """Another process takes the run over; the first one stops when it goes on."""
     settings = {"train__steps": 10**6, "train__log_every": 1}
     first = start([*dense_command(workdir, **settings), "--retry_seconds=1"])
-    wait_for(first, lambda: heartbeat(workdir)["status"] == "training")
+    runs.wait_for(first, lambda: runs.heartbeat(workdir)["status"] == "training")
     first.send_signal(signal.SIGSTOP)
     (workdir / "config.json").unlink()
     shutil.rmtree(workdir / "checkpoints")
     (workdir / "heartbeat.json").write_text("{}")
     assert "was taken over from process" in ends_as_ever(workdir)
-    whole = {name: text for name, text in contents(workdir).items() if "events" not in name}
+    whole = {name: text for name, text in runs.contents(workdir).items() if "events" not in name}
     first.send_signal(signal.SIGCONT)
-    status, _, stderr = finish(first)
+    status, _, stderr = runs.finish(first)
     assert status == 5 and "owner.lease is gone" in last_line(stderr), stderr
-    assert whole.items() <= contents(workdir).items()
+    assert whole.items() <= runs.contents(workdir).items()
 
 
 def test_damaged_newest_checkpoint(workdir):
     shutil.copytree(dense_run(), workdir)
     (workdir / "summary.json").unlink()
-    truncate_state(workdir)
+    runs.truncate_state(workdir)
     stderr = ends_as_ever(workdir)
-    assert f"checkpoint of step {STEPS} is damaged" in stderr and not is_unforeseen(stderr)
+    assert f"checkpoint of step {STEPS} is damaged" in stderr and not runs.is_unforeseen(stderr)
     assert f"going on from step {STEPS - EVERY}" in stderr
     assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
 
@@ -170,7 +149,7 @@ def test_history_is_not_erased(workdir, tmp_path):
     """A run whose checkpoints are gone stops, until its user says how to begin."""
     shutil.copytree(dense_run(), workdir)
     shutil.move(workdir / "checkpoints", tmp_path / "checkpoints")
-    before, last = contents(workdir), STEPS - EVERY
+    before, last = runs.contents(workdir), STEPS - EVERY
     longer = dense_command(workdir, train__steps=STEPS + 2)
 
     def refused(command, words):
@@ -179,21 +158,21 @@ def test_history_is_not_erased(workdir, tmp_path):
 
     there = f"shows that a checkpoint of step {STEPS} was complete, but checkpoints/ has none."
     refused(longer, f"{there} Bring the missing ones back; or --start-over begins anew")
-    assert contents(workdir) == before
+    assert runs.contents(workdir) == before
     shutil.move(tmp_path / "checkpoints", workdir / "checkpoints")
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     refused(longer, f"or --go-back={last} continues from that")
     refused([*longer, "--go-back=5"], f"--go-back=5: {workdir} has checkpoints of steps")
 
-    stderr = succeed([*longer, f"--go-back={last}"])
+    stderr = runs.succeed([*longer, f"--go-back={last}"])
     assert f"going on from step {last}" in stderr
     (aside,) = (workdir / "set_aside").iterdir()
     assert (aside / "metrics.jsonl.whole").read_bytes() == before["metrics.jsonl"]
-    n_lines = last // LOG_EVERY
-    assert untimed(workdir)[0][:n_lines] == untimed(dense_run())[0][:n_lines]
+    n_lines = last // runs.LOG_EVERY
+    assert runs.untimed(workdir)[0][:n_lines] == runs.untimed(dense_run())[0][:n_lines]
 
-    stderr = succeed([*dense_command(workdir), "--start-over"])
-    assert "going on" not in stderr and same_end(workdir, dense_run())
+    stderr = runs.succeed([*dense_command(workdir), "--start-over"])
+    assert "going on" not in stderr and runs.same_end(workdir, dense_run())
     assert len([*(workdir / "set_aside").iterdir()]) == 2
 
 
@@ -201,8 +180,8 @@ def test_a_run_that_ends_where_it_goes_back_to(workdir):
     """The last step, which was never validated, is validated now."""
     last = STEPS - EVERY
     shutil.copytree(dense_run(), workdir)
-    succeed([*dense_command(workdir, train__steps=last), f"--go-back={last}"])
-    assert [line["step"] for line in read_metrics(workdir)[1]] == [10, 20, last]
+    runs.succeed([*dense_command(workdir, train__steps=last), f"--go-back={last}"])
+    assert [line["step"] for line in runs.read_metrics(workdir)[1]] == [10, 20, last]
 
 
 PASSING_FAULT = """
@@ -220,8 +199,10 @@ writers.os.fsync = faulty
 
 
 def test_a_passing_fault_of_the_disk(workdir):
-    stderr = succeed(patched(PASSING_FAULT, workdir))
-    assert "cannot be written (Input/output error)" in stderr and same_end(workdir, dense_run())
+    stderr = runs.succeed(patched(PASSING_FAULT, workdir))
+    assert "cannot be written (Input/output error)" in stderr and runs.same_end(
+        workdir, dense_run()
+    )
 
 
 HANG = """
@@ -260,17 +241,19 @@ loop.train_batches = lambda *arguments: Poisoned(batches(*arguments))
 def test_batch_that_is_not_finite(workdir, tmp_path):
     """It updates nothing, is counted and named; a kill in between changes none of this."""
     whole, code = tmp_path / "whole", POISONED.format(bad="(5, 6, 13)")
-    stderr = succeed(patched(code, whole))
+    stderr = runs.succeed(patched(code, whole))
     assert "step 5 skipped: loss nan, gradient norm nan; its batch has the sequences 16" in stderr
     assert stderr.count("skipped:") == 3
-    lines, _ = read_metrics(whole)
+    lines, _ = runs.read_metrics(whole)
     assert [line["skipped"] for line in lines] == [0, 0, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3]
     assert lines[2]["loss"] is None and lines[3]["loss"] < lines[0]["loss"]
     assert not (whole / "checkpoints" / "6").exists()
 
-    kill_when(start(patched(code, workdir)), lambda: (heartbeat(workdir)["step"] or 0) >= 8)
-    succeed(patched(code, workdir))
-    assert same_end(workdir, whole)
+    runs.kill_when(
+        start(patched(code, workdir)), lambda: (runs.heartbeat(workdir)["step"] or 0) >= 8
+    )
+    runs.succeed(patched(code, workdir))
+    assert runs.same_end(workdir, whole)
 
 
 @pytest.mark.slow
@@ -282,29 +265,16 @@ def test_run_that_cannot_get_on(workdir):
         words = "error: stopped at step 12: the last 3 updates were skipped"
         assert status == 4 and last_line(stderr).startswith(words), stderr
         assert ("going on from step 8" in stderr) == again and "Traceback" not in stderr
-        assert heartbeat(workdir)["status"] == "diverged"
+        assert runs.heartbeat(workdir)["status"] == "diverged"
         assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"4", "8"}
-    succeed(dense_command(workdir, **changes))  # with better data it goes on
+    runs.succeed(dense_command(workdir, **changes))  # with better data it goes on
 
 
 @pytest.mark.slow
 def test_saves_by_the_clock(workdir):
     """They change nothing of what is computed."""
     changes = {"checkpoint__every": 100, "checkpoint__every_minutes": 1e-6, "checkpoint__keep": 99}
-    succeed(dense_command(workdir, **changes))
+    runs.succeed(dense_command(workdir, **changes))
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert steps == [*range(LOG_EVERY, STEPS + 1, LOG_EVERY)]
-    assert same_end(workdir, dense_run())
-
-
-@pytest.mark.slow
-def test_unforeseen_exception_has_a_last_line(workdir):
-    code = "from aoe_jax.training import loop\n"
-    code += "def fail(*_): raise RuntimeError('the machine is on fire')\nloop.evaluate = fail"
-    status, _, stderr = run(patched(code, workdir))
-    assert status == 1 and is_unforeseen(stderr)
-    assert last_line(stderr) == (
-        "failed: RuntimeError: the machine is on fire; after step 10; the same command goes on "
-        "from the newest checkpoint"
-    )
-    assert heartbeat(workdir)["status"] == "failed"
+    assert steps == [*range(runs.LOG_EVERY, STEPS + 1, runs.LOG_EVERY)]
+    assert runs.same_end(workdir, dense_run())

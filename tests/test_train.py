@@ -11,29 +11,8 @@ import pytest
 
 from aoe_jax.model.counts import parameter_counts
 from aoe_jax.training.metrics import MEASURED
-from tests.runs import (
-    EVERY,
-    LOG_EVERY,
-    STEPS,
-    computed,
-    corpus_folder,
-    finished_run,
-    kill_when,
-    kind_config,
-    kind_run,
-    raw_checkpoint,
-    read_events,
-    read_metrics,
-    run,
-    same_end,
-    saved,
-    start,
-    succeed,
-    tiny_config,
-    train_command,
-    untimed,
-    whole_run,
-)
+from tests import runs
+from tests.runs import EVERY, LOG_EVERY, STEPS, finished_run, read_metrics, succeed, train_command
 
 LOGGED = [*range(LOG_EVERY, STEPS + 1, LOG_EVERY)]
 LINE = {"step", "loss", "nll", "aux_loss", "grad_norm", "update_norm", "param_norm"}
@@ -50,7 +29,7 @@ FILES |= {"summary.json", "training.png", "tensorboard", "checkpoints"}
 
 @pytest.mark.smoke
 def test_what_a_run_leaves_behind():
-    workdir, config = finished_run(), tiny_config()
+    workdir, config = finished_run(), runs.tiny_config()
     assert {path.name for path in workdir.iterdir()} == FILES
     assert json.loads((workdir / "config.json").read_text()) == config.to_dict()
     checkpoints = {int(path.name) for path in (workdir / "checkpoints").iterdir()}
@@ -72,7 +51,7 @@ def test_what_a_run_leaves_behind():
     assert (metrics["train_loss"], metrics["train_nll"]) == (lines[-1]["loss"], lines[-1]["nll"])
     for name in ("validation_nll", "validation_bits_per_byte"):
         assert metrics[name] == validations[-1][name]
-    arrays, _ = raw_checkpoint(workdir, STEPS)
+    arrays, _ = runs.raw_checkpoint(workdir, STEPS)
     parameters = sum(array.size for path, array in arrays.items() if path.startswith("['params']"))
     assert summary["parameters"]["total"] == parameters == parameter_counts(config).total
     others = {"evaluation_seconds", "compile_seconds"}
@@ -85,31 +64,22 @@ def test_what_a_run_leaves_behind():
     assert memory["state_bytes"] == pytest.approx(3 * 4 * parameters, rel=0.02)
 
 
-def test_accumulation_changes_only_rounding():
-    one, two = (read_metrics(whole_run(accumulate)) for accumulate in (1, 2))
-    nll = [np.array([line["nll"] for line in lines]) for lines, _ in (one, two)]
-    np.testing.assert_allclose(nll[0][:4], nll[1][:4], rtol=1e-5)
-    np.testing.assert_allclose(nll[0], nll[1], rtol=1e-3)
-    last = [validations[-1]["validation_nll"] for _, validations in (one, two)]
-    np.testing.assert_allclose(*last, rtol=1e-3)
-
-
 def test_killed_run_ends_as_an_uninterrupted_one(tmp_path):
     """It is killed before its first step, and so may get another seed, and again after a
     checkpoint.
     """
-    whole, killed = whole_run(2), tmp_path / "run"
+    whole, killed = runs.whole_run(2), tmp_path / "run"
     command = train_command(killed, train__accumulate=2)
-    kill_when(start([*command, "--config.train.seed=1"]), (killed / "config.json").exists)
+    runs.kill_when(runs.start([*command, "--config.train.seed=1"]), (killed / "config.json").exists)
     assert not list((killed / "checkpoints").glob("[0-9]"))
     first = random.choice([1, 2, 3]) * EVERY
-    kill_when(start(command), lambda: saved(killed, first))
+    runs.kill_when(runs.start(command), lambda: runs.saved(killed, first))
     assert not (killed / "summary.json").exists()
     assert "going on from step" in succeed(command)
-    assert same_end(killed, whole)
+    assert runs.same_end(killed, whole)
 
     (arrays, beside), (killed_arrays, killed_beside) = (
-        raw_checkpoint(workdir, STEPS) for workdir in (whole, killed)
+        runs.raw_checkpoint(workdir, STEPS) for workdir in (whole, killed)
     )
     assert arrays.keys() == killed_arrays.keys() and arrays["['step']"] == STEPS
     assert any("opt_state" in path for path in arrays) and any("params" in path for path in arrays)
@@ -118,7 +88,7 @@ def test_killed_run_ends_as_an_uninterrupted_one(tmp_path):
         assert array.dtype == other.dtype and array.tobytes() == other.tobytes(), path
     assert beside["data"] and beside["data"] == killed_beside["data"]
     assert beside["arrays"] == killed_beside["arrays"]
-    assert [line["step"] for line in untimed(killed)[0]] == LOGGED
+    assert [line["step"] for line in runs.untimed(killed)[0]] == LOGGED
 
     events, killed_events = charts(whole), charts(killed)
     assert events.keys() == killed_events.keys()
@@ -126,8 +96,8 @@ def test_killed_run_ends_as_an_uninterrupted_one(tmp_path):
 
 
 def charts(workdir):
-    """What TensorBoard shows of a run, without what is measured."""
-    events = read_events(workdir).items()
+    """What TensorBoard shows of a runs.run, without what is measured."""
+    events = runs.read_events(workdir).items()
     return {
         place: value.SerializeToString()
         for place, value in events
@@ -140,8 +110,8 @@ def test_run_killed_between_its_last_checkpoint_and_its_summary(tmp_path):
     (workdir / "summary.json").unlink()
     stderr = succeed(train_command(workdir))
     assert f"going on from step {STEPS}" in stderr and "done: " in stderr
-    assert same_end(workdir, finished_run())
-    assert run(train_command(workdir))[0] == 2
+    assert runs.same_end(workdir, finished_run())
+    assert runs.run(train_command(workdir))[0] == 2
 
 
 def test_finished_run_goes_on_with_more_steps(tmp_path):
@@ -150,7 +120,7 @@ def test_finished_run_goes_on_with_more_steps(tmp_path):
     """
     workdir, steps = shutil.copytree(finished_run(), tmp_path / "run"), STEPS + 4
     before = (workdir / "metrics.jsonl").read_text()
-    texts = shutil.copytree(corpus_folder(), tmp_path / "texts")
+    texts = shutil.copytree(runs.corpus_folder(), tmp_path / "texts")
     moved = {"data__path": texts, "data__cache": tmp_path / "cache", "model__unroll": 2}
     succeed(train_command(workdir, train__steps=steps, checkpoint__every=100, **moved))
     assert (workdir / "metrics.jsonl").read_text().startswith(before)
@@ -161,12 +131,12 @@ def test_finished_run_goes_on_with_more_steps(tmp_path):
 
 @pytest.mark.parametrize("kind", ["router", "capacity", "dense", "expert_choice"])
 def test_other_kinds_train(kind):
-    workdir, stderr = kind_run(kind)
-    balance = kind_config(kind).balance
+    workdir, stderr = runs.kind_run(kind)
+    balance = runs.kind_config(kind).balance
     lines, validations = read_metrics(workdir)
     assert [line["step"] for line in lines] == [2, 4, 6]
     keys = {"dense": LINE, "capacity": EXPERT_LINE | {"dropped_share"}}.get(kind, EXPERT_LINE)
-    assert all(computed(line).keys() == keys for line in lines)
+    assert all(runs.computed(line).keys() == keys for line in lines)
     assert lines[-1]["nll"] < lines[0]["nll"] - 0.3
     for line in lines:
         loss = line["nll"] + balance.aux_weight * line["aux_loss"]
