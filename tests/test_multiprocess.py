@@ -97,7 +97,7 @@ def test_one_process_of_two_is_stopped(tmp_path):
         assert statuses == expected, stderr
         step = newest(tmp_path)
         for text, said in zip(stderr, ("preempted", word), strict=True):
-            assert f"{said}: runs.saved at step {step} of {STEPS}; the same" in text
+            assert f"{said}: saved at step {step} of {STEPS}; the same" in text
         after = step // EVERY * EVERY + EVERY
     statuses, stderr = stop_one(tmp_path, signal.SIGKILL, after)
     assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, 2), stderr
@@ -114,5 +114,5 @@ def test_a_cluster_of_one_process_is_stopped(tmp_path):
     wait_for(process, lambda: runs.saved(tmp_path / "run", EVERY))
     process.send_signal(signal.SIGTERM)
     status, _, stderr = finish(process)
-    words = f"preempted: runs.saved at step {newest(tmp_path / 'run')} of 5000"
+    words = f"preempted: saved at step {newest(tmp_path / 'run')} of 5000"
     assert status == 0 and words in stderr, stderr

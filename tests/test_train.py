@@ -96,7 +96,7 @@ def test_killed_run_ends_as_an_uninterrupted_one(tmp_path):
 
 
 def charts(workdir):
-    """What TensorBoard shows of a runs.run, without what is measured."""
+    """What TensorBoard shows of a run, without what is measured."""
     events = runs.read_events(workdir).items()
     return {
         place: value.SerializeToString()

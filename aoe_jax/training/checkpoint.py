@@ -261,10 +261,8 @@ class Checkpoints:
     def _give_up(self):
         """Drops the manager after a fault; the next save opens another."""
         self._saving, manager, self._manager = None, self._manager, None
-        try:
+        with contextlib.suppress(Exception):  # Orbax raises again what its threads raised
             manager.close()
-        except Exception as e:  # Orbax raises again what its threads raised
-            log.warning(f"the save that failed ended with: {retry.reason(e)}")
 
     def has_failed(self):
         """Whether the save in the background has failed; False in several processes."""

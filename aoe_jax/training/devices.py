@@ -49,7 +49,7 @@ def peak_flops_per_device(devices):
 
 
 def host_memory():
-    """Resident memory of this process, now and at the peak that the kernel keeps; {} off Linux."""
+    """Resident memory of this process, now and at the peak; {} if the system is not Linux."""
     if not _STATUS.exists():
         return {}
     kib = dict(re.findall(r"(\w+):\s+(\d+) kB", _STATUS.read_text()))
@@ -58,19 +58,15 @@ def host_memory():
 
 
 def device_memory():
-    """Memory of this process's fullest device, now and at peak; {} where uncounted, as on CPU."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    """Memory of this process's fullest device, now and at peak; {} if uncounted, as on CPU."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
     names = {"device_memory_bytes": "bytes_in_use", "device_memory_peak_bytes": "peak_bytes_in_use"}
-    return {
-        name: max(s[source] for s in stats)
-        for name, source in names.items()
-        if all(source in s for s in stats)
-    }
+    return {name: max(s[key] for s in stats) for name, key in names.items()} if all(stats) else {}
 
 
 def program_memory(state, step):
-    """`{name: bytes}` of each device: `state_bytes` of an evenly split state and, by the compiler's
-    count for a step, `argument_bytes` (state and batch) and `temporary_bytes`.
+    """Bytes on each device: `state_bytes` of an evenly split state and, by the compiler's count for
+    a step, `argument_bytes` (state and batch) and `temporary_bytes`.
     """
     analysis = step.memory_analysis()
     return {

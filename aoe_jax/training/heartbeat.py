@@ -36,8 +36,7 @@ class Heartbeat:
         self._pause = 10 if is_remote(workdir) else 1  # seconds between two writes of one status
         self._ended, self._tolerated = threading.Event(), Tolerated("heartbeat.json")
         self._status, self._step, self._written = "restoring", None, None
-        self._moved, self._is_writer = time.monotonic(), False
-        self.saved = self.began = None
+        self._moved, self.saved, self._began = time.monotonic(), None, None
 
     def __enter__(self):
         if self._timeout:
@@ -48,7 +47,7 @@ class Heartbeat:
         """Lets one process write from now on: `saved` is the step of the newest complete
         checkpoint, `began` the time when the run began for the first time.
         """
-        self.saved, self.began, self._is_writer = saved, began, True
+        self.saved, self._began = saved, began
 
     def beat(self, status, step=None):
         """Notes a status (preparing, restoring, compiling, training, validating, saving, finished)
@@ -58,11 +57,11 @@ class Heartbeat:
         self._step = self._step if step is None else step
         before, self._status, self._moved = self._status, status, time.monotonic()
         is_recent = self._written is not None and self._moved < self._written + self._pause
-        if not self._is_writer or (status == before and is_recent):
+        if self._began is None or (status == before and is_recent):
             return
         self._written = self._moved
         value = {"status": status, "step": self._step, "saved": self.saved, "time": time.time()}
-        value |= {"began": self.began, "host": socket.gethostname(), "pid": os.getpid()}
+        value |= {"began": self._began, "host": socket.gethostname(), "pid": os.getpid()}
         with self._tolerated:
             write_json(self._workdir / "heartbeat.json", value)
 

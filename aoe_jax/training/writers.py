@@ -59,8 +59,8 @@ class JsonLines:
             )
         if dropped := self._file.read().count(b"\n"):
             log.info(f"{path.name}: dropped {dropped} lines of steps after the checkpoint")
-        self._size, self._unwritten = size, b""
-        self._flush()
+        self._file.truncate(size)
+        self._size, self._unwritten, self._failed = size, b"", False
 
     def write(self, step, group, scalars, layers, experts):
         line = {"step": step} | scalars
@@ -70,11 +70,13 @@ class JsonLines:
         self._flush()
 
     def _flush(self):
-        self._file.truncate(self._size)  # a write that failed may have left half a line
+        if self._failed:  # that may have left half a line
+            self._file.truncate(self._size)
+        self._failed = True
         written = self._file.write(self._unwritten)
         if written < len(self._unwritten):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._size, self._unwritten = self._size + written, b""
+        self._size, self._unwritten, self._failed = self._size + written, b"", False
 
     def sync(self) -> int:
         """Waits until all lines would survive a power cut; returns the size of the file."""

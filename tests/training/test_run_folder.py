@@ -16,7 +16,6 @@ from aoe_jax.training.run_folder import (
     check_config,
     check_data,
     check_history,
-    read_run_config,
     set_aside,
 )
 from tests.runs import contents
@@ -164,14 +163,6 @@ def test_a_tokenizer_that_is_half_written_leaves_the_old_one(workdir, corpus):
     finally:
         setrlimit(RLIMIT_FSIZE, limits)
     assert (workdir / "tokenizer.json").read_bytes() == whole
-
-
-def test_config_of_an_earlier_version_is_refused(workdir):
-    groups = Config().to_dict()
-    groups["experts"]["selection"] = "top_k"
-    (workdir / "config.json").write_text(json.dumps(groups))
-    with pytest.raises(UserError, match=r"config\.json: config\.experts\.selection is gone; set"):
-        read_run_config(workdir / "config.json")
 
 
 def test_other_configurations_are_refused(workdir, corpus):

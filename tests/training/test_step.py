@@ -14,6 +14,7 @@ import pytest
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.config.training import TrainConfig
+from aoe_jax.methods import find_method
 from aoe_jax.moe.balance import balance_loss
 from aoe_jax.planning.plan import abstract_batch
 from aoe_jax.training.load_statistics import load_spread
@@ -45,14 +46,19 @@ def new_state(config):
     return jax.jit(lambda: init_state(config, 0))()
 
 
-def shrunken(variant):
-    """A small twin of a configuration of the paper, its rank in proportion."""
+def shrunken(variant, **changes):
+    """A small twin of a configuration of the paper, its rank in proportion; with changes of groups,
+    `group={field: value}`.
+    """
     config = paper.get_config(variant)
     d_low = max(4, round(config.experts.d_low * 32 / config.model.d_model))
     for group, values in SMALL.items():
         config[group].update(values)
     config.experts.update(d_low=d_low, d_wide=None)
-    return Config.from_config_dict(config)
+    settings = Config.from_config_dict(config).to_dict()
+    for group, values in changes.items():
+        settings[group] |= values
+    return Config.from_config_dict(settings)
 
 
 # Their small twins are those of other variants, but for a rank.
@@ -101,9 +107,8 @@ def test_losses_are_weighted_as_configured():
     batch, params = batch_of(), new_state(shrunken("aoe_r64_aux")).params
     values = []
     for aux, entropy in ((0.0, 0.0), (0.5, 0.25)):
-        settings = shrunken("aoe_r64_aux").to_dict()
-        settings["balance"] |= {"aux_weight": aux, "entropy_weight": entropy}
-        config = Config.from_config_dict(settings)
+        balance = {"aux_weight": aux, "entropy_weight": entropy}
+        config = shrunken("aoe_r64_aux", balance=balance)
         values.append(jax.jit(lambda: training_loss(config, params, {}, batch, None)[1])())
     plain, weighted = values
     np.testing.assert_allclose(plain["loss"], plain["nll"], rtol=1e-6)
@@ -115,23 +120,21 @@ def test_losses_are_weighted_as_configured():
 
 def test_z_loss_and_balance_of_each_sequence():
     """Weighted as configured; the gradient is the same however AoE scores."""
-    batch, params, found = batch_of(), new_state(shrunken("aoe_r64_aux")).params, {}
-    for score_gradient in ("sparse", "dense"):
-        settings = shrunken("aoe_r64_aux").to_dict()
-        settings["experts"] |= {"score_gradient": score_gradient}
-        settings["balance"] |= {"aux_weight": 0.5, "z_weight": 0.25, "aux_batch": "sequence"}
-        config = Config.from_config_dict(settings)
-        loss = jax.value_and_grad(
-            lambda p, c=config: training_loss(c, p, {}, batch, None), has_aux=True
-        )
-        (_, metrics), found[score_gradient] = jax.jit(loss)(params)
+    batch, params, found = batch_of(), new_state(shrunken("aoe_r64_aux")).params, []
+    balance = {"aux_weight": 0.5, "z_weight": 0.25, "aux_batch": "sequence"}
+    for kind in ("sparse", "dense"):
+        config = shrunken("aoe_r64_aux", balance=balance, experts={"score_gradient": kind})
+        loss = partial(training_loss, config)
+        gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (_, metrics), grads = gradient(params, {}, batch, None)
+        found.append(grads)
         weighted = 0.5 * metrics["aux_loss"] + 0.25 * metrics["z_loss"]
         np.testing.assert_allclose(metrics["loss"], metrics["nll"] + weighted, rtol=1e-5)
         of_batch = balance_loss(metrics["load"], metrics["stats"].mean_probability).mean()
         # Each sequence is less even than all together.
         assert 2 < float(of_batch) < float(metrics["aux_loss"]) < 4
         assert float(metrics["z_loss"]) > np.log(4) ** 2  # norms are never negative
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), *found.values())
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), *found)
 
 
 @cache
@@ -139,18 +142,13 @@ def loss_free(variant, accumulate=1):
     """`(config, step, first state)` of training with loss-free balancing, compiled once for all
     tests that need one.
     """
-    settings = shrunken(variant).to_dict()
-    settings["balance"] |= {"bias_rate": 0.1}
-    settings["train"] |= {"accumulate": accumulate}
-    config = Config.from_config_dict(settings)
+    config = shrunken(variant, balance={"bias_rate": 0.1}, train={"accumulate": accumulate})
     return config, jax.jit(make_train_step(config)), new_state(config)
 
 
 @pytest.mark.parametrize("variant", ["aoe_r64", "aoe_r64_aux", "moe_aux"])
 def test_loss_free_balancing(variant):
-    """The bias of each step comes of the load of the step before, in units of the spread; the batch
-    itself is unbiased.
-    """
+    """The load of a step changes the bias of the next one, in units of the spread of scores."""
     _, step, state = loss_free(variant)
     batch = batch_of()
     np.testing.assert_array_equal(state.routing_state["selection_bias"], np.zeros((2, 4)))
@@ -167,9 +165,7 @@ def test_loss_free_balancing(variant):
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_step_that_is_not_finite_updates_nothing(accumulate):
-    """Loss, or gradient alone; the step counts, for the schedule too, and the next one is as
-    ever.
-    """
+    """The step counts, for the schedule too, and the next one updates again."""
     config, step, state = loss_free("aoe_r64", accumulate)
     batch = batch_of()
     first, metrics = step(state, batch)
@@ -216,13 +212,11 @@ def masked_batch():
     return batch_of() | {"weights": weights}
 
 
-@pytest.mark.parametrize("variant", ["aoe_r64_aux", "aoe_expert_choice"])
-def test_masked_targets_are_no_padding(variant):
+@pytest.mark.parametrize("router", ["top_k", "expert_choice"])
+def test_masked_targets_are_no_padding(router):
     """They count in the statistics and in expert choice as others do, but not in the loss."""
-    settings = shrunken("aoe_r64_aux").to_dict()
-    if variant == "aoe_expert_choice":
-        settings["routing"] = {"name": "expert_choice"}
-    config, params = Config.from_config_dict(settings), new_state(shrunken("aoe_r64_aux")).params
+    config = dataclasses.replace(shrunken("aoe_r64_aux"), routing=find_method(router)())
+    params = new_state(config).params
     whole, masked = batch_of(), masked_batch()
     loss = jax.jit(lambda batch: training_loss(config, params, {}, batch, None)[1])
     plain, with_mask = loss(whole), loss(masked)
@@ -265,12 +259,11 @@ def test_balance_is_of_all_micro_batches_so_far(router):
     with gradients.
     """
     name, weight_field, value = RUNNING[router]
-    settings = shrunken("moe_aux").to_dict()
-    settings["routing"] = {"name": router}
-    settings["balance"] |= {"aux_weight": 0.0}
-    settings["train"] |= {"accumulate": 3, "batch_size": 6}
+    train = {"accumulate": 3, "batch_size": 6}
+    settings = shrunken("moe_aux", balance={"aux_weight": 0.0}, train=train).to_dict()
+    settings["routing"] = {"name": router} | ({"loss_weight": 0.0} if router == "dynmoe" else {})
     group, field = weight_field.split(".")
-    settings[group] |= {field: 0.5} | ({"loss_weight": 0.0} if router == "dynmoe" else {})
+    settings[group] |= {field: 0.5}
     config = Config.from_config_dict(settings)
     segment_ids = np.ones((6, 24), np.int32)
     segment_ids[1, 3:] = 0  # so that the second of three micro-batches has fewer tokens
@@ -355,12 +348,8 @@ def test_optimiser_is_the_papers():
 
 
 def test_routers_alone_in_the_first_steps():
-    """The others stay bit for bit, and know nothing of these steps: their moments start after
-    them.
-    """
-    settings = shrunken("moe_aux").to_dict()
-    settings["train"] |= {"router_steps": 2, "steps": 4}
-    config, batch = Config.from_config_dict(settings), batch_of()
+    """The others stay bit for bit, and their moments start after these steps."""
+    config, batch = shrunken("moe_aux", train={"router_steps": 2, "steps": 4}), batch_of()
     step, state = jax.jit(make_train_step(config)), new_state(config)
     for number in range(1, 5):
         before, (state, _) = state.params, step(state, batch)
