@@ -142,16 +142,12 @@ class Checkpoints:
                 if n_steps < 2:
                     cure = "and there is no other; --start-over begins anew"
                     raise UserError(f"{self._path(step)} is damaged ({e}), {cure}") from e
-                self._set_aside(step, e)
-
-    def _set_aside(self, step, problem):
-        with together():
-            if jax.process_index() == 0:
-                target = unused(self.directory.with_name(DAMAGED) / str(step))
-                move(self._path(step), target)
-                log.warning(
-                    f"checkpoint of step {step} is damaged ({problem}) and was moved to {target}"
-                )
+                with together():
+                    if jax.process_index() == 0:
+                        target = unused(self.directory.with_name(DAMAGED) / str(step))
+                        move(self._path(step), target)
+                        what = f"checkpoint of step {step} is damaged ({e})"
+                        log.warning(f"{what} and was moved to {target}")
 
     def restore_model(self, step, like):
         """`(params, routing_state)` of a step. Raises like `restore`, but `UserError` for a damaged
@@ -176,28 +172,24 @@ class Checkpoints:
         self._open()
 
     def _open(self):
-        alone = jax.process_count() == 1
         options = ocp.CheckpointManagerOptions(
             save_root_metadata=False,
             preservation_policy=self,
             async_options=ocp.AsyncOptions(
                 timeout_secs=int(self._config.timeout),
                 # If making a folder in the background fails, other threads wait 300 s for it.
-                create_directories_asynchronously=not alone,
+                create_directories_asynchronously=jax.process_count() > 1,
             ),
         )
         with together():
-            if jax.process_index() == 0 and self.directory.exists():
-                self._delete_half_saves()
+            is_first = jax.process_index() == 0 and self.directory.exists()
+            # What killed runs and failed saves have left would fill the disk.
+            for half in ocp.utils.tmp_checkpoints(self.directory) if is_first else ():
+                while half.get().exists():
+                    # Threads of a failed save may delete files at the same time.
+                    with contextlib.suppress(FileNotFoundError):
+                        half.get().rmtree()
         self._manager = _Manager(self.directory, options=options)
-
-    def _delete_half_saves(self):
-        """Deletes what killed runs and failed saves have left, because it fills the disk."""
-        for half in ocp.utils.tmp_checkpoints(self.directory):
-            while half.get().exists():
-                # Threads of a failed save may delete files at the same time.
-                with contextlib.suppress(FileNotFoundError):
-                    half.get().rmtree()
 
     def should_preserve(self, checkpoints, *, context):
         """Whether to keep each checkpoint, as a preservation policy of Orbax."""

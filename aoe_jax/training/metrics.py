@@ -214,23 +214,18 @@ class Metrics:
 
     def summary(self, step, total_seconds):
         """The content of `summary.json` after the last step, which was validated."""
-        counts, seconds = parameter_counts(self._config), self._seconds
-        scored = {f"validation_{name}": v for name, v in self._progress.validation.items()}
+        counts, seconds, progress = parameter_counts(self._config), self._seconds, self._progress
+        metrics = {"step": step, "tokens": step * self._config.tokens_per_step}
+        metrics |= {"train_loss": progress.loss, "train_nll": progress.nll}
         with np.errstate(over="ignore"):
-            perplexity = float(np.exp(self._progress.validation["nll"]))
+            metrics["validation_perplexity"] = float(np.exp(progress.validation["nll"]))
+        metrics |= {f"validation_{name}": v for name, v in progress.validation.items()}
         in_speed = sum(seconds[name] for name in (*_IN_SPEED, "compute"))
         timing = self._speed(self._line_step - self._start_step, max(in_speed, 1e-9))
         clocks = ("input", "checkpoint", "compute", "evaluation", "compile")
         timing |= {f"{name}_seconds": seconds[name] for name in clocks}
         return {
-            "metrics": {
-                "step": step,
-                "tokens": step * self._config.tokens_per_step,
-                "train_loss": self._progress.loss,
-                "train_nll": self._progress.nll,
-                "validation_perplexity": perplexity,
-                **scored,
-            },
+            "metrics": metrics,
             "parameters": {"total": counts.total, "active": counts.active},
             "timing": timing | {"goodput": self._goodput(), "total_seconds": total_seconds},
             "memory": self._program | host_memory() | device_memory(),
