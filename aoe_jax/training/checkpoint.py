@@ -44,7 +44,7 @@ class Progress:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step):
-        # JAX's preemption service expects rising numbers, and the training loop asks with its own.
+        # The training loop asks JAX's preemption service, which expects rising numbers.
         return False
 
 
@@ -241,7 +241,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if step not in self._complete_steps():
                 raise OSError(f"checkpoint {step} is not there after its save")
-        except Exception as e:  # Orbax, tensorstore and clients of stores raise many kinds
+        except Exception as e:  # Orbax and tensorstore raise exceptions of many kinds
             if jax.process_count() > 1 or not (retry.is_fault(e) or isinstance(e, OSError)):
                 raise
             self._give_up()

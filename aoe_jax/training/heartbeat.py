@@ -1,4 +1,4 @@
-"""What a run does at the moment, in `heartbeat.json`; and the end of a process that hangs."""
+"""Reports in `heartbeat.json` what a run does, and ends a process that hangs."""
 
 import contextlib
 import faulthandler
@@ -19,7 +19,7 @@ from aoe_jax.storage.retry import Tolerated
 
 _UNLIMITED = ("preparing", "compiling")  # statuses that may last longer than `train.hang_timeout`
 _LOOK = 0.2  # seconds between two looks at the heartbeat
-_REPORT_SECONDS = 15.0  # limit for writing the stacks, because the disk may hang, too
+_REPORT_SECONDS = 15.0  # limit for writing the stacks, because the disk may hang too
 _ENDS = {Preempted: "preempted", Interrupted: "interrupted", DivergedError: "diverged"}
 
 

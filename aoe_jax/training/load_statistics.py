@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from aoe_jax.moe.balance import LayerStats
 
-MAX_NUMBERS = 16  # experts whose shares a picture has as numbers
+MAX_NUMBERS = 16  # a picture of more experts has colours alone
 
 
 def load_entropy(load):
@@ -35,7 +35,7 @@ def layer_statistics(load, live=None):
 
     `load_entropy` is in nats; `load_max_over_mean` is 1 in perfect balance, and 0 in a layer where
     no token has an expert; `dead_experts` have no token. `live_experts`, if experts are added and
-    removed, is their number, and free slots count nowhere.
+    removed, is their number; free slots do not count.
     """
     n_live = load.shape[-1] if live is None else (live > 0).sum(axis=-1)
     found = {

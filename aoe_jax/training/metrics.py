@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 # Suffixes of the names of measured metrics. Two runs of the same steps differ only in these.
 MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu", "goodput")
-_IN_SPEED = ("input", "checkpoint")  # the clocks whose time counts in the speed, beside computing
+_IN_SPEED = ("input", "checkpoint")  # clocks whose time counts in the speed, beside `compute`
 
 
 def layer_metrics(metrics):
@@ -67,7 +67,7 @@ class Metrics:
         self._progress, self._began = progress, began
         self._health = Health(config.train, progress)
         self._writers, self._lines = {}, None
-        self._unreported = None  # step and metrics, which are read while the next step runs
+        self._unreported = None  # a step and its metrics, which are read while the next one runs
         self._program = {}
         self._seconds = Counter()  # seconds of the run by clock; `compute` up to the newest line
         self._line_step, self._line_time = start_step, time.perf_counter()
@@ -95,7 +95,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def clock(self, name):
-        """Counts the time within as `input`, `checkpoint`, `evaluation` or `compile`."""
+        """A context whose time counts as `input`, `checkpoint`, `evaluation` or `compile`."""
         started = time.perf_counter()
         try:
             with jax.profiler.TraceAnnotation(name):
@@ -239,7 +239,7 @@ class Metrics:
 
 
 def in_words(summary):
-    """The result of a run, from its `summary.json`."""
+    """The result of a run in one line, from its `summary.json`."""
     metrics = summary["metrics"]
     return (
         f"step {metrics['step']:,}, {metrics['tokens']:,} tokens, validation nll "

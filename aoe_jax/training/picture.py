@@ -10,8 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from aoe_jax.storage.files import read_metrics, write_whole
 
-_LATE = 0.05  # the range of the loss is that after this share of the steps
-_MAX_LEGEND = 8  # labels of layers
+_LATE = 0.05  # the losses after this share of the steps set the range of the axis
+_MAX_LEGEND = 8  # the most layers that a legend names
 
 
 def draw_run(lines, title):

@@ -1,7 +1,7 @@
 """Times of training steps that are repeated on one batch, measured in turn in one process.
 
-Times of runs that train at the same time, or on a shared machine, compare badly. Here every arm
-takes a few steps, then the next arm, round by round; on CPU, processor seconds are counted.
+Times of runs that train at the same time, or on a shared machine, are hard to compare. Here every
+arm takes a few steps, then the next arm, round by round; on CPU, processor seconds are counted.
 """
 
 import statistics

@@ -85,7 +85,7 @@ def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put, 
     `score` is `compile_eval_step` with its parameters and routing state, for batches of
     `batch_size` windows of `seq_len` tokens. `put` moves a host batch to the devices.
     """
-    sources, hidden = {}, None if progress else True  # None: only where stderr is no terminal
+    sources, hidden = {}, None if progress else True  # None: hidden if stderr is no terminal
     for name, store in stores.items():
         batches = eval_batches(store, seq_len, batch_size)
         total = math.ceil((len(store) - 1) / (seq_len * batch_size))

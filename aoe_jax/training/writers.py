@@ -45,8 +45,8 @@ class JsonLines:
     name = "metrics.jsonl"
 
     def __init__(self, path: Path, size: int):
-        """Goes on after the first `size` bytes, the lines up to a checkpoint, and drops later ones.
-        Raises `UserError` if the file has lost some of the first.
+        """Keeps the first `size` bytes, the lines up to a checkpoint, and drops later lines. Raises
+        `UserError` if some of these bytes are lost.
         """
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         there = self._file.seek(0, os.SEEK_END)
@@ -70,7 +70,7 @@ class JsonLines:
         self._flush()
 
     def _flush(self):
-        if self._failed:  # that may have left half a line
+        if self._failed:  # the write before may have left half a line
             self._file.truncate(self._size)
         self._failed = True
         written = self._file.write(self._unwritten)
@@ -97,7 +97,7 @@ def _shortest(values):
 
 
 def _tags(group, scalars, layers):
-    """All numbers by the names of their charts."""
+    """`{name of a chart: number}`."""
     tags = {f"{group}/{name.removeprefix(group + '_')}": value for name, value in scalars.items()}
     for name, values in layers.items():
         for layer, value in enumerate(values.tolist()):

@@ -12,17 +12,9 @@ import pytest
 from aoe_jax.errors import UserError
 from aoe_jax.training.checkpoint import Progress
 from aoe_jax.training.metrics import Metrics
-from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb
+from aoe_jax.training.writers import JsonLines, Wandb
 from tests.in_process import call
-from tests.runs import (
-    finish,
-    finished_run,
-    read_events,
-    read_metrics,
-    start,
-    tiny_config,
-    train_command,
-)
+from tests.runs import finish, finished_run, read_metrics, start, tiny_config, train_command
 
 LAYERS = {"load_entropy": np.array([1 / 3, 2 / 3], np.float32), "dead_experts": np.array([0, 2])}
 
@@ -90,20 +82,6 @@ def test_numbers_keep_their_precision(tmp_path):
     assert line["layers"]["load_entropy"] == [0.33333334, 0.6666667]
     assert line["layers"]["dead_experts"] == [0, 2]
     np.testing.assert_array_equal(np.array(line["layers"]["norm"], np.float32), values)
-
-
-def test_charts(tmp_path):
-    writer, load = TensorBoard(tmp_path / "tensorboard", 0), [[0, 1, 1, 2], [1, 1, 1, 1.0]]
-    writer.write(3, "train", {"loss": 2.5}, LAYERS, {"load": np.array(load)})
-    writer.write(3, "validation", {"validation_nll": 3.5}, {}, {})
-    writer.close()
-    found = {tag: value for (tag, _), value in read_events(tmp_path).items()}
-    histograms = [found.pop(f"histograms/load/layer_{layer}").histo for layer in (0, 1)]
-    assert [(h.min, h.max, h.num, h.sum) for h in histograms] == [(0, 2, 4, 4), (1, 1, 4, 4)]
-    expected = {"train/loss": 2.5, "validation/nll": 3.5}
-    for name, values in LAYERS.items():
-        expected |= {f"experts/{name}/layer_{i}": values[i] for i in (0, 1)}
-    assert {tag: value.simple_value for tag, value in found.items()} == pytest.approx(expected)
 
 
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
