@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from aoe_jax.config.run import Config
+from aoe_jax.errors import DivergedError
 from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.storage.retry import Tolerated
 from aoe_jax.training.checkpoint import Progress
@@ -24,13 +25,13 @@ from aoe_jax.training.devices import (
     peak_flops_per_device,
     program_memory,
 )
-from aoe_jax.training.health import Health
-from aoe_jax.training.load_statistics import layer_statistics, load_spread
+from aoe_jax.training.load_statistics import dead_experts, layer_statistics, load_spread
 
 log = logging.getLogger(__name__)
 
 # Suffixes of the names of measured metrics. Two runs of the same steps differ only in these.
 MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu", "goodput")
+_DEAD_AFTER = 3  # logged steps without a token
 _IN_SPEED = ("input", "checkpoint")  # clocks whose time counts in the speed, beside `compute`
 
 
@@ -65,7 +66,7 @@ class Metrics:
         """
         self._config, self._folder, self._start_step = config, folder, start_step
         self._progress, self._began = progress, began
-        self._health = Health(config.train, progress)
+        self._idle_for = 0  # logged steps in a row in which an expert had no token, [L, n]
         self._writers, self._lines = {}, None
         self._unreported = None  # a step and its metrics, which are read while the next one runs
         self._program = {}
@@ -131,12 +132,39 @@ class Metrics:
         small = jax.device_get({name: metrics[name] for name in names})
         progress, train = self._progress, self._config.train
         progress.loss, progress.nll = float(small["loss"]), float(small["nll"])
-        self._health.step(step, progress.loss, small["grad_norm"], small["finite"])
+        progress.skipped_in_row = 0 if small["finite"] else progress.skipped_in_row + 1
+        if progress.skipped_in_row:
+            self._skipped(step, small["grad_norm"])
         if step % train.log_every == 0 or step == train.steps:
             self._log(step, jax.device_get(metrics))
 
+    def _skipped(self, step, grad_norm):
+        size, limit = self._config.train.batch_size, self._config.train.max_skipped
+        log.warning(
+            f"step {step} skipped: loss {self._progress.loss:g}, gradient norm {grad_norm:g}; its "
+            f"batch has the sequences {(step - 1) * size} to {step * size - 1} of the run's order"
+        )
+        if self._progress.skipped_in_row >= limit:
+            raise DivergedError(
+                f"stopped at step {step}: the last {self._progress.skipped_in_row} updates were "
+                "skipped because the loss or the gradient was not finite "
+                f"(train.max_skipped={limit}). Look at the data; or, if the model itself is "
+                "broken, continue from an earlier checkpoint with --go-back=STEP, or lower "
+                "train.learning_rate in another --workdir"
+            )
+
+    def _warn_of_dead_experts(self, step, load, live):
+        self._idle_for = np.where(dead_experts(load, live), self._idle_for + 1, 0)
+        new = np.argwhere(self._idle_for == _DEAD_AFTER)
+        if len(new):
+            names = ", ".join(f"layer {layer} expert {expert}" for layer, expert in new[:8])
+            names += ", ..." if len(new) > 8 else ""
+            log.warning(
+                f"dead experts at step {step}, without a token in {_DEAD_AFTER} logged steps: "
+                f"{names} ({np.sum(self._idle_for >= _DEAD_AFTER)} of {load.size} in all)"
+            )
+
     def _log(self, step, metrics):
-        self._health.load(step, metrics["load"], metrics.get("live"))
         n_steps, seconds = self._end_interval(step)
         self._progress.compute_seconds += seconds["compute"]
         speed = self._speed(n_steps, sum(seconds.values()))
@@ -145,6 +173,7 @@ class Metrics:
         layers, experts, balance = layer_metrics(metrics), {}, ""
         if layers:
             load, live = metrics["load"], metrics.get("live")
+            self._warn_of_dead_experts(step, load, live)
             scalars["load_spread"] = float(load_spread(load, live))
             scalars["experts_per_token"] = float(load.sum(axis=-1).mean())
             names = ("load_entropy", "confidence_entropy", "dropped_share")

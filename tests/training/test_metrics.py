@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from aoe_jax.errors import DivergedError
 from aoe_jax.model.counts import training_flops_per_token
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.training import metrics as metrics_module
@@ -221,6 +222,32 @@ def test_a_run_that_is_lost_is_reported(metrics, tmp_path):
     metrics.close()
     found = {tag for tag, _ in read_events(tmp_path)}
     assert "histograms/load/layer_0" in found and "histograms/mean_score/layer_0" not in found
+
+
+def test_skipped_steps_in_a_row_end_the_run(metrics, caplog):
+    """Also those before a stop of the run, which the progress has."""
+    metrics._progress.skipped_in_row = 9
+    for step, finite in ((4, True), (5, False), *((step, False) for step in range(6, 14))):
+        report(metrics, step, metrics_of(step) | {"finite": np.bool_(finite)})
+    assert "step 5 skipped: loss 5, gradient norm 8; its batch has the sequences 16 to 19" in (
+        caplog.text
+    )
+    with pytest.raises(DivergedError, match=r"step 14: the last 10 updates.*train\.max_skipped=10"):
+        report(metrics, 14, metrics_of(14) | {"finite": np.bool_(False)})
+
+
+def test_dead_experts_are_named_once(metrics, caplog):
+    live = np.array([[1, 1, 1], [1, 1, 0]])  # a free place is not dead
+    dead = {"load": np.array([[0.5, 0.0, 1.5], [1.0, 1.0, 0.0]]), "live": live}
+    alive = {"load": np.full((2, 3), 2 / 3), "live": live}
+    warned = []
+    for step, found in enumerate([dead, dead, alive, *[dead] * 4, alive, *[dead] * 3], 1):
+        caplog.clear()
+        report(metrics, step, metrics_of(step, 3) | found)
+        warned += [step] if "dead experts" in caplog.text else []
+        words = f"dead experts at step {step}, without a token in 3 logged steps: layer 0 expert 1 "
+        assert step not in warned or f"{words}(1 of 6 in all)" in caplog.text
+    assert warned == [6, 11]
 
 
 def test_free_places_do_not_count_in_the_load():
