@@ -144,7 +144,7 @@ def test_a_corpus_that_cannot_be_tokenised(tmp_path, case):
 
 @pytest.mark.parametrize("case", **ids(*WRITES))
 def test_writes_that_fail(tmp_path, case):
-    """A lasting fault ends the run, which goes on later as if nothing had been."""
+    """A lasting fault ends the run; later it ends like a run without interruptions."""
     command = dense_command(tmp_path / "run")
     fault = Fault(tmp_path, *case)
     status, _, stderr = fault.lasting(command)
@@ -316,7 +316,7 @@ def test_two_processes_of_which_one_cannot_begin(tmp_path, case, process):
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_two_processes_of_which_one_cannot_write(tmp_path, process):
-    """Both end, and go on later as if nothing had been."""
+    """Both end; later the run ends like one without interruptions."""
     whole, settings = two_dense_processes(), {"checkpoint__timeout": 20, **DENSE_FSDP}
     command = dense_command(tmp_path / "run", **settings)
     fault = Fault(tmp_path, "EIO", "w", "checkpoints/")

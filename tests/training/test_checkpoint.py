@@ -145,7 +145,7 @@ def test_what_is_kept(tmp_path, config, nlls, kept):
     assert step_folders(tmp_path) == list(kept)
 
 
-def test_checkpoints_by_the_word_of_a_user(tmp_path):
+def test_which_checkpoint_a_user_names(tmp_path):
     checkpoints = Checkpoints(write(tmp_path, [1, 2, 3], NLLS, keep=9))
     assert [checkpoints.find(word) for word in ("newest", "best", "1")] == [3, 2, 1]
     for word in ("4", "last", "-1", "٣", "9" * 5000):

@@ -121,7 +121,7 @@ def test_a_move_that_was_interrupted(workdir, interrupted):
 
 
 def test_going_back_that_was_interrupted(workdir, interrupted):
-    """The run cannot go on as if nothing had been; the same command goes back."""
+    """The run refuses to continue; the same command goes back."""
     make_checkpoints(workdir, 3, 6, 9)
     (workdir / "heartbeat.json").write_text(json.dumps({"saved": 9}))
     interrupted(workdir, 3)
