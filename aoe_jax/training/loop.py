@@ -87,7 +87,7 @@ def train(
         folder.open(start, held)
         with together():
             log_run(config)
-            if any(source.name != "prepared" for source in config.data.sources):
+            if any(s.name != "prepared" or "://" in str(s.path) for s in config.data.sources):
                 heartbeat.beat("preparing")
             corpus = open_corpus(config.data, config.model.vocab_size)
             saved_steps = checkpoints.steps()

@@ -44,7 +44,6 @@ from tests.runs import (
     corpus_folder,
     finish,
     finished_run,
-    last_line,
     same_end,
     settings,
     start,
@@ -52,6 +51,7 @@ from tests.runs import (
     train_command,
 )
 from tests.storage.test_lease import outcomes_of_rivals
+from tests.test_promises import last_line
 
 ELSEWHERE = "token=aa\nhost=tpu-3\npid=11\n"
 

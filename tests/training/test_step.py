@@ -239,17 +239,11 @@ def _of_first_choices(shares, stats):
     return 4 * (shares["first_choices"] * stats.mean_probability).sum(axis=1).mean()
 
 
-def _of_gates(shares, stats):
-    served = shares["load"] / shares["served"][:, None]
-    return 4 * (served * stats.records["normalised_gates"]).sum()
-
-
 # router -> the name of a balance loss, the field of its weight, and the loss by the shares of the
 # micro-batches so far.
 RUNNING = {
     "top_k": ("aux_loss", "balance.aux_weight", _of_load),
     "gshard": ("first_choice_loss", "routing.aux_weight", _of_first_choices),
-    "dynmoe": ("gate_balance", "routing.balance_weight", _of_gates),
 }
 
 
@@ -261,7 +255,7 @@ def test_balance_is_of_all_micro_batches_so_far(router):
     name, weight_field, value = RUNNING[router]
     train = {"accumulate": 3, "batch_size": 6}
     settings = shrunken("moe_aux", balance={"aux_weight": 0.0}, train=train).to_dict()
-    settings["routing"] = {"name": router} | ({"loss_weight": 0.0} if router == "dynmoe" else {})
+    settings["routing"] = {"name": router}
     group, field = weight_field.split(".")
     settings[group] |= {field: 0.5}
     config = Config.from_config_dict(settings)
