@@ -8,13 +8,12 @@ The same command continues after whatever stopped it. `--workdir` receives check
 
 import shlex
 from functools import partial
-from pathlib import Path
+from importlib.util import find_spec
 
 from absl import flags
 
 from aoe_jax import cli, distributed
 from aoe_jax.config.checks import require_flag
-from aoe_jax.training.profile import steps_to_trace
 from aoe_jax.training.stopping import StopRequests
 
 _CONFIG = cli.define_config_flag()
@@ -43,15 +42,23 @@ def main():
     stop.listen()
     config = cli.parsed_config(_CONFIG)
     workdir = cli.path_of(_WORKDIR, in_store=True)
-    profile = steps_to_trace(_PROFILE.value) if _PROFILE.value is not None else range(0)
+    profile, project = range(0), _WANDB.value
+    if _PROFILE.value is not None:
+        from aoe_jax.training.profile import steps_to_trace
+
+        profile = steps_to_trace(_PROFILE.value, config.train.steps)
+    if project is not None:
+        require_flag(project, "wandb", project, "name a project")
+        wanted = "the package wandb is missing; pip install 'aoe_jax[wandb]'"
+        require_flag(find_spec("wandb"), "wandb", project, wanted)
+    wanted = "give it without --start-over"
+    require_flag(not _START_OVER.value or _GO_BACK.value is None, "go-back", _GO_BACK.value, wanted)
     distributed.start()
     from aoe_jax.training.loop import train  # JAX may start only after `distributed.start`
     from aoe_jax.training.run_folder import Start
 
-    wanted = "give it without --start-over"
-    require_flag(not _START_OVER.value or _GO_BACK.value is None, "go-back", _GO_BACK.value, wanted)
     start = Start(_START_OVER.value, _GO_BACK.value, _TAKE_OVER.value)
-    summary = train(config, workdir, stop, profile, _WANDB.value, start)
+    summary = train(config, workdir, stop, profile, project, start)
     import jax
 
     if jax.process_index() == 0:
@@ -62,7 +69,7 @@ def _closing_words(workdir, summary):
     """The result of a run, its files, and the commands that come next."""
     from aoe_jax.training.metrics import in_words
 
-    folder, suite = shlex.quote(str(workdir)), "configs/compare/tiny.py"
+    folder = shlex.quote(str(workdir))
     lines = {
         "result": in_words(summary),
         "picture": workdir / "training.png",
@@ -70,9 +77,6 @@ def _closing_words(workdir, summary):
         "evaluate": f"python -m aoe_jax.eval --workdir={folder}",
         "generate": f"python -m aoe_jax.generate --workdir={folder} --prompt='We the people'",
     }
-    if Path(suite).exists():  # the command runs in the repository
-        command = f"python -m aoe_jax.compare --suite={suite} --workdir=runs/compare_tiny"
-        lines["compare"] = command
     return "\n".join(f"{name:<9} {line}" for name, line in lines.items())
 
 

@@ -1,5 +1,5 @@
-"""Tiny runs for the end-to-end tests: a folder of texts, settings, and command lines as a user
-types them.
+"""Tiny runs for the end-to-end tests: a folder of texts, settings, command lines as a user types
+them, and what runs leave behind.
 """
 
 import atexit
@@ -11,10 +11,15 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import struct
 import tempfile
+import time
 from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 from tensorboardX.proto.event_pb2 import Event
 
 from aoe_jax.config.data import DataConfig
@@ -28,38 +33,20 @@ from tests.settings import config_of
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY, LOG_EVERY = 24, 3, 2
-FOR_TPUS = {
-    "aoe_jax.plan",
-    "benchmarks.attention",
-    "benchmarks.grouped_compile",
-}  # may compile for them
+WORDS = "the of state union war peace congress law great people army year"
+FOR_TPUS = {"aoe_jax.plan", "benchmarks.attention", "benchmarks.grouped_compile"}  # may compile
 
-SETTINGS = {
-    "model.n_layers": 2,
-    "model.n_heads": 2,
-    "model.d_model": 32,
-    "model.vocab_size": 512,
-    "model.max_len": 64,
-    "model.dtype": "float32",
-    "model.unroll": 1,
-    "experts.n_experts": 4,
-    "experts.top_k": 2,
-    "experts.d_ffn": 32,
-    "experts.d_low": 8,
-    "balance.aux_weight": 0.0,
-    "balance.aux_tokens": 1.0,
-    "data.name": "text",
-    "data.seq_len": 32,
-    "train.steps": STEPS,
-    "train.batch_size": 4,
-    "train.learning_rate": 3e-3,
-    "train.final_learning_rate": 3e-4,
-    "train.warmup": 2 / STEPS,
-    "train.log_every": LOG_EVERY,
-    "train.eval_every": 10,
-    "checkpoint.every": EVERY,
-    "checkpoint.keep": 2,
+_GROUPS = {
+    "model": {"n_layers": 2, "n_heads": 2, "d_model": 32, "vocab_size": 512, "max_len": 64}
+    | {"dtype": "float32", "unroll": 1},
+    "experts": {"n_experts": 4, "top_k": 2, "d_ffn": 32, "d_low": 8},
+    "balance": {"aux_weight": 0.0, "aux_tokens": 1.0},
+    "data": {"name": "text", "seq_len": 32},
+    "train": {"steps": STEPS, "batch_size": 4, "learning_rate": 3e-3, "warmup": 2 / STEPS}
+    | {"final_learning_rate": 3e-4, "log_every": LOG_EVERY, "eval_every": 10},
+    "checkpoint": {"every": EVERY, "keep": 2},
 }
+SETTINGS = {f"{group}.{name}": v for group, values in _GROUPS.items() for name, v in values.items()}
 
 # Half the time of a run, for tests of what does not depend on the model.
 DENSE = {"model__n_layers": 1, "experts__kind": "dense"}
@@ -158,12 +145,9 @@ def tiny_config(**changes):
 
 def train_command(workdir, **changes):
     """The command line that trains with these settings."""
-    overrides = [
-        f"--config.{name}={value}"
-        for name, value in settings(**changes).items()
-        if value is not None
-    ]
-    return ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *overrides]
+    given = {name: value for name, value in settings(**changes).items() if value is not None}
+    flags = [f"--config.{name}={value}" for name, value in given.items()]
+    return ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *flags]
 
 
 def dense_command(workdir, **changes):
@@ -171,29 +155,21 @@ def dense_command(workdir, **changes):
     return train_command(workdir, **DENSE | changes)
 
 
+def patched(code, workdir, **changes):
+    """`dense_command` whose program is changed by `code` before it runs."""
+    program = f"import train\nfrom aoe_jax import cli\n{code}\ncli.run(train.main)"
+    return ["-c", program, *dense_command(workdir, **changes)[1:]]
+
+
 def fine_tuned(directory, workdir, **changes):
     """The command line that goes on from a model."""
     data = tiny_config().data
-    overrides = {
-        "data.name": data.name,
-        "data.path": data.path,
-        "data.cache": data.cache,
-        "data.seq_len": 32,
-    }
-    overrides |= {
-        "train.steps": 4,
-        "train.warmup": 0.0,
-        "train.log_every": 1,
-        "train.batch_size": 4,
-        **changes,
-    }
-    overrides = [f"--config.{name}={value}" for name, value in overrides.items()]
-    return [
-        "train.py",
-        f"--config=configs/finetune.py:{directory}",
-        f"--workdir={workdir}",
-        *overrides,
-    ]
+    overrides = {f"data.{name}": getattr(data, name) for name in ("name", "path", "cache")}
+    overrides |= {"data.seq_len": 32, "train.steps": 4, "train.warmup": 0.0, "train.log_every": 1}
+    overrides |= {"train.batch_size": 4, **changes}
+    flags = [f"--config.{name}={value}" for name, value in overrides.items()]
+    config = f"--config=configs/finetune.py:{directory}"
+    return ["train.py", config, f"--workdir={workdir}", *flags]
 
 
 def start(command, **options):
@@ -211,6 +187,48 @@ def finish(process):
 def run(command):
     """Runs a command line: `(exit status, stdout, stderr)`."""
     return finish(start(command))
+
+
+def succeed(command):
+    """Runs a command line that must end with status 0, and returns its stderr."""
+    status, _, stderr = run(command)
+    assert status == 0, stderr
+    return stderr
+
+
+def wait_for(process, condition):
+    """Waits until `condition()` holds; fails if the process ends before."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def kill_when(process, condition):
+    """Kills a process at a random moment soon after `condition()` holds."""
+    wait_for(process, condition)
+    time.sleep(random.uniform(0, 0.02))
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+
+
+def last_line(stderr):
+    """Why a command ended."""
+    return stderr.strip().splitlines()[-1]
+
+
+def is_unforeseen(stderr):
+    """Whether a traceback is one of this program. Orbax and tensorstore print their own when the
+    reads or writes of a failed save or restore are collected.
+    """
+    return "Traceback" in stderr and "aoe_jax/cli.py" in stderr
+
+
+def heartbeat(workdir):
+    """The content of `heartbeat.json`, with None for its fields before it is there."""
+    path = workdir / "heartbeat.json"
+    return json.loads(path.read_text()) if path.exists() else {"status": None, "step": None}
 
 
 def saved(workdir, step):
@@ -256,22 +274,13 @@ def damage(shard):
 KINDS = {
     "aoe, over all": {"routing__norm_topk_prob": False, "balance__aux_weight": 0.01},
     "router": {"experts__kind": "router", "balance__aux_weight": 0.01},
-    "capacity": {
-        "experts__kind": "capacity",
-        "routing__capacity_factor": 1.0,
-        "balance__aux_weight": 0.01,
-    },
+    "capacity": {"experts__kind": "capacity", "routing__capacity_factor": 1.0}
+    | {"balance__aux_weight": 0.01},
     "dense": {"experts__kind": "dense"},
-    "top_p": {"routing__name": "top_p", "balance__entropy_weight": 1e-4},
     "expert_choice": {"routing__name": "expert_choice"},
 }
-_SHORT = {
-    "train__steps": 6,
-    "train__warmup": 0.3,
-    "train__eval_every": 0,
-    "train__learning_rate": 1e-2,
-    "checkpoint__every": 100,
-}
+_SHORT = {"train__steps": 6, "train__warmup": 0.3, "train__eval_every": 0}
+_SHORT |= {"train__learning_rate": 1e-2, "checkpoint__every": 100}
 
 
 def kind_config(kind):
@@ -283,9 +292,7 @@ def kind_config(kind):
 def kind_run(kind):
     """A short run of one of `KINDS`: `(workdir, stderr)`."""
     workdir = scratch("kinds") / kind
-    status, _, stderr = run(train_command(workdir, **_SHORT, **KINDS[kind]))
-    assert status == 0, stderr
-    return workdir, stderr
+    return workdir, succeed(train_command(workdir, **_SHORT, **KINDS[kind]))
 
 
 @shared
@@ -307,38 +314,52 @@ def finished_run():
 def dense_run():
     """Workdir of an uninterrupted run of `dense_command`."""
     workdir = scratch("runs") / "dense"
-    status, _, stderr = run(dense_command(workdir))
-    assert status == 0, stderr
+    succeed(dense_command(workdir))
     return workdir
 
 
 def read_metrics(workdir):
     """The lines of `metrics.jsonl`: `(training lines, validation lines)`."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line], [
-        line for line in lines if "validation_nll" in line
-    ]
+    training = [line for line in lines if "loss" in line]
+    return training, [line for line in lines if "validation_nll" in line]
+
+
+def losses(workdir):
+    """The logged losses of a run."""
+    return [line["loss"] for line in read_metrics(workdir)[0]]
+
+
+def computed(line):
+    """A line of `metrics.jsonl` without what differs between two equal runs."""
+    return {name: value for name, value in line.items() if not name.endswith(MEASURED)}
 
 
 def untimed(workdir):
-    """The lines of `metrics.jsonl` without what differs between two equal runs: `(training lines,
-    validation lines)`.
-    """
-    return tuple(
-        [
-            {name: value for name, value in line.items() if not name.endswith(MEASURED)}
-            for line in lines
-        ]
-        for lines in read_metrics(workdir)
-    )
+    """`read_metrics` of `computed` lines."""
+    return tuple([computed(line) for line in lines] for lines in read_metrics(workdir))
 
 
 def same_end(workdir, whole):
     """Whether two runs ended alike, bit for bit, and reported alike on their way."""
-    summaries = [
-        json.loads((path / "summary.json").read_text())["metrics"] for path in (workdir, whole)
-    ]
-    return summaries[0] == summaries[1] and untimed(workdir) == untimed(whole)
+    texts = [(path / "summary.json").read_text() for path in (workdir, whole)]
+    one, other = (json.loads(text)["metrics"] for text in texts)
+    return one == other and untimed(workdir) == untimed(whole)
+
+
+def raw_checkpoint(workdir, step):
+    """Every array of a checkpoint by its path, without the library's own code; and what is saved
+    beside them.
+    """
+    folder = workdir / "checkpoints" / str(step)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(folder / "state").item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        args = ocp.args.PyTreeRestore(restore_args=as_numpy)
+        state = checkpointer.restore(folder / "state", args=args)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    arrays = {jax.tree_util.keystr(path): array for path, array in leaves}
+    return arrays, json.loads((folder / "run" / "metadata").read_text())
 
 
 def read_events(workdir):
@@ -358,11 +379,8 @@ def read_events(workdir):
 
 def contents(folder):
     """Every file below a folder with its bytes."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def truncate_state(workdir):
@@ -370,7 +388,7 @@ def truncate_state(workdir):
     them can be read.
 
     How Orbax spreads the arrays over files differs from run to run: a part of the files may hold
-      optimizer state alone.
+    optimizer state alone.
     """
     newest = max((workdir / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
     paths = [path for path in (newest / "state").rglob("d/*") if path.is_file()]

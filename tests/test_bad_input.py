@@ -296,7 +296,7 @@ RUNS = {
     "steps reached": Mistake(TRAIN, [f"train.steps={STEPS}", f"already at step {STEPS}"], finished),
     "profile beyond the run": Mistake(
         [*flags(CONFIG), f"--profile={STEPS + 2}:9"],
-        [f"--profile={STEPS + 2}:9", f"the steps {STEPS + 1} to {STEPS + 3}"],
+        [f"--profile={STEPS + 2}:9", f"the run ends at step {STEPS + 3}"],
         finished,
         {"train__steps": STEPS + 3},
     ),

@@ -1,6 +1,7 @@
-"""Faults below Python, in real processes: which error, at which place, and what comes of it."""
+"""Faults and hangs below Python, in real processes: which, at which place, and what follows."""
 
 import errno
+import re
 import shutil
 import subprocess
 import time
@@ -8,36 +9,21 @@ import time
 import pytest
 
 from aoe_jax.conversion.exporting import export
-from aoe_jax.errors import MachineFault
+from aoe_jax.errors import Hang, MachineFault
+from tests import runs
 from tests.processes import DENSE_FSDP, free_port, two_dense_processes
-from tests.runs import (
-    EVERY,
-    ROOT,
-    STEPS,
-    contents,
-    corpus_folder,
-    dense_command,
-    dense_run,
-    finish,
-    finished_run,
-    run,
-    same_end,
-    scratch,
-    shared,
-    start,
-)
-from tests.test_promises import last_line
+from tests.runs import STEPS, contents, dense_command, dense_run, last_line, same_end, start
 
 pytestmark = pytest.mark.slow
 
 LASTS = 0.7  # seconds of a fault that passes: the second try fails too
 
 
-@shared
+@runs.shared
 def faulty_disk():
     """The library that makes a disk fail."""
-    library = scratch("faulty") / "faulty_disk.so"
-    source = ROOT / "tests" / "faulty_disk.c"
+    library = runs.scratch("faulty") / "faulty_disk.so"
+    source = runs.ROOT / "tests" / "faulty_disk.c"
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
     return str(library)
 
@@ -60,7 +46,7 @@ class Fault:
 
     def lasting(self, command):
         """Runs a command while the fault holds."""
-        return finish(start([*command, "--retry_seconds=1"], **self.variables))
+        return runs.finish(start([*command, "--retry_seconds=1"], **self.variables))
 
     def passing(self, command, seen):
         """Runs a command; the fault ends some time after the command has logged `seen`."""
@@ -73,12 +59,12 @@ class Fault:
                 time.sleep(0.05)
             time.sleep(LASTS)
             self.end()
-            status, stdout, _ = finish(process)
+            status, stdout, _ = runs.finish(process)
         return status, stdout, path.read_text()
 
 
 def stopped_run(folder):
-    """A run that has a step left."""
+    """A run that has a step left: `(workdir, the command that goes on)`."""
     return shutil.copytree(dense_run(), folder), dense_command(folder, train__steps=STEPS + 1)
 
 
@@ -88,8 +74,6 @@ READS = [  # error, operations, part of the path
     ("EIO", "o", "run/config.json"),
     ("ESTALE", "o", "run/heartbeat.json"),
     ("ENOTCONN", "or", STATE + "state"),
-    ("ETIMEDOUT", "or", STATE + "state"),
-    ("EBUSY", "o", STATE),
     ("EIO", "r", STATE + "state"),
     ("ECONNRESET", "o", STATE + "run"),
     ("ESTALE", "o", SHARD),
@@ -99,25 +83,19 @@ READS = [  # error, operations, part of the path
 ]
 WRITES = [
     ("ENOSPC", "w", "checkpoints/"),
-    ("EDQUOT", "w", "checkpoints/"),
     ("EROFS", "cm", "checkpoints/"),
     ("EIO", "w", "checkpoints/"),
     ("ETIMEDOUT", "m", "checkpoints/"),
-    ("ENOSPC", "w", "run/metrics.jsonl"),
     ("EIO", "w", "run/metrics.jsonl"),
 ]
-NEEDLESS = [
-    ("EROFS", "c", "heartbeat.json"),
-    ("ENOSPC", "w", "heartbeat.json"),
-    ("EIO", "w", "tensorboard/"),
-]
+NEEDLESS = [("EROFS", "c", "heartbeat.json"), ("EIO", "w", "tensorboard/")]
 
 
-def ids(cases):
+def ids(*cases):
     return {"argvalues": cases, "ids": [" ".join(case) for case in cases]}
 
 
-@pytest.mark.parametrize("case", **ids(READS))
+@pytest.mark.parametrize("case", **ids(*READS))
 def test_reads_that_fail(tmp_path, case):
     """A lasting fault ends the run and changes no file; the next run goes on."""
     workdir, command = stopped_run(tmp_path / "run")
@@ -128,33 +106,32 @@ def test_reads_that_fail(tmp_path, case):
     if case != READS[0] and case[2] != SHARD:  # the files are as before: one next run is enough
         return
     fault.end()
-    status, _, stderr = run(command)
-    assert status == 0 and f"going on from step {STEPS}" in stderr, stderr
+    assert f"going on from step {STEPS}" in runs.succeed(command)
     assert not (workdir / "damaged_checkpoints").exists()
 
 
-def test_a_read_that_fails_for_a_while(tmp_path):
-    workdir, command = stopped_run(tmp_path / "run")
-    fault = Fault(tmp_path, "ENOTCONN", "or", STATE)
-    status, _, stderr = fault.passing(command, "cannot be read")
-    assert status == 0 and f"going on from step {STEPS}" in stderr, stderr
+PASSING = [("or", STATE), ("o", SHARD), ("r", SHARD), ("w", "checkpoints/"), ("m", "checkpoints/")]
+PASSING += [("w", "run/metrics.jsonl")]
+
+
+@pytest.mark.parametrize("case", **ids(*PASSING))
+def test_faults_that_pass(tmp_path, case):
+    """When a checkpoint, the first batch, a save and the metrics are read or written."""
+    workdir, whole = tmp_path / "run", dense_run()  # so that the store of tokens is complete
+    if STATE in case:
+        shutil.copytree(whole, workdir)
+        (workdir / "summary.json").unlink()
+    fault = Fault(tmp_path, "EIO", *case)
+    status, _, stderr = fault.passing(dense_command(workdir), "cannot be")
+    assert status == 0 and same_end(workdir, whole), stderr
     assert not (workdir / "damaged_checkpoints").exists()
-
-
-@pytest.mark.parametrize("operation", ["o", "r"])
-def test_data_that_fails_for_a_while(tmp_path, operation):
-    """The first batch, of a store that is complete."""
-    dense_run()
-    fault = Fault(tmp_path, "EIO", operation, SHARD)
-    status, _, stderr = fault.passing(dense_command(tmp_path / "run"), "cannot be read")
-    assert status == 0 and same_end(tmp_path / "run", dense_run()), stderr
 
 
 @pytest.mark.parametrize(
-    "case", **ids([("ENOSPC", "w", "cache/tokens/"), ("EIO", "m", "cache/tokens/")])
+    "case", **ids(("ENOSPC", "w", "cache/tokens/"), ("EIO", "m", "cache/tokens/"))
 )
 def test_a_corpus_that_cannot_be_tokenised(tmp_path, case):
-    """For a while, or at all."""
+    """For good, or for a while."""
     command = dense_command(tmp_path / "run", data__cache=tmp_path / "cache")
     fault = Fault(tmp_path, *case)
     status, _, stderr = fault.lasting(command)
@@ -165,36 +142,20 @@ def test_a_corpus_that_cannot_be_tokenised(tmp_path, case):
     assert len([path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]) == 1
 
 
-def test_reads_that_are_short(tmp_path):
-    """They look like a file that was cut, which is damage."""
-    workdir, command = stopped_run(tmp_path / "run")
-    fault = Fault(tmp_path, "short", "r", STATE + "state")
-    status, _, stderr = fault.lasting(command)
-    assert status == 0 and f"going on from step {STEPS - EVERY}" in stderr, stderr
-    assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
-
-
-@pytest.mark.parametrize("case", **ids(WRITES))
+@pytest.mark.parametrize("case", **ids(*WRITES))
 def test_writes_that_fail(tmp_path, case):
-    """A lasting fault ends the run, which goes on later as if nothing had been."""
-    workdir, command = tmp_path / "run", dense_command(tmp_path / "run")
+    """A lasting fault ends the run; later it ends like a run without interruptions."""
+    command = dense_command(tmp_path / "run")
     fault = Fault(tmp_path, *case)
     status, _, stderr = fault.lasting(command)
-    assert status == MachineFault.status, stderr
+    assert status == MachineFault.status and not runs.is_unforeseen(stderr), stderr
     assert "the same command goes on" in last_line(stderr)
     fault.end()
-    status, _, stderr = run(command)
-    assert status == 0 and same_end(workdir, dense_run()), stderr
+    runs.succeed(command)
+    assert same_end(tmp_path / "run", dense_run())
 
 
-@pytest.mark.parametrize("case", ["w checkpoints/", "m checkpoints/", "w run/metrics.jsonl"])
-def test_writes_that_fail_for_a_while(tmp_path, case):
-    fault = Fault(tmp_path, "EIO", *case.split())
-    status, _, stderr = fault.passing(dense_command(tmp_path / "run"), "cannot be")
-    assert status == 0 and same_end(tmp_path / "run", dense_run()), stderr
-
-
-@pytest.mark.parametrize("case", **ids(NEEDLESS))
+@pytest.mark.parametrize("case", **ids(*NEEDLESS))
 def test_files_that_a_run_can_do_without(tmp_path, case):
     fault = Fault(tmp_path, *case)
     status, _, stderr = fault.lasting(dense_command(tmp_path / "run"))
@@ -202,65 +163,74 @@ def test_files_that_a_run_can_do_without(tmp_path, case):
     assert same_end(tmp_path / "run", dense_run())
 
 
-@pytest.mark.parametrize("case", **ids([("EIO", "o", STATE), ("EIO", "r", SHARD)]))
-def test_evaluation(tmp_path, case):
-    workdir, _ = stopped_run(tmp_path / "run")
-    before = contents(workdir)
-    status, _, stderr = Fault(tmp_path, *case).lasting(["eval.py", f"--workdir={workdir}"])
+def evaluation(folder):
+    return ["eval.py", f"--workdir={stopped_run(folder / 'run')[0]}", "--split=validation"]
+
+
+def evaluation_of_a_model(folder):
+    folder.mkdir()
+    export(dense_run(), folder / "model")
+    return ["eval.py", f"--workdir={folder / 'model'}"]
+
+
+def exporting(folder):
+    workdir, _ = stopped_run(folder / "run")
+    return ["-m", "aoe_jax.export", f"--workdir={workdir}", f"--output={folder / 'model'}"]
+
+
+@pytest.mark.parametrize(
+    ("command", "case"),
+    [
+        (evaluation, ("EIO", "o", STATE)),
+        (evaluation, ("EIO", "r", SHARD)),
+        (evaluation_of_a_model, ("EIO", "o", "model.safetensors")),
+        *((exporting, (code, "w", "model")) for code in ("ENOSPC", "EDQUOT", "EIO")),
+    ],
+)
+def test_other_commands_that_fail(tmp_path, command, case):
+    """They change no file, and a disk that fails is not taken for damage."""
+    command, fault = command(tmp_path / "files"), Fault(tmp_path, *case)
+    before = contents(tmp_path / "files")
+    status, _, stderr = fault.lasting(command)
     assert status == MachineFault.status and "Traceback" not in stderr, stderr
-    assert contents(workdir) == before
+    assert "damaged" not in stderr and contents(tmp_path / "files") == before
 
 
-@pytest.mark.parametrize("part", ["run/config.json", SHARD])
-def test_evaluation_while_a_disk_fails(tmp_path, part):
-    workdir, _ = stopped_run(tmp_path / "run")
-    command = ["eval.py", f"--workdir={workdir}", "--split=validation"]
-    status, _, stderr = Fault(tmp_path, "ESTALE", "s", part).passing(command, "next try in")
-    assert status == 0 and (workdir / "eval.json").exists(), stderr
+def training_on_texts(folder):
+    shutil.copytree(runs.corpus_folder(), folder / "texts")
+    texts = {"data__name": "text", "data__path": folder / "texts", "train__steps": 1}
+    return dense_command(folder / "run", **texts)
 
 
-@pytest.mark.parametrize("operation", "sd")
-def test_a_folder_of_texts_that_fails_for_a_while(tmp_path, operation):
-    """It is not taken for a path that does not exist."""
-    shutil.copytree(corpus_folder(), tmp_path / "texts")
-    texts = {"data__name": "text", "data__path": tmp_path / "texts", "train__steps": 1}
-    fault = Fault(tmp_path, "ENOTCONN", operation, "/texts")
-    status, _, stderr = fault.passing(dense_command(tmp_path / "run", **texts), "next try in")
+@pytest.mark.parametrize(
+    ("command", "case"),
+    [
+        (evaluation, ("ESTALE", "s", "run/config.json")),
+        (evaluation, ("ESTALE", "s", SHARD)),
+        (training_on_texts, ("ENOTCONN", "s", "/texts")),
+        (training_on_texts, ("ENOTCONN", "d", "/texts")),
+    ],
+)
+def test_places_that_fail_for_a_while(tmp_path, command, case):
+    """They are not taken for paths that do not exist."""
+    command = command(tmp_path)
+    status, _, stderr = Fault(tmp_path, *case).passing(command, "next try in")
     assert status == 0, stderr
 
 
 def test_an_evaluation_that_cannot_be_written(tmp_path):
     """It is printed whole, and a read-only disk is a mistake."""
-    workdir = shutil.copytree(finished_run(), tmp_path / "run")
+    workdir = shutil.copytree(runs.finished_run(), tmp_path / "run")
     fault = Fault(tmp_path, "EROFS", "c", "eval.json")
     status, stdout, stderr = fault.lasting(["eval.py", f"--workdir={workdir}"])
     assert status == 2 and "bits" in stdout and "layer" in stdout, stdout
-    assert (
-        last_line(stderr) == f"error: --workdir={workdir} cannot be written: Read-only file system"
-    )
-
-
-def test_evaluation_of_a_model(tmp_path):
-    """A disk that fails is not taken for a damaged model."""
-    export(dense_run(), tmp_path / "model")
-    command = ["eval.py", f"--workdir={tmp_path / 'model'}"]
-    status, _, stderr = Fault(tmp_path, "EIO", "o", "model.safetensors").lasting(command)
-    assert status == MachineFault.status and "Traceback" not in stderr, stderr
-    assert "model.safetensors cannot be read" in stderr and "damaged" not in stderr
-
-
-@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EIO"])
-def test_export(tmp_path, code):
-    workdir, _ = stopped_run(tmp_path / "run")
-    command = ["-m", "aoe_jax.export", f"--workdir={workdir}", f"--output={tmp_path / 'model'}"]
-    status, _, stderr = Fault(tmp_path, code, "w", "model").lasting(command)
-    assert status == MachineFault.status and "Traceback" not in stderr, stderr
-    assert [path.name for path in tmp_path.iterdir() if "model" in path.name] == []
+    words = f"error: --workdir={workdir} cannot be written: Read-only file system"
+    assert last_line(stderr) == words
 
 
 def prepare_command(output):
     return [
-        *("-m", "aoe_jax.prepare", f"--input={corpus_folder()}/*.txt", "--validation=0.3"),
+        *("-m", "aoe_jax.prepare", f"--input={runs.corpus_folder()}/*.txt", "--validation=0.3"),
         *("--test=0.3", f"--output={output}", f"--tokenizer={dense_run() / 'tokenizer.json'}"),
     ]
 
@@ -268,30 +238,66 @@ def prepare_command(output):
 @pytest.mark.parametrize(
     "case",
     **ids(
-        [
-            ("EDQUOT", "w", "store/"),
-            ("EIO", "w", "store/"),
-            ("EIO", "r", "texts/"),
-            ("ENOTCONN", "s", "texts/"),
-        ]
+        ("EDQUOT", "w", "store/"),
+        ("EIO", "w", "store/units"),
+        ("EIO", "r", "texts/"),
+        ("ENOTCONN", "s", "texts/"),
     ),
 )
 def test_preparation(tmp_path, case):
-    command = prepare_command(tmp_path / "store")
+    """For good, or for a while."""
+    command, manifest = prepare_command(tmp_path / "store"), tmp_path / "store" / "manifest.json"
     fault = Fault(tmp_path, *case)
     status, _, stderr = fault.lasting(command)
     assert status == MachineFault.status and "Traceback" not in stderr, stderr
-    assert not (tmp_path / "store" / "manifest.json").exists()
-    fault.end()
-    status, _, stderr = run(command)
-    assert status == 0 and (tmp_path / "store" / "manifest.json").exists(), stderr
+    assert not manifest.exists()
+    status, _, stderr = fault.passing(command, "next try in")
+    assert status == 0 and manifest.exists(), stderr
 
 
-@pytest.mark.parametrize("case", **ids([("EIO", "w", "store/units"), ("EIO", "r", "texts/")]))
-def test_preparation_that_fails_for_a_while(tmp_path, case):
-    command = prepare_command(tmp_path / "store")
-    status, _, stderr = Fault(tmp_path, *case).passing(command, "next try in")
-    assert status == 0 and (tmp_path / "store" / "manifest.json").exists(), stderr
+@pytest.mark.parametrize(
+    ("operation", "file", "when"),
+    [
+        ("c", "run/owner.lease", "restoring"),
+        ("r", "/validation-0", "validating, after step 10"),
+        ("r", STATE + "state", "restoring"),
+        ("o", "/manifest.json", "restoring"),
+        ("o", "model/config.json", "restoring"),
+    ],
+)
+def test_a_disk_that_hangs(tmp_path, operation, file, when):
+    """When the lease is taken, the first validation or a checkpoint is read, and when prepared data
+    or a first model is opened.
+    """
+    workdir, settings = tmp_path / "run", {"train__hang_timeout": 5}
+    if "state" in file:
+        shutil.copytree(dense_run(), workdir)
+        (workdir / "summary.json").unlink()
+    if "manifest" in file:
+        settings |= {"data__name": "prepared", "data__path": str(runs.corpus_store())}
+    if "model" in file:
+        export(dense_run(), tmp_path / "model")
+        settings["train__init_from"] = tmp_path / "model"
+    fault = Fault(tmp_path, "HANG", operation, file)
+    status, _, stderr = runs.finish(start(dense_command(workdir, **settings), **fault.variables))
+    words = rf"error: process 0 \({when}\) made no progress for \d+ s \(train\.hang_timeout=5\); "
+    assert re.fullmatch(f"{words}its stacks are in {workdir}/hang", last_line(stderr)), stderr
+    assert status == Hang.status and (workdir / "hang" / "process_0.txt").exists()
+    if "state" in file:
+        fault.end()
+        assert f"going on from step {STEPS}" in runs.succeed(dense_command(workdir))
+        assert same_end(workdir, dense_run())
+
+
+def on_two_processes(command, fault, process):
+    """`(statuses, stderr)` of two processes; the one with this number has the fault."""
+    flags = [f"--coordinator=localhost:{free_port()}", "--processes=2", "--retry_seconds=1"]
+    processes = []
+    for number in range(2):
+        variables = fault.variables if number == process else {}
+        processes.append(start([*command, *flags, f"--process={number}"], **variables))
+    statuses, _, stderr = zip(*map(runs.finish, processes), strict=True)
+    return statuses, stderr
 
 
 @pytest.mark.parametrize(
@@ -302,27 +308,30 @@ def test_two_processes_of_which_one_cannot_begin(tmp_path, case, process):
     """Both end, with the same status; nothing is touched."""
     workdir, command = stopped_run(tmp_path / "run")
     fault, before = Fault(tmp_path, *case), contents(workdir)
-    flags = [f"--coordinator=localhost:{free_port()}", "--processes=2", "--retry_seconds=1"]
-    processes = [
-        start([*command, *flags, f"--process={i}"], **(fault.variables if i == process else {}))
-        for i in range(2)
-    ]
-    outcomes = [finish(process) for process in processes]
-    assert [status for status, _, _ in outcomes] == [MachineFault.status] * 2, outcomes
-    assert f"process {process} failed; see its log" in outcomes[1 - process][2]
+    statuses, stderr = on_two_processes(command, fault, process)
+    assert statuses == (MachineFault.status,) * 2, stderr
+    assert f"process {process} failed; see its log" in stderr[1 - process]
     assert contents(workdir) == before
 
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_two_processes_of_which_one_cannot_write(tmp_path, process):
-    """Both end, and go on later as if nothing had been."""
+    """Both end; later the run ends like one without interruptions."""
     whole, settings = two_dense_processes(), {"checkpoint__timeout": 20, **DENSE_FSDP}
-    command = [*dense_command(tmp_path / "run", **settings), "--processes=2", "--retry_seconds=1"]
+    command = dense_command(tmp_path / "run", **settings)
     fault = Fault(tmp_path, "EIO", "w", "checkpoints/")
-    for fails in (True, False):
-        address = f"--coordinator=localhost:{free_port()}"
-        variables = [fault.variables if fails and i == process else {} for i in range(2)]
-        processes = [start([*command, address, f"--process={i}"], **variables[i]) for i in range(2)]
-        statuses = [finish(process)[0] for process in processes]
-        assert all(status != 0 for status in statuses) == fails, statuses
+    statuses, stderr = on_two_processes(command, fault, process)
+    assert 0 not in statuses, stderr
+    statuses, stderr = on_two_processes(command, fault, None)
+    assert statuses == (0, 0), stderr
     assert same_end(tmp_path / "run", whole)
+
+
+def test_two_processes_of_which_one_hangs(tmp_path):
+    """One of two processes has no data, the other waits for it in a collective."""
+    two_dense_processes()
+    command = dense_command(tmp_path / "run", train__hang_timeout=10, **DENSE_FSDP)
+    fault = Fault(tmp_path, "HANG", "r", "/train" + SHARD)
+    statuses, stderr = on_two_processes(command, fault, 1)
+    assert Hang.status in statuses, stderr  # JAX may end the second process before its report
+    assert (tmp_path / "run" / "hang" / "process_1.txt").exists()

@@ -5,7 +5,7 @@ import pytest
 
 from aoe_jax.errors import UserError
 from aoe_jax.planning.hardware import CHIPS, slice_shape, topology_devices
-from aoe_jax.training.peaks import count_chips, peak_flops_per_device
+from aoe_jax.training.devices import count_chips, peak_flops_per_device
 
 
 @pytest.mark.slow  # needs the compiler for TPUs

@@ -3,36 +3,19 @@ other meshes.
 """
 
 import json
+import re
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
 
+from tests import processes, runs
 from tests.hasty import xla_flags
-from tests.processes import (
-    DENSE_FSDP,
-    MESH,
-    free_port,
-    start_on,
-    train_on,
-    two_dense_processes,
-    two_processes,
-)
-from tests.runs import (
-    EVERY,
-    SETTINGS,
-    STEPS,
-    finish,
-    finished_run,
-    read_metrics,
-    run,
-    saved,
-    scratch,
-    start,
-    train_command,
-)
+from tests.processes import DENSE_FSDP, MESH, train_on
+from tests.runs import EVERY, STEPS, finish, finished_run, losses, succeed, train_command, wait_for
+
+pytestmark = pytest.mark.slow
 
 # JAX notices after 100 s that a process has been killed, and within 1 s a SIGTERM, in which the run
 # must not end.
@@ -50,119 +33,86 @@ cli.run(train.main)
 """
 
 
-def losses(workdir):
-    return [line["loss"] for line in read_metrics(workdir)[0]]
-
-
-@pytest.mark.slow
 def test_two_processes_train_as_one_does():
-    workdir, stderr = two_processes()
+    workdir, stderr = processes.two_processes()
     np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)
     assert "2 processes, 4 devices" in stderr[0]
     assert not any("step" in text for text in stderr[1:])  # the first alone reports
 
 
-@pytest.mark.slow
 def test_evaluation_on_other_devices_than_training(tmp_path):
     """A run of four devices on one, and a run of one on eight, whose batches they do not divide;
     these without a cache.
     """
-    workdir = shutil.copytree(two_processes()[0], tmp_path / "run")
-    one, eight = tmp_path / "of_one", tmp_path / "of_eight"
-    here = evaluated(workdir, JAX_COMPILATION_CACHE_DIR=str(one))
-    elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(finished_run(), elsewhere)
-    there = evaluated(elsewhere, JAX_COMPILATION_CACHE_DIR=str(eight), XLA_FLAGS=xla_flags(8))
-    assert any(one.glob("*")) and not any(eight.glob("*"))
-    assert here["tokens"] == there["tokens"]
+    reports = []
+    for trained, n_devices in ((processes.two_processes()[0], 1), (finished_run(), 8)):
+        workdir = shutil.copytree(trained, tmp_path / f"run_{n_devices}")
+        cache = tmp_path / f"cache_{n_devices}"
+        variables = {"JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": xla_flags(n_devices)}
+        status, _, stderr = finish(runs.start(["eval.py", f"--workdir={workdir}"], **variables))
+        assert status == 0 and "Traceback" not in stderr, stderr
+        assert any(cache.glob("*")) == (n_devices == 1)
+        reports.append(json.loads((workdir / "eval.json").read_text()))
+    assert reports[0]["tokens"] == reports[1]["tokens"]
     # The same model, but for rounding.
-    np.testing.assert_allclose(here["nll"], there["nll"], rtol=1e-4)
+    np.testing.assert_allclose(reports[0]["nll"], reports[1]["nll"], rtol=1e-4)
 
 
-def evaluated(workdir, **variables):
-    status, _, stderr = finish(start(["eval.py", f"--workdir={workdir}"], **variables))
-    assert status == 0 and "Traceback" not in stderr, stderr
-    return json.loads((workdir / "eval.json").read_text())
-
-
-@pytest.mark.slow
-def test_from_four_processes_to_two_to_one():
+def test_from_four_processes_to_two_to_one(tmp_path):
     """And from mesh (2, 1, 2, 1) to (1, 4, 1, 1) to a single device: the curve of one process."""
-    moved, alone = (scratch("multiprocess") / name for name in ("moved", "alone"))
-    rate = SETTINGS["train.learning_rate"]  # at every step, however many there are to be
+    moved, alone = tmp_path / "moved", tmp_path / "alone"
+    rate = runs.SETTINGS["train.learning_rate"]  # at every step, however many there are to be
     constant = {"train__warmup": 0, "train__final_learning_rate": rate, "train__eval_every": 0}
-    stages = (4, 8, 10)
-    status, _, stderr = run(train_command(alone, train__steps=stages[2], **constant))
-    assert status == 0, stderr
-    train_on(moved, 4, train__steps=stages[0], **MESH, **constant)
-    (stderr, _) = train_on(moved, 2, mesh__fsdp=4, train__steps=stages[1], **constant)
-    assert f"going on from step {stages[0]}" in stderr
-    status, _, stderr = run(train_command(moved, train__steps=stages[2], **constant))
-    assert status == 0, stderr
-    assert f"going on from step {stages[1]}" in stderr
+    succeed(train_command(alone, train__steps=10, **constant))
+    train_on(moved, 4, train__steps=4, **MESH, **constant)
+    (stderr, _) = train_on(moved, 2, mesh__fsdp=4, train__steps=8, **constant)
+    assert "going on from step 4" in stderr
+    stderr = succeed(train_command(moved, train__steps=10, **constant))
+    assert "going on from step 8" in stderr
     np.testing.assert_allclose(losses(moved), losses(alone), rtol=1e-5)
 
 
-def checkpoints(workdir):
-    return [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()]
+def newest(workdir):
+    names = [path.name for path in (workdir / "checkpoints").iterdir()]
+    return max(int(name) for name in names if name.isdecimal())
 
 
 def stop_one(workdir, number, after):
     """Sends a signal to process 1 of two once there is a checkpoint: `(statuses, stderr)`."""
-    processes = start_on(workdir, 2, 2, program=("-c", NOTICES_SOON), **DENSE_FSDP)
-    deadline = time.monotonic() + 120
-    while not saved(workdir, after):
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
-        time.sleep(0.005)
-    processes[1].send_signal(number)
-    outcomes = [finish(process) for process in processes]
-    return [status for status, _, _ in outcomes], [stderr for _, _, stderr in outcomes]
+    pair = processes.start_on(workdir, 2, 2, program=("-c", NOTICES_SOON), **DENSE_FSDP)
+    wait_for(pair[1], lambda: runs.saved(workdir, after))
+    pair[1].send_signal(number)
+    statuses, _, stderr = zip(*map(finish, pair), strict=True)
+    return statuses, stderr
 
 
-@pytest.mark.slow
-def test_one_process_of_two_is_stopped():
-    """SIGTERM to one has both save and end; SIGKILL of one ends the other; what goes on then
-    follows the same curve.
+def test_one_process_of_two_is_stopped(tmp_path):
+    """SIGTERM or Ctrl-C to one has both save and end; SIGKILL of one ends the other; the run goes
+    on along the same curve.
     """
-    workdir = scratch("multiprocess") / "stopped"
-    statuses, stderr = stop_one(workdir, signal.SIGTERM, after=EVERY)
-    assert statuses == [0, 0], stderr
-    stopped_at = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert all(
-        f"preempted: saved at step {stopped_at} of {STEPS}; the same" in text for text in stderr
-    )
-    next_saved = stopped_at // EVERY * EVERY + EVERY
-    statuses, stderr = stop_one(workdir, signal.SIGKILL, after=next_saved)
+    stops = ((signal.SIGTERM, (0, 0), "preempted"), (signal.SIGINT, (0, 130), "interrupted"))
+    after = EVERY
+    for number, expected, word in stops:
+        statuses, stderr = stop_one(tmp_path, number, after)
+        assert statuses == expected, stderr
+        step = newest(tmp_path)
+        for text, said in zip(stderr, ("preempted", word), strict=True):
+            assert f"{said}: saved at step {step} of {STEPS}; the same" in text
+        after = step // EVERY * EVERY + EVERY
+    statuses, stderr = stop_one(tmp_path, signal.SIGKILL, after)
     assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, 2), stderr
     # Either the lost connection is noticed here, or JAX's service ends the process.
-    assert (
-        "start all processes again: they go on from the newest checkpoint" in stderr[0]
-        or "another task" in stderr[0]
-    )
-    train_on(workdir, 2, 2, **DENSE_FSDP)
-    np.testing.assert_allclose(losses(workdir), losses(two_dense_processes()), rtol=1e-5)
+    assert re.search("start all processes again: they go on from the new|another task", stderr[0])
+    train_on(tmp_path, 2, 2, **DENSE_FSDP)
+    np.testing.assert_allclose(losses(tmp_path), losses(processes.two_dense_processes()), rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_ctrl_c_in_one_process_of_two_stops_both():
-    workdir = scratch("multiprocess") / "interrupted"
-    statuses, stderr = stop_one(workdir, signal.SIGINT, after=EVERY)
-    assert statuses == [0, 130], stderr
-    stopped_at = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    for text, word in zip(stderr, ("preempted", "interrupted"), strict=True):
-        assert f"{word}: saved at step {stopped_at} of {STEPS}; the same" in text
-
-
-@pytest.mark.slow
-def test_a_cluster_of_one_process_is_stopped():
-    workdir = scratch("multiprocess") / "cluster_of_one"
-    flags = [f"--coordinator=localhost:{free_port()}", "--processes=1", "--process=0"]
-    process = start([*train_command(workdir, train__steps=5000, train__eval_every=0), *flags])
-    deadline = time.monotonic() + 120
-    while not saved(workdir, EVERY):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.005)
+def test_a_cluster_of_one_process_is_stopped(tmp_path):
+    flags = [f"--coordinator=localhost:{processes.free_port()}", "--processes=1", "--process=0"]
+    command = runs.dense_command(tmp_path / "run", train__steps=5000, train__eval_every=0)
+    process = runs.start([*command, *flags])
+    wait_for(process, lambda: runs.saved(tmp_path / "run", EVERY))
     process.send_signal(signal.SIGTERM)
     status, _, stderr = finish(process)
-    step = max(checkpoints(workdir))
-    assert status == 0 and f"preempted: saved at step {step} of 5000" in stderr, stderr
+    words = f"preempted: saved at step {newest(tmp_path / 'run')} of 5000"
+    assert status == 0 and words in stderr, stderr

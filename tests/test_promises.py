@@ -8,279 +8,186 @@ import json
 import re
 import shutil
 import signal
+import socket
 import time
 
 import pytest
 
-from tests.runs import (
-    EVERY,
-    LOG_EVERY,
-    STEPS,
-    contents,
-    dense_command,
-    dense_run,
-    finish,
-    read_metrics,
-    run,
-    same_end,
-    saved,
-    start,
-    tiny_config,
-    truncate_state,
-    untimed,
-)
+from tests import runs
+from tests.runs import EVERY, STEPS, dense_command, dense_run, last_line, patched, run, start
 
 
-def heartbeat(workdir):
-    path = workdir / "heartbeat.json"
-    return json.loads(path.read_text()) if path.exists() else {"status": None, "step": None}
+@pytest.fixture
+def workdir(tmp_path):
+    return tmp_path / "run"
 
 
-def wait_for(process, condition):
-    """Waits until `condition()` holds; fails if the process ends before."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def last_line(stderr):
-    return stderr.strip().splitlines()[-1]
+def ends_as_ever(workdir):
+    """Continues a run, which must end as one without interruptions; returns its stderr."""
+    stderr = runs.succeed(dense_command(workdir))
+    assert runs.same_end(workdir, dense_run())
+    return stderr
 
 
 INTERRUPT = pytest.param(2, 130, "interrupted", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("number", "status", "word"), [(15, 0, "preempted"), INTERRUPT])
-def test_asked_to_stop_while_training(tmp_path, number, status, word):
-    process = start(dense_command(tmp_path / "run"))
-    wait_for(process, lambda: saved(tmp_path / "run", EVERY))
+def test_asked_to_stop_while_training(workdir, number, status, word):
+    process = start(dense_command(workdir))
+    runs.wait_for(process, lambda: runs.saved(workdir, EVERY))
     process.send_signal(number)
-    returned, _, stderr = finish(process)
+    returned, _, stderr = runs.finish(process)
     assert returned == status, stderr
-    said = re.fullmatch(
-        rf"{word}: saved at step (\d+) of {STEPS}; the same command goes on from there",
-        last_line(stderr),
-    )
-    step = int(said[1])
-    assert (tmp_path / "run" / "checkpoints" / str(step)).exists()
-    assert (heartbeat(tmp_path / "run")["status"], heartbeat(tmp_path / "run")["step"]) == (
-        word,
-        step,
-    )
-    returned, _, stderr = run(dense_command(tmp_path / "run"))
-    assert (
-        returned == 0
-        and f"going on from step {step}" in stderr
-        and last_line(stderr)[9:].startswith("done: ")
-    )
-    assert heartbeat(tmp_path / "run")["status"] == "finished"
-    assert same_end(tmp_path / "run", dense_run())
+    words = rf"{word}: saved at step (\d+) of {STEPS}; the same command goes on from there"
+    step = int(re.fullmatch(words, last_line(stderr))[1])
+    assert (workdir / "checkpoints" / str(step)).exists()
+    assert (runs.heartbeat(workdir)["status"], runs.heartbeat(workdir)["step"]) == (word, step)
+    stderr = ends_as_ever(workdir)
+    assert f"going on from step {step}" in stderr and last_line(stderr)[9:].startswith("done: ")
+    assert runs.heartbeat(workdir)["status"] == "finished"
 
 
-# Its validation lasts until the signal has come, so that it comes in the middle.
-SLOW_VALIDATION = """
-import os, signal, sys, time
-import train
-from aoe_jax import cli
+# The signal comes in the middle of a validation.
+STOPPED_VALIDATION = """
+import os, signal
 from aoe_jax.training import validation
 batches = validation.eval_batches
-def slow(*arguments):
+def interrupted(*arguments):
     for n, batch in enumerate(batches(*arguments)):
         yield batch
         if n == 1 and {condition}:
             os.kill(os.getpid(), signal.SIGTERM)
-validation.eval_batches = slow
-cli.run(train.main)
+validation.eval_batches = interrupted
 """
-
-
-def patched(code, workdir, **changes):
-    """The command line of a training whose program is changed by `code`."""
-    return ["-c", code, *dense_command(workdir, **changes)[1:]]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True])
-def test_asked_to_stop_while_validating(tmp_path, last):
+def test_asked_to_stop_while_validating(workdir, last):
     """The interrupted validation is repeated, also if it is the last."""
-    workdir = tmp_path / "run"
-    lines = (
-        f"sum(1 for line in open({str(workdir / 'metrics.jsonl')!r}) if 'validation_nll' in line)"
-    )
-    stopped_at = STEPS if last else 10
-    code = SLOW_VALIDATION.format(condition=f"{lines} == {2 if last else 0}")
-    status, _, stderr = run(patched(code, workdir))
-    assert status == 0 and last_line(stderr).startswith(
-        f"preempted: saved at step {stopped_at} of"
-    ), stderr
+    lines = f"open({str(workdir / 'metrics.jsonl')!r})"
+    condition = f"sum('validation_nll' in line for line in {lines}) == {2 if last else 0}"
+    status, _, stderr = run(patched(STOPPED_VALIDATION.format(condition=condition), workdir))
+    stopped = f"preempted: saved at step {STEPS if last else 10} of"
+    assert status == 0 and last_line(stderr).startswith(stopped), stderr
     assert not (workdir / "summary.json").exists()
-    status, _, stderr = run(dense_command(workdir))
-    assert status == 0, stderr
-    assert same_end(workdir, dense_run())
+    ends_as_ever(workdir)
 
 
-@pytest.mark.slow
-def test_asked_to_stop_before_training(tmp_path):
-    """The first step is taken and saved."""
-    code = "import os, signal, train\nfrom aoe_jax import cli\nfrom aoe_jax.training import loop\n"
-    code += "new = loop.new_state\n"
-    code += "loop.new_state = lambda *a: os.kill(os.getpid(), signal.SIGTERM) or new(*a)\n"
-    code += "cli.run(train.main)"
-    status, _, stderr = run(patched(code, tmp_path / "run"))
-    assert status == 0 and last_line(stderr).startswith("preempted: saved at step 1 of"), stderr
-    status, _, stderr = run(dense_command(tmp_path / "run"))
-    assert status == 0 and same_end(tmp_path / "run", dense_run()), stderr
-
-
-POISONED = """
-import numpy as np
-import train
-from aoe_jax import cli
-from aoe_jax.training import loop
-batches = loop.train_batches
-class Poisoned:
-    def __init__(self, data): self.data = iter(data)
-    def __iter__(self): return self
-    def __getattr__(self, name): return getattr(self.data, name)
-    def __next__(self):
-        batch = next(self.data)
-        if self.data.get_state()["next_index"] in {bad}:
-            batch["weights"][0, 0] = np.nan
-        return batch
-loop.train_batches = lambda *arguments: Poisoned(batches(*arguments))
-cli.run(train.main)
-"""
-
-
-def test_batch_that_is_not_finite(tmp_path):
-    """It updates nothing, is counted and named; a kill in between changes none of this."""
-    code = POISONED.format(bad="(5, 6, 13)")
-    status, _, stderr = run(patched(code, tmp_path / "whole"))
-    assert status == 0, stderr
-    assert (
-        "step 5 skipped: loss nan, gradient norm nan; its batch is number 5, sequences 16 to 19"
-        in stderr
-    )
-    assert stderr.count("skipped:") == 3
-    lines, _ = read_metrics(tmp_path / "whole")
-    assert [line["skipped"] for line in lines] == [0, 0, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3]
-    assert lines[2]["loss"] is None and lines[3]["loss"] < lines[0]["loss"]
-    assert not (tmp_path / "whole" / "checkpoints" / "6").exists()
-
-    process = start(patched(code, tmp_path / "killed"))
-    wait_for(process, lambda: (heartbeat(tmp_path / "killed")["step"] or 0) >= 8)
-    process.kill()
-    assert finish(process)[0] == -signal.SIGKILL
-    status, _, stderr = run(patched(code, tmp_path / "killed"))
-    assert status == 0, stderr
-    assert same_end(tmp_path / "killed", tmp_path / "whole")
-
-
-# A save lasts longer than the steps after it, until training cannot get on.
+# A save lasts longer than the steps after it.
 SLOW_SAVES = """
 import os, time
 def slowly(move):
     def moved(source, *arguments, **options):
         if "orbax-checkpoint-tmp" in os.fspath(source):
-            time.sleep(1)
+            time.sleep({seconds})
         return move(source, *arguments, **options)
     return moved
 os.rename, os.replace = slowly(os.rename), slowly(os.replace)
 """
 
 
-@pytest.mark.slow
-def test_run_that_cannot_get_on(tmp_path):
-    changes = {"train__max_skipped": 3, "checkpoint__every": 4}
-    command = patched(
-        SLOW_SAVES + POISONED.format(bad="range(10, 99)"), tmp_path / "run", **changes
-    )
-    for again in (False, True):
-        status, _, stderr = run(command)
-        assert status == 4 and "Traceback" not in stderr, stderr
-        assert last_line(stderr).startswith(
-            "error: stopped at step 12: the last 3 updates were skipped"
-        )
-        assert ("going on from step 8" in stderr) == again
-        assert heartbeat(tmp_path / "run")["status"] == "diverged"
-        assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"4", "8"}
-    # With better data it goes on.
-    status, _, stderr = run(dense_command(tmp_path / "run", **changes))
-    assert status == 0, stderr
+def test_a_second_request_to_stop_ends_at_once(workdir):
+    """The save of the first one, which never ends, is given up."""
+    process = start(patched(SLOW_SAVES.format(seconds=3600), workdir))
+    for status in ("training", "saving"):
+        runs.wait_for(process, lambda status=status: runs.heartbeat(workdir)["status"] == status)
+        process.send_signal(signal.SIGTERM)
+    assert runs.finish(process)[0] == 128 + signal.SIGTERM
 
 
-def test_damaged_newest_checkpoint(tmp_path):
-    workdir = shutil.copytree(dense_run(), tmp_path / "run")
-    (workdir / "summary.json").unlink()
-    truncate_state(workdir)
-    status, _, stderr = run(dense_command(workdir))
-    assert status == 0, stderr
-    assert (
-        f"checkpoint of step {STEPS} is damaged" in stderr
-        and f"going on from step {STEPS - EVERY}" in stderr
-    )
-    assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
-    assert same_end(workdir, dense_run())
-
-
-def test_two_runs_begin_in_one_workdir(tmp_path):
+def test_two_runs_begin_in_one_workdir(workdir):
     """Neither finds the folder at its start: one of them trains, the other changes nothing."""
-    processes = [
-        start(dense_command(tmp_path / "run", train__learning_rate=rate)) for rate in (0.003, 0.01)
-    ]
-    outcomes = [finish(process) for process in processes]
-    statuses = sorted(status for status, _, _ in outcomes)
-    assert statuses in ([0, 5], [0, 2]), outcomes  # 2: the first has finished meanwhile
-    winner = [status for status, _, _ in outcomes].index(0)
-    assert (
-        json.loads((tmp_path / "run" / "config.json").read_text())["train"]["learning_rate"]
-        == (0.003, 0.01)[winner]
-    )
-    assert [line["step"] for line in read_metrics(tmp_path / "run")[0]] == list(
-        range(2, STEPS + 1, 2)
-    )
+    endless, rates = {"train__steps": 10**6, "train__eval_every": 0}, (0.003, 0.01)
+    commands = [dense_command(workdir, train__learning_rate=rate, **endless) for rate in rates]
+    processes = [start(command) for command in commands]
+    while all(process.poll() is None for process in processes):
+        time.sleep(0.05)
+    winner = 0 if processes[0].poll() is None else 1
+    processes[winner].send_signal(signal.SIGTERM)
+    outcomes = [runs.finish(process) for process in processes]
+    status, _, stderr = outcomes[1 - winner]
+    owner = f"{workdir} is in use by process {processes[winner].pid} on {socket.gethostname()}"
+    assert status == 5 and owner in last_line(stderr), stderr
+    assert outcomes[winner][0] == 0, outcomes
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["train"]["learning_rate"] == rates[winner]
+    steps = [line["step"] for line in runs.read_metrics(workdir)[0]]
+    assert steps and steps == [*range(runs.LOG_EVERY, steps[-1] + 1, runs.LOG_EVERY)]
 
 
 @pytest.mark.slow
-def test_an_owner_that_is_suspended(tmp_path):
+def test_an_owner_that_is_suspended(workdir):
     """Another process takes the run over; the first one stops when it goes on."""
-    workdir = tmp_path / "run"
     settings = {"train__steps": 10**6, "train__log_every": 1}
     first = start([*dense_command(workdir, **settings), "--retry_seconds=1"])
-    wait_for(first, lambda: heartbeat(workdir)["status"] == "training")
+    runs.wait_for(first, lambda: runs.heartbeat(workdir)["status"] == "training")
     first.send_signal(signal.SIGSTOP)
     (workdir / "config.json").unlink()
     shutil.rmtree(workdir / "checkpoints")
     (workdir / "heartbeat.json").write_text("{}")
-    status, _, stderr = run(dense_command(workdir))
-    assert status == 0 and "was taken over from process" in stderr, stderr
-    whole = {name: text for name, text in contents(workdir).items() if "events" not in name}
+    assert "was taken over from process" in ends_as_ever(workdir)
+    whole = {name: text for name, text in runs.contents(workdir).items() if "events" not in name}
     first.send_signal(signal.SIGCONT)
-    status, _, stderr = finish(first)
+    status, _, stderr = runs.finish(first)
     assert status == 5 and "owner.lease is gone" in last_line(stderr), stderr
-    assert whole.items() <= contents(workdir).items() and same_end(workdir, dense_run())
+    assert whole.items() <= runs.contents(workdir).items()
 
 
-def test_a_second_request_to_stop_ends_at_once(tmp_path):
-    """The save of the first one, which never ends, is given up."""
-    code = SLOW_SAVES.replace("sleep(1)", "sleep(3600)") + "import train\n"
-    code += "from aoe_jax import cli\ncli.run(train.main)"
-    process = start(patched(code, tmp_path / "run"))
-    wait_for(process, lambda: heartbeat(tmp_path / "run")["status"] == "training")
-    process.send_signal(signal.SIGTERM)
-    wait_for(process, lambda: heartbeat(tmp_path / "run")["status"] == "saving")
-    process.send_signal(signal.SIGTERM)
-    assert finish(process)[0] == 128 + signal.SIGTERM
+def test_damaged_newest_checkpoint(workdir):
+    shutil.copytree(dense_run(), workdir)
+    (workdir / "summary.json").unlink()
+    runs.truncate_state(workdir)
+    stderr = ends_as_ever(workdir)
+    assert f"checkpoint of step {STEPS} is damaged" in stderr and not runs.is_unforeseen(stderr)
+    assert f"going on from step {STEPS - EVERY}" in stderr
+    assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
+
+
+def test_history_is_not_erased(workdir, tmp_path):
+    """A run whose checkpoints are gone stops, until its user says how to begin."""
+    shutil.copytree(dense_run(), workdir)
+    shutil.move(workdir / "checkpoints", tmp_path / "checkpoints")
+    before, last = runs.contents(workdir), STEPS - EVERY
+    longer = dense_command(workdir, train__steps=STEPS + 2)
+
+    def refused(command, words):
+        status, _, stderr = run(command)
+        assert status == 2 and words in last_line(stderr), stderr
+
+    there = f"shows that a checkpoint of step {STEPS} was complete, but checkpoints/ has none."
+    refused(longer, f"{there} Bring the missing ones back; or --start-over begins anew")
+    assert runs.contents(workdir) == before
+    shutil.move(tmp_path / "checkpoints", workdir / "checkpoints")
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    refused(longer, f"or --go-back={last} continues from that")
+    refused([*longer, "--go-back=5"], f"--go-back=5: {workdir} has checkpoints of steps")
+
+    stderr = runs.succeed([*longer, f"--go-back={last}"])
+    assert f"going on from step {last}" in stderr
+    (aside,) = (workdir / "set_aside").iterdir()
+    assert (aside / "metrics.jsonl.whole").read_bytes() == before["metrics.jsonl"]
+    n_lines = last // runs.LOG_EVERY
+    assert runs.untimed(workdir)[0][:n_lines] == runs.untimed(dense_run())[0][:n_lines]
+
+    stderr = runs.succeed([*dense_command(workdir), "--start-over"])
+    assert "going on" not in stderr and runs.same_end(workdir, dense_run())
+    assert len([*(workdir / "set_aside").iterdir()]) == 2
+
+
+def test_a_run_that_ends_where_it_goes_back_to(workdir):
+    """The last step, which was never validated, is validated now."""
+    last = STEPS - EVERY
+    shutil.copytree(dense_run(), workdir)
+    runs.succeed([*dense_command(workdir, train__steps=last), f"--go-back={last}"])
+    assert [line["step"] for line in runs.read_metrics(workdir)[1]] == [10, 20, last]
 
 
 PASSING_FAULT = """
 import errno, os
-import train
-from aoe_jax import cli
 from aoe_jax.training import writers
-sync, left = os.fsync, {failures}
+sync, left = os.fsync, 3
 def faulty(file):
     global left
     left -= 1
@@ -288,135 +195,86 @@ def faulty(file):
         raise OSError(errno.EIO, "Input/output error")
     sync(file)
 writers.os.fsync = faulty
-cli.run(train.main)
 """
 
 
-@pytest.mark.parametrize("failures", [3, pytest.param(10**6, marks=pytest.mark.slow)])
-def test_a_fault_of_the_disk(tmp_path, failures):
-    """It is retried; a lasting one ends the run, and the next start goes on."""
-    seconds = 60 if failures == 3 else 0.1
-    command = patched(PASSING_FAULT.format(failures=failures), tmp_path / "run")
-    status, _, stderr = run([*command, f"--retry_seconds={seconds}"])
-    assert "cannot be written (Input/output error)" in stderr
-    if failures > 3:
-        assert status == 5 and "it was tried for 0.1 s" in last_line(stderr), stderr
-        status, _, stderr = run(dense_command(tmp_path / "run"))
-    assert status == 0 and same_end(tmp_path / "run", dense_run()), stderr
+def test_a_passing_fault_of_the_disk(workdir):
+    stderr = runs.succeed(patched(PASSING_FAULT, workdir))
+    assert "cannot be written (Input/output error)" in stderr and runs.same_end(
+        workdir, dense_run()
+    )
 
 
 HANG = """
 import os
-import train
-from aoe_jax import cli
 from aoe_jax.training import loop
-evaluate = loop.evaluate
 def read_that_hangs(*arguments):
     os.read(os.pipe()[0], 1)
 loop.evaluate = read_that_hangs
-cli.run(train.main)
 """
 
 
-def test_a_hang(tmp_path):
+def test_a_hang(workdir):
     """It hangs in its first validation, after the checkpoint of step 9."""
-    workdir = tmp_path / "run"
     status, _, stderr = run(patched(HANG, workdir, train__hang_timeout=3))
     assert status == 6 and "(validating, after step 10) made no progress" in last_line(stderr)
     assert "read_that_hangs" in (workdir / "hang" / "process_0.txt").read_text()
-    status, _, stderr = run(dense_command(workdir))
-    assert status == 0 and "going on from step 9" in stderr, stderr
-    assert same_end(workdir, dense_run())
+    assert "going on from step 9" in ends_as_ever(workdir)
+
+
+POISONED = """
+import numpy as np
+from aoe_jax.training import loop
+batches = loop.train_batches
+class Poisoned:
+    def __init__(self, data): self.data = iter(data)
+    def __getattr__(self, name): return getattr(self.data, name)
+    def __next__(self):
+        batch = next(self.data)
+        if self.data.get_state()["next_index"] in {bad}:
+            batch["weights"][0, 0] = np.nan
+        return batch
+loop.train_batches = lambda *arguments: Poisoned(batches(*arguments))
+"""
+
+
+def test_batch_that_is_not_finite(workdir, tmp_path):
+    """It updates nothing, is counted and named; a kill in between changes none of this."""
+    whole, code = tmp_path / "whole", POISONED.format(bad="(5, 6, 13)")
+    stderr = runs.succeed(patched(code, whole))
+    assert "step 5 skipped: loss nan, gradient norm nan; its batch has the sequences 16" in stderr
+    assert stderr.count("skipped:") == 3
+    lines, _ = runs.read_metrics(whole)
+    assert [line["skipped"] for line in lines] == [0, 0, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3]
+    assert lines[2]["loss"] is None and lines[3]["loss"] < lines[0]["loss"]
+    assert not (whole / "checkpoints" / "6").exists()
+
+    runs.kill_when(
+        start(patched(code, workdir)), lambda: (runs.heartbeat(workdir)["step"] or 0) >= 8
+    )
+    runs.succeed(patched(code, workdir))
+    assert runs.same_end(workdir, whole)
 
 
 @pytest.mark.slow
-def test_saves_by_the_clock(tmp_path):
+def test_run_that_cannot_get_on(workdir):
+    changes = {"train__max_skipped": 3, "checkpoint__every": 4}
+    code = SLOW_SAVES.format(seconds=1) + POISONED.format(bad="range(10, 99)")
+    for again in (False, True):
+        status, _, stderr = run(patched(code, workdir, **changes))
+        words = "error: stopped at step 12: the last 3 updates were skipped"
+        assert status == 4 and last_line(stderr).startswith(words), stderr
+        assert ("going on from step 8" in stderr) == again and "Traceback" not in stderr
+        assert runs.heartbeat(workdir)["status"] == "diverged"
+        assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"4", "8"}
+    runs.succeed(dense_command(workdir, **changes))  # with better data it goes on
+
+
+@pytest.mark.slow
+def test_saves_by_the_clock(workdir):
     """They change nothing of what is computed."""
     changes = {"checkpoint__every": 100, "checkpoint__every_minutes": 1e-6, "checkpoint__keep": 99}
-    workdir = tmp_path / "run"
-    status, _, stderr = run(dense_command(workdir, **changes))
-    assert status == 0, stderr
-    saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert saved == [*range(LOG_EVERY, STEPS + 1, LOG_EVERY)]
-    assert same_end(workdir, dense_run())
-
-
-@pytest.mark.slow
-def test_unforeseen_exception_has_a_last_line(tmp_path):
-    code = "import train\nfrom aoe_jax import cli\nfrom aoe_jax.training import loop\n"
-    code += "def fail(*_): raise RuntimeError('the machine is on fire')\n"
-    code += "loop.evaluate = fail\ncli.run(train.main)"
-    status, _, stderr = run(patched(code, tmp_path / "run"))
-    assert status == 1 and "Traceback" in stderr
-    assert last_line(stderr) == (
-        "failed: RuntimeError: the machine is on fire; after step 10; the same command goes on "
-        "from the newest checkpoint"
-    )
-    assert heartbeat(tmp_path / "run")["status"] == "failed"
-
-
-def test_a_run_that_ends_where_it_goes_back_to(tmp_path):
-    """The last step, which was never validated, is validated now."""
-    workdir, last = shutil.copytree(dense_run(), tmp_path / "run"), STEPS - EVERY
-    status, _, stderr = run([*dense_command(workdir, train__steps=last), f"--go-back={last}"])
-    assert status == 0, stderr
-    assert [line["step"] for line in read_metrics(workdir)[1]] == [10, 20, last]
-
-
-def test_history_is_not_erased(tmp_path):
-    """A run whose checkpoints are gone stops, until its user says how to begin."""
-    workdir = shutil.copytree(dense_run(), tmp_path / "run")
-    shutil.move(workdir / "checkpoints", tmp_path / "checkpoints")
-    before = contents(workdir)
-    longer = dense_command(workdir, train__steps=STEPS + 2)
-    status, _, stderr = run(longer)
-    assert status == 2 and contents(workdir) == before, stderr
-    assert (
-        f"shows that a checkpoint of step {STEPS} was complete, but checkpoints/ has none. Bring "
-        "the missing ones back; or --start-over begins anew" in last_line(stderr)
-    )
-    shutil.move(tmp_path / "checkpoints", workdir / "checkpoints")
-    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
-    status, _, stderr = run(longer)
-    assert status == 2 and f"or --go-back={STEPS - EVERY} continues from that" in last_line(stderr)
-    status, _, stderr = run([*longer, "--go-back=5"])
-    assert status == 2 and f"--go-back=5: {workdir} has checkpoints of steps" in last_line(stderr)
-
-    status, _, stderr = run([*longer, f"--go-back={STEPS - EVERY}"])
-    assert status == 0 and f"going on from step {STEPS - EVERY}" in stderr, stderr
-    (aside,) = (workdir / "set_aside").iterdir()
-    assert (aside / "metrics.jsonl.whole").read_bytes() == before["metrics.jsonl"]
-    training, _ = untimed(workdir)
-    before_that = (STEPS - EVERY) // LOG_EVERY
-    assert training[:before_that] == untimed(dense_run())[0][:before_that]
-
-    status, _, stderr = run([*dense_command(workdir), "--start-over"])
-    assert status == 0 and "going on" not in stderr, stderr
-    assert same_end(workdir, dense_run())
-    assert len([*(workdir / "set_aside").iterdir()]) == 2
-
-
-@pytest.mark.slow
-def test_exported_model_scores_as_its_run(tmp_path):
-    whole = shutil.copytree(dense_run(), tmp_path / "run")
-    model = f"--output={tmp_path / 'model'}"
-    command = ["-m", "aoe_jax.export", f"--workdir={whole}", model]
-    status, _, stderr = run(command)
-    assert status == 0, stderr
-    cache = tmp_path / ".cache" / "aoe_jax"  # where a model finds what was tokenised before
-    cache.parent.mkdir()
-    cache.symlink_to(tiny_config().data.cache)
-    for workdir in (whole, tmp_path / "model"):
-        evaluation = ["eval.py", f"--workdir={workdir}", "--split=validation"]
-        status, _, stderr = finish(start(evaluation, forked=False, HOME=str(tmp_path)))
-        assert status == 0, stderr
-    reports = [json.loads((path / "eval.json").read_text()) for path in (whole, tmp_path / "model")]
-    assert reports[0] == reports[1]
-    assert reports[0]["nll"] == read_metrics(whole)[1][-1]["validation_nll"]
-    status, _, stderr = run(command)
-    assert status == 2 and f"{model} exists already" in stderr
-    status, _, stderr = run(dense_command(tmp_path / "model"))
-    assert (
-        status == 2
-        and "belongs to a model, not to a training run; train.init_from starts" in stderr
-    )
+    runs.succeed(dense_command(workdir, **changes))
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert steps == [*range(runs.LOG_EVERY, STEPS + 1, runs.LOG_EVERY)]
+    assert runs.same_end(workdir, dense_run())

@@ -13,8 +13,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.storage import retry
 from aoe_jax.supervise import Supervisor, main
 from tests.hasty import xla_flags
-from tests.runs import ROOT, dense_command, dense_run, same_end
-from tests.test_promises import heartbeat, wait_for
+from tests.runs import ROOT, dense_command, dense_run, heartbeat, same_end, wait_for
 
 # Ends each attempt as told: exit status, status of the heartbeat, steps that it adds.
 SCRIPT = """

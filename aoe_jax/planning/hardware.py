@@ -23,7 +23,7 @@ from jax.experimental import topologies
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
-from aoe_jax.training.peaks import PEAK_FLOPS, count_chips
+from aoe_jax.training.devices import PEAK_FLOPS, count_chips
 
 
 @dataclass(frozen=True)

@@ -31,34 +31,21 @@ DAMAGED = "damaged_checkpoints"
 
 @dataclass
 class Progress:
-    """What a checkpoint keeps of a run beside its state and its position in the data."""
+    """What a checkpoint has of a run beside its state and its position in the data."""
 
     loss: float | None = None  # of the newest training step
     nll: float | None = None
     validation: dict[str, float] | None = None  # metrics of this step, if it was validated
-    validated: bool = True  # False: the validation that is due after this step is not done
+    validated: bool = True  # False: the validation after this step is still to do
     skipped_in_row: int = 0  # number of updates skipped directly before
     compute_seconds: float = 0.0  # of all steps so far
     metrics_bytes: int = 0  # size of metrics.jsonl
 
 
 class _Manager(ocp.CheckpointManager):
-    """Leaves JAX's preemption service to the training loop.
-
-    The service expects rising step numbers. Orbax would ask it in the background with other
-    numbers, so that a request to stop could come at a number that the loop has passed.
-    """
-
     def reached_preemption(self, step):
-        """Returns False without asking the service."""
+        # The training loop asks JAX's preemption service, which expects rising numbers.
         return False
-
-
-def check_store(workdir: Path):
-    """Raises `UserError` if `workdir` is in a store to which Orbax does not write."""
-    if is_remote(workdir) and not str(workdir).startswith("gs://"):
-        wanted = "checkpoints can be on a disk or in gs://BUCKET/..."
-        raise UserError(f"--workdir={workdir}: {wanted}; a store of this kind can hold models")
 
 
 class Checkpoints:
@@ -68,8 +55,10 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path):
-        """Touches no file. Raises `UserError` like `check_store`."""
-        check_store(workdir)
+        """Touches no file. Raises `UserError` if Orbax does not write to the store of `workdir`."""
+        if is_remote(workdir) and not str(workdir).startswith("gs://"):
+            wanted = "checkpoints can be on a disk or in gs://BUCKET/..."
+            raise UserError(f"--workdir={workdir}: {wanted}; a store of this kind can hold models")
         self.directory = (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
         self.saved = 0
         self._manager = None  # None until it is opened, and after a fault until the next save
@@ -93,8 +82,8 @@ class Checkpoints:
         return self.directory / str(step)
 
     def find(self, which):
-        """The step of the checkpoint "newest", "best" (lowest validation nll) or of that number.
-        Raises `UserError` if it does not exist.
+        """The step of the checkpoint `which`: "newest", "best" (lowest validation nll) or a step as
+        text. Raises `UserError` if it does not exist.
         """
         steps, workdir = self.steps(), self.directory.parent
         if not steps:
@@ -105,15 +94,11 @@ class Checkpoints:
             self._read_nlls(steps)
             if best := self._best_first(steps):
                 return best[0]
-            raise UserError(
-                f"--step=best: no checkpoint of {workdir} has a validation nll; train with "
-                "checkpoint.keep_best"
-            )
+            there = f"no checkpoint of {workdir} has a validation nll"
+            raise UserError(f"--step=best: {there}; train with checkpoint.keep_best")
         if which not in map(str, steps):
-            raise UserError(
-                f"--step={which}: {workdir} has checkpoints of steps "
-                f"{', '.join(map(str, steps))}; or give newest, best"
-            )
+            there = f"{workdir} has checkpoints of steps {', '.join(map(str, steps))}"
+            raise UserError(f"--step={which}: {there}; or give newest, best")
         return int(which)
 
     def _read_nlls(self, steps):
@@ -131,11 +116,10 @@ class Checkpoints:
         return sorted((step for step in steps if step in self._nlls), key=self._nlls.get)
 
     def restore(self, step, like):
-        """`(state, progress, position in the data)` of a step; each process reads its own part.
+        """`(state, progress, position in the data)` of a step.
 
-        `like` is a dataclass of shapes, dtypes and shardings, over any mesh and number of
-        processes. Raises in every process or in none: `Damaged`; `UserError` if the checkpoint is
-        of another model; `MachineFault` if it cannot be read.
+        `like` is a `TrainState` of shapes, dtypes and shardings, over any mesh and number of
+        processes. Raises like `read_checkpoint`.
         """
         arrays, beside = read_checkpoint(self._path(step), vars(like))
         progress = Progress(**{name: beside["progress"].get(name) for name in PROGRESS})
@@ -144,50 +128,39 @@ class Checkpoints:
     def restore_newest(self, like):
         """`(step, state, progress, position)` of the newest checkpoint that is not damaged.
 
-        Damaged ones are moved to `damaged_checkpoints`, with a warning. Raises like `restore`, but
+        Moves damaged ones to `damaged_checkpoints`, with a warning. Raises like `restore`, but
         `UserError` if all checkpoints are damaged.
         """
         while True:
             with together():
                 steps = self.steps()
-            # A network disk may show other processes a checkpoint that was moved.
+            # On a network disk, other processes may still see a checkpoint that was moved.
             step, n_steps = gathered(max(steps, default=0))[0], gathered(len(steps))[0]
             try:
                 return step, *self.restore(step, like)
             except Damaged as e:
                 if n_steps < 2:
-                    raise UserError(
-                        f"checkpoint {self._path(step)} is damaged ({e}), and there is no other; "
-                        "--start-over begins anew"
-                    ) from e
-                self._set_aside(step, e)
-
-    def _set_aside(self, step, problem):
-        with together():
-            if jax.process_index() == 0:
-                target = unused(self.directory.with_name(DAMAGED) / str(step))
-                move(self._path(step), target)
-                log.warning(
-                    f"checkpoint of step {step} is damaged ({problem}) and was moved to {target}"
-                )
+                    cure = "and there is no other; --start-over begins anew"
+                    raise UserError(f"{self._path(step)} is damaged ({e}), {cure}") from e
+                with together():
+                    if jax.process_index() == 0:
+                        target = unused(self.directory.with_name(DAMAGED) / str(step))
+                        move(self._path(step), target)
+                        what = f"checkpoint of step {step} is damaged ({e})"
+                        log.warning(f"{what} and was moved to {target}")
 
     def restore_model(self, step, like):
-        """`(params, routing_state)` of a step, the parts of a state that evaluation needs. Raises
-        like `restore`, but `UserError` for a damaged checkpoint.
+        """`(params, routing_state)` of a step. Raises like `restore`, but `UserError` for a damaged
+        checkpoint.
         """
         wanted = {name: getattr(like, name) for name in ("params", "routing_state")}
         try:
             model, _ = read_checkpoint(self._path(step), wanted)
         except Damaged as e:
-            steps = self.steps()
-            if step not in steps:  # by the training, which keeps the newest ones
-                raise UserError(
-                    f"checkpoint {self._path(step)} was deleted while it was read; try again, or "
-                    "train with a larger checkpoint.keep"
-                ) from e
-            others = [other for other in steps if other != step]
+            others = [other for other in self.steps() if other != step]
             hint = f"--step={others[-1]} evaluates another" if others else "there is no other"
-            raise UserError(f"checkpoint {self._path(step)} is damaged ({e}); {hint}") from e
+            what = f"checkpoint {self._path(step)} is damaged or was just deleted ({e})"
+            raise UserError(f"{what}; {hint}") from e
         return model["params"], model["routing_state"]
 
     def open(self, config: CheckpointConfig):
@@ -199,28 +172,24 @@ class Checkpoints:
         self._open()
 
     def _open(self):
-        alone = jax.process_count() == 1
         options = ocp.CheckpointManagerOptions(
             save_root_metadata=False,
             preservation_policy=self,
             async_options=ocp.AsyncOptions(
                 timeout_secs=int(self._config.timeout),
-                # If a folder cannot be made in the background, other threads wait 300 s for it.
-                create_directories_asynchronously=not alone,
+                # If making a folder in the background fails, other threads wait 300 s for it.
+                create_directories_asynchronously=jax.process_count() > 1,
             ),
         )
         with together():
-            if jax.process_index() == 0 and self.directory.exists():
-                self._delete_half_saves()
+            is_first = jax.process_index() == 0 and self.directory.exists()
+            # What killed runs and failed saves have left would fill the disk.
+            for half in ocp.utils.tmp_checkpoints(self.directory) if is_first else ():
+                while half.get().exists():
+                    # Threads of a failed save may delete files at the same time.
+                    with contextlib.suppress(FileNotFoundError):
+                        half.get().rmtree()
         self._manager = _Manager(self.directory, options=options)
-
-    def _delete_half_saves(self):
-        """Deletes the unfinished saves of killed runs and of failed saves, which fill the disk."""
-        for half in ocp.utils.tmp_checkpoints(self.directory):
-            while half.get().exists():
-                # Threads of a failed save may be deleting files of theirs at the same time.
-                with contextlib.suppress(FileNotFoundError):
-                    half.get().rmtree()
 
     def should_preserve(self, checkpoints, *, context):
         """Whether to keep each checkpoint, as a preservation policy of Orbax."""
@@ -231,12 +200,12 @@ class Checkpoints:
         return [step in kept for step in steps]
 
     def save(self, step, state, position, progress: Progress, wait=False):
-        """Saves the state after `step` updates in the background; returns once it may be donated.
+        """Saves the state after `step` updates in the background; returns when it may be donated.
 
         `position` in the data is ready for JSON, the same in every process. With `wait`, or if the
         save before this one failed, it returns when this one has succeeded. A single process
-        repeats a save that a fault prevents, and raises `MachineFault` after `retry_seconds`; in
-        several processes, which wait for each other, a fault ends the run.
+        repeats a save that a fault prevents, and raises `MachineFault` after `retry_seconds`.
+        Several processes wait for each other, so there a fault ends the run.
         """
         wait = self._finish() is not None or wait
         if step == self.saved:
@@ -244,16 +213,14 @@ class Checkpoints:
         self._note(step, progress.validation)
         arrays = vars(state)
         beside = beside_arrays(arrays, position, dataclasses.asdict(progress))
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(beside)
-        )
+        parts = {"state": ocp.args.StandardSave(arrays), "run": ocp.args.JsonSave(beside)}
 
         def attempt():
             if self._manager is None:
                 self._open()
             self._saving = step
             try:
-                self._manager.save(step, args=args, force=True)  # at any step
+                self._manager.save(step, args=ocp.args.Composite(**parts), force=True)
             except Exception:
                 self._give_up()
                 raise
@@ -274,7 +241,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if step not in self._complete_steps():
                 raise OSError(f"checkpoint {step} is not there after its save")
-        except Exception as e:  # of Orbax, tensorstore and clients of stores
+        except Exception as e:  # Orbax and tensorstore raise exceptions of many kinds
             if jax.process_count() > 1 or not (retry.is_fault(e) or isinstance(e, OSError)):
                 raise
             self._give_up()
@@ -286,13 +253,11 @@ class Checkpoints:
     def _give_up(self):
         """Drops the manager after a fault; the next save opens another."""
         self._saving, manager, self._manager = None, self._manager, None
-        try:
+        with contextlib.suppress(Exception):  # Orbax raises again what its threads raised
             manager.close()
-        except Exception as e:  # Orbax raises what its threads raised before
-            log.warning(f"the save that failed ended with: {retry.reason(e)}")
 
     def has_failed(self):
-        """Whether the save in the background has ended in a fault; for a single process."""
+        """Whether the save in the background has failed; False in several processes."""
         ended = self._saving is not None and not self._manager.is_saving_in_progress()
         return jax.process_count() == 1 and ended and self._finish() is not None
 

@@ -1,4 +1,4 @@
-"""What a checkpoint contains: arrays by Orbax, and beside them what describes and checks them."""
+"""The content of a checkpoint: arrays, by Orbax, and JSON that describes and checks them."""
 
 import contextlib
 import hashlib
@@ -15,9 +15,7 @@ from aoe_jax.errors import Failure, UserError
 from aoe_jax.storage import retry
 from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, misfit, or_none
 
-_ARRAY = Kind(
-    "a shape, a dtype and a checksum", lambda value: isinstance(value, list) and len(value) == 3
-)
+_ARRAY = Kind("a shape, a dtype and a checksum", lambda v: isinstance(v, list) and len(v) == 3)
 PROGRESS = {
     "loss": or_none(NUMBER),
     "nll": or_none(NUMBER),
@@ -35,10 +33,10 @@ class Damaged(Failure):
 
 
 def read_checkpoint(path, wanted):
-    """The arrays that `wanted` describes, and what `beside_arrays` has saved with them.
+    """`(arrays, JSON of `beside_arrays`)` of the checkpoint in the folder `path`.
 
-    Each process reads its own part of the folder `path`. `wanted` is a tree of shapes, dtypes and
-    shardings, over any mesh and number of processes. Raises in every process or in none: `Damaged`;
+    Each process reads its own part. `wanted` is a tree of shapes, dtypes and shardings of the
+    arrays, over any mesh and number of processes. Raises in every process or in none: `Damaged`;
     `UserError` if the checkpoint is of another model; `MachineFault` if it cannot be read.
     """
     damage = None
@@ -80,12 +78,12 @@ def _read_alone(path, wanted):
     ):
         arrays = checkpointer.restore(path / "state", args=args)
         if not all(isinstance(a, jax.Array) for a in jax.tree.leaves(arrays)):
-            raise Damaged("it has not all of its arrays")
+            raise Damaged("arrays are missing")
     return arrays, beside
 
 
 def read_beside(path, options=None):
-    """What `beside_arrays` has saved in the checkpoint `path`; raises `Damaged`."""
+    """The JSON of `beside_arrays` in the checkpoint `path`; raises `Damaged`."""
     options = options or ocp.options.MultiprocessingOptions()
     handler = ocp.JsonCheckpointHandler(multiprocessing_options=options)
     with _as_damage(), ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
@@ -93,7 +91,7 @@ def read_beside(path, options=None):
         if problem := misfit(beside, _BESIDE):
             raise Damaged(problem)
         if beside.pop("sha256") != _sha256(beside):
-            raise Damaged("its position in the data is not what was saved")
+            raise Damaged("run/metadata is not what was saved")
     return beside
 
 
@@ -118,15 +116,13 @@ def _check_model(path, wanted, saved):
             what = "is not there"
             if there:
                 what = f"is {there[1]}{there[0]} there, {here[1]}{here[0]} here"
-            raise UserError(
-                f"checkpoint {path}: {name} {what}; it is of another model or of another version "
-                "of this program"
-            )
+            cause = "it is of another model or of another version of this program"
+            raise UserError(f"checkpoint {path}: {name} {what}; {cause}")
 
 
 def beside_arrays(arrays, position, progress: dict) -> dict:
-    """What a checkpoint holds beside its arrays, ready for JSON: their shapes, dtypes and
-    checksums, the position in the data, and the fields of `Progress`.
+    """The JSON of a checkpoint: shapes, dtypes and checksums of its arrays, the position in the
+    data, and the fields of `Progress`.
     """
     found = checksums(arrays)
     described = {
@@ -151,7 +147,7 @@ def checksums(tree):
 
     A checksum is the sum, modulo 2^32, of a hash of each element's bits and index. For a given
     index the hash is one to one, so a change of one element always changes the sum. It depends
-    neither on the sharding nor on the process. Storage formats do not check what they decompress.
+    neither on the sharding nor on the process. The storage format has no checksum of its own.
     """
     arrays = _by_path(tree)
     leaves = list(arrays.values())

@@ -1,4 +1,4 @@
-"""What a run does at the moment, in `heartbeat.json`; and the end of a process that hangs."""
+"""Reports in `heartbeat.json` what a run does, and ends a process that hangs."""
 
 import contextlib
 import faulthandler
@@ -19,7 +19,7 @@ from aoe_jax.storage.retry import Tolerated
 
 _UNLIMITED = ("preparing", "compiling")  # statuses that may last longer than `train.hang_timeout`
 _LOOK = 0.2  # seconds between two looks at the heartbeat
-_REPORT_SECONDS = 15.0  # limit for writing the stacks, because the disk may hang, too
+_REPORT_SECONDS = 15.0  # limit for writing the stacks, because the disk may hang too
 _ENDS = {Preempted: "preempted", Interrupted: "interrupted", DivergedError: "diverged"}
 
 
@@ -32,13 +32,11 @@ class Heartbeat:
     """
 
     def __init__(self, workdir: Path, timeout: float):
-        """Writes no heartbeat before `begin`."""
         self._workdir, self._timeout = workdir, timeout
         self._pause = 10 if is_remote(workdir) else 1  # seconds between two writes of one status
         self._ended, self._tolerated = threading.Event(), Tolerated("heartbeat.json")
         self._status, self._step, self._written = "restoring", None, None
-        self._moved, self._is_writer = time.monotonic(), False
-        self.saved, self.began = 0, time.time()
+        self._moved, self.saved, self._began = time.monotonic(), None, None
 
     def __enter__(self):
         if self._timeout:
@@ -46,24 +44,24 @@ class Heartbeat:
         return self
 
     def begin(self, saved, began):
-        """Begins to write, in one process: `saved` is the step of the newest complete checkpoint,
-        `began` the time when the run began for the first time.
+        """Lets one process write from now on: `saved` is the step of the newest complete
+        checkpoint, `began` the time when the run began for the first time.
         """
-        self.saved, self.began, self._is_writer = saved, began, True
+        self.saved, self._began = saved, began
 
     def beat(self, status, step=None):
         """Notes a status (preparing, restoring, compiling, training, validating, saving, finished)
-        and, if it has changed, the step. It is written when the status changes, otherwise at most
-        once a second, or every ten seconds in an object store.
+        and, if it has changed, the step. The file is written when the status changes, otherwise at
+        most once a second, or every ten seconds in an object store.
         """
         self._step = self._step if step is None else step
         before, self._status, self._moved = self._status, status, time.monotonic()
         is_recent = self._written is not None and self._moved < self._written + self._pause
-        if not self._is_writer or (status == before and is_recent):
+        if self._began is None or (status == before and is_recent):
             return
         self._written = self._moved
         value = {"status": status, "step": self._step, "saved": self.saved, "time": time.time()}
-        value |= {"began": self.began, "host": socket.gethostname(), "pid": os.getpid()}
+        value |= {"began": self._began, "host": socket.gethostname(), "pid": os.getpid()}
         with self._tolerated:
             write_json(self._workdir / "heartbeat.json", value)
 
@@ -85,33 +83,24 @@ class Heartbeat:
                 self._moved = now
             looked = now
             if self._status not in _UNLIMITED and now > self._moved + self._timeout:
-                self._end(now - self._moved)
+                reporting = threading.Thread(target=self._report, args=[now - self._moved])
+                reporting.daemon = True
+                reporting.start()
+                reporting.join(_REPORT_SECONDS)
+                os._exit(Hang.status)
 
-    def _end(self, seconds):
-        process = jax.process_index()
+    def _report(self, seconds):
+        process, folder = jax.process_index(), self._workdir / "hang"
         after = "" if self._step is None else f", after step {self._step}"
         message = (
             f"error: process {process} ({self._status}{after}) made no progress for {seconds:.0f} "
-            f"s (train.hang_timeout={self._timeout:g}); its stacks are in {self._workdir / 'hang'}"
+            f"s (train.hang_timeout={self._timeout:g}); its stacks are in {folder}"
         )
-
-        def report():
-            stacks = _stacks()
-            print(f"{stacks}\n{message}", file=sys.stderr, flush=True)
-            folder = self._workdir / "hang"
-            with contextlib.suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"process_{process}.txt").write_text(f"{message}\n{stacks}")
-
-        reporting = threading.Thread(target=report, daemon=True)
-        reporting.start()
-        reporting.join(_REPORT_SECONDS)
-        os._exit(Hang.status)
-
-
-def _stacks():
-    """The stacks of all threads; `faulthandler` needs a file."""
-    with contextlib.closing(tempfile.TemporaryFile("w+")) as file:
-        faulthandler.dump_traceback(file)
-        file.seek(0)
-        return file.read()
+        with tempfile.TemporaryFile("w+") as file:  # `faulthandler` writes to files only
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            stacks = file.read()
+        print(f"{stacks}\n{message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"process_{process}.txt").write_text(f"{message}\n{stacks}")

@@ -1,7 +1,7 @@
 """Load of the experts, on the host: statistics of layers, as JSON, a table and a picture like the
 paper's Fig. 3.
 
-L layers, n experts. `load` is `LayerStats.load`, shares of tokens.
+L layers, n experts. `load` is `LayerStats.load`: shares of the tokens.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from aoe_jax.moe.balance import LayerStats
 
-MAX_NUMBERS = 16  # with more experts, a picture has a colour bar instead of numbers
+MAX_NUMBERS = 16  # a picture of more experts has colours alone
 
 
 def load_entropy(load):
@@ -35,7 +35,7 @@ def layer_statistics(load, live=None):
 
     `load_entropy` is in nats; `load_max_over_mean` is 1 in perfect balance, and 0 in a layer where
     no token has an expert; `dead_experts` have no token. `live_experts`, if experts are added and
-    removed, is their number, and free slots count nowhere.
+    removed, is their number; free slots do not count.
     """
     n_live = load.shape[-1] if live is None else (live > 0).sum(axis=-1)
     found = {
@@ -47,42 +47,34 @@ def layer_statistics(load, live=None):
 
 
 def load_statistics(stats: LayerStats):
-    """The statistics of every layer as JSON values; `stats` are stacked over layers.
+    """The statistics of all layers as JSON values; `stats` are stacked over layers.
 
-    Returns a dictionary: `load` `[L][n]` (fraction of the tokens that choose each expert),
+    Returns a dictionary: `load` `[L][n]` (share of the tokens that choose each expert),
     `load_entropy` and `confidence_entropy` `[L]` in nats, `mean_score` `[L][n]` (norms or logits),
     and over all layers `load_spread`, `experts_per_token` and `dead_experts` (chosen by no token).
-    Experts with a capacity also have `dropped_share` `[L]`, the share of the choices beyond it;
-    experts that are added and removed have `live_experts` `[L]`.
+    Experts with a capacity also have `dropped_share` `[L]`, the share of the choices that were
+    dropped; experts that are added and removed have `live_experts` `[L]`.
     """
     load, live = np.asarray(stats.load), stats.live
     of_layers = layer_statistics(load, live)
-    statistics = {
-        "load": load.tolist(),
-        "load_entropy": of_layers["load_entropy"].tolist(),
-        "confidence_entropy": np.asarray(stats.confidence_entropy).tolist(),
-        "mean_score": np.asarray(stats.mean_score).tolist(),
+    names = ("load", "confidence_entropy", "mean_score", "dropped_share")
+    found = {name: getattr(stats, name) for name in names}
+    found |= {name: of_layers.get(name) for name in ("load_entropy", "live_experts")}
+    lists = {name: np.asarray(a).tolist() for name, a in found.items() if a is not None}
+    return lists | {
         "load_spread": float(load_spread(load, live)),
         "experts_per_token": float(load.sum(axis=-1).mean()),
         "dead_experts": int(of_layers["dead_experts"].sum()),
     }
-    if stats.dropped_share is not None:
-        statistics["dropped_share"] = np.asarray(stats.dropped_share).tolist()
-    if live is not None:
-        statistics["live_experts"] = of_layers["live_experts"].tolist()
-    return statistics
 
 
 def load_table(statistics):
     """The statistics as text, a row a layer, with shares of its load and dropped choices in %."""
     share = _share(statistics)
-    columns = {
-        "layer": range(len(share)),
-        "Ent_load": statistics["load_entropy"],
-        "Ent_conf": statistics["confidence_entropy"],
-    }
-    if "dropped_share" in statistics:
-        columns["dropped"] = statistics["dropped_share"]
+    names = {"load_entropy": "Ent_load", "confidence_entropy": "Ent_conf"}
+    names |= {"dropped_share": "dropped"} if "dropped_share" in statistics else {}
+    columns = {"layer": range(len(share))}
+    columns |= {label: statistics[name] for name, label in names.items()}
     columns |= {f"E{i}": of_expert for i, of_expert in enumerate(share.T)}
     formats = {"Ent_load": ".3f", "Ent_conf": ".3f", "dropped": ".2%"}
     formats = [formats.get(name, ".1%") for name in columns]
@@ -102,12 +94,10 @@ def _share(statistics):
 
 
 def draw_loads(panels, width=None):
-    """Draws the shares of load with both entropies at the right, like the paper's Fig. 3.
-
-    `panels` are statistics by title. Up to 16 experts have numbers in percent, more a colour bar.
+    """A matplotlib `Figure` of the shares of load with both entropies at the right, like the
+    paper's Fig. 3. `panels` are statistics by title. Up to 16 experts have numbers in percent.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
 
     n_layers, n_experts = (max(np.shape(s["load"])[i] for s in panels.values()) for i in (0, 1))
     size = width or min(4 + 0.1 * n_experts, 12), len(panels) * (0.65 + 0.24 * n_layers)
@@ -117,16 +107,15 @@ def draw_loads(panels, width=None):
     ):
         share, options = _share(statistics), {"va": "center", "fontsize": 7}
         n = share.shape[1]
-        image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=2 / n)
+        axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=2 / n)
         for (row, column), value in np.ndenumerate(share) if n <= MAX_NUMBERS else ():
             colour = "white" if value < 1 / n else "black"
             axes.text(column, row, f"{100 * value:.0f}", ha="center", color=colour, **options)
-        if n > MAX_NUMBERS:
-            figure.colorbar(image, ax=axes, location="left", format=PercentFormatter(1))
         of_load, of_choice = statistics["load_entropy"], statistics["confidence_entropy"]
         for row, pair in enumerate(zip(of_load, of_choice, strict=True)):
             axes.text(n - 0.3, row, "{:.2f}  {:.2f}".format(*pair), **options)
         means = f"mean Ent_load {np.mean(of_load):.3f}, Ent_conf {np.mean(of_choice):.3f}"
+        means += f"; colours from 0 to {2 / n:.1%}"
         axes.set_title(f"{title}\n{means}", loc="left", fontsize=8)
         axes.set_yticks(range(len(share)), [f"layer {i}" for i in range(len(share))], fontsize=7)
         axes.set_xticks([])

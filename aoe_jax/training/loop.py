@@ -3,9 +3,8 @@
 import contextlib
 import json
 import logging
-import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +23,28 @@ from aoe_jax.storage.retry import Tolerated, patiently
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.heartbeat import Heartbeat
 from aoe_jax.training.metrics import Metrics, in_words
-from aoe_jax.training.profile import run_traced, traced_of_run
 from aoe_jax.training.run_folder import RunFolder, Start, read_heartbeat
 from aoe_jax.training.step import TrainState, new_state, train_step_on
 from aoe_jax.training.stopping import StopRequests
 from aoe_jax.training.validation import compile_eval_step, evaluate
-from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Now:
-    """What changes while a run goes on."""
+    """What changes in the course of a run."""
 
     step: int  # updates done
     state: TrainState | None = None  # after them
     batch: dict[str, Any] | None = None  # of the next step
     progress: Progress | None = None
-    has_scored: bool = False  # whether the evaluation step is compiled
-    saved_at: float = 0.0  # the time of the newest save, on the monotonic clock
+    can_score: bool = False  # whether the evaluation step is compiled
+    saved_at: float = field(default_factory=time.monotonic)  # the time of the newest save
 
 
 def every(n, call, last=None):
-    """A hook of the loop: `call()` after every n-th step and after step `last`; n=0: not before."""
+    """A hook of the loop: `call()` after every n-th step (never for n=0) and after step `last`."""
 
     def hook(step):
         if (n and step % n == 0) or step == last:
@@ -67,12 +64,13 @@ def train(
     """Trains, or continues from the newest checkpoint of `workdir`; returns its `summary.json`.
 
     Writes `config.json`, `data.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`,
-    `checkpoints/`, the tokenizer and, at the end, `summary.json` and `training.png`; `profile/`, a
-    trace of the steps `profile`; and `wandb/` if `wandb` is a project of Weights & Biases. A run
-    that is stopped at any moment and started again ends in the same state, on CPU bit for bit.
+    `checkpoints/`, the tokenizer and, at the end, `summary.json` and `training.png`. It also writes
+    `profile/`, a trace of the steps `profile`, and `wandb/` if `wandb` is a project of Weights &
+    Biases. A run that is stopped at any moment and started again ends in the same state, on CPU bit
+    for bit.
 
     Raises the exceptions of `errors.py`: `UserError` also if the run has finished, and `Stopped`
-    once the state is saved.
+    when a request to stop came and the state is saved.
     """
     started, is_main = time.perf_counter(), jax.process_index() == 0
     stop, start, given = stop or StopRequests(), start or Start(), config
@@ -89,17 +87,13 @@ def train(
         folder.open(start, held)
         with together():
             log_run(config)
-            if wandb is not None:
-                check_wandb(workdir, wandb)
-            if any(source.name != "prepared" for source in config.data.sources):
+            if any(s.name != "prepared" or "://" in str(s.path) for s in config.data.sources):
                 heartbeat.beat("preparing")
             corpus = open_corpus(config.data, config.model.vocab_size)
             saved_steps = checkpoints.steps()
         heartbeat.beat("restoring")
         folder.check(config, corpus, saved_steps)
         now = Now(gathered(max(saved_steps, default=0))[0], progress=Progress())
-        with together():
-            profile = profile and traced_of_run(profile, now.step, steps)
 
         # The state: restored, of a trained model, or drawn at random.
         split = sharding.batch_sharding(mesh)
@@ -110,7 +104,7 @@ def train(
         if now.step:
             now.step, now.state, now.progress, position = checkpoints.restore_newest(like)
             data.set_state(position)
-            log.info("going on from step %d", now.step)
+            log.info(f"going on from step {now.step}")
         elif config.train.init_from:
             from aoe_jax.training.starting import state_from_model  # needs all formats
 
@@ -118,7 +112,6 @@ def train(
         else:
             heartbeat.beat("compiling")
             now.state = new_state(config, like)
-        first_step = now.step
         heartbeat.beat("restoring", now.step)
         with together():
             now.batch = sharding.put_batch(split, next(data), batch_size)
@@ -134,8 +127,7 @@ def train(
                 folder.check_lease()
                 cannot = f"--workdir={workdir} cannot be written"
                 patiently(cannot, lambda: folder.claim(given, corpus))
-                shows = {"wandb": wandb, "shows_bar": sys.stderr.isatty()}
-                patiently(cannot, lambda: metrics.open(folder.check_lease, **shows))
+                patiently(cannot, lambda: metrics.open(folder.check_lease, wandb))
                 heartbeat.begin(now.step, began)
         checkpoints.open(config.checkpoint)
 
@@ -144,6 +136,10 @@ def train(
             train_step = lowered.compile()
         eval_step = compile_eval_step(Decoder.from_config(config), config.data.document_mask, mesh)
         metrics.begin(now.state, train_step)
+        if profile:
+            from aoe_jax.training.profile import tracing
+
+            train_step = tracing(train_step, profile, folder.on_disk / "profile", now.step + 1)
 
         def stop_if_asked():
             if stop.asked():
@@ -153,12 +149,12 @@ def train(
         def validate():
             def put(batch):
                 stop_if_asked()
-                heartbeat.beat("validating" if now.has_scored else "compiling", now.step)
+                heartbeat.beat("validating" if now.can_score else "compiling", now.step)
                 return sharding.put_batch(split, batch)
 
             def score(batch):
                 sums = eval_step(now.state.params, now.state.routing_state, batch)
-                now.has_scored = True
+                now.can_score = True
                 heartbeat.beat("validating", now.step)
                 return sums
 
@@ -174,7 +170,7 @@ def train(
         def save(wait=False):
             metrics.flush()
             if not wait and (now.step == steps or now.progress.skipped_in_row):
-                return  # the end saves; and a state before the skipped updates is saved
+                return  # the end of the run saves; the state before the skipped updates is saved
             heartbeat.beat("saving", now.step)
             with metrics.clock("checkpoint"):
                 with together():
@@ -185,7 +181,7 @@ def train(
             heartbeat.saved, now.saved_at = checkpoints.saved, time.monotonic()
 
         def save_by_clock():
-            # The clocks of processes differ, and all must save.
+            # The clocks of processes differ, and all processes must save together.
             minutes = config.checkpoint.every_minutes
             if minutes and all_agree(time.monotonic() > now.saved_at + 60 * minutes):
                 save()
@@ -197,7 +193,6 @@ def train(
         ]
 
         # The steps.
-        now.saved_at = time.monotonic()
         try:
             with jax.transfer_guard("disallow"):
                 is_due = now.step == steps and not now.progress.validation
@@ -206,10 +201,7 @@ def train(
                 while now.step < steps:
                     now.step += 1
                     now.progress.validation = None
-                    of_step = train_step, now.state, now.batch
-                    now.state, found = run_traced(
-                        profile, folder.on_disk / "profile", now.step, *of_step
-                    )
+                    now.state, found = train_step(now.state, now.batch)
                     metrics.step(now.step, found)  # reports the step before, while this one runs
                     heartbeat.beat("training", now.step)
                     for hook in hooks:
@@ -224,18 +216,16 @@ def train(
             save(wait=True)
             checkpoints.close()
             raise
-        except DivergedError:  # the save in the background has the last good state
+        except DivergedError:  # the newest checkpoint has the last good state
             checkpoints.close()
             raise
 
         # The end.
         metrics.flush()
         summary = metrics.summary(now.step, time.perf_counter() - started)
-        if now.step > first_step:
-            save(wait=True)
+        save(wait=True)
         checkpoints.close()
-        heartbeat.saved = now.step
-        with together():  # a supervisor of another process looks at the heartbeat when that ends
+        with together():  # when another process ends, its supervisor reads the heartbeat
             if is_main:
                 file, name = workdir / "summary.json", workdir.absolute().name
                 patiently("the metrics cannot be copied", folder.upload)

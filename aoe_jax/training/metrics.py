@@ -15,28 +15,32 @@ import jax
 import numpy as np
 
 from aoe_jax.config.run import Config
+from aoe_jax.errors import DivergedError
 from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.storage.retry import Tolerated
 from aoe_jax.training.checkpoint import Progress
-from aoe_jax.training.health import Health
-from aoe_jax.training.load_statistics import layer_statistics, load_spread
-from aoe_jax.training.memory import device_memory, host_memory, program_memory
-from aoe_jax.training.peaks import peak_flops_per_device
-from aoe_jax.training.writers import Bar, JsonLines, TensorBoard, Wandb
+from aoe_jax.training.devices import (
+    device_memory,
+    host_memory,
+    peak_flops_per_device,
+    program_memory,
+)
+from aoe_jax.training.load_statistics import dead_experts, layer_statistics, load_spread
 
 log = logging.getLogger(__name__)
 
 # Suffixes of the names of measured metrics. Two runs of the same steps differ only in these.
 MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu", "goodput")
-_IN_SPEED = ("input", "checkpoint")  # the clocks whose time counts in the speed, beside computing
+_DEAD_AFTER = 3  # logged steps without a token
+_IN_SPEED = ("input", "checkpoint")  # clocks whose time counts in the speed, beside `compute`
 
 
 def layer_metrics(metrics):
-    """Metrics of each layer `[L]` by name from the host metrics of a step; none for a dense model.
+    """Metrics of each layer `[L]` by name, from the host metrics of a step; {} for a dense model.
 
-    They are those of `layer_statistics`; `confidence_entropy` in nats; `mean_score`, the mean over
-    experts of AoE's norms or a router's logits; and, if experts have a capacity, `dropped_share`,
-    the share of the choices that were dropped.
+    They are the `layer_statistics`, `confidence_entropy` in nats, and `mean_score`, the mean over
+    experts of AoE's norms or a router's logits. If experts have a capacity, `dropped_share` is the
+    share of the choices that were dropped.
     """
     load = metrics["load"]
     if load.shape[-1] == 1:
@@ -50,10 +54,10 @@ def layer_metrics(metrics):
 class Metrics:
     """Measures a run and, in the first process, writes its metrics.
 
-    Time counts from `begin` on and is split into `input` (the loop waits for the next batch),
-    `checkpoint` (the loop waits for a save) and `compute` (the rest). Evaluation does not count in
-    the speed. MFU is the useful FLOPs of training over the peak of the chip in bfloat16, also for a
-    run that computes in float32; it is left out if the chip is unknown.
+    Time counts from `begin` on. It is split into `input` (the loop waits for the next batch),
+    `checkpoint` (the loop waits for a save) and `compute` (the rest). The speed leaves evaluation
+    out. MFU is the useful FLOPs of training over the chip's peak in bfloat16, also if the run
+    computes in float32; it is left out if the chip is unknown.
     """
 
     def __init__(self, folder: Path, config: Config, start_step, progress: Progress, began):
@@ -62,12 +66,9 @@ class Metrics:
         """
         self._config, self._folder, self._start_step = config, folder, start_step
         self._progress, self._began = progress, began
-        self._health = Health(
-            config.train.max_skipped, config.train.batch_size, progress.skipped_in_row
-        )
-        self._writers, self._lines, self._tensorboard, self._bar = {}, None, None, None
-        self._check = lambda: None
-        self._unreported = None  # step and metrics, which are read while the next step runs
+        self._idle_for = 0  # logged steps in a row in which an expert had no token, [L, n]
+        self._writers, self._lines = {}, None
+        self._unreported = None  # a step and its metrics, which are read while the next one runs
         self._program = {}
         self._seconds = Counter()  # seconds of the run by clock; `compute` up to the newest line
         self._line_step, self._line_time = start_step, time.perf_counter()
@@ -75,29 +76,27 @@ class Metrics:
         self._flops_per_token = training_flops_per_token(config)
         self._peak = peak_flops_per_device(jax.devices())
 
-    def open(self, check, wandb=None, shows_bar=False):
-        """Opens the files of the run, in one process; `check()` is called before each line is
-        written, and raises if they are no longer its own. `wandb` is a project or None.
+    def open(self, check, wandb=None):
+        """Opens the files of the run, in one process. `check()` is called before each line is
+        written, and raises if the files belong to another process. `wandb` is a project or None.
         """
+        from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb
+
         self._check = check
         self._lines = JsonLines(self._folder / "metrics.jsonl", self._progress.metrics_bytes)
         writers = [self._lines]
         with Tolerated(TensorBoard.name):
-            self._tensorboard = TensorBoard(self._folder / "tensorboard", self._start_step)
-            writers.append(self._tensorboard)
+            writers.append(TensorBoard(self._folder / "tensorboard", self._start_step))
         if wandb is not None:
             try:
                 writers.append(Wandb(self._folder, wandb, self._config.to_dict()))
             except ConnectionError as e:
                 log.warning(f"Weights & Biases cannot be reached ({e}); the run goes on without it")
-        if shows_bar:
-            self._bar = Bar(self._start_step, self._config.train.steps)
-            writers.append(self._bar)
         self._writers = {writer: Tolerated(writer.name) for writer in writers}
 
     @contextlib.contextmanager
     def clock(self, name):
-        """Counts the time within as `input`, `checkpoint`, `evaluation` or `compile`."""
+        """A context whose time counts as `input`, `checkpoint`, `evaluation` or `compile`."""
         started = time.perf_counter()
         try:
             with jax.profiler.TraceAnnotation(name):
@@ -106,24 +105,24 @@ class Metrics:
             self._seconds[name] += time.perf_counter() - started
 
     def begin(self, state, step):
-        """Begins the time that counts; see `memory.program_memory` for the arguments."""
+        """Starts the time that counts; takes the arguments of `program_memory`."""
         self._program = program_memory(state, step)
         if self._peak is None:
             log.info(f"no MFU: the peak of {jax.devices()[0].device_kind!r} is unknown")
         log.info(
             f"compiled the train step in {self._seconds['compile']:.1f} s; on each device the "
-            f"state takes {_bytes(self._program['state_bytes'])}, "
-            f"and a step {_bytes(self._program['temporary_bytes'])} more"
+            f"state takes {self._program['state_bytes'] / 1e9:.3g} GB, and a step "
+            f"{self._program['temporary_bytes'] / 1e9:.3g} GB more"
         )
         self._line_time, self._line_seconds = time.perf_counter(), self._seconds.copy()
 
     def step(self, step, metrics):
-        """Takes the device metrics of a step that was started, and reports the step before."""
+        """Takes the metrics, on devices, of a step that was started; reports the step before."""
         self.flush()
         self._unreported = step, metrics
 
     def flush(self):
-        """Waits for the step that is not reported yet, and reports it. Raises `DivergedError` if
+        """Waits for the step that is not yet reported, and reports it. Raises `DivergedError` if
         too many updates in a row were skipped.
         """
         if self._unreported is None:
@@ -133,16 +132,39 @@ class Metrics:
         small = jax.device_get({name: metrics[name] for name in names})
         progress, train = self._progress, self._config.train
         progress.loss, progress.nll = float(small["loss"]), float(small["nll"])
-        self._health.step(step, progress.loss, small["grad_norm"], small["finite"])
-        progress.skipped_in_row = self._health.skipped_in_row
+        progress.skipped_in_row = 0 if small["finite"] else progress.skipped_in_row + 1
+        if progress.skipped_in_row:
+            self._skipped(step, small["grad_norm"])
         if step % train.log_every == 0 or step == train.steps:
             self._log(step, jax.device_get(metrics))
-        if self._bar:
-            self._bar.step(step)
+
+    def _skipped(self, step, grad_norm):
+        size, limit = self._config.train.batch_size, self._config.train.max_skipped
+        log.warning(
+            f"step {step} skipped: loss {self._progress.loss:g}, gradient norm {grad_norm:g}; its "
+            f"batch has the sequences {(step - 1) * size} to {step * size - 1} of the run's order"
+        )
+        if self._progress.skipped_in_row >= limit:
+            raise DivergedError(
+                f"stopped at step {step}: the last {self._progress.skipped_in_row} updates were "
+                "skipped because the loss or the gradient was not finite "
+                f"(train.max_skipped={limit}). Look at the data; or, if the model itself is "
+                "broken, continue from an earlier checkpoint with --go-back=STEP, or lower "
+                "train.learning_rate in another --workdir"
+            )
+
+    def _warn_of_dead_experts(self, step, load, live):
+        self._idle_for = np.where(dead_experts(load, live), self._idle_for + 1, 0)
+        new = np.argwhere(self._idle_for == _DEAD_AFTER)
+        if len(new):
+            names = ", ".join(f"layer {layer} expert {expert}" for layer, expert in new[:8])
+            names += ", ..." if len(new) > 8 else ""
+            log.warning(
+                f"dead experts at step {step}, without a token in {_DEAD_AFTER} logged steps: "
+                f"{names} ({np.sum(self._idle_for >= _DEAD_AFTER)} of {load.size} in all)"
+            )
 
     def _log(self, step, metrics):
-        self._check()
-        self._health.load(step, metrics["load"], metrics.get("live"))
         n_steps, seconds = self._end_interval(step)
         self._progress.compute_seconds += seconds["compute"]
         speed = self._speed(n_steps, sum(seconds.values()))
@@ -151,6 +173,7 @@ class Metrics:
         layers, experts, balance = layer_metrics(metrics), {}, ""
         if layers:
             load, live = metrics["load"], metrics.get("live")
+            self._warn_of_dead_experts(step, load, live)
             scalars["load_spread"] = float(load_spread(load, live))
             scalars["experts_per_token"] = float(load.sum(axis=-1).mean())
             names = ("load_entropy", "confidence_entropy", "dropped_share")
@@ -161,18 +184,17 @@ class Metrics:
         scalars |= speed | {f"{name}_seconds": s for name, s in seconds.items()}
         scalars |= host_memory() | device_memory() | {"goodput": self._goodput()}
         self._write(step, "train", scalars, layers, experts)
-        shares = {name: seconds[name] / sum(seconds.values()) for name in _IN_SPEED}
-        waits = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-        steps = self._config.train.steps
-        left = timedelta(seconds=round(sum(seconds.values()) / n_steps * (steps - step)))
-        log.log(
-            logging.DEBUG if self._bar else logging.INFO,  # the bar shows the same
+        total, steps = sum(seconds.values()), self._config.train.steps
+        waits = ", ".join(f"{name} {seconds[name] / total:.1%}" for name in _IN_SPEED)
+        mfu = f", MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
+        left = timedelta(seconds=round(total / n_steps * (steps - step)))
+        log.info(
             f"step {step}/{steps} | loss {scalars['loss']:.4f} | nll {scalars['nll']:.4f}{balance} "
-            f"| {_speed_in_words(speed)} | {waits} | {left} left",
+            f"| {speed['tokens_per_second']:,.0f} tokens/s{mfu} | {waits} | {left} left"
         )
 
     def _end_interval(self, step):
-        """Steps and seconds by clock since the last line, without evaluation and compilation."""
+        """`(steps, seconds by clock)` since the last line, without evaluation and compilation."""
         now, clocks = time.perf_counter(), self._seconds - self._line_seconds
         seconds = {name: clocks[name] for name in _IN_SPEED}
         seconds["compute"] = max(now - self._line_time - clocks.total(), 1e-9)
@@ -199,23 +221,17 @@ class Metrics:
         return found | ({"mfu": flops / self._peak} if self._peak else {})
 
     def validation(self, step, result):
-        """Reports an `Evaluation` of the validation split, with a picture of its load."""
+        """Reports an `Evaluation` of the validation split."""
         seconds = self._seconds["evaluation"] - self._evaluated
+        self._evaluated = self._seconds["evaluation"]
         scalars = {f"validation_{name}": value for name, value in result.metrics().items()}
         self._write(step, "validation", scalars | {"validation_seconds": seconds}, {}, {})
         duration = timedelta(seconds=round(seconds))
         log.info(f"step {step}/{self._config.train.steps} | validation {result} | in {duration}")
-        if self._tensorboard and self._config.experts.kind != "dense":
-            with self.clock("evaluation"), self._writers[self._tensorboard]:
-                # matplotlib takes half a second to import.
-                from aoe_jax.training.load_statistics import draw_loads, load_statistics
-
-                title = f"{self._config.experts.kind}, validation, step {step}"
-                picture = draw_loads({title: load_statistics(result.stats)})
-                self._tensorboard.draw(step, "experts/load", picture)
-        self._evaluated = self._seconds["evaluation"]
 
     def _write(self, *metrics):
+        if self._writers:
+            self._check()
         for writer, tolerated in self._writers.items():
             with tolerated:
                 writer.write(*metrics)
@@ -227,51 +243,32 @@ class Metrics:
 
     def summary(self, step, total_seconds):
         """The content of `summary.json` after the last step, which was validated."""
-        counts, seconds = parameter_counts(self._config), self._seconds
-        scored = {f"validation_{name}": v for name, v in self._progress.validation.items()}
+        counts, seconds, progress = parameter_counts(self._config), self._seconds, self._progress
+        metrics = {"step": step, "tokens": step * self._config.tokens_per_step}
+        metrics |= {"train_loss": progress.loss, "train_nll": progress.nll}
         with np.errstate(over="ignore"):
-            perplexity = float(np.exp(self._progress.validation["nll"]))
+            metrics["validation_perplexity"] = float(np.exp(progress.validation["nll"]))
+        metrics |= {f"validation_{name}": v for name, v in progress.validation.items()}
         in_speed = sum(seconds[name] for name in (*_IN_SPEED, "compute"))
         timing = self._speed(self._line_step - self._start_step, max(in_speed, 1e-9))
         clocks = ("input", "checkpoint", "compute", "evaluation", "compile")
         timing |= {f"{name}_seconds": seconds[name] for name in clocks}
         return {
-            "metrics": {
-                "step": step,
-                "tokens": step * self._config.tokens_per_step,
-                "train_loss": self._progress.loss,
-                "train_nll": self._progress.nll,
-                "validation_perplexity": perplexity,
-                **scored,
-            },
+            "metrics": metrics,
             "parameters": {"total": counts.total, "active": counts.active},
             "timing": timing | {"goodput": self._goodput(), "total_seconds": total_seconds},
             "memory": self._program | host_memory() | device_memory(),
         }
 
     def close(self):
-        """Flushes and closes the files."""
         while self._writers:
             writer, tolerated = self._writers.popitem()
             with tolerated:
                 writer.close()
 
 
-def _bytes(count):
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _speed_in_words(speed):
-    words = (
-        f"{speed['tokens_per_second']:,.0f} tokens/s, "
-        f"a device {speed['tokens_per_second_per_device']:,.0f} and "
-        f"{speed['flops_per_second_per_device'] / 1e12:.3g} TFLOP/s"
-    )
-    return words + (f", MFU {100 * speed['mfu']:.1f}%" if "mfu" in speed else "")
-
-
 def in_words(summary):
-    """The result of a run, from its `summary.json`."""
+    """The result of a run in one line, from its `summary.json`."""
     metrics = summary["metrics"]
     return (
         f"step {metrics['step']:,}, {metrics['tokens']:,} tokens, validation nll "

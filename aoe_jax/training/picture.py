@@ -4,16 +4,14 @@ import io
 from pathlib import Path
 
 import numpy as np
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from aoe_jax.storage.files import read_metrics, write_whole
 
-_LATE = 0.05  # the panel shows all losses after this share of the steps, not the steep beginning
-_MAX_LEGEND = 8  # layers that a legend names; for more, a bar shows the colours
-_TRAIN, _VALIDATION = "#0072B2", "#D55E00"  # colours of Okabe and Ito
+_LATE = 0.05  # the losses after this share of the steps set the range of the axis
+_MAX_LEGEND = 8  # the most layers that a legend names
 
 
 def draw_run(lines, title):
@@ -28,53 +26,46 @@ def draw_run(lines, title):
     axes, *others = figure.subplots(1, 2 if loaded else 1, squeeze=False)[0]
     _draw_loss(axes, train, validation)
     for right in others:
-        _draw_load(figure, right, loaded)
-    for each in figure.axes:
-        each.tick_params(labelsize=8)
+        _draw_load(right, loaded)
     return figure
 
 
 def _draw_loss(axes, train, validation):
     steps, nll = _column(train, "step"), _column(train, "nll")
-    style = {"color": _TRAIN, "linewidth": 1.2, "label": "training batches"}
-    axes.plot(steps, nll, **style, **_marker(steps))
     points = _column(validation, "step"), _column(validation, "validation_nll")
-    axes.plot(*points, "o-", color=_VALIDATION, markersize=3.5, label="validation split")
+    _plot(axes, steps, nll, "#0072B2", "training batches")  # colours of Okabe and Ito
+    axes.plot(*points, "o-", color="#D55E00", markersize=3.5, label="validation split")
     if len(train) > 1:
         late = np.concatenate([nll[steps >= _LATE * steps[-1]], points[1]])
         margin = max(0.05 * np.ptp(late), 0.01)
         axes.set_ylim(late.min() - margin, late.max() + margin)
     _finish(axes, "loss", "nll, nats a token")
-    axes.legend(fontsize=8, frameon=False)
 
 
-def _draw_load(figure, axes, lines):
+def _draw_load(axes, lines):
     steps = _column(lines, "step")
     ratios = np.array([line["layers"]["load_max_over_mean"] for line in lines], float)  # [steps, L]
     n_layers = ratios.shape[1]
-    colours = ScalarMappable(Normalize(0, 1.1 * max(n_layers - 1, 1)), "viridis")
+    labelled = range(0, n_layers, -(-n_layers // _MAX_LEGEND))
     for layer, ratio in enumerate(ratios.T):
-        style = {"color": colours.to_rgba(layer), "linewidth": 1.2, "label": f"layer {layer}"}
-        axes.plot(steps, ratio, **style, **_marker(steps))
+        colour = colormaps["viridis"](layer / (1.1 * n_layers))
+        _plot(axes, steps, ratio, colour, f"layer {layer}" if layer in labelled else None)
     axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
     _finish(axes, "load of experts", "largest over mean (1: balanced)")
-    if n_layers > _MAX_LEGEND:
-        shades = figure.colorbar(colours, ax=axes).ax
-        shades.set_ylim(0, n_layers - 1)
-        shades.set_ylabel("layer", fontsize=8)
-    else:
-        axes.legend(fontsize=8, frameon=False)
 
 
-def _marker(steps):
-    """The style of a point, if it is the only one: a line through it would not be seen."""
-    return {"marker": "o", "markersize": 3.5} if len(steps) == 1 else {}
+def _plot(axes, steps, values, colour, label):
+    marker = "o" if len(steps) == 1 else None  # a line through one point would be invisible
+    style = {"linewidth": 1.2, "marker": marker, "markersize": 3.5}
+    axes.plot(steps, values, color=colour, label=label, **style)
 
 
 def _finish(axes, title, ylabel):
     axes.set_title(title, loc="left", fontsize=9)
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel(ylabel, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=8, frameon=False)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.grid(alpha=0.15)
     axes.spines[["top", "right"]].set_visible(False)

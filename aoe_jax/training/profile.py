@@ -1,5 +1,6 @@
 """`--profile=STEP:N` of `train.py` writes a trace of N steps, for TensorBoard or XProf."""
 
+import itertools
 import logging
 import re
 from pathlib import Path
@@ -11,44 +12,45 @@ from aoe_jax.config.checks import require_flag
 log = logging.getLogger(__name__)
 
 
-def steps_to_trace(text):
-    """The `range` of steps of a flag's value `STEP:N`; raises `UserError` for other values."""
+def steps_to_trace(text, total_steps):
+    """The `range` of steps of a flag's value `STEP:N`. Raises `UserError` for another value, and if
+    the run ends before the last of them.
+    """
     numbers = re.fullmatch(r"0*([1-9]\d{0,8}):0*([1-9]\d{0,8})", text, re.ASCII)
     wanted = "must be STEP:N, such as 20:3 for 3 steps from step 20 on; both at least 1"
     require_flag(numbers, "profile", text, wanted)
     first, n_steps = map(int, numbers.groups())
+    wanted = f"the run ends at step {total_steps}; choose steps up to that one"
+    require_flag(first + n_steps - 1 <= total_steps, "profile", text, wanted)
     return range(first, first + n_steps)
 
 
-def traced_of_run(steps: range, start_step, total_steps):
-    """Returns `steps`, or no steps, with a warning, if the run has passed the first. Raises
-    `UserError` if the run ends before they do.
-    """
-    value = f"{steps[0]}:{steps.stop - steps.start}"
-    wanted = f"this run takes the steps {start_step + 1} to {total_steps}; choose some of these"
-    require_flag(steps[-1] <= total_steps, "profile", value, wanted)
-    if steps[0] <= start_step:
-        log.warning(f"--profile={value}: the run is past step {steps[0]}; nothing is traced")
-        return range(0)
-    return steps
-
-
-def run_traced(steps: range, folder: Path, step, function, *args):
-    """Returns `function(*args)`, training step `step`; writes a trace of it if `steps` has it.
+def tracing(train_step, steps: range, folder: Path, next_step):
+    """`train_step` with a trace of the calls number `steps`, written to `folder`; its first call is
+    number `next_step`. Logs a warning and traces nothing if `steps` begin before that.
 
     The first traced step waits for all steps before it, and the last one until it is done.
     """
-    if step not in steps:
-        return function(*args)
-    if step == steps[0]:
-        jax.block_until_ready(args)
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # Python calls would bury the step
-        jax.profiler.start_trace(folder, profiler_options=options)
-    with jax.profiler.StepTraceAnnotation("train", step_num=step):
-        result = function(*args)
-    if step == steps[-1]:
-        jax.block_until_ready(result)
-        jax.profiler.stop_trace()
-        log.info(f"wrote a trace of steps {steps[0]} to {step}: {folder}")
-    return result
+    if steps[0] < next_step:
+        log.warning(f"--profile: the run is past step {steps[0]}; nothing is traced")
+        return train_step
+    numbers = itertools.count(next_step)
+
+    def traced_step(*args):
+        step = next(numbers)
+        if step not in steps:
+            return train_step(*args)
+        if step == steps[0]:
+            jax.block_until_ready(args)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # Python calls would hide the step
+            jax.profiler.start_trace(folder, profiler_options=options)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            result = train_step(*args)
+        if step == steps[-1]:
+            jax.block_until_ready(result)
+            jax.profiler.stop_trace()
+            log.info(f"wrote a trace of steps {steps[0]} to {step}: {folder}")
+        return result
+
+    return traced_step

@@ -1,4 +1,4 @@
-"""The directory of a run: who owns it, whether its files belong together, how it begins anew."""
+"""The directory of a run: its owner, the checks of its files, and how a run begins anew in it."""
 
 import contextlib
 import logging
@@ -16,17 +16,9 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
 from aoe_jax.distributed import agree, see_the_same, together
 from aoe_jax.errors import UserError
+from aoe_jax.storage import files
 from aoe_jax.storage.config_files import read_run_config
-from aoe_jax.storage.files import (
-    COUNT,
-    NUMBER,
-    TEXT,
-    or_none,
-    read_json,
-    read_metrics,
-    write_json,
-    write_whole,
-)
+from aoe_jax.storage.files import COUNT, NUMBER, TEXT, read_json, write_json
 from aoe_jax.storage.lease import leased, token_of
 from aoe_jax.storage.paths import Mirror, is_remote, move, unused
 from aoe_jax.storage.retry import patiently
@@ -36,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _IDENTITY = ("config.json", "data.json")  # which run it is
 # The files of a run, except its tokenizer. Checkpoints come before the files that record them, so
-# that a move that was interrupted never leaves a run that seems whole.
+# that an interrupted move never leaves a run that looks complete.
 _FILES = (
     *("checkpoints", DAMAGED, "tensorboard", "profile", "wandb", "hang", "eval.json", "load.png"),
     *("training.png", "wandb.json", "summary.json", "metrics.jsonl", "heartbeat.json"),
@@ -44,30 +36,21 @@ _FILES = (
 )
 _ON_DISK = ("metrics.jsonl", "wandb.json")  # of a run in an object store: a copy is on a disk
 
-# Groups and fields that may change when a run continues: they do not affect what a step computes.
+# Groups and fields that may change when a run continues, because a step computes the same.
+# `check_data` compares the content of `data.path` and `data.tokenizer`.
 FREE = {
-    "checkpoint",
-    "mesh",
-    "train.steps",
-    "train.log_every",
-    "train.eval_every",
-    "train.max_skipped",
-    "train.hang_timeout",
-    "data.cache",
-    "data.path",
-    "data.tokenizer",  # `check_data` compares its content
-    "model.attention",
-    "experts.grouped_matmul",
-    "model.unroll",
+    *("checkpoint", "mesh", "data.cache", "data.path", "data.tokenizer", "train.steps"),
+    *("train.log_every", "train.eval_every", "train.max_skipped", "train.hang_timeout"),
+    *("model.attention", "model.unroll", "experts.grouped_matmul"),
 }
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins in a workdir that has files of a run or of another process."""
+    """How a run begins in a workdir that has files of a run already."""
 
-    over: bool = False  # begin anew; the files of the run before are set aside
-    go_back: int | None = None  # begin from the checkpoint of this step; newer files are set aside
+    over: bool = False  # set the files of the run aside, and begin anew
+    go_back: int | None = None  # set aside what is newer than the checkpoint of this step
     take_over: bool = False  # do not wait for an owner that may still run
 
 
@@ -79,13 +62,12 @@ class RunFolder:
     """
 
     def __init__(self, workdir: Path):
-        """Touches no file before `open`."""
         self.workdir, self.on_disk = workdir, workdir
         self._lease = self._mirror = None
 
     def open(self, start: Start, held: contextlib.ExitStack):
-        """Owns the workdir until `held` is closed, and sets old files aside if `start` says so.
-        Raises `InUse` if another process owns it, and `UserError` if a process does not see it.
+        """Takes the lease until `held` is closed, and sets old files aside as `start` says. Raises
+        `InUse` if another process has the lease, and `UserError` if a process does not see it.
         """
         workdir, is_main = self.workdir, jax.process_index() == 0
         with together():
@@ -107,8 +89,8 @@ class RunFolder:
             (self.on_disk / name).write_bytes(file.read_bytes())
 
     def check(self, config: Config, corpus: TokenisedCorpus, steps):
-        """Checks, in every process, that the files of the workdir belong to this run, whose
-        complete checkpoints are `steps`, and that it has not finished; raises `UserError`.
+        """Raises `UserError` in every process if the files of the workdir belong to another run, or
+        if the run has finished. `steps` are its complete checkpoints.
         """
         newest, last = max(steps, default=0), config.train.steps
         with together():
@@ -137,7 +119,7 @@ class RunFolder:
         `summary.json`; process 0 calls it after all checks.
         """
         tokenizer = corpus.tokenizer
-        write_whole(self.workdir / tokenizer.name, tokenizer.read_bytes())
+        files.write_whole(self.workdir / tokenizer.name, tokenizer.read_bytes())
         write_json(self.workdir / "data.json", {"token_stores": corpus.identities})
         write_json(self.workdir / "config.json", config.to_dict())
         (self.workdir / "summary.json").unlink(missing_ok=True)
@@ -148,7 +130,7 @@ def _number(token):
 
 
 def _fixed(config):
-    """The values by field that a run keeps; without the paths of corpora, which may move."""
+    """The values by field that a run keeps; paths of corpora may change."""
     groups = config.to_dict()
     groups["data"] |= {"name": config.data.name_without_paths}
     fields = flatten_dict(groups, sep=".").items()
@@ -156,8 +138,8 @@ def _fixed(config):
 
 
 def check_config(workdir: Path, config: Config, has_begun=True):
-    """Raises `UserError` if `workdir` holds a model, or a run of another configuration that
-    `has_begun`: one without a checkpoint may change its configuration.
+    """Raises `UserError` if `workdir` is that of a model, or of a run with another configuration. A
+    run that has not begun, without a checkpoint, may change its configuration.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -171,64 +153,45 @@ def check_config(workdir: Path, config: Config, has_begun=True):
 
 
 def check_history(workdir: Path, steps):
-    """Checks that the files of a run show no checkpoint beyond `steps`, those of all complete ones;
-    one that was set aside as damaged is not missing. Raises `UserError` if a later checkpoint was
-    complete, if there are metrics and nothing else, or if nothing says of which run the
-    checkpoints are.
+    """Raises `UserError` if `config.json`, `data.json` or checkpoints of the run are missing.
+    `steps` are the complete checkpoints; one that was set aside as damaged is not missing.
     """
     if steps and (missing := [n for n in _IDENTITY if not (workdir / n).exists()]):
         raise UserError(
             f"--workdir={workdir} has checkpoints but no {missing[0]}, so they may be of another "
             "run. Bring it back; or --start-over begins anew, and moves them to set_aside/"
         )
-    lacks_all = not steps and not (workdir / "heartbeat.json").exists()
-    if lacks_all and next(read_metrics(workdir / "metrics.jsonl"), None):
-        raise UserError(
-            f"--workdir={workdir}: metrics.jsonl has steps of a run, but checkpoints/ has none. "
-            "Bring them back; or --start-over begins anew, and moves the file to set_aside/"
-        )
     newest, damaged = max(steps, default=0), workdir / DAMAGED
+    saved = read_heartbeat(workdir)["saved"] or 0
     names = [path.name.partition("-")[0] for path in damaged.iterdir()] if damaged.is_dir() else []
-    for file, step in _recorded(workdir).items():
-        if step <= newest or (steps and str(step) in names):
-            continue
+    if saved > newest and not (steps and str(saved) in names):
         there = f"the newest checkpoint is of step {newest}" if newest else "checkpoints/ has none"
         goes_back = f"--go-back={newest} continues from that, and " if newest else ""
         raise UserError(
-            f"--workdir={workdir}: {file} shows that a checkpoint of step {step} was complete, but "
-            f"{there}. Bring the missing ones back; or {goes_back}--start-over begins anew. Newer "
-            "files are then moved to set_aside/"
+            f"--workdir={workdir}: heartbeat.json shows that a checkpoint of step {saved} was "
+            f"complete, but {there}. Bring the missing ones back; or {goes_back}--start-over "
+            "begins anew. Newer files are then moved to set_aside/"
         )
 
 
-def _recorded(workdir):
-    """The newest steps of checkpoints that files of the run name, by file."""
-    found = {"heartbeat.json": read_heartbeat(workdir)["saved"] or 0}
-    if (summary := workdir / "summary.json").exists():
-        schema = {"metrics": {"step": COUNT}}
-        found["summary.json"] = read_json(summary, schema=schema)["metrics"]["step"]
-    return found
-
-
 def read_heartbeat(workdir: Path):
-    """`saved` and `began` of a run's heartbeat, None where it has no such file."""
-    path, schema = workdir / "heartbeat.json", {"saved": or_none(COUNT), "began": or_none(NUMBER)}
+    """`saved` and `began` of a run's heartbeat; None if there is no such file or field."""
+    path = workdir / "heartbeat.json"
+    schema = {"saved": files.or_none(COUNT), "began": files.or_none(NUMBER)}
     content = read_json(path, schema=schema) if path.exists() else {}
     return {name: content.get(name) for name in schema}
 
 
 def set_aside(workdir: Path, go_back: int | None = None):
-    """Moves the files of a run to a new folder in `workdir/set_aside`; with `go_back`, only what is
+    """Moves the files of a run to a new folder in `workdir/set_aside`; with `go_back`, only those
     newer than the checkpoint of that step. Raises `UserError` if there is no such checkpoint.
     """
     names, metrics = list(_FILES), workdir / "metrics.jsonl"
     if go_back is not None:
         steps = Checkpoints(workdir).steps()
         if go_back not in steps:
-            raise UserError(
-                f"--go-back={go_back}: {workdir} has checkpoints of steps "
-                f"{', '.join(map(str, steps)) or 'none'}; give one of these steps"
-            )
+            there = f"has checkpoints of steps {', '.join(map(str, steps)) or 'none'}"
+            raise UserError(f"--go-back={go_back}: {workdir} {there}; give one of these steps")
         if metrics.exists():
             metrics.with_name("metrics.jsonl.whole").write_bytes(metrics.read_bytes())
         names = [f"checkpoints/{step}" for step in reversed(steps) if step > go_back]
@@ -237,9 +200,8 @@ def set_aside(workdir: Path, go_back: int | None = None):
     moved = [name for name in names if (workdir / name).exists()]
     for name in moved:
         move(workdir / name, folder / name)
-    if go_back is not None:  # last, so that no run goes on after moves that were interrupted
-        heartbeat = read_heartbeat(workdir) | {"saved": go_back}
-        write_json(workdir / "heartbeat.json", heartbeat)
+    if go_back is not None:  # last, so that a run refuses to continue after an interrupted move
+        write_json(workdir / "heartbeat.json", read_heartbeat(workdir) | {"saved": go_back})
     if moved:
         log.info(f"moved {', '.join(sorted(moved))} to {folder}")
 
@@ -248,9 +210,7 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
     """Raises `UserError` if a text or the tokenizer has changed since the run began."""
     found = read_identities(workdir) or corpus.identities
     if found != corpus.identities:
-        there, here = (
-            ", ".join(stores or ["none"])[:1000] for stores in (found, corpus.identities)
-        )
+        there, here = (", ".join(stores)[:1000] for stores in (found, corpus.identities))
         raise UserError(
             f"workdir {workdir} was trained on token store {there}, this is {here}: the text or "
             "the tokenizer has changed. Bring the old text back (data.path, or the paths in "
@@ -259,7 +219,7 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
 
 
 def read_identities(workdir: Path) -> list[str]:
-    """The identities of the corpora of a run or of a model of a run; empty if it has no file."""
+    """The identities of the corpora of a run, or of a model of a run; [] without `data.json`."""
     path = workdir / "data.json"
     if not path.exists():
         return []

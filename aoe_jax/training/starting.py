@@ -23,32 +23,6 @@ from aoe_jax.training.step import TrainState, first_state
 log = logging.getLogger(__name__)
 
 
-def _check_architecture(config: Config):
-    try:
-        directory = _directory(config)
-        there, here = computed_fields(read_config(directory)), computed_fields(config)
-    except (UserError, OSError) as e:
-        if is_fault(e):
-            raise
-        raise _refused(config, e) from e
-    differing = differences(there, here)
-    # These decide how experts are chosen and weighted, not which parameters exist.
-    free = [name for name in differing if name == "experts.top_k" or name.startswith("routing.")]
-    if others := [f"config.{text}" for name, text in differing.items() if name not in free]:
-        raise _refused(config, f"it is another model: {'; '.join(others)}")
-    if differing:
-        how = "; ".join(f"config.{text}" for text in differing.values())
-        log.warning(f"this run chooses experts in another way than {directory}: {how}")
-
-
-def _directory(config):
-    return local_copy(parsed_path(config.train.init_from, "config.train.init_from", in_store=True))
-
-
-def _refused(config, why):
-    return UserError(f"config.train.init_from={config.train.init_from!r}: {why}")
-
-
 def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) -> TrainState:
     """The first state: float32 parameters and routing state of a model, the rest new.
 
@@ -56,34 +30,44 @@ def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) ->
     corpora's tokenizer. Raises `UserError` if the model cannot be read, has another architecture or
     tokenizer, or has a routing state that the run does not use.
     """
+    source = config.train.init_from
     with together():
-        _check_architecture(config)
+        path = parsed_path(source, "config.train.init_from", in_store=True)
         try:
-            params, routing_state = _loaded(config, mesh, tokenizer)
+            directory = local_copy(path)
+            _check_architecture(config, directory)
+            _check_tokenizer(saved_tokenizer(directory), tokenizer)
+            params, routing_state = load_params(directory, config, mesh, jnp.float32)
+            first = initial_routing_state(config)
+            if unused := sorted(routing_state.keys() - first.keys()):
+                wanted = "set routing.name and balance.bias_rate as in the model's own training"
+                what = unused[0].replace("_", " ")
+                raise UserError(f"the model has a {what}, which this run cannot use; {wanted}")
         except (UserError, OSError, ValueError) as e:
             if is_fault(e):
                 raise
-            raise _refused(config, e) from e
+            raise UserError(f"config.train.init_from={source!r}: {e}") from e
     shardings = jax.tree.map(lambda a: a.sharding, like)
     state = jax.jit(partial(first_state, config), out_shardings=shardings, donate_argnums=(0, 1))
-    return state(params, routing_state)
+    return state(params, first | routing_state)
 
 
-def _loaded(config, mesh, tokenizer):
-    directory = _directory(config)
-    its = saved_tokenizer(directory)
-    if its.exists() and _vocabulary(its) != _vocabulary(tokenizer):
-        raise UserError(
-            f"the model has another tokenizer than the corpora; set data.tokenizer={str(its)!r}"
-        )
-    params, routing_state = load_params(directory, config, mesh, jnp.float32)
-    wanted = initial_routing_state(config)
-    if unused := sorted(routing_state.keys() - wanted.keys()):
-        raise UserError(
-            f"the model has a {unused[0].replace('_', ' ')}, which this run cannot use; set "
-            "routing.name and balance.bias_rate as in the model's own training"
-        )
-    return params, wanted | routing_state
+def _check_architecture(config, directory):
+    there, here = computed_fields(read_config(directory)), computed_fields(config)
+    differing = differences(there, here)
+    # These decide how experts are chosen and weighted, not which parameters exist.
+    free = [name for name in differing if name == "experts.top_k" or name.startswith("routing.")]
+    if others := [f"config.{text}" for name, text in differing.items() if name not in free]:
+        raise UserError(f"it is another model: {'; '.join(others)}")
+    if differing:
+        how = "; ".join(f"config.{text}" for text in differing.values())
+        log.warning(f"this run chooses experts in another way than {directory}: {how}")
+
+
+def _check_tokenizer(of_model, of_corpora):
+    if of_model.exists() and _vocabulary(of_model) != _vocabulary(of_corpora):
+        wanted = f"set data.tokenizer={str(of_model)!r}"
+        raise UserError(f"the model has another tokenizer than the corpora; {wanted}")
 
 
 def _vocabulary(file):

@@ -29,12 +29,12 @@ class TrainState:
 
 
 def init_state(config: Config, seed):
-    """The state before the first step; jit it with output shardings: it may not fit one device."""
+    """The state before the first step. Jit it with output shardings: it may not fit one device."""
     return first_state(config, initial_params(config, seed), initial_routing_state(config))
 
 
 def first_state(config: Config, params, routing_state):
-    """The state before the first step, with these parameters and state of routing."""
+    """The state before the first step, with these parameters and this state of routing."""
     zero, optimizer = jnp.zeros((), jnp.int32), make_optimizer(config.train, config.experts)
     return TrainState(zero, zero, params, routing_state, optimizer.init(params))
 
@@ -57,24 +57,21 @@ def new_state(config: Config, like: TrainState):
 def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask):
     """`(nll, LayerStats stacked over layers)`; nll, [] float32, is the sum over targets in nats.
 
-    `batch` has `inputs`, `targets` and `segment_ids`, `[B, S]` int32, the last 0 for padding, which
-    counts in no statistic; and `weights`, `[B, S]` float32, the weight of each target in the sum.
-    With `document_mask`, tokens attend within their document only.
+    `batch` has `inputs`, `targets` and `segment_ids`, `[B, S]` int32, and `weights`, `[B, S]`
+    float32, the weight of each target in the sum. Segment 0 is padding, which counts in no
+    statistic. With `document_mask`, tokens attend within their document only.
     """
     hidden, stats = features(decoder, params, routing_state, batch, document_mask)
     return _sum_over_targets(params, batch, hidden), stats
 
 
 def features(decoder, params, routing_state, batch, document_mask, key=None):
-    """`(hidden [B, S, d], LayerStats)`; what layers draw at random in training comes from `key`."""
+    """`(hidden [B, S, d], LayerStats)`; `key` is for the random numbers of layers in training."""
     documents = batch["segment_ids"] if document_mask else None
-    inputs = batch["inputs"], documents, _token_weights(batch), routing_state
+    token_weights = (batch["segment_ids"] > 0).astype(jnp.float32)
+    inputs = batch["inputs"], documents, token_weights, routing_state
     rngs = None if key is None else {"experts": key}
     return decoder.apply({"params": params}, *inputs, rngs=rngs, method="features")
-
-
-def _token_weights(batch):
-    return (batch["segment_ids"] > 0).astype(jnp.float32)
 
 
 def _sum_over_targets(params, batch, hidden, function=cross_entropy):
@@ -86,18 +83,17 @@ def _sum_over_targets(params, batch, hidden, function=cross_entropy):
 def training_loss(
     config: Config, params, routing_state, batch, key, total_weight=None, so_far=None
 ):
-    """`(loss, metrics)`: the mean nll plus the balance losses and those of the method.
+    """`(loss, metrics)`: the mean nll plus the balance losses and the losses of the method.
 
     The mean is over the weight of the batch. For one of several micro-batches it is over
-    `total_weight`, and `so_far` is the entry of that name in the metrics of the micro-batch before.
+    `total_weight`, and `so_far` is that entry of the metrics of the micro-batch before.
     """
     decoder, method = Decoder.from_config(config, training=True), config.routing
     total_weight = jnp.maximum(batch["weights"].sum() if total_weight is None else total_weight, 1)
     document_mask = config.data.document_mask
     one_pass = partial(features, decoder, params, routing_state, batch, document_mask)
     sum_over_targets = partial(_sum_over_targets, params, batch)
-    training_sums = method.hooks.training_sums
-    loss, nll, reported, stats = training_sums(one_pass, key, sum_over_targets)
+    loss, nll, reported, stats = method.hooks.training_sums(one_pass, key, sum_over_targets)
     loss, nll, reported = jax.tree.map(lambda value: value / total_weight, (loss, nll, reported))
     with jax.named_scope("balance"):
         for_losses, so_far = _with_shares_so_far(stats, so_far)
@@ -114,14 +110,14 @@ def training_loss(
     loss += sum(weight * value for weight, value in losses.values())
     reported |= {name: value for name, (_, value) in losses.items()}
     names = ("load", "confidence_entropy", "mean_score", "score_spread", "dropped_share", "live")
-    shown = {name: getattr(stats, name) for name in names}
-    reported |= {name: value for name, value in shown.items() if value is not None}
+    found = {name: getattr(stats, name) for name in names}
+    reported |= {name: value for name, value in found.items() if value is not None}
     reported |= {"loss": loss, "nll": nll, "aux_loss": aux_loss}
     return loss, reported | {"stats": stats._replace(per_token=None), "so_far": so_far}
 
 
 def _with_shares_so_far(stats, before):
-    """The statistics with load and shares averaged over the micro-batches so far, and their sums.
+    """`(stats, sums)`: load and shares averaged over the micro-batches so far, and their sums.
 
     Neither has a gradient. Qiu et al. 2025 (arXiv 2501.11873) balance the global batch in this way.
     """
@@ -135,8 +131,8 @@ def _with_shares_so_far(stats, before):
 def make_train_step(config: Config):
     """`(state, batch) -> (state, metrics)`; gradients are means over all micro-batches.
 
-    Where loss or gradient is not finite, the step counts, for the schedule as well, but parameters,
-    moments and the state of routing stay as they were.
+    If the loss or the gradient is not finite, parameters, moments and the state of routing stay the
+    same; the step counts, also for the learning rate.
     """
     optimizer = make_optimizer(config.train, config.experts)
     schedule = learning_rate_schedule(config.train)

@@ -1,7 +1,7 @@
 """Times of training steps that are repeated on one batch, measured in turn in one process.
 
-Times of runs that train at the same time, or on a shared machine, compare badly. Here every arm
-takes a few steps, then the next arm, round by round; on CPU, processor seconds are counted.
+Times of runs that train at the same time, or on a shared machine, are hard to compare. Here every
+arm takes a few steps, then the next arm, round by round; on CPU, processor seconds are counted.
 """
 
 import statistics
@@ -15,23 +15,19 @@ import numpy as np
 from aoe_jax.config.run import Config
 from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
 from aoe_jax.training.checkpoint import Checkpoints
-from aoe_jax.training.memory import program_memory
+from aoe_jax.training.devices import program_memory
 from aoe_jax.training.step import new_state, train_step_on
 
 ROUNDS = 10
-STEPS = 3  # of a round; the first is not counted, because caches still belong to another arm
+STEPS = 3  # of a round; the first does not count, because the caches have data of another arm
 
 
 def random_batch(config: Config):
     """A host batch of random tokens."""
     shape = (config.train.batch_size, config.data.seq_len)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, *shape), np.int32)
-    return {
-        "inputs": tokens[0],
-        "targets": tokens[1],
-        "segment_ids": np.ones(shape, np.int32),
-        "weights": np.ones(shape, np.float32),
-    }
+    batch = {"inputs": tokens[0], "targets": tokens[1], "segment_ids": np.ones(shape, np.int32)}
+    return batch | {"weights": np.ones(shape, np.float32)}
 
 
 class RepeatedStep:
@@ -48,9 +44,9 @@ class RepeatedStep:
         read.
         """
         config = fill_mesh(config, jax.device_count())
-        batch = random_batch(config) if batch is None else batch
         self._mesh = make_mesh(config, jax.devices())
         with jax.set_mesh(self._mesh):
+            batch = random_batch(config) if batch is None else batch
             self._batch = put_batch(batch_sharding(self._mesh), batch)
             step, like = train_step_on(self._mesh, config)
             if folder:
@@ -63,14 +59,13 @@ class RepeatedStep:
         self.memory = program_memory(self._state, self.program)
 
     def __call__(self):
-        """Takes a step, and returns its metrics."""
         with jax.set_mesh(self._mesh):
             self._state, metrics = self.program(self._state, self._batch)
         return metrics
 
 
 def seconds_in_turn(steps: Mapping[str, Callable], rounds=ROUNDS):
-    """Returns the median seconds of several steps, functions without arguments, by name."""
+    """The median seconds of several steps, functions without arguments, by name."""
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     seconds = {name: [] for name in steps}
     for _ in range(rounds):

@@ -11,7 +11,7 @@ from aoe_jax.errors import Interrupted, Preempted, Terminated
 
 
 class StopRequests:
-    """Notes the first SIGTERM or SIGINT, which the run reads between steps; a second one ends the
+    """Notes the first SIGTERM or SIGINT, which the run reads between steps. A second one ends the
     process at once, with the status of shells.
 
     Once `jax.distributed` has started, JAX handles SIGTERM to any of the processes and stops all at
@@ -19,13 +19,18 @@ class StopRequests:
     """
 
     def __init__(self):
-        """Handles signals from `listen` on."""
         self._signal, self._is_told, self._questions = None, False, 0
 
     def listen(self):
         """Handles signals from now on; call it before `jax.distributed` starts."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._take)
+
+    def _take(self, number, frame):
+        if self._signal is not None:
+            print("stopped at once by a second signal", file=sys.stderr, flush=True)
+            os._exit(Terminated.status if number == signal.SIGTERM else Interrupted.status)
+        self._signal = number
 
     def asked(self):
         """Whether to stop now; all processes must ask at the same places of the program."""
@@ -45,10 +50,3 @@ class StopRequests:
         if self._signal == signal.SIGTERM:
             return Preempted(f"preempted: {message}")
         return Interrupted(f"interrupted: {message}")
-
-    def _take(self, number, frame):
-        if self._signal is not None:
-            status = Terminated.status if number == signal.SIGTERM else Interrupted.status
-            print("stopped at once by a second signal", file=sys.stderr, flush=True)
-            os._exit(status)
-        self._signal = number

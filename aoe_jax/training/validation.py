@@ -20,12 +20,10 @@ from aoe_jax.sharding import replicated
 from aoe_jax.training.run_folder import check_data
 from aoe_jax.training.step import sequence_nll
 
-_BAR = {"unit_scale": True, "delay": 2, "mininterval": 1, "leave": False}
-
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The evaluation of a split; with several sources also of each."""
+    """The evaluation of a split and, if it has several sources, of each source."""
 
     nll_sum: float  # nats
     tokens: int
@@ -52,7 +50,7 @@ class Evaluation:
         return self.nll_sum / math.log(2) / self.text_bytes
 
     def metrics(self):
-        """`nll` and `bits_per_byte`, and for several sources `nll/SOURCE` and so on of each."""
+        """`nll` and `bits_per_byte`; with several sources also both of each, as `nll/SOURCE`."""
         found = {"nll": self.nll, "bits_per_byte": self.bits_per_byte}
         for source, result in self.sources.items():
             found |= {f"{name}/{source}": value for name, value in result.metrics().items()}
@@ -60,10 +58,8 @@ class Evaluation:
 
     def in_words(self):
         """The scores over all sources."""
-        return (
-            f"nll {self.nll:.4f} | perplexity {self.perplexity:.2f} | "
-            f"bits per byte {self.bits_per_byte:.4f}"
-        )
+        scores = f"nll {self.nll:.4f} | perplexity {self.perplexity:.2f}"
+        return f"{scores} | bits per byte {self.bits_per_byte:.4f}"
 
     def __str__(self):
         sources = [f"{name} {result.in_words()}" for name, result in self.sources.items()]
@@ -71,8 +67,8 @@ class Evaluation:
 
 
 def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
-    """A compiled `(params, routing_state, batch) -> (nll sum, tokens, stats)` on every device, over
-    all tokens. `document_mask` is that of `DataConfig`.
+    """A jitted `(params, routing_state, batch) -> (nll sum, tokens, stats)` over all tokens, whose
+    result is on every device. `document_mask` is that of `DataConfig`.
     """
     decoder = decoder.clone(balance=dataclasses.replace(decoder.balance, aux_tokens=1.0))
 
@@ -89,19 +85,12 @@ def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put, 
     `score` is `compile_eval_step` with its parameters and routing state, for batches of
     `batch_size` windows of `seq_len` tokens. `put` moves a host batch to the devices.
     """
-    sources, total = {}, sum(len(store) - 1 for store in stores.values())
-    with tqdm(
-        desc="evaluating", total=total, unit="token", **_BAR, disable=None if progress else True
-    ) as bar:
-
-        def counted(batches):
-            for batch in batches:
-                yield batch
-                bar.update(int(batch["weights"].sum()))
-
-        for name, store in stores.items():
-            batches = counted(eval_batches(store, seq_len, batch_size))
-            sources[name] = evaluate_batches(score, batches, put, store.text_bytes)
+    sources, hidden = {}, None if progress else True  # None: hidden if stderr is no terminal
+    for name, store in stores.items():
+        batches = eval_batches(store, seq_len, batch_size)
+        total = math.ceil((len(store) - 1) / (seq_len * batch_size))
+        bar = tqdm(batches, name, total, unit="batch", delay=2, leave=False, disable=hidden)
+        sources[name] = evaluate_batches(score, bar, put, store.text_bytes)
     parts = list(sources.values())
     if len(parts) == 1:
         return parts[0]
@@ -110,13 +99,9 @@ def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put, 
     def mean(*values):
         return np.average(values, axis=0, weights=counts)
 
-    return Evaluation(
-        sum(part.nll_sum for part in parts),
-        sum(counts),
-        sum(part.text_bytes for part in parts),
-        jax.tree.map(mean, *(part.stats for part in parts)),
-        sources,
-    )
+    nll_sum, text_bytes = sum(p.nll_sum for p in parts), sum(p.text_bytes for p in parts)
+    stats = jax.tree.map(mean, *(part.stats for part in parts))
+    return Evaluation(nll_sum, sum(counts), text_bytes, stats, sources)
 
 
 def evaluate_batches(score, batches: Iterable[dict], put, text_bytes=0):

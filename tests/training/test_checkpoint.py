@@ -33,41 +33,46 @@ def batches():
     return iter(grain.MapDataset.range(1000).shuffle(0).batch(4).to_iter_dataset())
 
 
-def state_of(value, biased=True):
-    params = {
-        "kernel": jnp.full((SIZE,), value, jnp.float32),
-        "scale": jnp.full((3,), value, jnp.bfloat16),
-    }
-    bias = {"selection_bias": jnp.full((2, 4), value, jnp.float32)} if biased else {}
+def state_of(value):
+    params = {"kernel": jnp.full((SIZE,), value, jnp.float32)}
+    params["scale"] = jnp.full((3,), value, jnp.bfloat16)
+    bias = {"selection_bias": jnp.full((2, 4), value, jnp.float32)}
     moments = {"mu": jnp.full((5,), value, jnp.float32)}
-    return jax.device_put(
-        TrainState(jnp.int32(value), jnp.int32(0), params, bias, moments), SHARDING
-    )
+    state = TrainState(jnp.int32(value), jnp.int32(0), params, bias, moments)
+    return jax.device_put(state, SHARDING)
 
 
-def abstract(state):
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SHARDING), state)
+def noise(step):
+    """A state of random numbers, which do not compress: 0.8 MB a checkpoint."""
+    state = state_of(step)
+    kernel = jax.random.uniform(jax.random.key(step), (SIZE,))
+    return dataclasses.replace(state, params=state.params | {"kernel": kernel})
 
 
-ABSTRACT = abstract(state_of(0))
+LIKE = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SHARDING), state_of(0)
+)
 
 
 def step_folders(workdir):
     return sorted(path.name for path in (workdir / "checkpoints").iterdir())
 
 
-def opened(workdir, config):
+def opened(workdir, **config):
     checkpoints = Checkpoints(workdir)
-    checkpoints.open(config)
+    checkpoints.open(CheckpointConfig(**config))
     return checkpoints
 
 
-def write(workdir, config, steps, nll=lambda step: None):
-    """Saves steps in the way of training."""
-    checkpoints = opened(workdir, config)
+def save(checkpoints, step, nll=None, state=state_of, **options):
+    progress = Progress(1.0, 2.0, nll and {"nll": nll})
+    checkpoints.save(step, state(step), {"next_index": step}, progress, **options)
+
+
+def write(workdir, steps, nlls=(), **config):
+    checkpoints = opened(workdir, **config)
     for step in steps:
-        progress = Progress(1.0, 2.0, nll(step) and {"nll": nll(step)})
-        checkpoints.save(step, state_of(step), {"next_index": step}, progress)
+        save(checkpoints, step, dict(nlls).get(step))
     checkpoints.close()
     return workdir
 
@@ -83,126 +88,89 @@ def saved(tmp_path_factory):
     each step.
     """
     workdir = tmp_path_factory.mktemp("saved")
-    checkpoints = opened(workdir, CheckpointConfig(every=2, keep=3))
+    checkpoints = opened(workdir, every=2, keep=3)
     step = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
     state, data, following = state_of(0), batches(), {}
-    batch = next(data)
+    next(data)
     for number in range(1, 6):
         state = step(state)
-        checkpoints.save(
-            number,
-            state,
-            data.get_state(),
-            progress_after(number),
-        )
-        following[number] = batch = next(data)
+        checkpoints.save(number, state, data.get_state(), progress_after(number))
+        following[number] = next(data)
     checkpoints.close()
-    assert batch.shape == (4,)
     return workdir, following
 
 
-def copy_of(saved, tmp_path):
+@pytest.fixture
+def workdir(saved, tmp_path):
+    """A copy of the run with the checkpoints of steps 3, 4 and 5."""
     return shutil.copytree(saved[0], tmp_path / "run")
 
 
-def without_newer(workdir, step):
-    for folder in (workdir / "checkpoints").iterdir():
-        if int(folder.name) > step:
-            shutil.rmtree(folder)
-    return workdir
-
-
 @pytest.mark.parametrize("number", [3, 4, 5])
-def test_state_may_be_donated_while_it_is_saved(saved, tmp_path, number):
+def test_state_may_be_donated_while_it_is_saved(saved, workdir, number):
     """Position and progress are restored with it."""
-    workdir, data = without_newer(copy_of(saved, tmp_path), number), batches()
-    step, state, progress, position = Checkpoints(workdir).restore_newest(ABSTRACT)
+    for newer in range(number + 1, 6):
+        shutil.rmtree(workdir / "checkpoints" / str(newer))
+    data = batches()
+    step, state, progress, position = Checkpoints(workdir).restore_newest(LIKE)
     data.set_state(position)
     assert (step, progress) == (number, progress_after(number))
-    wanted = dataclasses.replace(state_of(0), skipped=jnp.int32(number))
-    for array, like in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+    for array, like in zip(jax.tree.leaves(state), jax.tree.leaves(LIKE), strict=True):
         assert array.dtype == like.dtype and array.sharding == SHARDING
         np.testing.assert_array_equal(array, number)
     np.testing.assert_array_equal(next(data), saved[1][number])
     assert not np.array_equal(saved[1][3], saved[1][5])
+    params, routing_state = Checkpoints(workdir).restore_model(number, LIKE)
+    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+    np.testing.assert_array_equal(routing_state["selection_bias"], np.full((2, 4), number))
 
 
-def test_what_evaluation_needs(saved):
-    params, routing_state = Checkpoints(saved[0]).restore_model(4, ABSTRACT)
-    assert params.keys() == {"kernel", "scale"}
-    np.testing.assert_array_equal(params["kernel"], 4)
-    np.testing.assert_array_equal(routing_state["selection_bias"], np.full((2, 4), 4))
-
-
-NLL = {1: 5.0, 2: 1.0, 3: 4.0, 4: 2.0, 5: 3.0, 6: 6.0, 7: 7.0}
+NLLS = {1: 5.0, 2: 1.0, 3: 4.0, 4: 2.0, 5: 3.0, 6: 6.0, 7: 7.0}
 
 
 @pytest.mark.parametrize(
-    ("config", "kept"),
+    ("config", "nlls", "kept"),
     [
-        (CheckpointConfig(every=1, keep=2), "67"),
-        (CheckpointConfig(every=1, keep=1, keep_every=3), "367"),
-        (CheckpointConfig(every=1, keep=1, keep_best=2), "247"),
-        (CheckpointConfig(every=1, keep=2, keep_every=5, keep_best=1), "2567"),
+        ({"keep": 2}, NLLS, "67"),
+        ({"keep": 1, "keep_every": 3}, NLLS, "367"),
+        ({"keep": 1, "keep_best": 2}, NLLS, "247"),
+        ({"keep": 2, "keep_every": 5, "keep_best": 1}, NLLS, "2567"),
+        ({"keep": 1, "keep_best": 1}, NLLS | {2: math.nan, 4: math.inf}, "57"),
     ],
 )
-def test_what_is_kept(tmp_path, config, kept):
-    write(tmp_path, config, NLL, NLL.get)
+def test_what_is_kept(tmp_path, config, nlls, kept):
+    """Also by a run that was started again after step 3."""
+    write(tmp_path, range(1, 4), nlls, every=1, **config)
+    write(tmp_path, range(4, 8), nlls, every=1, **config)
     assert step_folders(tmp_path) == list(kept)
 
 
-def test_model_whose_validation_is_not_finite_is_never_the_best(tmp_path):
-    nlls = {1: 5.0, 2: 1.0, 3: math.nan, 4: 2.0, 5: math.inf}
-    write(tmp_path, CheckpointConfig(every=1, keep=1, keep_best=1), nlls, nlls.get)
-    assert step_folders(tmp_path) == ["2", "5"]
-    assert Checkpoints(tmp_path).find("best") == 2
-
-
-def test_what_is_kept_is_kept_by_the_next_start_too(tmp_path):
-    config = CheckpointConfig(every=1, keep=1, keep_best=1)
-    write(tmp_path, config, [1, 2, 3], NLL.get)
-    write(tmp_path, config, [4, 5], NLL.get)
-    assert step_folders(tmp_path) == ["2", "5"]
-
-
-def test_checkpoints_by_the_word_of_a_user(tmp_path):
-    checkpoints = Checkpoints(write(tmp_path, CheckpointConfig(keep=9), [1, 2, 3], NLL.get))
+def test_which_checkpoint_a_user_names(tmp_path):
+    checkpoints = Checkpoints(write(tmp_path, [1, 2, 3], NLLS, keep=9))
     assert [checkpoints.find(word) for word in ("newest", "best", "1")] == [3, 2, 1]
     for word in ("4", "last", "-1", "٣", "9" * 5000):
-        with pytest.raises(
-            UserError,
-            match=f"--step={word}: .*has checkpoints of steps 1, 2, 3; or give newest, best",
-        ):
+        wanted = f"--step={word}: .*has checkpoints of steps 1, 2, 3; or give newest, best"
+        with pytest.raises(UserError, match=wanted):
             checkpoints.find(word)
-    unscored = Checkpoints(write(tmp_path / "unscored", CheckpointConfig(), [1]))
+    unscored = Checkpoints(write(tmp_path / "unscored", [1]))
     with pytest.raises(UserError, match=r"--step=best: no checkpoint of .* has a validation nll"):
         unscored.find("best")
+    nothing = Checkpoints(tmp_path / "none")
     with pytest.raises(UserError, match="has no complete checkpoint; train first"):
-        Checkpoints(tmp_path / "none").find("newest")
-
-
-def test_no_checkpoint_yet(tmp_path):
-    assert Checkpoints(tmp_path / "run").steps() == []
-    assert not (tmp_path / "run").exists()
+        nothing.find("newest")
+    assert nothing.steps() == [] and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("half", ["6.orbax-checkpoint-tmp", "6.orbax-checkpoint-tmp-1700000000"])
-def test_half_written_checkpoint_is_ignored_and_cleared_away(saved, tmp_path, half):
-    workdir = copy_of(saved, tmp_path)
-    shutil.copytree(workdir / "checkpoints" / "5", workdir / "checkpoints" / half)
-    shutil.rmtree(workdir / "checkpoints" / half / "state")
-    assert Checkpoints(workdir).steps()[-1] == 5
-    write(workdir, CheckpointConfig(every=1, keep=3), [6])
-    assert step_folders(workdir) == ["4", "5", "6"]
-
-
-def test_half_deleted_old_checkpoint_does_no_harm(saved, tmp_path):
-    """A kill during the removal of an old checkpoint leaves this."""
-    workdir = copy_of(saved, tmp_path)
-    (workdir / "checkpoints" / "3" / "_CHECKPOINT_METADATA").unlink()
-    shutil.rmtree(workdir / "checkpoints" / "3" / "run")
-    assert Checkpoints(workdir).restore_newest(ABSTRACT)[0] == 5
-    write(workdir, CheckpointConfig(every=1, keep=2), [6])
+def test_what_a_kill_leaves(workdir, half):
+    """A half-written checkpoint is ignored and deleted; a half-deleted old one does no harm."""
+    folder = workdir / "checkpoints"
+    shutil.copytree(folder / "5", folder / half)
+    shutil.rmtree(folder / half / "state")
+    (folder / "3" / "_CHECKPOINT_METADATA").unlink()
+    shutil.rmtree(folder / "3" / "run")
+    assert Checkpoints(workdir).restore_newest(LIKE)[0] == 5
+    write(workdir, [6], every=1, keep=2)
     assert step_folders(workdir) == ["5", "6"]
 
 
@@ -254,7 +222,7 @@ def test_damaged_checkpoint_is_set_aside(saved, tmp_path, damage, caplog):
         DAMAGE[damage](workdir / name)
         damaged = contents(workdir / "checkpoints" / "5")
         caplog.clear()
-        step, state, progress, _ = Checkpoints(workdir).restore_newest(ABSTRACT)
+        step, state, progress, _ = Checkpoints(workdir).restore_newest(LIKE)
         assert step == progress.loss == state.step, name
         for array in jax.tree.leaves((state.params, state.routing_state, state.opt_state)):
             np.testing.assert_array_equal(array, step)
@@ -268,52 +236,44 @@ def test_damaged_checkpoint_is_set_aside(saved, tmp_path, damage, caplog):
     assert aside >= 3  # of some files, such as the names of processes, nothing is needed
 
 
-def signed(run):
-    """The content of `run/metadata` with its right hash, as somebody else can make it."""
-    return json.dumps(
-        run | {"sha256": hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()}
-    )
+def signed(**changes):
+    """Changes `run/metadata` and its hash, as somebody else can do it; None removes a part."""
+
+    def change(text):
+        run = json.loads(text) | changes
+        run = {name: part for name, part in run.items() if name != "sha256" and part is not None}
+        sha256 = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+        return json.dumps(run | {"sha256": sha256})
+
+    return change
 
 
-FOREIGN = {
-    "arrays of another kind": lambda run: run | {"arrays": {"params": 7}},
-    "no arrays": lambda run: run | {"arrays": []},
-    "progress of another kind": lambda run: run | {"progress": {"loss": "low"}},
-    "no progress": lambda run: {"data": run["data"], "arrays": run["arrays"]},
-    "no position": lambda run: run | {"data": None},
-}
+def of_orbax(change):
+    return [("state/_METADATA", change), ("state/array_metadatas/process_0", change)]
 
 
-@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
-def test_what_somebody_else_wrote_beside_the_state_is_damage(saved, tmp_path, change):
-    workdir = copy_of(saved, tmp_path)
-    file = workdir / "checkpoints" / "5" / "run" / "metadata"
-    run = json.loads(file.read_text())
-    file.write_text(signed(change({name: run[name] for name in ("data", "progress", "arrays")})))
-    assert Checkpoints(workdir).restore_newest(ABSTRACT)[0] == 4
-    assert (workdir / "damaged_checkpoints" / "5").is_dir()
-
-
-FOREIGN_OF_ORBAX = {
-    "null": lambda text: "null",
-    "no tree": lambda text: '{"tree_metadata": 7, "array_metadatas": 7}',
-    "half": lambda text: text[: len(text) // 2],
-}
+FOREIGN = [
+    ("run/metadata", signed(arrays={"params": 7})),
+    ("run/metadata", signed(arrays=[])),
+    ("run/metadata", signed(progress={"loss": "low"})),
+    ("run/metadata", signed(progress=None)),
+    ("run/metadata", signed(data=None)),
+    *of_orbax(lambda text: "null"),
+    *of_orbax(lambda text: '{"tree_metadata": 7, "array_metadatas": 7}'),
+    *of_orbax(lambda text: text[: len(text) // 2]),
+]
 
 
 @unread
-@pytest.mark.parametrize("name", ["_METADATA", "array_metadatas/process_0"])
-@pytest.mark.parametrize("case", FOREIGN_OF_ORBAX)
-def test_what_somebody_else_wrote_for_orbax_is_damage(saved, tmp_path, name, case):
-    workdir = copy_of(saved, tmp_path)
-    file = workdir / "checkpoints" / "5" / "state" / name
-    file.write_text(FOREIGN_OF_ORBAX[case](file.read_text()))
-    assert Checkpoints(workdir).restore_newest(ABSTRACT)[0] == 4
+@pytest.mark.parametrize(("name", "change"), FOREIGN)
+def test_what_somebody_else_wrote_is_damage(workdir, name, change):
+    file = workdir / "checkpoints" / "5" / name
+    file.write_text(change(file.read_text()))
+    assert Checkpoints(workdir).restore_newest(LIKE)[0] == 4
     assert (workdir / "damaged_checkpoints" / "5").is_dir()
 
 
-def test_folders_that_are_no_checkpoints(saved, tmp_path):
-    workdir = copy_of(saved, tmp_path)
+def test_folders_that_are_no_checkpoints(workdir):
     for name in ("007", "\N{ARABIC-INDIC DIGIT NINE}", "9" * 30, "5_copy", "lost+found"):
         (workdir / "checkpoints" / name).mkdir()
     (workdir / "checkpoints" / "8").touch()
@@ -324,59 +284,40 @@ def test_folders_that_are_no_checkpoints(saved, tmp_path):
         Checkpoints(workdir).steps()
 
 
-def noise(step):
-    """A state of random numbers, which do not compress: 0.8 MB a checkpoint."""
-    kernel = jax.random.uniform(jax.random.key(step), (SIZE,))
-    return dataclasses.replace(
-        state_of(step), params={"kernel": kernel, "scale": jnp.ones(3, jnp.bfloat16)}
-    )
-
-
 @unread
 def test_every_flipped_bit_of_the_arrays_is_seen(tmp_path):
     """Also bits whose change leaves a readable file."""
-    checkpoints = opened(tmp_path / "run", CheckpointConfig(every=1, keep=2))
+    checkpoints = opened(tmp_path / "run", every=1, keep=2)
     for step in (1, 2):
-        checkpoints.save(step, noise(step), {"next_index": step}, Progress(1, 1))
+        save(checkpoints, step, state=noise)
     checkpoints.close()
+    newest = files_of(tmp_path / "run" / "checkpoints" / "2")
+    (data,) = (path for path in newest if path.stat().st_size > SIZE)
     seen = 0
-    (data,) = (
-        path
-        for path in files_of(tmp_path / "run" / "checkpoints" / "2")
-        if path.stat().st_size > SIZE
-    )
     for position in range(0, data.stat().st_size, data.stat().st_size // 16):
         workdir = shutil.copytree(tmp_path / "run", tmp_path / str(position))
         flip_bit(workdir / data.relative_to(tmp_path / "run"), position)
-        step, state, *_ = Checkpoints(workdir).restore_newest(ABSTRACT)
+        step, state, *_ = Checkpoints(workdir).restore_newest(LIKE)
         np.testing.assert_array_equal(state.params["kernel"], noise(step).params["kernel"])
         seen += step == 1
     assert seen > 12  # the rest of the file holds nothing
 
 
-FAULTS = [
-    OSError(errno.EMFILE, "Too many open files"),
-    OSError(errno.EIO, "Input/output error"),
-    OSError("Forbidden: https://storage.googleapis.com/b/x\nno"),  # of gcsfs
-    MemoryError(),
-]
+FULL_DEVICE = "RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes."
+PATIENT = r"checkpoints/5 cannot be read \(.*\); it was tried for 1 s"
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
-def test_fault_of_the_machine_is_no_damage(saved, tmp_path, monkeypatch, fault):
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), MachineFault, PATIENT),
+        (OSError("Forbidden: https://storage.googleapis.com/b/x\nno"), MachineFault, PATIENT),
+        (MemoryError(), MachineFault, PATIENT),
+        (jax.errors.JaxRuntimeError(FULL_DEVICE), ValueError, "cannot read"),  # not tried again
+    ],
+)
+def test_a_fault_of_the_machine_is_no_damage(workdir, monkeypatch, fault, kind, words):
     """Nothing is set aside: with more memory or another disk, the newest checkpoint is readable."""
-    words = r"checkpoints/5 cannot be read \(.*\); it was tried for 1 s"
-    check_unreadable(saved, tmp_path, monkeypatch, fault, MachineFault, words)
-
-
-def test_device_that_is_full_is_no_damage(saved, tmp_path, monkeypatch):
-    """It is not tried again."""
-    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.")
-    check_unreadable(saved, tmp_path, monkeypatch, full, ValueError, "cannot read")
-
-
-def check_unreadable(saved, tmp_path, monkeypatch, fault, kind, words):
-    workdir = copy_of(saved, tmp_path)
     before = contents(workdir)
 
     def fail(*_, **__):
@@ -386,68 +327,42 @@ def check_unreadable(saved, tmp_path, monkeypatch, fault, kind, words):
         patch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
         patch.setattr(retry, "retry_seconds", 1)
         with pytest.raises(kind, match=words):
-            Checkpoints(workdir).restore_newest(ABSTRACT)
+            Checkpoints(workdir).restore_newest(LIKE)
     assert contents(workdir) == before
-    assert Checkpoints(workdir).restore_newest(ABSTRACT)[0] == 5
+    assert Checkpoints(workdir).restore_newest(LIKE)[0] == 5
 
 
 @unread
-def test_damaged_several_times(saved, tmp_path):
-    workdir = copy_of(saved, tmp_path)
+def test_damaged_several_times(workdir):
     for step in ("5", "4"):
         shutil.rmtree(workdir / "checkpoints" / step / "state")
-    assert Checkpoints(workdir).restore_newest(ABSTRACT)[0] == 3
+    before = contents(workdir)
+    wanted = r"checkpoints/5 is damaged .*--step=4 evaluates another"
+    with pytest.raises(UserError, match=wanted):
+        Checkpoints(workdir).restore_model(5, LIKE)  # evaluation sets nothing aside
+    assert contents(workdir) == before
+    assert Checkpoints(workdir).restore_newest(LIKE)[0] == 3
     shutil.copytree(workdir / "checkpoints" / "3", workdir / "checkpoints" / "5")
     (workdir / "checkpoints" / "5" / "run" / "metadata").write_text("{")
-    assert Checkpoints(workdir).restore_newest(ABSTRACT)[0] == 3
-    assert sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir()) == [
-        "4",
-        "5",
-        "5-1",
-    ]
+    assert Checkpoints(workdir).restore_newest(LIKE)[0] == 3
+    aside = sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir())
+    assert aside == ["4", "5", "5-1"]
 
-
-def test_the_last_checkpoint_is_not_set_aside(saved, tmp_path):
-    workdir = copy_of(saved, tmp_path)
-    for step in ("3", "4"):
-        shutil.rmtree(workdir / "checkpoints" / step)
-    shutil.rmtree(workdir / "checkpoints" / "5" / "state")
+    shutil.rmtree(workdir / "checkpoints" / "3" / "state")
     before = contents(workdir)
-    with pytest.raises(UserError, match=r"checkpoints/5 is damaged \(.*\), and there is no other"):
-        Checkpoints(workdir).restore_newest(ABSTRACT)
+    with pytest.raises(UserError, match=r"checkpoints/3 is damaged \(.*\), and there is no other"):
+        Checkpoints(workdir).restore_newest(LIKE)
     assert contents(workdir) == before
 
 
-def test_evaluation_of_a_damaged_checkpoint_touches_nothing(saved, tmp_path):
-    workdir = copy_of(saved, tmp_path)
-    shutil.rmtree(workdir / "checkpoints" / "5" / "state")
-    before = contents(workdir)
-    with pytest.raises(UserError, match=r"checkpoints/5 is damaged .*--step=4 evaluates another"):
-        Checkpoints(workdir).restore_model(5, ABSTRACT)
-    assert contents(workdir) == before
-
-
-@unread
-def test_a_checkpoint_that_is_deleted_while_it_is_evaluated(saved, tmp_path):
-    workdir = copy_of(saved, tmp_path)
-    shutil.rmtree(workdir / "checkpoints" / "3")
-    with pytest.raises(UserError, match="3 was deleted while it was read; try again"):
-        Checkpoints(workdir).restore_model(3, ABSTRACT)
-
-
-def test_another_model_is_refused_not_set_aside(saved, tmp_path):
-    workdir = copy_of(saved, tmp_path)
-    before = contents(workdir)
-    wider = dataclasses.replace(
-        ABSTRACT, opt_state={"mu": jax.ShapeDtypeStruct((6,), jnp.float32, sharding=SHARDING)}
-    )
-    with pytest.raises(
-        UserError, match=r"\['opt_state'\]\['mu'\] is float32\[5\] there, float32\[6\] here"
+def test_another_model_is_refused_not_set_aside(workdir):
+    before, wider = contents(workdir), jax.ShapeDtypeStruct((6,), jnp.float32, sharding=SHARDING)
+    for moments, words in (
+        ({"mu": wider}, r"\['opt_state'\]\['mu'\] is float32\[5\] there, float32\[6\] here"),
+        ({"nu": LIKE.opt_state["mu"]}, r"\['opt_state'\]\['nu'\] is not there"),
     ):
-        Checkpoints(workdir).restore_newest(wider)
-    other = dataclasses.replace(ABSTRACT, opt_state={"nu": ABSTRACT.opt_state["mu"]})
-    with pytest.raises(UserError, match=r"\['opt_state'\]\['nu'\] is not there"):
-        Checkpoints(workdir).restore_newest(other)
+        with pytest.raises(UserError, match=words):
+            Checkpoints(workdir).restore_newest(dataclasses.replace(LIKE, opt_state=moments))
     assert contents(workdir) == before
 
 
@@ -460,73 +375,60 @@ def test_checksums_do_not_depend_on_the_sharding():
     several = {name: jax.device_put(a, NamedSharding(mesh, spec[name])) for name, a in tree.items()}
     assert checksums(several) == one and one.keys() == {"['x']", "['half']", "['n']"}
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    for place in [(0, 0, 0), (7, 5, 3)]:
-        for bit in (0, 31):
-            other = jax.lax.bitcast_convert_type(
-                bits.at[place].set(bits[place] ^ jnp.uint32(1 << bit)), jnp.float32
-            )
-            assert checksums({"x": jax.device_put(other, SHARDING)})["['x']"] != one["['x']"]
-    assert checksums({"x": jax.device_put(-x, SHARDING)})["['x']"] != one["['x']"]
-    zeroed = jnp.ones((64, 64)).at[:8].set(0)
-    assert checksums({"x": jax.device_put(zeroed, SHARDING)}) != checksums(
-        {"x": jax.device_put(jnp.ones((64, 64)), SHARDING)}
-    )
-    swapped = jax.device_put(x.at[0].set(x[1]).at[1].set(x[0]), SHARDING)
-    assert checksums({"x": swapped})["['x']"] != one["['x']"]
-
-
-def failing_saves(monkeypatch, *errors):
-    """Each save raises the next error; once there is none, saves succeed."""
-    save, left = ocp.CheckpointManager.save, [*errors]
-
-    def fail(self, *args, **options):
-        if left and (error := left.pop(0)):
-            raise error
-        return save(self, *args, **options)
-
-    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    places = [(place, bit) for place in [(0, 0, 0), (7, 5, 3)] for bit in (0, 31)]
+    flipped = [bits.at[place].set(bits[place] ^ jnp.uint32(1 << bit)) for place, bit in places]
+    others = [jax.lax.bitcast_convert_type(other, jnp.float32) for other in flipped]
+    for other in (*others, -x, x.at[0].set(x[1]).at[1].set(x[0])):
+        assert checksums({"x": jax.device_put(other, SHARDING)})["['x']"] != one["['x']"]
+    ones = jax.device_put(jnp.ones((64, 64)), SHARDING)
+    assert checksums({"x": ones.at[:8].set(0)}) != checksums({"x": ones})
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
+def failing_saves(monkeypatch, count):
+    """The first saves raise `FULL`."""
+    real, left = ocp.CheckpointManager.save, [FULL] * count
+
+    def fail(self, *args, **options):
+        if left:
+            raise left.pop()
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+
+
 def test_a_save_is_repeated(tmp_path, monkeypatch, caplog):
-    failing_saves(monkeypatch, FULL, FULL)
+    failing_saves(monkeypatch, 2)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    write(tmp_path, CheckpointConfig(), [3])
+    write(tmp_path, [3])
     assert caplog.text.count("checkpoints/3 cannot be saved (No space left on device)") == 2
-    assert Checkpoints(tmp_path).restore_newest(ABSTRACT)[0] == 3
+    assert Checkpoints(tmp_path).restore_newest(LIKE)[0] == 3
 
 
-def test_a_save_that_fails_for_good(tmp_path, monkeypatch):
+def test_saves_that_fail(tmp_path, monkeypatch, caplog):
     """What was saved before stays, and a later save may succeed."""
-    checkpoints = opened(tmp_path, CheckpointConfig(every=1, keep=1))
-    checkpoints.save(1, noise(1), {"next_index": 1}, Progress(1, 1), wait=True)
+    checkpoints = opened(tmp_path, every=1, keep=1)
+    save(checkpoints, 1, state=noise, wait=True)
     monkeypatch.setattr(retry, "retry_seconds", 0.1)
     with monkeypatch.context() as patch:
-        failing_saves(patch, *[FULL] * 99)
+        failing_saves(patch, 99)
         wanted = r"2 cannot be saved \(No space left on device\); it was tried for 0\.1 s"
         with pytest.raises(MachineFault, match=wanted):
-            checkpoints.save(2, noise(2), {"next_index": 2}, Progress(1, 1))
-    assert checkpoints.saved == 1 and Checkpoints(tmp_path).restore_newest(ABSTRACT)[0] == 1
-    checkpoints.save(3, noise(3), {"next_index": 3}, Progress(1, 1))
-    checkpoints.close()
-    assert checkpoints.saved == 3 and Checkpoints(tmp_path).steps() == [3]
+            save(checkpoints, 2, state=noise)
+    assert checkpoints.saved == 1 and Checkpoints(tmp_path).restore_newest(LIKE)[0] == 1
 
+    def fail(self):
+        raise FULL
 
-def test_a_fault_in_the_background_is_seen_before_the_next_save(tmp_path, monkeypatch, caplog):
-    """The next save is repeated until it succeeds."""
-    checkpoints = opened(tmp_path, CheckpointConfig(every=1, keep=2))
+    save(checkpoints, 3, state=noise)
     with monkeypatch.context() as patch:
-
-        def fail(self):
-            raise FULL
-
-        checkpoints.save(1, noise(1), {"next_index": 1}, Progress(1, 1))
         patch.setattr(ocp.CheckpointManager, "wait_until_finished", fail)
         patch.setattr(ocp.CheckpointManager, "is_saving_in_progress", lambda self: False)
-        assert checkpoints.has_failed()
-    assert "checkpoints/1 cannot be saved: No space left on device" in caplog.text
-    checkpoints.save(2, noise(2), {"next_index": 2}, Progress(1, 1), wait=True)
-    assert checkpoints.saved == 2
+        assert checkpoints.has_failed()  # the one in the background
+    assert "checkpoints/3 cannot be saved: No space left on device" in caplog.text
+    save(checkpoints, 4, state=noise, wait=True)
+    assert checkpoints.saved == 4
     checkpoints.close()
+    assert Checkpoints(tmp_path).steps() == [4]

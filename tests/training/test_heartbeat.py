@@ -1,4 +1,4 @@
-"""The heartbeat, and when it ends a process; `tests/test_hangs.py` has real hangs."""
+"""The heartbeat, and when it ends a process; `tests/test_fault_matrix.py` has real hangs."""
 
 import json
 import threading
@@ -65,15 +65,15 @@ def until(holds):
     return holds()
 
 
-@pytest.mark.parametrize("unlimited", ["preparing", "compiling"])
-def test_a_hang_ends_the_process(tmp_path, ended, capsys, unlimited):
+def test_a_hang_ends_the_process(tmp_path, ended, capsys):
     """It writes where it hangs; preparing data and compiling have no limit."""
     with Heartbeat(tmp_path, 0.5) as heartbeat:
-        heartbeat.beat(unlimited, 3)
-        looks = []
-        wait = heartbeat._ended.wait
+        looks, wait = [], heartbeat._ended.wait
         heartbeat._ended.wait = lambda seconds: looks.append(1) or wait(seconds)
-        assert until(lambda: len(looks) > 5) and not ended
+        for unlimited in ("preparing", "compiling"):
+            looks.clear()
+            heartbeat.beat(unlimited, 3)
+            assert until(lambda: len(looks) > 5) and not ended
         heartbeat.beat("training", 4)
         assert until(lambda: ended == [Hang.status])
     words = "error: process 0 (training, after step 4) made no progress for "

@@ -7,11 +7,7 @@ import pytest
 from PIL import Image
 
 from aoe_jax.training.picture import draw_run, write_picture
-from tests.runs import dense_command, finished_run, kind_run, read_metrics, run
-
-
-def lines_of(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+from tests.runs import dense_command, finished_run, read_metrics, run
 
 
 def curves(axes):
@@ -19,42 +15,38 @@ def curves(axes):
 
 
 def test_it_has_the_losses_and_loads_of_the_run():
-    lines, validations = read_metrics(finished_run())
-    loss, load = draw_run(lines_of(finished_run()), "title").axes
-    train, validation = (curves(loss)[name] for name in ("training batches", "validation split"))
-    np.testing.assert_array_equal(train, [(line["step"], line["nll"]) for line in lines])
-    wanted = [(line["step"], line["validation_nll"]) for line in validations]
-    np.testing.assert_array_equal(validation, wanted)
+    train, validation = read_metrics(finished_run())
+    text = (finished_run() / "metrics.jsonl").read_text()
+    loss, load = draw_run([*map(json.loads, text.splitlines())], "title").axes
+    drawn = curves(loss) | curves(load)
+    expected = {
+        "training batches": [(line["step"], line["nll"]) for line in train],
+        "validation split": [(line["step"], line["validation_nll"]) for line in validation],
+    }
     for layer in range(2):
-        wanted = [(line["step"], line["layers"]["load_max_over_mean"][layer]) for line in lines]
-        np.testing.assert_array_equal(curves(load)[f"layer {layer}"], wanted)
-
-
-def test_a_dense_model_has_no_load():
-    workdir, _ = kind_run("dense")
-    assert len(draw_run(lines_of(workdir), "title").axes) == 1
+        ratios = [(line["step"], line["layers"]["load_max_over_mean"][layer]) for line in train]
+        expected[f"layer {layer}"] = ratios
+    for name, points in expected.items():
+        np.testing.assert_array_equal(drawn[name], points)
 
 
 def test_a_steep_beginning_does_not_hide_the_rest():
+    """Of a dense model, which has no load."""
     lines = [{"step": step, "nll": 2 + 100 * (step == 1)} for step in range(1, 101)]
     (axes,) = draw_run(lines, "title").axes
     assert axes.get_ylim()[1] < 3
 
 
-@pytest.mark.parametrize("n_layers", [1, 40])
-def test_any_number_of_layers(n_layers):
+@pytest.mark.parametrize(("n_steps", "n_layers"), [(1, 1), (2, 40)])
+def test_any_number_of_steps_and_layers(n_steps, n_layers):
+    """A single step is a point."""
     layers = {"load_max_over_mean": [1.5] * n_layers}
-    lines = [{"step": step, "nll": 3.0, "layers": layers} for step in (1, 2)]
-    assert len(draw_run(lines, "title").axes[1].lines) == n_layers + 1  # and that of balance
-
-
-@pytest.mark.parametrize("n_lines,marker", [(1, "o"), (2, "None")])
-def test_a_single_step_is_a_point(n_lines, marker):
-    layers = {"load_max_over_mean": [1.5, 2.0]}
-    lines = [{"step": 3 + i, "nll": 3.0, "layers": layers} for i in range(n_lines)]
+    lines = [{"step": 3 + i, "nll": 3.0, "layers": layers} for i in range(n_steps)]
     loss, load = draw_run(lines, "title").axes
-    drawn = {line.get_label(): line.get_marker() for line in (*loss.lines, *load.lines)}
-    assert {drawn[name] for name in ("training batches", "layer 0", "layer 1")} == {marker}
+    *drawn, _ = load.lines  # the last is that of balance
+    assert len(drawn) == n_layers
+    markers = {line.get_marker() for line in (loss.lines[0], *drawn)}
+    assert markers == {"o" if n_steps == 1 else "None"}
 
 
 def test_losses_that_are_missing(tmp_path):
@@ -66,7 +58,7 @@ def test_losses_that_are_missing(tmp_path):
             assert min(picture.size) > 300
 
 
-def test_a_run_draws_it_and_survives_without(tmp_path):
+def test_a_run_survives_without(tmp_path):
     with Image.open(finished_run() / "training.png") as picture:
         assert picture.size[0] > 2 * picture.size[1]
     (tmp_path / "training.png").mkdir()

@@ -7,53 +7,37 @@ import re
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.training.profile import steps_to_trace, traced_of_run
+from aoe_jax.training.profile import steps_to_trace, tracing
 from tests.runs import KINDS, run, train_command
 
-PARTS = (
-    "attention",
-    "score",
-    "route",
-    "schedule",
-    "dispatch",
-    "experts",
-    "combine",
-    "balance",
-    "loss",
-)
+PARTS = ("attention", "score", "route", "schedule", "dispatch", "experts", "combine")
+PARTS += ("balance", "loss")
+MALFORMED = ("x", "", "5", "5:", ":5", "5:0", "0:3", "-1:2", "1:2:3", "1.5:2", f"5:{'9' * 5000}")
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["x", "", "5", "5:", ":5", "5:0", "0:3", "-1:2", "1:2:3", "1.5:2", "5:x", f"5:{'9' * 5000}"],
+    ("text", "words"),
+    [*((text, "must be STEP:N") for text in MALFORMED)]
+    + [(text, "the run ends at step 10") for text in ("7:5", "11:1")],
 )
-def test_values_that_are_none(text):
+def test_values_that_are_refused(text, words):
     with pytest.raises(UserError) as error:
-        steps_to_trace(text)
-    assert str(error.value).startswith(f"--profile={text}: must be STEP:N")
-
-
-def test_windows_outside_the_run():
-    steps = steps_to_trace("7:4")
-    assert traced_of_run(steps, 6, 10) is steps
-    for text in ("7:5", "11:1"):
-        with pytest.raises(UserError, match=f"--profile={text}: this run takes the steps 7 to 10"):
-            traced_of_run(steps_to_trace(text), 6, 10)
+        steps_to_trace(text, 10)
+    assert str(error.value).startswith(f"--profile={text}: {words}")
 
 
 def test_run_that_goes_on_behind_its_window(caplog):
     """The same command continues a run that was stopped."""
-    assert not traced_of_run(steps_to_trace("6:3"), 6, 10)
-    assert "--profile=6:3: the run is past step 6; nothing is traced" in caplog.text
+    assert steps_to_trace("7:4", 10) == range(7, 11)
+    assert tracing(max, steps_to_trace("6:3", 10), None, 7) is max
+    assert "--profile: the run is past step 6; nothing is traced" in caplog.text
 
 
 def test_trace_of_a_run(tmp_path):
     """Two steps of four; the program in it names the parts of a model, forward and backward."""
     workdir, kind = tmp_path / "run", KINDS["aoe, over all"]  # one whose scores have a gradient
-    command = train_command(
-        workdir, train__steps=4, train__eval_every=0, checkpoint__every=100, **kind
-    )
-    status, _, stderr = run([*command, "--profile=2:2"])
+    changes = {"train__steps": 4, "train__eval_every": 0, "checkpoint__every": 100, **kind}
+    status, _, stderr = run([*train_command(workdir, **changes), "--profile=2:2"])
     assert status == 0, stderr
     assert "wrote a trace of steps 2 to 3" in stderr
     (shown,) = (workdir / "profile").rglob("*.trace.json.gz")  # what a trace viewer shows

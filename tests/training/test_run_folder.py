@@ -1,4 +1,4 @@
-"""The configuration and data that a workdir belongs to."""
+"""The configuration and data that a workdir belongs to, and how its files are set aside."""
 
 import json
 from resource import RLIMIT_FSIZE, getrlimit, setrlimit
@@ -16,19 +16,9 @@ from aoe_jax.training.run_folder import (
     check_config,
     check_data,
     check_history,
-    read_run_config,
     set_aside,
 )
 from tests.runs import contents
-
-
-@pytest.fixture
-def claimed(tmp_path):
-    """A workdir of the default configuration and its corpus."""
-    corpus = corpus_of(tmp_path, "some text")
-    (tmp_path / "run").mkdir()
-    RunFolder(tmp_path / "run").claim(Config(), corpus)
-    return tmp_path / "run", corpus
 
 
 def corpus_of(folder, *texts):
@@ -41,6 +31,32 @@ def corpus_of(folder, *texts):
     return open_corpus(DataConfig(", ".join(data), cache=str(folder / "cache")), 257)
 
 
+@pytest.fixture
+def corpus(tmp_path):
+    return corpus_of(tmp_path, "some text")
+
+
+@pytest.fixture
+def workdir(tmp_path, corpus):
+    """A workdir of the default configuration and its corpus."""
+    (tmp_path / "run").mkdir()
+    RunFolder(tmp_path / "run").claim(Config(), corpus)
+    return tmp_path / "run"
+
+
+def record(workdir, step):
+    """Files of a finished run whose last checkpoint is of a step."""
+    (workdir / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": 1.0}) + "\n")
+    (workdir / "heartbeat.json").write_text(json.dumps({"saved": step}))
+    (workdir / "summary.json").write_text(json.dumps({"metrics": {"step": step}}))
+
+
+def make_checkpoints(workdir, *steps):
+    for step in steps:
+        (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+        (workdir / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").write_text("{}")
+
+
 def changed(**groups):
     settings = Config().to_dict()
     for group, values in groups.items():
@@ -48,8 +64,7 @@ def changed(**groups):
     return Config.from_config_dict(settings)
 
 
-def test_claimed_workdir(claimed):
-    workdir, corpus = claimed
+def test_claimed_workdir(workdir, corpus):
     assert json.loads((workdir / "config.json").read_text()) == Config().to_dict()
     assert contents(workdir).keys() == {"config.json", "data.json", "tokenizer.json"}
     check_config(workdir, Config())
@@ -57,32 +72,47 @@ def test_claimed_workdir(claimed):
 
 
 @pytest.mark.parametrize("name", ["config.json", "data.json"])
-def test_checkpoints_without_the_files_of_their_run(claimed, name):
-    check_history(claimed[0], [3])
-    (claimed[0] / name).unlink()
-    with pytest.raises(
-        UserError, match=f"has checkpoints but no {name}, so they may be of another"
-    ):
-        check_history(claimed[0], [3])
+def test_checkpoints_without_the_files_of_their_run(workdir, name):
+    check_history(workdir, [3])
+    (workdir / name).unlink()
+    words = f"has checkpoints but no {name}, so they may be of another"
+    with pytest.raises(UserError, match=words):
+        check_history(workdir, [3])
 
 
-def test_a_move_that_was_interrupted(claimed, monkeypatch):
-    """What is left is refused or a new run, never one of the same checkpoints without its files."""
-    workdir, _ = claimed
-    (workdir / "checkpoints" / "3").mkdir(parents=True)
-    (workdir / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
-    for name, content in (("heartbeat", {"saved": 3}), ("summary", {"metrics": {"step": 3}})):
-        (workdir / f"{name}.json").write_text(json.dumps(content))
-    n_files = len([*workdir.iterdir()])
+def test_a_damaged_checkpoint_is_not_missing(workdir):
+    """It was set aside, and a kill came before the run went on from the one before it."""
+    record(workdir, 6)
+    with pytest.raises(UserError, match="a checkpoint of step 6 was complete"):
+        check_history(workdir, [3])
+    (workdir / "damaged_checkpoints" / "6").mkdir(parents=True)
+    check_history(workdir, [3])
+    with pytest.raises(UserError, match="a checkpoint of step 6 was complete"):
+        check_history(workdir, [])
 
-    def move_one(source, target, move=move):
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Each `set_aside` is interrupted after its first move."""
+
+    def move_one(source, target):
         move(source, target)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("aoe_jax.training.run_folder.move", move_one)
-    for _ in range(n_files - 1):
-        with pytest.raises(KeyboardInterrupt):
-            set_aside(workdir)
+    def set_one_aside(*arguments):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr("aoe_jax.training.run_folder.move", move_one)
+            set_aside(*arguments)
+
+    return set_one_aside
+
+
+def test_a_move_that_was_interrupted(workdir, interrupted):
+    """What is left is refused or a new run, never one of the same checkpoints without its files."""
+    make_checkpoints(workdir, 3)
+    record(workdir, 3)
+    for _ in range(len([*workdir.iterdir()]) - 1):
+        interrupted(workdir)
         assert not (workdir / "checkpoints").exists()
         if (workdir / "heartbeat.json").exists():
             with pytest.raises(UserError, match="a checkpoint of step 3 was complete"):
@@ -90,23 +120,11 @@ def test_a_move_that_was_interrupted(claimed, monkeypatch):
     assert {path.name for path in workdir.iterdir()} == {"set_aside", "tokenizer.json"}
 
 
-def test_going_back_that_was_interrupted(claimed, monkeypatch):
-    """The run cannot go on as if nothing had been; the same command goes back."""
-    workdir, _ = claimed
-    for step in (3, 6, 9):
-        checkpoint = workdir / "checkpoints" / str(step)
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "_CHECKPOINT_METADATA").write_text("{}")
+def test_going_back_that_was_interrupted(workdir, interrupted):
+    """The run refuses to continue; the same command goes back."""
+    make_checkpoints(workdir, 3, 6, 9)
     (workdir / "heartbeat.json").write_text(json.dumps({"saved": 9}))
-
-    def move_one(source, target):
-        move(source, target)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("aoe_jax.training.run_folder.move", move_one)
-        with pytest.raises(KeyboardInterrupt):
-            set_aside(workdir, 3)
+    interrupted(workdir, 3)
     assert Checkpoints(workdir).steps() == [3, 6]
     with pytest.raises(UserError, match="a checkpoint of step 9 was complete"):
         check_history(workdir, [3, 6])
@@ -116,32 +134,7 @@ def test_going_back_that_was_interrupted(claimed, monkeypatch):
     assert json.loads((workdir / "heartbeat.json").read_text())["saved"] == 3
 
 
-def test_a_damaged_checkpoint_of_a_finished_run_is_not_missing(claimed):
-    """It was set aside, and a kill came before the run went on from the one before it."""
-    workdir, _ = claimed
-    for name, content in (("heartbeat", {"saved": 6}), ("summary", {"metrics": {"step": 6}})):
-        (workdir / f"{name}.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="a checkpoint of step 6 was complete"):
-        check_history(workdir, [3])
-    (workdir / "damaged_checkpoints" / "6").mkdir(parents=True)
-    check_history(workdir, [3])
-    with pytest.raises(UserError, match="a checkpoint of step 6 was complete"):
-        check_history(workdir, [])
-
-
-def test_metrics_of_a_run_whose_other_files_are_gone(claimed):
-    """A run that was killed before its first checkpoint has a heartbeat, and may begin again."""
-    workdir, _ = claimed
-    (workdir / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl has steps of a run, but checkpoints/ has"):
-        check_history(workdir, [])
-    check_history(workdir, [3])
-    (workdir / "heartbeat.json").write_text('{"saved": 0}')
-    check_history(workdir, [])
-
-
-def test_a_file_in_the_place_of_a_folder(claimed):
-    workdir, _ = claimed
+def test_a_file_in_the_place_of_a_folder(workdir):
     for name in ("set_aside", "damaged_checkpoints"):
         (workdir / name).write_text("mine")
     check_history(workdir, [3])
@@ -152,18 +145,16 @@ def test_a_file_in_the_place_of_a_folder(claimed):
     assert (workdir / "config.json").exists()
 
 
-def test_files_set_aside_are_kept_if_the_clock_is_set_back(claimed, monkeypatch):
-    workdir, _ = claimed
+def test_files_set_aside_are_kept_if_the_clock_is_set_back(workdir, monkeypatch):
     monkeypatch.setattr("time.strftime", lambda form: "2026-10-25_02-30-00")
     for number in range(3):
         (workdir / "metrics.jsonl").write_text(str(number))
         set_aside(workdir)
-    found = [path.read_text() for path in sorted((workdir / "set_aside").rglob("metrics.jsonl"))]
+    found = [path.read_text() for path in (workdir / "set_aside").rglob("metrics.jsonl")]
     assert sorted(found) == ["0", "1", "2"]
 
 
-def test_a_tokenizer_that_is_half_written_leaves_the_old_one(claimed):
-    workdir, corpus = claimed
+def test_a_tokenizer_that_is_half_written_leaves_the_old_one(workdir, corpus):
     whole, limits = (workdir / "tokenizer.json").read_bytes(), getrlimit(RLIMIT_FSIZE)
     setrlimit(RLIMIT_FSIZE, (len(whole) // 2, limits[1]))
     try:
@@ -174,56 +165,33 @@ def test_a_tokenizer_that_is_half_written_leaves_the_old_one(claimed):
     assert (workdir / "tokenizer.json").read_bytes() == whole
 
 
-def test_config_of_an_earlier_version_is_refused(claimed):
-    workdir, _ = claimed
-    groups = Config().to_dict()
-    groups["experts"]["selection"] = "top_k"
-    (workdir / "config.json").write_text(json.dumps(groups))
-    with pytest.raises(UserError, match=r"config\.json: config\.experts\.selection is gone; set"):
-        read_run_config(workdir / "config.json")
-
-
-def test_other_configurations_are_refused(claimed):
-    workdir, _ = claimed
+def test_other_configurations_are_refused(workdir, corpus):
+    """Except for what a step does not depend on."""
     before = contents(workdir)
+    free = {"steps": 2000, "log_every": 3, "eval_every": 7, "max_skipped": 2}
+    data = {"cache": "/elsewhere", "path": "/elsewhere"}
+    check_config(workdir, changed(train=free, data=data, checkpoint={"every": 9, "keep_every": 18}))
+    other = changed(experts={"top_k": 3}, data={"document_mask": True}, train=free | {"seed": 1})
     with pytest.raises(UserError) as error:
-        check_config(
-            workdir,
-            changed(experts={"top_k": 3}, data={"document_mask": True}, train={"steps": 2000}),
-        )
-    message = str(error.value)
-    assert (
-        "experts.top_k is 2 there, 3 here" in message
-        and "data.document_mask is False there, True here" in message
-    )
-    assert "train.steps" not in message
-    assert contents(workdir) == before
-
-
-def test_what_may_differ(claimed):
-    workdir, _ = claimed
-    free = changed(
-        train={"steps": 2000, "log_every": 3, "eval_every": 7, "max_skipped": 2},
-        data={"cache": "/elsewhere", "path": "/elsewhere"},
-        checkpoint={"every": 9, "keep": 9, "keep_every": 18},
-    )
-    check_config(workdir, free)
-    with pytest.raises(UserError, match=r"train\.seed is 0 there, 1 here"):
-        check_config(workdir, changed(train={"seed": 1}))
-    renamed = changed(data={"name": "sotu=0.5, text@/here=0.5"})
-    RunFolder(workdir).claim(renamed, claimed[1])
-    check_config(workdir, changed(data={"name": "sotu=0.50,text@/elsewhere=1/2"}))
-    with pytest.raises(
-        UserError, match=r"data\.name is 'sotu=0\.5, text=0\.5' there, 'sotu=0\.5, text=0\.6' here"
+        check_config(workdir, other)
+    for words in (
+        "experts.top_k is 2 there, 3 here",
+        "data.document_mask is False there, True here",
+        "train.seed is 0 there, 1 here",
     ):
+        assert words in str(error.value)
+    assert "train.steps" not in str(error.value) and contents(workdir) == before
+
+    RunFolder(workdir).claim(changed(data={"name": "sotu=0.5, text@/here=0.5"}), corpus)
+    check_config(workdir, changed(data={"name": "sotu=0.50,text@/elsewhere=1/2"}))
+    words = r"data\.name is 'sotu=0\.5, text=0\.5' there, 'sotu=0\.5, text=0\.6' here"
+    with pytest.raises(UserError, match=words):
         check_config(workdir, changed(data={"name": "sotu=0.5, text@/here=0.6"}))
 
 
-def test_changed_text_is_refused(claimed, tmp_path):
-    workdir, _ = claimed
+def test_changed_text_is_refused(workdir, tmp_path):
     check_data(workdir, corpus_of(tmp_path / "cache", "some text"))  # the same, elsewhere
+    words = r"token store text-[0-9a-f]{16}, this is text-[0-9a-f]{16}.*data\.path"
     for others in (["other text"], ["some text", "other text"]):
-        with pytest.raises(
-            UserError, match=r"token store text-[0-9a-f]{16}, this is text-[0-9a-f]{16}.*data\.path"
-        ):
+        with pytest.raises(UserError, match=words):
             check_data(workdir, corpus_of(tmp_path, *others))

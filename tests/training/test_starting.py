@@ -25,11 +25,9 @@ pytestmark = pytest.mark.usefixtures("ragged")
 
 
 def first_state(directory, tokenizer, mesh=None, **changes):
-    config = dataclasses.replace(
-        tiny_config(train__init_from=str(directory), **changes), mesh=mesh or MeshConfig()
-    )
+    config = tiny_config(train__init_from=str(directory), **changes)
     n_devices = 8 if mesh else 1
-    config = fill_mesh(config, n_devices)
+    config = fill_mesh(dataclasses.replace(config, mesh=mesh or MeshConfig()), n_devices)
     mesh = make_mesh(config, jax.devices()[:n_devices])
     with jax.set_mesh(mesh):
         _, like = train_step_on(mesh, config)
@@ -56,9 +54,10 @@ def test_parameters_of_the_model_and_the_rest_anew(tmp_path, tokenizer, mesh):
     assert int(state.step) == 0 and all(not np.any(a) for a in jax.tree.leaves(state.opt_state))
 
 
-@pytest.mark.parametrize(
-    "architecture", ["olmoe", "qwen2_moe", "qwen3_moe", "dots1", "llama", "qwen3"]
-)
+HUB = ("olmoe", "qwen2_moe", "qwen3_moe", "dots1", "llama", "qwen3")
+
+
+@pytest.mark.parametrize("architecture", HUB)
 def test_models_of_the_hub_train_on(architecture, tokenizer):
     """A step lowers the loss of its batch, which is that of the model."""
     folders, logits = hub_models()[architecture]
@@ -82,24 +81,14 @@ def test_models_of_the_hub_train_on(architecture, tokenizer):
     assert float(after["nll"]) < float(before["nll"]) - 0.01
 
 
-def test_a_selection_bias_starts_at_zero_where_there_is_none(tmp_path, tokenizer):
-    directory, *_ = written(tmp_path, tiny_config())
-    assert not np.any(
-        first_state(directory, tokenizer, balance__bias_rate=0.01).routing_state["selection_bias"]
-    )
-
-
-def test_experts_may_be_chosen_in_another_way(tmp_path, tokenizer, caplog):
-    directory, *_ = written(tmp_path, tiny_config())
-    with caplog.at_level("WARNING"):
-        first_state(directory, tokenizer, experts__top_k=3)
-    assert "config.experts.top_k is 2 there, 3 here" in caplog.text
-
-
-def test_a_tokenizer_may_add_other_tokens_to_texts(tmp_path, tokenizer):
+def test_what_may_differ(tmp_path, tokenizer, caplog):
+    """Experts may be chosen in another way, and a tokenizer may add other tokens to texts."""
     directory, *_ = written(tmp_path, tiny_config())
     with_a_first_token(directory)
-    first_state(directory, tokenizer)
+    with caplog.at_level("WARNING"):
+        state = first_state(directory, tokenizer, experts__top_k=3, balance__bias_rate=0.01)
+    assert "config.experts.top_k is 2 there, 3 here" in caplog.text
+    assert not np.any(state.routing_state["selection_bias"])  # the model has none
 
 
 def with_another_tokenizer(directory):
@@ -110,43 +99,26 @@ def with_another_tokenizer(directory):
     file.write_text(json.dumps(spec))
 
 
-MISTAKES = {
-    "shape": ({}, {"experts__d_ffn": 64}, None, "is another model: config.experts.d_wide is"),
-    "kind": (
-        {},
-        {"experts__kind": "router"},
-        None,
-        "config.experts.kind is 'aoe' there, 'router' here",
-    ),
-    "bias": (
-        {"balance__bias_rate": 0.01},
-        {},
-        None,
-        "selection bias, which this run cannot use; set routing.name and",
-    ),
-    "tokenizer": (
-        {},
-        {},
-        with_another_tokenizer,
-        "another tokenizer than the corpora; set data.tokenizer=",
-    ),
-    "files": (
-        {},
-        {},
-        lambda d: (d / "model.safetensors").unlink(),
-        "neither model.safetensors nor",
-    ),
-}
+def without_weights(directory):
+    (directory / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_refused_by_name(tmp_path, tokenizer, mistake):
-    of_model, of_run, change, words = MISTAKES[mistake]
+BIAS, ROUTER = {"balance__bias_rate": 0.01}, {"experts__kind": "router"}
+MISTAKES = [  # settings of the model and of the run, a change of the files, words of the error
+    ({}, {"experts__d_ffn": 64}, None, "is another model: config.experts.d_wide is"),
+    ({}, ROUTER, None, "config.experts.kind is 'aoe' there, 'router' here"),
+    (BIAS, {}, None, "selection bias, which this run cannot use; set routing.name and"),
+    ({}, {}, with_another_tokenizer, "another tokenizer than the corpora; set data.tokenizer="),
+    ({}, {}, without_weights, "neither model.safetensors nor"),
+]
+
+
+@pytest.mark.parametrize(("of_model", "of_run", "change", "words"), MISTAKES)
+def test_refused_by_name(tmp_path, tokenizer, of_model, of_run, change, words):
     directory, *_ = written(tmp_path, tiny_config(**of_model))
     if change:
         change(directory)
     with pytest.raises(UserError) as error:
         first_state(directory, tokenizer, **of_run)
-    assert str(error.value).startswith(f"config.train.init_from='{directory}': ") and words in str(
-        error.value
-    )
+    assert str(error.value).startswith(f"config.train.init_from='{directory}': ")
+    assert words in str(error.value)

@@ -14,6 +14,7 @@ import pytest
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.config.training import TrainConfig
+from aoe_jax.methods import find_method
 from aoe_jax.moe.balance import balance_loss
 from aoe_jax.planning.plan import abstract_batch
 from aoe_jax.training.load_statistics import load_spread
@@ -45,38 +46,27 @@ def new_state(config):
     return jax.jit(lambda: init_state(config, 0))()
 
 
-def shrunken(variant):
-    """A small twin of a configuration of the paper, its rank in proportion."""
+def shrunken(variant, **changes):
+    """A small twin of a configuration of the paper, its rank in proportion; with changes of groups,
+    `group={field: value}`.
+    """
     config = paper.get_config(variant)
     d_low = max(4, round(config.experts.d_low * 32 / config.model.d_model))
     for group, values in SMALL.items():
         config[group].update(values)
     config.experts.update(d_low=d_low, d_wide=None)
-    return Config.from_config_dict(config)
+    settings = Config.from_config_dict(config).to_dict()
+    for group, values in changes.items():
+        settings[group] |= values
+    return Config.from_config_dict(settings)
 
 
-def one_of_each_program():
-    """Variants whose small twins differ by more than a rank."""
-    configs = {variant: shrunken(variant) for variant in paper.VARIANTS}
-    alike = {}
-    for variant, config in configs.items():
-        experts = (
-            dataclasses.replace(config.experts, d_low=4) if config.experts.d_low else config.experts
-        )
-        alike.setdefault(repr((experts, config.routing, config.balance)), variant)
-    return list(alike.values())
+# Their small twins are those of other variants, but for a rank.
+ALIKE = ("aoe_r128", "aoe_r256", "aoe_r512", "moe_4b", "aoe_4b")
+ALIKE += ("aoe_r128_aux", "aoe_r256_aux", "aoe_r512_aux")
 
 
-def test_variants_that_differ_by_sizes_alone():
-    left_out = [variant for variant in paper.VARIANTS if variant not in one_of_each_program()]
-    assert left_out == [
-        *("aoe_r128", "aoe_r256", "aoe_r512"),
-        *("aoe_r128_aux", "aoe_r256_aux", "aoe_r512_aux"),
-        *("moe_4b", "aoe_4b"),
-    ]
-
-
-@pytest.mark.parametrize("variant", one_of_each_program())
+@pytest.mark.parametrize("variant", [name for name in paper.VARIANTS if name not in ALIKE])
 def test_every_program_of_the_paper_trains(variant):
     """Three steps; every gradient is finite and every parameter receives one."""
     config = shrunken(variant)
@@ -91,11 +81,10 @@ def test_every_program_of_the_paper_trains(variant):
             (gradient,) = optax.tree.get_all_with_path(state.opt_state, "mu")
     for path, moment in jax.tree_util.tree_leaves_with_path(gradient[1]):
         name = jax.tree_util.keystr(path)
-        stacked = moment.reshape(
-            *moment.shape[: 2 if "experts']['w_" in name and "router" not in name else 1], -1
-        )
+        n_axes = 2 if "experts']['w_" in name and "router" not in name else 1  # layer, expert
         # Tokens that do not occur in the batch have output gradients only.
         if "embedding" not in name:
+            stacked = moment.reshape(*moment.shape[:n_axes], -1)
             assert (np.abs(stacked).max(axis=-1) > 0).all(), name
     assert np.isfinite(losses).all() and losses[2] < losses[0]
     assert int(state.step) == 3
@@ -118,9 +107,8 @@ def test_losses_are_weighted_as_configured():
     batch, params = batch_of(), new_state(shrunken("aoe_r64_aux")).params
     values = []
     for aux, entropy in ((0.0, 0.0), (0.5, 0.25)):
-        settings = shrunken("aoe_r64_aux").to_dict()
-        settings["balance"] |= {"aux_weight": aux, "entropy_weight": entropy}
-        config = Config.from_config_dict(settings)
+        balance = {"aux_weight": aux, "entropy_weight": entropy}
+        config = shrunken("aoe_r64_aux", balance=balance)
         values.append(jax.jit(lambda: training_loss(config, params, {}, batch, None)[1])())
     plain, weighted = values
     np.testing.assert_allclose(plain["loss"], plain["nll"], rtol=1e-6)
@@ -132,23 +120,21 @@ def test_losses_are_weighted_as_configured():
 
 def test_z_loss_and_balance_of_each_sequence():
     """Weighted as configured; the gradient is the same however AoE scores."""
-    batch, params, found = batch_of(), new_state(shrunken("aoe_r64_aux")).params, {}
-    for score_gradient in ("sparse", "dense"):
-        settings = shrunken("aoe_r64_aux").to_dict()
-        settings["experts"] |= {"score_gradient": score_gradient}
-        settings["balance"] |= {"aux_weight": 0.5, "z_weight": 0.25, "aux_batch": "sequence"}
-        config = Config.from_config_dict(settings)
-        loss = jax.value_and_grad(
-            lambda p, c=config: training_loss(c, p, {}, batch, None), has_aux=True
-        )
-        (_, metrics), found[score_gradient] = jax.jit(loss)(params)
+    batch, params, found = batch_of(), new_state(shrunken("aoe_r64_aux")).params, []
+    balance = {"aux_weight": 0.5, "z_weight": 0.25, "aux_batch": "sequence"}
+    for kind in ("sparse", "dense"):
+        config = shrunken("aoe_r64_aux", balance=balance, experts={"score_gradient": kind})
+        loss = partial(training_loss, config)
+        gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (_, metrics), grads = gradient(params, {}, batch, None)
+        found.append(grads)
         weighted = 0.5 * metrics["aux_loss"] + 0.25 * metrics["z_loss"]
         np.testing.assert_allclose(metrics["loss"], metrics["nll"] + weighted, rtol=1e-5)
         of_batch = balance_loss(metrics["load"], metrics["stats"].mean_probability).mean()
         # Each sequence is less even than all together.
         assert 2 < float(of_batch) < float(metrics["aux_loss"]) < 4
         assert float(metrics["z_loss"]) > np.log(4) ** 2  # norms are never negative
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), *found.values())
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), *found)
 
 
 @cache
@@ -156,18 +142,13 @@ def loss_free(variant, accumulate=1):
     """`(config, step, first state)` of training with loss-free balancing, compiled once for all
     tests that need one.
     """
-    settings = shrunken(variant).to_dict()
-    settings["balance"] |= {"bias_rate": 0.1}
-    settings["train"] |= {"accumulate": accumulate}
-    config = Config.from_config_dict(settings)
+    config = shrunken(variant, balance={"bias_rate": 0.1}, train={"accumulate": accumulate})
     return config, jax.jit(make_train_step(config)), new_state(config)
 
 
 @pytest.mark.parametrize("variant", ["aoe_r64", "aoe_r64_aux", "moe_aux"])
 def test_loss_free_balancing(variant):
-    """The bias of each step comes of the load of the step before, in units of the spread; the batch
-    itself is unbiased.
-    """
+    """The load of a step changes the bias of the next one, in units of the spread of scores."""
     _, step, state = loss_free(variant)
     batch = batch_of()
     np.testing.assert_array_equal(state.routing_state["selection_bias"], np.zeros((2, 4)))
@@ -182,27 +163,9 @@ def test_loss_free_balancing(variant):
     assert np.mean(spreads[-5:]) < 0.7 * spreads[0]
 
 
-def accumulated(batch):
-    """`(state, metrics)` after a step with one micro-batch, and with four."""
-    for accumulate in (1, 4):
-        _, step, state = loss_free("aoe_r64", accumulate)
-        yield step(state, batch)
-
-
-def test_accumulation_is_the_mean_over_micro_batches():
-    states = list(accumulated(batch_of()))
-    np.testing.assert_allclose(states[0][1]["nll"], states[1][1]["nll"], rtol=1e-5)
-    np.testing.assert_allclose(states[0][1]["load"], states[1][1]["load"], rtol=1e-5)
-    moments = [jax.tree.leaves(state.opt_state) for state, _ in states]
-    for a, b in zip(*moments, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
-
-
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_step_that_is_not_finite_updates_nothing(accumulate):
-    """Loss, or gradient alone; the step counts, for the schedule too, and the next one is as
-    ever.
-    """
+    """The step counts, for the schedule too, and the next one updates again."""
     config, step, state = loss_free("aoe_r64", accumulate)
     batch = batch_of()
     first, metrics = step(state, batch)
@@ -223,35 +186,22 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
 
     third, metrics = step(second, batch)
     assert metrics["finite"] and int(third.skipped) == 1
-    np.testing.assert_allclose(
-        metrics["learning_rate"], learning_rate_schedule(config.train)(2), rtol=1e-6
-    )
-    assert any(
-        (a != b).any()
-        for a, b in zip(*map(jax.tree.leaves, (second.params, third.params)), strict=True)
-    )
+    rate = learning_rate_schedule(config.train)(2)
+    np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-6)
+    changed = jax.tree.map(lambda a, b: (a != b).any(), second.params, third.params)
+    assert any(jax.tree.leaves(changed))
 
 
 def test_gradient_that_overflows_updates_nothing():
-    """Where the loss is finite: the norm of a gradient of 1e20 in float32 is not."""
+    """The loss is finite, but the norm of a gradient of 1e20 in float32 is not."""
     _, step, state = loss_free("aoe_r64")
-    huge = batch_of() | {"weights": jnp.full((4, 24), 1.0)}
-    scaled = jax.tree_util.tree_map_with_path(
-        lambda path, a: (
-            a * 1e-22
-            if path[-1].key == "scale" and "final_norm" in jax.tree_util.keystr(path)
-            else a
-        ),
-        state.params,
-    )
-    scaled["embed"]["embedding"] = scaled["embed"]["embedding"] * 1e22
-    after, metrics = step(dataclasses.replace(state, params=scaled), huge)
-    assert (
-        np.isfinite(metrics["loss"])
-        and not np.isfinite(metrics["grad_norm"])
-        and not metrics["finite"]
-    )
-    np.testing.assert_array_equal(after.params["embed"]["embedding"], scaled["embed"]["embedding"])
+    params = dict(state.params)
+    params["embed"] = {"embedding": params["embed"]["embedding"] * 1e22}
+    params["final_norm"] = {"scale": params["final_norm"]["scale"] * 1e-22}
+    after, metrics = step(dataclasses.replace(state, params=params), batch_of())
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
+    assert not metrics["finite"]
+    np.testing.assert_array_equal(after.params["embed"]["embedding"], params["embed"]["embedding"])
 
 
 def masked_batch():
@@ -262,15 +212,11 @@ def masked_batch():
     return batch_of() | {"weights": weights}
 
 
-@pytest.mark.parametrize("variant", ["aoe_r64_aux", "aoe_expert_choice"])
-def test_masked_targets_are_no_padding(variant):
-    """They count in the statistics and take their places in expert choice as others do, but not in
-    the loss.
-    """
-    settings = shrunken("aoe_r64_aux").to_dict()
-    if variant == "aoe_expert_choice":
-        settings["routing"] = {"name": "expert_choice"}
-    config, params = Config.from_config_dict(settings), new_state(shrunken("aoe_r64_aux")).params
+@pytest.mark.parametrize("router", ["top_k", "expert_choice"])
+def test_masked_targets_are_no_padding(router):
+    """They count in the statistics and in expert choice as others do, but not in the loss."""
+    config = dataclasses.replace(shrunken("aoe_r64_aux"), routing=find_method(router)())
+    params = new_state(config).params
     whole, masked = batch_of(), masked_batch()
     loss = jax.jit(lambda batch: training_loss(config, params, {}, batch, None)[1])
     plain, with_mask = loss(whole), loss(masked)
@@ -281,37 +227,23 @@ def test_masked_targets_are_no_padding(variant):
         for i in np.flatnonzero(masked["weights"])
     ]
     np.testing.assert_allclose(with_mask["nll"], np.mean(nll), rtol=1e-5)
-    padded = loss(
-        whole | {"weights": masked["weights"], "segment_ids": masked["weights"].astype(np.int32)}
-    )
+    padded = loss(masked | {"segment_ids": masked["weights"].astype(np.int32)})
     assert not np.allclose(padded["load"], plain["load"], rtol=1e-3)
+
+
+def _of_load(shares, stats):
+    return 4 * (shares["load"] * stats.mean_probability).sum(axis=1).mean()
+
+
+def _of_first_choices(shares, stats):
+    return 4 * (shares["first_choices"] * stats.mean_probability).sum(axis=1).mean()
 
 
 # router -> the name of a balance loss, the field of its weight, and the loss by the shares of the
 # micro-batches so far.
 RUNNING = {
-    "top_k": (
-        "aux_loss",
-        "balance.aux_weight",
-        lambda shares, stats: 4 * (shares["load"] * stats.mean_probability).sum(axis=1).mean(),
-    ),
-    "gshard": (
-        "first_choice_loss",
-        "routing.aux_weight",
-        lambda shares, stats: (
-            4 * (shares["first_choices"] * stats.mean_probability).sum(axis=1).mean()
-        ),
-    ),
-    "dynmoe": (
-        "gate_balance",
-        "routing.balance_weight",
-        lambda shares, stats: (
-            4
-            * (shares["load"] / shares["served"][:, None] * stats.records["normalised_gates"])
-            .sum(axis=1)
-            .sum()
-        ),
-    ),
+    "top_k": ("aux_loss", "balance.aux_weight", _of_load),
+    "gshard": ("first_choice_loss", "routing.aux_weight", _of_first_choices),
 }
 
 
@@ -321,12 +253,11 @@ def test_balance_is_of_all_micro_batches_so_far(router):
     with gradients.
     """
     name, weight_field, value = RUNNING[router]
-    settings = shrunken("moe_aux").to_dict()
+    train = {"accumulate": 3, "batch_size": 6}
+    settings = shrunken("moe_aux", balance={"aux_weight": 0.0}, train=train).to_dict()
     settings["routing"] = {"name": router}
-    settings["balance"] |= {"aux_weight": 0.0}
-    settings["train"] |= {"accumulate": 3, "batch_size": 6}
     group, field = weight_field.split(".")
-    settings[group] |= {field: 0.5} | ({"loss_weight": 0.0} if router == "dynmoe" else {})
+    settings[group] |= {field: 0.5}
     config = Config.from_config_dict(settings)
     segment_ids = np.ones((6, 24), np.int32)
     segment_ids[1, 3:] = 0  # so that the second of three micro-batches has fewer tokens
@@ -362,10 +293,20 @@ def test_balance_is_of_all_micro_batches_so_far(router):
     assert abs(balance - alone) > 1e-4
 
 
-def test_accumulation_weighs_every_target_alike():
-    results = [metrics for _, metrics in accumulated(masked_batch())]
-    np.testing.assert_allclose(results[0]["nll"], results[1]["nll"], rtol=1e-5)
-    np.testing.assert_allclose(results[0]["grad_norm"], results[1]["grad_norm"], rtol=1e-4)
+@pytest.mark.parametrize("batch", [batch_of, masked_batch])
+def test_accumulation_is_the_mean_over_micro_batches(batch):
+    """Every target counts the same, whatever the weights."""
+    results = []
+    for accumulate in (1, 4):
+        _, step, state = loss_free("aoe_r64", accumulate)
+        results.append(step(state, batch()))
+    (one_state, one), (four_state, four) = results
+    np.testing.assert_allclose(one["nll"], four["nll"], rtol=1e-5)
+    np.testing.assert_allclose(one["load"], four["load"], rtol=1e-5)
+    np.testing.assert_allclose(one["grad_norm"], four["grad_norm"], rtol=1e-4)
+    moments = (jax.tree.leaves(state.opt_state) for state in (one_state, four_state))
+    for a, b in zip(*moments, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
 
 
 def of_experts(**weights):
@@ -376,19 +317,15 @@ def test_optimiser_is_the_papers():
     """Clip by global norm, then Adam with betas (0.9, 0.95) and decoupled decay on matrices only,
     by hand.
     """
-    config = TrainConfig(
-        steps=10, warmup=0.0, learning_rate=0.1, final_learning_rate=0.01, weight_decay=0.5
-    )
-    params = {
-        **of_experts(w_up=jnp.array([[3.0, -2.0]])),
-        "final_norm": {"scale": jnp.array([1.0])},
-        "embed": {"embedding": jnp.array([[4.0]])},
-    }
-    grads = {
-        **of_experts(w_up=jnp.array([[3.0, 4.0]])),
-        "final_norm": {"scale": jnp.array([12.0])},
-        "embed": {"embedding": jnp.array([[0.0]])},
-    }
+    rates = {"learning_rate": 0.1, "final_learning_rate": 0.01}
+    config = TrainConfig(steps=10, warmup=0.0, weight_decay=0.5, **rates)
+
+    def tree(up, scale, embedding):
+        rest = {"final_norm": {"scale": jnp.array([scale])}}
+        rest["embed"] = {"embedding": jnp.array([[embedding]])}
+        return of_experts(w_up=jnp.array([up])) | rest
+
+    params, grads = tree([3.0, -2.0], 1.0, 4.0), tree([3.0, 4.0], 12.0, 0.0)
     optimizer = make_optimizer(config, ExpertsConfig())
     state, m, v = optimizer.init(params), 0.0, 0.0
     want = np.array([[3.0, -2.0]])
@@ -405,12 +342,8 @@ def test_optimiser_is_the_papers():
 
 
 def test_routers_alone_in_the_first_steps():
-    """The others stay bit for bit, and know nothing of these steps: their moments start after
-    them.
-    """
-    settings = shrunken("moe_aux").to_dict()
-    settings["train"] |= {"router_steps": 2, "steps": 4}
-    config, batch = Config.from_config_dict(settings), batch_of()
+    """The others stay bit for bit, and their moments start after these steps."""
+    config, batch = shrunken("moe_aux", train={"router_steps": 2, "steps": 4}), batch_of()
     step, state = jax.jit(make_train_step(config)), new_state(config)
     for number in range(1, 5):
         before, (state, _) = state.params, step(state, batch)
@@ -454,23 +387,10 @@ def tree_at(tree, path):
     return np.asarray(tree)
 
 
-def test_without_router_steps_the_optimiser_is_as_ever():
-    """So that checkpoints of runs before there was such a setting can be read."""
-    config, params = TrainConfig(), of_experts(w_router=jnp.ones((2, 2)))
-    adam = optax.adamw(learning_rate_schedule(config), mask=decayed)
-    as_ever = optax.chain(optax.clip_by_global_norm(1.0), adam).init(params)
-    assert jax.tree.structure(
-        make_optimizer(config, ExpertsConfig()).init(params)
-    ) == jax.tree.structure(as_ever)
-
-
 def test_what_decays():
     params = jax.eval_shape(lambda: init_state(shrunken("aoe_r64"), 0)).params
-    flags = {
-        jax.tree_util.keystr(path): flag
-        for path, flag in jax.tree_util.tree_leaves_with_path(decayed(params))
-    }
-    assert {name for name, flag in flags.items() if not flag} == {
+    flags = jax.tree_util.tree_leaves_with_path(decayed(params))
+    assert {jax.tree_util.keystr(path) for path, flag in flags if not flag} == {
         "['embed']['embedding']",
         "['final_norm']['scale']",
         "['layers']['attention_norm']['scale']",
@@ -479,9 +399,6 @@ def test_what_decays():
 
 
 def test_schedule():
-    schedule = learning_rate_schedule(
-        TrainConfig(steps=100, warmup=0.1, learning_rate=1.0, final_learning_rate=0.1)
-    )
-    np.testing.assert_allclose(
-        [schedule(s) for s in (0, 5, 10, 55, 100)], [0, 0.5, 1, 0.55, 0.1], atol=1e-6
-    )
+    config = TrainConfig(steps=100, warmup=0.1, learning_rate=1.0, final_learning_rate=0.1)
+    rates = [learning_rate_schedule(config)(step) for step in (0, 5, 10, 55, 100)]
+    np.testing.assert_allclose(rates, [0, 0.5, 1, 0.55, 0.1], atol=1e-6)

@@ -10,19 +10,23 @@ Letters in shapes: see `aoe_jax/moe/__init__.py`.
 
 import logging
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib import import_module
 
 import jax
 import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
-from aoe_jax.model.attention.blocks import blocks_attention
 from aoe_jax.model.attention.cudnn import check as check_cudnn
-from aoe_jax.model.attention.cudnn import cudnn_attention
-from aoe_jax.model.attention.splash import splash_attention
 from aoe_jax.sharding import target_device
 
-BACKENDS = {"blocks": blocks_attention, "splash": splash_attention, "cudnn": cudnn_attention}
+
+def _import_and_attend(name, *arrays):
+    """Attention by the function `NAME_attention` of the module `NAME` beside this one."""
+    return getattr(import_module(f"{__name__}.{name}"), f"{name}_attention")(*arrays)
+
+
+BACKENDS = {name: partial(_import_and_attend, name) for name in ("blocks", "splash", "cudnn")}
 PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}  # others: all
 _WITHOUT_CUDNN = re.compile(r"\b(V100|T4|P100|P40|P4|K80|RTX 20\d0|GTX|TITAN|Quadro)\b")
 

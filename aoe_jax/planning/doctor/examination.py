@@ -18,7 +18,7 @@ from aoe_jax.planning import hardware
 from aoe_jax.planning.doctor import kernels, speed
 from aoe_jax.planning.doctor.steps import fitted, planned, run_steps, twins
 from aoe_jax.sharding import count_slices, make_mesh
-from aoe_jax.training.peaks import peak_flops_per_device
+from aoe_jax.training.devices import peak_flops_per_device
 
 MODELS = {"aoe": "AoE", "router": "MoE"}
 

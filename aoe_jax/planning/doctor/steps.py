@@ -14,7 +14,7 @@ from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.planning.hardware import GENERATIONS
 from aoe_jax.planning.plan import plan
 from aoe_jax.sharding import fill_mesh
-from aoe_jax.training.memory import device_memory
+from aoe_jax.training.devices import device_memory
 from aoe_jax.training.step_times import RepeatedStep
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def twins(config: Config):
 def run_steps(config: Config, peak):
     """Takes `STEPS` steps; `peak` are FLOPs per second of a device, for the MFU.
 
-    `step_seconds` is the median; `memory_bytes` are `memory.program_memory` and, where the backend
+    `step_seconds` is the median; `memory_bytes` are `devices.program_memory` and, where the backend
     counts it, the peak of this process; `finite` is whether every step was.
     """
     started = time.perf_counter()

@@ -1,0 +1,76 @@
+"""Devices: their published peaks, by which the model FLOPs utilisation (MFU) is measured, and their
+memory in bytes.
+"""
+
+import re
+from pathlib import Path
+
+import jax
+
+# Dense bfloat16 FLOPs per second of a chip, by `jax.Device.device_kind`. Names must match whole,
+# because other forms of a GPU have other peaks. `planning/hardware.py` names the sources.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA GH200 144G HBM3e": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+_STATUS = Path("/proc/self/status")
+
+
+def count_chips(devices):
+    """The number of chips; TPU devices with the same coordinates are one chip."""
+    if devices[0].platform != "tpu":
+        return len(devices)
+    return len({(getattr(d, "slice_index", None), *d.coords) for d in devices})
+
+
+def peak_flops_per_device(devices):
+    """Peak bfloat16 FLOPs per second of one of the devices, all of one kind; None if unknown."""
+    peak = PEAK_FLOPS.get(devices[0].device_kind)
+    return peak and peak * count_chips(devices) / len(devices)
+
+
+def host_memory():
+    """Resident memory of this process, now and at the peak; {} if the system is not Linux."""
+    if not _STATUS.exists():
+        return {}
+    kib = dict(re.findall(r"(\w+):\s+(\d+) kB", _STATUS.read_text()))
+    names = {"host_memory_bytes": "VmRSS", "host_memory_peak_bytes": "VmHWM"}
+    return {name: 1024 * int(kib[field]) for name, field in names.items()}
+
+
+def device_memory():
+    """Memory of this process's fullest device, now and at peak; {} if uncounted, as on CPU."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    names = {"device_memory_bytes": "bytes_in_use", "device_memory_peak_bytes": "peak_bytes_in_use"}
+    return {name: max(s[key] for s in stats) for name, key in names.items()} if all(stats) else {}
+
+
+def program_memory(state, step):
+    """Bytes on each device: `state_bytes` of an evenly split state and, by the compiler's count for
+    a step, `argument_bytes` (state and batch) and `temporary_bytes`.
+    """
+    analysis = step.memory_analysis()
+    return {
+        "state_bytes": sum(a.addressable_data(0).nbytes for a in jax.tree.leaves(state)),
+        "argument_bytes": analysis.argument_size_in_bytes,
+        "temporary_bytes": analysis.temp_size_in_bytes,
+    }

@@ -1,0 +1,85 @@
+"""Memory compared with other counts: of arrays, parameters, psutil, and the system."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import psutil
+import pytest
+
+from aoe_jax.model.counts import parameter_counts
+from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
+from aoe_jax.training.devices import device_memory, host_memory, program_memory
+from aoe_jax.training.step import new_state, train_step_on
+from aoe_jax.training.step_times import random_batch
+from tests.hasty import HASTY
+from tests.runs import ROOT, tiny_config
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_memory_of_a_device(fsdp, ragged):
+    """Parameters and two moments of four bytes each, split over `fsdp`, and little else; the
+    arguments also have the batch.
+    """
+    config = tiny_config(mesh__fsdp=fsdp, train__batch_size=8, data__document_mask=True)
+    config = fill_mesh(config, jax.device_count())
+    mesh, first = make_mesh(config, jax.devices()), jax.devices()[0]
+    with jax.set_mesh(mesh):
+        step, like = train_step_on(mesh, config)
+        state = new_state(config, like)
+        batch = put_batch(batch_sharding(mesh), random_batch(config))
+        step = step.lower(state, batch).compile()
+    memory = program_memory(state, step)
+    counted = 3 * 4 * parameter_counts(config).total / fsdp
+    assert 1 <= memory["state_bytes"] / counted < 1.02
+    shards = [s for a in jax.tree.leaves((state, batch)) for s in a.addressable_shards]
+    live = sum(shard.data.nbytes for shard in shards if shard.device == first)
+    assert memory["argument_bytes"] == pytest.approx(live, rel=0.02)
+    assert memory["temporary_bytes"] == step.memory_analysis().temp_size_in_bytes > 0
+
+
+def test_host_memory():
+    """The two counts are taken one after the other, so they differ a little."""
+    grown = np.ones(10**8 // 8)
+    memory, process = host_memory(), psutil.Process().memory_info()
+    assert memory["host_memory_bytes"] == pytest.approx(process.rss, rel=0.02)
+    peak = memory["host_memory_peak_bytes"]
+    assert peak >= memory["host_memory_bytes"] > grown.nbytes
+    del grown
+    assert host_memory()["host_memory_peak_bytes"] == pytest.approx(peak, rel=0.02)
+    assert device_memory() == {}  # CPUs have no count
+
+
+STEP_TAKES = """
+import json, jax, pathlib, time
+from aoe_jax.training.devices import host_memory
+from aoe_jax.training.step_times import RepeatedStep
+from benchmarks.timing import configuration
+model = {"n_layers": 1, "d_model": 64, "n_heads": 1, "vocab_size": 512, "unroll": 1}
+changes = {"model": model, "experts": {"d_ffn": 2048}, "train": {"batch_size": 64}}
+step, taken = RepeatedStep(configuration("dense", changes)), []
+for _ in range(5):
+    time.sleep(0.3)  # memory of the step before is given back a moment later
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = host_memory()["host_memory_bytes"]
+    jax.block_until_ready(step())
+    taken.append(host_memory()["host_memory_peak_bytes"] - before)
+print(json.dumps([step.memory["temporary_bytes"], max(taken[1:])]))
+"""
+
+
+def test_temporary_memory_is_what_a_step_takes():
+    """The peak of a process in a step over its memory before, for a model whose step needs half a
+    gigabyte.
+
+    The first step also takes memory that the process keeps; a later one may reuse the block of the
+    step before.
+    """
+    variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": HASTY, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", STEP_TAKES]
+    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    temporary, taken = json.loads(done.stdout)
+    assert temporary > 4e8 and taken == pytest.approx(temporary, rel=0.02)
