@@ -25,7 +25,7 @@ import numpy as np
 
 from aoe_jax.errors import UserError
 from aoe_jax.formats.tensor_files import Stored
-from aoe_jax.model.declared import declared_parameters
+from aoe_jax.model.declared import declared
 
 OWN = "aoe"  # the model_type of our own format
 _LAYER = "model.layers.{L}."
@@ -382,9 +382,10 @@ def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str,
     no such parameter.
     """
     n_dense = next((a.shape[0] for path, a in shapes.items() if path.startswith("dense_")), 0)
-    declared, found = declared_parameters(), {}
+    found = {}
     for path, a in shapes.items():
-        axes = declared[path].axes if path in declared else "n"  # of a state of routing
+        parameter = declared(path)
+        axes = parameter.axes if parameter else "n"  # of a state of routing
         rows = ARCHITECTURES[model_type].tensors.get(path)
         if model_type == OWN and not rows:
             group = "experts." if axes.startswith("n ") else ""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aoe_jax.errors import UserError
-from aoe_jax.model.declared import declared_parameters, state_shardings
+from aoe_jax.model.declared import declared, state_shardings
 from aoe_jax.model.decoder import Decoder, DecoderLayer, dense_layer, make_norm, output_projection
 from aoe_jax.model.vocabulary import embed, logits
 
@@ -46,11 +46,11 @@ def unstacked(decoder: Decoder, params, mesh):
 
     Parameters that are cast wherever they are used are in the dtype of computation.
     """
-    dtype, declared = jnp.dtype(decoder.model.dtype), declared_parameters()
+    dtype = jnp.dtype(decoder.model.dtype)
 
     def split(params):
         flat = flatten_dict(params, sep="/")
-        flat = {path: a.astype(dtype) if declared[path].cast else a for path, a in flat.items()}
+        flat = {path: a.astype(dtype) if declared(path).cast else a for path, a in flat.items()}
         params = unflatten_dict(flat, sep="/")
         for name, n_layers in _stacks(decoder.model):
             layers = params.pop(f"{name}s")

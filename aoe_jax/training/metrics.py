@@ -6,6 +6,7 @@ Every `train.log_every` steps they go to the log, as one readable line, and to t
 
 import contextlib
 import logging
+import sys
 import time
 from collections import Counter
 from datetime import timedelta
@@ -80,13 +81,15 @@ class Metrics:
         """Opens the files of the run, in one process. `check()` is called before each line is
         written, and raises if the files belong to another process. `wandb` is a project or None.
         """
-        from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb
+        from aoe_jax.training.writers import Bar, JsonLines, TensorBoard, Wandb
 
         self._check = check
         self._lines = JsonLines(self._folder / "metrics.jsonl", self._progress.metrics_bytes)
         writers = [self._lines]
         with Tolerated(TensorBoard.name):
             writers.append(TensorBoard(self._folder / "tensorboard", self._start_step))
+        if sys.stderr.isatty():
+            writers.append(Bar(self._start_step, self._config.train.steps))
         if wandb is not None:
             try:
                 writers.append(Wandb(self._folder, wandb, self._config.to_dict()))

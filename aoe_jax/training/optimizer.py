@@ -5,7 +5,7 @@ from flax.traverse_util import path_aware_map
 
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.training import TrainConfig
-from aoe_jax.model.declared import declared_parameters
+from aoe_jax.model.declared import declared
 
 
 def learning_rate_schedule(config: TrainConfig):
@@ -17,8 +17,7 @@ def learning_rate_schedule(config: TrainConfig):
 
 def decayed(params):
     """A tree of bools: which parameters decay, as they are declared in `aoe_jax.parameters`."""
-    declared = declared_parameters()
-    return path_aware_map(lambda path, _: declared["/".join(path)].decays, params)
+    return path_aware_map(lambda path, _: declared("/".join(path)).decays, params)
 
 
 def no_routers(params):

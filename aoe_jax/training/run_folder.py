@@ -153,13 +153,20 @@ def check_config(workdir: Path, config: Config, has_begun=True):
 
 
 def check_history(workdir: Path, steps):
-    """Raises `UserError` if `config.json`, `data.json` or checkpoints of the run are missing.
+    """Raises `UserError` if checkpoints, `config.json` or `data.json` of the run are missing.
     `steps` are the complete checkpoints; one that was set aside as damaged is not missing.
     """
     if steps and (missing := [n for n in _IDENTITY if not (workdir / n).exists()]):
         raise UserError(
             f"--workdir={workdir} has checkpoints but no {missing[0]}, so they may be of another "
             "run. Bring it back; or --start-over begins anew, and moves them to set_aside/"
+        )
+    metrics = workdir / "metrics.jsonl"
+    lacks_all = not steps and not (workdir / "heartbeat.json").exists()
+    if lacks_all and metrics.exists() and metrics.stat().st_size:
+        raise UserError(
+            f"--workdir={workdir}: metrics.jsonl has steps of a run, but checkpoints/ has none. "
+            "Bring them back; or --start-over begins anew, and moves the file to set_aside/"
         )
     newest, damaged = max(steps, default=0), workdir / DAMAGED
     saved = read_heartbeat(workdir)["saved"] or 0

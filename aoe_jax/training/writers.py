@@ -1,4 +1,4 @@
-"""Writers of a run's metrics: `metrics.jsonl`, TensorBoard, Weights & Biases.
+"""Writers of a run's metrics: `metrics.jsonl`, TensorBoard, a progress bar, Weights & Biases.
 
 `write(step, group, scalars, layers, experts)` takes the metrics of one step: `group` is `train` or
 `validation`, `scalars` maps names to numbers, `layers` names to arrays `[L]`, and `experts` names
@@ -6,6 +6,7 @@ to arrays `[L, n]` (L layers, n experts). Only TensorBoard keeps the last, as hi
 writes what is left.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -17,6 +18,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from aoe_jax.errors import UserError
 from aoe_jax.storage.files import TEXT, finite, read_json, write_json
@@ -136,6 +139,27 @@ class TensorBoard:
 
     def close(self):
         self._events.close()
+
+
+class Bar:
+    """The last line of a terminal: step, time left, loss and speed; the log is above it."""
+
+    name = "the progress bar"
+
+    def __init__(self, first_step, steps):
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(logging_redirect_tqdm([logging.getLogger("aoe_jax")]))
+        bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
+        self._bar = self._held.enter_context(bar)
+
+    def write(self, step, group, scalars, layers, experts):
+        if group == "train":
+            self._bar.update(step - self._bar.n)
+            speed = f"{scalars['tokens_per_second']:,.0f}"
+            self._bar.set_postfix({"loss": f"{scalars['loss']:.4f}", "tokens/s": speed})
+
+    def close(self):
+        self._held.close()
 
 
 class Wandb:

@@ -195,3 +195,12 @@ def test_changed_text_is_refused(workdir, tmp_path):
     for others in (["other text"], ["some text", "other text"]):
         with pytest.raises(UserError, match=words):
             check_data(workdir, corpus_of(tmp_path, *others))
+
+
+def test_metrics_of_a_run_whose_other_files_are_gone(workdir):
+    """A run that was killed before its first checkpoint has a heartbeat, and may begin again."""
+    (workdir / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl has steps of a run, but checkpoints/ has"):
+        check_history(workdir, [])
+    (workdir / "heartbeat.json").write_text('{"saved": null}')
+    check_history(workdir, [])

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import re
 import shutil
 import sys
@@ -12,7 +13,7 @@ import pytest
 from aoe_jax.errors import UserError
 from aoe_jax.training.checkpoint import Progress
 from aoe_jax.training.metrics import Metrics
-from aoe_jax.training.writers import JsonLines, Wandb
+from aoe_jax.training.writers import Bar, JsonLines, Wandb
 from tests.in_process import call
 from tests.runs import finish, finished_run, read_metrics, start, tiny_config, train_command
 
@@ -138,3 +139,12 @@ def test_wandb_offline(tmp_path):
             pattern = rf"{name}.{{1,8}}{re.escape(json.dumps(value))}"
             assert re.search(pattern.encode(), sent, re.DOTALL), name
         assert b"experts/load_entropy/layer_1" in sent and b"validation/nll" in sent
+
+
+def test_the_bar_is_below_the_log(capsys):
+    bar = Bar(3, 50)
+    bar.write(5, "train", {"loss": 5.4321, "tokens_per_second": 12345.6}, {}, {})
+    logging.getLogger("aoe_jax").info("a line of the log")
+    bar.close()
+    written = capsys.readouterr().err
+    assert re.search(r"5/50 .*loss=5.4321, tokens/s=12,346", written), written
