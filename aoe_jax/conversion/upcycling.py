@@ -25,27 +25,23 @@ that of the dense layer's matrix, for `w_down` of the one that is multiplied by 
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
-import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.conversion.calibration import calibration_batches, mean_nll
+from aoe_jax.conversion.exporting import in_words, write_report, write_result
 from aoe_jax.conversion.scoring_neurons import in_front
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model, source_config
-from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.loading import ModelReader, is_model, is_of_run, parameter_shapes, read_step
-from aoe_jax.formats.model_card import made_of, write_card
-from aoe_jax.formats.tokenizer_files import write_tokenizer
-from aoe_jax.formats.writing import new_directory, write_model, write_run
+from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.moe.routing import TopK
-from aoe_jax.storage.files import write_json
 
 _EXPERTS = "layers/experts/"
 _NEURONS = {"w_gate": 1, "w_up": 1, "w_down": 0}  # the axis of neurons in a dense layer
@@ -125,9 +121,8 @@ class Upcycling:
         n_copies, g = self.n_experts // self.granularity, self.granularity
         ranked = np.argsort(-np.square(w_gate.astype(np.float32)).sum(axis=0), kind="stable")
         in_pieces = [ranked[piece::g] for piece in range(g)]
-        own = [
-            np.arange(c, n_copies * (self.score_neurons or 0), n_copies) for c in range(n_copies)
-        ]
+        n_scoring = n_copies * (self.score_neurons or 0)
+        own = [np.arange(c, n_scoring, n_copies) for c in range(n_copies)]
         return np.stack([of[in_front(first, len(of))] for first in own for of in in_pieces])
 
 
@@ -151,29 +146,23 @@ def upcycle(
     config = form.config(dense, checkpoint)
     is_measured = is_of_run(checkpoint) or data is not None
     report = {name: value for name, value in dataclasses.asdict(form).items() if value is not None}
-    with new_directory(output) as partial_output:
+    with new_directory(output) as directory:
         if is_measured:
             model = load_model(checkpoint, mesh=mesh)
             _, held_out = calibration_batches(model, checkpoint, data, n_tokens, form.seed)
             before = mean_nll(model, held_out)
         if is_run:
-            read, step = _of_run(model), model.step
+            read, step = parameters_of(model.params)[1], model.step
         else:
             read, step = ModelReader(checkpoint, dense).layer, read_step(checkpoint)
-        special = write_tokenizer(checkpoint, partial_output, config.model.max_len)
-        dtype = read("embed/embedding", None).dtype.name
-        values = to_json(config) | special | {"torch_dtype": dtype}
-        write_model(partial_output, values, parameter_shapes(config), _upcycled(read, form))
-        write_run(partial_output, checkpoint, step, config)
+        shapes, parameter = parameter_shapes(config), _upcycled(read, form)
+        write_result(directory, checkpoint, step, config, shapes, parameter)
         if is_measured:
-            del model, read  # before another one is loaded
-            after = mean_nll(load_model(partial_output, mesh=mesh), held_out)
+            del model, read, parameter  # before another one is loaded
+            after = mean_nll(load_model(directory, mesh=mesh), held_out)
             report["nll"] = {"before": before, "after": after}
-        write_json(partial_output / "convert.json", report)
-        command = f"python -m aoe_jax.convert --upcycle={form.kind}"
         result = f"dense layers became experts; {upcycle_summary(report)}"
-        origin = made_of(checkpoint, step, command, result, "convert.json")
-        write_card(partial_output, output.name, values, config, origin)
+        write_report(directory, checkpoint, step, config, "convert", report, result)
     return report
 
 
@@ -181,29 +170,19 @@ def upcycle_summary(report):
     """The report of `upcycle` as a line of text."""
     experts = f"{report['top_k']} of {report['n_experts']} experts of granularity"
     text = f"{report['kind']}: {experts} {report['granularity']}"
-    if "nll" not in report:
-        return text
-    return f"{text}; nll: {report['nll']['before']:.4f} before, {report['nll']['after']:.4f} after"
-
-
-def _of_run(model):
-    arrays = flatten_dict(model.params, sep="/")
-
-    def read(path, layer):
-        return np.asarray(jax.device_get(arrays[path] if layer is None else arrays[path][layer]))
-
-    return read
+    return f"{text}; {in_words(report['nll'])}" if "nll" in report else text
 
 
 def _upcycled(read, form):
     """A function for `write_model`; it holds the experts of one layer."""
-    experts = {}
+
+    @functools.lru_cache(maxsize=1)
+    def experts(layer):
+        return form.experts(layer, {name: read(_EXPERTS + name, layer) for name in _NEURONS})
 
     def parameter(path, layer):
-        if not path.startswith(_EXPERTS):
-            return read(path, layer)
-        if not experts:
-            experts.update(form.experts(layer, {n: read(_EXPERTS + n, layer) for n in _NEURONS}))
-        return experts.pop(path.removeprefix(_EXPERTS))
+        if path.startswith(_EXPERTS):
+            return experts(layer)[path.removeprefix(_EXPERTS)]
+        return read(path, layer)
 
     return parameter

@@ -315,23 +315,23 @@ NOT_IMPLEMENTED = {
 
 
 class Layout:
-    """The tensors of a row of a table, for a parameter of known shape.
+    """How the tensors of a row of a table store a parameter of known shape.
 
-    `sizes` has the parameter's sizes by axis, L for layers, `shape` is that of a tensor, and
-    `first` the name of the first one.
+    `whole` has `(0, size)` for every axis of the parameter (L: layers), `shape` is that of a
+    tensor, and `first` the name of the first one.
     """
 
     def __init__(
         self, axes: str, shape: tuple[int, ...], name: str, stored: str = "", first_layer: int = 0
     ):
-        """Takes the parameter's declared axes, of which the first may be missing, as in a dense
-        layer; its shape with the axis of layers; the row; and the number in files of its first
-        layer.
+        """`axes` are the parameter's declared ones, `shape` is its shape with the axis of layers,
+        `name` and `stored` are the row, and `first_layer` is the number of its first layer in
+        files.
         """
-        self._first_layer = first_layer
+        self._name, self._first_layer = name, first_layer
         axes, layers = axes.split(), ["L"] if "{L}" in name else []
-        axes = layers + axes[len(layers) + len(axes) - len(shape) :]
-        self._name, self.sizes = name, dict(zip(axes, shape, strict=True))
+        axes = layers + axes[len(layers) + len(axes) - len(shape) :]  # a dense layer has no axis n
+        self.whole = {axis: (0, size) for axis, size in zip(axes, shape, strict=True)}
         self._named = [axis for axis in axes if f"{{{axis}}}" in name]
         self._axes = axes[len(self._named) :]
         # For each axis of a tensor: the axes in it, which piece of it they are, and of how many.
@@ -341,29 +341,27 @@ class Layout:
             self._groups = [(list(names), int(n or 0), 2 if n else 1) for names, _, n in parts]
         self._order = [axis for group, _, _ in self._groups for axis in group]
         self.shape = tuple(self._size(group) * count for group, _, count in self._groups)
-        self.first = next(self.tensors())[0]
+        self.first = name.format(L=first_layer, n=0)
 
     def _size(self, axes):
-        return math.prod(self.sizes[axis] for axis in axes)
+        return math.prod(self.whole[axis][1] for axis in axes)
 
-    def tensors(self, bounds: dict | None = None) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yields the tensors that store a part of the parameter, and their index in the part.
-
-        `bounds` has `(first, end)` of the part by axis; all of an axis that it lacks.
+    def tensors(self, bounds: dict[str, tuple[int, int]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yields the names of the tensors that store the part of the parameter between `bounds`,
+        `(first, end)` by axis, and their index in the part.
         """
-        bounds = {axis: (0, size) for axis, size in self.sizes.items()} | (bounds or {})
-        for numbers in _product([range(*bounds[axis]) for axis in self._named]):
-            at = dict(zip(self._named, numbers, strict=True))
-            index = tuple(at[axis] - bounds[axis][0] for axis in at)
-            if "L" in at:
-                at["L"] += self._first_layer
-            yield self._name.format(**at), index
+        layers, experts = (range(*bounds[a]) if a in self._named else (0,) for a in ("L", "n"))
+        for layer in layers:
+            for expert in experts:
+                at = {"L": layer, "n": expert}
+                index = tuple(at[axis] - bounds[axis][0] for axis in self._named)
+                yield self._name.format(L=layer + self._first_layer, n=expert), index
 
     def read(self, tensor: Stored, bounds: dict[str, tuple[int, int]]) -> np.ndarray:
         """The share of a tensor in the part of the parameter between `bounds`."""
         slices = []
         for (outer, *inner), piece, _ in self._groups:
-            offset, unit = piece * self.sizes[outer], self._size(inner)
+            offset, unit = piece * self._size([outer]), self._size(inner)
             slices.append(slice(*(unit * (offset + bound) for bound in bounds[outer])))
         sizes = [bounds[axis][1] - bounds[axis][0] for axis in self._order]
         part = tensor.read(slices).reshape(sizes)
@@ -395,13 +393,3 @@ def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str,
         known = [Layout(axes, a.shape, *row, first_layer=first_layer) for row in rows]
         found[path] = next((one for one in known if one.first in names), known[0])
     return found
-
-
-def _product(ranges):
-    """Like `itertools.product`, without listing the ranges: those of a foreign file can be long."""
-    if not ranges:
-        yield ()
-        return
-    for number in ranges[0]:
-        for others in _product(ranges[1:]):
-            yield number, *others

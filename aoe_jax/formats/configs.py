@@ -81,7 +81,9 @@ def from_json(values: dict):
     config = Config.from_config_dict(groups)
     if not has_groups:
         _check_attention(values, config.model)
-        config = _with_llama3_factors(values, config)
+        factors = _rope_factors(values, config.model)
+        model = dataclasses.replace(config.model, rope_factors=factors)
+        config = dataclasses.replace(config, model=model)
     with contextlib.suppress(UserError):  # the method may need longer sequences
         window = dataclasses.replace(config.data, seq_len=min(WINDOW, config.model.max_len))
         return dataclasses.replace(config, data=window)
@@ -106,33 +108,23 @@ def _hub_fields(values):
         fields[sets] = given[field]
     if name == OWN and fields["experts.score_neurons"] is None:
         fields["experts.d_wide"] = fields.pop("experts.d_ffn")
-    if "first_k_dense_replace" in architecture.fields:
-        fields |= _from_number_of_layers(fields)
+    if "first_k_dense_replace" in architecture.fields:  # config.json counts all layers
+        n_layers, n_dense = fields["model.n_layers"], fields["model.n_dense_layers"]
+        are_counts = COUNT.holds(n_layers) and COUNT.holds(n_dense)
+        wanted = f"must be a whole number below num_hidden_layers={shown(n_layers)}"
+        is_right = are_counts and n_dense < n_layers
+        _require(is_right, f"first_k_dense_replace={shown(n_dense)}: {wanted}")
+        fields["model.n_layers"] = n_layers - n_dense
+        fields["model.d_dense"] = fields["model.d_dense"] if n_dense else None
     if "n_shared_experts" in architecture.fields:
-        fields |= _from_shared_experts(fields)
+        n_shared, width = fields["experts.d_shared"], fields["experts.d_ffn"]
+        is_right = COUNT.holds(n_shared) and n_shared > 0
+        _require(is_right, f"n_shared_experts={shown(n_shared)}: must be a number from 1")
+        _require(COUNT.holds(width), f"moe_intermediate_size={shown(width)}: must be a number")
+        fields["experts.d_shared"] = n_shared * width
     if type(fields.get("model.qk_norm")) is bool:
         fields["model.qk_norm"] = "head" if fields["model.qk_norm"] else "none"
     return fields | _rotary_fields(values)
-
-
-def _from_number_of_layers(fields):
-    """Numbers of layers with and without experts, from a config.json that counts all layers."""
-    n_layers, n_dense = fields["model.n_layers"], fields["model.n_dense_layers"]
-    are_counts = COUNT.holds(n_layers) and COUNT.holds(n_dense)
-    wanted = f"must be a whole number below num_hidden_layers={shown(n_layers)}"
-    is_right = are_counts and n_dense < n_layers
-    _require(is_right, f"first_k_dense_replace={shown(n_dense)}: {wanted}")
-    found = {"model.n_layers": n_layers - n_dense}
-    return found if n_dense else found | {"model.d_dense": None}
-
-
-def _from_shared_experts(fields):
-    """The width of the shared expert, from a config.json that has a number of shared experts."""
-    n_shared, width = fields["experts.d_shared"], fields["experts.d_ffn"]
-    is_right = COUNT.holds(n_shared) and n_shared > 0
-    _require(is_right, f"n_shared_experts={shown(n_shared)}: must be a number from 1")
-    _require(COUNT.holds(width), f"moe_intermediate_size={shown(width)}: must be a number")
-    return {"experts.d_shared": n_shared * width}
 
 
 def _check_attention(values, model):
@@ -181,34 +173,28 @@ def _rotary_fields(values):
     share = setting("partial_rotary_factor", architecture.rope_share)
     is_known = "partial_rotary_factor" in architecture.fields or share == 1
     _require(is_known, f"partial_rotary_factor={shown(share)} is not implemented; only 1 is")
-    fields = {"model.rope_base": setting("rope_theta", architecture.rope_theta)}
-    fields["model.rope_share"] = share
-    if kind == "longrope":
-        fields["model.rope_factors"] = _longrope_factors(setting)
-    return fields
+    theta = setting("rope_theta", architecture.rope_theta)
+    return {"model.rope_base": theta, "model.rope_share": share}
 
 
-def _longrope_factors(setting):
-    """The rotary factors of a `config.json` with the LongRoPE that `_rope_scaling` writes."""
-    factors, long, scale = map(setting, ("short_factor", "long_factor", "attention_factor"))
-    are_numbers = isinstance(factors, list) and all(map(NUMBER.holds, factors))
-    _require(are_numbers, f"short_factor={shown(factors)}: must be a list of numbers")
-    wanted = "is not implemented; only factors equal to short_factor are"
-    _require(long == factors, f"long_factor={shown(long)} {wanted}")
-    _require(scale == 1, f"attention_factor={shown(scale)} is not implemented; only 1 is")
-    return tuple(map(float, factors))
+def _rope_factors(values, model):
+    """The rotary factors of the LongRoPE that `_rope_scaling` writes, or of Llama 3.1; else none.
 
-
-def _with_llama3_factors(values, config):
-    """`config` with the rotary factors of Llama 3.1, if it has them.
-
-    A frequency that turns fewer than `low_freq_factor` times in the length of pretraining is
-    divided by `factor`, one that turns more than `high_freq_factor` times by 1; between them
-    the reciprocal of the divisor is linear in the number of turns.
+    In Llama 3.1, a frequency that turns fewer than `low_freq_factor` times in the length of
+    pretraining is divided by `factor`, one that turns more than `high_freq_factor` times by 1;
+    between them the reciprocal of the divisor is linear in the number of turns.
     """
     kind, setting = _rotary_settings(values)
+    if kind == "longrope":
+        factors, long, scale = map(setting, ("short_factor", "long_factor", "attention_factor"))
+        are_numbers = isinstance(factors, list) and all(map(NUMBER.holds, factors))
+        _require(are_numbers, f"short_factor={shown(factors)}: must be a list of numbers")
+        wanted = "is not implemented; only factors equal to short_factor are"
+        _require(long == factors, f"long_factor={shown(long)} {wanted}")
+        _require(scale == 1, f"attention_factor={shown(scale)} is not implemented; only 1 is")
+        return tuple(map(float, factors))
     if kind != "llama3":
-        return config
+        return model.rope_factors
     names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
     found = [setting(name) for name in names]
     for name, value in zip(names, found, strict=True):
@@ -217,12 +203,10 @@ def _with_llama3_factors(values, config):
         _require(is_right, f"{name}={shown(value)}: {wanted}")
     factor, low, high, length = found
     _require(low < high, f"low_freq_factor={low} must be below high_freq_factor={high}")
-    model = config.model
     half = model.head_width // 2
     turns = length / (2 * np.pi) * model.rope_base ** (-np.arange(half) / half)
     share = np.clip((turns - low) / (high - low), 0, 1)
-    factors = tuple((1 / (share + (1 - share) / factor)).tolist())
-    return dataclasses.replace(config, model=dataclasses.replace(model, rope_factors=factors))
+    return tuple((1 / (share + (1 - share) / factor)).tolist())
 
 
 def to_json(config: Config, routing_state=()):

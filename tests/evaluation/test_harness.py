@@ -14,7 +14,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.evaluation.harness import HarnessModel
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.tokenizer_files import write_tokenizer
-from aoe_jax.formats.writing import write_arrays
+from aoe_jax.formats.writing import parameters_of, write_model
 from tests.evaluation.models import make_config, make_model, plain_scores
 from tests.evaluation.public_tasks import known_model
 
@@ -64,7 +64,7 @@ def hf_backend(folder):
     values = to_json(model.config) | write_tokenizer(
         folder, folder / "model", model.config.model.max_len
     )
-    write_arrays(folder / "model", values, model.params, {}, "float32")
+    write_model(folder / "model", values, *parameters_of(model.params, {}, "float32"))
     return HFLM(
         str(folder / "model"), backend="causal", device="cpu", dtype="float32", batch_size=4
     )
