@@ -17,9 +17,9 @@ from aoe_jax.conversion.exporting import in_words, write_report, write_result
 from aoe_jax.conversion.observations import observations
 from aoe_jax.conversion.scoring_neurons import agreement, in_front, telling_neurons
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.models import load_model
-from aoe_jax.formats.loading import ModelReader, parameter_shapes, read_config, read_step
-from aoe_jax.formats.writing import new_directory
+from aoe_jax.evaluation.models import load_model, source_config
+from aoe_jax.formats.loading import parameter_shapes
+from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.moe.routing import TopK
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,8 @@ def convert(
 ):
     """Writes the AoE of a router MoE to `output`, which appears only once it is complete.
 
-    The arguments are the flags of `aoe_jax.convert`. Writing holds the experts of one layer and one
-    file in memory; calibration holds the model. Raises `UserError` if the checkpoint or the text
-    cannot be read, or the model cannot be converted.
+    The arguments are the flags of `aoe_jax.convert`. Raises `UserError` if the checkpoint or the
+    text cannot be read, or the model cannot be converted.
 
     Returns the content of `convert.json` in `output`: the form; of factors `energy_kept`, the share
     of the squares of W_gate that they keep, for each expert and in the mean; with `score_neurons`
@@ -54,38 +53,42 @@ def convert(
     router's experts that the scores choose as well: `mean`, `layers` and `chance`, that of a random
     choice.
     """
-    config = read_config(checkpoint)
+    config = source_config(checkpoint)
     converted = _converted(config, checkpoint, d_low, score_neurons, score)
-    reader, step = ModelReader(checkpoint, config), read_step(checkpoint)
-    if "selection_bias" in reader.routing_state:
-        log.warning(
-            "the selection bias of loss-free balancing is dropped with the router, because it was "
-            "made for the router's logits"
-        )
-    if config.routing.name == "sparsemixer":
-        log.warning(
-            "routing.name='sparsemixer' needs logits around 0; the converted AoE uses 'top_k'"
-        )
     with new_directory(output) as directory:
+        model = load_model(checkpoint, mesh=mesh)
+        step, shapes, (_, read) = (
+            model.step,
+            parameter_shapes(converted),
+            parameters_of(model.params),
+        )
+        if "selection_bias" in model.routing_state:
+            log.warning(
+                "the selection bias of loss-free balancing is dropped with the router, because it "
+                "was made for the router's logits"
+            )
+        if config.routing.name == "sparsemixer":
+            log.warning(
+                "routing.name='sparsemixer' needs logits around 0; the converted AoE uses 'top_k'"
+            )
         is_calibrated = score_neurons is not None or data is not None
         if is_calibrated:
-            model = load_model(checkpoint, mesh=mesh)
             calibration, held_out = calibration_batches(model, checkpoint, data, n_tokens, seed)
         if score_neurons is None:
             report = {"d_low": d_low, "d_wide": converted.experts.d_wide}
             form, energy = f"gates factorised with rank {d_low} score", []
-            parameter = _factorised(reader, d_low, energy)
+            parameter = _factorised(read, d_low, energy)
         else:
             report = {"score_neurons": score_neurons, "score": score}
             form = f"the first {score_neurons} neurons of its experts score"
-            parameter = _reordered(reader, _observed(model, calibration), score_neurons, score)
+            parameter = _reordered(read, _observed(model, calibration), score_neurons, score)
         shapes = parameter_shapes(converted)
         write_result(directory, checkpoint, step, converted, shapes, parameter)
         if score_neurons is None:
             report["energy_kept"] = {"mean": float(np.mean(energy)), "layers": energy}
         if is_calibrated:
             before, observed = mean_nll(model, held_out), _observed(model, held_out)
-            del model  # before another one is loaded
+            del model, read, parameter  # before another one is loaded
             model = load_model(directory, mesh=mesh)
             experts = model.params["layers"]["experts"]
             w_score = experts.get("w_gate_down")
@@ -119,40 +122,39 @@ def _observed(model, batches):
     return tuple(np.concatenate(arrays, axis=1) for arrays in of_batches)
 
 
-def _factorised(reader, d_low, energy):
+def _factorised(read, d_low, energy):
     """A function for `write_model`, which factorises gates, and appends the energy that the
     factors of a layer's experts keep.
     """
 
     @functools.lru_cache(maxsize=1)
     def factors(layer):
-        w_gate = _read_finite(reader, _GATE, layer)
+        w_gate = read(_GATE, layer)
         *matrices, kept = _factorise(w_gate, d_low)
         energy.append(kept.tolist())
         return {path: a.astype(w_gate.dtype) for path, a in zip(_FACTORS, matrices, strict=True)}
 
     def parameter(path, layer):
-        return factors(layer)[path] if path in _FACTORS else _read_finite(reader, path, layer)
+        return factors(layer)[path] if path in _FACTORS else read(path, layer)
 
     return parameter
 
 
-def _reordered(reader, observed, count, score):
+def _reordered(read, observed, count, score):
     """A function for `write_model`, which puts the neurons that score in front."""
 
     @functools.lru_cache(maxsize=1)
     def order(layer):  # [n, f]
         logits, chosen, x = (a[layer] for a in observed)
-        w_gate = _read_finite(reader, _GATE, layer)
+        w_gate = read(_GATE, layer)
         neurons = telling_neurons(x, logits, chosen, w_gate, count, score)
         return np.stack([in_front(own, w_gate.shape[-1]) for own in neurons])
 
     def parameter(path, layer):
-        array = _read_finite(reader, path, layer)
         if path not in _NEURONS:
-            return array
+            return read(path, layer)
         axis = _NEURONS[path]
-        return np.take_along_axis(array, np.expand_dims(order(layer), -3 - axis), axis)
+        return np.take_along_axis(read(path, layer), np.expand_dims(order(layer), -3 - axis), axis)
 
     return parameter
 
@@ -186,14 +188,6 @@ def _converted(config: Config, checkpoint, d_low, score_neurons, score):
         train=dataclasses.replace(config.train, router_steps=0, scoring_rate=1.0),
         mesh=MeshConfig(),
     )
-
-
-def _read_finite(reader, path, layer):
-    array = reader.layer(path, layer)
-    if not np.isfinite(array.astype(np.float32)).all():  # faster than in bfloat16
-        where = path if layer is None else f"{path} of layer {layer}"
-        raise UserError(f"--checkpoint: {where} is not finite; the model is damaged")
-    return array
 
 
 def _factorise(w_gate, rank):

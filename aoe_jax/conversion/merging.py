@@ -9,25 +9,20 @@ paper:
   by the permutation of hidden units that brings their weights nearest, and averaged with their
   loads as weights.
 - `frequency_merge`. The D experts with the largest loads are centres, and each other expert joins
-  the centre most similar to it by S; merged like above.
+  the centre most similar to it by S; they are merged like above.
 - `greedy`. The D experts with the largest loads stay, others are dropped.
 
 The scores of a router MoE are its logits, and its router is drawn anew, to be trained alone first
 (`train.router_steps`). Only `greedy` keeps the router's columns of its experts, which the paper
-does not mention.
+does not mention. All layers get D experts, because layers are scanned and have equal shapes; the
+paper leaves out the first layer. Signs that w_up and w_down of a hidden unit could share are not
+aligned.
 
 AoE is not in the paper. Its scores are norms, far from 0, so cosines are of centred norms. The low
 rank of w_gate_down and w_gate_up is aligned too, by a rotation (Procrustes) in turn with the
 permutation, twice. An average has smaller norms than its members, so w_gate_down of a merged expert
 is scaled to the mean Frobenius norm of its members, and w_gate_up by the inverse, which keeps its
-output. There is no router to draw anew.
-
-Differences from the paper: all layers get D experts, for layers are scanned and have equal shapes,
-where the paper leaves out the first layer. Signs that w_up and w_down of a hidden unit could share
-are not aligned. MC-SMoE, another baseline, is left out.
-
-Cost: a forward pass over the tokens. Merging an expert takes `O(f^2 d)`, and up to `O(f^3)` to
-assign its f hidden units.
+output.
 
 L layers, Z experts of each, D clusters, d model width. An expert is a dictionary of arrays:
 `w_up [d, f]`, `w_down [f, d]`, and `w_gate [d, f]` or, with a factorised gate, `w_gate_down [d, r]`
@@ -132,11 +127,9 @@ def find_clusters(method, similarity, load, n_clusters, seed=0):
 def aligned(reference, expert):
     """The form of `expert` that is nearest to `reference`; it computes the same function.
 
-    Hidden units can be permuted, and the low rank of a factorised gate rotated: for every
-    orthogonal Q, `(w_gate_down Q, Q^T w_gate_up)` has the same product and the same norms
-    `|x w_gate_down|`. The rotation solves the orthogonal Procrustes problem for w_gate_down and
-    w_gate_up together, the permutation the assignment problem for w_gate_up or w_gate, w_up and
-    w_down. Signs and scales of w_up and w_down stay.
+    The permutation of hidden units solves the assignment problem for w_gate_up or w_gate, w_up and
+    w_down. The rotation Q of a low rank, `(w_gate_down Q, Q^T w_gate_up)`, which keeps the norms
+    `|x w_gate_down|`, solves the orthogonal Procrustes problem for both factors together.
     """
     expert, low_rank = dict(expert), "w_gate_down" in expert
     by_column = ("w_gate_up" if low_rank else "w_gate", "w_up")

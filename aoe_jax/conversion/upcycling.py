@@ -4,11 +4,9 @@ layer (Sparse Upcycling, arXiv 2212.05055; fine-grained experts: arXiv 2410.0752
 N experts, granularity G, C = N / G copies, K experts per token, f width of the dense layer.
 
 **Experts.** The f neurons of a layer are divided among G pieces of f / G neurons, and each piece is
-copied C times: expert `c G + g` is copy c of piece g. A neuron is a column of `w_gate` and `w_up`
-and a row of `w_down`, so the sum over the G experts of a copy is the dense layer. The weights of a
-token's experts are a softmax over the chosen scores and sum to 1, so a token gets a weighted mean
-of pieces, about 1 / G of the dense layer; therefore `w_down` is multiplied by G. The second paper
-scales weights for the same reason; here it is `w_down` alone, because the output is linear in it.
+copied C times: expert `c G + g` is copy c of piece g. The G experts of a copy sum to the dense
+layer. A token gets a weighted mean of pieces, because the weights of its experts sum to 1;
+therefore `w_down` is multiplied by G. The second paper scales all matrices for the same reason.
 
 **Router of an MoE.** It is drawn with variance 1 / d for each copy, and the G experts of a copy
 share a column: a virtual group of the second paper. As G divides K, a token chooses whole copies,
@@ -39,7 +37,7 @@ from aoe_jax.conversion.exporting import in_words, write_report, write_result
 from aoe_jax.conversion.scoring_neurons import in_front
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model, source_config
-from aoe_jax.formats.loading import ModelReader, is_model, is_of_run, parameter_shapes, read_step
+from aoe_jax.formats.loading import is_of_run, parameter_shapes
 from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.moe.routing import TopK
 
@@ -137,28 +135,22 @@ def upcycle(
     """Writes the upcycled model to `output`, which appears only once it is complete.
 
     `checkpoint` is a model, or the workdir of a run, whose newest step is taken. Parameters keep
-    their dtypes. Writing holds one layer; measuring, or reading a run, holds the dense model.
-    Returns the content of `convert.json` in `output`: the fields of `form`, and, if `data` is given
-    or the model is from a run, `nll` on `n_tokens` tokens of each validation split, `before` and
-    `after`. Raises `UserError` if something cannot be read or a number does not fit.
+    their dtypes. Returns the content of `convert.json` in `output`: the fields of `form`, and, if
+    `data` is given or the model is from a run, `nll` on `n_tokens` tokens of each validation split,
+    `before` and `after`. Raises `UserError` if something cannot be read or a number does not fit.
     """
-    dense, is_run = source_config(checkpoint), not is_model(checkpoint)
-    config = form.config(dense, checkpoint)
+    config = form.config(source_config(checkpoint), checkpoint)
     is_measured = is_of_run(checkpoint) or data is not None
     report = {name: value for name, value in dataclasses.asdict(form).items() if value is not None}
     with new_directory(output) as directory:
+        model = load_model(checkpoint, mesh=mesh)
         if is_measured:
-            model = load_model(checkpoint, mesh=mesh)
             _, held_out = calibration_batches(model, checkpoint, data, n_tokens, form.seed)
             before = mean_nll(model, held_out)
-        if is_run:
-            read, step = parameters_of(model.params)[1], model.step
-        else:
-            read, step = ModelReader(checkpoint, dense).layer, read_step(checkpoint)
-        shapes, parameter = parameter_shapes(config), _upcycled(read, form)
-        write_result(directory, checkpoint, step, config, shapes, parameter)
+        step, parameter = model.step, _upcycled(parameters_of(model.params)[1], form)
+        write_result(directory, checkpoint, step, config, parameter_shapes(config), parameter)
+        del model, parameter  # before another one is loaded
         if is_measured:
-            del model, read, parameter  # before another one is loaded
             after = mean_nll(load_model(directory, mesh=mesh), held_out)
             report["nll"] = {"before": before, "after": after}
         result = f"dense layers became experts; {upcycle_summary(report)}"

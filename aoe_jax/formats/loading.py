@@ -177,13 +177,6 @@ class ModelReader:
                 wanted = f"tensor {name} is unknown; a model of this config.json has no such tensor"
                 raise UserError(f"{self._stored[name].file}: {wanted}")
 
-    def layer(self, path: str, layer: int | None) -> np.ndarray:
-        """The whole parameter of a layer, or one outside the layers (None), as the file has it."""
-        if layer is None:
-            return self.piece(path, [slice(None)] * len(self.parameters[path].shape))
-        others = [slice(None)] * (len(self.parameters[path].shape) - 1)
-        return self.piece(path, [slice(layer, layer + 1), *others])[0]
-
     def piece(self, path: str, index: Sequence[slice], dtype=None) -> np.ndarray:
         """The part of a parameter that one slice per axis selects, in `dtype` or that of the file.
         Raises `UserError` if a file cannot be read.

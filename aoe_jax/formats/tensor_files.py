@@ -69,25 +69,24 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
 
 
 def _read_header(path):
-    what = f"{path} cannot be read"
+    what, stored = f"{path} cannot be read", {}
     try:
         tensors = patiently(what, lambda: _shapes_and_dtypes(path))
     except (SafetensorError, OSError) as e:
         raise UserError(f"{what} ({e}); it is no safetensors file, or damaged") from e
-    stored = {}
     for name, (shape, dtype) in tensors.items():
         if dtype not in _DTYPES:
             wanted = f"is of type {dtype}; only {', '.join(_DTYPES)} can be read"
             raise UserError(f"{path}: tensor {name} {wanted}")
-        stored[name] = Stored(path, name, shape, np.dtype(_DTYPES[dtype]))
+        stored[name] = Stored(path, name, tuple(shape), np.dtype(_DTYPES[dtype]))
     return stored
 
 
 def _shapes_and_dtypes(path):
     path.open("rb").close()  # the library reports every fault as a missing file
     with safe_open(path, framework="numpy") as file:
-        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no dict
-        return {name: (tuple(t.get_shape()), t.get_dtype()) for name, t in tensors.items()}
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no dict
+        return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
 
 
 def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):

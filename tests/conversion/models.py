@@ -2,10 +2,16 @@
 
 import functools
 
+import jax
 import numpy as np
 
 from aoe_jax.conversion.observations import observations, score_moments
-from tests.evaluation.models import make_config, make_model
+from aoe_jax.data.tokenizer import train_tokenizer
+from aoe_jax.formats.loading import load_params, read_config
+from aoe_jax.sharding import fill_mesh, make_mesh
+from tests.evaluation.models import WORDS, make_config, make_model
+from tests.formats.test_writing import written
+from tests.runs import tiny_config
 
 KINDS = {
     "aoe": {},
@@ -71,3 +77,22 @@ def disguised(expert, seed):
         q = np.linalg.qr(rng.normal(size=(expert["w_gate_down"].shape[1],) * 2))[0]
         found |= {"w_gate_down": expert["w_gate_down"] @ q, "w_gate_up": q.T @ found["w_gate_up"]}
     return {name: found[name].astype(a.dtype) for name, a in expert.items()}
+
+
+def source(folder, dtype="float32", **changes):
+    """The directory of a random model with a tokenizer, to convert."""
+    directory = written(folder, tiny_config(**changes), dtype)[0]
+    train_tokenizer(WORDS, 280).save(directory)
+    return directory
+
+
+def experts_of(directory, layer):
+    """The experts' parameters of a layer in a directory, by name."""
+    experts = parameters(directory)["layers"]["experts"]
+    return {name: a[layer] for name, a in experts.items()}
+
+
+def parameters(directory):
+    """The decoder's parameters in a directory, on the host."""
+    config = fill_mesh(read_config(directory), 1)
+    return jax.device_get(load_params(directory, config, make_mesh(config, jax.devices()[:1]))[0])

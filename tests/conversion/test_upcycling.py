@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 
 from aoe_jax.conversion.upcycling import Upcycling, upcycle
+from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.formats.loading import ModelReader, read_config
+from aoe_jax.formats.loading import read_config
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.routing import TopK
 from benchmarks.parity import logits_here, logits_there, random_model, save
-from tests.formats.test_writing import written
+from tests.conversion.models import experts_of, source
+from tests.evaluation.models import WORDS
 from tests.in_process import call
-from tests.runs import kind_run, tiny_config
+from tests.runs import kind_run
 
 TOKENS = np.random.default_rng(1).integers(0, 512, (4, 48))
 EXACT = {
@@ -60,13 +62,7 @@ def test_the_result_computes_what_the_dense_model_does(tmp_path, form):
 
 def dense_model(folder, **changes):
     """The directory of a dense model of width 24, a Llama or a Qwen3."""
-    return written(folder, tiny_config(experts__kind="dense", experts__d_ffn=24, **changes))[0]
-
-
-def layer_of(directory, layer=1):
-    reader = ModelReader(directory, read_config(directory))
-    paths = [path for path in reader.parameters if path.startswith("layers/experts/")]
-    return {path.rpartition("/")[2]: reader.layer(path, layer) for path in paths}
+    return source(folder, experts__kind="dense", experts__d_ffn=24, **changes)
 
 
 @pytest.mark.parametrize("kind", ["moe", "aoe"])
@@ -75,7 +71,7 @@ def test_pieces_of_the_dense_layer(tmp_path, kind):
     folder = dense_model(tmp_path)
     form = Upcycling(kind, 6, 3, granularity=3, score_neurons=4 if kind == "aoe" else None)
     upcycle(folder, tmp_path / "moe", form)
-    dense, experts = layer_of(folder), layer_of(tmp_path / "moe")
+    dense, experts = experts_of(folder, 1), experts_of(tmp_path / "moe", 1)
     x = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
     for copy in (slice(0, 3), slice(3, 6)):
         pieces = [{n: w[i] for n, w in experts.items() if n != "w_router"} for i in range(6)[copy]]
@@ -96,7 +92,7 @@ def test_noise(tmp_path):
     """It has the standard deviation that was asked for, differs between experts, and depends on
     the seed alone; parameters keep their dtypes.
     """
-    dense = layer_of(dense_model(tmp_path))
+    dense = experts_of(dense_model(tmp_path), 1)
     exact = Upcycling("moe", 4, 2).experts(1, dense)
     first, again, other = (
         Upcycling("moe", 4, 2, noise=0.1, seed=seed).experts(1, dense) for seed in (0, 0, 1)
@@ -153,6 +149,7 @@ def test_refused_by_name(tmp_path, form, words):
 @pytest.mark.slow
 def test_transformers_computes_a_mixtral_with_the_factors_of_llama_3(tmp_path):
     save(random_model("llama", attention_bias=False), tmp_path / "dense", "fused")
+    train_tokenizer(WORDS, 280).save(tmp_path / "dense")
     upcycle(tmp_path / "dense", tmp_path / "model", EXACT["copies"])
     config = json.loads((tmp_path / "model/config.json").read_text())
     assert config["model_type"] == "mixtral" and config["rope_scaling"]["rope_type"] == "longrope"

@@ -35,7 +35,7 @@ def _hellaswag(number, endings, label):
     return about | {"endings": endings.split(), "label": label}
 
 
-EXAMPLES = {
+EVALUATED = {
     "arc_easy/test": [
         _arc("A", "aaa xxx", "AB", "A"),
         _arc("B", "axa bbb cxc", "ABC", "B"),
@@ -79,9 +79,7 @@ EXAMPLES = {
         for i, label in enumerate([0, 1, 0])
     ],
 }
-EXAMPLES |= {
-    f"{name.partition('/')[0]}/train": rows * 2 for name, rows in list(EXAMPLES.items())[5:]
-}
+SHOTS = {f"{name.partition('/')[0]}/train": 2 * rows for name, rows in [*EVALUATED.items()][5:]}
 
 # What the model scores: (accuracy, other metric).
 KNOWN = {
@@ -100,7 +98,7 @@ KNOWN = {
 
 def write_examples(folder):
     """Writes them as `--tasks-data` wants them."""
-    for name, rows in EXAMPLES.items():
+    for name, rows in (EVALUATED | SHOTS).items():
         file = folder / f"{name}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -109,25 +107,18 @@ def write_examples(folder):
 
 @cache
 def known_model():
-    """`(model, logits)`: of the next byte's token after each one's, `[SIZE, SIZE]`."""
+    """The model."""
     tokenizer = train_tokenizer(["a"], 257)
     token = {letter: int(tokenizer.encode([letter])[0][0]) for letter in " xqyNp"}
-    logits = np.zeros((SIZE, SIZE), np.float32)
+    logits = np.zeros((SIZE, SIZE), np.float32)  # of the next byte after each byte
     logits[token[" "], [token["y"], token["N"], token["p"]]] = 30
     logits[token["q"], token[" "]] = -8
     logits[:, token["x"]] = -8
-    config = make_config(
-        model__vocab_size=SIZE,
-        model__d_model=SIZE,
-        model__max_len=512,
-        model__n_layers=1,
-        model__tie_embeddings=False,
-    )
+    sizes = {"model__vocab_size": SIZE, "model__d_model": SIZE, "model__max_len": 512}
+    config = make_config(model__n_layers=1, model__tie_embeddings=False, **sizes)
 
     def by_hand(params):
-        """Tokens pass the layer as they are, and the final norm makes `sqrt(SIZE)` times the unit
-        vector of each.
-        """
+        """The layer changes nothing, and the final norm makes `sqrt(SIZE)` times unit vectors."""
         params["layers"]["attention"]["o"] *= 0
         params["layers"]["experts"]["w_down"] *= 0
         # Beside this the epsilon of the norm is nothing.
@@ -136,4 +127,4 @@ def known_model():
         return params
 
     made = make_model(config, by_hand)
-    return dataclasses.replace(made, tokenizer=tokenizer, start=tokenizer.end_of_text), logits
+    return dataclasses.replace(made, tokenizer=tokenizer, start=tokenizer.end_of_text)

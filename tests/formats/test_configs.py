@@ -162,9 +162,9 @@ REFUSED = [
     ({"model_type": "gpt_oss"}, f"model_type='gpt_oss' {NO}: its experts and its router have bias"),
     ({"model_type": "deepseek_v3"}, f"model_type='deepseek_v3' {NO}: its attention is multi-head"),
     ({"model_type": "deepseek_v2"}, f"model_type='deepseek_v2' {NO}: its attention is multi-head"),
-    (DOTS | {"first_k_dense_replace": 2}, "replace=2: must be a whole number below num_hidden_la"),
-    (DOTS | {"first_k_dense_replace": "one"}, "replace='one': must be"),
-    (DOTS | {"n_shared_experts": None}, "n_shared_experts=None: must be"),
+    (DOTS | {"first_k_dense_replace": 2}, "replace=2 must be a whole number below num_hidden_la"),
+    (DOTS | {"first_k_dense_replace": "one"}, "replace='one' must be"),
+    (DOTS | {"n_shared_experts": None}, "n_shared_experts=None must be"),
     (DOTS | {"n_group": 4}, "config.routing.n_groups=4: must divide"),
     (DOTS | {"moe_layer_freq": 2}, f"moe_layer_freq=2 {NO}; only 1 is"),
     (
@@ -191,15 +191,18 @@ REFUSED = [
     (OLMOE | {"norm_topk_prob": "yes"}, "norm_topk_prob='yes'"),
     (changed(rope_scaling={"type": "yarn", "factor": 4.0}), f"rope_type='yarn' {NO}"),
     (changed(rope_parameters=LLAMA3), f"rope_type='llama3' {NO}"),
-    (LLAMA | {"rope_parameters": LLAMA3}, "original_max_position_embeddings=None: must be a numb"),
+    (LLAMA | {"rope_parameters": LLAMA3}, "original_max_position_embeddings=None must be a numb"),
     (
         LLAMA | {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}} | PRETRAINED,
         "low_freq_factor=1.0 must be below high_freq_factor=1.0",
     ),
     (LLAMA | {"mlp_bias": True}, f"mlp_bias=True {NO}; only False"),
-    (changed(rope_parameters=LONGROPE), "short_factor=None: must be a list of numbers"),
-    (changed(rope_scaling=ROPE | {"short_factor": ["a"]}), "short_factor=['a']: must be a list of"),
-    (changed(rope_scaling=ROPE | {"long_factor": [2.0]}), f"long_factor=[2.0] {NO}; only factors"),
+    (changed(rope_parameters=LONGROPE), "short_factor=None must be a list of numbers"),
+    (changed(rope_scaling=ROPE | {"short_factor": ["a"]}), "short_factor=['a'] must be a list of"),
+    (
+        changed(rope_scaling=ROPE | {"long_factor": [2.0]}),
+        f"long_factor=[2.0] {NO}; only the",
+    ),
     (changed(rope_scaling=ROPE | {"attention_factor": 1.2}), f"attention_factor=1.2 {NO}; only 1"),
     (
         changed(rope_scaling=ROPE | {"short_factor": [1.0], "long_factor": [1.0]}),
@@ -207,7 +210,7 @@ REFUSED = [
     ),
     (changed(rope_parameters={"rope_theta": 5.0}), "rope_theta is 5.0 and 10000.0"),
     (changed(rope_theta=float("inf"), rope_parameters="removed"), "config.model.rope_base=inf"),
-    (changed(rope_parameters={"full": {"rope_theta": 5.0}}), "are not implemented"),
+    (changed(rope_parameters={"full": {"rope_theta": 5.0}}), "only one setting for all layers"),
     (changed(partial_rotary_factor=0.5), "partial_rotary_factor"),
     ({"model_type": "aoe", "model": {}}, "no group 'experts'"),
     (own(model={"depth": 3}), "config.model.depth is unknown; known are n_layers"),
@@ -224,21 +227,11 @@ def test_refused_by_name(values, words, tmp_path):
     assert f"{tmp_path}/config.json: " in str(error.value) and words in str(error.value)
 
 
-# By the fields that the log must name.
-WITHOUT_CLASS = {
+WITHOUT_CLASS = {  # by the fields that the log must name
     "routing.name='top_p'": {"routing__name": "top_p"},
-    "LlamaForCausalLM has no model.qkv_bias=True": {
-        "experts__kind": "dense",
-        "model__qkv_bias": True,
-    },
-    "MixtralForCausalLM has no model.attention_bias=True": {
-        "experts__kind": "router",
-        "model__attention_bias": True,
-    },
-    "MixtralForCausalLM has no selection_bias=True": {
-        "experts__kind": "router",
-        "balance__bias_rate": 0.01,
-    },
+    "LlamaForCausalLM has no model.qkv_bias=True": VARIANTS["dense, biases"][1],
+    "MixtralForCausalLM has no model.attention_bias=True": VARIANTS["router, biases"][1],
+    "MixtralForCausalLM has no selection_bias=True": router("", balance__bias_rate=0.01)[1],
 }
 
 

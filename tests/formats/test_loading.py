@@ -111,13 +111,10 @@ def test_refused_by_name(tmp_path, monkeypatch, damage, words):
 
 def test_code_in_the_directory_is_not_run(tmp_path):
     directory, marker = written(tmp_path, ROUTER)[0], tmp_path / "run"
-    for name in ("modeling_custom", "configuration_custom", "tokenization_custom", "__init__"):
+    for name in ("custom", "__init__"):
         (directory / f"{name}.py").write_text(f"open({str(marker)!r}, 'w')")
-    auto_map = {
-        "AutoConfig": "configuration_custom.CustomConfig",
-        "AutoModelForCausalLM": "modeling_custom.CustomModel",
-        "AutoTokenizer": ["tokenization_custom.CustomTokenizer", None],
-    }
+    auto_map = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}
+    auto_map["AutoTokenizer"] = ["custom.Tokenizer", None]
     change_config(directory, auto_map=auto_map)
     (directory / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
     train_tokenizer(["the state of the union"] * 9, 300).save(directory)
