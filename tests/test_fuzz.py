@@ -94,9 +94,7 @@ def write_models(folder: Path):
         tensor_files.SHARD_BYTES = limit if kind == "aoe" else 20_000
         try:
             values = (as_own if kind == "aoe" else to_json)(config)
-            write_model(
-                directory, values | {"bos_token_id": 0}, *parameters_of(model.params, {}, None)
-            )
+            write_model(directory, values | {"bos_token_id": 0}, *parameters_of(model.params))
         finally:
             tensor_files.SHARD_BYTES = limit
         model.tokenizer.save(directory)
@@ -112,7 +110,7 @@ def read_model(directory: Path):
 
 def read_tensors(directory: Path):
     for tensor in stored_tensors(directory).values():
-        tensor.read()
+        tensor.read([slice(None)] * len(tensor.shape))
 
 
 def read_tokenizer(file: Path):

@@ -1,4 +1,4 @@
-"""Writes models as safetensors and `config.json`: those of runs, and those that commands make."""
+"""Writes the models of runs, and the results of commands, as safetensors and `config.json`."""
 
 import logging
 from pathlib import Path
@@ -31,9 +31,9 @@ def export(workdir: Path, output: Path, step="newest", dtype="float32"):
 
 
 def write_result(directory: Path, source: Path, step, config: Config, shapes, parameter, state=()):
-    """Writes a model with the tokenizer and the run of the model in `source`, from which it was
-    made. `shapes` and `parameter` are those of `write_model`, `state` has the names of its routing
-    state, and `step` is that of its run or None.
+    """Writes a model that was made from the one in `source`, with that one's tokenizer and run.
+    `shapes` and `parameter` are arguments of `write_model`, `state` has the names of the routing
+    state, and `step` is the run's, or None.
     """
     values = to_json(config, state) | write_tokenizer(source, directory, config.model.max_len)
     write_model(directory, values, shapes, parameter)

@@ -12,7 +12,7 @@ import numpy as np
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.conversion.calibration import calibration_batches, mean_nll
+from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
 from aoe_jax.conversion.exporting import in_words, write_report, write_result
 from aoe_jax.conversion.observations import observations
 from aoe_jax.conversion.scoring_neurons import agreement, in_front, telling_neurons
@@ -87,7 +87,7 @@ def convert(
         if score_neurons is None:
             report["energy_kept"] = {"mean": float(np.mean(energy)), "layers": energy}
         if is_calibrated:
-            before, observed = mean_nll(model, held_out), _observed(model, held_out)
+            before, observed = evaluation_on(model, held_out).nll, _observed(model, held_out)
             del model, read, parameter  # before another one is loaded
             model = load_model(directory, mesh=mesh)
             experts = model.params["layers"]["experts"]
@@ -96,7 +96,7 @@ def convert(
             shares, by_chance = agreement(observed, w_score, score)
             found = {"mean": float(shares.mean()), "layers": shares.tolist(), "chance": by_chance}
             report |= {"agreement": found}
-            report["nll"] = {"before": before, "after": mean_nll(model, held_out)}
+            report["nll"] = {"before": before, "after": evaluation_on(model, held_out).nll}
         result = f"the router is gone, and {form}; {convert_summary(report)}"
         write_report(directory, checkpoint, step, converted, "convert", report, result)
     return report

@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.conversion.calibration import calibration_batches, evaluator
+from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
 from aoe_jax.conversion.exporting import in_words, write_report, write_result
 from aoe_jax.conversion.merging import pruned_params
 from aoe_jax.conversion.observations import score_moments
@@ -50,10 +50,11 @@ def prune(
         moments = score_moments(model, train)
         wanted = "the scores of its experts are not finite; the model is damaged"
         require_flag(np.isfinite(moments.gram).all(), "workdir", workdir, wanted)
-        before = evaluator(model, model.decoder, validation)(model.params, model.routing_state)
+        before = evaluation_on(model, validation)
         params, clusters = pruned_params(model, moments, n_experts, method, seed)
         decoder = Decoder.from_config(_pruned(model.config, n_experts))
-        after = evaluator(model, decoder, validation)(params, {})
+        changes = {"decoder": decoder, "params": params, "routing_state": {}}
+        after = evaluation_on(dataclasses.replace(model, **changes), validation)
         layers = [
             {
                 "load": moments.load[layer].tolist(),

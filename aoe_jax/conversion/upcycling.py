@@ -10,16 +10,16 @@ therefore `w_down` is multiplied by G. The second paper scales all matrices for 
 
 **Router of an MoE.** It is drawn with variance 1 / d for each copy, and the G experts of a copy
 share a column: a virtual group of the second paper. As G divides K, a token chooses whole copies,
-with equal weights inside each. Without noise the MoE computes exactly what the dense model does.
+with equal weights inside each. Without noise the MoE has exactly the outputs of the dense model.
 
 **Scores of an AoE.** Gates are whole, and the first S neurons of an expert score. Each expert has
 other ones in front: neurons are ranked by the norm of their gate column, dealt out to the pieces in
 turn, and those of a piece in turn to its copies. So the neurons that score have similar norms in
-all experts, and no two experts score with the same ones. With G = 1 and no noise the AoE computes
-exactly what the dense model does; with G > 1 the chosen pieces need not make up a copy.
+all experts, and no two experts score with the same ones. With G = 1 and no noise the AoE has
+exactly the outputs of the dense model; with G > 1 the chosen pieces need not make up a copy.
 
 **Noise.** Every matrix of every expert gets Gaussian noise, whose standard deviation is a share of
-that of the dense layer's matrix, for `w_down` of the one that is multiplied by G.
+the matrix's own; the noise of `w_down` is multiplied by G, too.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.conversion.calibration import calibration_batches, mean_nll
+from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
 from aoe_jax.conversion.exporting import in_words, write_report, write_result
 from aoe_jax.conversion.scoring_neurons import in_front
 from aoe_jax.errors import UserError
@@ -146,12 +146,12 @@ def upcycle(
         model = load_model(checkpoint, mesh=mesh)
         if is_measured:
             _, held_out = calibration_batches(model, checkpoint, data, n_tokens, form.seed)
-            before = mean_nll(model, held_out)
+            before = evaluation_on(model, held_out).nll
         step, parameter = model.step, _upcycled(parameters_of(model.params)[1], form)
         write_result(directory, checkpoint, step, config, parameter_shapes(config), parameter)
         del model, parameter  # before another one is loaded
         if is_measured:
-            after = mean_nll(load_model(directory, mesh=mesh), held_out)
+            after = evaluation_on(load_model(directory, mesh=mesh), held_out).nll
             report["nll"] = {"before": before, "after": after}
         result = f"dense layers became experts; {upcycle_summary(report)}"
         write_report(directory, checkpoint, step, config, "convert", report, result)

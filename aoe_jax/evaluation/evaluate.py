@@ -3,7 +3,6 @@
 import io
 import logging
 import math
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,7 +18,7 @@ from aoe_jax.storage.files import write_report
 from aoe_jax.storage.paths import parsed_path
 from aoe_jax.storage.retry import Tolerated
 from aoe_jax.training.load_statistics import draw_loads, load_statistics, load_table
-from aoe_jax.training.validation import compile_eval_step, evaluate
+from aoe_jax.training.validation import evaluate
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +60,7 @@ def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **s
 
 def _report(model, stores, document_mask, name, about, file, picture):
     config = model.config
-    step = compile_eval_step(model.decoder, document_mask, model.mesh)
-    score = partial(step, model.params, model.routing_state)
+    score = model.eval_step(document_mask)
     batch_size = config.train.batch_size // config.train.accumulate
     with jax.set_mesh(model.mesh):
         shape, first = (config.data.seq_len, batch_size), jax.process_index() == 0

@@ -22,7 +22,7 @@ class HarnessModel(TemplateLM):
     """lm-eval's interface to a model; every process gets all requests and returns all results."""
 
     def __init__(self, model, progress=True):
-        """Takes a `models.Model`, and whether to show bars on stderr; raises what `Scorer` does."""
+        """`progress` shows bars on stderr. Raises `UserError` as `Scorer` does."""
         super().__init__()
         self._model, self._tokenizer, self._progress = model, model.tokenizer, progress
         self._scorer, self._generator = Scorer(model), None
@@ -40,7 +40,7 @@ class HarnessModel(TemplateLM):
         return self._model.config.model.max_len
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
-        """The tokens of a text, after those that the tokenizer adds unless told not to."""
+        """The tokens of a text; the tokenizer's special tokens come first, unless switched off."""
         (tokens,) = self._tokenizer.encode([string])
         prefix = [] if add_special_tokens is False else self._model.prefix
         return [*prefix, *tokens.tolist()]

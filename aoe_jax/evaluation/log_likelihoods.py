@@ -46,7 +46,7 @@ class Scorer:
     def __call__(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], progress=True):
         """Scores pairs of token ids `(context, continuation)`; a context has at least one token.
 
-        The first tokens of what exceeds the model's length are dropped. A long context of several
+        A text that exceeds the model's length loses its first tokens. A long context of several
         requests is read once, if the model can be decoded by token.
 
         Returns `(log-likelihood in nats, whether greedy decoding would give the continuation)` of
@@ -89,7 +89,7 @@ class Scorer:
                 program, params = self._score_choices, self._model.by_layer
             for numbers, length, rows in self._batches(of_shape, n, end):
                 batch = [texts[number] for number in numbers]
-                arrays = _choices_arrays(batch, rows, n, length, end)
+                arrays = _batch_arrays(batch, rows, n, length, end)
                 yield numbers, self._run(program, params, arrays)[: len(numbers)]
 
     def _batches(self, groups, n, end):
@@ -134,7 +134,7 @@ def _texts_arrays(texts, rows, length):
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "real": real, "wanted": wanted}
 
 
-def _choices_arrays(texts, n_contexts, n, length, end):
+def _batch_arrays(texts, n_contexts, n, length, end):
     """The batch of `_score_choices` for `(context, continuation)` texts, N for each context; with
     `end` 0 that of `_score_texts`.
     """

@@ -39,6 +39,7 @@ from aoe_jax.storage.paths import is_remote, local_copy
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.run_folder import check_data, read_identities
 from aoe_jax.training.step import train_step_on
+from aoe_jax.training.validation import compile_eval_step
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,11 @@ class Model:
         is_end = batch["inputs"] == self.tokenizer.end_of_text
         inputs = np.where(is_end, np.int32(self.start), batch["inputs"])
         return sharding.put_batch(sharding.batch_sharding(self.mesh), batch | {"inputs": inputs})
+
+    def eval_step(self, document_mask: bool):
+        """`compile_eval_step` with the parameters, a function of a batch on the devices."""
+        step = compile_eval_step(self.decoder, document_mask, self.mesh)
+        return partial(step, self.params, self.routing_state)
 
     @functools.cached_property
     def by_layer(self):

@@ -27,7 +27,7 @@ from aoe_jax.parameters import EXPERTS
 from aoe_jax.storage.files import make_folder, write_report
 from aoe_jax.storage.paths import parsed_path
 from aoe_jax.training.step_times import seconds_in_turn
-from aoe_jax.training.validation import compile_eval_step, evaluate_batches
+from aoe_jax.training.validation import evaluate_batches
 
 # Nodes of an expert, and orders of norms. Wg and Wp of the paper are w_gate and w_up.
 NODES = ("x Wg", "x Wp", "SiLU(x Wg)", "SiLU(x Wg) * x Wp", "output")
@@ -209,11 +209,11 @@ def _run(model, choose, batches, score_tasks):
     """The entry of a probe in the report, and a function that runs the model on the first batch."""
     entry, timed = {"nll": {}, "tasks": {}}, None
     for weights in WEIGHTS if choose is not by_chance else ("equal",):
-        decoder, is_unchanged = model.decoder, choose is by_router and weights == "softmax"
+        probed, is_unchanged = model, choose is by_router and weights == "softmax"
         if not is_unchanged:
-            decoder = decoder.clone(routing=ProbeRouter(choose, weights == "equal"))
-        step = compile_eval_step(decoder, model.config.data.document_mask, model.mesh)
-        step = partial(step, model.params, model.routing_state)
+            decoder = model.decoder.clone(routing=ProbeRouter(choose, weights == "equal"))
+            probed = dataclasses.replace(model, decoder=decoder)
+        step = probed.eval_step(model.config.data.document_mask)
         result = evaluate_batches(step, batches, model.put)
         entry["nll"][weights] = result.nll
         if timed is None:
@@ -221,7 +221,6 @@ def _run(model, choose, batches, score_tasks):
             entry["agreement"] = 1.0 if is_unchanged else float(records["agreement"].mean())
             timed = partial(step, model.put(batches[0]))
         if score_tasks:
-            probed = dataclasses.replace(model, decoder=decoder)
             entry["tasks"][weights] = score_tasks(probed, progress=False)
     return entry, timed
 

@@ -27,7 +27,7 @@ _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
 
 def computed_fields(config: Config):
-    """`{field: value}` of the fields that decide what a model computes with its parameters."""
+    """The fields that decide the results of a model with given parameters, `{field: value}`."""
     model, experts, routing, groups = config.model, config.experts, config.routing, config.to_dict()
     fields = flatten_dict({name: groups[name] for name in ("model", "experts", "routing")}, sep=".")
     fields |= {"model.n_kv_heads": model.kv_heads, "model.head_dim": model.head_width}
@@ -50,9 +50,9 @@ def computed_fields(config: Config):
 def from_json(values: dict):
     """The configuration of a model, from the content of its `config.json`.
 
-    `model.dtype` is float32, `data.seq_len` is `WINDOW` or what the model can take, and other
-    groups have their defaults. Raises `UserError` if the architecture is unknown, a field is
-    missing or has an invalid value, or something is not implemented here.
+    `model.dtype` is float32, `data.seq_len` is `WINDOW` or the model's length if that is shorter,
+    and other groups have their defaults. Raises `UserError` if the architecture is unknown, a field
+    is missing or has an invalid value, or something is not implemented here.
     """
     name, known = values.get("model_type"), f"known are {', '.join(ARCHITECTURES)}"
     if name is None:
@@ -254,10 +254,10 @@ def _hub_json(config, model_type):
 
 
 def _rope_scaling(model_type, model):
-    """The rotary factors as those of LongRoPE, which every architecture has.
+    """The rotary factors in the form of LongRoPE, which every architecture has.
 
-    Transformers 4 reads them as `rope_scaling` only. Our own format has `rope_parameters`, because
-    with `rope_scaling` `AutoTokenizer` fails without our classes.
+    Transformers 4 reads `rope_scaling` only. Our own format has `rope_parameters`, because with
+    `rope_scaling` `AutoTokenizer` fails without our classes.
     """
     if not model.rope_factors:
         return {}

@@ -45,7 +45,7 @@ def is_model(directory: Path) -> bool:
 
 
 def is_of_run(directory: Path) -> bool:
-    """Whether a directory holds a run, or a model that says of which run it is."""
+    """Whether a directory holds a run, or a model that was exported from one."""
     return not is_model(directory) or (directory / RUN_FILE).exists()
 
 
@@ -55,8 +55,8 @@ def read_config(directory: Path) -> Config:
     A model that `aoe_jax.export` wrote has the configuration of its run without `data.cache` and
     the groups `train` and `mesh`; `train.batch_size` is the size of the run's micro-batches, at
     most the default. For other models, `model`, `experts` and `routing` come from `config.json`,
-    and other groups have their defaults; `model.dtype` is that of the embedding table, float32 for
-    float16. `data.tokenizer` is always the directory's own.
+    and other groups have their defaults; `model.dtype` is bfloat16 if the embedding table is, else
+    float32. `data.tokenizer` is always the directory's own.
     Raises `UserError` if a file cannot be read, the architecture is unknown, or something in it is
     not implemented here.
     """
@@ -75,7 +75,7 @@ def read_config(directory: Path) -> Config:
     # messages only, see `evaluation.models.corpus_of`.
     own = {"tokenizer": str(tokenizer) if tokenizer.exists() else None, "cache": DataConfig.cache}
     data = dataclasses.replace(config.data, **own)
-    # The batch of the run may be that of a pod, or of any size if somebody else wrote the file.
+    # The run may have had the batch of a pod, and somebody else may have written the file.
     rows = config.train.batch_size // config.train.accumulate
     train = TrainConfig(batch_size=min(rows, TrainConfig.batch_size))
     return dataclasses.replace(config, data=data, train=train, mesh=MeshConfig())

@@ -119,7 +119,7 @@ def parameters_of(params: dict, routing_state=None, dtype: str | None = None):
 
 
 def write_run(directory: Path, source: Path, step: int | None, config: Config):
-    """Writes the run and step of a model, and which data that run read, if `source` is of a run."""
+    """Writes the step, the configuration and the data's identity of a run, if `source` has one."""
     if not is_of_run(source):
         return
     write_json(directory / RUN_FILE, {"step": step, "config": config.to_dict()})

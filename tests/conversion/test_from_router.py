@@ -5,22 +5,18 @@ import json
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from aoe_jax.conversion.from_router import convert, convert_summary
 from aoe_jax.conversion.scoring_neurons import agreement, telling_neurons
-from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.loading import read_config
-from aoe_jax.formats.tokenizer_files import write_tokenizer
-from aoe_jax.formats.writing import parameters_of, write_model
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.routing import TopK
 from benchmarks.parity import logits_here
 from tests.conversion.models import batches, observed, parameters, source
 from tests.evaluation.models import make_config, make_model
-from tests.formats.test_writing import written
+from tests.formats.test_loading import edit
 from tests.runs import corpus_folder, scratch, shared, tiny_config
 
 FINDABLE = np.array([5, 11, 0, 23])  # by expert, the neuron of which its router is a multiple
@@ -53,20 +49,17 @@ def test_gates_are_the_best_of_their_rank(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "olmoe"])
-def test_the_result_is_a_model(tmp_path, caplog, architecture):
-    """Parameters keep their dtypes: here norms and the output table are finer than the rest. The
-    selection bias is dropped with the router, and the run may have trained the router alone.
-    """
+def test_the_result_is_a_model(tmp_path, architecture):
+    """Parameters keep their dtypes: here norms and the output table are finer than the rest."""
     changes = {"experts__kind": "router", "experts__d_ffn": 24, "model__tie_embeddings": False}
     if architecture == "olmoe":
         changes |= {"model__qk_norm": "all", "routing__norm_topk_prob": False}
     old = tiny_config(train__router_steps=3, **changes)
     directory = source(tmp_path, "bfloat16", train__router_steps=3, **changes)
     assert json.loads((directory / "config.json").read_text())["model_type"] == architecture
-    file = directory / "model.safetensors"
-    tensors = load_file(file)
+    tensors = load_file(directory / "model.safetensors")
     fine = {name for name in tensors if "norm" in name or "lm_head" in name}
-    save_file(tensors | {name: tensors[name].astype("float32") for name in fine}, file)
+    edit(directory, **{name: tensors[name].astype("float32") for name in fine})
     (directory / "aoe_jax.json").write_text(json.dumps({"step": 9, "config": old.to_dict()}))
     convert(directory, tmp_path / "aoe", 16)
     config = read_config(tmp_path / "aoe")
@@ -91,24 +84,17 @@ def test_a_selection_bias_is_dropped_with_the_router(tmp_path, caplog):
 @shared
 def routed_by_neurons():
     """The directory of a router MoE whose logits are three times a neuron of each expert."""
-    folder = scratch("routed")
-    directory, params, *_, config = written(folder, tiny_config(experts__kind="router"))
-    layers = jax.device_get(params["layers"])
-    w_gate = layers["experts"]["w_gate"]
-    router = np.stack([w_gate[:, i, :, neuron] for i, neuron in enumerate(FINDABLE)], axis=-1)
-    params = params | {"layers": layers | {"experts": layers["experts"] | {"w_router": 3 * router}}}
-    texts = [path.read_text() for path in sorted(corpus_folder().iterdir())]
-    train_tokenizer(texts, config.model.vocab_size).save(folder)
-    values = to_json(config) | write_tokenizer(folder, directory, config.model.max_len)
-    write_model(directory, values, *parameters_of(params))
+    directory = source(scratch("routed"), experts__kind="router")
+    for layer, w_gate in enumerate(parameters(directory)["layers"]["experts"]["w_gate"]):
+        router = np.stack([w_gate[i, :, neuron] for i, neuron in enumerate(FINDABLE)])
+        edit(directory, **{f"model.layers.{layer}.block_sparse_moe.gate.weight": 3 * router})
     return directory
 
 
 def measured(output, **form):
     """The report of a conversion of `routed_by_neurons`."""
-    return convert(
-        routed_by_neurons(), output, data=f"text@{corpus_folder()}", n_tokens=1000, **form
-    )
+    form |= {"data": f"text@{corpus_folder()}", "n_tokens": 1000}
+    return convert(routed_by_neurons(), output, **form)
 
 
 @pytest.mark.slow

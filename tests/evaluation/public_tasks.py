@@ -35,6 +35,13 @@ def _hellaswag(number, endings, label):
     return about | {"endings": endings.split(), "label": label}
 
 
+def _glue(labels, **texts):
+    return [
+        {name: text.format(i=i) for name, text in texts.items()} | {"label": label, "idx": i}
+        for i, label in enumerate(labels)
+    ]
+
+
 EVALUATED = {
     "arc_easy/test": [
         _arc("A", "aaa xxx", "AB", "A"),
@@ -59,25 +66,11 @@ EVALUATED = {
         _hellaswag(1, "aa xa xb xc", "0"),
         _hellaswag(2, "xa xb xc aa", "0"),
     ],
-    "mnli/validation_matched": [
-        {"premise": "P.", "hypothesis": f"h {i}", "label": label, "idx": i}
-        for i, label in enumerate([1, 1, 0, 2])
-    ],
-    "qnli/validation": [
-        {"question": "q?", "sentence": f"s {i}.", "label": label, "idx": i}
-        for i, label in enumerate([0, 0, 0, 1])
-    ],
-    "sst2/validation": [
-        {"sentence": f"s {i} .", "label": label, "idx": i} for i, label in enumerate([1, 0, 1, 1])
-    ],
-    "mrpc/validation": [
-        {"sentence1": "a .", "sentence2": f"b {i} .", "label": label, "idx": i}
-        for i, label in enumerate([1, 1, 0, 1])
-    ],
-    "qqp/validation": [
-        {"question1": "a?", "question2": f"b {i}?", "label": label, "idx": i}
-        for i, label in enumerate([0, 1, 0])
-    ],
+    "mnli/validation_matched": _glue([1, 1, 0, 2], premise="P.", hypothesis="h {i}"),
+    "qnli/validation": _glue([0, 0, 0, 1], question="q?", sentence="s {i}."),
+    "sst2/validation": _glue([1, 0, 1, 1], sentence="s {i} ."),
+    "mrpc/validation": _glue([1, 1, 0, 1], sentence1="a .", sentence2="b {i} ."),
+    "qqp/validation": _glue([0, 1, 0], question1="a?", question2="b {i}?"),
 }
 SHOTS = {f"{name.partition('/')[0]}/train": 2 * rows for name, rows in [*EVALUATED.items()][5:]}
 
