@@ -117,7 +117,7 @@ def test_dropped_choices_are_in_the_table(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_compression_benchmark(tmp_path):
-    """It repeats the model's figure and computes the compressor's from the same text."""
+    """The benchmark repeats the model's figure and computes the compressor's from the same text."""
     workdir, _, report = evaluated()["validation"]
     flags = [f"--workdir={workdir}", f"--json={tmp_path}/figures.json"]
     status, stdout, stderr = run(["-m", "benchmarks.compression", *flags])

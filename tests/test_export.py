@@ -1,4 +1,4 @@
-"""From a run to a model and on to another run, by the command line."""
+"""A run becomes a model, which is converted, evaluated and trained by the command line."""
 
 import json
 import shutil
@@ -97,7 +97,7 @@ def test_a_model_is_that_of_its_run():
 
 
 def test_a_model_does_not_choose_the_size_of_a_batch(tmp_path):
-    """Nor the mesh: its run was that of a pod, or somebody else wrote the file."""
+    """It does not choose the mesh either: somebody else may have written its file."""
     directory = shutil.copytree(exported()["aoe"], tmp_path / "model")
     values = json.loads((directory / "aoe_jax.json").read_text())
     values["config"]["train"] |= {"batch_size": 2**25, "accumulate": 1}
@@ -117,7 +117,7 @@ def test_converted_models_are_evaluated(tmp_path):
 
 
 def test_a_corpus_that_was_tokenised_here_is_found(monkeypatch, tmp_path):
-    """By the identity in data.json, which names no path."""
+    """The identity in data.json finds it; that file names no path."""
     monkeypatch.setattr(DataConfig, "cache", tiny_config().data.cache)
     directory = shutil.copytree(exported()["aoe"], tmp_path / "m")
     model = load_model(directory)
@@ -139,7 +139,7 @@ def test_parameters_that_are_not_finite(tmp_path):
 
 @pytest.mark.slow
 def test_training_starts_from_a_model(tmp_path):
-    """By its own configuration, which gives the shape and the tokenizer."""
+    """The configuration of the model gives the shape and the tokenizer."""
     changes = {"train.steps": 2, "train.warmup": 0.5}
     status, _, stderr = run(fine_tuned(exported()["aoe"], tmp_path / "run", **changes))
     assert status == 0, stderr

@@ -40,7 +40,7 @@ def write_result(directory: Path, source: Path, step, config: Config, shapes, pa
     write_run(directory, source, step, config)
 
 
-def write_report(directory: Path, source: Path, step, config: Config, command, report, result):
+def write_figures(directory: Path, source: Path, step, config: Config, command, report, result):
     """Writes the figures of the `command` that made a model, and a model card with its `result`."""
     write_json(directory / f"{command}.json", report)
     of_step = "" if step is None else f" (step {step:,})"

@@ -13,7 +13,7 @@ from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
-from aoe_jax.conversion.exporting import in_words, write_report, write_result
+from aoe_jax.conversion.exporting import in_words, write_figures, write_result
 from aoe_jax.conversion.observations import observations
 from aoe_jax.conversion.scoring_neurons import agreement, in_front, telling_neurons
 from aoe_jax.errors import UserError
@@ -98,7 +98,7 @@ def convert(
             report |= {"agreement": found}
             report["nll"] = {"before": before, "after": evaluation_on(model, held_out).nll}
         result = f"the router is gone, and {form}; {convert_summary(report)}"
-        write_report(directory, checkpoint, step, converted, "convert", report, result)
+        write_figures(directory, checkpoint, step, converted, "convert", report, result)
     return report
 
 

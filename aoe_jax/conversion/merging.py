@@ -57,7 +57,7 @@ class Cluster:
 
     reference: int  # the member with the largest load, to which the others are aligned
     members: tuple[int, ...]  # rising, with the reference
-    weights: tuple[float, ...]  # of the members in the mean; they sum to 1
+    weights: tuple[float, ...]  # the members' shares of the mean; they sum to 1
 
     @classmethod
     def of(cls, members, load):
@@ -90,7 +90,7 @@ def uncurl(similarity, load, n_clusters, seed):
     if 1 < n_clusters < n:
         spectral = SpectralClustering(n_clusters, affinity="precomputed", random_state=seed)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # of equal experts, split below
+            warnings.simplefilter("ignore", ConvergenceWarning)  # equal experts are split below
             labels = spectral.fit_predict(similarity)
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     while len(groups) < n_clusters:  # equal experts are fewer points than clusters

@@ -10,7 +10,7 @@ from tabulate import tabulate
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
-from aoe_jax.conversion.exporting import in_words, write_report, write_result
+from aoe_jax.conversion.exporting import in_words, write_figures, write_result
 from aoe_jax.conversion.merging import pruned_params
 from aoe_jax.conversion.observations import score_moments
 from aoe_jax.errors import UserError
@@ -72,7 +72,7 @@ def prune(
         write_result(directory, workdir, model.step, config, *parameters_of(params))
         counts = f"{model.config.experts.n_experts} experts of a layer became {n_experts}"
         result = f"{counts} by `{method}`; validation {in_words(nll)}"
-        write_report(directory, workdir, model.step, config, "prune", report, result)
+        write_figures(directory, workdir, model.step, config, "prune", report, result)
     print(prune_table(report))
     if "selection_bias" in model.routing_state:
         log.warning(

@@ -33,7 +33,7 @@ from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
-from aoe_jax.conversion.exporting import in_words, write_report, write_result
+from aoe_jax.conversion.exporting import in_words, write_figures, write_result
 from aoe_jax.conversion.scoring_neurons import in_front
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model, source_config
@@ -53,10 +53,10 @@ class Upcycling:
     n_experts: int
     top_k: int
     granularity: int = 1
-    score_neurons: int | None = None  # of an AoE
-    score: str = "norm"  # of an AoE
+    score_neurons: int | None = None  # AoE only
+    score: str = "norm"  # AoE only
     noise: float = 0.0  # standard deviation, relative to that of the matrix
-    seed: int = 0  # of the router and the noise
+    seed: int = 0  # for the router and the noise
 
     def config(self, dense: Config, checkpoint: Path) -> Config:
         """The configuration of the result, with the default balance losses. Raises `UserError` if
@@ -154,7 +154,7 @@ def upcycle(
             after = evaluation_on(load_model(directory, mesh=mesh), held_out).nll
             report["nll"] = {"before": before, "after": after}
         result = f"dense layers became experts; {upcycle_summary(report)}"
-        write_report(directory, checkpoint, step, config, "convert", report, result)
+        write_figures(directory, checkpoint, step, config, "convert", report, result)
     return report
 
 

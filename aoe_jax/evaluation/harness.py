@@ -57,7 +57,7 @@ class HarnessModel(TemplateLM):
         return self._scorer(pairs, self._progress and not disable_tqdm)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        windows = []  # of each text, tokens (context, continuation) that cover it once
+        windows = []  # for each text, pairs (context, continuation) that cover its tokens once
         for request in requests:
             tokens, settings = self.tok_encode(*request.args), (self.max_length, 1)
             rolling = get_rolling_token_windows(tokens, self.prefix_token_id, *settings)

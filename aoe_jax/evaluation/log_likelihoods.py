@@ -98,7 +98,7 @@ class Scorer:
         while groups:
             padded = self._rounded(groups[0][0])
             rows = max(1, self._batch_tokens // (n * (padded + end)))
-            rows = min(rows, 2 ** math.ceil(math.log2(len(groups))))  # of the last groups
+            rows = min(rows, 2 ** math.ceil(math.log2(len(groups))))  # the last groups are fewer
             rows = multiple(rows, self._model.batch_shards)
             yield [number for _, numbers in groups[:rows] for number in numbers], padded, rows
             groups = groups[rows:]

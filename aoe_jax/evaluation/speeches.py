@@ -14,9 +14,9 @@ import datasets
 
 from aoe_jax.data.sotu import speech_files, split_of
 
-EXAMPLES = 40  # of a speech, at most
+EXAMPLES = 40  # a speech has at most this many
 PASSAGE_WORDS = 40  # minimum words of a cloze passage
-CONTEXT_WORDS, CONTINUATION_WORDS = 32, 16  # of a choice
+CONTEXT_WORDS, CONTINUATION_WORDS = 32, 16  # in speeches_choice
 
 
 def cloze_examples(split):

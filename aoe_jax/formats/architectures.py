@@ -147,7 +147,7 @@ _IS_DENSE = {"experts.kind": "dense", "routing.name": "dense"}
 class Architecture(NamedTuple):
     """One `model_type`: its tensors, and the fields of `Config` that its `config.json` sets."""
 
-    class_name: str  # of transformers
+    class_name: str  # in transformers
     tensors: dict[str, list]  # see `_table`
     fields: dict[str, tuple]  # see `_fields`
     only: dict[str, tuple] = _ONLY  # the values that are implemented, first that of a missing field
@@ -362,7 +362,7 @@ def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str,
     n_dense = next((a.shape[0] for path, a in shapes.items() if path.startswith("dense_")), 0)
     declared, found = declared_parameters(), {}
     for path, a in shapes.items():
-        axes = declared[path].axes if path in declared else "n"  # of a state of routing
+        axes = declared[path].axes if path in declared else "n"  # a state of routing
         rows = ARCHITECTURES[model_type].tensors.get(path)
         if model_type == OWN and not rows:
             group = "experts." if axes.startswith("n ") else ""

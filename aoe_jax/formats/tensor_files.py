@@ -95,7 +95,7 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):
     A shard has at most `SHARD_BYTES`; a larger tensor has a file of its own. Raises `OSError` or
     `SafetensorError` if a file cannot be written.
     """
-    names, total = [], 0  # of the tensors in each file
+    names, total = [], 0  # the names of the tensors in each file
     for number, shard in enumerate(_shards(tensors)):
         # transformers requires this metadata.
         save_file(shard, directory / f"{number}.partial", {"format": "pt"})

@@ -24,7 +24,7 @@ from aoe_jax.storage.files import sync, write_json
 from aoe_jax.storage.paths import Mirror, is_remote
 from aoe_jax.storage.retry import is_fault_of_write, patiently, reason
 
-_CLASSES = Path(__file__).with_name("huggingface")  # of transformers, for our own format
+_CLASSES = Path(__file__).with_name("huggingface")  # for transformers, in our own format
 
 
 @contextlib.contextmanager

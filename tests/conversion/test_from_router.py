@@ -19,7 +19,7 @@ from tests.evaluation.models import make_config, make_model
 from tests.formats.test_loading import edit
 from tests.runs import corpus_folder, scratch, shared, tiny_config
 
-FINDABLE = np.array([5, 11, 0, 23])  # by expert, the neuron of which its router is a multiple
+FINDABLE = np.array([5, 11, 0, 23])  # for each expert, the neuron whose multiple is its router
 
 
 def test_gates_are_the_best_of_their_rank(tmp_path):
@@ -100,7 +100,7 @@ def measured(output, **form):
 @pytest.mark.slow
 @pytest.mark.usefixtures("ragged")
 def test_the_neuron_of_the_router_is_found(tmp_path):
-    """Then the scores choose what the router chose, and the largest does so from one neuron."""
+    """The scores choose the router's experts; the largest activation needs one neuron for this."""
     report = measured(tmp_path / "aoe", score_neurons=1, score="max")
     assert json.loads((tmp_path / "aoe" / "convert.json").read_text()) == report
     assert report["agreement"] == {"mean": 1.0, "layers": [1.0, 1.0], "chance": 0.5}

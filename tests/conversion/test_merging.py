@@ -110,7 +110,7 @@ def test_alignment_undoes_a_disguise(kind):
 
 @KINDS
 def test_alignment_keeps_the_function_of_an_expert(kind):
-    """It comes nearer even to an expert that has nothing in common with it."""
+    """The expert comes nearer even to one that has nothing in common with it."""
     reference, expert = draw(kind), draw(kind, seed=1)
     found = aligned(reference, expert)
     same_function(found, expert)

@@ -54,7 +54,7 @@ def sharpened(params):
 
 
 def plain_scores(model, context, continuation):
-    """By the definition: one pass over one text, whole, in float64; `(log-likelihood, greedy)`.
+    """`(log-likelihood, greedy)` by definition: one pass over one whole text, in float64.
 
     Zeros follow the text, which a causal model does not see, so that one length is compiled.
     """

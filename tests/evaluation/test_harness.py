@@ -53,7 +53,7 @@ def adapter():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["router", "aoe"])
 def test_log_likelihoods_are_those_of_the_hf_backend(tmp_path, kind):
-    """For the same model as a Mixtral, or as an AoE with the classes beside it."""
+    """The model is a Mixtral, or an AoE with the classes beside it."""
     from lm_eval.models.huggingface import HFLM  # needs torch
 
     model = router_model()

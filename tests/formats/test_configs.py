@@ -117,7 +117,7 @@ def test_fields_without_an_effect_do_not_count():
 
 
 def test_a_mixtral_of_the_hub():
-    """As published, with fields that transformers has no more; other groups have defaults."""
+    """The published file has fields that transformers has no more; other groups have defaults."""
     values = json.loads("""{
         "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1,
         "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
@@ -227,7 +227,7 @@ def test_refused_by_name(values, words, tmp_path):
     assert f"{tmp_path}/config.json: " in str(error.value) and words in str(error.value)
 
 
-WITHOUT_CLASS = {  # by the fields that the log must name
+WITHOUT_CLASS = {  # the words that the log must have, and the model
     "routing.name='top_p'": {"routing__name": "top_p"},
     "LlamaForCausalLM has no model.qkv_bias=True": VARIANTS["dense, biases"][1],
     "MixtralForCausalLM has no model.attention_bias=True": VARIANTS["router, biases"][1],

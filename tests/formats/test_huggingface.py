@@ -102,7 +102,7 @@ def test_bfloat16(tmp_path):
     "form", ["factorised", "whole, shared expert with a gate", "partial, dense in front"]
 )
 def test_gradients(tmp_path, form):
-    """Those of the loss here, of all parameters, with and without gradient checkpointing."""
+    """All gradients are those of the loss here, with and without gradient checkpointing."""
     import torch
 
     config = tiny_config(**FORMS[form])
@@ -200,7 +200,7 @@ def test_generation(form):
             new = found[0, len(row) :].tolist()
             assert new[: len(expected)] == expected and len(expected) > 3
     assert ours[0] != ours[1]
-    # As one batch, padded from the left.
+    # Both texts are one batch, padded from the left.
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
     batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
     found = model.generate(**batch, max_new_tokens=24, do_sample=False, pad_token_id=0)

@@ -21,7 +21,7 @@ def byte_level(folder):
 
 
 def with_a_first_token(folder):
-    """As many of the hub: the tokenizer itself begins every text with a token."""
+    """Like many tokenizers of the hub, it begins every text with a token."""
     byte_level(folder)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     end = "<|endoftext|>"
@@ -84,7 +84,7 @@ def test_transformers_gives_the_same_tokens(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("adds", [None, True, False])
 def test_the_token_before_a_text_is_that_of_transformers(tmp_path, adds):
-    """For a SentencePiece model by itself, as old models of the hub have it."""
+    """Old models of the hub have a SentencePiece model alone."""
     import transformers
 
     sentencepiece_of("bpe")(tmp_path)
