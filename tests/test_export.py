@@ -164,13 +164,13 @@ MISTAKES = [
     ([*CONVERT, "--score_neurons=4", "--d_low=8"], ONE_OF),
     ([*CONVERT, "--d_low=8", "--score=max"], "--score=max.*--score_neurons"),
     ([*CONVERT, "--score_neurons=4", "--score=least"], r"norm\|max"),
-    ([*CONVERT, "--d_low=8", "--checkpoint={run}"], r"has experts\.kind='aoe'; only a router MoE"),
+    ([*CONVERT, "--d_low=8", "--checkpoint={run}"], r"experts\.kind='aoe': only a router MoE"),
     ([*CONVERT, "--d_low=8", "--experts=4"], "--experts=4: belongs to --upcycle"),
     ([*CONVERT, "--upcycle=moe", "--top_k=2"], "--experts=None: --upcycle needs it"),
     ([*UPCYCLE, "--score_neurons=4"], "--score_neurons=4: belongs to --upcycle=aoe"),
     ([*UPCYCLE, "--upcycle=aoe"], "--score_neurons=None: --upcycle=aoe needs it"),
     ([*UPCYCLE, "--d_low=4"], "--d_low=4: gates stay whole with --upcycle"),
-    (UPCYCLE, r"has experts\.kind='router'; only a dense model can be upcycled"),
+    (UPCYCLE, r"experts\.kind='router': only a dense model can be upcycled"),
 ]
 
 

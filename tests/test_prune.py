@@ -128,7 +128,7 @@ def test_the_table():
 LARGE = {"experts__kind": "router", "experts__large_router": True}
 KINDS = {"smear": {"routing__segment": 8}, "thor": {}, "uoe": {}}
 REFUSED = [
-    ({"experts__kind": "dense"}, 2, "--workdir=DIR has experts.kind='dense'"),
+    ({"experts__kind": "dense"}, 2, "experts.kind='dense': a dense model has no experts"),
     *(
         ({"routing__name": name}, 2, f"routing.name={name!r}: pruning is not implemented")
         for name in ("expert_choice", "threshold")

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from aoe_jax.config.checks import require_flag
+from aoe_jax.config.checks import require, require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
 from aoe_jax.conversion.exporting import in_words, write_figures, write_result
 from aoe_jax.conversion.observations import observations
 from aoe_jax.conversion.scoring_neurons import agreement, in_front, telling_neurons
-from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model, source_config
 from aoe_jax.formats.loading import parameter_shapes
 from aoe_jax.formats.writing import new_directory, parameters_of
@@ -54,7 +53,7 @@ def convert(
     choice.
     """
     config = source_config(checkpoint)
-    converted = _converted(config, checkpoint, d_low, score_neurons, score)
+    converted = _converted(config, d_low, score_neurons, score)
     with new_directory(output) as directory:
         model = load_model(checkpoint, mesh=mesh)
         step, shapes, (_, read) = (
@@ -159,18 +158,13 @@ def _reordered(read, observed, count, score):
     return parameter
 
 
-def _converted(config: Config, checkpoint, d_low, score_neurons, score):
-    experts, d_model, has = config.experts, config.model.d_model, f"--checkpoint={checkpoint} has"
-    if experts.kind != "router" or experts.factorised_gate:
-        factorised = "a router with factorised gates"
-        what = factorised if experts.kind == "router" else f"experts.kind={experts.kind!r}"
-        raise UserError(f"{has} {what}; only a router MoE with whole gates can be converted")
-    router = config.routing.name
-    if router not in CONVERTIBLE:
-        raise UserError(
-            f"{has} routing.name={router!r}, which uses its router for more than scores; these can "
-            f"be converted: {', '.join(CONVERTIBLE)}"
-        )
+def _converted(config: Config, d_low, score_neurons, score):
+    experts, d_model, router = config.experts, config.model.d_model, config.routing.name
+    wanted = "only a router MoE with whole gates can be converted"
+    require(experts.kind == "router", "experts.kind", experts.kind, wanted)
+    require(not experts.factorised_gate, "experts.factorised_gate", True, wanted)
+    wanted = f"it uses more than scores; these can be converted: {', '.join(CONVERTIBLE)}"
+    require(router in CONVERTIBLE, "routing.name", router, wanted)
     width = f"at most the width {experts.d_ffn} of an expert"
     if score_neurons is None:
         wanted = f"must be below d_model={d_model} and {width}"

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from aoe_jax.config.checks import require_flag
+from aoe_jax.config.checks import require, require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
 from aoe_jax.conversion.exporting import in_words, write_figures, write_result
 from aoe_jax.conversion.merging import pruned_params
 from aoe_jax.conversion.observations import score_moments
-from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import Model, load_model, source_config
 from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.model.decoder import Decoder
@@ -89,21 +88,16 @@ def prune(
 
 def check_prunes(model: Model, n_experts, workdir):
     """Raises `UserError` if a model cannot be pruned to this number of experts."""
-    e, router, reason = model.config.experts, model.config.routing.name, None
-    if e.kind == "dense":
-        reason = "experts.kind='dense': a dense model has no experts to merge"
-    elif router not in PRUNABLE:
-        known = ", ".join(PRUNABLE)
-        reason = f"routing.name={router!r}: pruning is not implemented; use a model with {known}"
-    elif e.score_neurons is not None:
-        wanted = "merging reorders the neurons of experts; use factorised gates or a router"
-        reason = f"experts.score_neurons={e.score_neurons}: {wanted}"
-    elif e.score != "norm":
-        reason = f"experts.score={e.score!r}: merging is for experts that are scored by norms"
-    elif e.large_router:
-        reason = "experts.large_router=True: the width of a large router depends on its experts"
-    if reason:
-        raise UserError(f"--workdir={workdir} has {reason}")
+    e, router = model.config.experts, model.config.routing.name
+    require(e.kind != "dense", "experts.kind", e.kind, "a dense model has no experts to merge")
+    wanted = f"pruning is not implemented; use a model with {', '.join(PRUNABLE)}"
+    require(router in PRUNABLE, "routing.name", router, wanted)
+    wanted = "merging reorders the neurons of experts; use factorised gates or a router"
+    require(e.score_neurons is None, "experts.score_neurons", e.score_neurons, wanted)
+    wanted = "merging is for experts that are scored by norms"
+    require(e.score == "norm", "experts.score", e.score, wanted)
+    wanted = "the width of a large router depends on its experts"
+    require(not e.large_router, "experts.large_router", True, wanted)
     wanted = (
         f"must be at least experts.top_k={e.top_k} and fewer than the {e.n_experts} experts of "
         f"{workdir}"

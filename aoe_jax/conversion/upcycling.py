@@ -29,13 +29,12 @@ from pathlib import Path
 import numpy as np
 
 from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.checks import require_flag
+from aoe_jax.config.checks import require, require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
 from aoe_jax.conversion.exporting import in_words, write_figures, write_result
 from aoe_jax.conversion.scoring_neurons import in_front
-from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model, source_config
 from aoe_jax.formats.loading import is_of_run, parameter_shapes
 from aoe_jax.formats.writing import new_directory, parameters_of
@@ -58,14 +57,12 @@ class Upcycling:
     noise: float = 0.0  # standard deviation, relative to that of the matrix
     seed: int = 0  # for the router and the noise
 
-    def config(self, dense: Config, checkpoint: Path) -> Config:
+    def config(self, dense: Config) -> Config:
         """The configuration of the result, with the default balance losses. Raises `UserError` if
         the model is not dense, or a number does not fit it or another number.
         """
         width, kind = dense.experts.d_ffn, dense.experts.kind
-        if kind != "dense":
-            found = f"--checkpoint={checkpoint} has experts.kind={kind!r}"
-            raise UserError(f"{found}; only a dense model can be upcycled")
+        require(kind == "dense", "experts.kind", kind, "only a dense model can be upcycled")
         n, g, k = self.n_experts, self.granularity, self.top_k
         require_flag(k <= n, "top_k", k, f"must be at most --experts={n}")
         fits = n % g == 0 and width % g == 0
@@ -139,7 +136,7 @@ def upcycle(
     `data` is given or the model is from a run, `nll` on `n_tokens` tokens of each validation split,
     `before` and `after`. Raises `UserError` if something cannot be read or a number does not fit.
     """
-    config = form.config(source_config(checkpoint), checkpoint)
+    config = form.config(source_config(checkpoint))
     is_measured = is_of_run(checkpoint) or data is not None
     report = {name: value for name, value in dataclasses.asdict(form).items() if value is not None}
     with new_directory(output) as directory:

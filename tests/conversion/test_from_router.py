@@ -173,10 +173,14 @@ def test_chosen_neurons_agree_better():
 
 ROUTER = {"experts__kind": "router"}
 REFUSED = [
-    ({}, {"d_low": 8}, "has experts.kind='aoe'; only a router MoE"),
-    ({"experts__kind": "dense"}, {"d_low": 8}, "has experts.kind='dense'; only a router MoE"),
-    ({"experts__kind": "capacity"}, {"d_low": 8}, "has experts.kind='capacity'; only a router MoE"),
-    (ROUTER | {"experts__factorised_gate": True}, {"d_low": 8}, "a router with factorised gates"),
+    ({}, {"d_low": 8}, "experts.kind='aoe': only a router MoE"),
+    ({"experts__kind": "dense"}, {"d_low": 8}, "experts.kind='dense': only a router MoE"),
+    ({"experts__kind": "capacity"}, {"d_low": 8}, "experts.kind='capacity': only a router MoE"),
+    (
+        ROUTER | {"experts__factorised_gate": True},
+        {"d_low": 8},
+        "factorised_gate=True: only a router",
+    ),
     (ROUTER, {"d_low": 32}, "--d_low=32: must be below d_model=32"),
     (ROUTER | {"experts__d_ffn": 16}, {"d_low": 17}, "--d_low=17: .* at most the width 16"),
     (ROUTER, {"score_neurons": 33}, "--score_neurons=33: must be at most the width 32"),
