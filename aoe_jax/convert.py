@@ -1,28 +1,14 @@
-"""Turns an MoE into an AoE, or a dense model into either.
+"""Turns a router MoE into an AoE, or a dense model into an MoE or an AoE.
 
     python -m aoe_jax.convert --checkpoint=DIR --output=DIR (--score_neurons=S | --d_low=R |
         --upcycle=moe|aoe --experts=N --top_k=K)
 
-The router of an MoE is dropped.
-
-- `--score_neurons=S` keeps every matrix of the experts. In each expert the S neurons that predict
-  the router's choices best come first, and the norm (or with `--score=max` the largest) of their
-  gate pre-activations is the expert's score. They are chosen on `--tokens` tokens of `--data`, see
-  `conversion/scoring_neurons.py`.
-- `--d_low=R` factorises the gate of every expert by a truncated singular value decomposition.
-
-Every feed-forward layer of a dense model, which may be a training run, becomes a layer of
-`--experts=N` experts, `--top_k=K` for each token. The experts are copies of the layer, or with
-`--granularity=G` of its G pieces. `--noise` adds Gaussian noise to them. See
-`conversion/upcycling.py`.
-
-- `--upcycle=moe` draws a router.
-- `--upcycle=aoe --score_neurons=S` keeps gates whole and gives each expert other neurons to score.
-
-All other parameters stay. Train the result with `train.py --config=configs/finetune.py:OUTPUT`.
-With `--score_neurons`, with `--upcycle` of a model of a run, or if `--data` is given, the command
-reports the nll on held-out text before and after; for an MoE also how often the scores choose the
-router's experts.
+The router of an MoE is dropped. `--score_neurons=S` moves the S neurons that predict the router's
+choices best to the front of each expert, and they score; `--d_low=R` factorises gates. `--upcycle`
+makes experts of the layers of a dense model: `conversion/upcycling.py` explains `--granularity` and
+`--noise`. With `--score_neurons`, with `--upcycle` of a model of a run, or with `--data`, the
+command reports the nll on held-out text before and after. Train the result with
+`train.py --config=configs/finetune.py:OUTPUT`.
 """
 
 from functools import partial
@@ -34,14 +20,12 @@ from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from aoe_jax.storage.paths import local_copy
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "the directory of a router MoE; for --upcycle, of a dense model or run"
-)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "the directory of a model or a training run")
 _OUTPUT = flags.DEFINE_string("output", None, "the directory to write, which must not exist yet")
 _D_LOW = flags.DEFINE_integer("d_low", None, "the rank of every expert's factorised gate", 1)
 _NEURONS = flags.DEFINE_integer("score_neurons", None, "neurons of a whole gate that score", 1)
 _SCORE = flags.DEFINE_enum("score", "norm", ["norm", "max"], "score of these neurons")
-_UPCYCLE = flags.DEFINE_enum("upcycle", None, ["moe", "aoe"], "what to make of a dense model")
+_UPCYCLE = flags.DEFINE_enum("upcycle", None, ["moe", "aoe"], "result of a dense model")
 _EXPERTS = flags.DEFINE_integer("experts", None, "experts of an upcycled layer", 2)
 _TOP_K = flags.DEFINE_integer("top_k", None, "experts of a token in an upcycled model", 1)
 _GRANULARITY = flags.DEFINE_integer("granularity", 1, "pieces of the dense layer", 1)
@@ -56,19 +40,15 @@ _SEED = flags.DEFINE_integer("seed", 0, "seed of tokens, of noise and of a drawn
 
 def main():
     checkpoint = local_copy(cli.path_of(_CHECKPOINT, in_store=True))
-    output, measured = (
-        cli.path_of(_OUTPUT, in_store=True),
-        {"data": _DATA.value, "n_tokens": _TOKENS.value, "mesh": _MESH.value},
-    )
-    if _NEURONS.value is None:
-        cli.refuse("belongs to --score_neurons", _SCORE)
+    output = cli.path_of(_OUTPUT, in_store=True)
+    measured = {"data": _DATA.value, "n_tokens": _TOKENS.value, "mesh": _MESH.value}
     is_whole, is_aoe = _NEURONS.value is not None, _UPCYCLE.value == "aoe"
+    if not is_whole:
+        cli.refuse("belongs to --score_neurons", _SCORE)
     if not _UPCYCLE.value:
         if is_whole == (_D_LOW.value is not None):
             raise UserError("--score_neurons and --d_low: give one of them, or --upcycle")
         cli.refuse("belongs to --upcycle", _EXPERTS, _TOP_K, _GRANULARITY, _NOISE)
-        if not is_whole and not _DATA.present:
-            cli.refuse("belongs to --score_neurons or --data", _MESH, _TOKENS, _SEED)
         from aoe_jax.conversion.from_router import convert, convert_summary  # starts JAX
 
         form = (_D_LOW.value, _NEURONS.value, _SCORE.value)
@@ -80,10 +60,7 @@ def main():
         wanted = "--upcycle=aoe needs it" if is_aoe else "belongs to --upcycle=aoe"
         require_flag(is_whole == is_aoe, "score_neurons", _NEURONS.value, wanted)
         from aoe_jax.conversion.upcycling import Upcycling, upcycle, upcycle_summary  # starts JAX
-        from aoe_jax.formats.loading import is_of_run
 
-        if not is_of_run(checkpoint) and not _DATA.present:
-            cli.refuse("belongs to --data or to a model of a run", _MESH, _TOKENS)
         sizes = (_UPCYCLE.value, _EXPERTS.value, _TOP_K.value, _GRANULARITY.value)
         form = Upcycling(*sizes, _NEURONS.value, _SCORE.value, _NOISE.value, _SEED.value)
         summary = upcycle_summary(upcycle(checkpoint, output, form, **measured))

@@ -31,27 +31,22 @@ _WEAK_RANK = flags.DEFINE_integer("weak_rank", 2, "with --contrast: rank of the 
 _SEED = flags.DEFINE_integer("seed", 0, "of the draws", 0)
 
 
-def _contrast():
-    from aoe_jax.evaluation.contrast import Contrast
-
-    if _CONTRAST.value is not None:
-        return Contrast(_CONTRAST.value, _ALPHA.value, _STRONG_K.value, _WEAK_RANK.value)
-    wanted = "belongs to --contrast; set that too, or leave this out"
-    cli.refuse(wanted, _ALPHA, _STRONG_K, _WEAK_RANK)
-    return None
-
-
 def main():
     workdir = cli.path_of(_WORKDIR, in_store=True)
     require_flag(_MAX_TOKENS.value >= 1, "max_tokens", _MAX_TOKENS.value, "must be 1 or greater")
     distributed.start()
     import jax
 
+    from aoe_jax.evaluation.contrast import Contrast
     from aoe_jax.evaluation.generation import Sampling, continuations
     from aoe_jax.evaluation.models import load_model
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-    contrast, prompts = _contrast(), _PROMPT.value
+    contrast, prompts = None, _PROMPT.value
+    if _CONTRAST.value is None:
+        cli.refuse("belongs to --contrast; set that too", _ALPHA, _STRONG_K, _WEAK_RANK)
+    else:
+        contrast = Contrast(_CONTRAST.value, _ALPHA.value, _STRONG_K.value, _WEAK_RANK.value)
     model = load_model(workdir, _STEP.value, _MESH.value)
     write = sys.stdout.write if jax.process_index() == 0 else lambda text: None
     settings = {"contrast": contrast, "sampling": sampling, "seed": _SEED.value, "chunk": 8}

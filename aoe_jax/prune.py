@@ -27,7 +27,6 @@ _METHOD = flags.DEFINE_enum("method", "uncurl", _METHODS, "how experts are merge
 _DATA = flags.DEFINE_string("data", None, "corpora, written like data.name; default: the run's")
 _TOKENS = flags.DEFINE_integer("tokens", 100_000, "tokens of the train and validation splits", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the tokens, of k-means and of a new router", 0)
-_BASELINES = flags.DEFINE_bool("baselines", True, "score the other methods, too")
 
 
 def main():
@@ -45,7 +44,6 @@ def main():
         seed=_SEED.value,
         step=_STEP.value,
         mesh=_MESH.value,
-        baselines=_BASELINES.value,
     )
 
 

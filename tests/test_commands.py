@@ -84,7 +84,6 @@ def test_help_names_the_defaults():
     text = " ".join(stdout.split())
     assert "--seed seed of the tokens, of k-means and of a new router (default: 0)" in text
     assert "--method <uncurl|frequency_merge|greedy>: how" in text
-    assert "--baselines score the other methods, too (default: true)" in text
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from aoe_jax.formats.configs import as_own, to_json
 from aoe_jax.formats.loading import RUN_FILE, ModelReader, read_begin_token, read_config, read_step
 from aoe_jax.formats.tensor_files import INDEX, SINGLE, stored_tensors
 from aoe_jax.formats.tokenizer_files import read_prefix
-from aoe_jax.formats.writing import write_arrays
+from aoe_jax.formats.writing import parameters_of, write_model
 from aoe_jax.storage.files import read_metrics, write_json
 from aoe_jax.training.run_folder import RunFolder, check_config, check_data
 from tests.data.texts import write_everything
@@ -94,7 +94,7 @@ def write_models(folder: Path):
         tensor_files.SHARD_BYTES = limit if kind == "aoe" else 20_000
         try:
             values = (as_own if kind == "aoe" else to_json)(config)
-            write_arrays(directory, values | {"bos_token_id": 0}, model.params, {}, None)
+            write_model(directory, values | {"bos_token_id": 0}, *parameters_of(model.params))
         finally:
             tensor_files.SHARD_BYTES = limit
         model.tokenizer.save(directory)
@@ -110,7 +110,7 @@ def read_model(directory: Path):
 
 def read_tensors(directory: Path):
     for tensor in stored_tensors(directory).values():
-        tensor.read()
+        tensor.read([slice(None)] * len(tensor.shape))
 
 
 def read_tokenizer(file: Path):

@@ -1,6 +1,4 @@
-"""Pruning by the command line: a run becomes a model with fewer experts, which is evaluated,
-trained and pruned again.
-"""
+"""A run becomes a model with fewer experts, which is evaluated, trained and pruned again."""
 
 import dataclasses
 import json
@@ -10,11 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from aoe_jax.conversion.pruning import prune
+from aoe_jax.conversion.pruning import check_prunes, prune, prune_table
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.evaluate import evaluate_workdir
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats.loading import read_config, read_step
+from tests.conversion.models import model_of
+from tests.evaluation.models import make_config
 from tests.in_process import call
 from tests.runs import (
     STEPS,
@@ -54,13 +54,11 @@ def test_files():
     names |= {"model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
     assert contents(directory).keys() == names | {"configuration_aoe.py", "modeling_aoe.py"}
     report = json.loads((directory / "prune.json").read_text())
-    assert report["nll"].keys() == {"before", "uncurl", "frequency_merge", "greedy"}
-    assert report["method"] == "uncurl"
-    assert f"uncurl {report['nll']['uncurl']:.4f}" in stdout.splitlines()[-1]
+    assert report["nll"].keys() == {"before", "after"} and report["method"] == "uncurl"
+    assert f"after {report['nll']['after']:.4f}" in stdout.splitlines()[-1]
     card = (directory / "README.md").read_text()
     assert f"made this model of `{finished_run().name}` (step {STEPS})" in card
     assert "4 experts of a layer became 3 by `uncurl`; validation nll: before" in card
-    assert "trust_remote_code=True" in card
     for layer in report["layers"]:
         assert len(layer["clusters"]) == 3 and len(layer["load"]) == 4
         members = [member for cluster in layer["clusters"] for member in cluster["members"]]
@@ -71,7 +69,7 @@ def test_a_pruned_model_is_evaluated(tmp_path):
     directory = shutil.copytree(pruned()[0], tmp_path / "model")
     report = evaluate_workdir(directory, "validation", data=f"prepared@{corpus_store()}")
     nll = json.loads((directory / "prune.json").read_text())["nll"]
-    np.testing.assert_allclose(report["nll"], nll["uncurl"], rtol=1e-5)
+    np.testing.assert_allclose(report["nll"], nll["after"], rtol=1e-5)
     of_run = read_metrics(finished_run())[1][-1]["validation_nll"]
     np.testing.assert_allclose(nll["before"], of_run, rtol=1e-5)
 
@@ -81,21 +79,19 @@ def test_a_pruned_model_is_trained(tmp_path):
     status, _, stderr = run(fine_tuned(pruned()[0], tmp_path / "run"))
     assert status == 0, stderr
     nll = json.loads((pruned()[0] / "prune.json").read_text())["nll"]
-    assert read_metrics(tmp_path / "run")[1][-1]["validation_nll"] < nll["uncurl"]
+    assert read_metrics(tmp_path / "run")[1][-1]["validation_nll"] < nll["after"]
 
 
 @pytest.mark.slow
 def test_a_router_is_trained_alone(tmp_path):
     """All other parameters are bit for bit those of the pruned model."""
     directory, router = tmp_path / "model", kind_run("router")[0]
-    report = prune(router, directory, 3, "frequency_merge", n_tokens=2000, baselines=False)
-    assert report["nll"].keys() == {"before", "frequency_merge"}
+    prune(router, directory, 3, "frequency_merge", n_tokens=2000)
     assert json.loads((directory / "config.json").read_text())["model_type"] == "mixtral"
     status, _, stderr = run(fine_tuned(directory, tmp_path / "run", **{"train.router_steps": 4}))
     assert status == 0, stderr
-    before, after = (
-        jax.device_get(load_model(folder).params) for folder in (directory, tmp_path / "run")
-    )
+    folders = directory, tmp_path / "run"
+    before, after = (jax.device_get(load_model(folder).params) for folder in folders)
     old, new = (params["layers"]["experts"].pop("w_router") for params in (before, after))
     assert old.shape == (2, 32, 3) and np.abs(old - new).max() > 1e-4
     jax.tree.map(np.testing.assert_array_equal, before, after)
@@ -107,14 +103,53 @@ def test_a_pruned_model_is_pruned_again(tmp_path):
     report = prune(pruned()[0], again, 2, "greedy", data=data, n_tokens=2000)
     assert report["step"] == STEPS and read_config(again).experts.n_experts == 2
     assert contents(again).keys() == contents(pruned()[0]).keys()
-    before, after = (
-        load_model(folder).params["layers"]["experts"] for folder in (pruned()[0], again)
-    )
+    folders = pruned()[0], again
+    before, after = (load_model(folder).params["layers"]["experts"] for folder in folders)
     for layer, of_layer in enumerate(report["layers"]):
         kept = [cluster["reference"] for cluster in of_layer["clusters"]]
         assert sorted(kept) == sorted(np.argsort(of_layer["load"])[1:])
         of_kept = before["w_gate_up"][layer, np.array(kept)]
         np.testing.assert_array_equal(after["w_gate_up"][layer], of_kept)
+
+
+def test_the_table():
+    clusters = [
+        {"reference": 2, "members": [0, 2], "weights": [0.2, 0.8]},
+        {"reference": 1, "members": [1], "weights": [1]},
+    ]
+    layer = {"load": [0.2, 1.0, 0.8], "load_entropy": 0.9, "load_entropy_after": 0.6}
+    layer["clusters"] = clusters
+    rows = prune_table({"layers": [layer], "nll": {"before": 4.0, "after": 4.25}}).splitlines()
+    assert rows[1].split() == ["0", "0.900", "0.600", "0+2", "50.0%", "1", "50.0%"]
+    assert f"at most {np.log(3):.3f}, then {np.log(2):.3f}; validation nll: " in rows[2]
+    assert rows[2].endswith("before 4.0000, after 4.2500")
+
+
+LARGE = {"experts__kind": "router", "experts__large_router": True}
+KINDS = {"smear": {"routing__segment": 8}, "thor": {}, "uoe": {}}
+REFUSED = [
+    ({"experts__kind": "dense"}, 2, "experts.kind='dense': a dense model has no experts"),
+    *(
+        ({"routing__name": name}, 2, f"routing.name={name!r}: pruning is not implemented")
+        for name in ("expert_choice", "threshold")
+    ),
+    *(
+        ({"experts__kind": kind} | changes, 2, f"routing.name={kind!r}: pruning is not implemented")
+        for kind, changes in KINDS.items()
+    ),
+    ({"experts__score_neurons": 4}, 2, "experts.score_neurons=4: merging reorders the neurons"),
+    (LARGE, 2, "the width of a large router depends on its experts"),
+    ({}, 1, "--experts=1: must be at least experts.top_k=2 and fewer than the 4"),
+    ({}, 4, "--experts=4: must be at least experts.top_k=2 and fewer than the 4"),
+]
+
+
+@pytest.mark.parametrize(("changes", "n_experts", "words"), REFUSED)
+def test_models_that_are_refused(changes, n_experts, words):
+    model = dataclasses.replace(model_of("aoe"), config=make_config(**changes))
+    with pytest.raises(UserError) as error:
+        check_prunes(model, n_experts, "DIR")
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -123,10 +158,14 @@ def test_a_pruned_model_is_pruned_again(tmp_path):
         ([], "--experts is missing"),
         (["--experts=4"], r"--experts=4: must be at least experts\.top_k=2 and fewer"),
         (["--experts=2", "--method=best"], r"uncurl\|frequency_merge\|greedy"),
+        (["--experts=2", "--data=text@/no/such/folder"], "--data=text@/no/such/folder: "),
+        (["--experts=2", "--data=sotu=much"], "--data=sotu=much: "),
+        (["--experts=2", "--output={here}"], "--output=.* exists already"),
     ],
 )
 def test_mistakes(tmp_path, flags, words):
-    output = tmp_path / "model"
+    (tmp_path / "precious").touch()
+    flags = [f"--output={tmp_path}/model", *(flag.format(here=tmp_path) for flag in flags)]
     with pytest.raises(UserError, match=words):
-        call("aoe_jax.prune", f"--workdir={finished_run()}", f"--output={output}", *flags)
-    assert not output.exists()
+        call("aoe_jax.prune", f"--workdir={finished_run()}", *flags)
+    assert contents(tmp_path).keys() == {"precious"}

@@ -1,7 +1,6 @@
-"""Text on which trained experts are observed, and held-out text on which results are compared."""
+"""Batches on which trained experts are observed, and held-out ones that compare results."""
 
 import itertools
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,7 +8,7 @@ from tqdm import tqdm
 
 from aoe_jax.data.pipeline import eval_batches, train_batches
 from aoe_jax.evaluation.models import Model, corpus_of
-from aoe_jax.training.validation import compile_eval_step, evaluate_batches
+from aoe_jax.training.validation import evaluate_batches
 
 
 def calibration_batches(model: Model, directory: Path, data: str | None, n_tokens: int, seed: int):
@@ -27,20 +26,8 @@ def calibration_batches(model: Model, directory: Path, data: str | None, n_token
     return list(itertools.islice(train, n)), list(itertools.chain.from_iterable(firsts))
 
 
-def mean_nll(model: Model, batches) -> float:
-    """The negative log-likelihood of a model on host batches, nats per token."""
-    return evaluator(model, model.decoder, batches)(model.params, model.routing_state).nll
-
-
-def evaluator(model: Model, decoder, batches):
-    """A function `(params, routing state) -> Evaluation` of a decoder on host batches, compiled
-    once; mesh and settings are those of `model`.
-    """
-    step = compile_eval_step(decoder, model.config.data.document_mask, model.mesh)
-
-    def evaluate(params, routing_state):
-        score = partial(step, params, routing_state)
-        with jax.set_mesh(model.mesh):
-            return evaluate_batches(score, tqdm(batches, "validation", unit="batch"), model.put)
-
-    return evaluate
+def evaluation_on(model: Model, batches):
+    """The `Evaluation` of a model on host batches."""
+    step = model.eval_step(model.config.data.document_mask)
+    with jax.set_mesh(model.mesh):
+        return evaluate_batches(step, tqdm(batches, "validation", unit="batch"), model.put)

@@ -1,14 +1,16 @@
-"""Writes the model of a run as safetensors and `config.json`."""
+"""Writes the models of runs, and the results of commands, as safetensors and `config.json`."""
 
 import logging
 from pathlib import Path
 
+from aoe_jax.config.run import Config
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.model_card import training, write_card
 from aoe_jax.formats.tokenizer_files import write_tokenizer
-from aoe_jax.formats.writing import new_directory, write_arrays, write_run
+from aoe_jax.formats.writing import new_directory, parameters_of, write_model, write_run
 from aoe_jax.storage.config_files import read_run_config
+from aoe_jax.storage.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -20,12 +22,33 @@ def export(workdir: Path, output: Path, step="newest", dtype="float32"):
     the run cannot be read or has no such step, and as `new_directory` does.
     """
     config = read_run_config(workdir / "config.json")
-    with new_directory(output) as partial_output:
+    with new_directory(output) as directory:
         model = load_model(workdir, step)
-        values = to_json(model.config, model.routing_state)
-        values |= write_tokenizer(workdir, partial_output, config.model.max_len)
-        write_arrays(partial_output, values, model.params, model.routing_state, dtype)
-        write_run(partial_output, workdir, model.step, config)
-        origin = training(config, workdir, model.step)
-        write_card(partial_output, output.name, values, config, origin)
-    log.info("wrote the model of step %d to %s, as %s", model.step, output, values["model_type"])
+        parameters = parameters_of(model.params, model.routing_state, dtype)
+        write_result(directory, workdir, model.step, config, *parameters, model.routing_state)
+        write_card(directory, config, training(config, workdir, model.step))
+    log.info("wrote the model of step %d to %s", model.step, output)
+
+
+def write_result(directory: Path, source: Path, step, config: Config, shapes, parameter, state=()):
+    """Writes a model that was made from the one in `source`, with that one's tokenizer and run.
+    `shapes` and `parameter` are arguments of `write_model`, `state` has the names of the routing
+    state, and `step` is the run's, or None.
+    """
+    values = to_json(config, state) | write_tokenizer(source, directory, config.model.max_len)
+    write_model(directory, values, shapes, parameter)
+    write_run(directory, source, step, config)
+
+
+def write_figures(directory: Path, source: Path, step, config: Config, command, report, result):
+    """Writes the figures of the `command` that made a model, and a model card with its `result`."""
+    write_json(directory / f"{command}.json", report)
+    of_step = "" if step is None else f" (step {step:,})"
+    made = f"`python -m aoe_jax.{command}` made this model of `{source.absolute().name}`{of_step}"
+    origin = f"## Origin\n\n{made}: {result}. `{command}.json` has all figures."
+    write_card(directory, config, origin)
+
+
+def in_words(nll):
+    """Negative log-likelihoods by name as text."""
+    return "nll: " + ", ".join(f"{name} {value:.4f}" for name, value in nll.items())

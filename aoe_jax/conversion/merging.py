@@ -9,26 +9,20 @@ paper:
   by the permutation of hidden units that brings their weights nearest, and averaged with their
   loads as weights.
 - `frequency_merge`. The D experts with the largest loads are centres, and each other expert joins
-  the centre most similar to it by S; merged like above.
+  the centre most similar to it by S; they are merged like above.
 - `greedy`. The D experts with the largest loads stay, others are dropped.
 
 The scores of a router MoE are its logits, and its router is drawn anew, to be trained alone first
 (`train.router_steps`). Only `greedy` keeps the router's columns of its experts, which the paper
-does not mention.
+does not mention. All layers get D experts, because layers are scanned and have equal shapes; the
+paper leaves out the first layer. Signs that w_up and w_down of a hidden unit could share are not
+aligned.
 
 AoE is not in the paper. Its scores are norms, far from 0, so cosines are of centred norms. The low
 rank of w_gate_down and w_gate_up is aligned too, by a rotation (Procrustes) in turn with the
 permutation, twice. An average has smaller norms than its members, so w_gate_down of a merged expert
-is scaled, and w_gate_up by the inverse, which keeps its output: its mean score over the tokens that
-chose a member becomes the mean of their scores. There is no router to draw anew.
-
-Differences from the paper: all layers get D experts, for layers are scanned and have equal shapes,
-where the paper leaves out the first layer. Signs that w_up and w_down of a hidden unit could share
-are not aligned. MC-SMoE, another baseline, is left out.
-
-Cost: a forward pass over the tokens, and another for the norms of merged AoE experts; memory holds
-moments `[Z, Z]`, not scores. Merging an expert takes `O(f^2 d)`, and up to `O(f^3)` to assign its f
-hidden units.
+is scaled to the mean Frobenius norm of its members, and w_gate_up by the inverse, which keeps its
+output.
 
 L layers, Z experts of each, D clusters, d model width. An expert is a dictionary of arrays:
 `w_up [d, f]`, `w_down [f, d]`, and `w_gate [d, f]` or, with a factorised gate, `w_gate_down [d, r]`
@@ -48,13 +42,12 @@ from sklearn.cluster import SpectralClustering
 from sklearn.exceptions import ConvergenceWarning
 from tqdm import tqdm
 
-from aoe_jax.conversion.moments import Moments
+from aoe_jax.conversion.observations import Moments
 from aoe_jax.evaluation.models import Model
 from aoe_jax.model.declared import state_shardings
 from aoe_jax.parameters import matrix_init, shared_expert
 
-FACTORS = ("w_gate_down", "w_gate_up")
-EXPERT_WEIGHTS = (*FACTORS, "w_gate", "w_up", "w_down")
+EXPERT_WEIGHTS = ("w_gate_down", "w_gate_up", "w_gate", "w_up", "w_down")
 _ROUNDS = 2  # rotation and permutation depend on each other, so both are computed twice
 
 
@@ -64,7 +57,7 @@ class Cluster:
 
     reference: int  # the member with the largest load, to which the others are aligned
     members: tuple[int, ...]  # rising, with the reference
-    weights: tuple[float, ...]  # of the members in the mean; they sum to 1
+    weights: tuple[float, ...]  # the members' shares of the mean; they sum to 1
 
     @classmethod
     def of(cls, members, load):
@@ -97,7 +90,7 @@ def uncurl(similarity, load, n_clusters, seed):
     if 1 < n_clusters < n:
         spectral = SpectralClustering(n_clusters, affinity="precomputed", random_state=seed)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # of equal experts, split below
+            warnings.simplefilter("ignore", ConvergenceWarning)  # equal experts are split below
             labels = spectral.fit_predict(similarity)
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     while len(groups) < n_clusters:  # equal experts are fewer points than clusters
@@ -134,11 +127,9 @@ def find_clusters(method, similarity, load, n_clusters, seed=0):
 def aligned(reference, expert):
     """The form of `expert` that is nearest to `reference`; it computes the same function.
 
-    Hidden units can be permuted, and the low rank of a factorised gate rotated: for every
-    orthogonal Q, `(w_gate_down Q, Q^T w_gate_up)` has the same product and the same norms
-    `|x w_gate_down|`. The rotation solves the orthogonal Procrustes problem for w_gate_down and
-    w_gate_up together, the permutation the assignment problem for w_gate_up or w_gate, w_up and
-    w_down. Signs and scales of w_up and w_down stay.
+    The permutation of hidden units solves the assignment problem for w_gate_up or w_gate, w_up and
+    w_down. The rotation Q of a low rank, `(w_gate_down Q, Q^T w_gate_up)`, which keeps the norms
+    `|x w_gate_down|`, solves the orthogonal Procrustes problem for both factors together.
     """
     expert, low_rank = dict(expert), "w_gate_down" in expert
     by_column = ("w_gate_up" if low_rank else "w_gate", "w_up")
@@ -170,87 +161,47 @@ def merge(weights: dict[str, np.ndarray], clusters: Sequence[Cluster]) -> dict[s
 
 
 def _average(weights, cluster):
-    def expert(number):
-        return {name: a[number].astype(np.float32) for name, a in weights.items()}
-
     if len(cluster.members) == 1:
         return {name: a[cluster.reference] for name, a in weights.items()}
-    reference = expert(cluster.reference)
-    total = {name: np.zeros_like(a) for name, a in reference.items()}
-    for number, weight in zip(cluster.members, cluster.weights, strict=True):
-        member = reference if number == cluster.reference else aligned(reference, expert(number))
-        for name, a in member.items():
-            total[name] += np.float32(weight) * a
-    return {name: a.astype(weights[name].dtype) for name, a in total.items()}
+    experts = [
+        {name: a[number].astype(np.float32) for name, a in weights.items()}
+        for number in cluster.members
+    ]
+    reference = experts[cluster.members.index(cluster.reference)]
+    experts = [e if e is reference else aligned(reference, e) for e in experts]
+    share = np.array(cluster.weights, np.float32)
+    mean = {name: np.tensordot(share, [e[name] for e in experts], 1) for name in weights}
+    if "w_gate_down" in mean:
+        norm = share @ [np.linalg.norm(e["w_gate_down"]) for e in experts]
+        scale = norm / max(np.linalg.norm(mean["w_gate_down"]), 1e-30)
+        mean["w_gate_down"] *= scale
+        mean["w_gate_up"] /= scale
+    return {name: a.astype(weights[name].dtype) for name, a in mean.items()}
 
 
-def membership(clusters: Sequence[Cluster], n_experts) -> np.ndarray:
-    """`[Z, D]`, 1 where an expert is a member of a cluster, else 0."""
-    members = np.zeros((n_experts, len(clusters)))
-    for number, cluster in enumerate(clusters):
-        members[list(cluster.members), number] = 1
-    return members
-
-
-def score_targets(clusters: Sequence[Cluster], mean, chosen, chosen_score) -> np.ndarray:
-    """The mean score with which tokens chose the members of each cluster, `[D]`.
-
-    The others are `Moments` of a layer, `[Z]`; the mean over all tokens stands in for experts that
-    no token chose.
-    """
-    own = np.where(chosen > 0, chosen_score / np.maximum(chosen, 1), mean)
-    return np.array([np.dot(cluster.weights, own[list(cluster.members)]) for cluster in clusters])
-
-
-def pruned_params(model: Model, moments: Moments, merged_scores, n_experts, method, seed=0):
+def pruned_params(model: Model, moments: Moments, n_experts, method, seed=0):
     """The parameters of a model with D experts.
 
     The host holds the experts of one layer, and the merged experts of all layers. `moments` are of
-    the scores of the model before pruning, and `merged_scores` is the function of that name in
-    `moments`, over the same batches. `n_experts` is D, at most Z, `method` a name of `METHODS`, and
-    `seed` that of k-means and of a new router. Returns the parameters on the model's mesh, and a
-    list of `Cluster`s for every layer.
+    the model's scores, `n_experts` is D, at most Z, `method` a name of `METHODS`, and `seed` that
+    of k-means and of a new router. Returns the parameters on the model's mesh, and a list of
+    `Cluster`s for every layer.
     """
-    experts, is_aoe = model.params["layers"]["experts"], model.config.experts.kind == "aoe"
+    experts = model.params["layers"]["experts"]
     weights = {name: a for name, a in experts.items() if name in EXPERT_WEIGHTS}
-    second = moments.scatter if is_aoe else moments.gram
-    clusters = [
-        find_clusters(method, similarity(of_layer), load, n_experts, seed)
-        for of_layer, load in zip(second, moments.load, strict=True)
-    ]
-    shape = len(clusters), n_experts
-    merged = {name: np.empty(shape + a.shape[2:], a.dtype) for name, a in weights.items()}
-    for layer, of_layer in enumerate(tqdm(clusters, desc=method, unit="layer")):
-        found = merge({name: jax.device_get(a[layer]) for name, a in weights.items()}, of_layer)
-        for name, a in found.items():
-            merged[name][layer] = a
-    if is_aoe:
-        _rescale_norms(merged, moments, merged_scores, clusters)
-    else:
+    second = moments.scatter if model.config.experts.kind == "aoe" else moments.gram
+    clusters, layers = [], []
+    for layer, load in enumerate(tqdm(moments.load, desc=method, unit="layer")):
+        of_layer = find_clusters(method, similarity(second[layer]), load, n_experts, seed)
+        layers.append(merge({n: jax.device_get(a[layer]) for n, a in weights.items()}, of_layer))
+        clusters.append(of_layer)
+    merged = {name: np.stack([layer.pop(name) for layer in layers]) for name in weights}
+    if "w_router" in experts:
         merged["w_router"] = _router(experts["w_router"], clusters, method, seed)
     merged |= {name: experts[name] for name in shared_expert(model.config.experts)}
     params = model.params | {"layers": model.params["layers"] | {"experts": merged}}
     with jax.set_mesh(model.mesh):
         return jax.device_put(params, state_shardings(model.mesh, params)), clusters
-
-
-def _rescale_norms(merged, moments, merged_scores, clusters):
-    """Scales w_gate_down of merged experts to the mean scores of their members' choices, and
-    w_gate_up by the inverse, so that outputs stay; clusters of one stay as they are.
-    """
-    members = np.stack([membership(of_layer, moments.mean.shape[1]) for of_layer in clusters])
-    several = members.sum(axis=1) > 1
-    if not several.any():
-        return
-    down, up = FACTORS
-    found = merged_scores(merged[down], members)
-    of_layers = zip(clusters, moments.mean, moments.chosen, moments.chosen_score, strict=True)
-    wanted = np.stack([score_targets(*of_layer) for of_layer in of_layers])
-    known = several & (found > 0) & (wanted > 0)
-    scale = np.divide(wanted, found, out=np.ones_like(found), where=known)
-    scale = scale[:, :, None, None].astype(np.float32)
-    merged[down] = (merged[down] * scale).astype(merged[down].dtype)
-    merged[up] = (merged[up] / scale).astype(merged[up].dtype)
 
 
 def _router(w_router, clusters, method, seed):

@@ -7,19 +7,15 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from aoe_jax.config.checks import require_flag
+from aoe_jax.config.checks import require, require_flag
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.conversion.calibration import calibration_batches, evaluator
-from aoe_jax.conversion.merging import METHODS, pruned_params
-from aoe_jax.conversion.moments import merged_scores, score_moments
-from aoe_jax.errors import UserError
+from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
+from aoe_jax.conversion.exporting import in_words, write_figures, write_result
+from aoe_jax.conversion.merging import pruned_params
+from aoe_jax.conversion.observations import score_moments
 from aoe_jax.evaluation.models import Model, load_model, source_config
-from aoe_jax.formats.configs import to_json
-from aoe_jax.formats.model_card import made_of, write_card
-from aoe_jax.formats.tokenizer_files import write_tokenizer
-from aoe_jax.formats.writing import new_directory, write_arrays, write_run
+from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.storage.files import write_json
 from aoe_jax.training.load_statistics import load_entropy
 
 log = logging.getLogger(__name__)
@@ -37,33 +33,27 @@ def prune(
     seed=0,
     step="newest",
     mesh=None,
-    baselines=True,
 ):
     """Writes a model with fewer experts to `output`, which appears only once it is complete, and
     prints a table. The arguments are the flags of `aoe_jax.prune`.
 
     Returns the content of `prune.json` in `output`: `method`, `step`, the number of `tokens` that
-    scores are from, validation `nll` `before` and after each method, and `layers`, for each its
-    `load` on these tokens, its `load_entropy` and `load_entropy_after` in validation, and its
-    `clusters`. Raises `UserError` if model, data or number of experts are not supported.
+    scores are from, validation `nll` `before` and `after`, and `layers`, for each its `load` on
+    these tokens, its `load_entropy` and `load_entropy_after` in validation, and its `clusters`.
+    Raises `UserError` if model, data or number of experts are not supported.
     """
-    with new_directory(output) as partial_output:
+    with new_directory(output) as directory:
         model = load_model(workdir, step, mesh)
         check_prunes(model, n_experts, workdir)
         train, validation = calibration_batches(model, workdir, data, n_tokens, seed)
         moments = score_moments(model, train)
-        for layer, scatter in enumerate(moments.scatter):
-            wanted = f"scores of layer {layer} are not finite; the model is damaged"
-            require_flag(np.isfinite(scatter).all(), "workdir", workdir, wanted)
-        before = evaluator(model, model.decoder, validation)(model.params, model.routing_state)
-        nll, merged = {"before": before.nll}, merged_scores(model, train)
+        wanted = "the scores of its experts are not finite; the model is damaged"
+        require_flag(np.isfinite(moments.gram).all(), "workdir", workdir, wanted)
+        before = evaluation_on(model, validation)
+        params, clusters = pruned_params(model, moments, n_experts, method, seed)
         decoder = Decoder.from_config(_pruned(model.config, n_experts))
-        evaluate_pruned = evaluator(model, decoder, validation)
-        others = [name for name in METHODS if name != method] if baselines else []
-        for name in [*others, method]:
-            params, clusters = pruned_params(model, moments, merged, n_experts, name, seed)
-            after = evaluate_pruned(params, {})
-            nll[name] = after.nll
+        changes = {"decoder": decoder, "params": params, "routing_state": {}}
+        after = evaluation_on(dataclasses.replace(model, **changes), validation)
         layers = [
             {
                 "load": moments.load[layer].tolist(),
@@ -73,52 +63,41 @@ def prune(
             }
             for layer, of_layer in enumerate(clusters)
         ]
-        report = {"method": method, "step": model.step, "tokens": int(moments.tokens)}
+        nll = {"before": before.nll, "after": after.nll}
+        report = {"method": method, "step": model.step, "tokens": moments.tokens}
         report |= {"nll": nll, "layers": layers}
         # The mesh of the run may not divide D.
         config = dataclasses.replace(_pruned(source_config(workdir), n_experts), mesh=MeshConfig())
-        values = to_json(config) | write_tokenizer(workdir, partial_output, config.model.max_len)
-        write_arrays(partial_output, values, params, {}, None)
-        write_run(partial_output, workdir, model.step, config)
-        write_json(partial_output / "prune.json", report)
+        write_result(directory, workdir, model.step, config, *parameters_of(params))
         counts = f"{model.config.experts.n_experts} experts of a layer became {n_experts}"
-        result = f"{counts} by `{method}`; validation nll: {_nll(report)}"
-        command = "python -m aoe_jax.prune"
-        origin = made_of(workdir, model.step, command, result, "prune.json")
-        write_card(partial_output, output.name, values, config, origin)
+        result = f"{counts} by `{method}`; validation {in_words(nll)}"
+        write_figures(directory, workdir, model.step, config, "prune", report, result)
     print(prune_table(report))
     if "selection_bias" in model.routing_state:
         log.warning(
             "the selection bias of loss-free balancing was made for the old experts: it starts at "
-            "0 again, and balance.bias_rate=0 in the result, so give a rate when you train it"
+            "0 again, and balance.bias_rate=0 in the result; set a rate to train with it"
         )
     if model.config.experts.has_router and method != "greedy":
         log.warning(
-            "the router is a new random one, so nll tells nothing before it is trained, see "
-            "train.router_steps"
+            "the router is a new random one, so the nll has no meaning before the router is "
+            "trained, see train.router_steps"
         )
     return report
 
 
 def check_prunes(model: Model, n_experts, workdir):
     """Raises `UserError` if a model cannot be pruned to this number of experts."""
-    e, router, reason = model.config.experts, model.config.routing.name, None
-    if e.kind == "dense":
-        reason = "experts.kind='dense': a dense model has no experts to merge"
-    elif router == "expert_choice":
-        reason = "routing.name='expert_choice': every expert takes equally many tokens"
-    elif router not in PRUNABLE:
-        known = ", ".join(PRUNABLE)
-        reason = f"routing.name={router!r}: pruning is not implemented; use a model with {known}"
-    elif e.score_neurons is not None:
-        wanted = "merging reorders the neurons of experts; use factorised gates or a router"
-        reason = f"experts.score_neurons={e.score_neurons}: {wanted}"
-    elif e.score != "norm":
-        reason = f"experts.score={e.score!r}: merging is for experts that are scored by norms"
-    elif e.large_router:
-        reason = "experts.large_router=True: the width of a large router depends on its experts"
-    if reason:
-        raise UserError(f"--workdir={workdir} has {reason}")
+    e, router = model.config.experts, model.config.routing.name
+    require(e.kind != "dense", "experts.kind", e.kind, "a dense model has no experts to merge")
+    wanted = f"pruning is not implemented; use a model with {', '.join(PRUNABLE)}"
+    require(router in PRUNABLE, "routing.name", router, wanted)
+    wanted = "merging reorders the neurons of experts; use factorised gates or a router"
+    require(e.score_neurons is None, "experts.score_neurons", e.score_neurons, wanted)
+    wanted = "merging is for experts that are scored by norms"
+    require(e.score == "norm", "experts.score", e.score, wanted)
+    wanted = "the width of a large router depends on its experts"
+    require(not e.large_router, "experts.large_router", True, wanted)
     wanted = (
         f"must be at least experts.top_k={e.top_k} and fewer than the {e.n_experts} experts of "
         f"{workdir}"
@@ -142,10 +121,5 @@ def prune_table(report):
         rows.append([layer["load_entropy"], layer["load_entropy_after"], "  ".join(shown)])
     head = "experts merged into one, and their share of the load"
     table = tabulate(rows, ["layer", "Ent_load", "after", head], "plain", ".3f", showindex=True)
-    n, n_after = len(share), len(clusters)
-    most = f"Ent_load is at most {np.log(n):.3f}, then {np.log(n_after):.3f}"
-    return f"{table}\n{most}; validation nll: {_nll(report)}"
-
-
-def _nll(report):
-    return ", ".join(f"{name} {value:.4f}" for name, value in report["nll"].items())
+    most = f"Ent_load is at most {np.log(len(share)):.3f}, then {np.log(len(clusters)):.3f}"
+    return f"{table}\n{most}; validation {in_words(report['nll'])}"

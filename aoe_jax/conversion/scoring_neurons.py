@@ -1,18 +1,15 @@
-"""Finds neurons of a router's experts that score a token like the router, and their agreement.
+"""Finds neurons of a router's experts that score a token like the router.
 
 L layers, T tokens, n experts, d model width, f expert width. A neuron of an expert is a column of
 w_gate and w_up and a row of w_down, so the order of neurons leaves its function unchanged.
 """
 
-from collections.abc import Iterable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aoe_jax.conversion.moments import observing_step
-from aoe_jax.evaluation.models import Model
 from aoe_jax.moe.scoring import SCORE_OF_CODE, scores_of_all
 
 # Name of a score -> (the score without neurons, the score with one more: score, its activation).
@@ -20,20 +17,6 @@ _GROWING = {
     "norm": (0.0, lambda score, gate: jnp.sqrt(score * score + gate * gate)),
     "max": (-jnp.inf, jnp.maximum),
 }
-
-
-def observed_choices(model: Model, batches: Iterable[dict]):
-    """The router's inputs, logits and choices in each layer for batches of tokens on the host.
-
-    Returns `(x [L, T, d], logits [L, T, n], chosen [L, T, n])`; `chosen` is 1 or 0 (padding: 0).
-    """
-
-    def observe(ctx, chosen, scores, given):
-        return jax.tree.map(ctx.devices.all_tokens, (ctx.x, scores, chosen))
-
-    step = observing_step(model, observe)
-    found = [jax.device_get(step(batch)) for batch in batches]
-    return tuple(np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
 
 
 @partial(jax.jit, static_argnames=("count", "score"))
@@ -46,9 +29,9 @@ def telling_neurons(x, logits, chosen, w_gate, count, score):
     `sum_ti chosen_ti log softmax(scores_t)_i`, which compares scores across experts. Memory holds
     all gate pre-activations, `[n, T, f]` float32.
 
-    `x`, `logits` and `chosen` are those of a layer, see `observed_choices`; `w_gate` is
-    `[n, d, f]`. `score` is "norm" or "max", and `count` at most f. Returns `[n, count]` int32, in
-    the order of choice.
+    `x [T, d]`, `logits [T, n]` and `chosen [T, n]` are the router's inputs, logits and choices in a
+    layer, and `w_gate` is `[n, d, f]`. `score` is "norm" or "max", and `count` at most f. Returns
+    `[n, count]` int32, in the order of choice.
     """
     gate = jnp.einsum("td,ndf->ntf", x.astype(jnp.float32), w_gate.astype(jnp.float32))
     (n, n_tokens, f), n_chosen = gate.shape, chosen.sum(axis=1)
@@ -86,22 +69,19 @@ def in_front(neurons, width):
     return np.concatenate([neurons, np.setdiff1d(np.arange(width), neurons)])
 
 
-def agreement(model: Model, batches: Iterable[dict], w_score, score):
-    """The share of the router's experts that other scores, `w_score [L, n, d, r]`, choose as well.
+def agreement(observed, w_score, score):
+    """The share of the router's experts that other scores, with `w_score [L, n, d, r]`, choose too.
 
-    Both see the tokens of the model with its router. A token takes as many experts by `score`, a
-    name of `SCORE_OF_CODE`, as the router gives it. Returns `(shares [L], share of a random
-    choice)`.
+    `observed` has `logits [L, T, n]`, `chosen [L, T, n]` and `x [L, T, d]` of a model with a
+    router. A token takes as many experts by `score`, a name of `SCORE_OF_CODE`, as the router gives
+    it. Returns `(shares [L], share of a random choice)`.
     """
-
-    def observe(ctx, chosen, scores, w_score):
-        found, count = scores_of_all(ctx.x, w_score, SCORE_OF_CODE[score]), chosen.sum(axis=1)
-        rank = jnp.argsort(jnp.argsort(-found, axis=1), axis=1)
-        agreed = jnp.sum(chosen * (rank < count[:, None]))
-        by_chance = jnp.sum(count * count) / chosen.shape[1]
-        return ctx.devices.total((agreed, by_chance, count.sum()))
-
-    step = observing_step(model, observe)
-    sums = [np.asarray(jax.device_get(step(batch, w_score)), np.float64) for batch in batches]
-    agreed, by_chance, count = sum(sums)
-    return agreed / count, float(by_chance.sum() / count.sum())
+    _, chosen, x = observed
+    of_layers = [
+        scores_of_all(*layer, SCORE_OF_CODE[score]) for layer in zip(x, w_score, strict=True)
+    ]
+    rank = np.argsort(np.argsort(-np.stack(of_layers), axis=-1, kind="stable"), axis=-1)
+    counts = chosen.sum(axis=-1)
+    agreed = (chosen & (rank < counts[..., None])).sum(axis=(1, 2))
+    by_chance = (counts**2).sum() / chosen.shape[-1] / counts.sum()
+    return agreed / counts.sum(axis=1), float(by_chance)

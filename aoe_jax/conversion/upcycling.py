@@ -4,48 +4,41 @@ layer (Sparse Upcycling, arXiv 2212.05055; fine-grained experts: arXiv 2410.0752
 N experts, granularity G, C = N / G copies, K experts per token, f width of the dense layer.
 
 **Experts.** The f neurons of a layer are divided among G pieces of f / G neurons, and each piece is
-copied C times: expert `c G + g` is copy c of piece g. A neuron is a column of `w_gate` and `w_up`
-and a row of `w_down`, so the sum over the G experts of a copy is the dense layer. The weights of a
-token's experts are a softmax over the chosen scores and sum to 1, so a token gets a weighted mean
-of pieces, about 1 / G of the dense layer; therefore `w_down` is multiplied by G. The second paper
-scales weights for the same reason; here it is `w_down` alone, because the output is linear in it.
+copied C times: expert `c G + g` is copy c of piece g. The G experts of a copy sum to the dense
+layer. A token gets a weighted mean of pieces, because the weights of its experts sum to 1;
+therefore `w_down` is multiplied by G. The second paper scales all matrices for the same reason.
 
 **Router of an MoE.** It is drawn with variance 1 / d for each copy, and the G experts of a copy
 share a column: a virtual group of the second paper. As G divides K, a token chooses whole copies,
-with equal weights inside each. Without noise the MoE computes exactly what the dense model does.
+with equal weights inside each. Without noise the MoE has exactly the outputs of the dense model.
 
 **Scores of an AoE.** Gates are whole, and the first S neurons of an expert score. Each expert has
 other ones in front: neurons are ranked by the norm of their gate column, dealt out to the pieces in
 turn, and those of a piece in turn to its copies. So the neurons that score have similar norms in
-all experts, and no two experts score with the same ones. With G = 1 and no noise the AoE computes
-exactly what the dense model does; with G > 1 the chosen pieces need not make up a copy.
+all experts, and no two experts score with the same ones. With G = 1 and no noise the AoE has
+exactly the outputs of the dense model; with G > 1 the chosen pieces need not make up a copy.
 
 **Noise.** Every matrix of every expert gets Gaussian noise, whose standard deviation is a share of
-that of the dense layer's matrix, for `w_down` of the one that is multiplied by G.
+the matrix's own; the noise of `w_down` is multiplied by G, too.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
-import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.checks import require_flag
+from aoe_jax.config.checks import require, require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.conversion.calibration import calibration_batches, mean_nll
+from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
+from aoe_jax.conversion.exporting import in_words, write_figures, write_result
 from aoe_jax.conversion.scoring_neurons import in_front
-from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model, source_config
-from aoe_jax.formats.configs import to_json
-from aoe_jax.formats.loading import ModelReader, is_model, is_of_run, parameter_shapes, read_step
-from aoe_jax.formats.model_card import made_of, write_card
-from aoe_jax.formats.tokenizer_files import write_tokenizer
-from aoe_jax.formats.writing import new_directory, write_model, write_run
+from aoe_jax.formats.loading import is_of_run, parameter_shapes
+from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.moe.routing import TopK
-from aoe_jax.storage.files import write_json
 
 _EXPERTS = "layers/experts/"
 _NEURONS = {"w_gate": 1, "w_up": 1, "w_down": 0}  # the axis of neurons in a dense layer
@@ -59,19 +52,17 @@ class Upcycling:
     n_experts: int
     top_k: int
     granularity: int = 1
-    score_neurons: int | None = None  # of an AoE
-    score: str = "norm"  # of an AoE
+    score_neurons: int | None = None  # AoE only
+    score: str = "norm"  # AoE only
     noise: float = 0.0  # standard deviation, relative to that of the matrix
-    seed: int = 0  # of the router and the noise
+    seed: int = 0  # for the router and the noise
 
-    def config(self, dense: Config, checkpoint: Path) -> Config:
+    def config(self, dense: Config) -> Config:
         """The configuration of the result, with the default balance losses. Raises `UserError` if
         the model is not dense, or a number does not fit it or another number.
         """
         width, kind = dense.experts.d_ffn, dense.experts.kind
-        if kind != "dense":
-            found = f"--checkpoint={checkpoint} has experts.kind={kind!r}"
-            raise UserError(f"{found}; only a dense model can be upcycled")
+        require(kind == "dense", "experts.kind", kind, "only a dense model can be upcycled")
         n, g, k = self.n_experts, self.granularity, self.top_k
         require_flag(k <= n, "top_k", k, f"must be at most --experts={n}")
         fits = n % g == 0 and width % g == 0
@@ -125,9 +116,8 @@ class Upcycling:
         n_copies, g = self.n_experts // self.granularity, self.granularity
         ranked = np.argsort(-np.square(w_gate.astype(np.float32)).sum(axis=0), kind="stable")
         in_pieces = [ranked[piece::g] for piece in range(g)]
-        own = [
-            np.arange(c, n_copies * (self.score_neurons or 0), n_copies) for c in range(n_copies)
-        ]
+        n_scoring = n_copies * (self.score_neurons or 0)
+        own = [np.arange(c, n_scoring, n_copies) for c in range(n_copies)]
         return np.stack([of[in_front(first, len(of))] for first in own for of in in_pieces])
 
 
@@ -142,38 +132,26 @@ def upcycle(
     """Writes the upcycled model to `output`, which appears only once it is complete.
 
     `checkpoint` is a model, or the workdir of a run, whose newest step is taken. Parameters keep
-    their dtypes. Writing holds one layer; measuring, or reading a run, holds the dense model.
-    Returns the content of `convert.json` in `output`: the fields of `form`, and, if `data` is given
-    or the model is from a run, `nll` on `n_tokens` tokens of each validation split, `before` and
-    `after`. Raises `UserError` if something cannot be read or a number does not fit.
+    their dtypes. Returns the content of `convert.json` in `output`: the fields of `form`, and, if
+    `data` is given or the model is from a run, `nll` on `n_tokens` tokens of each validation split,
+    `before` and `after`. Raises `UserError` if something cannot be read or a number does not fit.
     """
-    dense, is_run = source_config(checkpoint), not is_model(checkpoint)
-    config = form.config(dense, checkpoint)
+    config = form.config(source_config(checkpoint))
     is_measured = is_of_run(checkpoint) or data is not None
     report = {name: value for name, value in dataclasses.asdict(form).items() if value is not None}
-    with new_directory(output) as partial_output:
+    with new_directory(output) as directory:
+        model = load_model(checkpoint, mesh=mesh)
         if is_measured:
-            model = load_model(checkpoint, mesh=mesh)
             _, held_out = calibration_batches(model, checkpoint, data, n_tokens, form.seed)
-            before = mean_nll(model, held_out)
-        if is_run:
-            read, step = _of_run(model), model.step
-        else:
-            read, step = ModelReader(checkpoint, dense).layer, read_step(checkpoint)
-        special = write_tokenizer(checkpoint, partial_output, config.model.max_len)
-        dtype = read("embed/embedding", None).dtype.name
-        values = to_json(config) | special | {"torch_dtype": dtype}
-        write_model(partial_output, values, parameter_shapes(config), _upcycled(read, form))
-        write_run(partial_output, checkpoint, step, config)
+            before = evaluation_on(model, held_out).nll
+        step, parameter = model.step, _upcycled(parameters_of(model.params)[1], form)
+        write_result(directory, checkpoint, step, config, parameter_shapes(config), parameter)
+        del model, parameter  # before another one is loaded
         if is_measured:
-            del model, read  # before another one is loaded
-            after = mean_nll(load_model(partial_output, mesh=mesh), held_out)
+            after = evaluation_on(load_model(directory, mesh=mesh), held_out).nll
             report["nll"] = {"before": before, "after": after}
-        write_json(partial_output / "convert.json", report)
-        command = f"python -m aoe_jax.convert --upcycle={form.kind}"
         result = f"dense layers became experts; {upcycle_summary(report)}"
-        origin = made_of(checkpoint, step, command, result, "convert.json")
-        write_card(partial_output, output.name, values, config, origin)
+        write_figures(directory, checkpoint, step, config, "convert", report, result)
     return report
 
 
@@ -181,29 +159,19 @@ def upcycle_summary(report):
     """The report of `upcycle` as a line of text."""
     experts = f"{report['top_k']} of {report['n_experts']} experts of granularity"
     text = f"{report['kind']}: {experts} {report['granularity']}"
-    if "nll" not in report:
-        return text
-    return f"{text}; nll: {report['nll']['before']:.4f} before, {report['nll']['after']:.4f} after"
-
-
-def _of_run(model):
-    arrays = flatten_dict(model.params, sep="/")
-
-    def read(path, layer):
-        return np.asarray(jax.device_get(arrays[path] if layer is None else arrays[path][layer]))
-
-    return read
+    return f"{text}; {in_words(report['nll'])}" if "nll" in report else text
 
 
 def _upcycled(read, form):
     """A function for `write_model`; it holds the experts of one layer."""
-    experts = {}
+
+    @functools.lru_cache(maxsize=1)
+    def experts(layer):
+        return form.experts(layer, {name: read(_EXPERTS + name, layer) for name in _NEURONS})
 
     def parameter(path, layer):
-        if not path.startswith(_EXPERTS):
-            return read(path, layer)
-        if not experts:
-            experts.update(form.experts(layer, {n: read(_EXPERTS + n, layer) for n in _NEURONS}))
-        return experts.pop(path.removeprefix(_EXPERTS))
+        if path.startswith(_EXPERTS):
+            return experts(layer)[path.removeprefix(_EXPERTS)]
+        return read(path, layer)
 
     return parameter

@@ -3,7 +3,6 @@
 import io
 import logging
 import math
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,14 +11,14 @@ import numpy as np
 from aoe_jax.data.documents import DOCUMENT_BYTES
 from aoe_jax.data.tokenizer import pieces
 from aoe_jax.errors import DivergedError, UserError
-from aoe_jax.evaluation.models import Model, check_split, corpus_of, load_model
+from aoe_jax.evaluation.models import check_split, corpus_of, load_model
 from aoe_jax.model.counts import log_run
 from aoe_jax.storage import files
 from aoe_jax.storage.files import write_report
 from aoe_jax.storage.paths import parsed_path
 from aoe_jax.storage.retry import Tolerated
 from aoe_jax.training.load_statistics import draw_loads, load_statistics, load_table
-from aoe_jax.training.validation import compile_eval_step, evaluate
+from aoe_jax.training.validation import evaluate
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +41,11 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
 
 
 def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **settings):
-    """`load_on_texts` for a checkpoint and a text file, or the prompts of a task; the arguments are
-    the flags of `eval.py`.
+    """Load statistics on a text file, or on the prompts of a task, between which attention does not
+    cross; the ends of texts count as tokens. The arguments are the flags of `eval.py`.
+
+    Writes `text.json` and, for models with experts, `text.png`. The result is that of
+    `evaluate_workdir`, with `text` (the name) and `texts` (their number) for `split` and `data`.
     """
     if text.startswith("task:"):
         from aoe_jax.evaluation.tasks import load_tasks, prompts
@@ -51,23 +53,14 @@ def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **s
         texts = prompts(load_tasks([text.removeprefix("task:")], **settings), limit)
     else:
         texts = [read_text(parsed_path(text, "--text"))]
-    return load_on_texts(load_model(workdir, step, mesh), texts, text, workdir)
-
-
-def load_on_texts(model: Model, texts, name, workdir: Path):
-    """Load statistics on texts, between which attention does not cross; their ends count as tokens.
-
-    Writes `text.json` and, for models with experts, `text.png`. The result is that of
-    `evaluate_workdir`, with `text` (the name) and `texts` (their number) for `split` and `data`.
-    """
-    stores, about = {name: TextTokens(texts, model.tokenizer)}, {"text": name, "texts": len(texts)}
-    return _report(model, stores, True, name, about, workdir / "text.json", "text.png")
+    model = load_model(workdir, step, mesh)
+    stores, about = {text: TextTokens(texts, model.tokenizer)}, {"text": text, "texts": len(texts)}
+    return _report(model, stores, True, text, about, workdir / "text.json", "text.png")
 
 
 def _report(model, stores, document_mask, name, about, file, picture):
     config = model.config
-    step = compile_eval_step(model.decoder, document_mask, model.mesh)
-    score = partial(step, model.params, model.routing_state)
+    score = model.eval_step(document_mask)
     batch_size = config.train.batch_size // config.train.accumulate
     with jax.set_mesh(model.mesh):
         shape, first = (config.data.seq_len, batch_size), jax.process_index() == 0
@@ -112,9 +105,9 @@ class TextTokens:
         tokens = [end]
         for text in texts:
             for piece in pieces(text):
-                tokens += [ids.astype(np.int32) for ids in tokenizer.encode([piece])]
+                tokens += tokenizer.encode([piece])
             tokens.append(end)
-        self._tokens = np.concatenate(tokens)
+        self._tokens = np.concatenate(tokens).astype(np.int32)
 
     def __len__(self):
         return len(self._tokens)

@@ -73,16 +73,13 @@ class Generator:
         decoders = (model.decoder,)
         if contrast is not None:
             decoders = strong_and_weak(model.decoder, contrast)
-        weights = model.by_layer, model.routing_state
-        begin = jax.jit(partial(_begin, decoders, contrast), static_argnames="places")
-        self._begin = partial(begin, *weights)
-        decode = jax.jit(
+        self._begin = jax.jit(partial(_begin, decoders, contrast), static_argnames="places")
+        self._decode = jax.jit(
             partial(_decode, decoders, contrast, model.ends),
             static_argnames=("sampling", "n_tokens"),
             donate_argnames="state",
             out_shardings=(replicated(model.mesh), replicated(model.mesh), None),
         )
-        self._decode = partial(decode, *weights)
 
     def generate(self, prompts, max_tokens, **settings) -> list[list[int]]:
         """The whole continuations of prompts; the arguments are those of `stream`."""
@@ -99,15 +96,14 @@ class Generator:
         sampling: Sampling = Sampling(temperature=0.0),
         seed: int = 0,
         chunk: int = 16,
-        is_done: Callable[[int, list[int]], bool] | None = None,
+        is_done: Callable[[list[int]], bool] | None = None,
     ) -> Iterator[list[list[int]]]:
         """Continues prompts, lists of token ids, as one batch, and yields the next tokens of each.
 
         A continuation ends before one of `Model.ends`, after `max_tokens` (for all prompts, or for
-        each), or where `is_done(number of the prompt, continuation so far)` is true after a
-        `chunk` of tokens. Draws depend on the seed, the prompt and its place among the prompts, not
-        on the other prompts. Raises `UserError` if a prompt is empty, or it and its tokens exceed
-        the model's length.
+        each), or where `is_done(continuation so far)` is true after a `chunk` of tokens. Draws
+        depend on the seed, the prompt and its place among the prompts, not on the other prompts.
+        Raises `UserError` if a prompt is empty, or it and its tokens exceed the model's length.
         """
         if not len(prompts):
             return
@@ -116,39 +112,36 @@ class Generator:
         lengths, left = np.ones(n_rows, np.int32), np.zeros(n_rows, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
         left[: len(prompts)] = max_tokens
-        self._check(prompts, left)
+        longest = self._model.config.model.max_len
+        for number, (length, limit) in enumerate(zip(lengths.tolist(), left.tolist(), strict=True)):
+            if not length:
+                wanted = f"begin a text with the token {self._model.start}"
+                raise UserError(f"prompt {number} is empty; {wanted}")
+            if length + limit > longest:
+                raise UserError(
+                    f"prompt {number} has {length} tokens; with {limit} more it is longer than the "
+                    f"model's length, model.max_len={longest}"
+                )
         tokens = np.zeros((n_rows, multiple(int(lengths.max()), LENGTH_MULTIPLE)), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
         places = multiple(int((lengths + left).max()), LENGTH_MULTIPLE)
         arrays = map(self._put, (tokens, lengths, np.arange(n_rows)))
+        weights = self._model.by_layer, self._model.routing_state
         with jax.set_mesh(self._model.mesh):
-            state = self._begin(*arrays, jax.random.key(seed), places=places)
-        so_far = [[] for _ in prompts]
+            state = self._begin(*weights, *arrays, jax.random.key(seed), places=places)
+        so_far, settings = [[] for _ in prompts], {"sampling": sampling, "n_tokens": chunk}
         while left.any():
             left = self._put(left)
             with jax.set_mesh(self._model.mesh):
-                drawn, left, state = self._decode(left, state, sampling=sampling, n_tokens=chunk)
+                drawn, left, state = self._decode(*weights, left, state, **settings)
             new = [row[row >= 0].tolist() for row in np.asarray(drawn)[: len(prompts)]]
             for row, more in zip(so_far, new, strict=True):
                 row.extend(more)
             yield new
             left = np.array(left)
-            for number, row in enumerate(so_far):
-                if is_done and is_done(number, row):
-                    left[number] = 0
-
-    def _check(self, prompts, limits):
-        longest = self._model.config.model.max_len
-        for number, (prompt, limit) in enumerate(zip(prompts, limits.tolist(), strict=False)):
-            if not len(prompt):
-                wanted = f"begin a text with the token {self._model.start}"
-                raise UserError(f"prompt {number} is empty; {wanted}")
-            if len(prompt) + limit > longest:
-                raise UserError(
-                    f"prompt {number} has {len(prompt)} tokens; with {limit} more it is longer "
-                    f"than the model's length, model.max_len={longest}"
-                )
+            if is_done:
+                left[: len(prompts)] *= [not is_done(row) for row in so_far]
 
     def _put(self, a):
         sharding = NamedSharding(self._model.mesh, spec_of("batch"))

@@ -22,7 +22,7 @@ class HarnessModel(TemplateLM):
     """lm-eval's interface to a model; every process gets all requests and returns all results."""
 
     def __init__(self, model, progress=True):
-        """Takes a `models.Model`, and whether to show bars on stderr; raises what `Scorer` does."""
+        """`progress` shows bars on stderr. Raises `UserError` as `Scorer` does."""
         super().__init__()
         self._model, self._tokenizer, self._progress = model, model.tokenizer, progress
         self._scorer, self._generator = Scorer(model), None
@@ -40,7 +40,7 @@ class HarnessModel(TemplateLM):
         return self._model.config.model.max_len
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
-        """The tokens of a text, after those that the tokenizer adds unless told not to."""
+        """The tokens of a text; the tokenizer's special tokens come first, unless switched off."""
         (tokens,) = self._tokenizer.encode([string])
         prefix = [] if add_special_tokens is False else self._model.prefix
         return [*prefix, *tokens.tolist()]
@@ -57,16 +57,14 @@ class HarnessModel(TemplateLM):
         return self._scorer(pairs, self._progress and not disable_tqdm)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        windows = [self._windows(*request.args) for request in requests]
+        windows = []  # for each text, pairs (context, continuation) that cover its tokens once
+        for request in requests:
+            tokens, settings = self.tok_encode(*request.args), (self.max_length, 1)
+            rolling = get_rolling_token_windows(tokens, self.prefix_token_id, *settings)
+            windows.append([make_disjoint_window(window) for window in rolling])
         flat = [window for of_text in windows for window in of_text]
         scores = iter(self._scorer(flat, self._progress and not disable_tqdm))
         return [sum(next(scores)[0] for _ in of_text) for of_text in windows]
-
-    def _windows(self, text):
-        """`(context, continuation)` tokens that cover a text once."""
-        tokens, length = self.tok_encode(text), self.max_length
-        rolling = get_rolling_token_windows(tokens, self.prefix_token_id, length, context_len=1)
-        return [make_disjoint_window(window) for window in rolling]
 
     def generate_until(self, requests, disable_tqdm=False):
         """The continuation of each context, which ends before one of its `until` strings.
@@ -98,20 +96,20 @@ class HarnessModel(TemplateLM):
         if settings:
             known = "until, max_gen_toks, do_sample, temperature, top_k and top_p"
             raise UserError(f"the task asks to generate with {settings}; known are {known}")
-        room = self.max_length - max_tokens
-        if room < 1:
+        kept = self.max_length - max_tokens
+        if kept < 1:
             length = f"model.max_len={self.max_length} must be larger than that"
             raise UserError(f"the task asks for {max_tokens} tokens; {length}")
         sampling = Sampling(temperature, **top) if do_sample and temperature else Sampling(0.0)
         until = [text for text in until if text]
         longest = max((len(end.encode()) for end in until), default=0)  # in tokens at most
 
-        def is_done(_, tokens):
+        def is_done(tokens):
             text = self._tokenizer.decode(tokens[-_CHUNK - longest :])
             return any(end in text for end in until)
 
         padding = 2 ** math.ceil(math.log2(len(prompts))) - len(prompts)
-        rows = [prompt[-room:] for prompt in prompts] + [[self.prefix_token_id]] * padding
+        rows = [prompt[-kept:] for prompt in prompts] + [[self.prefix_token_id]] * padding
         limits = [max_tokens] * len(prompts) + [0] * padding
         self._generator = self._generator or Generator(self._model)
         generated = self._generator.generate(

@@ -46,30 +46,28 @@ class Scorer:
     def __call__(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], progress=True):
         """Scores pairs of token ids `(context, continuation)`; a context has at least one token.
 
-        The first tokens of what exceeds the model's length are dropped. A long context of several
+        A text that exceeds the model's length loses its first tokens. A long context of several
         requests is read once, if the model can be decoded by token.
 
         Returns `(log-likelihood in nats, whether greedy decoding would give the continuation)` of
         each pair. Raises `UserError` if a continuation alone exceeds the model's length, or a
         log-likelihood is not finite.
         """
-        texts, results = [self._cut(*request) for request in requests], {}
+        max_len, texts, results = self._model.config.model.max_len, [], {}
+        for context, continuation in requests:
+            if not len(context):
+                raise ValueError("a context has one token at least, such as the end-of-text token")
+            if len(continuation) > max_len:
+                wanted = f"a continuation has {len(continuation)} tokens; cut it into several"
+                raise UserError(f"model.max_len={max_len}: {wanted}")
+            kept = max_len + 1 - len(continuation)
+            texts.append((tuple(context[-kept:]), tuple(continuation)))
         hidden = not progress or not texts
         with tqdm(total=len(texts), desc="scoring", unit="text", disable=hidden) as bar:
             for numbers, scores in self._scored(texts):
                 results |= zip(numbers, scores, strict=True)
                 bar.update(len(numbers))
         return [results[number] for number in range(len(texts))]
-
-    def _cut(self, context, continuation):
-        if not len(context):
-            raise ValueError("a context has one token at least, such as the end-of-text token")
-        max_len = self._model.config.model.max_len
-        room = max_len + 1 - len(continuation)
-        if room < 1:
-            what = f"a continuation has {len(continuation)} tokens; cut it into several"
-            raise UserError(f"model.max_len={max_len}: {what}")
-        return tuple(context[-room:]), tuple(continuation)
 
     def _scored(self, texts):
         by_context = {}
@@ -86,15 +84,13 @@ class Scorer:
                 for number, length in zip(numbers, lengths, strict=True):
                     groups[1, 0].append((len(context) - 1 + length, [number]))
         for (n, end), of_shape in groups.items():
+            program, params = self._score_texts, self._model.params
+            if end:
+                program, params = self._score_choices, self._model.by_layer
             for numbers, length, rows in self._batches(of_shape, n, end):
                 batch = [texts[number] for number in numbers]
-                if end:
-                    arrays = _choices_arrays(batch, rows, n, length, end)
-                    scores = self._run(self._score_choices, self._model.by_layer, arrays)
-                else:
-                    arrays = _texts_arrays(batch, rows, length)
-                    scores = self._run(self._score_texts, self._model.params, arrays)
-                yield numbers, scores[: len(numbers)]
+                arrays = _batch_arrays(batch, rows, n, length, end)
+                yield numbers, self._run(program, params, arrays)[: len(numbers)]
 
     def _batches(self, groups, n, end):
         """Batches `(numbers, padded length, rows)`, longest first; at most two sizes a length."""
@@ -102,7 +98,7 @@ class Scorer:
         while groups:
             padded = self._rounded(groups[0][0])
             rows = max(1, self._batch_tokens // (n * (padded + end)))
-            rows = min(rows, 2 ** math.ceil(math.log2(len(groups))))  # of the last groups
+            rows = min(rows, 2 ** math.ceil(math.log2(len(groups))))  # the last groups are fewer
             rows = multiple(rows, self._model.batch_shards)
             yield [number for _, numbers in groups[:rows] for number in numbers], padded, rows
             groups = groups[rows:]
@@ -138,8 +134,12 @@ def _texts_arrays(texts, rows, length):
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "real": real, "wanted": wanted}
 
 
-def _choices_arrays(texts, n_contexts, n, length, end):
-    """The batch of `_score_choices` for `(context, continuation)` texts; each context has N."""
+def _batch_arrays(texts, n_contexts, n, length, end):
+    """The batch of `_score_choices` for `(context, continuation)` texts, N for each context; with
+    `end` 0 that of `_score_texts`.
+    """
+    if not end:
+        return _texts_arrays(texts, n_contexts, length)
     contexts, known = np.zeros((n_contexts, length), np.int32), np.zeros((n_contexts, length), bool)
     known[:, 0] = True
     for i, (context, _) in enumerate(texts[::n]):

@@ -1,5 +1,6 @@
 """A trained model, ready for use."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -38,6 +39,7 @@ from aoe_jax.storage.paths import is_remote, local_copy
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.run_folder import check_data, read_identities
 from aoe_jax.training.step import train_step_on
+from aoe_jax.training.validation import compile_eval_step
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,11 @@ class Model:
         is_end = batch["inputs"] == self.tokenizer.end_of_text
         inputs = np.where(is_end, np.int32(self.start), batch["inputs"])
         return sharding.put_batch(sharding.batch_sharding(self.mesh), batch | {"inputs": inputs})
+
+    def eval_step(self, document_mask: bool):
+        """`compile_eval_step` with the parameters, a function of a batch on the devices."""
+        step = compile_eval_step(self.decoder, document_mask, self.mesh)
+        return partial(step, self.params, self.routing_state)
 
     @functools.cached_property
     def by_layer(self):
@@ -107,9 +114,9 @@ def load_model(directory: Path, step="newest", mesh=None):
     tokenizer = load_tokenizer(saved_tokenizer(directory), setting=setting)
     if tokenizer.token_count > config.model.vocab_size:
         log.warning(
-            f"the tokenizer of {directory} has {tokenizer.token_count} tokens, the model "
-            f"{config.model.vocab_size}: its results are wrong for texts with one of the other "
-            "tokens"
+            "the tokenizer of %s has %d tokens, the model %d: results are wrong for texts with one "
+            "of the other tokens",
+            *(directory, tokenizer.token_count, config.model.vocab_size),
         )
     start, ends, prefix = tokenizer.end_of_text, [tokenizer.end_of_text], []
     if has_run:
@@ -130,22 +137,17 @@ def load_model(directory: Path, step="newest", mesh=None):
         named = read_end_tokens(directory)
         ends = [token for token in named if token < config.model.vocab_size] or ends
         prefix = read_prefix(directory, tokenizer, begin)
-    _refuse_nan(directory, params, devices)
-    decoder = Decoder.from_config(config)
-    texts = tokenizer, start, ends, prefix
-    return Model(config, decoder, devices, params, routing_state, *texts, step)
-
-
-def _refuse_nan(directory, params, mesh):
     are_finite = partial(jax.tree.map, lambda a: jnp.isfinite(a).all())
-    with jax.set_mesh(mesh):
-        finite = jax.jit(are_finite, out_shardings=sharding.replicated(mesh))(params)
+    with jax.set_mesh(devices):
+        finite = jax.jit(are_finite, out_shardings=sharding.replicated(devices))(params)
     for path, is_finite in flatten_dict(jax.device_get(finite), sep="/").items():
         if not is_finite:
             raise DivergedError(
                 f"{directory}: the parameter {path} has values that are not finite; the model has "
                 "diverged or is damaged. Use another one, or another --step"
             )
+    decoder, texts = Decoder.from_config(config), (tokenizer, start, ends, prefix)
+    return Model(config, decoder, devices, params, routing_state, *texts, step)
 
 
 def check_split(split):
@@ -188,14 +190,14 @@ def on_devices_here(config, axes=None):
     """
     n = jax.device_count()
     if axes is None:
-        try:
+        with contextlib.suppress(UserError):
             return sharding.fill_mesh(config, n)
-        except UserError:
-            axes = {name: getattr(config.mesh, name) for name in ("fsdp", "expert", "tensor")}
+        axes = {name: getattr(config.mesh, name) for name in ("fsdp", "expert", "tensor")}
         if n % math.prod(axes.values()):
             log.warning(
-                f"the mesh of training does not fit {n} devices: each device holds the whole "
-                "model; --mesh splits it"
+                "the mesh of training does not fit %d devices, so each device holds the whole "
+                "model; --mesh splits it",
+                n,
             )
             axes = {}
     rows = max(n // axes.get("tensor", 1), axes.get("fsdp", 1) * axes.get("expert", 1))

@@ -6,7 +6,6 @@ process the token (the paper's Tables 1, 6 and 7).
 
 import dataclasses
 import itertools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,23 +27,11 @@ from aoe_jax.parameters import EXPERTS
 from aoe_jax.storage.files import make_folder, write_report
 from aoe_jax.storage.paths import parsed_path
 from aoe_jax.training.step_times import seconds_in_turn
-from aoe_jax.training.validation import compile_eval_step, evaluate_batches
+from aoe_jax.training.validation import evaluate_batches
 
-log = logging.getLogger(__name__)
-
-# An expert's activations at a node for tokens `x [T, d]`; Wg and Wp of the paper are W_gate, W_up.
-NODES = {
-    "x Wg": lambda x, w: x @ w["w_gate"],
-    "x Wp": lambda x, w: x @ w["w_up"],
-    "SiLU(x Wg)": lambda x, w: jax.nn.silu(x @ w["w_gate"]),
-    "SiLU(x Wg) * x Wp": lambda x, w: jax.nn.silu(x @ w["w_gate"]) * (x @ w["w_up"]),
-    "output": lambda x, w: (jax.nn.silu(x @ w["w_gate"]) * (x @ w["w_up"])) @ w["w_down"],
-}
-NORMS = {
-    "L1": lambda a: jnp.abs(a).sum(axis=-1),
-    "L2": lambda a: jnp.sqrt(jnp.square(a).sum(axis=-1)),
-    "Linf": lambda a: jnp.abs(a).max(axis=-1),
-}
+# Nodes of an expert, and orders of norms. Wg and Wp of the paper are w_gate and w_up.
+NODES = ("x Wg", "x Wp", "SiLU(x Wg)", "SiLU(x Wg) * x Wp", "output")
+NORMS = {"L1": 1, "L2": 2, "Linf": jnp.inf}
 
 # A choice is a function `(router logits [T, n], weights, ctx) -> scores [T, n]`.
 
@@ -65,16 +52,25 @@ def by_chance(logits, weights, ctx):
 
 def by_norm(node, norm):
     """Ranks experts by a norm (of `NORMS`) of their activations at a node (of `NODES`)."""
-    return by_activations(NODES[node], NORMS[norm])
+
+    def score(x, w):
+        gate, up = x @ w["w_gate"], x @ w["w_up"]
+        hidden = jax.nn.silu(gate) * up
+        at_nodes = gate, up, jax.nn.silu(gate), hidden, hidden @ w["w_down"]
+        activations = dict(zip(NODES, at_nodes, strict=True))[node].astype(jnp.float32)
+        return jnp.linalg.norm(activations, NORMS[norm], axis=-1)
+
+    return by_score(score)
 
 
 def by_first_neurons(count, score):
     """The choice by a score (of `SCORE_OF_CODE`) of the first gate neurons of experts."""
-    return by_activations(lambda x, w: x @ w["w_gate"][:, :count], SCORE_OF_CODE[score])
+    of_code = SCORE_OF_CODE[score]
+    return by_score(lambda x, w: of_code((x @ w["w_gate"][:, :count]).astype(jnp.float32)))
 
 
-def by_activations(activations, score):
-    """Ranks experts by `score(activations(x [T, d], matrices of an expert)) -> [T]`."""
+def by_score(score):
+    """Ranks experts by `score(x [T, d], matrices of an expert) -> [T]`."""
 
     def choose(logits, weights, ctx):
         devices, dtype = ctx.devices, ctx.x.dtype
@@ -84,8 +80,8 @@ def by_activations(activations, score):
             for name in ("w_gate", "w_up", "w_down")
         }
         # One expert after another: all activations would be the largest array of the model.
-        norms = jax.lax.map(lambda w: score(activations(tokens, w).astype(jnp.float32)), whole)
-        return devices.exchange(norms.T, split=0, concatenate=1)
+        scores = jax.lax.map(partial(score, tokens), whole)
+        return devices.exchange(scores.T, split=0, concatenate=1)
 
     return choose
 
@@ -128,7 +124,6 @@ PROBES |= {(node, norm): by_norm(node, norm) for node in NODES for norm in NORMS
 # Weights of the chosen experts: the softmax of their scores (for the router: the model's own
 # weights), or equal.
 WEIGHTS = ("softmax", "equal")
-ROUNDS = 2  # in which the passes of all probes are timed in turn
 
 
 def check_probes(model: Model):
@@ -167,24 +162,27 @@ def probe_checkpoint(
     """
     check_split(split)
     make_folder(output, "output")
-    score_tasks = _task_scorer(tasks, limit, split=split, **settings)
+    score_tasks = None
+    if tasks:  # loaded before the model, because that fails sooner
+        from aoe_jax.evaluation import tasks as of_lm_eval  # needs lm-eval
+
+        loaded = of_lm_eval.load_tasks(tasks, split=split, **settings)
+        score_tasks = partial(of_lm_eval.score_model, tasks=loaded, limit=limit)
     model = load_model(checkpoint, step, mesh)
     check_probes(model)
     probes, width = PROBES, model.config.experts.d_ffn
     if score_neurons:
         wanted = f"must be at most the width {width} of an expert"
         require_flag(score_neurons <= width, "score_neurons", score_neurons, wanted)
-        for score in ("norm", "max"):
-            probe = {(f"x Wg[:, :{score_neurons}]", score): by_first_neurons(score_neurons, score)}
-            probes = probes | probe
+        node = f"x Wg[:, :{score_neurons}]"
+        probes = probes | {(node, s): by_first_neurons(score_neurons, s) for s in SCORE_OF_CODE}
     entries, passes = [], {}
     with jax.set_mesh(model.mesh):
         batches = _batches(model, checkpoint, text, corpora, split, n_tokens)
         for (node, norm), choose in tqdm(probes.items(), unit="probe"):
-            entry, timed = _run(model, choose, batches, score_tasks)
+            entry, passes[node, norm] = _run(model, choose, batches, score_tasks)
             entries.append({"node": node, "norm": norm, **entry})
-            passes[node, norm] = timed
-        seconds = seconds_in_turn(passes, ROUNDS)
+        seconds = seconds_in_turn(passes, rounds=2)
     for entry, own in zip(entries, seconds.values(), strict=True):
         entry["seconds_per_token"] = own / batches[0]["weights"].size
         entry["time"] = own / seconds["router", ""]
@@ -194,16 +192,6 @@ def probe_checkpoint(
         print(probe_table(report))
         write_report(output / "probe.json", report, "output")
     return report
-
-
-def _task_scorer(names, limit, **settings):
-    if not names:
-        return lambda model: {}
-    from aoe_jax.evaluation.harness import HarnessModel
-    from aoe_jax.evaluation.tasks import load_tasks, score_tasks
-
-    loaded = load_tasks(names, **settings)
-    return lambda model: score_tasks(HarnessModel(model, progress=False), loaded, limit)
 
 
 def _batches(model, checkpoint, text, corpora, split, n_tokens):
@@ -221,19 +209,19 @@ def _run(model, choose, batches, score_tasks):
     """The entry of a probe in the report, and a function that runs the model on the first batch."""
     entry, timed = {"nll": {}, "tasks": {}}, None
     for weights in WEIGHTS if choose is not by_chance else ("equal",):
-        decoder, is_unchanged = model.decoder, choose is by_router and weights == "softmax"
+        probed, is_unchanged = model, choose is by_router and weights == "softmax"
         if not is_unchanged:
-            decoder = decoder.clone(routing=ProbeRouter(choose, weights == "equal"))
-        step = compile_eval_step(decoder, model.config.data.document_mask, model.mesh)
-        step = partial(step, model.params, model.routing_state)
+            decoder = model.decoder.clone(routing=ProbeRouter(choose, weights == "equal"))
+            probed = dataclasses.replace(model, decoder=decoder)
+        step = probed.eval_step(model.config.data.document_mask)
         result = evaluate_batches(step, batches, model.put)
         entry["nll"][weights] = result.nll
         if timed is None:
             records = result.stats.records
             entry["agreement"] = 1.0 if is_unchanged else float(records["agreement"].mean())
             timed = partial(step, model.put(batches[0]))
-        if scores := score_tasks(dataclasses.replace(model, decoder=decoder)):
-            entry["tasks"][weights] = scores
+        if score_tasks:
+            entry["tasks"][weights] = score_tasks(probed, progress=False)
     return entry, timed
 
 

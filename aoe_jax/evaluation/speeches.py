@@ -14,9 +14,9 @@ import datasets
 
 from aoe_jax.data.sotu import speech_files, split_of
 
-EXAMPLES = 40  # of a speech, at most
+EXAMPLES = 40  # a speech has at most this many
 PASSAGE_WORDS = 40  # minimum words of a cloze passage
-CONTEXT_WORDS, CONTINUATION_WORDS = 32, 16  # of a choice
+CONTEXT_WORDS, CONTINUATION_WORDS = 32, 16  # in speeches_choice
 
 
 def cloze_examples(split):
@@ -65,30 +65,27 @@ def _spread(items):
 
 _ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 _PERPLEXITY = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
-_TASKS = {
-    "speeches_cloze": {
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{passage}}",
-        "doc_to_target": "{{' ' + word}}",
-        "metric_list": [_ACCURACY, _PERPLEXITY],
-    },
-    "speeches_choice": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{context}}",
-        "doc_to_choice": "{{continuations}}",
-        "doc_to_target": "label",
-        "metric_list": [_ACCURACY],
-    },
+_TASKS = {  # the examples, and settings of lm-eval
+    "speeches_cloze": (
+        cloze_examples,
+        {"output_type": "loglikelihood", "metric_list": [_ACCURACY, _PERPLEXITY]}
+        | {"doc_to_text": "{{passage}}", "doc_to_target": "{{' ' + word}}"},
+    ),
+    "speeches_choice": (
+        choice_examples,
+        {"output_type": "multiple_choice", "metric_list": [_ACCURACY], "doc_to_target": "label"}
+        | {"doc_to_text": "{{context}}", "doc_to_choice": "{{continuations}}"},
+    ),
 }
-_EXAMPLES = {"speeches_cloze": cloze_examples, "speeches_choice": choice_examples}
 SPEECH_TASKS = tuple(_TASKS)
 
 
 def speech_task(name, split):
     """lm-eval's configuration of one of `SPEECH_TASKS`, on the validation or test split."""
+    examples, settings = _TASKS[name]
 
     def data_set(**metadata):
-        return {split: datasets.Dataset.from_list(_EXAMPLES[name](split))}
+        return {split: datasets.Dataset.from_list(examples(split))}
 
     about = {"task": name, "test_split": split, "metadata": {"version": 1.0}}
-    return _TASKS[name] | about | {"custom_dataset": data_set}
+    return settings | about | {"custom_dataset": data_set}

@@ -4,7 +4,6 @@ Prompts, splits and metrics are those of lm-eval's own definitions. Data sets co
 from a folder, see `load_tasks`.
 """
 
-import difflib
 import io
 import logging
 import math
@@ -28,7 +27,7 @@ except ModuleNotFoundError as e:
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.evaluation.harness import HarnessModel
-from aoe_jax.evaluation.models import check_split, load_model
+from aoe_jax.evaluation.models import Model, check_split, load_model
 from aoe_jax.evaluation.speeches import SPEECH_TASKS, speech_task
 from aoe_jax.model.decoding import check_decodes
 from aoe_jax.storage.files import read_json, write_report
@@ -37,8 +36,8 @@ log = logging.getLogger(__name__)
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval must not fork, which is not safe with JAX's threads
 
-# The paper's tasks: the folder of lm-eval that defines each, for its index of all tasks takes half
-# a minute to read; and the number of shots.
+# The paper's tasks: the folder of lm-eval that defines each (to read the index of all takes half a
+# minute), and the number of shots.
 _PAPER = {
     "arc_easy": ("arc", 0),
     "piqa": ("piqa", 0),
@@ -99,12 +98,9 @@ def _index(names):
     log.info("reading lm-eval's index of tasks, which takes a while")
     index = lm_eval.tasks.TaskManager()
     for name in names:
-        if name not in index.all_tasks:
-            known = ", ".join((*PAPER_TASKS, *SPEECH_TASKS))
-            close = ", ".join(difflib.get_close_matches(name, index.all_tasks, 5))
-            such = f", such as {close}" if close else ""
-            count = f"all {len(index.all_tasks)} of lm-eval{such}"
-            raise UserError(f"--tasks={name}: unknown; there are {known}, and {count}")
+        known = ", ".join((*PAPER_TASKS, *SPEECH_TASKS))
+        wanted = f"unknown; there are {known}, and all {len(index.all_tasks)} tasks of lm-eval"
+        require_flag(name in index.all_tasks, "tasks", name, wanted)
     return index
 
 
@@ -154,7 +150,7 @@ def _quiet():
 
 
 def prompts(tasks, limit=None):
-    """A list of all prompts of loaded tasks, each once; `limit` is that of `score_tasks`."""
+    """A list of all prompts of loaded tasks, each once; `limit` is that of `score_model`."""
     texts = {}
     with _quiet():
         for task in tasks["tasks"].values():
@@ -163,16 +159,17 @@ def prompts(tasks, limit=None):
     return list(texts)
 
 
-def score_tasks(harness_model, tasks, limit=None):
-    """Scores a model of lm-eval, such as a `HarnessModel`, on the first examples of loaded tasks.
+def score_model(model: Model, tasks, limit=None, progress=True):
+    """Scores a model on the first examples of loaded tasks.
 
     `limit` is how many examples of each task; None: all. Returns `{task: {"fewshot", "examples",
     "metrics": {metric: {"value", "stderr"}}}}`; a standard error is None where it is undefined, as
     for a single example; shots and examples of groups are None.
     """
+    adapter = HarnessModel(model, progress=progress)
     with _quiet():
         results = evaluate(
-            harness_model, tasks, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False
+            adapter, tasks, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False
         )
     return {
         name: {
@@ -198,7 +195,7 @@ def _metrics(figures):
 
 
 def tasks_table(report):
-    """The report of `score_tasks` as lines of text, with means over the paper's tasks."""
+    """The report of `score_model` as lines of text, with means over the paper's tasks."""
     rows = []
     for task, entry in report.items():
         head = [task, entry["fewshot"], entry["examples"]]
@@ -221,10 +218,10 @@ def tasks_table(report):
 
 
 def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, **settings):
-    """Scores a checkpoint on tasks, prints a table, and returns what `score_tasks` returns.
+    """Scores a checkpoint on tasks, prints a table, and returns what `score_model` returns.
 
     Each task is entered in `tasks.json`, which keeps the results of others. The arguments are those
-    of `models.load_model`, `score_tasks` and `load_tasks`. Raises `UserError` as `load_tasks`,
+    of `models.load_model`, `score_model` and `load_tasks`. Raises `UserError` as `load_tasks`,
     `models.load_model`, `Scorer` and, for tasks that generate text, `check_decodes` do.
     """
     wanted = "no such directory; name that of a training run or of a model"
@@ -236,7 +233,7 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
     if any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values()):
         check_decodes(model.decoder)
     is_first = jax.process_index() == 0
-    report = score_tasks(HarnessModel(model, progress=is_first), tasks, limit)
+    report = score_model(model, tasks, limit, progress=is_first)
     if is_first:
         print(tasks_table(report))
         entries = {}

@@ -8,15 +8,15 @@ With `{n}` in its name, each expert has a tensor. `Hh d` flattens H and h into o
 outermost. `f/0` and `f/1` are the first and the second half of an axis that holds two parameters.
 Where a parameter has several rows, a file may have any of them; the first is the one we write.
 
-**The format `aoe`** stores what no architecture of the Hugging Face hub can express. Its
-`config.json` has `model_type: "aoe"`. Where the classes in `huggingface/` compute the model, it has
-their fields, and they are copied beside it. Otherwise it has the groups `model`, `experts` and
-`routing`: the fields of `Config` that decide what the model computes. Tensors have the names and
-axes that `aoe_jax.parameters` and the methods give them, and so has the state of routing, which is
-float32 in every model. A layer of a dense model has the tensors of experts without the axis n, and
-the dense layers before those of experts have the tensors of a Llama.
+**The format `aoe`** stores models that no architecture of the Hugging Face hub can express. Where
+the classes in `huggingface/` compute the model, `config.json` has their fields, and they are copied
+beside it. Otherwise it has the groups `model`, `experts` and `routing`: the fields of `Config` that
+decide the results of the model. Tensors, and the state of routing in float32, have the names and
+axes that `aoe_jax.parameters` and the methods declare. A dense layer has the tensors of experts
+without the axis n, and dense layers before those of experts have the tensors of a Llama.
 """
 
+import ast
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -80,74 +80,79 @@ _OLMOE_EXPERTS = _table("""
     layers/experts/w_up              mlp.experts.gate_up_proj                  n f/1 d
     layers/experts/w_down            mlp.experts.down_proj                     n d f
 """)
-
 _QWEN2_MOE_EXPERTS = _OLMOE_EXPERTS | _table("""
     layers/experts/w_shared_gate     mlp.shared_expert.gate_proj.weight        u d
     layers/experts/w_shared_up       mlp.shared_expert.up_proj.weight          u d
     layers/experts/w_shared_down     mlp.shared_expert.down_proj.weight        d u
     layers/experts/w_shared_scale    mlp.shared_expert_gate.weight             1 d
 """)
-_DENSE_LAYER = _table("""
-    layers/experts/w_gate            mlp.gate_proj.weight                      f d
-    layers/experts/w_up              mlp.up_proj.weight                        f d
-    layers/experts/w_down            mlp.down_proj.weight                      d f
-""")
-
 _DEEPSEEK_EXPERTS = _OLMOE_EXPERTS | _table("""
     layers/selection_bias            mlp.gate.e_score_correction_bias
     layers/experts/w_shared_gate     mlp.shared_experts.gate_proj.weight       u d
     layers/experts/w_shared_up       mlp.shared_experts.up_proj.weight         u d
     layers/experts/w_shared_down     mlp.shared_experts.down_proj.weight       d u
 """)
-
-
-def _in_front(tensors):
-    """The tensors of dense layers before those of experts."""
-    return {f"dense_{path}": rows for path, rows in tensors.items() if path.startswith("layers/")}
-
-
-_FIELDS = {
-    "vocab_size": "model.vocab_size",
-    "hidden_size": "model.d_model",
-    "num_hidden_layers": "model.n_layers",
-    "num_attention_heads": "model.n_heads",
-    "num_key_value_heads": "model.n_kv_heads",
-    "head_dim": "model.head_dim",
-    "max_position_embeddings": "model.max_len",
-    "rms_norm_eps": "model.norm_eps",
-    "tie_word_embeddings": "model.tie_embeddings",
-    "intermediate_size": "experts.d_ffn",
-    "num_experts_per_tok": "experts.top_k",
+_DENSE_LAYER = _table("""
+    layers/experts/w_gate            mlp.gate_proj.weight                      f d
+    layers/experts/w_up              mlp.up_proj.weight                        f d
+    layers/experts/w_down            mlp.down_proj.weight                      d f
+""")
+_DENSE_IN_FRONT = {  # dense layers before those of experts
+    f"dense_{path}": rows
+    for path, rows in (_DECODER | _DENSE_LAYER).items()
+    if path.startswith("layers/")
 }
-_DEFAULTS = {
-    "head_dim": None,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "norm_topk_prob": False,
-}
+
+
+def _fields(text):
+    """`{field of config.json: (field of Config, the default if the field may be missing)}`."""
+    rows = (line.split() for line in text.strip().splitlines())
+    return {name: (sets, *map(ast.literal_eval, default)) for name, sets, *default in rows}
+
+
+_FIELDS = _fields("""
+    vocab_size                         model.vocab_size
+    hidden_size                        model.d_model
+    num_hidden_layers                  model.n_layers
+    num_attention_heads                model.n_heads
+    num_key_value_heads                model.n_kv_heads
+    head_dim                           model.head_dim                None
+    max_position_embeddings            model.max_len
+    rms_norm_eps                       model.norm_eps                1e-5
+    tie_word_embeddings                model.tie_embeddings          False
+""")
+_MOE = _FIELDS | _fields("""
+    num_experts_per_tok                experts.top_k
+    intermediate_size                  experts.d_ffn
+""")
+_QWEN_MOE = _FIELDS | _fields("""
+    num_experts_per_tok                experts.top_k
+    num_experts                        experts.n_experts
+    moe_intermediate_size              experts.d_ffn
+    norm_topk_prob                     routing.norm_topk_prob        False
+    rms_norm_eps                       model.norm_eps                1e-6
+""")
+_DENSE = _FIELDS | _fields("""
+    intermediate_size                  experts.d_ffn
+    attention_bias                     model.attention_bias          False
+    rms_norm_eps                       model.norm_eps                1e-6
+""")
 _ONLY = {"hidden_act": ("silu",), "quantization_config": (None,)}
-_QWEN = {"use_sliding_window": (False,)}  # without it `sliding_window` has no effect
-_QWEN_MOE = _QWEN | {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
+_QWEN_ONLY = _ONLY | {"use_sliding_window": (False,)}  # so `sliding_window` has no effect
+_QWEN_MOE_ONLY = _QWEN_ONLY | {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
 _ROUTER = {"experts.kind": "router"}
-_DENSE = {"experts.kind": "dense", "routing.name": "dense"}
-
-
-def _fields_with(**changes):
-    """The common fields with changes; None removes one."""
-    return {name: sets for name, sets in (_FIELDS | changes).items() if sets}
+_IS_DENSE = {"experts.kind": "dense", "routing.name": "dense"}
 
 
 class Architecture(NamedTuple):
     """One `model_type`: its tensors, and the fields of `Config` that its `config.json` sets."""
 
-    class_name: str  # of transformers
+    class_name: str  # in transformers
     tensors: dict[str, list]  # see `_table`
-    fields: dict[str, str] = _FIELDS  # of config.json, and the field of `Config` that each sets
-    defaults: dict[str, Any] = _DEFAULTS  # of fields that may be missing
+    fields: dict[str, tuple]  # see `_fields`
     only: dict[str, tuple] = _ONLY  # the values that are implemented, first that of a missing field
     constants: dict[str, Any] = _ROUTER  # fields of `Config` common to all
-    rope_theta: float = 1e6  # where config.json has none
+    rope_theta: float = 1e4  # where config.json has none
     rope_types: tuple[str, ...] = ("default", "longrope")
     rope_share: float = 1.0  # where config.json has no partial_rotary_factor
     aliases: tuple[tuple[str, str], ...] = ()  # other names of fields, and the names here
@@ -155,22 +160,21 @@ class Architecture(NamedTuple):
 
 _DEEPSEEK = Architecture(  # DeepSeek-V3 with usual attention
     "",
-    tensors=_DECODER | _in_front(_DECODER | _DENSE_LAYER) | _DEEPSEEK_EXPERTS,
-    fields=_fields_with(
-        intermediate_size="model.d_dense",
-        first_k_dense_replace="model.n_dense_layers",
-        moe_intermediate_size="experts.d_ffn",
-        n_routed_experts="experts.n_experts",
-        n_shared_experts="experts.d_shared",
-        n_group="routing.n_groups",
-        topk_group="routing.groups_per_token",
-        norm_topk_prob="routing.norm_topk_prob",
-        routed_scaling_factor="routing.scale",
-    ),
-    defaults=_DEFAULTS | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+    tensors=_DECODER | _DENSE_IN_FRONT | _DEEPSEEK_EXPERTS,
+    fields=_MOE
+    | _fields("""
+    intermediate_size                  model.d_dense
+    first_k_dense_replace              model.n_dense_layers
+    moe_intermediate_size              experts.d_ffn
+    n_routed_experts                   experts.n_experts
+    n_shared_experts                   experts.d_shared
+    n_group                            routing.n_groups              1
+    topk_group                         routing.groups_per_token      1
+    norm_topk_prob                     routing.norm_topk_prob        False
+    routed_scaling_factor              routing.scale                 1.0
+"""),
     only=_ONLY | {"moe_layer_freq": (1,)},
     constants=_ROUTER | {"routing.name": "sigmoid_top_k"},
-    rope_theta=1e4,
     aliases=(("num_local_experts", "n_routed_experts"),),
 )
 
@@ -178,126 +182,102 @@ ARCHITECTURES = {
     "mixtral": Architecture(
         "MixtralForCausalLM",
         tensors=_DECODER | _MIXTRAL_EXPERTS,
-        fields=_fields_with(num_local_experts="experts.n_experts"),
+        fields=_MOE | {"num_local_experts": ("experts.n_experts",)},
+        rope_theta=1e6,
     ),
     "olmoe": Architecture(
         "OlmoeForCausalLM",
         tensors=_DECODER | _OLMOE_EXPERTS,
-        fields=_fields_with(
-            num_experts="experts.n_experts",
-            norm_topk_prob="routing.norm_topk_prob",
-            attention_bias="model.attention_bias",
-        ),
-        defaults=_DEFAULTS | {"num_key_value_heads": None},
+        fields=_MOE
+        | _fields("""
+    num_experts                        experts.n_experts
+    num_key_value_heads                model.n_kv_heads              None
+    norm_topk_prob                     routing.norm_topk_prob        False
+    attention_bias                     model.attention_bias          False
+"""),
         only=_ONLY | {"clip_qkv": (None,)},
         constants=_ROUTER | {"model.qk_norm": "all"},
-        rope_theta=1e4,
     ),
     "qwen2_moe": Architecture(
         "Qwen2MoeForCausalLM",
         tensors=_DECODER | _QWEN2_MOE_EXPERTS,
-        fields=_fields_with(
-            intermediate_size=None,
-            moe_intermediate_size="experts.d_ffn",
-            shared_expert_intermediate_size="experts.d_shared",
-            num_experts="experts.n_experts",
-            norm_topk_prob="routing.norm_topk_prob",
-            qkv_bias="model.qkv_bias",
-        ),
-        defaults=_DEFAULTS | {"rms_norm_eps": 1e-6, "qkv_bias": True},
-        only=_ONLY | _QWEN_MOE,
+        fields=_QWEN_MOE
+        | _fields("""
+    shared_expert_intermediate_size    experts.d_shared
+    qkv_bias                           model.qkv_bias                True
+"""),
+        only=_QWEN_MOE_ONLY,
         constants=_ROUTER | {"experts.shared_gate": True},
-        rope_theta=1e4,
     ),
     "qwen3_moe": Architecture(
         "Qwen3MoeForCausalLM",
         tensors=_DECODER | _OLMOE_EXPERTS,
-        fields=_fields_with(
-            intermediate_size=None,
-            moe_intermediate_size="experts.d_ffn",
-            num_experts="experts.n_experts",
-            norm_topk_prob="routing.norm_topk_prob",
-            attention_bias="model.attention_bias",
-        ),
-        defaults=_DEFAULTS | {"rms_norm_eps": 1e-6},
-        only=_ONLY | _QWEN_MOE,
+        fields=_QWEN_MOE | {"attention_bias": ("model.attention_bias", False)},
+        only=_QWEN_MOE_ONLY,
         constants=_ROUTER | {"model.qk_norm": "head"},
-        rope_theta=1e4,
         aliases=(("num_local_experts", "num_experts"),),
     ),
     "dots1": _DEEPSEEK._replace(
         class_name="Dots1ForCausalLM",
-        fields=_DEEPSEEK.fields | {"attention_bias": "model.attention_bias"},
-        defaults=_DEEPSEEK.defaults
-        | {"rms_norm_eps": 1e-6, "num_key_value_heads": None, "first_k_dense_replace": 0},
+        fields=_DEEPSEEK.fields
+        | _fields("""
+    attention_bias                     model.attention_bias          False
+    rms_norm_eps                       model.norm_eps                1e-6
+    num_key_value_heads                model.n_kv_heads              None
+    first_k_dense_replace              model.n_dense_layers          0
+"""),
         constants=_DEEPSEEK.constants | {"model.qk_norm": "head"},
     ),
     "glm4_moe": _DEEPSEEK._replace(
         class_name="Glm4MoeForCausalLM",
         fields=_DEEPSEEK.fields
-        | {
-            "attention_bias": "model.qkv_bias",
-            "use_qk_norm": "model.qk_norm",
-            "partial_rotary_factor": "model.rope_share",
-        },
-        defaults=_DEEPSEEK.defaults
-        | {
-            "norm_topk_prob": True,
-            "use_qk_norm": False,
-            "first_k_dense_replace": 1,
-            "n_shared_experts": 1,
-            "partial_rotary_factor": 0.5,
-        },
+        | _fields("""
+    attention_bias                     model.qkv_bias                False
+    use_qk_norm                        model.qk_norm                 False
+    partial_rotary_factor              model.rope_share              0.5
+    norm_topk_prob                     routing.norm_topk_prob        True
+    first_k_dense_replace              model.n_dense_layers          1
+    n_shared_experts                   experts.d_shared              1
+"""),
         rope_share=0.5,
     ),
     "llama": Architecture(
         "LlamaForCausalLM",
         tensors=_DECODER | _DENSE_LAYER,
-        fields=_fields_with(num_experts_per_tok=None, attention_bias="model.attention_bias"),
-        defaults=_DEFAULTS | {"rms_norm_eps": 1e-6, "num_key_value_heads": None},
+        fields=_DENSE | {"num_key_value_heads": ("model.n_kv_heads", None)},
         only=_ONLY | {"mlp_bias": (False,)},
-        constants=_DENSE,
-        rope_theta=1e4,
+        constants=_IS_DENSE,
         rope_types=("default", "llama3", "longrope"),
     ),
     "qwen3": Architecture(
         "Qwen3ForCausalLM",
         tensors=_DECODER | _DENSE_LAYER,
-        fields=_fields_with(num_experts_per_tok=None, attention_bias="model.attention_bias"),
-        defaults=_DEFAULTS | {"rms_norm_eps": 1e-6, "head_dim": 128},
-        only=_ONLY | _QWEN,
-        constants=_DENSE | {"model.qk_norm": "head"},
-        rope_theta=1e4,
+        fields=_DENSE | {"head_dim": ("model.head_dim", 128)},
+        only=_QWEN_ONLY,
+        constants=_IS_DENSE | {"model.qk_norm": "head"},
     ),
     OWN: Architecture(  # as `AoEConfig` in huggingface/ has it
         "AoEForCausalLM",
-        tensors=_DECODER | _in_front(_DECODER | _DENSE_LAYER),
-        fields=_fields_with(
-            num_local_experts="experts.n_experts",
-            score_neurons="experts.score_neurons",
-            gate_rank="experts.d_low",
-            score="experts.score",
-            norm_topk_prob="routing.norm_topk_prob",
-            qk_norm="model.qk_norm",
-            attention_bias="model.attention_bias",
-            qkv_bias="model.qkv_bias",
-            shared_expert_intermediate_size="experts.d_shared",
-            shared_expert_gate="experts.shared_gate",
-            first_k_dense_replace="model.n_dense_layers",
-            dense_intermediate_size="model.d_dense",
-            partial_rotary_factor="model.rope_share",
-        ),
-        defaults=_DEFAULTS
-        | {
-            "qkv_bias": False,
-            "shared_expert_intermediate_size": 0,
-            "shared_expert_gate": False,
-            "first_k_dense_replace": 0,
-            "dense_intermediate_size": None,
-            "partial_rotary_factor": 1.0,
-        },
+        tensors=_DECODER | _DENSE_IN_FRONT,
+        fields=_MOE
+        | _fields("""
+    num_local_experts                  experts.n_experts
+    score_neurons                      experts.score_neurons
+    gate_rank                          experts.d_low
+    score                              experts.score
+    norm_topk_prob                     routing.norm_topk_prob        False
+    qk_norm                            model.qk_norm
+    attention_bias                     model.attention_bias          False
+    qkv_bias                           model.qkv_bias                False
+    shared_expert_intermediate_size    experts.d_shared              0
+    shared_expert_gate                 experts.shared_gate           False
+    first_k_dense_replace              model.n_dense_layers          0
+    dense_intermediate_size            model.d_dense                 None
+    partial_rotary_factor              model.rope_share              1.0
+"""),
         only=_ONLY | {"score": ("norm", "max")},
         constants={"experts.kind": "aoe"},
+        rope_theta=1e6,
     ),
 }
 
@@ -315,23 +295,23 @@ NOT_IMPLEMENTED = {
 
 
 class Layout:
-    """The tensors of a row of a table, for a parameter of known shape.
+    """How the tensors of a row of a table store a parameter of known shape.
 
-    `sizes` has the parameter's sizes by axis, L for layers, `shape` is that of a tensor, and
-    `first` the name of the first one.
+    `whole` has `(0, size)` for every axis of the parameter (L: layers), `shape` is that of a
+    tensor, and `first` the name of the first one.
     """
 
     def __init__(
         self, axes: str, shape: tuple[int, ...], name: str, stored: str = "", first_layer: int = 0
     ):
-        """Takes the parameter's declared axes, of which the first may be missing, as in a dense
-        layer; its shape with the axis of layers; the row; and the number in files of its first
-        layer.
+        """`axes` are the parameter's declared ones, `shape` is its shape with the axis of layers,
+        `name` and `stored` are the row, and `first_layer` is the number of its first layer in
+        files.
         """
-        self._first_layer = first_layer
+        self._name, self._first_layer = name, first_layer
         axes, layers = axes.split(), ["L"] if "{L}" in name else []
-        axes = layers + axes[len(layers) + len(axes) - len(shape) :]
-        self._name, self.sizes = name, dict(zip(axes, shape, strict=True))
+        axes = layers + axes[len(layers) + len(axes) - len(shape) :]  # a dense layer has no axis n
+        self.whole = {axis: (0, size) for axis, size in zip(axes, shape, strict=True)}
         self._named = [axis for axis in axes if f"{{{axis}}}" in name]
         self._axes = axes[len(self._named) :]
         # For each axis of a tensor: the axes in it, which piece of it they are, and of how many.
@@ -341,29 +321,27 @@ class Layout:
             self._groups = [(list(names), int(n or 0), 2 if n else 1) for names, _, n in parts]
         self._order = [axis for group, _, _ in self._groups for axis in group]
         self.shape = tuple(self._size(group) * count for group, _, count in self._groups)
-        self.first = next(self.tensors())[0]
+        self.first = name.format(L=first_layer, n=0)
 
     def _size(self, axes):
-        return math.prod(self.sizes[axis] for axis in axes)
+        return math.prod(self.whole[axis][1] for axis in axes)
 
-    def tensors(self, bounds: dict | None = None) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yields the tensors that store a part of the parameter, and their index in the part.
-
-        `bounds` has `(first, end)` of the part by axis; all of an axis that it lacks.
+    def tensors(self, bounds: dict[str, tuple[int, int]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yields the names of the tensors that store the part of the parameter between `bounds`,
+        `(first, end)` by axis, and their index in the part.
         """
-        bounds = {axis: (0, size) for axis, size in self.sizes.items()} | (bounds or {})
-        for numbers in _product([range(*bounds[axis]) for axis in self._named]):
-            at = dict(zip(self._named, numbers, strict=True))
-            index = tuple(at[axis] - bounds[axis][0] for axis in at)
-            if "L" in at:
-                at["L"] += self._first_layer
-            yield self._name.format(**at), index
+        layers, experts = (range(*bounds[a]) if a in self._named else (0,) for a in ("L", "n"))
+        for layer in layers:
+            for expert in experts:
+                at = {"L": layer, "n": expert}
+                index = tuple(at[axis] - bounds[axis][0] for axis in self._named)
+                yield self._name.format(L=layer + self._first_layer, n=expert), index
 
     def read(self, tensor: Stored, bounds: dict[str, tuple[int, int]]) -> np.ndarray:
         """The share of a tensor in the part of the parameter between `bounds`."""
         slices = []
         for (outer, *inner), piece, _ in self._groups:
-            offset, unit = piece * self.sizes[outer], self._size(inner)
+            offset, unit = piece * self._size([outer]), self._size(inner)
             slices.append(slice(*(unit * (offset + bound) for bound in bounds[outer])))
         sizes = [bounds[axis][1] - bounds[axis][0] for axis in self._order]
         part = tensor.read(slices).reshape(sizes)
@@ -385,7 +363,7 @@ def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str,
     found = {}
     for path, a in shapes.items():
         parameter = declared(path)
-        axes = parameter.axes if parameter else "n"  # of a state of routing
+        axes = parameter.axes if parameter else "n"  # a routing state
         rows = ARCHITECTURES[model_type].tensors.get(path)
         if model_type == OWN and not rows:
             group = "experts." if axes.startswith("n ") else ""
@@ -396,13 +374,3 @@ def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str,
         known = [Layout(axes, a.shape, *row, first_layer=first_layer) for row in rows]
         found[path] = next((one for one in known if one.first in names), known[0])
     return found
-
-
-def _product(ranges):
-    """Like `itertools.product`, without listing the ranges: those of a foreign file can be long."""
-    if not ranges:
-        yield ()
-        return
-    for number in ranges[0]:
-        for others in _product(ranges[1:]):
-            yield number, *others

@@ -22,14 +22,12 @@ _AUTO_MAP = {
     "AutoModel": "modeling_aoe.AoEModel",
     "AutoModelForCausalLM": "modeling_aoe.AoEForCausalLM",
 }
-# Architectures of the hub in which models are written, in the order of trial.
-_EXPORTED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "dots1", "glm4_moe", "llama", "qwen3")
 # Routers that are usually trained with L_aux.
 _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
 
 def computed_fields(config: Config):
-    """`{field: value}` of the fields that decide what a model computes with its parameters."""
+    """The fields that decide the results of a model with given parameters, `{field: value}`."""
     model, experts, routing, groups = config.model, config.experts, config.routing, config.to_dict()
     fields = flatten_dict({name: groups[name] for name in ("model", "experts", "routing")}, sep=".")
     fields |= {"model.n_kv_heads": model.kv_heads, "model.head_dim": model.head_width}
@@ -52,24 +50,24 @@ def computed_fields(config: Config):
 def from_json(values: dict):
     """The configuration of a model, from the content of its `config.json`.
 
-    `model.dtype` is float32, `data.seq_len` is `WINDOW` or what the model can take, and other
-    groups have their defaults. Raises `UserError` if the architecture is unknown, a field is
-    missing or has an invalid value, or something is not implemented here.
+    `model.dtype` is float32, `data.seq_len` is `WINDOW` or the model's length if that is shorter,
+    and other groups have their defaults. Raises `UserError` if the architecture is unknown, a field
+    is missing or has an invalid value, or something is not implemented here.
     """
-    name = values.get("model_type")
-    take = "`python -m aoe_jax.export` takes the model out of a training run"
-    _require(name is not None, f"it has no model_type; {take}")
-    known = ", ".join(ARCHITECTURES)
-    _require(isinstance(name, str), f"model_type={shown(name)} is no text; known are {known}")
+    name, known = values.get("model_type"), f"known are {', '.join(ARCHITECTURES)}"
+    if name is None:
+        take = "`python -m aoe_jax.export` takes the model out of a training run"
+        raise UserError(f"it has no model_type; {take}")
+    _check(isinstance(name, str), "model_type", name, f"is no text; {known}")
     reason = NOT_IMPLEMENTED.get(name)
-    _require(reason is None, f"model_type={shown(name)} is not implemented: {reason}")
-    _require(name in ARCHITECTURES, f"model_type={shown(name)} is unknown; known are {known}")
+    _check(not reason, "model_type", name, f"is not implemented: {reason}")
+    _check(name in ARCHITECTURES, "model_type", name, f"is unknown; {known}")
     groups = Config().to_dict() | {"routing": {}}
     has_groups = name == OWN and "hidden_size" not in values
     if has_groups:
         for group in ("model", "experts", "routing"):
-            is_group = isinstance(values.get(group), dict)
-            _require(is_group, f"it has no group {group!r}, which a model of model_type 'aoe' has")
+            if not isinstance(values.get(group), dict):
+                raise UserError(f"it has no group {group!r}, which a model of type 'aoe' has")
             groups[group] |= values[group]
     else:
         for group, own in unflatten_dict(_hub_fields(values), sep=".").items():
@@ -81,16 +79,22 @@ def from_json(values: dict):
     config = Config.from_config_dict(groups)
     if not has_groups:
         _check_attention(values, config.model)
-        config = _with_llama3_factors(values, config)
+        factors = _rope_factors(values, config.model)
+        model = dataclasses.replace(config.model, rope_factors=factors)
+        config = dataclasses.replace(config, model=model)
     with contextlib.suppress(UserError):  # the method may need longer sequences
         window = dataclasses.replace(config.data, seq_len=min(WINDOW, config.model.max_len))
         return dataclasses.replace(config, data=window)
     return config
 
 
-def _require(condition, message):
-    if not condition:
-        raise UserError(message)
+def _check(is_right, field, value, problem):
+    if not is_right:
+        raise UserError(f"{field}={shown(value)} {problem}")
+
+
+def _check_implemented(is_right, field, value, only):
+    _check(is_right, field, value, f"is not implemented; only {only}")
 
 
 def _hub_fields(values):
@@ -98,58 +102,52 @@ def _hub_fields(values):
     architecture = ARCHITECTURES[name]
     for field, known in architecture.only.items():
         value, names = values.get(field, known[0]), " or ".join(map(repr, known))
-        _require(value in known, f"{field}={shown(value)} is not implemented; only {names} is")
+        _check_implemented(value in known, field, value, f"{names} is")
     also = {name: values[other] for other, name in architecture.aliases if other in values}
-    fields, given = dict(architecture.constants), architecture.defaults | values | also
-    for field, sets in architecture.fields.items():
-        _require(field in given, f"{field} is missing; a model of model_type {shown(name)} has it")
-        fields[sets] = given[field]
+    fields, given = dict(architecture.constants), values | also
+    for field, (sets, *default) in architecture.fields.items():
+        if field not in given and not default:
+            raise UserError(f"{field} is missing; a model of model_type {shown(name)} has it")
+        fields[sets] = given.get(field, *default)
     if name == OWN and fields["experts.score_neurons"] is None:
         fields["experts.d_wide"] = fields.pop("experts.d_ffn")
-    if "first_k_dense_replace" in architecture.fields:
-        fields |= _from_number_of_layers(fields)
+    if "first_k_dense_replace" in architecture.fields:  # config.json counts all layers
+        n_layers, n_dense = fields["model.n_layers"], fields["model.n_dense_layers"]
+        is_right = COUNT.holds(n_layers) and COUNT.holds(n_dense) and n_dense < n_layers
+        wanted = f"must be a whole number below num_hidden_layers={shown(n_layers)}"
+        _check(is_right, "first_k_dense_replace", n_dense, wanted)
+        fields["model.n_layers"] = n_layers - n_dense
+        fields["model.d_dense"] = fields["model.d_dense"] if n_dense else None
     if "n_shared_experts" in architecture.fields:
-        fields |= _from_shared_experts(fields)
+        n_shared, width = fields["experts.d_shared"], fields["experts.d_ffn"]
+        is_right = COUNT.holds(n_shared) and n_shared > 0
+        _check(is_right, "n_shared_experts", n_shared, "must be a number from 1")
+        _check(COUNT.holds(width), "moe_intermediate_size", width, "must be a number")
+        fields["experts.d_shared"] = n_shared * width
     if type(fields.get("model.qk_norm")) is bool:
         fields["model.qk_norm"] = "head" if fields["model.qk_norm"] else "none"
-    return fields | _rotary_fields(values)
-
-
-def _from_number_of_layers(fields):
-    """Numbers of layers with and without experts, from a config.json that counts all layers."""
-    n_layers, n_dense = fields["model.n_layers"], fields["model.n_dense_layers"]
-    are_counts = COUNT.holds(n_layers) and COUNT.holds(n_dense)
-    wanted = f"must be a whole number below num_hidden_layers={shown(n_layers)}"
-    is_right = are_counts and n_dense < n_layers
-    _require(is_right, f"first_k_dense_replace={shown(n_dense)}: {wanted}")
-    found = {"model.n_layers": n_layers - n_dense}
-    return found if n_dense else found | {"model.d_dense": None}
-
-
-def _from_shared_experts(fields):
-    """The width of the shared expert, from a config.json that has a number of shared experts."""
-    n_shared, width = fields["experts.d_shared"], fields["experts.d_ffn"]
-    is_right = COUNT.holds(n_shared) and n_shared > 0
-    _require(is_right, f"n_shared_experts={shown(n_shared)}: must be a number from 1")
-    _require(COUNT.holds(width), f"moe_intermediate_size={shown(width)}: must be a number")
-    return {"experts.d_shared": n_shared * width}
+    kind, setting = _rotary_settings(values)
+    kinds = architecture.rope_types
+    _check_implemented(kind in kinds, "rope_type", kind, f"{', '.join(kinds)} are for this model")
+    share = setting("partial_rotary_factor", architecture.rope_share)
+    is_known = "partial_rotary_factor" in architecture.fields or share == 1
+    _check_implemented(is_known, "partial_rotary_factor", share, "1 is")
+    theta = setting("rope_theta", architecture.rope_theta)
+    return fields | {"model.rope_base": theta, "model.rope_share": share}
 
 
 def _check_attention(values, model):
     width, head_dim = model.d_model / model.n_heads, model.head_width
-    wanted = f"with a norm over all heads only hidden_size / num_attention_heads = {width:g} is"
-    is_usual = model.qk_norm != "all" or head_dim == width
-    _require(is_usual, f"head_dim={head_dim} is not implemented; {wanted}")
-    types, wanted = values.get("layer_types"), "only 'full_attention' in every layer is"
-    n_layers, usual = model.n_dense_layers + model.n_layers, "full_attention"
-    is_list = isinstance(types, list) and len(types) == n_layers
-    is_full = types is None or (is_list and all(of_layer == usual for of_layer in types))
-    _require(is_full, f"layer_types={shown(types)} is not implemented; {wanted}")
-    if "use_sliding_window" in ARCHITECTURES[values["model_type"]].only:
-        return
-    window, wanted = values.get("sliding_window"), f"only one of at least {model.max_len} is"
-    is_longer = window is None or (isinstance(window, int) and window >= model.max_len)
-    _require(is_longer, f"sliding_window={shown(window)} is not implemented; {wanted}")
+    only = f"hidden_size / num_attention_heads = {width:g} is with a norm over all heads"
+    _check_implemented(model.qk_norm != "all" or head_dim == width, "head_dim", head_dim, only)
+    types, n_layers = values.get("layer_types"), model.n_dense_layers + model.n_layers
+    is_full = types in (None, ["full_attention"] * n_layers)
+    _check_implemented(is_full, "layer_types", types, "'full_attention' in every layer is")
+    if "use_sliding_window" not in ARCHITECTURES[values["model_type"]].only:
+        window = values.get("sliding_window")
+        is_longer = window is None or (isinstance(window, int) and window >= model.max_len)
+        only = f"one of at least {model.max_len} is"
+        _check_implemented(is_longer, "sliding_window", window, only)
 
 
 def _rotary_settings(values):
@@ -157,84 +155,61 @@ def _rotary_settings(values):
     Returns `(rope_type, setting)`, where `setting(name, default)` is the value of a setting.
     """
     rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
-    differ = f"rope_parameters={shown(rope)} and rope_scaling={shown(scaling)} differ; leave one"
-    _require(not rope or not scaling or rope == scaling, differ)
+    differ = f"and rope_scaling={shown(scaling)} differ; leave one"
+    _check(not rope or not scaling or rope == scaling, "rope_parameters", rope, differ)
     rope = rope or scaling
     is_one = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
-    wanted = "only one setting for all layers is"
-    _require(is_one, f"rotary positions {shown(rope)} are not implemented; {wanted}")
+    _check_implemented(is_one, "rope_parameters", rope, "one setting for all layers is")
 
     def setting(name, default=None):
         given = [where[name] for where in (rope, values) if where.get(name) is not None]
-        found = " and ".join(map(shown, given))
-        _require(given[:1] == given[-1:], f"{name} is {found}; leave one")
+        if given[:1] != given[-1:]:
+            raise UserError(f"{name} is {' and '.join(map(shown, given))}; leave one")
         return given[0] if given else default
 
     return rope.get("rope_type", rope.get("type", "default")), setting
 
 
-def _rotary_fields(values):
-    architecture, (kind, setting) = ARCHITECTURES[values["model_type"]], _rotary_settings(values)
-    kinds = architecture.rope_types
-    wanted = f"is not implemented for this architecture; known are {', '.join(kinds)}"
-    _require(kind in kinds, f"rope_type={shown(kind)} {wanted}")
-    share = setting("partial_rotary_factor", architecture.rope_share)
-    is_known = "partial_rotary_factor" in architecture.fields or share == 1
-    _require(is_known, f"partial_rotary_factor={shown(share)} is not implemented; only 1 is")
-    fields = {"model.rope_base": setting("rope_theta", architecture.rope_theta)}
-    fields["model.rope_share"] = share
-    if kind == "longrope":
-        fields["model.rope_factors"] = _longrope_factors(setting)
-    return fields
+def _rope_factors(values, model):
+    """The rotary factors of the LongRoPE that `_rope_scaling` writes, or of Llama 3.1; else none.
 
-
-def _longrope_factors(setting):
-    """The rotary factors of a `config.json` with the LongRoPE that `_rope_scaling` writes."""
-    factors, long, scale = map(setting, ("short_factor", "long_factor", "attention_factor"))
-    are_numbers = isinstance(factors, list) and all(map(NUMBER.holds, factors))
-    _require(are_numbers, f"short_factor={shown(factors)}: must be a list of numbers")
-    wanted = "is not implemented; only factors equal to short_factor are"
-    _require(long == factors, f"long_factor={shown(long)} {wanted}")
-    _require(scale == 1, f"attention_factor={shown(scale)} is not implemented; only 1 is")
-    return tuple(map(float, factors))
-
-
-def _with_llama3_factors(values, config):
-    """`config` with the rotary factors of Llama 3.1, if it has them.
-
-    A frequency that turns fewer than `low_freq_factor` times in the length of pretraining is
-    divided by `factor`, one that turns more than `high_freq_factor` times by 1; between them
-    the reciprocal of the divisor is linear in the number of turns.
+    In Llama 3.1, a frequency that turns fewer than `low_freq_factor` times in the length of
+    pretraining is divided by `factor`, one that turns more than `high_freq_factor` times by 1;
+    between them the reciprocal of the divisor is linear in the number of turns.
     """
     kind, setting = _rotary_settings(values)
+    if kind == "longrope":
+        factors, long, scale = map(setting, ("short_factor", "long_factor", "attention_factor"))
+        are_numbers = isinstance(factors, list) and all(map(NUMBER.holds, factors))
+        _check(are_numbers, "short_factor", factors, "must be a list of numbers")
+        _check_implemented(long == factors, "long_factor", long, "the values of short_factor are")
+        _check_implemented(scale == 1, "attention_factor", scale, "1 is")
+        return tuple(map(float, factors))
     if kind != "llama3":
-        return config
+        return model.rope_factors
     names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
     found = [setting(name) for name in names]
     for name, value in zip(names, found, strict=True):
         is_right = value is not None and NUMBER.holds(value) and 0 < value < math.inf
-        wanted = "must be a number greater than 0 with rope_type 'llama3'"
-        _require(is_right, f"{name}={shown(value)}: {wanted}")
+        _check(is_right, name, value, "must be a number greater than 0 with rope_type 'llama3'")
     factor, low, high, length = found
-    _require(low < high, f"low_freq_factor={low} must be below high_freq_factor={high}")
-    model = config.model
+    _check(low < high, "low_freq_factor", low, f"must be below high_freq_factor={high}")
     half = model.head_width // 2
     turns = length / (2 * np.pi) * model.rope_base ** (-np.arange(half) / half)
     share = np.clip((turns - low) / (high - low), 0, 1)
-    factors = tuple((1 / (share + (1 - share) / factor)).tolist())
-    return dataclasses.replace(config, model=dataclasses.replace(model, rope_factors=factors))
+    return tuple((1 / (share + (1 - share) / factor)).tolist())
 
 
 def to_json(config: Config, routing_state=()):
     """`config.json` of a model with this `routing_state`, without its dtype and special tokens.
 
-    The architecture is the first in `_EXPORTED` that can express the whole model, else an `aoe`
-    that `transformers` loads, else an `aoe` that it cannot load; the log then says why.
+    The architecture is the first in `ARCHITECTURES` that can express the whole model; the last is
+    an `aoe` that `transformers` loads. Else it is an `aoe` that only we load, and the log says why.
     """
     has_bias = "selection_bias" in routing_state
     wanted = computed_fields(config) | {"selection_bias": has_bias}
     lacking = {}  # the names of fields, by the class of transformers
-    for name in (*_EXPORTED, OWN):
+    for name in ARCHITECTURES:
         architecture, values = ARCHITECTURES[name], _hub_json(config, name)
         takes_bias = "layers/selection_bias" in architecture.tensors
         if name == OWN:
@@ -260,7 +235,7 @@ def _hub_json(config, model_type):
     architecture = ARCHITECTURES[model_type]
     fields = {"model_type": model_type, "architectures": [architecture.class_name]}
     computed = computed_fields(config)
-    for theirs, sets in architecture.fields.items():
+    for theirs, (sets, *_) in architecture.fields.items():
         group, _, ours = sets.partition(".")
         if sets == "experts.d_ffn":
             fields[theirs] = computed["experts.d_wide"]
@@ -279,10 +254,10 @@ def _hub_json(config, model_type):
 
 
 def _rope_scaling(model_type, model):
-    """The rotary factors as those of LongRoPE, which every architecture has.
+    """The rotary factors in the form of LongRoPE, which every architecture has.
 
-    Transformers 4 reads them as `rope_scaling` only. Our own format has `rope_parameters`, because
-    with `rope_scaling` `AutoTokenizer` fails without our classes.
+    Transformers 4 reads `rope_scaling` only. Our own format has `rope_parameters`, because with
+    `rope_scaling` `AutoTokenizer` fails without our classes.
     """
     if not model.rope_factors:
         return {}

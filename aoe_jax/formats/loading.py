@@ -45,7 +45,7 @@ def is_model(directory: Path) -> bool:
 
 
 def is_of_run(directory: Path) -> bool:
-    """Whether a directory holds a run, or a model that says of which run it is."""
+    """Whether a directory holds a run, or a model that was exported from one."""
     return not is_model(directory) or (directory / RUN_FILE).exists()
 
 
@@ -55,8 +55,8 @@ def read_config(directory: Path) -> Config:
     A model that `aoe_jax.export` wrote has the configuration of its run without `data.cache` and
     the groups `train` and `mesh`; `train.batch_size` is the size of the run's micro-batches, at
     most the default. For other models, `model`, `experts` and `routing` come from `config.json`,
-    and other groups have their defaults; `model.dtype` is that of the embedding table, float32 for
-    float16. `data.tokenizer` is always the directory's own.
+    and other groups have their defaults; `model.dtype` is bfloat16 if the embedding table is, else
+    float32. `data.tokenizer` is always the directory's own.
     Raises `UserError` if a file cannot be read, the architecture is unknown, or something in it is
     not implemented here.
     """
@@ -75,7 +75,7 @@ def read_config(directory: Path) -> Config:
     # messages only, see `evaluation.models.corpus_of`.
     own = {"tokenizer": str(tokenizer) if tokenizer.exists() else None, "cache": DataConfig.cache}
     data = dataclasses.replace(config.data, **own)
-    # The batch of the run may be that of a pod, or of any size if somebody else wrote the file.
+    # The run may have had the batch of a pod, and somebody else may have written the file.
     rows = config.train.batch_size // config.train.accumulate
     train = TrainConfig(batch_size=min(rows, TrainConfig.batch_size))
     return dataclasses.replace(config, data=data, train=train, mesh=MeshConfig())
@@ -127,7 +127,7 @@ def parameter_shapes(config: Config):
 
 
 class ModelReader:
-    """The parameters of a model in a directory, read layer by layer and piece by piece.
+    """The parameters of a model in a directory, read piece by piece.
 
     `parameters` has their shapes by path, and `routing_state` those of the routing state by name.
     """
@@ -138,38 +138,31 @@ class ModelReader:
         """
         self._directory, self._stored = directory, stored_tensors(directory)
         self.parameters, own = parameter_shapes(config), read_config(directory)
-        first_layer = config.model.n_dense_layers
-        has_bias = f"model.layers.{first_layer}.mlp.selection_bias" in self._stored
+        n_dense, n_layers = config.model.n_dense_layers, config.model.n_layers
+        has_bias = f"model.layers.{n_dense}.mlp.selection_bias" in self._stored
         balance = BalanceConfig(bias_rate=1.0) if has_bias else own.balance
         state = state_shapes(own.routing, own.experts, balance, own.model.d_model)
         self.routing_state = {
-            name: jax.ShapeDtypeStruct((config.model.n_layers, *a.shape), a.dtype)
-            for name, a in state.items()
+            name: jax.ShapeDtypeStruct((n_layers, *a.shape), a.dtype) for name, a in state.items()
         }
         values = read_json(directory / "config.json", _WANTED)
         shapes = self.parameters | {f"layers/{name}": a for name, a in self.routing_state.items()}
         self._layouts = find_layouts(values["model_type"], shapes, self._stored)
         # Like transformers, ignores an output table if the embeddings are tied.
         known = {"lm_head.weight"} if config.model.tie_embeddings else set()
-        self._check_tensors(known | self._of_extra_layers(config, values))
-
-    def _of_extra_layers(self, config, values):
-        """The tensors of the layer of multi-token prediction, which follows the last layer."""
-        if not values.get("num_nextn_predict_layers"):
-            return set()
-        end = config.model.n_dense_layers + config.model.n_layers
-        extra = {name for name in self._stored if name.startswith(f"model.layers.{end}.")}
-        if extra:
-            log.info("left out: layer %d, of multi-token prediction", end)
-        return extra
+        if values.get("num_nextn_predict_layers"):  # its layer follows the last one
+            last = f"model.layers.{n_dense + n_layers}."
+            known |= {name for name in self._stored if name.startswith(last)}
+            log.info("left out: the layer of multi-token prediction, %s", last.rstrip("."))
+        self._check_tensors(known)
 
     def _check_tensors(self, known):
         for layout in self._layouts.values():
             dtypes = {}
-            for name, _ in layout.tensors():
+            for name, _ in layout.tensors(layout.whole):
                 if name not in self._stored:
-                    what = f"tensor {name} is missing; a model of this config.json has it"
-                    raise UserError(f"{self._directory}: {what}")
+                    wanted = f"tensor {name} is missing; a model of this config.json has it"
+                    raise UserError(f"{self._directory}: {wanted}")
                 stored = self._stored[name]
                 if stored.shape != layout.shape:
                     shapes = f"{list(stored.shape)}, by config.json {list(layout.shape)}"
@@ -181,52 +174,40 @@ class ModelReader:
                 raise UserError(f"{self._directory}: tensors {names} must be of the same type")
         for name in sorted(self._stored.keys() - known):
             if not name.endswith(".rotary_emb.inv_freq"):  # in old files, unused
-                what = f"tensor {name} is unknown; a model of this config.json has no such tensor"
-                raise UserError(f"{self._stored[name].file}: {what}")
+                wanted = f"tensor {name} is unknown; a model of this config.json has no such tensor"
+                raise UserError(f"{self._stored[name].file}: {wanted}")
 
-    def dtype(self, path: str) -> np.dtype:
-        """The dtype of a parameter's tensors."""
-        return self._stored[self._layouts[path].first].dtype
-
-    def layer(self, path: str, layer: int | None) -> np.ndarray:
-        """The whole parameter of a layer, or one outside the layers (None), as the file has it."""
-        bounds = [(0, size) for size in self.parameters[path].shape]
-        if layer is None:
-            return self.piece(path, bounds)
-        return self.piece(path, [(layer, layer + 1), *bounds[1:]])[0]
-
-    def piece(self, path: str, bounds: Sequence[tuple[int, int]], dtype=None) -> np.ndarray:
-        """The part of a parameter between `bounds`, `(first, end)` of every axis, in `dtype` or
-        that of the file. Raises `UserError` if a file cannot be read.
+    def piece(self, path: str, index: Sequence[slice], dtype=None) -> np.ndarray:
+        """The part of a parameter that one slice per axis selects, in `dtype` or that of the file.
+        Raises `UserError` if a file cannot be read.
         """
         layout = self._layouts[path]
-        out = np.empty([end - first for first, end in bounds], dtype or self.dtype(path))
-        bounds = dict(zip(layout.sizes, bounds, strict=True))
-        for name, index in layout.tensors(bounds):
-            out[index] = layout.read(self._stored[name], bounds)
+        bounds = {
+            axis: part.indices(size)[:2]
+            for (axis, (_, size)), part in zip(layout.whole.items(), index, strict=True)
+        }
+        shape = [end - first for first, end in bounds.values()]
+        out = np.empty(shape, dtype or self._stored[layout.first].dtype)
+        for name, place in layout.tensors(bounds):
+            out[place] = layout.read(self._stored[name], bounds)
         return out
 
 
 def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
     """`(params, routing_state)` of a model's decoder; the latter by name, float32 `[L, ...]`.
 
-    The host holds one piece at a time: one parameter of all layers on one device. `config` is the
-    model's, with the mesh `mesh`. The parameters are in `dtype`, by default that of the files.
-    Raises `UserError`, see `ModelReader`.
+    The host holds one parameter of all layers at a time, as far as it is on this host's devices.
+    `config` is the model's, with the mesh `mesh`. The parameters are in `dtype`, by default that of
+    the files. Raises `UserError`, see `ModelReader`.
     """
     reader = ModelReader(directory, config)
 
     def array(path, a, sharding, dtype):
-        # jax.make_array_from_callback would hold the pieces of all devices here at once.
-        devices = {}
-        for device, index in sharding.addressable_devices_indices_map(a.shape).items():
-            bounds = tuple(i.indices(size)[:2] for i, size in zip(index, a.shape, strict=True))
-            devices.setdefault(bounds, []).append(device)
-        arrays = []
-        for bounds, holders in devices.items():
-            piece = reader.piece(path, bounds, dtype)
-            arrays += jax.block_until_ready([jax.device_put(piece, device) for device in holders])
-        return jax.make_array_from_single_device_arrays(a.shape, sharding, arrays)
+        return jax.block_until_ready(
+            jax.make_array_from_callback(
+                a.shape, sharding, lambda index: reader.piece(path, index, dtype)
+            )
+        )
 
     tree = unflatten_dict(reader.parameters, sep="/")
     shardings = flatten_dict(state_shardings(mesh, tree), sep="/")

@@ -30,31 +30,27 @@ class Stored:
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def read(self, slices: Iterable[slice] | None = None) -> np.ndarray:
-        """The tensor, or the part that one slice per axis selects, in the tensor's dtype.
-
-        The file is closed again: the pages of an open file count as memory of the process. Raises
+    def read(self, slices: Iterable[slice]) -> np.ndarray:
+        """The part of the tensor that one slice per axis selects, in the tensor's dtype. Raises
         `UserError` if the file cannot be read, and `MachineFault` if its disk fails.
         """
         what = f"{self.file}: tensor {self.name} cannot be read"
         try:
-            return patiently(what, lambda: self._read(slices))
+            return patiently(what, lambda: self._read(tuple(slices)))
         except (SafetensorError, OSError) as e:
             raise UserError(f"{what} ({e})") from e
 
     def _read(self, slices):
+        # The file is closed again: the pages of an open file count as memory of the process.
         with safe_open(self.file, framework="numpy") as file:
-            if slices is None:
-                return file.get_tensor(self.name)
-            return file.get_slice(self.name)[tuple(slices)]
+            return file.get_slice(self.name)[slices]
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
     """The tensors of a directory by name: of `model.safetensors`, or the shards of its index.
 
-    Reads the headers of all files, and no tensor. Raises `UserError` if a file is missing, damaged
-    or differs from the index, or a tensor is not float32, float16 or bfloat16; `MachineFault` if a
-    disk fails.
+    Reads the headers of all files, and no tensor. Raises `UserError` if a file is missing or
+    damaged, or a tensor is not float32, float16 or bfloat16; `MachineFault` if a disk fails.
     """
     if (directory / SINGLE).exists():  # transformers too ignores an index beside it
         return _read_header(directory / SINGLE)
@@ -64,42 +60,33 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
         raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}; {wanted}")
     wanted = "the index of a model's safetensors files maps every tensor to its file in weight_map"
     weight_map = read_json(index, wanted, {"weight_map": {str: _FILE}}, _INDEX_BYTES)["weight_map"]
-    names_of = {}
-    for name, file in weight_map.items():
-        names_of.setdefault(index.with_name(file), set()).add(name)
     stored = {}
-    for path, names in sorted(names_of.items()):
+    for path in sorted({index.with_name(file) for file in weight_map.values()}):
         if not path.exists():
             raise UserError(f"{path} is missing; {INDEX} names it")
-        found = _read_header(path)
-        if missing := sorted(names - found.keys()):
-            raise UserError(f"{path} has no tensor {missing[0]}, which {INDEX} says is there")
-        if extra := sorted(found.keys() - names):
-            raise UserError(f"{path} has a tensor {extra[0]}, which {INDEX} does not list")
-        stored |= found
+        stored |= _read_header(path)
     return stored
 
 
 def _read_header(path):
-    what = f"{path} cannot be read"
+    what, stored = f"{path} cannot be read", {}
     try:
         tensors = patiently(what, lambda: _shapes_and_dtypes(path))
     except (SafetensorError, OSError) as e:
         raise UserError(f"{what} ({e}); it is no safetensors file, or damaged") from e
-    stored = {}
     for name, (shape, dtype) in tensors.items():
         if dtype not in _DTYPES:
             wanted = f"is of type {dtype}; only {', '.join(_DTYPES)} can be read"
             raise UserError(f"{path}: tensor {name} {wanted}")
-        stored[name] = Stored(path, name, shape, np.dtype(_DTYPES[dtype]))
+        stored[name] = Stored(path, name, tuple(shape), np.dtype(_DTYPES[dtype]))
     return stored
 
 
 def _shapes_and_dtypes(path):
     path.open("rb").close()  # the library reports every fault as a missing file
     with safe_open(path, framework="numpy") as file:
-        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no dict
-        return {name: (tuple(t.get_shape()), t.get_dtype()) for name, t in tensors.items()}
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no dict
+        return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
 
 
 def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):
@@ -108,21 +95,22 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):
     A shard has at most `SHARD_BYTES`; a larger tensor has a file of its own. Raises `OSError` or
     `SafetensorError` if a file cannot be written.
     """
-    shards, total = [], 0  # the names of the tensors in each file
-    for shard in _shards(tensors):
+    names, total = [], 0  # the names of the tensors in each file
+    for number, shard in enumerate(_shards(tensors)):
         # transformers requires this metadata.
-        save_file(shard, directory / f"{len(shards)}.partial", {"format": "pt"})
+        save_file(shard, directory / f"{number}.partial", {"format": "pt"})
         total += sum(a.nbytes for a in shard.values())
-        shards.append(list(shard))
+        names.append(list(shard))
         shard.clear()  # before the next one is read
+    if len(names) == 1:
+        (directory / "0.partial").rename(directory / SINGLE)
+        return
     weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        file = file if len(shards) > 1 else SINGLE
-        (directory / f"{number - 1}.partial").rename(directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for number, of_file in enumerate(names):
+        file = f"model-{number + 1:05d}-of-{len(names):05d}.safetensors"
+        (directory / f"{number}.partial").rename(directory / file)
+        weight_map |= dict.fromkeys(of_file, file)
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _shards(tensors):

@@ -27,8 +27,8 @@ _FILES = (
 def write_tokenizer(folder: Path, output: Path, max_len: int):
     """Writes the tokenizer of a run or a model, and returns the special tokens for `config.json`.
 
-    That of a model has its settings; that of a run has settings that add no special tokens to a
-    text, as in training. Raises `UserError` if the tokenizer of a run cannot be read.
+    The settings of a model's tokenizer are copied. A run's tokenizer gets settings that add no
+    special tokens to a text, as in training. Raises `UserError` if it cannot be read.
     """
     if is_model(folder):
         for pattern in _FILES:

@@ -24,7 +24,7 @@ from aoe_jax.storage.files import sync, write_json
 from aoe_jax.storage.paths import Mirror, is_remote
 from aoe_jax.storage.retry import is_fault_of_write, patiently, reason
 
-_CLASSES = Path(__file__).with_name("huggingface")  # of transformers, for our own format
+_CLASSES = Path(__file__).with_name("huggingface")  # for transformers, in our own format
 
 
 @contextlib.contextmanager
@@ -67,64 +67,59 @@ def new_directory(output: Path) -> Iterator[Path]:
 def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter: Callable):
     """Writes `config.json` and the tensors; memory holds one file and one parameter of a layer.
 
-    The `model_type` of `values`, the content of `config.json`, decides the names of the tensors.
-    The classes that its `auto_map` names are copied, too. `shapes` has every parameter by its path,
-    with the axis of layers; arrays will do. `parameter(path, layer)` returns the whole parameter of
-    a layer, by its number in its stack, or one outside the layers (None). The calls for a layer
-    come together, in the order of `shapes`. Raises OSError or SafetensorError if a file cannot be
-    written.
+    The `model_type` of `values`, the content of `config.json` without the dtype, decides the names
+    of the tensors. The classes that its `auto_map` names are copied, too. `shapes` has every
+    parameter by its path, with the axis of layers; arrays will do. `parameter(path, layer)` returns
+    the whole parameter of a layer, by its number in its stack, or one outside the layers (None).
+    The calls for a layer come together, in the order of `shapes`. Raises OSError or SafetensorError
+    if a file cannot be written.
     """
-    stored = find_layouts(values["model_type"], shapes)
-    parts = [(None, None)]  # a stack of layers, and the number in it
-    for stack in STACKS:
-        n_layers = next((a.shape[0] for path, a in shapes.items() if _stack(path) == stack), 0)
-        parts += [(stack, layer) for layer in range(n_layers)]
+    layouts = find_layouts(values["model_type"], shapes)
+    stacks = {}  # the parameters of each stack of layers, or of None
+    for path in shapes:
+        first = path.partition("/")[0]
+        stacks.setdefault(first if first in STACKS else None, []).append(path)
+    parts = [(stacks[None], None)]  # parameters, and the number of their layer
+    for stack in filter(stacks.get, STACKS):
+        parts += [(stacks[stack], layer) for layer in range(shapes[stacks[stack][0]].shape[0])]
 
     def tensors():
-        for stack, layer in tqdm(parts, "writing", unit="layer", delay=5, disable=None):
-            bounds = {} if layer is None else {"L": (layer, layer + 1)}
-            for path, layout in stored.items():
-                if _stack(path) == stack:
-                    part = parameter(path, layer)
-                    part = part[None] if bounds else part
-                    for name, index in layout.tensors(bounds):
-                        yield name, layout.to_file(part[*index, ...])
+        for paths, layer in tqdm(parts, "writing", unit="layer", delay=5, disable=None):
+            for path in paths:
+                layout, part = layouts[path], parameter(path, layer)
+                bounds = layout.whole
+                if layer is not None:
+                    bounds, part = bounds | {"L": (layer, layer + 1)}, part[None]
+                for name, index in layout.tensors(bounds):
+                    yield name, layout.to_file(part[*index, ...])
 
-    write_json(directory / "config.json", values)
+    dtype = parameter("embed/embedding", None).dtype.name
+    write_json(directory / "config.json", values | {"torch_dtype": dtype})
     if "auto_map" in values:
         for file in _CLASSES.glob("*.py"):
             shutil.copyfile(file, directory / file.name)
     write_tensors(directory, tensors())
 
 
-def _stack(path):
-    """The stack of layers that a parameter is in, or None."""
-    first = path.partition("/")[0]
-    return first if first in STACKS else None
-
-
-def write_arrays(
-    directory: Path, values: dict, params: dict, routing_state: dict, dtype: str | None
-):
-    """Writes a model from arrays on devices, see `write_model`.
+def parameters_of(params: dict, routing_state=None, dtype: str | None = None):
+    """`(shapes, parameter)` for `write_model`, from arrays on devices.
 
     `params` is the tree of the decoder's parameters, and `routing_state` has arrays `[L, ...]`
     float32 by name. `dtype` is that of the parameters in the files; None: their own.
     """
     arrays = flatten_dict(params, sep="/")
-    dtypes = {path: dtype or a.dtype.name for path, a in arrays.items()}
-    arrays |= {f"layers/{name}": a for name, a in routing_state.items()}
+    dtypes = {path: dtype or a.dtype for path, a in arrays.items()}
+    arrays |= {f"layers/{name}": a for name, a in (routing_state or {}).items()}
 
     def parameter(path, layer):
         whole = arrays[path] if layer is None else arrays[path][layer]
         return jax.device_get(whole.astype(dtypes.get(path, "float32")))
 
-    values = values | {"torch_dtype": dtypes["embed/embedding"]}
-    write_model(directory, values, arrays, parameter)
+    return arrays, parameter
 
 
 def write_run(directory: Path, source: Path, step: int | None, config: Config):
-    """Writes the run and step of a model, and which data that run read, if `source` is of a run."""
+    """Writes the step, the configuration and the data's identity of a run, if `source` has one."""
     if not is_of_run(source):
         return
     write_json(directory / RUN_FILE, {"step": step, "config": config.to_dict()})

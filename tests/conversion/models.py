@@ -1,18 +1,27 @@
-"""Small models to prune, their tokens, and what each of their layers sees of these."""
+"""Small models, their tokens, and experts as arrays by name."""
 
 import functools
 
 import jax
 import numpy as np
 
-from aoe_jax.conversion import moments
-from tests.evaluation.models import make_config, make_model
+from aoe_jax.conversion.observations import observations, score_moments
+from aoe_jax.data.tokenizer import train_tokenizer
+from aoe_jax.formats.loading import load_params, read_config
+from aoe_jax.sharding import fill_mesh, make_mesh
+from tests.evaluation.models import WORDS, make_config, make_model
+from tests.formats.test_writing import written
+from tests.runs import tiny_config
 
-EXPERTS = {
+KINDS = {
     "aoe": {},
     "router": {"experts__kind": "router"},
     "capacity": {"experts__kind": "capacity", "routing__capacity_factor": 1.0},
     "router, top_p": {"experts__kind": "router", "routing__name": "top_p", "routing__p": 0.4},
+}
+SHAPES = {
+    "aoe": {"w_gate_down": (16, 6), "w_gate_up": (6, 20), "w_up": (16, 20), "w_down": (20, 16)},
+    "router": {"w_gate": (16, 20), "w_up": (16, 20), "w_down": (20, 16)},
 }
 
 
@@ -31,37 +40,59 @@ def batches(n=3, seed=0):
 
 @functools.cache
 def model_of(kind):
-    """A model of random weights, of one of `EXPERTS`."""
-    return make_model(make_config(**EXPERTS[kind]))
+    """A model of random weights, of one of `KINDS`."""
+    return make_model(make_config(**KINDS[kind]))
 
 
 @functools.cache
 def moments_of(kind):
     """`Moments` of `model_of` over `batches()`."""
-    return moments.score_moments(model_of(kind), batches())
+    return score_moments(model_of(kind), batches())
 
 
-@functools.cache
-def merged_scores_of(kind):
-    """`merged_scores` of the same."""
-    return moments.merged_scores(model_of(kind), batches())
+def observed(model, of_batches):
+    """`(scores [L, T, Z], chosen [L, T, Z], x [L, T, d])` of all batches."""
+    found = zip(*observations(model, of_batches, with_inputs=True), strict=True)
+    return tuple(np.concatenate(arrays, axis=1) for arrays in found)
 
 
-@functools.cache
-def seen_by(kind):
-    """`seen` of the same."""
-    return seen(model_of(kind), batches())
+def draw(kind, seed=0):
+    """A random expert of a kind of `SHAPES`."""
+    normal = np.random.default_rng(seed).normal
+    return {
+        name: normal(size=shape, scale=shape[0] ** -0.5) for name, shape in SHAPES[kind].items()
+    }
 
 
-def seen(model, of_batches):
-    """`(x [L, T, d], chosen [L, T, Z], scores [L, T, Z])` float64, of the tokens that count."""
+def disguised(expert, seed):
+    """The same function and norms: hidden units in another order, the low rank rotated."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(expert["w_up"].shape[1])
+    found = {
+        name: a[order] if name == "w_down" else a[:, order]
+        for name, a in expert.items()
+        if name != "w_gate_down"
+    }
+    if "w_gate_down" in expert:
+        q = np.linalg.qr(rng.normal(size=(expert["w_gate_down"].shape[1],) * 2))[0]
+        found |= {"w_gate_down": expert["w_gate_down"] @ q, "w_gate_up": q.T @ found["w_gate_up"]}
+    return {name: found[name].astype(a.dtype) for name, a in expert.items()}
 
-    def observe(ctx, chosen, scores, given):
-        return ctx.x, ctx.token_weights, chosen, scores
 
-    step = moments.observing_step(model, observe)
-    found = [jax.device_get(step(batch)) for batch in of_batches]
-    x, weights, chosen, scores = (
-        np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True)
-    )
-    return tuple(a[:, weights[0] > 0].astype(np.float64) for a in (x, chosen, scores))
+def source(folder, dtype="float32", **changes):
+    """The directory of a random model with a tokenizer, to convert."""
+    directory = written(folder, tiny_config(**changes), dtype)[0]
+    train_tokenizer(WORDS, 280).save(directory)
+    return directory
+
+
+def experts_of(directory, layer):
+    """The experts' parameters of a layer in a directory, by name."""
+    experts = parameters(directory)["layers"]["experts"]
+    return {name: a[layer] for name, a in experts.items()}
+
+
+def parameters(directory):
+    """The decoder's parameters in a directory, on the host."""
+    config = fill_mesh(read_config(directory), 1)
+    return jax.device_get(load_params(directory, config, make_mesh(config, jax.devices()[:1]))[0])

@@ -2,19 +2,21 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from aoe_jax.conversion.upcycling import Upcycling, upcycle
+from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.formats.loading import ModelReader, read_config
+from aoe_jax.formats.loading import read_config
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.routing import TopK
 from benchmarks.parity import logits_here, logits_there, random_model, save
-from tests.formats.test_writing import written
+from tests.conversion.models import experts_of, source
+from tests.evaluation.models import WORDS
 from tests.in_process import call
-from tests.runs import kind_run, tiny_config
+from tests.runs import kind_run
 
 TOKENS = np.random.default_rng(1).integers(0, 512, (4, 48))
 EXACT = {
@@ -58,16 +60,9 @@ def test_the_result_computes_what_the_dense_model_does(tmp_path, form):
     assert model_type == ("aoe" if form.kind == "aoe" else "qwen3_moe")
 
 
-def dense_model(folder, dtype="float32", **changes):
+def dense_model(folder, **changes):
     """The directory of a dense model of width 24, a Llama or a Qwen3."""
-    config = tiny_config(experts__kind="dense", experts__d_ffn=24, **changes)
-    return written(folder, config, dtype)[0]
-
-
-def layer_of(directory, layer=1):
-    reader = ModelReader(directory, read_config(directory))
-    paths = [path for path in reader.parameters if path.startswith("layers/experts/")]
-    return {path.rpartition("/")[2]: reader.layer(path, layer) for path in paths}
+    return source(folder, experts__kind="dense", experts__d_ffn=24, **changes)
 
 
 @pytest.mark.parametrize("kind", ["moe", "aoe"])
@@ -76,7 +71,7 @@ def test_pieces_of_the_dense_layer(tmp_path, kind):
     folder = dense_model(tmp_path)
     form = Upcycling(kind, 6, 3, granularity=3, score_neurons=4 if kind == "aoe" else None)
     upcycle(folder, tmp_path / "moe", form)
-    dense, experts = layer_of(folder), layer_of(tmp_path / "moe")
+    dense, experts = experts_of(folder, 1), experts_of(tmp_path / "moe", 1)
     x = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
     for copy in (slice(0, 3), slice(3, 6)):
         pieces = [{n: w[i] for n, w in experts.items() if n != "w_router"} for i in range(6)[copy]]
@@ -95,28 +90,23 @@ def test_pieces_of_the_dense_layer(tmp_path, kind):
 
 def test_noise(tmp_path):
     """It has the standard deviation that was asked for, differs between experts, and depends on
-    the seed alone.
+    the seed alone; parameters keep their dtypes.
     """
-    folder, found = dense_model(tmp_path), {}
-    for name, seed in {"a": 0, "b": 0, "c": 1}.items():
-        upcycle(folder, tmp_path / name, Upcycling("moe", 4, 2, noise=0.1, seed=seed))
-        found[name] = layer_of(tmp_path / name)
-    upcycle(folder, tmp_path / "exact", Upcycling("moe", 4, 2))
-    dense, exact = layer_of(folder), layer_of(tmp_path / "exact")
+    dense = experts_of(dense_model(tmp_path), 1)
+    exact = Upcycling("moe", 4, 2).experts(1, dense)
+    first, again, other = (
+        Upcycling("moe", 4, 2, noise=0.1, seed=seed).experts(1, dense) for seed in (0, 0, 1)
+    )
     for name in ("w_gate", "w_up", "w_down"):
-        difference = found["a"][name] - exact[name]
+        difference = first[name] - exact[name]
         assert difference.std() == pytest.approx(0.1 * dense[name].std(), rel=0.05)
         assert abs(np.corrcoef(difference[0].ravel(), difference[1].ravel())[0, 1]) < 0.2
-        np.testing.assert_array_equal(found["a"][name], found["b"][name])
-        assert (found["a"][name] != found["c"][name]).mean() > 0.99
-    assert (found["a"]["w_router"] != found["c"]["w_router"]).all()
-
-
-def test_parameters_keep_their_dtype(tmp_path):
-    upcycle(dense_model(tmp_path, "bfloat16"), tmp_path / "moe", Upcycling("moe", 4, 2, noise=0.1))
-    stored = load_file(tmp_path / "moe/model.safetensors")
-    assert {a.dtype.name for a in stored.values()} == {"bfloat16"}
-    assert read_config(tmp_path / "moe").model.dtype == "bfloat16"
+        np.testing.assert_array_equal(first[name], again[name])
+        assert (first[name] != other[name]).mean() > 0.99
+    assert (first["w_router"] != other["w_router"]).all()
+    narrow = {name: a.astype(ml_dtypes.bfloat16) for name, a in dense.items()}
+    experts = Upcycling("moe", 4, 2, noise=0.1).experts(1, narrow)
+    assert {a.dtype.name for a in experts.values()} == {"bfloat16"}
 
 
 @pytest.mark.slow
@@ -130,33 +120,22 @@ def test_a_run_by_the_command_line(tmp_path, capsys):
     report = json.loads((aoe / "convert.json").read_text())
     assert report["nll"]["after"] == pytest.approx(report["nll"]["before"], abs=1e-5)
     nll = f"{report['nll']['before']:.4f}"
-    assert f"nll: {nll} before, {report['nll']['after']:.4f} after; wrote {aoe}" in stdout
+    assert f"nll: before {nll}, after {report['nll']['after']:.4f}; wrote {aoe}" in stdout
     card = (aoe / "README.md").read_text()
-    assert f"`python -m aoe_jax.convert --upcycle=aoe` made this model of `{workdir.name}`" in card
-    assert f"2 of 4 experts of granularity 1; nll: {nll} before" in card
+    assert f"`python -m aoe_jax.convert` made this model of `{workdir.name}`" in card
+    assert f"aoe: 2 of 4 experts of granularity 1; nll: before {nll}" in card
     of_run = json.loads((workdir / "summary.json").read_text())["metrics"]["validation_nll"]
     assert report["nll"]["before"] == pytest.approx(of_run, abs=0.2)
 
 
+EACH_ITS_OWN = "must be at most 6, so that each of 4 experts has its own of 24"
 REFUSED = [
     (Upcycling("moe", 2, 3), "--top_k=3: must be at most --experts=2"),
-    (
-        Upcycling("moe", 4, 3, granularity=3),
-        "--granularity=3: must divide --experts=4 and the width 24",
-    ),
-    (
-        Upcycling("moe", 5, 5, granularity=5),
-        "--granularity=5: must divide --experts=5 and the width 24",
-    ),
-    (Upcycling("moe", 8, 3, granularity=2), "--top_k=3: must be a multiple of --granularity=2"),
-    (
-        Upcycling("aoe", 4, 2),
-        "--score_neurons=None: must be at most 6, so that each of 4 experts has its own of 24",
-    ),
-    (
-        Upcycling("aoe", 4, 2, score_neurons=7),
-        "--score_neurons=7: must be at most 6, so that each of 4 experts has its own of 24",
-    ),
+    (Upcycling("moe", 4, 3, 3), "--granularity=3: must divide --experts=4 and the width 24"),
+    (Upcycling("moe", 5, 5, 5), "--granularity=5: must divide --experts=5 and the width 24"),
+    (Upcycling("moe", 8, 3, 2), "--top_k=3: must be a multiple of --granularity=2"),
+    (Upcycling("aoe", 4, 2), f"--score_neurons=None: {EACH_ITS_OWN}"),
+    (Upcycling("aoe", 4, 2, score_neurons=7), f"--score_neurons=7: {EACH_ITS_OWN}"),
 ]
 
 
@@ -170,6 +149,7 @@ def test_refused_by_name(tmp_path, form, words):
 @pytest.mark.slow
 def test_transformers_computes_a_mixtral_with_the_factors_of_llama_3(tmp_path):
     save(random_model("llama", attention_bias=False), tmp_path / "dense", "fused")
+    train_tokenizer(WORDS, 280).save(tmp_path / "dense")
     upcycle(tmp_path / "dense", tmp_path / "model", EXACT["copies"])
     config = json.loads((tmp_path / "model/config.json").read_text())
     assert config["model_type"] == "mixtral" and config["rope_scaling"]["rope_type"] == "longrope"

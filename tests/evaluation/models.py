@@ -29,34 +29,32 @@ def make_config(**changes):
 
 
 def make_model(config, change=lambda params: params):
-    """A model of random weights, or of what `change` makes of them, over as many devices as its
-    mesh asks for.
-    """
+    """A model of random weights after a `change`, over as many devices as its mesh asks for."""
     size = math.prod(max(n, 1) for n in config.mesh.shape)
     config = fill_mesh(config, size)
     mesh = make_mesh(config, jax.devices()[:size])
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    init = jax.jit(Decoder.from_config(config).init)
-    params = change(init(jax.random.key(0), tokens)["params"])
+    decoder = Decoder.from_config(config)
+    params = change(
+        jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    )
     with jax.set_mesh(mesh):
         params = jax.device_put(params, state_shardings(mesh, params))
     tokenizer = train_tokenizer(WORDS, 280)
-    return Model(
-        config,
-        Decoder.from_config(config),
-        mesh,
-        params,
-        {},
-        tokenizer,
-        tokenizer.end_of_text,
-        [tokenizer.end_of_text],
-        [],
-        7,
-    )
+    end = tokenizer.end_of_text
+    return Model(config, decoder, mesh, params, {}, tokenizer, end, [end], [], 7)
+
+
+def sharpened(params):
+    """Parameters of sharp logits, so that ties are improbable, and of biases that are not zero."""
+
+    def noisy(a):
+        return a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape)
+
+    return jax.tree.map(noisy, params)
 
 
 def plain_scores(model, context, continuation):
-    """By the definition: one pass over one text, whole, in float64; `(log-likelihood, greedy)`.
+    """`(log-likelihood, greedy)` by definition: one pass over one whole text, in float64.
 
     Zeros follow the text, which a causal model does not see, so that one length is compiled.
     """

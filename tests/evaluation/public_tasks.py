@@ -35,7 +35,14 @@ def _hellaswag(number, endings, label):
     return about | {"endings": endings.split(), "label": label}
 
 
-EXAMPLES = {
+def _glue(labels, **texts):
+    return [
+        {name: text.format(i=i) for name, text in texts.items()} | {"label": label, "idx": i}
+        for i, label in enumerate(labels)
+    ]
+
+
+EVALUATED = {
     "arc_easy/test": [
         _arc("A", "aaa xxx", "AB", "A"),
         _arc("B", "axa bbb cxc", "ABC", "B"),
@@ -59,29 +66,13 @@ EXAMPLES = {
         _hellaswag(1, "aa xa xb xc", "0"),
         _hellaswag(2, "xa xb xc aa", "0"),
     ],
-    "mnli/validation_matched": [
-        {"premise": "P.", "hypothesis": f"h {i}", "label": label, "idx": i}
-        for i, label in enumerate([1, 1, 0, 2])
-    ],
-    "qnli/validation": [
-        {"question": "q?", "sentence": f"s {i}.", "label": label, "idx": i}
-        for i, label in enumerate([0, 0, 0, 1])
-    ],
-    "sst2/validation": [
-        {"sentence": f"s {i} .", "label": label, "idx": i} for i, label in enumerate([1, 0, 1, 1])
-    ],
-    "mrpc/validation": [
-        {"sentence1": "a .", "sentence2": f"b {i} .", "label": label, "idx": i}
-        for i, label in enumerate([1, 1, 0, 1])
-    ],
-    "qqp/validation": [
-        {"question1": "a?", "question2": f"b {i}?", "label": label, "idx": i}
-        for i, label in enumerate([0, 1, 0])
-    ],
+    "mnli/validation_matched": _glue([1, 1, 0, 2], premise="P.", hypothesis="h {i}"),
+    "qnli/validation": _glue([0, 0, 0, 1], question="q?", sentence="s {i}."),
+    "sst2/validation": _glue([1, 0, 1, 1], sentence="s {i} ."),
+    "mrpc/validation": _glue([1, 1, 0, 1], sentence1="a .", sentence2="b {i} ."),
+    "qqp/validation": _glue([0, 1, 0], question1="a?", question2="b {i}?"),
 }
-EXAMPLES |= {
-    f"{name.partition('/')[0]}/train": rows * 2 for name, rows in list(EXAMPLES.items())[5:]
-}
+SHOTS = {f"{name.partition('/')[0]}/train": 2 * rows for name, rows in [*EVALUATED.items()][5:]}
 
 # What the model scores: (accuracy, other metric).
 KNOWN = {
@@ -100,7 +91,7 @@ KNOWN = {
 
 def write_examples(folder):
     """Writes them as `--tasks-data` wants them."""
-    for name, rows in EXAMPLES.items():
+    for name, rows in (EVALUATED | SHOTS).items():
         file = folder / f"{name}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -109,25 +100,18 @@ def write_examples(folder):
 
 @cache
 def known_model():
-    """`(model, logits)`: of the next byte's token after each one's, `[SIZE, SIZE]`."""
+    """The model."""
     tokenizer = train_tokenizer(["a"], 257)
     token = {letter: int(tokenizer.encode([letter])[0][0]) for letter in " xqyNp"}
-    logits = np.zeros((SIZE, SIZE), np.float32)
+    logits = np.zeros((SIZE, SIZE), np.float32)  # of the next byte after each byte
     logits[token[" "], [token["y"], token["N"], token["p"]]] = 30
     logits[token["q"], token[" "]] = -8
     logits[:, token["x"]] = -8
-    config = make_config(
-        model__vocab_size=SIZE,
-        model__d_model=SIZE,
-        model__max_len=512,
-        model__n_layers=1,
-        model__tie_embeddings=False,
-    )
+    sizes = {"model__vocab_size": SIZE, "model__d_model": SIZE, "model__max_len": 512}
+    config = make_config(model__n_layers=1, model__tie_embeddings=False, **sizes)
 
     def by_hand(params):
-        """Tokens pass the layer as they are, and the final norm makes `sqrt(SIZE)` times the unit
-        vector of each.
-        """
+        """The layer changes nothing, and the final norm makes `sqrt(SIZE)` times unit vectors."""
         params["layers"]["attention"]["o"] *= 0
         params["layers"]["experts"]["w_down"] *= 0
         # Beside this the epsilon of the norm is nothing.
@@ -136,4 +120,4 @@ def known_model():
         return params
 
     made = make_model(config, by_hand)
-    return dataclasses.replace(made, tokenizer=tokenizer, start=tokenizer.end_of_text), logits
+    return dataclasses.replace(made, tokenizer=tokenizer, start=tokenizer.end_of_text)

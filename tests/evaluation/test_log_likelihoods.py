@@ -30,8 +30,8 @@ LENGTHS = (2, 35, 50)  # tokens of texts
 
 
 def make_requests(lengths=LENGTHS, count=23, seed=0):
-    """Texts of so many tokens, cut anywhere into context and continuation; and more than the model
-    takes.
+    """Texts of these lengths, cut anywhere into context and continuation; shared contexts; and
+    texts that are too long.
     """
     rng = np.random.default_rng(seed)
     texts = [rng.integers(0, 300, lengths[i % len(lengths)]).tolist() for i in range(count)]
@@ -39,13 +39,8 @@ def make_requests(lengths=LENGTHS, count=23, seed=0):
     requests = [(text[:cut], text[cut:]) for text, cut in zip(texts, cuts, strict=True)]
     shared = [(list(range(7, 47)), text[: i % 9]) for i, text in enumerate(texts[:5])]
     shared += [(list(range(9, 45)), [3]), (list(range(9, 45)), [5]), (list(range(70)), [4, 5, 6])]
-    return [
-        *requests,
-        *shared,
-        (list(range(70)), [7, 8, 9]),
-        ([5], list(range(64))),
-        (list(range(200)), list(range(64))),
-    ]
+    long = [(list(range(70)), [7, 8, 9]), ([5], list(range(64)))]
+    return [*requests, *shared, *long, (list(range(200)), list(range(64)))]
 
 
 @functools.cache
@@ -67,52 +62,35 @@ def test_scores_are_those_of_single_passes(kind):
         assert greedy == expected_greedy
 
 
-@pytest.mark.slow
-def test_what_greedy_decoding_gives_is_greedy():
-    scorer = scored("aoe")[1]
-    context, continuation = [3, 4, 5], []
-    for _ in range(3):
-        following = [(context + continuation, [token]) for token in range(300)]
-        scores = scorer(following, progress=False)
-        continuation += following[max(range(300), key=lambda i: scores[i][0])][1]
-        assert sum(greedy for _, greedy in scores) == 1
-    wrong = [*continuation[:1], (continuation[1] + 1) % 300, *continuation[2:]]
-    assert [greedy for _, greedy in scorer([(context, continuation), (context, wrong)], False)] == [
-        True,
-        False,
-    ]
+@pytest.fixture
+def batches(monkeypatch):
+    """The batches that are put on the devices."""
+    found, put_batch = [], log_likelihoods.put_batch
+
+    def put(sharding, batch):
+        found.append(batch)
+        return put_batch(sharding, batch)
+
+    monkeypatch.setattr(log_likelihoods, "put_batch", put)
+    return found
 
 
 @pytest.mark.parametrize("kind", ["aoe", pytest.param("mesh", marks=pytest.mark.slow)])
-def test_shared_contexts_are_read_once_with_the_same_result(kind, monkeypatch):
-    scorer, read = scored(kind)[1], []
-    put_batch = log_likelihoods.put_batch
-    monkeypatch.setattr(
-        log_likelihoods,
-        "put_batch",
-        lambda where, batch: read.append(batch) or put_batch(where, batch),
-    )
-    context = list(range(40, 100))[:50]
+def test_shared_contexts_are_read_once_with_the_same_result(kind, batches):
+    scorer = scored(kind)[1]
+    context = list(range(40, 90))
     requests = [(context, [5]), (context, [6, 7, 8]), ([*context[:-1], 3], [6]), (context, [9])]
     together = scorer(requests, progress=False)
-    assert sum(batch["contexts"].any(axis=1).sum() for batch in read if "contexts" in batch) == 1
+    assert sum(batch["contexts"].any(axis=1).sum() for batch in batches if "contexts" in batch) == 1
     apart = [scorer([request], progress=False)[0] for request in requests]
-    assert not any("contexts" in batch for batch in read[2:])
-    np.testing.assert_allclose(
-        [score for score, _ in together], [score for score, _ in apart], atol=1e-4
-    )
-    assert [greedy for _, greedy in together] == [greedy for _, greedy in apart]
+    assert not any("contexts" in batch for batch in batches[2:])
+    for (score, greedy), (of_one, greedy_of_one) in zip(together, apart, strict=True):
+        assert score == pytest.approx(of_one, abs=1e-4) and greedy == greedy_of_one
 
 
-def test_few_shapes_are_compiled(monkeypatch):
-    shapes = []
-    put_batch = log_likelihoods.put_batch
-    monkeypatch.setattr(
-        log_likelihoods,
-        "put_batch",
-        lambda where, batch: shapes.append(batch["inputs"].shape) or put_batch(where, batch),
-    )
+def test_few_shapes_are_compiled(batches):
     scored("aoe")[1](make_requests(range(2, 65), count=100), progress=False)
+    shapes = [batch["inputs"].shape for batch in batches]
     assert len(shapes) > 10 and len(set(shapes)) <= 7
     assert {length for _, length in shapes} <= {16, 32, 48, 64}
 
@@ -120,21 +98,15 @@ def test_few_shapes_are_compiled(monkeypatch):
 def test_logits_of_a_batch_are_never_whole():
     model = make_model(make_config(model__vocab_size=8192))
     batch = log_likelihoods._texts_arrays([(tuple(range(62)), (1, 2, 3))] * 64, 64, 64)
-    program = (
-        jax.jit(partial(log_likelihoods._score_texts, model.decoder))
-        .lower(model.params, None, batch)
-        .compile()
-    )
-    assert program.memory_analysis().temp_size_in_bytes < 64 * 64 * 8192 * 4 / 4
+    score = jax.jit(partial(log_likelihoods._score_texts, model.decoder))
+    memory = score.lower(model.params, None, batch).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 64 * 64 * 8192 * 4 / 4
 
 
-def test_an_empty_continuation_costs_nothing():
-    assert scored("aoe")[1]([([1, 2], [])], progress=False) == [(0.0, True)]
-    assert scored("aoe")[1]([], progress=False) == []
-
-
-def test_bad_requests():
+def test_odd_and_bad_requests():
     scorer = scored("aoe")[1]
+    assert scorer([([1, 2], [])], progress=False) == [(0.0, True)]
+    assert scorer([], progress=False) == []
     with pytest.raises(UserError, match=r"model\.max_len=64: a continuation has 65 tokens"):
         scorer([([1], [2] * 65)], progress=False)
     with pytest.raises(ValueError, match="one token at least"):
@@ -142,14 +114,13 @@ def test_bad_requests():
 
 
 @pytest.mark.slow
-def test_what_depends_on_other_tokens_is_refused():
-    with pytest.raises(UserError, match="expert_choice': cannot score a text by itself"):
-        Scorer(make_model(make_config(routing__name="expert_choice")))
-    with pytest.raises(UserError, match="name='capacity': cannot score a text by itself"):
-        Scorer(make_model(make_config(experts__kind="capacity", experts__top_k=1)))
+def test_models_that_depend_on_other_tokens_are_refused():
+    for changes in ({"routing__name": "expert_choice"}, {"experts__kind": "capacity"}):
+        with pytest.raises(UserError, match="cannot score a text by itself"):
+            Scorer(make_model(make_config(**changes)))
 
 
-def test_what_is_not_finite_is_refused():
+def test_scores_that_are_not_finite_are_refused():
     model = make_model(make_config(), lambda params: jax.tree.map(lambda a: a * np.nan, params))
     with pytest.raises(UserError, match="the model gives log-likelihoods that are not finite"):
         Scorer(model)([([1], [2])], progress=False)

@@ -33,34 +33,29 @@ def test_batches_are_what_the_devices_divide():
     assert on_devices_here(tiny_config(mesh__fsdp=4, train__batch_size=8)).mesh.fsdp == 4
     smaller = on_devices_here(tiny_config(mesh__fsdp=4))  # and here, but for the batch
     assert (smaller.mesh.data, smaller.mesh.fsdp, smaller.train.batch_size) == (2, 4, 8)
-    elsewhere = on_devices_here(
-        tiny_config(mesh__fsdp=16, model__d_model=64, experts__d_low=16, train__batch_size=16)
-    )
+    sizes = {"model__d_model": 64, "experts__d_low": 16, "train__batch_size": 16}
+    elsewhere = on_devices_here(tiny_config(mesh__fsdp=16, **sizes))
     assert (elsewhere.mesh.data, elsewhere.train.batch_size) == (8, 16)
     split = on_devices_here(tiny_config(model__unroll=2), {"fsdp": 2, "expert": 2})
     assert (split.mesh.data, split.train.batch_size, split.model.unroll) == (2, 8, 1)
 
 
 MANY = "9" * 5000  # digits, more than Python takes as a number
+FORM = "write it as fsdp=4,expert=2; the axes are data, fsdp"
 
 
 @pytest.mark.parametrize(
-    "text", ["fsdp", "fsdp=0", "experts=2", "fsdp=2,fsdp=2", "fsdp=two", f"fsdp={MANY}", ""]
+    ("text", "message"),
+    [
+        *((text, f"--mesh={text}: {FORM}") for text in ("fsdp", "fsdp=0", "experts=2", "fsdp=two")),
+        *((text, f"--mesh={text}: {FORM}") for text in ("fsdp=2,fsdp=2", f"fsdp={MANY}", "")),
+        ("fsdp=4,expert=4", r"config\.mesh: .*must be the number of devices, 8"),
+        ("expert=8", r"config\.mesh\.expert=8: must divide experts\.n_experts=4"),
+    ],
 )
-def test_mistakes_in_writing(text):
-    with pytest.raises(
-        UserError, match=f"--mesh={text}: write it as fsdp=4,expert=2; the axes are data, fsdp"
-    ):
-        mesh_axes(text)
-
-
-def test_what_does_not_divide():
-    with pytest.raises(UserError, match=r"config\.mesh: .*must be the number of devices, 8"):
-        on_devices_here(tiny_config(), {"fsdp": 4, "expert": 4})
-    with pytest.raises(
-        UserError, match=r"config\.mesh\.expert=8: must divide experts\.n_experts=4"
-    ):
-        on_devices_here(tiny_config(), {"expert": 8})
+def test_mistakes(text, message):
+    with pytest.raises(UserError, match=message):
+        on_devices_here(tiny_config(), mesh_axes(text))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path, caplog):
@@ -76,26 +71,23 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path, caplog):
 @pytest.mark.parametrize("token", ["a", -1, 300, True])
 def test_a_first_token_that_is_none(tmp_path, token):
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": token}))
-    with pytest.raises(
-        UserError,
-        match=r"config\.json: bos_token_id=.*must be the number of one of 300 tokens, or null",
-    ):
+    wanted = r"config\.json: bos_token_id=.*must be the number of one of 300 tokens, or null"
+    with pytest.raises(UserError, match=wanted):
         read_begin_token(tmp_path, 300)
 
 
 def test_tokens_that_end_a_text(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert read_end_tokens(tmp_path) == [7]
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
-    assert read_end_tokens(tmp_path) == [7]
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
-    assert read_end_tokens(tmp_path) == [2, 5]
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, "a"]}))
+    def ends(file, token):
+        (tmp_path / file).write_text(json.dumps({"eos_token_id": token}))
+        return read_end_tokens(tmp_path)
+
+    assert ends("config.json", 7) == [7]
+    assert ends("generation_config.json", None) == [7]
+    assert ends("generation_config.json", [2, 5]) == [2, 5]
     with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id=.*: must be the n"):
-        read_end_tokens(tmp_path)
-    for file in tmp_path.iterdir():
-        file.write_text("{}")
-    assert read_end_tokens(tmp_path) == []
+        ends("generation_config.json", [2, "a"])
+    ends("generation_config.json", None)
+    assert ends("config.json", None) == []
 
 
 def test_texts_of_a_corpus_begin_as_the_model_knows_it():

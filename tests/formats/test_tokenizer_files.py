@@ -1,6 +1,4 @@
-"""The tokenizer of an exported model, as transformers loads it: the same tokens as here, and none
-of its own.
-"""
+"""With the tokenizer of an exported model, transformers gives the same tokens as here."""
 
 import io
 import json
@@ -23,7 +21,7 @@ def byte_level(folder):
 
 
 def with_a_first_token(folder):
-    """As many of the hub: the tokenizer itself begins every text with a token."""
+    """Like many tokenizers of the hub, it begins every text with a token."""
     byte_level(folder)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     end = "<|endoftext|>"
@@ -76,14 +74,9 @@ def test_transformers_gives_the_same_tokens(tmp_path, name):
     assert theirs([STRANGE, *texts(3)])["input_ids"] == expected
     again = load_tokenizer(saved_tokenizer(output))
     assert [tokens.tolist() for tokens in again.encode([STRANGE, *texts(3)])] == expected
-    assert (
-        theirs.eos_token_id == ours.end_of_text == ids["eos_token_id"]
-        and theirs.bos_token_id is None
-    )
-    assert (
-        theirs.convert_ids_to_tokens(ours.end_of_text) == ours.end_name
-        and theirs.model_max_length == 64
-    )
+    assert theirs.eos_token_id == ours.end_of_text == ids["eos_token_id"]
+    assert theirs.convert_ids_to_tokens(ours.end_of_text) == ours.end_name
+    assert theirs.bos_token_id is None and theirs.model_max_length == 64
     unchanged = saved_tokenizer(output).read_bytes() == saved_tokenizer(folder).read_bytes()
     assert unchanged == (name != "with a first token")
 
@@ -91,21 +84,16 @@ def test_transformers_gives_the_same_tokens(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("adds", [None, True, False])
 def test_the_token_before_a_text_is_that_of_transformers(tmp_path, adds):
-    """Of a SentencePiece model by itself, as old models of the hub have it."""
+    """Old models of the hub have a SentencePiece model alone."""
     import transformers
 
     sentencepiece_of("bpe")(tmp_path)
-    settings = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-    }
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings |= {"tokenizer_class": "LlamaTokenizer"}
     settings |= {} if adds is None else {"add_bos_token": adds}
+    config = {"model_type": "mixtral", "bos_token_id": 1, "eos_token_id": 2}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "mixtral", "bos_token_id": 1, "eos_token_id": 2})
-    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
     ours = load_tokenizer(saved_tokenizer(tmp_path))
     prefix = read_prefix(tmp_path, ours, 1)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)

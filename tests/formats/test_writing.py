@@ -1,9 +1,8 @@
-"""Written and read again, a model is the same, bit by bit; transformers reads what is written as
-Mixtral.
-"""
+"""Written and read again, a model is the same, bit by bit; transformers computes the same."""
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +14,16 @@ from safetensors.numpy import load_file
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.errors import UserError
 from aoe_jax.formats import tensor_files
-from aoe_jax.formats.configs import as_own, to_json
+from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.loading import load_params, read_config
-from aoe_jax.formats.writing import new_directory, write_arrays, write_model
+from aoe_jax.formats.writing import new_directory, parameters_of, write_model
 from aoe_jax.model.declared import state_shardings
 from aoe_jax.sharding import fill_mesh, make_mesh
 from aoe_jax.training.step import init_state
 from benchmarks.parity import TOKENS as HUB_TOKENS
 from benchmarks.parity import logits_here, logits_there
 from tests.formats.hub import hub_models
-from tests.formats.test_configs import VARIANTS
+from tests.formats.test_configs import VARIANTS, router
 from tests.runs import tiny_config
 
 EVERYTHING = {  # that a model of the hub may have
@@ -35,33 +34,18 @@ EVERYTHING = {  # that a model of the hub may have
     "model__tie_embeddings": False,
 }
 OF_OTHER_TENSORS = (
-    "aoe",
-    "router",
-    "router, untied",
-    "router, factorised",
-    "router, large",
-    "router, norms of heads",
-    "router, shared expert with a gate",
-    "router, dense layers in front",
-    "router, part of the head",
-    "aoe, dense layers in front",
-    "aoe, shared expert",
-    "dense",
-    "dense, norms of heads",
-    "uoe",
+    *("aoe", "aoe, dense layers in front", "aoe, shared expert", "aoe, dynmoe"),
+    *("router", "router, untied", "router, factorised", "router, large", "router, norms of heads"),
+    *("router, shared expert with a gate", "router, dense layers in front", "router, routing-free"),
+    *("router, part of the head", "dense", "dense, norms of heads", "uoe"),
 )
-WRITTEN = {name: VARIANTS[name][0] for name in OF_OTHER_TENSORS} | {
-    "aoe, everything": EVERYTHING,
-    "aoe, biased": {"balance__bias_rate": 0.01, "model__tie_embeddings": False},
-    "router, biased": {"balance__bias_rate": 0.01, "experts__kind": "router"},
-    "aoe, dynmoe": VARIANTS["aoe, dynmoe"][0],
-    "router, routing-free": VARIANTS["router, routing-free"][0],
-    "smear": {"experts__kind": "smear", "routing__segment": 8},
-    "thor, as aoe": {
-        "experts__kind": "thor",
-        "experts__factorised_gate": True,
-        "routing__inference": "token",
-    },
+THOR = {"experts__kind": "thor", "experts__factorised_gate": True, "routing__inference": "token"}
+WRITTEN = {name: VARIANTS[name] for name in OF_OTHER_TENSORS} | {
+    "aoe, everything": ("aoe", EVERYTHING),
+    "aoe, biased": ("aoe", {"balance__bias_rate": 0.01, "model__tie_embeddings": False}),
+    "router, biased": router("aoe", balance__bias_rate=0.01),
+    "smear": ("aoe", {"experts__kind": "smear", "routing__segment": 8}),
+    "thor, as aoe": ("aoe", THOR),
 }
 
 
@@ -71,9 +55,8 @@ def random_model(config):
     mesh = make_mesh(config, jax.devices()[: 1 if config.mesh == MeshConfig(data=1) else 8])
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init_state(config, 0))
-    wanted, shardings = (
-        (s.params, s.routing_state) for s in (shapes, state_shardings(mesh, shapes))
-    )
+    states = shapes, state_shardings(mesh, shapes)
+    wanted, shardings = ((s.params, s.routing_state) for s in states)
     draw = np.random.default_rng(1).normal
 
     def put(a, sharding):
@@ -82,12 +65,12 @@ def random_model(config):
     return jax.tree.map(put, wanted, shardings), mesh, config
 
 
-def written(tmp_path, config, dtype="float32", values=None):
+def written(tmp_path, config, dtype="float32"):
     (params, bias), mesh, config = random_model(config)
-    values = values or to_json(config, bias)
+    values = to_json(config, bias)
     directory = tmp_path / "model"
     directory.mkdir()
-    write_arrays(directory, values, params, bias, dtype)
+    write_model(directory, values, *parameters_of(params, bias, dtype))
     return directory, params, bias, mesh, config
 
 
@@ -101,60 +84,46 @@ def assert_same(found, expected):
 @pytest.mark.smoke
 @pytest.mark.parametrize("variant", WRITTEN)
 def test_there_and_back(tmp_path, variant):
-    directory, params, bias, mesh, _ = written(tmp_path, tiny_config(**WRITTEN[variant]))
+    model_type, changes = WRITTEN[variant]
+    directory, params, bias, mesh, _ = written(tmp_path, tiny_config(**changes))
     found = load_params(directory, fill_mesh(read_config(directory), 1), mesh)
     assert_same(found, (params, bias))
     named = ("biased", "-", "dynmoe", "router, dense layers", "part of")
     assert bool(bias) == any(word in variant for word in named)
-    model_type = json.loads((directory / "config.json").read_text())["model_type"]
-    assert model_type == VARIANTS.get(variant, (None, "aoe"))[1]
-
-
-def test_an_aoe_with_groups(tmp_path):
-    """As earlier versions wrote it, without classes for transformers."""
-    config = tiny_config()
-    directory, params, bias, mesh, config = written(tmp_path, config, values=as_own(config))
-    assert not (directory / "modeling_aoe.py").exists()
-    assert_same(load_params(directory, config, mesh), (params, bias))
+    assert json.loads((directory / "config.json").read_text())["model_type"] == model_type
 
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_over_a_mesh(tmp_path, kind):
     """Written from arrays that are split over devices, read onto one and onto others."""
     changes = {"experts__kind": kind, "train__batch_size": 8, "balance__bias_rate": 0.01}
-    split = dataclasses.replace(
-        tiny_config(**changes, **({"experts__round_to": 4} if kind == "aoe" else {})),
-        mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
-    )
+    changes |= {"experts__round_to": 4} if kind == "aoe" else {}
+    mesh = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+    split = dataclasses.replace(tiny_config(**changes), mesh=mesh)
     directory, params, bias, mesh, config = written(tmp_path, split)
     assert_same(load_params(directory, config, mesh), (params, bias))
     one = fill_mesh(dataclasses.replace(config, mesh=MeshConfig()), 1)
-    found, found_bias = load_params(directory, one, make_mesh(one, jax.devices()[:1]))
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        jax.device_get((found, found_bias)),
-        jax.device_get((params, bias)),
-    )
+    found = load_params(directory, one, make_mesh(one, jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (found, (params, bias))))
 
 
 def test_bfloat16(tmp_path):
     """The selection bias stays float32; odd numbers of bfloat16 beside it do no harm."""
     config = tiny_config(balance__bias_rate=0.01, experts__d_wide=33)
     directory, params, bias, mesh, config = written(tmp_path, config, "bfloat16")
-    found, found_bias = load_params(directory, config, mesh)
-    assert_same((found, found_bias), (jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), bias))
+    narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    assert_same(load_params(directory, config, mesh), (narrow, bias))
     assert read_config(directory).model.dtype == "bfloat16"
 
 
 def test_names_of_our_own_format(tmp_path):
-    directory, params, bias, *_ = written(tmp_path, tiny_config(**WRITTEN["aoe, biased"]))
+    directory, params, bias, *_ = written(tmp_path, tiny_config(**WRITTEN["aoe, biased"][1]))
     tensors = load_file(directory / "model.safetensors")
     layer, experts = "model.layers.1.", params["layers"]["experts"]
     for name in ("w_gate_down", "w_gate_up", "w_up", "w_down"):
         np.testing.assert_array_equal(tensors.pop(f"{layer}mlp.experts.{name}"), experts[name][1])
-    np.testing.assert_array_equal(
-        tensors.pop(f"{layer}mlp.selection_bias"), bias["selection_bias"][1]
-    )
+    of_file = tensors.pop(f"{layer}mlp.selection_bias")
+    np.testing.assert_array_equal(of_file, bias["selection_bias"][1])
     q = np.asarray(params["layers"]["attention"]["q"][1]).reshape(32, -1)
     np.testing.assert_array_equal(tensors.pop(f"{layer}self_attn.q_proj.weight"), q.T)
     o = np.asarray(params["layers"]["attention"]["o"][1]).reshape(-1, 32)
@@ -163,25 +132,18 @@ def test_names_of_our_own_format(tmp_path):
     rest = {f"{layer}self_attn.{name}_proj.weight" for name in "kv"}
     rest |= {f"{layer}{name}_layernorm.weight" for name in ("input", "post_attention")}
     assert {name for name in tensors if layer in name} == rest
-    assert {name for name in tensors if "layers" not in name} == {
-        "model.embed_tokens.weight",
-        "model.norm.weight",
-    }
+    others = {"model.embed_tokens.weight", "model.norm.weight"}
+    assert {name for name in tensors if "layers" not in name} == others
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
-    [
-        "router, grouped queries",
-        "router, rotary factors",
-        "router, dense layers in front",
-        "router, part of the head",
-    ],
+    ["grouped queries", "rotary factors", "dense layers in front", "part of the head"],
 )
 def test_transformers_computes_the_same(tmp_path, variant):
     top_k = 2 if "dense" in variant else 3
-    config = tiny_config(**VARIANTS[variant][0], experts__top_k=top_k)
+    config = tiny_config(**VARIANTS[f"router, {variant}"][1], experts__top_k=top_k)
     directory, *_ = written(tmp_path, config)
     tokens = np.random.default_rng(1).integers(0, 512, (4, 48))
     expected = logits_here(directory, tokens)
@@ -196,7 +158,7 @@ def test_a_llama_with_the_factors_of_llama_3(tmp_path):
     values = to_json(config)
     assert values["model_type"] == "llama"
     params, _ = load_params(folders["fused"], config, make_mesh(config, jax.devices()[:1]))
-    write_arrays(tmp_path, values, params, {}, "float32")
+    write_model(tmp_path, values, *parameters_of(params, {}, "float32"))
     for found in (logits_here(tmp_path), logits_there(tmp_path, HUB_TOKENS)):
         np.testing.assert_allclose(found, logits, rtol=0, atol=1e-4)
 
@@ -213,13 +175,11 @@ def test_one_parameter_of_one_layer_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_files, "SHARD_BYTES", 20_000)
     write_model(tmp_path, to_json(config), arrays, parameter)
     layered = [path for path in arrays if path.startswith("layers/")]
-    assert [entry for entry in asked if entry[1] is not None] == [
-        (path, n) for n in range(2) for path in layered
-    ]
+    wanted = [(path, layer) for layer in range(2) for path in layered]
+    assert [entry for entry in asked if entry[1] is not None] == wanted
     files = list(tmp_path.glob("*.safetensors"))
-    assert len(files) > 5 and all(
-        file.stat().st_size < 24_000 or len(load_file(file)) == 1 for file in files
-    )
+    small = [file for file in files if file.stat().st_size < 24_000]
+    assert len(files) > 5 and all(len(load_file(file)) == 1 for file in {*files} - {*small})
     config = fill_mesh(read_config(tmp_path), 1)
     found, _ = load_params(tmp_path, config, make_mesh(config, jax.devices()[:1]))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(params))
@@ -235,29 +195,21 @@ def test_a_directory_comes_whole_or_not_at_all(tmp_path):
         (partial / "whole").write_text("x")
         assert not output.exists()
     assert [path.name for path in output.parent.rglob("*")] == ["model", "whole"]
-    with pytest.raises(UserError, match=r"--output=.*model exists already"), new_directory(output):
-        pass
-    with (
-        pytest.raises(UserError, match=r"--output=.* cannot be written"),
-        new_directory(output / "whole" / "x"),
-    ):
-        pass
 
 
-def test_no_model_among_checkpoints(tmp_path, monkeypatch):
-    """There it would count as a checkpoint, and be deleted like one."""
+def test_directories_that_are_not_written(tmp_path, monkeypatch):
+    """Among checkpoints, a model would count as one, and be deleted like one."""
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / "3").mkdir(parents=True)
     (tmp_path / "run" / "config.json").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
     monkeypatch.chdir(checkpoints)
-    for output in (checkpoints / "99", checkpoints / "3" / "model", type(tmp_path)("99")):
-        with (
-            pytest.raises(UserError, match="is among the checkpoints of a run"),
-            new_directory(output),
-        ):
+    refused = {checkpoints / "99": "is among the checkpoints of a run"}
+    refused |= dict.fromkeys((checkpoints / "3" / "model", Path("99")), "is among the checkpoints")
+    refused |= dict.fromkeys((tmp_path / "run", tmp_path / "link"), "exists already; name a new")
+    refused |= {tmp_path / "run" / "config.json" / "x": "cannot be written"}
+    for output, words in refused.items():
+        with pytest.raises(UserError, match=f"--output={output} {words}"), new_directory(output):
             pass
     with new_directory(tmp_path / "checkpoints" / "99"):
-        pass
-    (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match="exists already"), new_directory(tmp_path / "link"):
         pass

@@ -2,10 +2,21 @@
 
 from transformers import MixtralConfig
 
-CHOICES = {
-    "score": ("norm", "max"),
-    "qk_norm": ("none", "all", "head"),
+DEFAULTS = {
+    "score_neurons": None,
+    "gate_rank": 32,
+    "score": "norm",
+    "norm_topk_prob": True,
+    "selection_bias": False,
+    "qk_norm": "none",
+    "attention_bias": False,
+    "qkv_bias": False,
+    "shared_expert_intermediate_size": 0,
+    "shared_expert_gate": False,
+    "first_k_dense_replace": 0,
+    "dense_intermediate_size": None,
 }
+CHOICES = {"score": ("norm", "max"), "qk_norm": ("none", "all", "head")}
 
 
 class AoEConfig(MixtralConfig):
@@ -36,33 +47,11 @@ class AoEConfig(MixtralConfig):
     base_model_tp_plan = None
     base_model_ep_plan = None
 
-    def __init__(
-        self,
-        score_neurons=None,
-        gate_rank=32,
-        score="norm",
-        norm_topk_prob=True,
-        selection_bias=False,
-        qk_norm="none",
-        attention_bias=False,
-        qkv_bias=False,
-        shared_expert_intermediate_size=0,
-        shared_expert_gate=False,
-        first_k_dense_replace=0,
-        dense_intermediate_size=None,
-        **settings,
-    ):
-        for name, value in {"score": score, "qk_norm": qk_norm}.items():
-            if value not in CHOICES[name]:
-                raise ValueError(f"{name}={value!r}: choose one of {', '.join(CHOICES[name])}")
-        self.score_neurons, self.gate_rank, self.score = score_neurons, gate_rank, score
-        self.norm_topk_prob, self.selection_bias = norm_topk_prob, selection_bias
-        self.qk_norm = qk_norm
-        self.attention_bias, self.qkv_bias = attention_bias, qkv_bias
-        self.shared_expert_intermediate_size = shared_expert_intermediate_size
-        self.shared_expert_gate = shared_expert_gate
-        self.first_k_dense_replace = first_k_dense_replace
-        self.dense_intermediate_size = dense_intermediate_size
+    def __init__(self, **settings):
+        settings = DEFAULTS | settings
+        for name, known in CHOICES.items():
+            if settings[name] not in known:
+                raise ValueError(f"{name}={settings[name]!r}: choose one of {', '.join(known)}")
         super().__init__(**settings)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads

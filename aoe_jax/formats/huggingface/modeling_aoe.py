@@ -19,6 +19,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import (
     Glm4MoeRotaryEmbedding,
 )
 from transformers.models.mixtral.modeling_mixtral import (
+    MixtralDecoderLayer,
     MixtralForCausalLM,
     MixtralModel,
     MixtralPreTrainedModel,
@@ -31,28 +32,11 @@ SCORES = {"norm": partial(torch.linalg.vector_norm, dim=-1), "max": partial(torc
 
 
 def grouped_mm(rows, weights, sizes):
-    """The product of each group of rows with its own matrix.
-
-    Args:
-      rows: `[R, a]`, sorted by group.
-      weights: `[n, a, b]`.
-      sizes: `[n]`, the rows of each group; their sum is R.
-
-    Returns:
-      `[R, b]`.
+    """The product of each group of rows with its own matrix: `rows [R, a]`, sorted by group,
+    `weights [n, a, b]`, `sizes [n]`, the rows of each group -> `[R, b]`.
     """
-    if _has_kernel(rows, weights):
-        return F.grouped_mm(rows, weights, offs=sizes.cumsum(0, dtype=torch.int32))
     groups = zip(rows.split(sizes.tolist()), weights.unbind(), strict=True)
     return torch.cat([group @ w for group, w in groups])
-
-
-def _has_kernel(rows, weights):
-    if not rows.is_cuda or not hasattr(F, "grouped_mm"):
-        return False
-    is_supported = torch.cuda.get_device_capability(rows.device) >= (8, 0)
-    both = (rows, weights)  # each row of a matrix must be a whole number of 16 bytes
-    return is_supported and all(a.dtype == torch.bfloat16 and a.shape[-1] % 8 == 0 for a in both)
 
 
 class AoEExperts(nn.Module):
@@ -105,7 +89,7 @@ class AoEExperts(nn.Module):
 
 
 class AoEBlock(nn.Module):
-    """The layer of experts; a bias may balance their load, and one more may see all tokens."""
+    """The layer of experts, with a bias that balances their load and a shared expert, if set."""
 
     def __init__(self, config: AoEConfig):
         super().__init__()
@@ -124,14 +108,12 @@ class AoEBlock(nn.Module):
     def forward(self, x):
         """`[..., d]` -> `[..., d]`."""
         y = self.experts(x.flatten(0, -2), self.selection_bias)[0].view_as(x)
-        return y + self.shared_expert(x) if self.has_shared else y
-
-    def shared_expert(self, x):
-        """The expert that every token uses: `[..., d]` -> `[..., d]`."""
-        y = (F.silu(x @ self.w_shared_gate) * (x @ self.w_shared_up)) @ self.w_shared_down
-        if not self.has_scale:
+        if not self.has_shared:
             return y
-        return (torch.sigmoid(x.float() @ self.w_shared_scale.float()) * y).to(x.dtype)
+        shared = (F.silu(x @ self.w_shared_gate) * (x @ self.w_shared_up)) @ self.w_shared_down
+        if self.has_scale:
+            shared = torch.sigmoid(x.float() @ self.w_shared_scale.float()) * shared
+        return y + shared.to(x.dtype)
 
 
 class NormOverHeads(MixtralRMSNorm):
@@ -150,7 +132,7 @@ def make_attention(config: AoEConfig, layer_idx: int):
         attention.q_norm = NormOverHeads(q.out_features, config.rms_norm_eps)
         attention.k_norm = NormOverHeads(k.out_features, config.rms_norm_eps)
     biased = [q, k, v] if config.qkv_bias else []
-    if config.attention_bias:  # of q, k and v it has them
+    if config.attention_bias:  # GLM's q, k and v have biases then
         biased.append(o)
     for projection in biased:
         projection.bias = nn.Parameter(torch.zeros(projection.out_features))
@@ -162,23 +144,17 @@ def make_norm(config: AoEConfig):
     return MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class AoEDecoderLayer(GradientCheckpointingLayer):
+class AoEDecoderLayer(MixtralDecoderLayer):
     """Attention, and experts or a dense SwiGLU, behind a norm and added to the residual stream."""
 
     def __init__(self, config: AoEConfig, layer_idx: int):
-        super().__init__()
+        GradientCheckpointingLayer.__init__(self)  # without Mixtral's experts
         self.self_attn = make_attention(config, layer_idx)
         is_dense = layer_idx < config.first_k_dense_replace
         dense_size = config.dense_intermediate_size
         self.mlp = Glm4MoeMLP(config, dense_size) if is_dense else AoEBlock(config)
         self.input_layernorm = make_norm(config)
         self.post_attention_layernorm = make_norm(config)
-
-    def forward(self, hidden_states, **kwargs):
-        """`[B, S, d]` -> `[B, S, d]`; other arguments are those of attention."""
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class AoEPreTrainedModel(MixtralPreTrainedModel):
@@ -212,7 +188,7 @@ class AoEModel(AoEPreTrainedModel, MixtralModel):
     """Everything but the output projection."""
 
     def __init__(self, config: AoEConfig):
-        MixtralPreTrainedModel.__init__(self, config)  # not Mixtral's experts
+        MixtralPreTrainedModel.__init__(self, config)  # without Mixtral's experts
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         layers = [AoEDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
