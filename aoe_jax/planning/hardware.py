@@ -83,12 +83,6 @@ CHIPS = {
     "h100": Chip(PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 80e9, 3.35e12, 450e9, 50e9),
     "b200": Chip(PEAK_FLOPS["NVIDIA B200"], 180e9, 7.7e12, 900e9, 50e9),
 }
-# Generations by `jax.Device.device_kind`.
-GENERATIONS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
-GENERATIONS |= {f"TPU {name}": name for name in ("v4", "v5e", "v5p", "v6e")}
-GENERATIONS |= {"NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 80GB HBM3": "h100"}
-GENERATIONS |= {"NVIDIA L4": "l4", "NVIDIA B200": "b200"}
-
 _PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which figures depend
 
@@ -103,12 +97,6 @@ def slice_shape(devices):
     if devices[0].platform != "tpu":
         return ()
     return tuple(max(sizes) + 1 for sizes in zip(*(d.coords for d in devices), strict=True))
-
-
-def published_peaks(devices):
-    """The `Chip` of a device, for devices of one kind; None if its peaks are unknown."""
-    generation = GENERATIONS.get(devices[0].device_kind)
-    return generation and chip_part(generation, devices)
 
 
 def machine():

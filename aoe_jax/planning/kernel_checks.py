@@ -251,7 +251,7 @@ def grouped_case(config: Config, backend, shape):
     )
 
 
-def layer_case(config: Config, name):
+def layer_case(config: Config):
     """The case of a layer of experts on the mesh, against Algorithm 1 or 2; None if it has no such
     reference.
 
@@ -294,7 +294,7 @@ def layer_case(config: Config, name):
         return y.reshape(x.shape)
 
     return Case(
-        kernel=f"{name} layer",
+        kernel="MoE layer" if router else "AoE layer",
         shape=f"{'x'.join(map(str, x_shape))} (BxSxd), {n} experts",
         arguments={"x": x_shape, **{w: declared[w].shape(sizes) for w in names}},
         result=x_shape,

@@ -1,0 +1,227 @@
+"""Examines a machine: backends, checks of kernels, training steps, verdicts.
+
+The command is `python -m aoe_jax.doctor`.
+"""
+
+import dataclasses
+import math
+import statistics
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from aoe_jax.config.run import Config
+from aoe_jax.errors import UserError
+from aoe_jax.model.attention import backend_for as attention_backend
+from aoe_jax.model.attention.cudnn import check as check_cudnn
+from aoe_jax.model.counts import training_flops_per_token
+from aoe_jax.moe.grouped_matmul import backend_for as grouped_backend
+from aoe_jax.moe.grouped_matmul.mosaic_gpu import check as check_mosaic_gpu
+from aoe_jax.planning import kernel_checks
+from aoe_jax.planning.hardware import machine
+from aoe_jax.sharding import fill_mesh, make_mesh
+from aoe_jax.training.memory import device_memory
+from aoe_jax.training.peaks import peak_flops_per_device
+from aoe_jax.training.step_times import RepeatedStep
+
+STEPS = 10
+MAX_TOKENS = 16_384  # of a device in a step
+
+
+def examine(config: Config, show):
+    """Examines all devices of all processes, part after part.
+
+    The configuration is made to fit (`fitted`). `show` is called with each line of text as soon as
+    a part is done. Returns the content of `--json`; a part that raised an exception has `error`
+    instead of numbers. Raises `UserError` for a setting that these devices do not allow.
+    """
+    config = fitted(config, jax.device_count())
+    mesh = make_mesh(config, jax.devices())
+    report = {"machine": machine(), "configuration": config.to_dict()}
+    show(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
+    axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    sequences = f"{kernel_checks.sequences_per_device(config)} x {config.data.seq_len}"
+    show(f"mesh {axes}; {sequences} tokens a device, {config.model.dtype}")
+    with jax.set_mesh(mesh):
+        report["backends"] = choose_backends(config, mesh.devices.flat[0])
+        for backend in report["backends"]:
+            show(f"{backend['kernel']}: {backend['backend']} ({backend['why']})")
+        report["checks"] = check_kernels(config, mesh, report["backends"], show)
+    report["steps"] = _attempt(take_steps, config)
+    show(f"training steps: {_steps_in_words(report['steps'])}")
+    report["verdicts"] = verdicts(report)
+    report["passed"] = all(verdict["passed"] for verdict in report["verdicts"])
+    for verdict in report["verdicts"]:
+        result = "PASS" if verdict["passed"] else "FAIL"
+        fallback = f"; fallback: {verdict['fallback']}" if verdict["fallback"] else ""
+        show(f"{result} {verdict['name']}: {verdict['text']}{fallback}")
+    return report
+
+
+def fitted(config: Config, n_devices):
+    """The configuration for all devices, in one micro-batch of at most `MAX_TOKENS` a device."""
+    config = fill_mesh(config, n_devices)
+    shards, train = math.prod(config.mesh.shape[:3]), config.train
+    sequences = train.batch_size // train.accumulate // shards
+    sequences = min(sequences, max(1, MAX_TOKENS // config.data.seq_len))
+    train = dataclasses.replace(train, batch_size=sequences * shards, accumulate=1)
+    return dataclasses.replace(config, train=train)
+
+
+def _attempt(function, *args):
+    """The result, or `{"error": last line of the exception}`; a user's mistake is raised."""
+    try:
+        return function(*args)
+    except UserError:
+        raise
+    except Exception as e:  # compilers and runtimes have their own kinds
+        last = (str(e).strip().splitlines() or [""])[-1][:300]
+        return {"error": f"{type(e).__name__}: {last}"}
+
+
+def choose_backends(config, device):
+    """The backends of attention and of each grouped product, and why they are chosen."""
+    m, dtype, chosen = config.model, jnp.dtype(config.model.dtype), config.experts.grouped_matmul
+    name = attention_backend(device, dtype, m.head_width)
+    why = _why(device, name == "blocks", partial(check_cudnn, dtype, m.head_width))
+    if m.attention != "auto":
+        name, why = m.attention, f"set by config.model.attention={m.attention}"
+    found = [{"kernel": "attention", "backend": name, "why": why}]
+    weights = {}
+    for weight, shape in kernel_checks.expert_shapes(config).items():
+        weights.setdefault(shape, []).append(weight)
+    for shape, names in weights.items():
+        name = grouped_backend(device, dtype, kernel_checks.rows_per_device(config), shape)
+        why = _why(device, name == "blocked", partial(check_mosaic_gpu, dtype, *shape[1:]))
+        if chosen != "auto":
+            name, why = chosen, f"set by config.experts.grouped_matmul={chosen}"
+        kernel = f"grouped products of {', '.join(names)} {'x'.join(map(str, shape))}"
+        found.append({"kernel": kernel, "backend": name, "why": why, "shape": shape})
+    return found
+
+
+def _why(device, is_plain, check):
+    """Why a backend is chosen: `check` raises the reason why a kernel for GPUs is refused."""
+    if is_plain and device.platform == "gpu":
+        try:
+            check()
+        except UserError as refusal:
+            return str(refusal)
+    return f"{'plain JAX' if is_plain else 'the fastest'} on {device.device_kind}"
+
+
+def check_kernels(config, mesh, backends, show):
+    """Checks attention, the grouped products and the layer of experts on the mesh in context.
+
+    Returns the results of `kernel_checks.check`, with `error` instead of `errors` for a case that
+    raised an exception.
+    """
+    attention, *grouped = backends
+    cases = kernel_checks.attention_cases(config, attention["backend"])
+    cases += [kernel_checks.grouped_case(config, b["backend"], b["shape"]) for b in grouped]
+    cases.append(kernel_checks.layer_case(config))
+    found = []
+    for case in filter(None, cases):
+        results = _attempt(kernel_checks.check, case, mesh, config.model.dtype)
+        if "error" in results:
+            results = [{"kernel": case.kernel, "shape": case.shape, "passed": False, **results}]
+        for result in results:
+            found.append(result)
+            show(f"{case.kernel}, {case.shape}: {_check_in_words(result)}")
+    return found
+
+
+def _check_in_words(result):
+    if "error" in result:
+        return result["error"]
+    name = max(result["errors"], key=result["errors"].get)
+    place = name if result["passed"] else f"{name}, {result['device']}"
+    return (
+        f"{result['input']}: largest error {result['errors'][name]:.1e} ({place}), "
+        f"tolerance {result['tolerance']:.1e}"
+    )
+
+
+def take_steps(config: Config):
+    """Takes `STEPS` training steps on random tokens.
+
+    `step_seconds` is the median; `mfu` is None without a published peak; `memory_bytes` has
+    `memory.program_memory` and, where the backend counts it, the peak of this process; `finite`
+    says whether every step was finite.
+    """
+    started = time.perf_counter()
+    step = RepeatedStep(config)
+    jax.block_until_ready(step())
+    compile_seconds, seconds, finite = time.perf_counter() - started, [], []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        metrics = jax.block_until_ready(step())
+        seconds.append(time.perf_counter() - started)
+        finite.append(bool(metrics["finite"]))
+    median, tokens = statistics.median(seconds), config.tokens_per_step
+    peak = peak_flops_per_device(jax.devices())
+    flops = tokens * training_flops_per_token(config) / jax.device_count() / median
+    return {
+        "tokens_per_step": tokens,
+        "compile_seconds": compile_seconds,
+        "step_seconds": median,
+        "tokens_per_second": tokens / median,
+        "mfu": flops / peak if peak else None,
+        "memory_bytes": step.memory | device_memory(),
+        "loss": float(metrics["loss"]),
+        "finite": all(finite),
+    }
+
+
+def _steps_in_words(steps):
+    if "error" in steps:
+        return steps["error"]
+    memory = ", ".join(
+        f"{part.removesuffix('_bytes').replace('_', ' ')} {size / 1e9:.3g} GB"
+        for part, size in steps["memory_bytes"].items()
+    )
+    mfu = f", MFU {steps['mfu']:.3f}" if steps["mfu"] else ""
+    return (
+        f"{steps['tokens_per_second']:,.0f} tokens/s, {1e3 * steps['step_seconds']:.4g} ms a step"
+        f"{mfu}, compiled in {steps['compile_seconds']:.0f} s; memory of a device: {memory}"
+    )
+
+
+def verdicts(report):
+    """One verdict for each kernel, and one for the training steps."""
+    found, config = [], report["configuration"]
+
+    def judge(name, passed, text, fallback=None):
+        found.append({"name": name, "passed": passed, "text": text, "fallback": fallback})
+
+    for kernel in dict.fromkeys(check["kernel"] for check in report["checks"]):
+        of_kernel = [check for check in report["checks"] if check["kernel"] == kernel]
+        failed, n = [check for check in of_kernel if not check["passed"]], len(of_kernel)
+        if failed:
+            text = f"{len(failed)} of {n} checks failed; {failed[0]['shape']}"
+            judge(kernel, False, f"{text}: {_check_in_words(failed[0])}", fallback(kernel, config))
+        else:
+            worst = max(of_kernel, key=lambda c: max(c["errors"].values()) / c["tolerance"])
+            judge(kernel, True, f"{n} checks; {_check_in_words(worst)}")
+    steps = report["steps"]
+    finite = steps.get("finite", False)
+    text = steps.get("error") or f"loss {steps['loss']:.3f}"
+    text += "" if finite or "error" in steps else ", not finite in every step"
+    judge("training steps", finite, text)
+    return found
+
+
+def fallback(kernel, config):
+    """The setting that avoids a kernel, in words."""
+    kind, _, backend = kernel.rpartition(" ")
+    if backend in ("blocks", "blocked", "rowwise"):
+        return "none, it is plain JAX"
+    if kind == "attention":
+        return "--config.model.attention=blocks"
+    if kind == "grouped products":
+        return "--config.experts.grouped_matmul=blocked"
+    if config["mesh"]["transport"] == "all_to_all":
+        return "--config.mesh.transport=ring"
+    return "--config.mesh.expert=1" if config["mesh"]["expert"] > 1 else "none"
