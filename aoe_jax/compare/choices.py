@@ -18,27 +18,15 @@ import numpy as np
 
 from aoe_jax.compare.results import LAYER_COLUMNS
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError, naming, shown
+from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.storage.files import (
-    COUNT,
-    one_of,
-    or_none,
-    read_json,
-    write_json,
-)
+from aoe_jax.storage.files import COUNT, one_of, or_none, read_json, write_json
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.load_statistics import layer_statistics
 from aoe_jax.training.validation import compile_eval_step, validation_batches
 
 _MOST_BYTES = 2**28  # of routing.json: a hundred layers of 256 experts
-
-
-def _experts_per_token(config):
-    """K of a run; None if it depends on the token."""
-    choice = config.routing.choice(config.experts)
-    return config.experts.top_k if choice and choice.is_fixed else None
 
 
 def observing(decoder: Decoder):
@@ -90,14 +78,14 @@ def analyse(folder: Path, n_tokens: int):
         "tokens": final["chosen"].shape[1],
         "kind": config.experts.kind,
         "checkpoints": [_summary(step, of_step, final) for step, of_step in found.items()],
-        "experts_per_token": _experts_per_token(config),
     }
     write_json(folder / "routing.json", report, indent=None)
 
 
 def read_choices(file: Path, config: Config):
-    """Returns the content of a `routing.json`; lists become float64 arrays, with NaN for numbers
-    that were not finite. Raises `UserError` if it cannot be read or is of another configuration.
+    """Returns the content of a `routing.json`; lists become float64 arrays, with NaN for null.
+
+    Raises `UserError` if it cannot be read or belongs to another configuration.
     """
     wanted, n_layers = "remove it, and run the command again", config.model.n_layers
     shapes = dict.fromkeys(("load", "mean_score"), (n_layers, config.experts.n_experts))
@@ -107,29 +95,16 @@ def read_choices(file: Path, config: Config):
         "tokens": COUNT,
         "kind": one_of(config.experts.kind),
         "checkpoints": [{"step": COUNT}],
-        "experts_per_token": one_of(_experts_per_token(config)),
     }
     report = read_json(file, wanted, schema, _MOST_BYTES)
-    steps = [checkpoint["step"] for checkpoint in report["checkpoints"]]
-    with naming(f"{file} cannot be read"):
-        if not steps or steps != sorted({*steps}):
-            problem = f"the steps of its checkpoints, {shown(steps)}, do not rise"
-            raise UserError(f"{problem}; {wanted}")
-        for checkpoint in report["checkpoints"]:
-            for name, shape in shapes.items():
-                checkpoint[name] = _array(checkpoint.get(name), shape)
-                if checkpoint[name] is None:
-                    raise UserError(f"{name} is not numbers of shape {[*shape]}; {wanted}")
+    for checkpoint in report["checkpoints"]:
+        for name, shape in shapes.items():
+            try:
+                checkpoint[name] = np.array(checkpoint.get(name), np.float64).reshape(shape)
+            except (TypeError, ValueError) as e:
+                problem = f"{name} is not numbers of shape {[*shape]}"
+                raise UserError(f"{file} cannot be read: {problem}; {wanted}") from e
     return report
-
-
-def _array(value, shape):
-    """Returns a float64 array; None if `value` is not numbers or null of this shape."""
-    try:
-        found = np.array(value, np.float64)
-    except (TypeError, ValueError):
-        return None
-    return found if found.shape == shape else None
 
 
 def _gathered(results, is_real):

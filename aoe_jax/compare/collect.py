@@ -1,7 +1,6 @@
 """Collects the results of a suite from the directories of its runs, as DataFrames."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pandas as pd
 
 from aoe_jax.compare.choices import read_choices
 from aoe_jax.compare.jobs import beside, last_line, read_outcome
-from aoe_jax.compare.measure import configs_by_point, read_point, sweep_points
+from aoe_jax.compare.measure import configs_by_point, read_point, sweep_point
 from aoe_jax.compare.results import (
     CURVE_COLUMNS,
     KEYS,
@@ -24,11 +23,11 @@ from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.storage.files import read_metrics
 
 
-def read_results(suite: Suite, runs: Sequence[Run], workdir: Path):
-    """Reads the `Results` of runs, finished or not, from their directories."""
-    configs, rows, curves = configs_by_point(suite, runs, workdir), [], []
+def read_results(suite: Suite, workdir: Path):
+    """Reads the `Results` of the runs of a suite, finished or not, from their directories."""
+    configs, rows, curves = configs_by_point(suite, workdir), [], []
     timed = {size: read_point(workdir, size, configs[size]) for size in suite.sizes}
-    for run in runs:
+    for run in suite.runs():
         seconds = timed[run.size].get(run.arm, {}).get("seconds")
         row, of_run = _read_run(run, folder_of(workdir, run), seconds)
         rows.append(row)
@@ -143,25 +142,25 @@ def read_costs(suite: Suite, workdir: Path):
 
     The columns are those of `throughput.csv`, and `config`.
     """
-    rows, swept = {}, {name: suite.swept(name) for name in suite.throughput}
-    for (name, value), point in sweep_points(suite).items():
-        configs, sweep = swept[name][value], suite.throughput[name]
-        costs = read_point(workdir, point, configs)
-        of_baseline = costs.get(suite.baseline, {"seconds": math.nan})
-        for arm, cost in costs.items():
-            tokens, seconds = configs[arm].tokens_per_step, cost["seconds"]
-            row = {
-                "sweep": name,
-                "setting": sweep.setting,
-                "x": sweep.position(configs[arm]),
-                "arm": arm,
-                "tokens_per_step": tokens,
-                "seconds_per_step": seconds,
-                "tokens_per_second": tokens / seconds,
-                "speed_to_baseline": of_baseline["seconds"] / seconds,
-                "flops_per_step": tokens * training_flops_per_token(configs[arm]),
-                "memory_bytes": cost["memory_bytes"],
-                "config": configs[arm],
-            }
-            rows.setdefault(name, []).append(row)
+    rows = {}
+    for name, sweep in suite.throughput.items():
+        for value, configs in suite.swept(name).items():
+            costs = read_point(workdir, sweep_point(name, value), configs)
+            of_baseline = costs.get(suite.baseline, {"seconds": math.nan})
+            for arm, cost in costs.items():
+                tokens, seconds = configs[arm].tokens_per_step, cost["seconds"]
+                row = {
+                    "sweep": name,
+                    "setting": sweep.setting,
+                    "x": sweep.position(configs[arm]),
+                    "arm": arm,
+                    "tokens_per_step": tokens,
+                    "seconds_per_step": seconds,
+                    "tokens_per_second": tokens / seconds,
+                    "speed_to_baseline": of_baseline["seconds"] / seconds,
+                    "flops_per_step": tokens * training_flops_per_token(configs[arm]),
+                    "memory_bytes": cost["memory_bytes"],
+                    "config": configs[arm],
+                }
+                rows.setdefault(name, []).append(row)
     return {name: pd.DataFrame(of_sweep) for name, of_sweep in rows.items()}

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +24,7 @@ ALLOCATOR = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
     "glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
 )
-POLL_SECONDS, REPORT_SECONDS = 0.2, 60.0
+POLL_SECONDS = 0.2
 
 
 def beside(path: Path, suffix):
@@ -41,8 +40,6 @@ class Job:
     # A file or a directory that the command writes. Beside it are `.log` (stdout and stderr,
     # appended) and `.outcome.json` with `status` and `last_line`.
     output: Path
-    cost: float = 1.0  # in any unit, to estimate the remaining time
-    progress: Callable[[], float] = lambda: 0.0  # the fraction that is done
 
 
 @dataclass(frozen=True)
@@ -106,9 +103,8 @@ class Machine:
         `Interrupted`, after the running jobs were asked to stop and have ended.
         """
         waiting, free = list(jobs), self.slots[: None if together else 1]
-        running, n_failed = {}, 0  # running: Job -> (its slot, Popen)
-        before, started = {job: job.progress() for job in jobs}, time.monotonic()
-        reported, advice = started, "what is done is saved; the same command goes on from there"
+        running, n_ended, n_failed = {}, 0, 0  # running: Job -> (its slot, Popen)
+        advice = "what is done is saved; the same command goes on from there"
         try:
             while waiting or running:
                 while free and waiting:
@@ -119,12 +115,9 @@ class Machine:
                 for job in ended:
                     slot, process = running.pop(job)
                     free.append(slot)
+                    n_ended += 1
                     n_failed += not _succeeded(job, process.returncode)
-                if ended or time.monotonic() - reported > REPORT_SECONDS:
-                    reported = time.monotonic()
-                    words = _progress(before, [*waiting, *running], n_failed, reported - started)
-                    at_work = ", ".join(f"{job.name} {job.progress():.0%}" for job in running)
-                    log.info("%s; running: %s", words, at_work or "none")
+                    log.info("%d of %d jobs ended, %d failed", n_ended, len(jobs), n_failed)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted: {advice}") from None
         except Terminated:
@@ -164,17 +157,6 @@ def _succeeded(job, status):
         message = "%s failed with status %d: %s; its log is %s"
         log.warning(message, job.name, status, line, log_file)
     return status == 0
-
-
-def _progress(before, left, failed, seconds):
-    text = f"{len(before) - len(left)} of {len(before)} ended"
-    if failed:
-        text += f", {failed} of them failed"
-    to_do = sum(job.cost * (1 - job.progress()) for job in left)
-    done = sum(job.cost * max(job.progress() - earlier, 0) for job, earlier in before.items())
-    if done and to_do:
-        text += f", about {to_do / done * seconds / 60:.0f} min left"
-    return text
 
 
 def _describe():

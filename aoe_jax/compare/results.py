@@ -163,13 +163,13 @@ class Results:
             found[seed] = at(curve[kind], curve["nll"], budget)
         return pd.Series(found, dtype=float).dropna()
 
-    def difference(self, size, arm, kind="end", to=None):
-        """Returns the `Estimate` of an arm's nll minus that of `to` or its reference, seed by seed.
+    def difference(self, size, arm, kind="end"):
+        """Returns the `Estimate` of an arm's nll minus that of its reference, seed by seed.
 
         For the `kind` "flops" or "seconds" the budget is what the cheaper of the two has spent. The
         estimate has no seeds if one of the two is not comparable.
         """
-        arms = arm, to or self.suite.reference(arm)
+        arms = arm, self.suite.reference(arm)
         if not all(self.is_comparable(size, one) for one in arms):
             return mean([])
         budget = None if kind == "end" else self.budget(size, arms, kind)

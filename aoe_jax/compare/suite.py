@@ -19,8 +19,7 @@ from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.storage.config_files import call_in_file
 
 TOLERANCE = 0.01  # by which the total parameters of matched arms may differ
-TUNING_SEED = 1_000_000  # of tuning runs only
-# setting of a sweep -> the label of its axis
+# The setting of a sweep -> the label of its axis.
 SWEPT = {
     "experts.n_experts": "experts",
     "experts.top_k": "experts a token, K",
@@ -48,21 +47,9 @@ class Size:
     """A size at which arms are compared."""
 
     changes: Mapping  # group -> field -> value
-    seeds: int  # 0, 1, ...: each sets the initial parameters and the order of the data
+    seeds: int  # each sets the initial parameters and the order of the data
     arms: tuple[str, ...] | None = None  # None: all
-    rate_factor: float = 1.0  # multiplies the learning rate, tuned or configured
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """A search for the learning rate of each arm, by validation nll at one size.
-
-    `train.final_learning_rate` changes in proportion.
-    """
-
-    learning_rates: tuple[float, ...]
-    steps: int
-    size: str | None = None  # None: the first
+    rate_factor: float = 1.0  # multiplies the learning rates of the base and the arms
 
 
 @dataclass(frozen=True)
@@ -112,7 +99,6 @@ class Suite:
     arms: Mapping[str, Arm]
     sizes: Mapping[str, Size]
     baseline: str  # the arm that the others are compared to, unless an arm names its reference
-    tuning: Tuning | None = None
     throughput: Mapping[str, Sweep] = field(default_factory=dict)
     routing_tokens: int = 16_384  # least number of validation tokens for the analysis of routing
     # Group -> field -> value for all runs; wins over sizes and arms.
@@ -121,7 +107,7 @@ class Suite:
     def __post_init__(self):
         """Checks names and values; `runs` and `swept` check configurations. Raises `UserError`."""
         self._check_names("arms", Arm, needed=True)
-        self._check_names("sizes", Size, needed=self.tuning or not self.throughput)
+        self._check_names("sizes", Size, needed=not self.throughput)
         self._check_names("throughput", Sweep, needed=False)
         self._require(self.baseline in self.arms, "baseline", self.baseline, one_of(self.arms))
         for name, size in self.sizes.items():
@@ -129,12 +115,6 @@ class Suite:
                 place, value = f"sizes[{name!r}].{field_name}", getattr(size, field_name)
                 self._require(value > 0, place, value, "must be greater than 0")
             self._check_arms(f"sizes[{name!r}].arms", size)
-        if self.tuning:
-            size = self.tuning_size
-            self._require(size in self.sizes, "tuning.size", size, one_of(self.sizes))
-            factor = self.sizes[size].rate_factor
-            wanted = "must be 1, because learning rates are tuned at this size"
-            self._require(factor == 1, f"sizes[{size!r}].rate_factor", factor, wanted)
         for name, sweep in self.throughput.items():
             place = f"throughput[{name!r}]"
             self._check_arms(f"{place}.arms", sweep)
@@ -175,58 +155,34 @@ class Suite:
     def reference(self, arm):
         return self.arms[arm].reference or self.baseline
 
-    @property
-    def tuning_size(self):
-        return self.tuning.size or next(iter(self.sizes))
-
     def _groups(self, arm, *changes):
         """Returns the configuration of an arm as group -> field -> value."""
         groups = _changed(self.base.to_dict(), *changes)
         return _changed(groups, self.arms[arm].changes_of(ConfigDict(groups)), self.settings)
 
-    def _config(self, size, arm, seed, rate):
+    def _config(self, size, arm, seed):
         with naming(f"suite {self.name}, size {size}, arm {arm}"):
             groups = self._groups(arm, self.sizes[size].changes)
             config = Config.from_config_dict(_changed(groups, {"train": {"seed": seed}}))
-            configured = config.train.learning_rate
-            rate = (configured if rate is None else rate) * self.sizes[size].rate_factor
-            final = config.train.final_learning_rate * (rate / configured)
-            train = {"learning_rate": rate, "final_learning_rate": final}
+            train = {
+                name: getattr(config.train, name) * self.sizes[size].rate_factor
+                for name in ("learning_rate", "final_learning_rate")
+            }
             return Config.from_config_dict(_changed(config.to_dict(), {"train": train}))
 
-    def runs(self, learning_rates=None):
-        """Returns all runs, size by size and seed by seed.
+    def runs(self):
+        """Returns all runs, size by size and seed by seed; the first seed is that of the base.
 
-        `learning_rates` are tuned peaks by arm; None stands for the configured one. Raises
-        `UserError` if a configuration is invalid, the arms of a size differ in their recipe, or
-        matched arms differ in total parameters.
+        Raises `UserError` if a configuration is invalid, the arms of a size differ in their recipe,
+        or matched arms differ in total parameters.
         """
-        learning_rates, runs = learning_rates or {}, []
+        runs, first_seed = [], self.base.train.seed
         for name, size in self.sizes.items():
-            for seed in range(size.seeds):
-                configs = {
-                    arm: self._config(name, arm, seed, learning_rates.get(arm))
-                    for arm in self.arms_of(name)
-                }
+            for seed in range(first_seed, first_seed + size.seeds):
+                configs = {arm: self._config(name, arm, seed) for arm in self.arms_of(name)}
                 self._check_matched(f"size {name}", configs)
                 runs += [Run(name, arm, seed, config) for arm, config in configs.items()]
         return runs
-
-    def tuning_runs(self):
-        """Returns `{(arm, learning rate): Run}` of the tuning; empty without one."""
-        if self.tuning is None:
-            return {}
-        steps, found = self.tuning.steps, {}
-        checkpoint = {"keep": 1, "keep_every": 0, "keep_best": 0}
-        for arm in self.arms_of(self.tuning_size):
-            for rate in self.tuning.learning_rates:
-                config = self._config(self.tuning_size, arm, TUNING_SEED, rate)
-                warmup = config.train.warmup * config.train.steps / steps
-                train = {"steps": steps, "warmup": warmup, "eval_every": 0}
-                groups = _changed(config.to_dict(), {"train": train, "checkpoint": checkpoint})
-                config = Config.from_config_dict(groups)
-                found[arm, rate] = Run(f"rate_{rate:g}", arm, TUNING_SEED, config)
-        return found
 
     def swept(self, name):
         """Returns `{value: {arm: Config}}` of a sweep; raises `UserError` as `runs` does."""
@@ -303,9 +259,8 @@ def load_suite(path: Path, settings=()) -> Suite:
         group, _, field_name = name.partition(".")
         wanted = "write it as GROUP.FIELD=VALUE, such as data.path=/data/c4"
         require_flag(equals and field_name, "set", setting, wanted)
-        is_set = name == "train.seed" or (name == "train.learning_rate" and suite.tuning)
         changes = [arm.changes_of(suite.base).get(group, {}) for arm in suite.arms.values()]
-        is_set = is_set or any(field_name in change for change in changes)
+        is_set = name == "train.seed" or any(field_name in change for change in changes)
         wanted = "the suite sets it for its runs or arms; change the suite"
         require_flag(not is_set, "set", setting, wanted)
         try:

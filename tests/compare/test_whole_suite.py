@@ -1,6 +1,5 @@
-"""A small suite from end to end: interrupted and begun again, an arm that fails, and its report."""
+"""A small suite from end to end: interrupted and continued, an arm that fails, and its report."""
 
-import json
 import re
 import shutil
 import signal
@@ -17,9 +16,7 @@ from aoe_jax.compare.jobs import Machine, Slot
 from aoe_jax.compare.measure import configs_by_point, measured_file, read_point
 from aoe_jax.compare.report import write_report
 from aoe_jax.compare.suite import load_suite
-from aoe_jax.compare.train_runs import (
-    train_suite,
-)
+from aoe_jax.compare.train_runs import train_suite
 from aoe_jax.config.run import Config
 from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
@@ -103,12 +100,7 @@ def test_begun_again_it_trains_the_rest_and_shows_what_failed():
     markdown = (folder / "work/report.md").read_text()
     assert "4 of 6 finished, 2 failed" in markdown
     failed = markdown[markdown.index("## Failed runs") :]
-    assert "routing and step times" not in markdown
-    assert (
-        "a: broken, seed 1" in failed
-        and "runs/a/broken/seed_1.log" in failed
-        and "sparsemixer" in failed
-    )
+    assert "a: broken, seed 1" in failed and "runs/a/broken/seed_1.log" in failed
 
 
 def test_arms_of_a_seed_see_the_same_data_and_seeds_other_data():
@@ -128,7 +120,7 @@ def test_arms_of_a_seed_see_the_same_data_and_seeds_other_data():
 
 
 def test_finished_it_does_nothing_again():
-    """But for the arm that has failed."""
+    """Only the failed arm runs again."""
     folder = ended()[0]
     before = {
         path: path.stat().st_mtime_ns
@@ -141,7 +133,7 @@ def test_finished_it_does_nothing_again():
     assert "2 of 6 runs to do" in stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
     suite = load_suite(folder / "suite.py")
-    configs = configs_by_point(suite, suite.runs(), folder / "work")["a"]
+    configs = configs_by_point(suite, folder / "work")["a"]
     assert set(read_point(folder / "work", "a", configs)) == {"moe", "aoe"}
 
 
@@ -152,7 +144,7 @@ def test_a_run_whose_validation_diverged_counts_nowhere(tmp_path):
     found["metrics"]["validation_nll"] = None
     write_json(summary, found)
     suite = load_suite(ended()[0] / "suite.py")
-    results = read_results(suite, suite.runs(), work)
+    results = read_results(suite, work)
     states = results.runs.set_index(["arm", "seed"])["state"]
     assert list(states["aoe"]) == ["finished", "diverged"]
     assert list(results.nlls("a", "aoe").index) == [0]
@@ -176,7 +168,7 @@ def test_a_workdir_of_another_configuration_is_refused():
             use()
 
 
-def test_tables_hold_the_numbers_of_the_runs():
+def test_tables_have_the_numbers_of_the_runs():
     folder = ended()[0] / "work"
     nll = {
         (path.parts[-3], path.parts[-2]): read_json(path)["metrics"]["validation_nll"]
@@ -186,46 +178,26 @@ def test_tables_hold_the_numbers_of_the_runs():
     row = next(row for row in rows("differences.csv") if row["at_equal"] == "end")
     assert (row["arm"], row["n"]) == ("aoe", "2") and float(row["value"]) == pytest.approx(mean)
     assert f"| {mean:+.4f} ± " in (folder / "report.md").read_text()
-    curve = [
-        row
-        for row in rows("curves.csv")
-        if (row["arm"], row["seed"], row["split"]) == ("aoe", "1", "validation")
-    ]
-    assert [row["step"] for row in curve] == ["3", "6"]
+    steps = {(row["arm"], row["seed"], row["split"], row["step"]) for row in rows("curves.csv")}
+    of_run = {step for *run, step in steps if run == ["aoe", "1", "validation"]}
+    assert of_run == {"3", "6"}
     assert {row["step"] for row in rows("routing.csv")} == {"2", "4", "6"}
-
-
-def test_routing_is_looked_at():
-    routing = json.loads((ended()[0] / "work/runs/a/aoe/seed_0/routing.json").read_text())
+    routing = read_json(folder / "runs/a/aoe/seed_0/routing.json")
     last = routing["checkpoints"][-1]
     assert last["step"] == 6 and last["overlap_with_final"] == [1.0, 1.0]
-    for load in last["load"]:
-        assert sum(load) == pytest.approx(2) and len(load) == 4
+    assert [len(load) for load in last["load"]] == [4, 4]
+    np.testing.assert_allclose(np.sum(last["load"], axis=1), 2)
 
 
-def test_the_page_needs_nothing_else():
+def test_the_page_is_one_file():
     folder = ended()[0] / "work"
     page = (folder / "report.html").read_text()
-    assert not re.search(r"<(script|link|img|iframe|object)\b", page)
-    assert (
-        not re.search(r"(src|href)\s*=\s*[\"'](?!#|data:)", page)
-        and "url(http" not in page
-        and "@import" not in page
-    )
-    for words in (
-        "Final validation loss",
-        "At equal FLOPs",
-        "Routing health",
-        "Failed runs",
-    ):
+    assert not re.search(r"<(script|link|iframe|object)\b", page) and "url(" not in page
+    assert not re.search(r"(src|href)\s*=\s*[\"'](?!#|data:)", page)
+    for words in ("Final validation loss", "At equal FLOPs", "Routing health", "Failed runs"):
         assert f">{words}" in page, words
-    ids = re.findall(r'\bid="([^"]+)"', page)
-    used = set(re.findall(r'(?:href="|url\()#([^")]+)', page))
-    assert used <= set(ids) and not [name for name in ids if re.search(r"_\d+$", name)]
-    body = page[page.index("<body>") : page.index("</html>")]
-    ElementTree.fromstring(body)  # well-formed
     named = re.findall(r"\]\((figures/[^)]+\.png)\)", (folder / "report.md").read_text())
-    assert len(named) > 10
+    assert len(named) > 10 and page.count('src="data:image/svg+xml;base64,') == len(named)
     for name in named:
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
         ElementTree.parse((folder / name).with_suffix(".svg"))
