@@ -4,8 +4,8 @@
 
 It prints devices, versions, and each backend with the reason for its choice. It checks each kernel
 and the layer of experts against plain references, values and gradients, at the shapes of the
-configuration, and takes ten training steps. It ends with a verdict on each kernel, and the setting
-to use instead of a bad one. Nothing is downloaded. Exit status 1: a check or a training step
+configuration, and takes ten training steps. Each check prints its verdict, and the setting to use
+instead of a kernel that fails. Nothing is downloaded. Exit status 1: a check or a training step
 failed.
 
 All devices work at the same time on the mesh of the configuration, by default `configs/tiny.py` on

@@ -36,7 +36,7 @@ def read_results(suite: Suite, workdir: Path):
 
 
 def make_results(suite, rows, curves):
-    """Returns `Results` from dicts of `row_of` and a list of frames of `curves`."""
+    """Returns `Results` from the results of `row_of` and `curve_of` for all runs."""
     runs = pd.DataFrame(rows, columns=[*RUN_COLUMNS, *MORE_RUN_COLUMNS])
     curves = [curve for curve in curves if len(curve)]
     curves = pd.concat(curves) if curves else pd.DataFrame(columns=CURVE_COLUMNS)
@@ -44,21 +44,20 @@ def make_results(suite, rows, curves):
 
 
 def _read_run(run, folder, seconds):
-    """Returns a row of `Results.runs` and a list of frames of `curves`."""
     finished, ended = is_finished(folder, run), read_outcome(folder)
     summary = read_summary(folder / "summary.json") if finished else {}
     metrics, memory = (
         pd.Series(summary.get(name) or {}, dtype=float) for name in ("metrics", "memory")
     )
     nll = metrics.get("validation_nll", math.nan)
-    state = "failed" if ended else "unfinished"
     line = ended["last_line"] if ended else last_line(beside(folder, ".log"))
     if has_diverged(folder):
         state = "diverged"
-    elif finished and math.isfinite(nll):
-        state = "finished"
     elif finished:
-        state, line = "diverged", "diverged: its validation nll is not finite"
+        state = "finished" if math.isfinite(nll) else "diverged"
+        line = line if state == "finished" else "diverged: its validation nll is not finite"
+    else:
+        state = "failed" if ended else "unfinished"
     columns = ["step", "loss", "nll", "tokens_per_second", "dropped_share", "validation_nll"]
     lines = pd.DataFrame(read_metrics(folder / "metrics.jsonl"))
     lines = lines.reindex(columns=columns).astype(float)
@@ -86,6 +85,8 @@ def _read_run(run, folder, seconds):
 
 def row_of(run: Run, seconds_per_step, report, **columns):
     config, counts = run.config, parameter_counts(run.config)
+    steps, flops_per_token = config.train.steps, training_flops_per_token(config)
+    tokens = steps * config.tokens_per_step
     return {
         "size": run.size,
         "arm": run.arm,
@@ -94,12 +95,12 @@ def row_of(run: Run, seconds_per_step, report, **columns):
         "parameters": counts.total,
         "active_parameters": counts.active,
         "active_non_embedding": counts.active_non_embedding,
-        "flops_per_token": training_flops_per_token(config),
+        "flops_per_token": flops_per_token,
         "learning_rate": config.train.learning_rate,
-        "steps": config.train.steps,
-        "tokens": config.train.steps * config.tokens_per_step,
-        "flops": run.flops,
-        "seconds": config.train.steps * seconds_per_step,
+        "steps": steps,
+        "tokens": tokens,
+        "flops": tokens * flops_per_token,
+        "seconds": steps * seconds_per_step,
         "seconds_per_step": seconds_per_step,
         "tokens_per_second": config.tokens_per_step / seconds_per_step,
         "report": report,
@@ -109,7 +110,7 @@ def row_of(run: Run, seconds_per_step, report, **columns):
 
 
 def curve_of(row, split, step, nll):
-    """Returns the rows of `Results.curves` of a split of a run, whose row of `runs` is given."""
+    """Returns rows of `Results.curves` for a split of the run with this row of `Results.runs`."""
     step = np.asarray(step, int)
     costs = {name: step * row[name] / row["steps"] for name in ("tokens", "flops")}
     costs["seconds"] = step * row["seconds_per_step"]
@@ -118,7 +119,7 @@ def curve_of(row, split, step, nll):
 
 
 def _at_the_end(report):
-    """Summarises a run's routing.json by columns of `runs`: means over layers at the end.
+    """Returns columns of `Results.runs` from a run's routing.json: means over layers at the end.
 
     `dead_experts` is a sum over layers. `settled_first` and `settled_half` are the overlaps with
     the final choices at the first checkpoint and at half of the training.
@@ -138,10 +139,7 @@ def _at_the_end(report):
 
 
 def read_costs(suite: Suite, workdir: Path):
-    """Returns a frame of each measured sweep by name, with a row for each arm and value.
-
-    The columns are those of `throughput.csv`, and `config`.
-    """
+    """Returns a frame of each measured sweep by name, with a row for each arm and value."""
     rows = {}
     for name, sweep in suite.throughput.items():
         for value, configs in suite.swept(name).items():
@@ -152,7 +150,7 @@ def read_costs(suite: Suite, workdir: Path):
                 row = {
                     "sweep": name,
                     "setting": sweep.setting,
-                    "x": sweep.position(configs[arm]),
+                    "x": value,
                     "arm": arm,
                     "tokens_per_step": tokens,
                     "seconds_per_step": seconds,

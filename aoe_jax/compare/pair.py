@@ -27,18 +27,15 @@ _ARMS = flags.DEFINE_list(
 
 
 def finished_runs(folder: Path):
-    """Returns the rows of `runs.csv` of finished runs. Raises `UserError` if the file is missing or
-    not of a report.
-    """
-    advice = "name the folder of a report"
+    """Returns the finished runs of `runs.csv`. Raises `UserError` if the file cannot be read."""
+    columns = ["size", "arm", "seed", "state", "validation_nll"]
     try:
-        runs = pd.read_csv(folder / "runs.csv")
-        finished = runs[runs["state"] == "finished"][["size", "arm", "seed", "validation_nll"]]
-        finished = finished.astype({"validation_nll": float})
-    except (OSError, ValueError, KeyError) as e:  # ValueError: not text, empty, or no numbers
+        runs = pd.read_csv(folder / "runs.csv", usecols=columns, dtype={"validation_nll": float})
+    except (OSError, ValueError) as e:  # ValueError: not text, other columns, or no numbers
         reason = getattr(e, "strerror", None) or f"it has no runs of a suite: {e}"
+        advice = "name the folder of a report"
         raise UserError(f"--results={folder}: runs.csv cannot be read ({reason}); {advice}") from e
-    return finished.dropna()
+    return runs[runs["state"] == "finished"].dropna()
 
 
 def pairs(runs: pd.DataFrame, arms):

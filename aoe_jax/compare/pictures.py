@@ -1,7 +1,6 @@
 """The pictures of a report. Each drawing function returns a matplotlib `Figure`.
 
-`styles` are those of `styles_of`, so an arm has the same colour and line style everywhere. L
-layers, n experts.
+`styles` is the result of `styles_of`: an arm has the same colour and line style everywhere.
 """
 
 import itertools
@@ -51,10 +50,10 @@ drawn = matplotlib.rc_context(SETTINGS)  # decorates a function that draws
 
 def styles_of(labels):
     """Returns options of lines by arm; the first seven arms differ in colour."""
-    styles = zip(itertools.cycle(itertools.product(DASHES, COLOURS)), labels.items(), strict=False)
+    styles = itertools.cycle(itertools.product(DASHES, COLOURS))
     return {
         arm: {"color": colour, "linestyle": dashes, "label": label}
-        for (dashes, colour), (arm, label) in styles
+        for (arm, label), (dashes, colour) in zip(labels.items(), styles, strict=False)
     }
 
 
@@ -99,7 +98,7 @@ def _over_seeds(rows, columns):
 def loss_curves(curves, styles, axis):
     """Draws training losses as lines and validation losses as points, against a key of AXES.
 
-    `curves` are `Results.curves` of the finished runs of a size.
+    `curves` has the rows of `Results.curves` of the finished runs of a size.
     """
     figure, (axes,) = _new(3.5, n_arms=curves["arm"].nunique())
     late, lowest, first_x = [], [], []
@@ -119,22 +118,6 @@ def loss_curves(curves, styles, axis):
     axes.set_ylim(min(lowest) - margin, max(late) + 3 * margin)
     axes.set(xlabel=AXES[axis], ylabel="nll, nats a token")
     _legend(figure, axes)
-    return figure
-
-
-@drawn
-def gaps(panels, styles):
-    """Draws `Results.gaps`, frames by size, with a panel for each size."""
-    n_arms = max(len(frame.columns) for frame in panels.values())
-    figure, rows = _new(0.6 + 1.9 * len(panels), len(panels), n_arms)
-    for axes, (size, frame) in zip(rows, panels.items(), strict=True):
-        for arm in frame:
-            axes.plot(frame.index, frame[arm], marker="o", markersize=3, **styles[arm])
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_title(size, loc="left")
-        axes.set_ylabel("difference, nats")
-    rows[-1].set_xlabel("training tokens for each active parameter")
-    _legend(figure, max(rows, key=lambda axes: len(axes.lines)))
     return figure
 
 
@@ -175,7 +158,7 @@ def differences(rows, styles):
 
 @drawn
 def against_setting(panels, styles, xlabel):
-    """Draws a panel for each frame, by name; its rows are by setting and its columns by arm.
+    """Draws a panel for each frame by name, whose rows are settings and whose columns are arms.
 
     The axes of the setting and of the first frame are logarithmic.
     """
@@ -187,8 +170,7 @@ def against_setting(panels, styles, xlabel):
         if axes is rows[0]:
             axes.set_yscale("log")
             low, high = axes.get_ylim()
-            few = MaxNLocator(4) if high < 5 * low else LogLocator(subs=(1, 2, 5))
-            _label(axes.yaxis, few)
+            _label(axes.yaxis, MaxNLocator(4) if high < 5 * low else LogLocator(subs=(1, 2, 5)))
         else:
             axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.set_ylabel(name)
@@ -202,9 +184,11 @@ def against_setting(panels, styles, xlabel):
 
 
 @drawn
-def load_heatmaps(entries):
-    """Draws the final loads, a panel for each of `[(title, routing.json)]`."""
-    return draw_loads({title: report["checkpoints"][-1] for title, report in entries}, WIDTH)
+def load_heatmaps(results, size):
+    """Draws the final loads of the first seed of each analysed arm, a panel for each."""
+    of_arms = results.routed(size).items()
+    final = {results.labels[arm]: reports[0]["checkpoints"][-1] for arm, reports in of_arms}
+    return draw_loads(final, WIDTH)
 
 
 def some_layers(n_layers):
@@ -213,13 +197,13 @@ def some_layers(n_layers):
 
 @drawn
 def scores_through_training(report, name, title):
-    """Draws the mean norm or logit of every expert at each checkpoint (the paper's Fig. 4).
+    """Draws the mean score (`name`) of every expert at each checkpoint, as the paper's Fig. 4.
 
-    `report` is a run's routing.json, and `name` that of the score.
+    `report` is the routing.json of a run.
     """
-    checkpoints = report["checkpoints"]
-    steps = [checkpoint["step"] for checkpoint in checkpoints]
-    scores = np.array([checkpoint["mean_score"] for checkpoint in checkpoints])  # [., L, n]
+    steps = [checkpoint["step"] for checkpoint in report["checkpoints"]]
+    # [checkpoints, layers, experts]
+    scores = np.array([checkpoint["mean_score"] for checkpoint in report["checkpoints"]])
     layers, n = some_layers(scores.shape[1]), scores.shape[2]
     experts = styles_of({i: i for i in range(n)})
     figure, panels = _new(0.6 + 1.35 * len(layers), len(layers))

@@ -16,7 +16,7 @@ from aoe_jax.compare.collect import read_costs, read_results
 from aoe_jax.compare.jobs import read_machines
 from aoe_jax.compare.results import ROUTING_DIGITS, RUN_COLUMNS, SCALES, Results
 from aoe_jax.compare.statistics import markdown_table, mean, number
-from aoe_jax.compare.suite import SWEPT, Suite
+from aoe_jax.compare.suite import Suite
 from aoe_jax.compare.train_runs import check_runs, folder_of
 from aoe_jax.storage.files import read_json
 
@@ -81,7 +81,6 @@ def to_markdown(r: Results, costs, **of_workdir):
         suite=r.suite,
         base=r.suite.baseline,
         compared=[row for row in compared if row[1] != r.suite.baseline and row[2].n],
-        gaps={size: gaps for size in r.sizes if (gaps := r.gaps(size)).size},
         scaling={scale: r.scaling(scale) for scale in SCALES},
         in_turn=r.finished_runs["timed_in_turn"].all(),
         states=states(r),
@@ -168,8 +167,8 @@ def sweeps(r: Results, costs):
 
 
 def _sweep(r, name, frame):
-    sweep, base = r.suite.throughput[name], r.suite.baseline
-    setting, label = SWEPT[sweep.setting], r.labels[base]
+    setting, base = r.suite.throughput[name].setting, r.suite.baseline
+    label = r.labels[base]
     table = frame.assign(megabytes=frame["memory_bytes"] / 1e6).pivot(
         index="x", columns="arm", values=["tokens_per_second", "megabytes"]
     )

@@ -15,17 +15,10 @@ from ml_collections import ConfigDict
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, naming
-from aoe_jax.model.counts import parameter_counts, training_flops_per_token
+from aoe_jax.model.counts import parameter_counts
 from aoe_jax.storage.config_files import call_in_file
 
 TOLERANCE = 0.01  # by which the total parameters of matched arms may differ
-# The setting of a sweep -> the label of its axis.
-SWEPT = {
-    "experts.n_experts": "experts",
-    "experts.top_k": "experts a token, K",
-    "experts.d_low": "low rank r",
-    "train.batch_size": "tokens a step",
-}
 
 
 @dataclass(frozen=True)
@@ -56,17 +49,10 @@ class Size:
 class Sweep:
     """The cost of a training step of each arm against one setting; nothing is trained."""
 
-    setting: str  # a key of SWEPT
+    setting: str  # GROUP.FIELD, such as experts.n_experts
     values: tuple
     changes: Mapping  # group -> field -> value, applied to the base
     arms: tuple[str, ...] | None = None  # None: all
-
-    def position(self, config):
-        """Returns the x coordinate of a configuration."""
-        if self.setting == "train.batch_size":
-            return config.tokens_per_step
-        group, _, name = self.setting.partition(".")
-        return getattr(getattr(config, group), name)
 
 
 @dataclass(frozen=True)
@@ -82,12 +68,6 @@ class Run:
     def name(self):
         """SIZE/ARM/seed_N, also its path below `WORKDIR/runs`."""
         return f"{self.size}/{self.arm}/seed_{self.seed}"
-
-    @property
-    def flops(self):
-        """Useful FLOPs of the whole training."""
-        tokens = self.config.train.steps * self.config.tokens_per_step
-        return training_flops_per_token(self.config) * tokens
 
 
 @dataclass(frozen=True)
@@ -106,45 +86,28 @@ class Suite:
 
     def __post_init__(self):
         """Checks names and values; `runs` and `swept` check configurations. Raises `UserError`."""
-        self._check_names("arms", Arm, needed=True)
-        self._check_names("sizes", Size, needed=not self.throughput)
-        self._check_names("throughput", Sweep, needed=False)
-        self._require(self.baseline in self.arms, "baseline", self.baseline, one_of(self.arms))
+        self._require(self.sizes or self.throughput, "sizes", self.sizes, "must not be empty")
+        for name in (*self.arms, *self.sizes, *self.throughput):  # they name files
+            is_plain = re.fullmatch(r"[\w.+-]+", name)
+            self._require(is_plain, "name", name, "must have letters, digits, . + - _ only")
         for name, size in self.sizes.items():
             for field_name in ("seeds", "rate_factor"):
                 place, value = f"sizes[{name!r}].{field_name}", getattr(size, field_name)
                 self._require(value > 0, place, value, "must be greater than 0")
             self._check_arms(f"sizes[{name!r}].arms", size)
         for name, sweep in self.throughput.items():
-            place = f"throughput[{name!r}]"
-            self._check_arms(f"{place}.arms", sweep)
-            self._require(sweep.setting in SWEPT, f"{place}.setting", sweep.setting, one_of(SWEPT))
-            several = len(sweep.values) > 1
-            self._require(several, f"{place}.values", sweep.values, "must be two or more")
+            self._check_arms(f"throughput[{name!r}].arms", sweep)
 
     def _require(self, condition, name, value, wanted):
         if not condition:
             raise UserError(f"suite {self.name}: {name}={value!r}: {wanted}")
 
-    def _check_names(self, kind, cls, needed):
-        named = getattr(self, kind)
-        ok = isinstance(named, Mapping) and (named or not needed)
-        self._require(ok, kind, named, f"must name at least one {cls.__name__}")
-        wanted = f"must be a {cls.__name__} with a name of letters, digits, . + - _"
-        for name, value in named.items():
-            ok = isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name)
-            self._require(ok and isinstance(value, cls), kind, {name: value}, wanted)
-
     def _check_arms(self, place, of):
-        unknown = [arm for arm in of.arms or () if arm not in self.arms]
-        self._require(not unknown, place, unknown, one_of(self.arms))
-        present = self._arms(of)
-        for name in present:
-            reference = self.arms[name].reference
-            ok = reference is None or reference in present
-            self._require(ok, f"arms[{name!r}].reference", reference, one_of(present))
-        wanted = f"must have the baseline {self.baseline!r}"
-        self._require(self.baseline in present, place, of.arms, wanted)
+        known, present = ", ".join(self.arms), self._arms(of)
+        for arm in (*(of.arms or ()), self.baseline, *map(self.reference, present)):
+            self._require(arm in self.arms, place, arm, f"choose one of {known}")
+            wanted = "is the baseline or a reference of these arms; add it to them"
+            self._require(arm in present, place, arm, wanted)
 
     def _arms(self, of):
         return [arm for arm in self.arms if of.arms is None or arm in of.arms]
@@ -156,7 +119,6 @@ class Suite:
         return self.arms[arm].reference or self.baseline
 
     def _groups(self, arm, *changes):
-        """Returns the configuration of an arm as group -> field -> value."""
         groups = _changed(self.base.to_dict(), *changes)
         return _changed(groups, self.arms[arm].changes_of(ConfigDict(groups)), self.settings)
 
@@ -218,12 +180,8 @@ class Suite:
                 )
 
 
-def one_of(names):
-    return f"choose one of {', '.join(names)}"
-
-
 def _recipe(config):
-    """Returns what all arms of a size share: the data, and training without learning rates."""
+    """Returns the settings that all arms of a size share: data, and training without rates."""
     groups = config.to_dict()
     return {
         f"{group}.{name}": value
@@ -234,7 +192,7 @@ def _recipe(config):
 
 
 def _changed(groups, *changes):
-    """Returns group -> field -> value with changes; another router replaces `routing` whole."""
+    """Returns group -> field -> value with changes; a named router replaces all of `routing`."""
     groups = dict(groups)
     for change in changes:
         for name, values in change.items():

@@ -70,9 +70,9 @@ class Operation:
 class Program:
     """A compiled program, from the text of `hlo.compile_and_read`.
 
-    `kernel_costs` are functions `(name, operands, results) -> (flops, traffic[, occupied FLOPs])`
-    of `Array`s, None for kernels that they do not know. The name is the target of the custom call,
-    on TPU the name of the kernel.
+    `kernel_costs` are functions `(name, operands, results) -> (flops, traffic, occupied FLOPs)` of
+    `Array`s, which return None for unknown kernels. The name is the target of the custom call, on
+    TPU the name of the kernel.
     """
 
     def __init__(self, text, kernel_costs=KERNEL_COSTS):
@@ -148,8 +148,7 @@ class Program:
         costs = self._traffic(i, known), flops, flops, float(cycles) if cycles else None
         operation = Operation(i.name, i.target or i.opcode, op_name, times, *costs)
         if i.opcode == "custom-call" and (cost := self._kernel_cost(i, known)):
-            flops, traffic, *occupied = cost
-            occupied = occupied[0] if occupied else flops
+            flops, traffic, occupied = cost
             return replace(operation, flops=flops, hbm_bytes=traffic, occupied_flops=occupied)
         return self._as_collective(operation, i, known) if i.collective else operation
 

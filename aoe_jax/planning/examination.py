@@ -34,12 +34,12 @@ def examine(config: Config, show):
     """Examines all devices of all processes, part after part.
 
     The configuration is made to fit (`fitted`). `show` is called with each line of text as soon as
-    a part is done. Returns the content of `--json`; a part that raised an exception has `error`
-    instead of numbers. Raises `UserError` for a setting that these devices do not allow.
+    a part is done. Returns the content of `--json`. Raises `UserError` for a setting that these
+    devices do not allow.
     """
     config = fitted(config, jax.device_count())
     mesh = make_mesh(config, jax.devices())
-    report = {"machine": machine(), "configuration": config.to_dict()}
+    report = {"machine": machine(), "configuration": config.to_dict(), "verdicts": []}
     show(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     sequences = f"{kernel_checks.sequences_per_device(config)} x {config.data.seq_len}"
@@ -48,16 +48,18 @@ def examine(config: Config, show):
         report["backends"] = choose_backends(config, mesh.devices.flat[0])
         for backend in report["backends"]:
             show(f"{backend['kernel']}: {backend['backend']} ({backend['why']})")
-        report["checks"] = check_kernels(config, mesh, report["backends"], show)
+        for verdict in kernel_verdicts(config, mesh, report["backends"]):
+            report["verdicts"].append(verdict)
+            show(_in_words(verdict))
     report["steps"] = _attempt(take_steps, config)
-    show(f"training steps: {_steps_in_words(report['steps'])}")
-    report["verdicts"] = verdicts(report)
+    report["verdicts"].append(steps_verdict(report["steps"]))
+    show(_in_words(report["verdicts"][-1]))
     report["passed"] = all(verdict["passed"] for verdict in report["verdicts"])
-    for verdict in report["verdicts"]:
-        result = "PASS" if verdict["passed"] else "FAIL"
-        fallback = f"; fallback: {verdict['fallback']}" if verdict["fallback"] else ""
-        show(f"{result} {verdict['name']}: {verdict['text']}{fallback}")
     return report
+
+
+def _in_words(verdict):
+    return f"{'PASS' if verdict['passed'] else 'FAIL'} {verdict['name']}: {verdict['text']}"
 
 
 def fitted(config: Config, n_devices):
@@ -112,36 +114,31 @@ def _why(device, is_plain, check):
     return f"{'plain JAX' if is_plain else 'the fastest'} on {device.device_kind}"
 
 
-def check_kernels(config, mesh, backends, show):
+def kernel_verdicts(config, mesh, backends):
     """Checks attention, the grouped products and the layer of experts on the mesh in context.
 
-    Returns the results of `kernel_checks.check`, with `error` instead of `errors` for a case that
-    raised an exception.
+    Yields a verdict for each case: `name`, `passed`, `text`, `fallback` if it failed, and the
+    results of `kernel_checks.check` as `checks`, or `{"error"}` if it raised an exception.
     """
     attention, *grouped = backends
     cases = kernel_checks.attention_cases(config, attention["backend"])
     cases += [kernel_checks.grouped_case(config, b["backend"], b["shape"]) for b in grouped]
     cases.append(kernel_checks.layer_case(config))
-    found = []
     for case in filter(None, cases):
-        results = _attempt(kernel_checks.check, case, mesh, config.model.dtype)
-        if "error" in results:
-            results = [{"kernel": case.kernel, "shape": case.shape, "passed": False, **results}]
-        for result in results:
-            found.append(result)
-            show(f"{case.kernel}, {case.shape}: {_check_in_words(result)}")
-    return found
-
-
-def _check_in_words(result):
-    if "error" in result:
-        return result["error"]
-    name = max(result["errors"], key=result["errors"].get)
-    place = name if result["passed"] else f"{name}, {result['device']}"
-    return (
-        f"{result['input']}: largest error {result['errors'][name]:.1e} ({place}), "
-        f"tolerance {result['tolerance']:.1e}"
-    )
+        checks = _attempt(kernel_checks.check, case, mesh, config.model.dtype)
+        if "error" in checks:
+            passed, text = False, checks["error"]
+        else:
+            worst = max(checks, key=lambda check: max(check["errors"].values()))
+            name, error = max(worst["errors"].items(), key=lambda item: item[1])
+            text = f"{worst['input']}: largest error {error:.1e} ({name}, {worst['device']})"
+            text += f", tolerance {worst['tolerance']:.1e}"
+            passed = all(check["passed"] for check in checks)
+        found = {"name": case.kernel, "passed": passed, "text": f"{case.shape}: {text}"}
+        if not passed:
+            found["fallback"] = fallback(case.kernel, config)
+            found["text"] += f"; fallback: {found['fallback']}"
+        yield found | {"checks": checks}
 
 
 def take_steps(config: Config):
@@ -175,45 +172,25 @@ def take_steps(config: Config):
     }
 
 
-def _steps_in_words(steps):
+def steps_verdict(steps):
+    """The verdict on the result of `take_steps`, or on its `error`."""
+    verdict = {"name": "training steps", "passed": steps.get("finite", False)}
     if "error" in steps:
-        return steps["error"]
+        return verdict | {"text": steps["error"]}
     memory = ", ".join(
         f"{part.removesuffix('_bytes').replace('_', ' ')} {size / 1e9:.3g} GB"
         for part, size in steps["memory_bytes"].items()
     )
+    loss = f"loss {steps['loss']:.3f}" + ("" if steps["finite"] else ", not finite in every step")
     mfu = f", MFU {steps['mfu']:.3f}" if steps["mfu"] else ""
-    return (
-        f"{steps['tokens_per_second']:,.0f} tokens/s, {1e3 * steps['step_seconds']:.4g} ms a step"
-        f"{mfu}, compiled in {steps['compile_seconds']:.0f} s; memory of a device: {memory}"
+    text = (
+        f"{loss}; {steps['tokens_per_second']:,.0f} tokens/s, {1e3 * steps['step_seconds']:.4g} ms "
+        f"a step{mfu}, compiled in {steps['compile_seconds']:.0f} s; memory of a device: {memory}"
     )
+    return verdict | {"text": text}
 
 
-def verdicts(report):
-    """One verdict for each kernel, and one for the training steps."""
-    found, config = [], report["configuration"]
-
-    def judge(name, passed, text, fallback=None):
-        found.append({"name": name, "passed": passed, "text": text, "fallback": fallback})
-
-    for kernel in dict.fromkeys(check["kernel"] for check in report["checks"]):
-        of_kernel = [check for check in report["checks"] if check["kernel"] == kernel]
-        failed, n = [check for check in of_kernel if not check["passed"]], len(of_kernel)
-        if failed:
-            text = f"{len(failed)} of {n} checks failed; {failed[0]['shape']}"
-            judge(kernel, False, f"{text}: {_check_in_words(failed[0])}", fallback(kernel, config))
-        else:
-            worst = max(of_kernel, key=lambda c: max(c["errors"].values()) / c["tolerance"])
-            judge(kernel, True, f"{n} checks; {_check_in_words(worst)}")
-    steps = report["steps"]
-    finite = steps.get("finite", False)
-    text = steps.get("error") or f"loss {steps['loss']:.3f}"
-    text += "" if finite or "error" in steps else ", not finite in every step"
-    judge("training steps", finite, text)
-    return found
-
-
-def fallback(kernel, config):
+def fallback(kernel, config: Config):
     """The setting that avoids a kernel, in words."""
     kind, _, backend = kernel.rpartition(" ")
     if backend in ("blocks", "blocked", "rowwise"):
@@ -222,6 +199,6 @@ def fallback(kernel, config):
         return "--config.model.attention=blocks"
     if kind == "grouped products":
         return "--config.experts.grouped_matmul=blocked"
-    if config["mesh"]["transport"] == "all_to_all":
+    if config.mesh.transport == "all_to_all":
         return "--config.mesh.transport=ring"
-    return "--config.mesh.expert=1" if config["mesh"]["expert"] > 1 else "none"
+    return "--config.mesh.expert=1" if config.mesh.expert > 1 else "none"

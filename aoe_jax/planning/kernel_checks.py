@@ -102,8 +102,8 @@ def exactly(function, dtype):
 
 
 def check(case: Case, mesh, dtype):
-    """Computes a case for each of its inputs. Returns a list of `{"kernel", "shape", "tolerance",
-    "input", "errors" by result, the largest of all devices, "device" of the largest, "passed"}`.
+    """Computes a case for each of its inputs. Returns a list of `{"input", "tolerance", "errors" by
+    result, the largest of all devices, "device" of the largest, "passed"}`.
     """
     eps = float(jnp.finfo(dtype).eps)
     if dtype == "float32":
@@ -118,15 +118,14 @@ def check(case: Case, mesh, dtype):
     function = jax.jit(function) if case.is_collective else everywhere(mesh, function)
     reference = everywhere(mesh, exactly(with_gradients(case.reference), dtype))
     names, results = ["y", *(f"d_{name}" for name in case.arguments)], []
-    about = {"kernel": case.kernel, "shape": case.shape, "tolerance": tolerance}
     *arrays, g = drawn(mesh, case.arrays, dtype)
     for name, given in case.inputs.items():
         args = arrays, g, given
         of_devices = np.asarray(compare(function(*args), reference(*args)))
         worst = dict(zip(names, of_devices.max(axis=0).tolist(), strict=True))
         device = str(mesh.devices.flat[of_devices.max(axis=1).argmax()])
-        found = {"input": name, "errors": worst, "device": device}
-        results.append(about | found | {"passed": max(worst.values()) <= tolerance})
+        found = {"input": name, "tolerance": tolerance, "errors": worst, "device": device}
+        results.append(found | {"passed": max(worst.values()) <= tolerance})
     return results
 
 

@@ -1,7 +1,7 @@
 """What kernels cost whose FLOPs and traffic a compiled program does not state.
 
-Each function takes `(name, operands, results)` of a custom call and returns `(flops, traffic[,
-occupied FLOPs])`, see `costs.Program`, or None for kernels of other kinds.
+Each function takes `(name, operands, results)` of a custom call and returns `(flops, traffic,
+occupied FLOPs)`, see `costs.Program`, or None for kernels of other kinds.
 """
 
 import math
@@ -52,7 +52,8 @@ def cudnn_cost(name, operands, results):
     *batch, length, width = results[0].dims  # the output, or the gradient of q: [B, H, S, h]
     n_products = 5 if name.endswith("Backward") else 2
     pairs = math.prod(batch) * length * (length + 1) / 2
-    return 2 * n_products * pairs * width, sum(a.hbm_bytes for a in (*operands, *results))
+    flops = 2 * n_products * pairs * width
+    return flops, sum(a.hbm_bytes for a in (*operands, *results)), flops
 
 
 def megablox_cost(name, operands, results, tiles=tiles):
@@ -93,7 +94,8 @@ def mosaic_gpu_cost(name, operands, results):
     if len(out.dims) == 2:
         n_passes = math.ceil(width // width_block(width) / blocks_at_once(depth, width))
     traffic = n_passes * lhs.hbm_bytes + rhs.hbm_bytes + out.hbm_bytes
-    return 2 * math.prod(lhs.dims) * width, traffic
+    flops = 2 * math.prod(lhs.dims) * width
+    return flops, traffic, flops
 
 
 KERNEL_COSTS = (splash_cost, cudnn_cost, megablox_cost, mosaic_gpu_cost)

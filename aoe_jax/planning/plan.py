@@ -8,8 +8,8 @@ How the figures are computed:
   few scalars and of the gradients of norm scales. Bytes are what a device receives in a step, by
   the usual ring algorithms. The collectives of the optimised program are listed, too, with the
   larger of operand and result as bytes.
-- The step time is bounded by the slowest of arithmetic, HBM (state and activations read and written
-  once) and network, each at its peak and perfectly overlapped: no run is faster.
+- The step time is bounded by the slowest of arithmetic, HBM (state read and written once) and
+  network, each at its peak and perfectly overlapped: no run is faster.
 - The likely step time is the sum over operations: the compiler's own cycles, on TPU, or the time
   that FLOPs and traffic take at the peaks, and collectives that no other work hides.
 """
@@ -31,7 +31,7 @@ from aoe_jax.planning.communication import collectives
 from aoe_jax.planning.costs import KERNEL_COSTS, Program, likely_seconds, scope
 from aoe_jax.planning.hardware import chip_part, compiling_for, slice_shape
 from aoe_jax.planning.hlo import compile_and_read
-from aoe_jax.training.step import init_state, train_step_on, training_loss
+from aoe_jax.training.step import train_step_on
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def plan(config: Config, generation, devices, compiles=True):
     chip = chip_part(generation, devices)
     mesh = sharding.make_mesh(config, devices)
     fits = likely = text = None
-    memory = dict.fromkeys(("state", "activations", "temp", "total"))
+    memory = dict.fromkeys(("state", "temp", "total"))
     with jax.set_mesh(mesh), compiling_for(devices):
         step, state = train_step_on(mesh, config)
         batch = abstract_batch(config, config.train.batch_size, sharding.batch_sharding(mesh))
@@ -82,7 +82,6 @@ def plan(config: Config, generation, devices, compiles=True):
         elif memory["temp"] is not None:
             log.warning("the compiler wrote no program: no FLOPs and no likely step time")
         memory["state"] = _bytes_per_device(state)
-        memory["activations"] = _activation_bytes(config, n_devices)
     found, received = [], Counter()
     for (kind, axes), (count, size) in sorted(collectives(traced.jaxpr.jaxpr, mesh.shape).items()):
         if size:
@@ -98,11 +97,10 @@ def plan(config: Config, generation, devices, compiles=True):
         by_scope["network"] = by_scope.get("network", 0) + across / chip.slice_bandwidth
     flops = likely and likely.pop("flops")
     useful = config.tokens_per_step * training_flops_per_token(config) / n_devices
-    kept = memory["state"] + config.train.accumulate * memory["activations"]
     seconds = {
         "arithmetic": (flops or useful) / chip.flops,
         "network": within / chip.link_bandwidth + across / chip.slice_bandwidth,
-        "HBM": 2 * kept / chip.hbm_bandwidth,
+        "HBM": 2 * memory["state"] / chip.hbm_bandwidth,
     }
     bound_by, counts = max(seconds, key=seconds.get), parameter_counts(config)
     return {
@@ -133,24 +131,6 @@ def _bytes_per_device(abstract):
         math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
         for a in jax.tree.leaves(abstract)
     )
-
-
-def _activation_bytes(config, n_devices):
-    """Bytes per device that the backward pass of a micro-batch keeps, without parameters."""
-    state = jax.eval_shape(lambda: init_state(config, 0))
-    batch = abstract_batch(config, config.train.batch_size // config.train.accumulate)
-
-    def kept(params, routing_state, batch, key):
-        def loss(params):
-            return training_loss(config, params, routing_state, batch, key)
-
-        return jax.vjp(loss, params, has_aux=True)[1]
-
-    key = jax.eval_shape(lambda: jax.random.key(0))  # nothing may run on these devices
-    leaves = jax.tree.leaves(jax.eval_shape(kept, state.params, state.routing_state, batch, key))
-    parameters = {(a.shape, a.dtype) for a in jax.tree.leaves(state.params)}
-    kept = [a for a in leaves if (a.shape, a.dtype) not in parameters]
-    return sum(a.size * a.dtype.itemsize for a in kept) / n_devices
 
 
 def _compile(traced):
@@ -215,7 +195,7 @@ def table(report):
         f"parameters      {total:,.0f}M, {active:,.0f}M active; "
         f"{report['tokens_per_step']:,} tokens a step",
         f"memory          {sizes['total']} of {gigabytes(report['hbm_bytes'])} a device: state "
-        f"{sizes['state']}, temporary {sizes['temp']} (activations about {sizes['activations']})",
+        f"{sizes['state']}, temporary {sizes['temp']}",
         f"FLOPs           {flops['useful'] / 1e12:.2f}T useful a device and step; compiled "
         f"{ratio or 'not counted'}",
         f"step            at least {report['step_seconds']:.3f} s, bound by {report['bound_by']} "

@@ -13,25 +13,6 @@ FLOPS = 1e12
 TWO = {"a": size_at(FLOPS, 32), "b": size_at(FLOPS, 64)}
 
 
-def test_gaps_during_training_are_paired():
-    found = comparison(TWO, lambda run: 1.0)
-    curves = found.curves
-    of_aoe = (curves["arm"] == "aoe") & (curves["split"] == "validation")
-    curves["nll"] += curves["seed"]  # common to all arms
-    curves.loc[of_aoe & (curves["step"] == 1), "nll"] += 0.5
-    curves.loc[of_aoe & (curves["step"] == 2), "nll"] -= 0.25
-    first = found.finished("a", "moe").iloc[0]
-    config = first["config"]
-    tokens = config.train.batch_size * config.data.seq_len
-    gaps = found.gaps("a")
-    assert list(gaps) == ["aoe", "dense", "active"]
-    assert list(gaps["aoe"]) == [0.5, -0.25] and list(gaps["dense"]) == [0, 0]
-    assert list(gaps.index) == [n * tokens / first["active_non_embedding"] for n in (1, 2)]
-    found.runs.loc[(found.runs["arm"] == "aoe") & (found.runs["seed"] == 1), "state"] = "unfinished"
-    assert list(found.gaps("a")["aoe"]) == [0.5, -0.25]
-    assert "figures/gaps.png" in markdown(found)
-
-
 def test_the_last_line_of_a_failed_run_is_code(tmp_path):
     """Brackets of a log would be links in Markdown, and a pipe would end the cell."""
     found = comparison({"a": TWO["a"]}, lambda run: 1.0)

@@ -68,17 +68,16 @@ def arm(name, **groups):
         (arm("bad", experts={"top_k": 9}), ["size small, arm bad", "experts.top_k=9"]),
         (arm("bad", train={"stepz": 1}), ["arm bad", "config.train.stepz is unknown"]),
         (arm("longer", train={"batch_size": 16}), ["another config.train.batch_size than moe"]),
-        (arm("a/b"), ["arms", "a/b", "letters"]),
+        (arm("a/b"), ["name='a/b'", "letters"]),
         (
             {"arms": ARMS | {"twin": dataclasses.replace(ARMS["aoe"], reference="nobody")}},
-            ["arms['twin'].reference='nobody'"],
+            ["sizes['small'].arms='nobody': choose one of moe, aoe"],
         ),
-        ({"arms": {}}, ["arms", "at least one Arm"]),
-        ({"baseline": "none"}, ["baseline='none'", "moe, aoe"]),
-        ({"sizes": {}}, ["sizes={}: must name at least one Size"]),
+        ({"baseline": "none"}, ["arms='none'", "moe, aoe"]),
+        ({"sizes": {}}, ["sizes={}: must not be empty"]),
         ({"sizes": {"small": Size({}, 0)}}, ["sizes['small'].seeds=0"]),
         ({"sizes": {"wide": Size({}, 1, rate_factor=0)}}, ["sizes['wide'].rate_factor=0"]),
-        ({"sizes": {"small": Size({}, 1, arms=("aoe",))}}, ["must have the baseline 'moe'"]),
+        ({"sizes": {"small": Size({}, 1, arms=("aoe",))}}, ["arms='moe': is the baseline"]),
     ],
 )
 def test_impossible_suites(changes, words):
@@ -170,10 +169,9 @@ def test_the_value_of_a_sweep_wins_over_arms_and_settings():
 @pytest.mark.parametrize(
     ("setting", "values", "changes", "words"),
     [
-        ("experts.d_ffn", (1, 2), {}, ["setting='experts.d_ffn'", "experts.n_experts"]),
-        ("experts.top_k", (2,), {}, ["throughput['it'].values=(2,)", "two or more"]),
+        ("experts.rank", (1, 2), {}, ["config.experts.rank is unknown"]),
         ("experts.top_k", (9, 2), {}, ["throughput it, experts.top_k=9, arm moe"]),
-        ("experts.top_k", (1, 2), {"of": ("aoe",)}, ["must have the baseline 'moe'"]),
+        ("experts.top_k", (1, 2), {"of": ("aoe",)}, ["arms='moe': is the baseline"]),
         (
             "experts.top_k",
             (1, 2),
