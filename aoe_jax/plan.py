@@ -8,7 +8,7 @@ report has parameters, memory per device, FLOPs, communication, and from public 
 on step time and model FLOPs utilisation (MFU). `--config.GROUP.FIELD=VALUE` works like in training;
 `--json=FILE` writes the report. Exit status 3: it does not fit.
 
-`aoe_jax/planning/plan.py` says how the figures are computed.
+`aoe_jax/planning/step_plan.py` says how the figures are computed.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.planning.hardware import topology_devices
-from aoe_jax.planning.plan import plan, table
+from aoe_jax.planning.step_plan import plan, table
 from aoe_jax.storage.files import write_json
 
 _CONFIG = cli.define_config_flag()

@@ -11,7 +11,7 @@ from absl import flags
 
 from aoe_jax.model.attention import backend_for, splash
 from aoe_jax.planning.hardware import chip_part, topology_devices
-from aoe_jax.planning.plan import read_program
+from aoe_jax.planning.step_plan import read_program
 from benchmarks.compiling import compiled_attention
 from benchmarks.timing import parse_shapes, run_benchmark, save
 

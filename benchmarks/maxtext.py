@@ -40,7 +40,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.model.counts import parameter_counts
 from aoe_jax.planning.hardware import CHIPS, chip_part, slice_shape, topology_devices
 from aoe_jax.planning.kernel_costs import KERNEL_COSTS, megablox_cost
-from aoe_jax.planning.plan import plan, read_program
+from aoe_jax.planning.step_plan import plan, read_program
 from aoe_jax.sharding import fill_mesh
 from aoe_jax.training.step import init_state
 from benchmarks.timing import run_benchmark, save

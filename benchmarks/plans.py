@@ -10,7 +10,7 @@ from absl import flags
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.planning.hardware import topology_devices
-from aoe_jax.planning.plan import plan
+from aoe_jax.planning.step_plan import plan
 from benchmarks.timing import check_names, report, run_benchmark
 from configs import large, paper
 

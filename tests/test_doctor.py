@@ -39,7 +39,7 @@ def test_all_parts_on_a_mesh(tmp_path):
     assert report["passed"] and report["machine"]["devices"] == 4
     assert {backend["backend"] for backend in report["backends"]} == {"blocks", "blocked"}
     steps = report["steps"]
-    assert steps["tokens_per_step"] == 8 * 32 and steps["mfu"] is None
+    assert steps["mfu"] is None
     assert steps["tokens_per_second"] == pytest.approx(8 * 32 / steps["step_seconds"])
     assert steps["memory_bytes"]["state_bytes"] > 0
     assert abs(steps["loss"] - math.log(256)) < 1
@@ -286,7 +286,7 @@ def test_fallbacks_are_settings():
 
 
 def test_steps_that_are_not_finite_fail():
-    steps = dict.fromkeys(("tokens_per_second", "step_seconds", "compile_seconds"), 1.0)
+    steps = dict.fromkeys(("tokens_per_second", "step_seconds"), 1.0)
     steps |= {"finite": False, "loss": math.nan, "mfu": None, "memory_bytes": {}}
     verdict = examination.steps_verdict(steps)
     assert not verdict["passed"]

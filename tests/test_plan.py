@@ -16,7 +16,7 @@ from aoe_jax.model.counts import training_flops_per_token
 from aoe_jax.planning import costs, hlo
 from aoe_jax.planning.communication import collectives, each_collective
 from aoe_jax.planning.hardware import CHIPS, topology_devices
-from aoe_jax.planning.plan import abstract_batch, plan, table
+from aoe_jax.planning.step_plan import abstract_batch, plan, table
 from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, rows_of_process
 from aoe_jax.storage.config_files import default_config
 from aoe_jax.training.step import train_step_on

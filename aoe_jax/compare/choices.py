@@ -21,7 +21,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.storage.files import COUNT, one_of, or_none, read_json, write_json
+from aoe_jax.storage.files import COUNT, one_of, read_json, write_json
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.load_statistics import layer_statistics
 from aoe_jax.training.validation import compile_eval_step, validation_batches
@@ -30,9 +30,7 @@ _MOST_BYTES = 2**28  # of routing.json: a hundred layers of 256 experts
 
 
 def observing(decoder: Decoder):
-    """Returns the same decoder, which records the choices of its layers, `[T, n]` bool, as
-    "observed" in its statistics.
-    """
+    """Returns a decoder whose statistics have the choices of its layers, `[T, n]` bool."""
 
     def observe(scores, slots, weights, ctx):
         n_tokens, n = scores.shape
@@ -43,9 +41,9 @@ def observing(decoder: Decoder):
 
 
 def overlap(chosen, final):
-    """Computes the mean share of a token's final experts that another model has chosen too.
+    """Returns the mean share `[L]` of a token's final experts that are also in `chosen`.
 
-    `[L, T, n]` bool, twice -> `[L]`. The mean is over tokens with final experts; 1 without any.
+    Both are `[L, T, n]` bool. The mean is over tokens with final experts; 1 without any.
     """
     wanted, in_common = final.sum(axis=-1), (chosen & final).sum(axis=-1)
     shares = in_common / np.maximum(wanted, 1)  # 0 for tokens without experts
@@ -55,6 +53,7 @@ def overlap(chosen, final):
 
 def analyse(folder: Path, n_tokens: int):
     """Writes `routing.json` of a run, from `n_tokens` of its validation split in whole batches.
+
     Raises `UserError` if the run cannot be read.
     """
     steps, model = Checkpoints(folder).steps(), load_model(folder, "newest")
@@ -73,13 +72,12 @@ def analyse(folder: Path, n_tokens: int):
             run = partial(eval_step, of_step.params, of_step.routing_state)
             found[step] = _gathered([jax.device_get(run(batch)) for batch in batches], is_real)
     final = found[steps[-1]]
-    report = {
-        "wanted_tokens": n_tokens,
+    choices = {
         "tokens": final["chosen"].shape[1],
         "kind": config.experts.kind,
         "checkpoints": [_summary(step, of_step, final) for step, of_step in found.items()],
     }
-    write_json(folder / "routing.json", report, indent=None)
+    write_json(folder / "routing.json", choices, indent=None)
 
 
 def read_choices(file: Path, config: Config):
@@ -91,20 +89,19 @@ def read_choices(file: Path, config: Config):
     shapes = dict.fromkeys(("load", "mean_score"), (n_layers, config.experts.n_experts))
     shapes |= dict.fromkeys(LAYER_COLUMNS, (n_layers,))
     schema = {
-        "wanted_tokens": or_none(COUNT),  # files of earlier versions have none
         "tokens": COUNT,
         "kind": one_of(config.experts.kind),
         "checkpoints": [{"step": COUNT}],
     }
-    report = read_json(file, wanted, schema, _MOST_BYTES)
-    for checkpoint in report["checkpoints"]:
+    choices = read_json(file, wanted, schema, _MOST_BYTES)
+    for checkpoint in choices["checkpoints"]:
         for name, shape in shapes.items():
             try:
                 checkpoint[name] = np.array(checkpoint.get(name), np.float64).reshape(shape)
             except (TypeError, ValueError) as e:
                 problem = f"{name} is not numbers of shape {[*shape]}"
                 raise UserError(f"{file} cannot be read: {problem}; {wanted}") from e
-    return report
+    return choices
 
 
 def _gathered(results, is_real):

@@ -83,7 +83,8 @@ def _read_run(run, folder, seconds):
     ]
 
 
-def row_of(run: Run, seconds_per_step, report, **columns):
+def row_of(run: Run, seconds_per_step, choices, **columns):
+    """Returns a row of `Results.runs`; `choices` is the content of routing.json or None."""
     config, counts = run.config, parameter_counts(run.config)
     steps, flops_per_token = config.train.steps, training_flops_per_token(config)
     tokens = steps * config.tokens_per_step
@@ -103,8 +104,8 @@ def row_of(run: Run, seconds_per_step, report, **columns):
         "seconds": steps * seconds_per_step,
         "seconds_per_step": seconds_per_step,
         "tokens_per_second": config.tokens_per_step / seconds_per_step,
-        "report": report,
-        **_at_the_end(report),
+        "choices": choices,
+        **_at_the_end(choices),
         **columns,
     }
 
@@ -118,15 +119,15 @@ def curve_of(row, split, step, nll):
     return pd.DataFrame(keys | costs | {"nll": np.asarray(nll, float)}, columns=CURVE_COLUMNS)
 
 
-def _at_the_end(report):
+def _at_the_end(choices):
     """Returns columns of `Results.runs` from a run's routing.json: means over layers at the end.
 
     `dead_experts` is a sum over layers. `settled_first` and `settled_half` are the overlaps with
     the final choices at the first checkpoint and at half of the training.
     """
-    if report is None:
+    if choices is None:
         return {}
-    checkpoints, last = report["checkpoints"], report["checkpoints"][-1]
+    checkpoints, last = choices["checkpoints"], choices["checkpoints"][-1]
     found = {name: np.mean(last[name]) for name in LAYER_MEANS}
     # Shares of tokens add up to a whole number but for rounding.
     found["experts_per_token"] = round(float(np.sum(last["load"], axis=1).mean()), 6)
@@ -161,4 +162,5 @@ def read_costs(suite: Suite, workdir: Path):
                     "config": configs[arm],
                 }
                 rows.setdefault(name, []).append(row)
-    return {name: pd.DataFrame(of_sweep) for name, of_sweep in rows.items()}
+    frames = {name: pd.DataFrame(of_sweep) for name, of_sweep in rows.items()}
+    return {name: frame for name, frame in frames.items() if suite.baseline in {*frame["arm"]}}

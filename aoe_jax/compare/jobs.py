@@ -24,7 +24,6 @@ ALLOCATOR = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
     "glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
 )
-POLL_SECONDS = 0.2
 
 
 def beside(path: Path, suffix):
@@ -110,7 +109,7 @@ class Machine:
                 while free and waiting:
                     job, slot = waiting.pop(0), free.pop(0)
                     running[job] = slot, _start(job, slot, self.environment)
-                time.sleep(POLL_SECONDS)
+                time.sleep(0.2)
                 ended = [job for job, (_, process) in running.items() if process.poll() is not None]
                 for job in ended:
                     slot, process = running.pop(job)

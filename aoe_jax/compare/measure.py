@@ -2,10 +2,11 @@
 
     python -m aoe_jax.compare.measure --suite=FILE --workdir=DIR --point=NAME
 
-A point is a size of the suite, or a value of one of its sweeps. The comparison starts a process for
-each point that is not measured yet. For a size it analyses the choices of the finished runs, and
-times the steps of the trained models. For a value of a sweep it times the steps of untrained models
-on random tokens. The arms take steps in turn. The results are in `DIR/measured/NAME.json`.
+A point is a size of the suite, or a value of one of its sweeps. `aoe_jax.compare` starts a process
+for each point that is not measured yet. For a size the process analyses the choices of the finished
+runs, and times the steps of the trained models. For a value of a sweep it times the steps of
+untrained models on random tokens. The arms take steps in turn. The results are in
+`DIR/measured/NAME.json`.
 """
 
 import contextlib
@@ -104,17 +105,14 @@ def measure_suite(suite: Suite, workdir: Path, machine: Machine, suite_flags):
 def unanalysed(suite: Suite, workdir: Path, size):
     """Returns the folders of finished runs of a size whose last choices are not analysed yet."""
 
-    def is_analysed(folder, run):
-        file = folder / "routing.json"
-        found = read_choices(file, run.config) if file.exists() else None
-        last = found and (found["checkpoints"][-1]["step"], found.get("wanted_tokens"))
-        return last == (run.config.train.steps, suite.routing_tokens)
-
-    return [
-        folder
-        for folder, run in finished_runs(suite, workdir, size).items()
-        if run.config.routing.choice(run.config.experts) and not is_analysed(folder, run)
-    ]
+    found = []
+    for folder, run in finished_runs(suite, workdir, size).items():
+        file, steps = folder / "routing.json", run.config.train.steps
+        checkpoints = read_choices(file, run.config)["checkpoints"] if file.exists() else []
+        is_analysed = checkpoints and checkpoints[-1]["step"] == steps
+        if run.config.routing.choice(run.config.experts) and not is_analysed:
+            found.append(folder)
+    return found
 
 
 @contextlib.contextmanager

@@ -41,8 +41,6 @@ AXES = {
 }
 SMOOTHING = 0.04  # share of the steps over which training losses are averaged
 MAX_LAYERS = 4  # for which norms are drawn
-LABEL_WIDTH = 34  # characters of a line of a label beside an axis
-MAX_KEY = 16  # experts that a legend distinguishes
 POINTS = {"fmt": "o", "markersize": 4, "capsize": 2}  # with error bars
 
 drawn = matplotlib.rc_context(SETTINGS)  # decorates a function that draws
@@ -142,7 +140,7 @@ def scaling(fitted, styles, xlabel):
 @drawn
 def differences(rows, styles):
     """Draws differences with their intervals, one line for each of `[(arm, label, Estimate)]`."""
-    rows = [(arm, textwrap.fill(label, LABEL_WIDTH), found) for arm, label, found in rows]
+    rows = [(arm, textwrap.fill(label, width=34), found) for arm, label, found in rows]
     lines = sum(1 + label.count("\n") for _, label, _ in rows)
     figure, (axes,) = _new(0.9 + 0.09 * len(rows) + 0.15 * lines)
     for height, (arm, _, found) in enumerate(reversed(rows)):
@@ -187,7 +185,7 @@ def against_setting(panels, styles, xlabel):
 def load_heatmaps(results, size):
     """Draws the final loads of the first seed of each analysed arm, a panel for each."""
     of_arms = results.routed(size).items()
-    final = {results.labels[arm]: reports[0]["checkpoints"][-1] for arm, reports in of_arms}
+    final = {results.labels[arm]: choices[0]["checkpoints"][-1] for arm, choices in of_arms}
     return draw_loads(final, WIDTH)
 
 
@@ -196,14 +194,14 @@ def some_layers(n_layers):
 
 
 @drawn
-def scores_through_training(report, name, title):
+def scores_through_training(choices, name, title):
     """Draws the mean score (`name`) of every expert at each checkpoint, as the paper's Fig. 4.
 
-    `report` is the routing.json of a run.
+    `choices` is the content of a routing.json.
     """
-    steps = [checkpoint["step"] for checkpoint in report["checkpoints"]]
+    steps = [checkpoint["step"] for checkpoint in choices["checkpoints"]]
     # [checkpoints, layers, experts]
-    scores = np.array([checkpoint["mean_score"] for checkpoint in report["checkpoints"]])
+    scores = np.array([checkpoint["mean_score"] for checkpoint in choices["checkpoints"]])
     layers, n = some_layers(scores.shape[1]), scores.shape[2]
     experts = styles_of({i: i for i in range(n)})
     figure, panels = _new(0.6 + 1.35 * len(layers), len(layers))
@@ -215,7 +213,7 @@ def scores_through_training(report, name, title):
         axes.set_ylabel(f"mean {name}")
     panels[-1].set_xlabel("step")
     figure.suptitle(title, x=0.02, ha="left", fontsize=9)
-    if n <= MAX_KEY:
+    if n <= 16:  # a legend distinguishes that many
         options = {"title": "expert", "title_fontsize": 8, "handlelength": 1.6}
         figure.legend(handles=[*panels[0].lines], loc="outside right upper", **options)
     return figure

@@ -75,7 +75,6 @@ def to_markdown(r: Results, costs, **of_workdir):
         return f"![{caption}](figures/{name}.png)\\\n*{caption}*"
 
     compared = [(size, arm, r.difference(size, arm)) for size, arm in r.pairs]
-    reports = r.runs["report"].dropna()
     markdown = TEMPLATES.get_template("report.md.j2").render(
         r=r,
         suite=r.suite,
@@ -83,13 +82,11 @@ def to_markdown(r: Results, costs, **of_workdir):
         compared=[row for row in compared if row[1] != r.suite.baseline and row[2].n],
         scaling={scale: r.scaling(scale) for scale in SCALES},
         in_turn=r.finished_runs["timed_in_turn"].all(),
-        states=states(r),
         routed_sizes=[size for size in r.sizes if r.routed(size)],
-        sweeps=sweeps(r, costs),
+        sweeps=[sweep_of(r, name, frame) for name, frame in costs.items()],
         not_causal=not_causal(r),
         drops=r.runs["dropped_share"].notna().any(),
         scales=SCALES,
-        routing_tokens="/".join(map(str, sorted({report["tokens"] for report in reports}))),
         routing_digits=ROUTING_DIGITS,
         pictures=pictures,
         styles=pictures.styles_of(r.labels),
@@ -117,13 +114,6 @@ def to_html(markdown, workdir, title):
     converter.add_render_rule("image", image)
     body = converter.render(markdown)
     return TEMPLATES.get_template("page.html.j2").render(title=title, body=body)
-
-
-def states(r: Results):
-    counts = r.runs["state"].value_counts()
-    others = [name for name in ("diverged", "failed", "unfinished") if name in counts]
-    finished = f"{counts.get('finished', 0)} of {len(r.runs)} finished"
-    return ", ".join([finished, *(f"{counts[name]} {name}" for name in others)])
 
 
 def not_causal(r: Results):
@@ -160,13 +150,8 @@ def _as_code(line):
     return "`" + line[:200].replace("`", "'").replace("|", "¦") + "`"
 
 
-def sweeps(r: Results, costs):
-    """Returns for each sweep `name`, `figure`, `caption`, and the `rows` of a table."""
-    base = r.suite.baseline
-    return [_sweep(r, name, frame) for name, frame in costs.items() if (frame["arm"] == base).any()]
-
-
-def _sweep(r, name, frame):
+def sweep_of(r, name, frame):
+    """Returns the `name`, `figure`, `caption` and table `rows` of a sweep in `read_costs`."""
     setting, base = r.suite.throughput[name].setting, r.suite.baseline
     label = r.labels[base]
     table = frame.assign(megabytes=frame["memory_bytes"] / 1e6).pivot(

@@ -47,7 +47,7 @@ MORE_RUN_COLUMNS = [
     "timed_in_turn",  # False: seconds are the run's own median
     "last_line",  # of the log
     "config",
-    "report",  # its routing.json, or NaN
+    "choices",  # the content of routing.json, or NaN
 ]
 CURVE_COLUMNS = [*KEYS, "split", "step", "tokens", "flops", "seconds", "nll"]
 LAYER_MEANS = ["load_entropy", "confidence_entropy", "max_violation"]
@@ -88,8 +88,8 @@ class Results:
     def routing(self):
         """A row for each run, checkpoint and layer: ROUTING_COLUMNS."""
         rows = []
-        for *keys, report in self.runs.dropna(subset="report")[[*KEYS, "report"]].to_numpy():
-            for checkpoint in report["checkpoints"]:
+        for *keys, choices in self.runs.dropna(subset="choices")[[*KEYS, "choices"]].to_numpy():
+            for checkpoint in choices["checkpoints"]:
                 for layer, load in enumerate(checkpoint["load"]):
                     of_layer = [checkpoint[name][layer] for name in LAYER_COLUMNS]
                     rows.append([*keys, checkpoint["step"], layer, sum(load), *of_layer])
@@ -113,9 +113,9 @@ class Results:
         return [(size, arm) for size in self.sizes for arm in self.arms(size)]
 
     def routed(self, size):
-        """Returns `{arm: [routing.json of each seed]}` of the analysed runs of a size."""
-        found = {arm: [*self.finished(size, arm)["report"].dropna()] for arm in self.arms(size)}
-        return {arm: reports for arm, reports in found.items() if reports}
+        """Returns `{arm: [choices of each seed]}` of the analysed runs of a size."""
+        found = {arm: [*self.finished(size, arm)["choices"].dropna()] for arm in self.arms(size)}
+        return {arm: of_seeds for arm, of_seeds in found.items() if of_seeds}
 
     def of_finished(self, frame, size):
         """Returns the rows of `curves` or `routing` of the finished runs of a size."""

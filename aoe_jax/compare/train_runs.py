@@ -61,12 +61,8 @@ def is_finished(folder: Path, run: Run):
 
 
 def has_diverged(folder: Path):
-    return folder.exists() and _status(folder) == DivergedError.status
-
-
-def _status(folder):
     ended = read_outcome(folder)
-    return ended and ended["status"]
+    return folder.exists() and bool(ended) and ended["status"] == DivergedError.status
 
 
 def read_summary(file: Path):
@@ -87,10 +83,10 @@ def train_suite(suite: Suite, workdir: Path, machine: Machine):
         if not (is_finished(folder, run) or has_diverged(folder))
     }
     # One that fails again and again must not keep the others from their turn.
-    failed_last = sorted(left.items(), key=lambda item: bool(_status(item[1])))
-    if jobs := [_job(run, folder) for run, folder in failed_last]:
-        log.info("%d of %d runs to do, %d at a time", len(jobs), len(folders), len(machine.slots))
-        machine.run(jobs)
+    failed_last = sorted(left.items(), key=lambda item: bool(read_outcome(item[1])))
+    jobs = [_job(run, folder) for run, folder in failed_last]
+    log.info("%d of %d runs to do, %d at a time", len(jobs), len(folders), len(machine.slots))
+    machine.run(jobs)
 
 
 def _job(run, folder):

@@ -148,10 +148,8 @@ def take_steps(config: Config):
     `memory.program_memory` and, where the backend counts it, the peak of this process; `finite`
     says whether every step was finite.
     """
-    started = time.perf_counter()
-    step = RepeatedStep(config)
+    step, seconds, finite = RepeatedStep(config), [], []
     jax.block_until_ready(step())
-    compile_seconds, seconds, finite = time.perf_counter() - started, [], []
     for _ in range(STEPS):
         started = time.perf_counter()
         metrics = jax.block_until_ready(step())
@@ -161,8 +159,6 @@ def take_steps(config: Config):
     peak = peak_flops_per_device(jax.devices())
     flops = tokens * training_flops_per_token(config) / jax.device_count() / median
     return {
-        "tokens_per_step": tokens,
-        "compile_seconds": compile_seconds,
         "step_seconds": median,
         "tokens_per_second": tokens / median,
         "mfu": flops / peak if peak else None,
@@ -185,7 +181,7 @@ def steps_verdict(steps):
     mfu = f", MFU {steps['mfu']:.3f}" if steps["mfu"] else ""
     text = (
         f"{loss}; {steps['tokens_per_second']:,.0f} tokens/s, {1e3 * steps['step_seconds']:.4g} ms "
-        f"a step{mfu}, compiled in {steps['compile_seconds']:.0f} s; memory of a device: {memory}"
+        f"a step{mfu}; memory of a device: {memory}"
     )
     return verdict | {"text": text}
 

@@ -39,7 +39,7 @@ class Array:
         return self.bytes if self.in_hbm else 0.0
 
     def _padded_size(self):
-        """Elements, with the dimensions that the first tile of the layout covers rounded up."""
+        # The first tile of the layout covers the last dimensions, which are rounded up.
         tiled = re.match(r"\{([\d,]*):T\(([\d,]+)\)", self.layout)
         if not tiled or not self.dims:
             return math.prod(self.dims)

@@ -50,11 +50,6 @@ class Case(NamedTuple):
     terms: int
     is_collective: bool = False  # the function shares the work among the devices of the mesh
 
-    @property
-    def arrays(self):
-        """The shapes of the arguments and of the gradient of the result."""
-        return [*self.arguments.values(), self.result]
-
 
 def everywhere(mesh, function):
     """The jitted function, computed by every device on its own copy of the arguments."""
@@ -118,7 +113,7 @@ def check(case: Case, mesh, dtype):
     function = jax.jit(function) if case.is_collective else everywhere(mesh, function)
     reference = everywhere(mesh, exactly(with_gradients(case.reference), dtype))
     names, results = ["y", *(f"d_{name}" for name in case.arguments)], []
-    *arrays, g = drawn(mesh, case.arrays, dtype)
+    *arrays, g = drawn(mesh, [*case.arguments.values(), case.result], dtype)
     for name, given in case.inputs.items():
         args = arrays, g, given
         of_devices = np.asarray(compare(function(*args), reference(*args)))
@@ -149,20 +144,15 @@ def sequences_per_device(config: Config):
     return config.train.batch_size // math.prod(config.mesh.shape[:3])
 
 
-def attention_shape(config: Config, b):
-    """`(B, H, G, S, h)` of b sequences on a device."""
-    m, tensor = config.model, config.mesh.tensor
-    heads = m.n_heads // tensor, m.kv_heads // tensor
-    return (b, *heads, config.data.seq_len, m.head_width)
-
-
 def attention_cases(config: Config, backend):
     """Cases of the attention of a device: causal and with documents, and with grouped heads."""
-    shape = attention_shape(config, min(2, sequences_per_device(config)))
-    b, n_heads, n_kv, s, h = shape
+    m, s, h = config.model, config.data.seq_len, config.model.head_width
+    n_heads, n_kv = m.n_heads // config.mesh.tensor, m.kv_heads // config.mesh.tensor
+    b = min(2, sequences_per_device(config))
     starts = np.random.default_rng(0).random((b, s)) < 4 / s
     documents = (np.cumsum(starts, axis=1, dtype=np.int32),)
-    cases = [attention_case(backend, shape, {"causal": (), "documents": documents})]
+    inputs = {"causal": (), "documents": documents}
+    cases = [attention_case(backend, (b, n_heads, n_kv, s, h), inputs)]
     if n_kv == n_heads > 1:
         inputs = {"documents, grouped heads": documents}
         cases.append(attention_case(backend, (b, n_heads, 1, s, h), inputs))

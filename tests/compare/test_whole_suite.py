@@ -98,7 +98,7 @@ def test_begun_again_it_trains_the_rest_and_shows_what_failed():
     assert [states.pop(("a", "broken", seed)) for seed in ("0", "1")] == ["failed", "failed"]
     assert set(states.values()) == {"finished"} and len(states) == 4
     markdown = (folder / "work/report.md").read_text()
-    assert "4 of 6 finished, 2 failed" in markdown
+    assert "Runs: 6, 4 finished, 2 failed." in markdown
     failed = markdown[markdown.index("## Failed runs") :]
     assert "a: broken, seed 1" in failed and "runs/a/broken/seed_1.log" in failed
 
