@@ -26,7 +26,7 @@ _SHAPES = flags.DEFINE_list("shapes", ["8x12x12x2048x64", "2x12x12x8192x64"], "B
 
 
 def figure(devices, chip, backend, shape):
-    """The figures of one backend for one shape."""
+    """Returns the figures of one backend for one shape."""
     compiled, text = compiled_attention(devices, backend, shape)
     found = read_program(text, chip, shape=())
     return {

@@ -39,13 +39,13 @@ PRODUCTS = ("forward", "d_rows", "d_weights")
 
 
 def devices_of(generation):
-    """Devices of a generation, which need not be here."""
+    """Returns devices of a generation, which may be absent."""
     check_names("generations", [generation], TOPOLOGIES)
     return topology_devices(TOPOLOGIES[generation])[1]
 
 
 def compiled_attention(devices, backend, shape):
-    """`hlo.compile_and_read` of one backend for one shape `(B, H, G, S, h)`, on one device."""
+    """Compiles attention for one device; `shape` is `(B, H, G, S, h)`. As `compile_and_read`."""
     b, n_heads, n_kv, s, h = shape
     mesh = Mesh(np.array(devices[:1]), ("one",), axis_types=(AxisType.Auto,))
     *arrays, g = (
@@ -103,7 +103,7 @@ def megablox_tile_flops(m, d, f, n_experts, itemsize):
 
 
 def experts_layer(config: Config):
-    """The `ExpertsLayer` of a configuration, in its dtype."""
+    """Returns the `ExpertsLayer` of a configuration, in its dtype."""
     return ExpertsLayer(
         experts=config.experts,
         routing=config.routing,
@@ -114,7 +114,7 @@ def experts_layer(config: Config):
 
 
 def unweighted_aux_loss(stats, balance):
-    """`sum_i f_i P_i` of `LayerStats`; 0 without a balance loss."""
+    """Returns `sum_i f_i P_i` of `LayerStats`; 0 without a balance loss."""
     return (stats.load * stats.mean_probability).sum() if balance.has_loss else 0.0
 
 

@@ -102,10 +102,7 @@ def raising(kernel):
 
 
 def wrong_on_one_device(kernel):
-    def call(*args):
-        return kernel(*args) * jnp.where(jax.lax.axis_index("data") == 1, 1.02, 1.0)
-
-    return call
+    return lambda *args: kernel(*args) * jnp.where(jax.lax.axis_index("data") == 1, 1.02, 1.0)
 
 
 def wrong_gradient(kernel):
@@ -117,38 +114,24 @@ def wrong_gradient(kernel):
     return call
 
 
-BREAKAGES = [scaled, without_numbers, raising, wrong_gradient]
-
-
-OTHERS = [pytest.param(breakage, marks=pytest.mark.slow) for breakage in (without_numbers, raising)]
-
-
-@pytest.mark.parametrize("breakage", [scaled, wrong_gradient, *OTHERS])
-def test_a_wrong_grouped_product_is_named(monkeypatch, breakage):
-    right = grouped_matmul.BACKENDS["ragged"]
-    monkeypatch.setitem(grouped_matmul.BACKENDS, "ragged", breakage(right))
+def use_ragged(monkeypatch, kernel):
+    monkeypatch.setitem(grouped_matmul.BACKENDS, "ragged", kernel)
     monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "ragged")
+
+
+SLOW = [pytest.param(breakage, marks=pytest.mark.slow) for breakage in (without_numbers, raising)]
+
+
+@pytest.mark.parametrize("breakage", [scaled, wrong_gradient, *SLOW])
+def test_a_wrong_grouped_product_is_named(monkeypatch, breakage):
+    use_ragged(monkeypatch, breakage(grouped_matmul.BACKENDS["ragged"]))
     monkeypatch.setattr(kernel_checks, "attention_cases", lambda *args: [])
-    config = fitted(small(experts__d_wide=32), 1)
-    found = judged(config)
+    found = judged(small(experts__d_wide=32))
     verdict = found["grouped products ragged"]
     assert not verdict["passed"] and not found["AoE layer"]["passed"]
     assert verdict["fallback"] == "--config.experts.grouped_matmul=blocked"
-    if breakage is raising:
-        assert "RuntimeError: no such instruction" in verdict["text"]
-    if breakage is wrong_gradient:
-        assert "(d_rows, " in verdict["text"]
-
-
-@pytest.mark.slow
-def test_the_fallback_of_grouped_products_passes(monkeypatch):
-    monkeypatch.setitem(grouped_matmul.BACKENDS, "ragged", raising(None))
-    monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "ragged")
-    monkeypatch.setattr(kernel_checks, "attention_cases", lambda *args: [])
-    config = fitted(small(experts__d_wide=32, experts__grouped_matmul="blocked"), 1)
-    found = judged(config)
-    passed = {name: verdict["passed"] for name, verdict in found.items()}
-    assert passed == {"grouped products blocked": True, "AoE layer": True}
+    words = {raising: "RuntimeError: no such instruction", wrong_gradient: "(d_rows, "}
+    assert words.get(breakage, "") in verdict["text"]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +139,7 @@ def test_the_fallback_of_grouped_products_passes(monkeypatch):
     [
         (wrong_on_one_device, "float32"),
         (wrong_gradient, "bfloat16"),
-        *(pytest.param(b, "float32", marks=pytest.mark.slow) for b in BREAKAGES),
+        pytest.param(without_numbers, "float32", marks=pytest.mark.slow),
         pytest.param(scaled, "bfloat16", marks=pytest.mark.slow),
     ],
 )
@@ -192,50 +175,41 @@ def without_one_row(kernel):
     return lambda rows, weights, sizes: kernel(rows, weights, sizes).at[100].set(0)
 
 
-def checked(case, dtype):
+def checked(config, case_of):
     """Whether a case passes on one device, by input."""
-    results = kernel_checks.check(case, jax.sharding.get_mesh(), dtype)
+    mesh = make_mesh(config, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        results = kernel_checks.check(case_of(config), mesh, config.model.dtype)
     return {result["input"]: result["passed"] for result in results}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_error_in_a_small_part_of_an_array_fails(monkeypatch, dtype):
-    sizes = {"n_heads": 24, "d_model": 192}
-    settings = {f"model__{name}": value for name, value in sizes.items()}
-    settings |= {"model__dtype": dtype, "data__seq_len": 512, "train__batch_size": 1}
-    config = fitted(small(**settings), 1)
+    sizes = {"model__n_heads": 24, "model__d_model": 192, "data__seq_len": 512}
+    config = fitted(small(model__dtype=dtype, train__batch_size=1, **sizes), 1)
     right, product = attention.BACKENDS["blocks"], grouped_matmul.BACKENDS["ragged"]
-    mesh = make_mesh(config, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-
-        def attention_passes(kernel):
-            monkeypatch.setitem(attention.BACKENDS, "blocks", kernel)
-            case, _ = kernel_checks.attention_cases(config, "blocks")
-            return checked(case, dtype)
-
-        def product_passes(kernel):
-            monkeypatch.setitem(grouped_matmul.BACKENDS, "ragged", kernel)
-            monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "ragged")
-            return checked(kernel_checks.grouped_case(config, "ragged", (4, 64, 64)), dtype)
-
-        assert attention_passes(right) == {"causal": True, "documents": True}
-        wrong = without_d_k_at_the_end(right)
-        assert attention_passes(wrong) == {"causal": False, "documents": False}
-        wrong = without_documents_in_one_head(right)
-        assert attention_passes(wrong) == {"causal": True, "documents": False}
-        passed = product_passes(product)
-        assert len(passed) == 3 and all(passed.values())
-        assert not any(product_passes(without_one_row(product)).values())
+    for kernel, causal, documents in (
+        (right, True, True),
+        (without_d_k_at_the_end(right), False, False),
+        (without_documents_in_one_head(right), True, False),
+    ):
+        monkeypatch.setitem(attention.BACKENDS, "blocks", kernel)
+        found = checked(config, lambda config: kernel_checks.attention_cases(config, "blocks")[0])
+        assert found == {"causal": causal, "documents": documents}
+    for kernel, passes in ((product, True), (without_one_row(product), False)):
+        use_ragged(monkeypatch, kernel)
+        shape = 4, 64, 64
+        found = checked(config, lambda config: kernel_checks.grouped_case(config, "ragged", shape))
+        assert [*found.values()] == 3 * [passes]
 
 
 @pytest.mark.slow
 def test_rounding_in_the_gradient_of_an_empty_group_passes():
     """Of 8 groups one is empty, where backend 'blocked' subtracts what it added."""
-    config = fitted(small(data__seq_len=256), 1)
-    with jax.set_mesh(make_mesh(config, jax.devices()[:1])):
-        case = kernel_checks.grouped_case(config, "blocked", (8, 128, 32))
-        assert all(checked(case, "float32").values())
+    config, shape = fitted(small(data__seq_len=256), 1), (8, 128, 32)
+    found = checked(config, lambda config: kernel_checks.grouped_case(config, "blocked", shape))
+    assert all(found.values())
 
 
 ONE = {"experts__n_experts": 1, "experts__top_k": 1}  # whose scores have no gradient
@@ -245,17 +219,15 @@ WHOLE = {"experts__score_neurons": 4, "experts__score": "max", "model__dtype": "
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [ONE, ONE | {"experts__kind": "router"}, WHOLE])
 def test_special_layers_pass(changes):
-    config = fitted(small(**changes), 1)
-    with jax.set_mesh(make_mesh(config, jax.devices()[:1])):
-        case = kernel_checks.layer_case(config)
-        assert checked(case, config.model.dtype) == {"all experts": True}
+    assert checked(fitted(small(**changes), 1), kernel_checks.layer_case) == {"all experts": True}
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_is_infinitely_wrong(value):
+def test_the_error_of_numbers_that_are_not_finite_is_infinite():
     want = jax.random.normal(jax.random.key(0), (2, 200, 4))
     assert kernel_checks._relative_error(want, want) == 0
-    assert kernel_checks._relative_error(want.at[1, 199, 3].set(value), want) == jnp.inf
+    for value in (math.nan, math.inf):
+        got = want.at[1, 199, 3].set(value)
+        assert kernel_checks._relative_error(got, want) == jnp.inf
 
 
 @pytest.mark.slow

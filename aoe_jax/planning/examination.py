@@ -63,7 +63,7 @@ def _in_words(verdict):
 
 
 def fitted(config: Config, n_devices):
-    """The configuration for all devices, in one micro-batch of at most `MAX_TOKENS` a device."""
+    """Returns the configuration in one micro-batch of at most `MAX_TOKENS` per device."""
     config = fill_mesh(config, n_devices)
     shards, train = math.prod(config.mesh.shape[:3]), config.train
     sequences = train.batch_size // train.accumulate // shards
@@ -73,7 +73,7 @@ def fitted(config: Config, n_devices):
 
 
 def _attempt(function, *args):
-    """The result, or `{"error": last line of the exception}`; a user's mistake is raised."""
+    """Returns the result, or `{"error": last line of the exception}`; raises a user's mistake."""
     try:
         return function(*args)
     except UserError:
@@ -84,7 +84,7 @@ def _attempt(function, *args):
 
 
 def choose_backends(config, device):
-    """The backends of attention and of each grouped product, and why they are chosen."""
+    """Returns the backends of attention and of each grouped product with reasons."""
     m, dtype, chosen = config.model, jnp.dtype(config.model.dtype), config.experts.grouped_matmul
     name = attention_backend(device, dtype, m.head_width)
     why = _why(device, name == "blocks", partial(check_cudnn, dtype, m.head_width))
@@ -105,7 +105,7 @@ def choose_backends(config, device):
 
 
 def _why(device, is_plain, check):
-    """Why a backend is chosen: `check` raises the reason why a kernel for GPUs is refused."""
+    """Returns why a backend is chosen; `check` raises the reason against a kernel for GPUs."""
     if is_plain and device.platform == "gpu":
         try:
             check()
@@ -169,7 +169,7 @@ def take_steps(config: Config):
 
 
 def steps_verdict(steps):
-    """The verdict on the result of `take_steps`, or on its `error`."""
+    """Returns the verdict on the result of `take_steps`, or on its `error`."""
     verdict = {"name": "training steps", "passed": steps.get("finite", False)}
     if "error" in steps:
         return verdict | {"text": steps["error"]}
@@ -187,7 +187,7 @@ def steps_verdict(steps):
 
 
 def fallback(kernel, config: Config):
-    """The setting that avoids a kernel, in words."""
+    """Returns the setting that avoids a kernel, in words."""
     kind, _, backend = kernel.rpartition(" ")
     if backend in ("blocks", "blocked", "rowwise"):
         return "none, it is plain JAX"

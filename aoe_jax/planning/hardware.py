@@ -43,13 +43,13 @@ class Chip:
     devices: float = 1  # devices of a chip
 
     def part(self, share):
-        """The peaks of a device that is a share of the chip."""
+        """Returns the peaks of a device that is a share of the chip."""
         names = ("flops", "hbm_bytes", "hbm_bandwidth", "link_bandwidth", "slice_bandwidth")
         own = {name: share * getattr(self, name) for name in names}
         return replace(self, devices=self.devices / share, **own)
 
     def group_bandwidth(self, shape, n_devices):
-        """Bytes per second into a device from the others of a group, in a ring algorithm.
+        """Returns bytes per second into a device from the others of a group, in a ring algorithm.
 
         The group spans whole dimensions of the slice where it can, as the meshes of JAX do;
         otherwise it is placed where it has most links. A whole dimension that closes to a ring
@@ -88,19 +88,19 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which f
 
 
 def chip_part(generation, devices):
-    """The peaks of one device; `generation` is a key of `CHIPS`."""
+    """Returns the peaks of one device; `generation` is a key of `CHIPS`."""
     return CHIPS[generation].part(count_chips(devices) / len(devices))
 
 
 def slice_shape(devices):
-    """Chips along each dimension of a TPU slice; () for other devices."""
+    """Returns chips along each dimension of a TPU slice; () for other devices."""
     if devices[0].platform != "tpu":
         return ()
     return tuple(max(sizes) + 1 for sizes in zip(*(d.coords for d in devices), strict=True))
 
 
 def machine():
-    """The conditions of a measurement by name: devices, cores, versions, allocator settings."""
+    """Describes this machine by name: devices, cores, versions, allocator settings."""
     installed = {package.name: package.version for package in metadata.distributions()}
     return {
         "device": jax.devices()[0].device_kind,
@@ -114,7 +114,7 @@ def machine():
 
 
 def topology_devices(topology, n_slices=1):
-    """`(generation, devices)` to compile for; this process then runs its own programs on CPU.
+    """Returns `(generation, devices)` to compile for; other programs then run on CPU.
 
     `topology` is a generation and the shape of a slice, such as "v5e:16x16", or the number of GPUs
     of a node, such as "h100:8". Raises `UserError` for an unknown name or shape, or a compiler that
@@ -165,8 +165,9 @@ def _gpu_options(target, topology):
 
 
 def compiling_for(devices):
-    """A context in which `jax.devices()` returns these devices, because Pallas kernels for GPUs ask
-    the first one for its number of cores.
+    """Returns a context in which `jax.devices()` returns these devices.
+
+    Pallas kernels for GPUs read the number of cores from the first device.
     """
     real = jax.devices
 

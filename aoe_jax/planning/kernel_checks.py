@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
 
 def everywhere(mesh, function):
-    """The jitted function, computed by every device on its own copy of the arguments."""
+    """Returns a jitted function that every device computes on its own copy of the arguments."""
     spec = PartitionSpec()
     return jax.jit(
         jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
@@ -60,7 +60,7 @@ def everywhere(mesh, function):
 
 
 def drawn(mesh, shapes, dtype):
-    """Arrays of standard normal numbers, a copy on every device."""
+    """Returns arrays of standard normal numbers, a copy on every device."""
 
     def draw():
         sizes = [math.prod(shape) for shape in shapes]
@@ -73,7 +73,7 @@ def drawn(mesh, shapes, dtype):
 
 
 def with_gradients(function):
-    """`(arrays, g, given) -> (y, *gradients of arrays)`; g is the gradient of y."""
+    """Returns a function `(arrays, g, given) -> (y, *gradients)`; g is the gradient of y."""
 
     def call(arrays, g, given):
         y, pull_back = jax.vjp(lambda *arrays: function(*arrays, *given), *arrays)
@@ -83,7 +83,7 @@ def with_gradients(function):
 
 
 def exactly(function, dtype):
-    """The float32 reference at high matmul precision, to check results in `dtype`."""
+    """Returns the float32 reference at high matmul precision, to check results in `dtype`."""
 
     def widened(a):
         return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
@@ -140,12 +140,12 @@ def _relative_error(got, want):
 
 
 def sequences_per_device(config: Config):
-    """Sequences of a step that a device holds; devices along the tensor axis share theirs."""
+    """Returns the sequences per device; devices along the tensor axis share theirs."""
     return config.train.batch_size // math.prod(config.mesh.shape[:3])
 
 
 def attention_cases(config: Config, backend):
-    """Cases of the attention of a device: causal and with documents, and with grouped heads."""
+    """Returns cases of attention: causal, with documents, and with grouped heads."""
     m, s, h = config.model, config.data.seq_len, config.model.head_width
     n_heads, n_kv = m.n_heads // config.mesh.tensor, m.kv_heads // config.mesh.tensor
     b = min(2, sequences_per_device(config))
@@ -160,7 +160,7 @@ def attention_cases(config: Config, backend):
 
 
 def attention_case(backend, shape, inputs):
-    """The case of attention at `(B, H, G, S, h)`; an input is documents `[B, S]` or nothing."""
+    """Returns the case at `(B, H, G, S, h)`; an input is empty or has documents `[B, S]`."""
     b, n_heads, n_kv, s, h = shape
 
     def plain(q, k, v, *documents):
@@ -184,7 +184,7 @@ def attention_case(backend, shape, inputs):
 
 
 def expert_shapes(config: Config):
-    """`{weight: (E, D, F)}` of a layer's grouped products on a device; {} if it groups no rows."""
+    """Returns `{weight: (E, D, F)}` of a layer's grouped products per device; {} without them."""
     if config.experts.kind not in ("aoe", "router"):
         return {}
     mesh, sizes = config.mesh, config.experts.sizes(config.model.d_model)
@@ -194,13 +194,13 @@ def expert_shapes(config: Config):
 
 
 def rows_per_device(config: Config):
-    """Rows of a grouped product under balanced loads."""
+    """Returns the rows of a grouped product per device under balanced loads."""
     k = experts_per_token(config) or config.experts.top_k
     return round(sequences_per_device(config) * config.data.seq_len * k)
 
 
 def group_sizes(m, n_experts):
-    """Sizes of groups by name; "uneven" has an empty group, and a tenth of the m rows in none."""
+    """Returns group sizes by name; "uneven" has an empty group, and m/10 rows in no group."""
     rng = np.random.default_rng(0)
     even = rng.multinomial(m, np.full(n_experts, 1 / n_experts))
     uneven = rng.multinomial(m * 9 // 10, rng.dirichlet(np.full(n_experts, 0.5)))
@@ -212,7 +212,7 @@ def group_sizes(m, n_experts):
 
 
 def grouped_case(config: Config, backend, shape):
-    """The case of a grouped product and its two gradients, weights `[E, D, F]` of `shape`."""
+    """Returns the case of a grouped product; `shape` is that of the weights, `(E, D, F)`."""
     m, (n, d, f) = rows_per_device(config), shape
 
     def plain(rows, weights, sizes):
@@ -241,12 +241,11 @@ def grouped_case(config: Config, backend, shape):
 
 
 def layer_case(config: Config):
-    """The case of a layer of experts on the mesh, against Algorithm 1 or 2; None if it has no such
-    reference.
+    """Returns the case of a layer of experts on the mesh, against Algorithm 1 or 2.
 
-    Every token takes all experts, `LAYER_EXPERTS` or two a device: with fewer, rounding may change
-    the choice. The score is the norm: rounding may change which activation is the largest. A shared
-    expert is left out.
+    It is None if the layer follows neither. Every token takes all experts, `LAYER_EXPERTS` or two
+    per device: with fewer, rounding may change the choice. The score is the norm: rounding may
+    change which activation is the largest. A shared expert is left out.
     """
     e = config.experts
     if e.kind not in ("aoe", "router") or e.large_router or (e.low_rank and e.kind == "router"):

@@ -15,7 +15,7 @@ _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def splash_cost(name, operands, results):
-    """The cost of a splash kernel.
+    """Returns the cost of a splash kernel.
 
     A block of queries meets the blocks of keys that are not entirely in its future, so it reads
     only a part of the keys; in `dkv` a block of keys reads a part of the queries. The mask, which
@@ -43,7 +43,7 @@ def splash_cost(name, operands, results):
 
 
 def cudnn_cost(name, operands, results):
-    """The cost of attention by cuDNN.
+    """Returns the cost of attention by cuDNN.
 
     Every position meets itself and those before it. All arrays are read or written once.
     """
@@ -57,7 +57,7 @@ def cudnn_cost(name, operands, results):
 
 
 def megablox_cost(name, operands, results, tiles=tiles):
-    """The cost of a Megablox kernel.
+    """Returns the cost of a Megablox kernel.
 
     `tiles` are those of the kernel. Weights are read once if the whole depth is in one tile, else
     again for each tile of rows; rows once for each tile of the width. The kernel lists the tiles of
@@ -81,7 +81,7 @@ def megablox_cost(name, operands, results, tiles=tiles):
 
 
 def mosaic_gpu_cost(name, operands, results):
-    """The cost of a grouped product by Mosaic GPU.
+    """Returns the cost of a grouped product by Mosaic GPU.
 
     Rows are read once in every pass over them, for d_weights once, since the blocks of an expert
     advance along its rows together.
