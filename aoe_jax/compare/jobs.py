@@ -80,9 +80,9 @@ class Machine:
     def here(cls, workdir: Path, n_jobs: int | None):
         """Describes this machine, and adds it to `machine.json` in the directory of a suite.
 
-        A machine whose package versions or commit have changed counts as another one. There are
-        `n_jobs` jobs at a time; None: one for each core on CPU, else one. Several jobs on GPUs
-        share them out. Raises `UserError` if JAX does not start, or `n_jobs` is impossible here.
+        A machine whose package versions or commit have changed counts as another one. `n_jobs` jobs
+        run at a time; None: one per core on CPU, else one. GPUs are divided among them. Raises
+        `UserError` if JAX does not start, or `n_jobs` is impossible here.
         """
         description = _describe()
         earlier = read_machines(workdir) if (workdir / "machine.json").exists() else []
@@ -95,13 +95,13 @@ class Machine:
         }
         return cls(description["backend"], slots_of(description, n_jobs), environment)
 
-    def run(self, jobs: list[Job], together=True):
-        """Runs jobs in order, one at a time in each slot, or in one slot if not `together`.
+    def run(self, jobs: list[Job]):
+        """Runs jobs in order, one at a time in each slot.
 
         A job that fails stops no other. SIGTERM and Ctrl-C end the call by `Preempted` and
         `Interrupted`, after the running jobs were asked to stop and have ended.
         """
-        waiting, free = list(jobs), self.slots[: None if together else 1]
+        waiting, free = list(jobs), list(self.slots)
         running, n_ended, n_failed = {}, 0, 0  # running: Job -> (its slot, Popen)
         advice = "what is done is saved; the same command goes on from there"
         try:
@@ -185,8 +185,9 @@ def _output_of(*command):
 
 
 def slots_of(machine, n_jobs):
-    """Returns the slots of a machine: on CPU a core each, on GPUs an equal share of them. Raises
-    `UserError` if the machine has no `n_jobs` such slots.
+    """Returns a slot for each CPU core or for an equal share of the GPUs.
+
+    Raises `UserError` if the machine cannot run `n_jobs` at a time.
     """
     if machine["backend"] == "cpu":
         cores = sorted(os.sched_getaffinity(0))
@@ -197,7 +198,7 @@ def slots_of(machine, n_jobs):
     require_flag(machine["backend"] == "gpu", "jobs", n_jobs, wanted)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(machine["devices"])]
-    wanted = f"must divide the {len(devices)} GPUs, which runs share out"
+    wanted = f"must divide the {len(devices)} GPUs"
     require_flag(len(devices) % n_jobs == 0, "jobs", n_jobs, wanted)
     share = len(devices) // n_jobs
     shares = [devices[i : i + share] for i in range(0, len(devices), share)]

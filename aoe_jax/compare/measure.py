@@ -13,6 +13,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -99,12 +100,11 @@ def measure_suite(suite: Suite, workdir: Path, machine: Machine, suite_flags):
             output = measured_file(workdir, point)
             output.parent.mkdir(exist_ok=True)
             jobs.append(Job(f"measuring {point}", tuple(command), output))
-    machine.run(jobs, together=False)
+    replace(machine, slots=machine.slots[:1]).run(jobs)
 
 
 def unanalysed(suite: Suite, workdir: Path, size):
     """Returns the folders of finished runs of a size whose last choices are not analysed yet."""
-
     found = []
     for folder, run in finished_runs(suite, workdir, size).items():
         file, steps = folder / "routing.json", run.config.train.steps
@@ -125,15 +125,13 @@ def _noting(name, failed):
         failed.append(f"{name}: {type(e).__name__}: {e}")
 
 
-def measure_point(file: Path, configs: Mapping[str, Config], failed, folders):
-    """Times the steps of all arms and writes `file`; adds reasons of failures to `failed`.
-
-    `folders` has the run of the trained model by arm.
-    """
-    steps = {}
+def measure_point(suite: Suite, workdir: Path, point, failed):
+    """Times the steps of all arms of a point; adds reasons of failures to `failed`."""
+    configs, steps = configs_by_point(suite, workdir)[point], {}
+    folders = {run.arm: folder for folder, run in _first_seeds(suite, workdir, point).items()}
     for arm, config in configs.items():
         with _noting(f"steps of {arm}", failed):
-            folder = folders.get(arm)
+            folder = folders.get(arm)  # None: an untrained model
             batches = folder and validation_batches(folder, config, config.train.batch_size)
             steps[arm] = RepeatedStep(config, next(batches) if folder else None, folder)
     seconds, costs = seconds_in_turn(steps), {}
@@ -141,7 +139,7 @@ def measure_point(file: Path, configs: Mapping[str, Config], failed, folders):
         memory = step.memory["state_bytes"] + step.memory["temporary_bytes"]
         costs[arm] = {"seconds": seconds[arm], "memory_bytes": memory}
     by_arm = {arm: config.to_dict() for arm, config in configs.items()}
-    write_json(file, {"configs": by_arm, "costs": costs})
+    write_json(measured_file(workdir, point), {"configs": by_arm, "costs": costs})
     log.info("seconds of a step: %s", ", ".join(f"{arm} {s:.4g}" for arm, s in seconds.items()))
 
 
@@ -155,10 +153,7 @@ def main():
             analyse(folder, suite.routing_tokens)
             log.info("analysed the choices of %s", folder)
     if point not in suite.sizes or jax.default_backend() == "cpu":
-        configs = configs_by_point(suite, workdir)[point]
-        first_seeds = _first_seeds(suite, workdir, point)
-        folders = {run.arm: folder for folder, run in first_seeds.items()}
-        measure_point(measured_file(workdir, point), configs, failed, folders)
+        measure_point(suite, workdir, point, failed)
     for reason in failed:
         log.error("%s", reason)
     return 1 if failed else 0
