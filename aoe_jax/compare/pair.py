@@ -43,15 +43,13 @@ def pairs(runs: pd.DataFrame, arms):
 
     Returns `[(size, (Estimate, Estimate), Estimate of the difference)]`.
     """
-    given, known = ",".join(arms), runs["arm"].unique()
-    are_two = len(arms) == len({*arms}) == 2
-    require_flag(are_two, "arms", given, "name two arms, such as aoe_d3_free,moe_free")
-    for arm in arms:
-        wanted = f"{arm} has finished no run there; choose one of {', '.join(known)}"
-        require_flag(arm in known, "arms", given, wanted)
+    known = runs["arm"].unique()
+    are_two = len({*arms} & {*known}) == len(arms) == 2
+    wanted = f"name two arms with finished runs, of {', '.join(known)}"
+    require_flag(are_two, "arms", ",".join(arms), wanted)
     of_both = runs[runs["arm"].isin(arms)]
     wide = of_both.pivot_table("validation_nll", ["size", "seed"], "arm").dropna()
-    require_flag(len(wide), "arms", given, "no size and seed has both")
+    require_flag(len(wide), "arms", ",".join(arms), "no size and seed has both")
     found = []
     for size in (size for size in runs["size"].unique() if size in wide.index):
         first, second = (wide.loc[size][arm] for arm in arms)

@@ -40,7 +40,6 @@ AXES = {
     "seconds": "seconds of training steps",
 }
 SMOOTHING = 0.04  # share of the steps over which training losses are averaged
-MAX_LAYERS = 4  # for which norms are drawn
 POINTS = {"fmt": "o", "markersize": 4, "capsize": 2}  # with error bars
 
 drawn = matplotlib.rc_context(SETTINGS)  # decorates a function that draws
@@ -190,7 +189,7 @@ def load_heatmaps(results, size):
 
 
 def some_layers(n_layers):
-    return np.unique(np.linspace(0, n_layers - 1, min(n_layers, MAX_LAYERS)).round().astype(int))
+    return np.unique(np.linspace(0, n_layers - 1, min(n_layers, 4)).round().astype(int))
 
 
 @drawn

@@ -92,14 +92,9 @@ def to_markdown(r: Results, costs, **of_workdir):
         styles=pictures.styles_of(r.labels),
         picture=picture,
         mean=mean,
-        misses=_misses,
         **of_workdir,
     )
     return markdown, drawn
-
-
-def _misses(groups, fit):
-    return ", ".join(f"{mean(nlls).value - fit(x):+.3f}" for x, nlls in groups.items())
 
 
 def to_html(markdown, workdir, title):

@@ -13,13 +13,8 @@ from aoe_jax.compare.jobs import Job, Machine, beside, read_outcome
 from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.errors import DivergedError, UserError
 from aoe_jax.storage.config_files import read_run_config
-from aoe_jax.storage.files import NUMBER, Kind, or_none, read_json, write_json
+from aoe_jax.storage.files import NUMBER, or_none, read_json, write_json
 from aoe_jax.training.run_folder import check_config, read_identities
-
-_NUMBERS = Kind(
-    "numbers by name",
-    lambda v: isinstance(v, dict) and all(map(or_none(NUMBER).holds, v.values())),
-)
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +61,7 @@ def has_diverged(folder: Path):
 
 
 def read_summary(file: Path):
-    return read_json(file, schema={"metrics": _NUMBERS, "memory": or_none(_NUMBERS)})
+    return read_json(file, schema={"metrics": {str: or_none(NUMBER)}})
 
 
 def train_suite(suite: Suite, workdir: Path, machine: Machine):

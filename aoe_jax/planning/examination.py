@@ -22,7 +22,6 @@ from aoe_jax.moe.grouped_matmul.mosaic_gpu import check as check_mosaic_gpu
 from aoe_jax.planning import kernel_checks
 from aoe_jax.planning.hardware import machine
 from aoe_jax.sharding import fill_mesh, make_mesh
-from aoe_jax.training.memory import device_memory
 from aoe_jax.training.peaks import peak_flops_per_device
 from aoe_jax.training.step_times import RepeatedStep
 
@@ -144,9 +143,8 @@ def kernel_verdicts(config, mesh, backends):
 def take_steps(config: Config):
     """Takes `STEPS` training steps on random tokens.
 
-    `step_seconds` is the median; `mfu` is None without a published peak; `memory_bytes` has
-    `memory.program_memory` and, where the backend counts it, the peak of this process; `finite`
-    says whether every step was finite.
+    `step_seconds` is the median; `mfu` is None without a published peak; `finite` says whether
+    every step was finite.
     """
     step, seconds, finite = RepeatedStep(config), [], []
     jax.block_until_ready(step())
@@ -162,7 +160,6 @@ def take_steps(config: Config):
         "step_seconds": median,
         "tokens_per_second": tokens / median,
         "mfu": flops / peak if peak else None,
-        "memory_bytes": step.memory | device_memory(),
         "loss": float(metrics["loss"]),
         "finite": all(finite),
     }
@@ -173,16 +170,10 @@ def steps_verdict(steps):
     verdict = {"name": "training steps", "passed": steps.get("finite", False)}
     if "error" in steps:
         return verdict | {"text": steps["error"]}
-    memory = ", ".join(
-        f"{part.removesuffix('_bytes').replace('_', ' ')} {size / 1e9:.3g} GB"
-        for part, size in steps["memory_bytes"].items()
-    )
     loss = f"loss {steps['loss']:.3f}" + ("" if steps["finite"] else ", not finite in every step")
     mfu = f", MFU {steps['mfu']:.3f}" if steps["mfu"] else ""
-    text = (
-        f"{loss}; {steps['tokens_per_second']:,.0f} tokens/s, {1e3 * steps['step_seconds']:.4g} ms "
-        f"a step{mfu}; memory of a device: {memory}"
-    )
+    text = f"{loss}; {1e3 * steps['step_seconds']:.4g} ms a step, "
+    text += f"{steps['tokens_per_second']:,.0f} tokens/s{mfu}"
     return verdict | {"text": text}
 
 

@@ -1,14 +1,14 @@
 """Kernels against plain references in float32, on all devices of a mesh at the same time.
 
-The error of an array is the largest over its blocks of 128 rows: the norm of the difference from
-the reference over the norm of the reference. It is infinite where a number is not finite.
+The error of an array is the largest of its blocks of 128 rows: the norm of the difference from the
+reference over the norm of the reference, or infinity if a number is not finite.
 
     tolerance = roundings * eps + sqrt(terms) * eps(float32)
 
-where eps is that of the dtype of computation and `terms` the length of the longest sum. `roundings`
-counts roundings to this dtype in a forward pass: 1 in a grouped product (its result), 2 in
-attention (probabilities and result), 4 in a layer (gate, up projection, their product and the
-result). Platforms that multiply float32 in a shorter format have the eps of that format.
+where eps is that of the dtype of computation, or of the shorter format in which a platform
+multiplies float32, and `terms` is the length of the longest sum. `roundings` counts roundings to
+this dtype in a forward pass: 1 in a grouped product (result), 2 in attention (probabilities,
+result), 4 in a layer (gate, up projection, their product, result).
 """
 
 import dataclasses

@@ -40,20 +40,11 @@ def test_the_command_prints_the_differences_of_the_committed_results(capsys):
     assert all(words in row for row, words in zip(rows, wanted, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("arms", "words"),
-    [
-        (["moe_aux"], "--arms=moe_aux: name two arms"),
-        (["moe_aux", "moe_aux"], "name two arms"),
-        (["moe_aux", "aoe"], "aoe has finished no run there; choose one of moe_aux, moe_free"),
-    ],
-)
-def test_wrong_arms(arms, words):
-    with pytest.raises(UserError, match=words):
-        pairs(finished_runs(SMALL), arms)
-
-
-def test_arms_without_a_run_in_common():
+def test_wrong_arms():
+    for arms in (["moe_aux"], ["moe_aux", "moe_aux"], ["moe_aux", "aoe"]):
+        words = f"--arms={','.join(arms)}: name two arms with finished runs, of moe_aux, moe_free"
+        with pytest.raises(UserError, match=words):
+            pairs(finished_runs(SMALL), arms)
     rows = [done("s", "a", 0, 3.0), done("s", "b", 1, 3.0), done("t", "b", 0, 3.0)]
     with pytest.raises(UserError, match="--arms=a,b: no size and seed has both"):
         pairs(frame(*rows), ["a", "b"])

@@ -11,7 +11,7 @@ from aoe_jax.model.counts import parameter_counts
 from aoe_jax.moe.grouped_matmul import _that_takes
 from configs import tiny
 from configs.compare.arms import DENSE, DENSE_ACTIVE, aoe, moe
-from tests import runs as commands
+from tests.in_process import execute
 from tests.runs import ROOT
 
 ARMS = {"moe": moe("aux"), "aoe": aoe(4, "free"), "dense": DENSE, "active": DENSE_ACTIVE}
@@ -105,7 +105,7 @@ def test_mistakes_on_the_command_line_end_with_status_2(tmp_path):
         ("--set=train.stepz=1", "config.train.stepz is unknown"),
     ):
         command = ["-m", "aoe_jax.compare", f"--suite={TINY}", f"--workdir={tmp_path}/w", argument]
-        status, _, stderr = commands.run(command)
+        status, _, stderr = execute(command)
         assert status == 2 and words in stderr and "Traceback" not in stderr, stderr
     assert not list((tmp_path / "w").glob("runs/*"))
 
