@@ -6,7 +6,7 @@ corpus. Of the four scoring rates that `screen.py` offers, each arm has the one 
 loss there: 0.1 for the published AoE, 0.3 for the MoE, for whole gates that 16 neurons score by
 their norm (`aoe_whole`) and for those that one signed neuron scores (`aoe_one`). At 149k, seeds 0
 to 2 repeat runs of that suite; seeds 3 and 4 had no part in the choice. All arms have the same
-best learning rate in `rates.py`; wider models have it in inverse proportion to d_model. The larger
+best learning rate (`rates.py`); wider models have it in inverse proportion to d_model. The larger
 two sizes leave out `aoe_one`. Arms without L_aux (`none`, `free`: the loss-free bias) show how load
 balances by itself.
 """

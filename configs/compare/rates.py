@@ -2,9 +2,10 @@
 `--suite=configs/compare/rates.py`.
 
 Runs are short, 420 steps at the smallest size and 400 at the middle one of `isoflop.py`, with one
-seed that those suites do not use. The best rates are in those suites: 0.02 for all arms of
-`confirm.py`; in `small.py` 0.04 for `moe_free` and `dense`, 0.02 for the others; in `isoflop.py`
-0.02 for the MoE, 0.01 for the others.
+seed that those suites do not use. A search over the same rates, at the commit that
+`results/README.md` names, chose the rates in those suites: 0.02 for all arms of `confirm.py`; in
+`small.py` 0.04 for `moe_free` and `dense`, 0.02 for the others; in `isoflop.py` 0.02 for the MoE,
+0.01 for the others.
 """
 
 from dataclasses import replace
