@@ -1,13 +1,12 @@
-"""Checks the kernels and measures the speed of this machine.
+"""Checks devices, kernels and a training step on this machine.
 
     python -m aoe_jax.doctor [--config=FILE[:VARIANT]] [--json=FILE]
 
 It prints devices, versions, and each backend with the reason for its choice. It checks each kernel
-and the layers of experts against plain references, values and gradients, at the shapes of the
-configuration; measures matmul peak, HBM bandwidth, attention, grouped products and collectives;
-runs ten steps of AoE and its MoE twin beside their plan; and ends with a verdict on each kernel,
-and the setting to use instead of a bad one. Nothing is downloaded. Exit status 1: a check, a
-measurement or a training step failed.
+and the layer of experts against plain references, values and gradients, at the shapes of the
+configuration, and takes ten training steps. Each check prints its verdict, and the setting to use
+instead of a kernel that fails. Nothing is downloaded. Exit status 1: a check or a training step
+failed.
 
 All devices work at the same time on the mesh of the configuration, by default `configs/tiny.py` on
 CPU and `configs/doctor.py` elsewhere. `--config.GROUP.FIELD=VALUE` works like in training, and so
@@ -23,7 +22,7 @@ from aoe_jax import cli, distributed
 from aoe_jax.storage.files import write_json
 
 _CONFIG = cli.define_config_flag()
-_JSON = flags.DEFINE_string("json", None, "a file for all figures")
+_JSON = flags.DEFINE_string("json", None, "a file for the report")
 
 
 def main():
@@ -32,7 +31,7 @@ def main():
     distributed.start()
     import jax  # may start only after `distributed.start`
 
-    from aoe_jax.planning.doctor.examination import examine
+    from aoe_jax.planning.examination import examine
 
     on_cpu = jax.default_backend() == "cpu"
     config = cli.parsed_config(_CONFIG, "configs/tiny.py" if on_cpu else "configs/doctor.py")

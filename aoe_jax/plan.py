@@ -6,10 +6,9 @@ The real train step is compiled for TPU slices, `--topology=GENERATION:SHAPE [--
 `libtpu` from its wheel, or for the GPUs of a node, `--topology=h100:8`, with JAX's CUDA wheels. The
 report has parameters, memory per device, FLOPs, communication, and from public peak figures bounds
 on step time and model FLOPs utilisation (MFU). `--config.GROUP.FIELD=VALUE` works like in training;
-`--json=FILE` writes the report. Exit status 3: it does not fit. `--suggest` then tries other
-meshes, the nearest first.
+`--json=FILE` writes the report. Exit status 3: it does not fit.
 
-`aoe_jax/planning/plan.py` says how the figures are computed.
+`aoe_jax/planning/step_plan.py` says how the figures are computed.
 """
 
 from functools import partial
@@ -18,28 +17,20 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.planning.hardware import topology_devices
-from aoe_jax.planning.plan import plan, suggest, table
+from aoe_jax.planning.step_plan import plan, table
 from aoe_jax.storage.files import write_json
 
 _CONFIG = cli.define_config_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:16x16 or h100:8")
 _SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that shape", lower_bound=1)
-_SUGGEST = flags.DEFINE_bool(
-    "suggest", False, "if it does not fit, find the nearest mesh that fits"
-)
 _JSON = flags.DEFINE_string("json", None, "a file for the report")
 
 
 def main():
     config, topology = cli.parsed_config(_CONFIG), cli.required(_TOPOLOGY)
     file = cli.file_to_write(_JSON)
-    generation, devices = topology_devices(topology, _SLICES.value)
-    report = plan(config, generation, devices)
+    report = plan(config, *topology_devices(topology, _SLICES.value))
     print(table(report))
-    if not report["fits"] and _SUGGEST.value:
-        better = report["suggestion"] = suggest(config, generation, devices)
-        found = f"this mesh fits:\n{table(better)}" if better else "no other mesh was found to fit"
-        print(f"\n{found}")
     if file:
         write_json(file, report)
     return 0 if report["fits"] else 3

@@ -11,7 +11,7 @@ from absl import flags
 
 from aoe_jax.model.attention import backend_for, splash
 from aoe_jax.planning.hardware import chip_part, topology_devices
-from aoe_jax.planning.plan import read_program
+from aoe_jax.planning.step_plan import read_program
 from benchmarks.compiling import compiled_attention
 from benchmarks.timing import parse_shapes, run_benchmark, save
 
@@ -26,7 +26,7 @@ _SHAPES = flags.DEFINE_list("shapes", ["8x12x12x2048x64", "2x12x12x8192x64"], "B
 
 
 def figure(devices, chip, backend, shape):
-    """The figures of one backend for one shape."""
+    """Returns the figures of one backend for one shape."""
     compiled, text = compiled_attention(devices, backend, shape)
     found = read_program(text, chip, shape=())
     return {

@@ -18,7 +18,7 @@ from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.grouped_matmul.megablox import tiles
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.scoring import KEPT_ROUTING
-from aoe_jax.planning.doctor import kernels
+from aoe_jax.planning import kernel_checks
 from aoe_jax.planning.hardware import CHIPS, topology_devices
 from aoe_jax.planning.hlo import compile_and_read
 from aoe_jax.sharding import fill_mesh, make_mesh, replicated
@@ -39,22 +39,22 @@ PRODUCTS = ("forward", "d_rows", "d_weights")
 
 
 def devices_of(generation):
-    """Devices of a generation, which need not be here."""
+    """Returns devices of a generation, which may be absent."""
     check_names("generations", [generation], TOPOLOGIES)
     return topology_devices(TOPOLOGIES[generation])[1]
 
 
 def compiled_attention(devices, backend, shape):
-    """`hlo.compile_and_read` of one backend for one shape `(B, H, G, S, h)`, on one device."""
+    """Compiles attention for one device; `shape` is `(B, H, G, S, h)`. As `compile_and_read`."""
     b, n_heads, n_kv, s, h = shape
     mesh = Mesh(np.array(devices[:1]), ("one",), axis_types=(AxisType.Auto,))
     *arrays, g = (
         jax.ShapeDtypeStruct((b, n, s, h), jnp.bfloat16, sharding=replicated(mesh))
         for n in (n_heads, n_kv, n_kv, n_heads)
     )
-    function = kernels.with_gradients(partial(causal_attention, backend=backend))
+    function = kernel_checks.with_gradients(partial(causal_attention, backend=backend))
     with jax.set_mesh(mesh):
-        return compile_and_read(kernels.everywhere(mesh, function).lower(arrays, g, ()))
+        return compile_and_read(kernel_checks.everywhere(mesh, function).lower(arrays, g, ()))
 
 
 def expert_shapes():
@@ -63,7 +63,7 @@ def expert_shapes():
     for module in (tiny, paper):
         for variant in module.VARIANTS:
             config = Config.from_config_dict(module.get_config(variant))
-            shapes |= {shape[1:] for shape in kernels.expert_shapes(config).values()}
+            shapes |= {shape[1:] for shape in kernel_checks.expert_shapes(config).values()}
     return sorted(shapes)
 
 
@@ -77,7 +77,7 @@ def lower_for(device, backend, m, d, f, n_experts, dtype, product=None):
         forward = partial(grouped_matmul, backend=backend)
         if product == "forward":  # some backends have no gradient
             return forward(rows, weights, group_sizes)
-        found = kernels.with_gradients(forward)((rows, weights), g, (group_sizes,))
+        found = kernel_checks.with_gradients(forward)((rows, weights), g, (group_sizes,))
         return found[PRODUCTS.index(product)] if product else found
 
     shapes = [
@@ -103,7 +103,7 @@ def megablox_tile_flops(m, d, f, n_experts, itemsize):
 
 
 def experts_layer(config: Config):
-    """The `ExpertsLayer` of a configuration, in its dtype."""
+    """Returns the `ExpertsLayer` of a configuration, in its dtype."""
     return ExpertsLayer(
         experts=config.experts,
         routing=config.routing,
@@ -114,7 +114,7 @@ def experts_layer(config: Config):
 
 
 def unweighted_aux_loss(stats, balance):
-    """`sum_i f_i P_i` of `LayerStats`; 0 without a balance loss."""
+    """Returns `sum_i f_i P_i` of `LayerStats`; 0 without a balance loss."""
     return (stats.load * stats.mean_probability).sum() if balance.has_loss else 0.0
 
 

@@ -22,7 +22,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of an evaluated r
 
 
 def xz_size(text: bytes):
-    """Bytes that `xz -9e` compresses the text to."""
+    """Returns the size of the text compressed by `xz -9e`, in bytes."""
     return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
 
 

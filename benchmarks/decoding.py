@@ -36,7 +36,7 @@ CONTRAST = Contrast(beta=0.5)
 
 
 def variants(d_model):
-    """`{name: (variant of configs/tiny.py, its experts)}`."""
+    """Returns `{name: (variant of configs/tiny.py, its experts)}`."""
     few = {"n_experts": 8, "top_k": 2, "d_ffn": 2 * d_model}
     many = {"n_experts": 64, "top_k": 8, "d_ffn": d_model // 2}
     return {
@@ -51,7 +51,7 @@ def variants(d_model):
 
 
 def model_of(variant, experts, d_model, n_layers):
-    """`(config, decoder, parameters stacked over layers, parameters for decoding)`."""
+    """Returns `(config, decoder, parameters stacked over layers, parameters for decoding)`."""
     model = {"d_model": d_model, "n_layers": n_layers, "dtype": "float32", "unroll": n_layers}
     config = configuration(variant, {"model": model, "mesh": {"data": 1}, "experts": experts})
     decoder = Decoder.from_config(config)
@@ -60,7 +60,7 @@ def model_of(variant, experts, d_model, n_layers):
 
 
 def decoding(decoder, params, batch, length, contrast=None):
-    """A function without arguments that reads STEPS tokens one by one."""
+    """Returns a function without arguments that reads STEPS tokens one by one."""
     decoders = (decoder,) if contrast is None else strong_and_weak(decoder, contrast)
     m = decoder.model
     shape = (batch, m.kv_heads, length + STEPS, m.head_width)
@@ -83,7 +83,7 @@ def decoding(decoder, params, batch, length, contrast=None):
 
 
 def recomputing(decoder, params, batch, length):
-    """A function without arguments that reads texts from the start, once."""
+    """Returns a function without arguments that reads texts from the start, once."""
     tokens = jax.random.randint(jax.random.key(0), (batch, length), 0, decoder.model.vocab_size)
 
     @jax.jit
@@ -95,7 +95,7 @@ def recomputing(decoder, params, batch, length):
 
 
 def token_bytes(config):
-    """Bytes of float32 weights that a token needs: the active ones, the W_gate_down of all AoE
+    """Counts bytes of float32 weights of a token: the active ones, the W_gate_down of all AoE
     experts, and the table.
     """
     c, counts = config.experts, parameter_counts(config)

@@ -89,7 +89,7 @@ def _figure(device, backend, sizes, dtype, product):
 
 
 def _in_own_process(*args):
-    """`figures`; a kernel that does not compile may end its process, or make later ones fail."""
+    """Calls `figures` in a process that a kernel which does not compile may end."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(figures, *args).result()
@@ -105,7 +105,7 @@ def _in_words(figure):
 
 
 def _shapes():
-    """The shapes of `--shapes`, `(D, F)`."""
+    """Returns the shapes of `--shapes`, `(D, F)`."""
     if _SHAPES.value == ["all"]:
         return expert_shapes()
     return parse_shapes(_SHAPES.value, "give two sizes, such as 768x3072, or all", n_sizes=2)

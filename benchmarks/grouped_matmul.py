@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags
 
 from aoe_jax.moe.grouped_matmul import grouped_matmul
-from aoe_jax.planning.doctor.kernels import with_gradients
+from aoe_jax.planning.kernel_checks import with_gradients
 from benchmarks.timing import (
     compiled,
     machine_in_words,

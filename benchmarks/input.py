@@ -49,7 +49,7 @@ def write_descriptions(folder: Path):
 
 
 def waits(step, state, iterators, put, n_steps):
-    """Seconds of `n_steps` steps and of the waits after them, arm -> `(steps, waits)`."""
+    """Returns seconds of `n_steps` steps and of the waits after them, arm -> `(steps, waits)`."""
     batches = {arm: put(next(iterator)) for arm, iterator in iterators.items()}
     seconds = {arm: ([], []) for arm in iterators}
     for _ in range(WARM_UP + n_steps):

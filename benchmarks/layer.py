@@ -44,7 +44,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each function", lo
 
 
 def configurations(d, n_experts, top_k, d_ffn):
-    """name -> `(Config, name of its baseline)`."""
+    """Returns `{name: (Config, name of its baseline)}`."""
     model = ModelConfig(n_heads=1, d_model=d, dtype=_DTYPE.value)
     shared = {"n_experts": n_experts, "top_k": top_k, "d_ffn": d_ffn}
     aoe = ExpertsConfig(kind="aoe", d_low=round(d / 3), **shared)
@@ -64,14 +64,14 @@ def configurations(d, n_experts, top_k, d_ffn):
 
 
 def _inputs(config, n_tokens):
-    """The layer of a configuration, random tokens `[T, d]` and parameters."""
+    """Returns the layer of a configuration, random tokens `[T, d]` and parameters."""
     layer = experts_layer(config)
     x = jax.random.normal(jax.random.key(0), (n_tokens, config.model.d_model), layer.dtype)
     return layer, x, jax.jit(layer.init)(jax.random.key(1), x)["params"]
 
 
 def _gradient(config, n_tokens):
-    """A function that runs forward+backward in parameters and tokens, and the program's bytes."""
+    """Returns a function for the gradient in parameters and tokens, and its program's bytes."""
     layer, x, params = _inputs(config, n_tokens)
 
     def loss(params, x):
@@ -86,7 +86,7 @@ def _gradient(config, n_tokens):
 
 
 def _phases(config, n_tokens):
-    """name -> a function that runs one phase of an AoE layer, forward."""
+    """Returns functions that run one phase of an AoE layer, forward, by name."""
     layer, x, params = _inputs(config, n_tokens)
     w, k = {name: a.astype(layer.dtype) for name, a in params.items()}, config.experts.top_k
     transport = Local(Devices(), config.experts.n_experts, all_used=True)

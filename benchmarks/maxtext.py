@@ -40,7 +40,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.model.counts import parameter_counts
 from aoe_jax.planning.hardware import CHIPS, chip_part, slice_shape, topology_devices
 from aoe_jax.planning.kernel_costs import KERNEL_COSTS, megablox_cost
-from aoe_jax.planning.plan import plan, read_program
+from aoe_jax.planning.step_plan import plan, read_program
 from aoe_jax.sharding import fill_mesh
 from aoe_jax.training.step import init_state
 from benchmarks.timing import run_benchmark, save
@@ -228,7 +228,7 @@ def compile_maxtext(python, fields, xla_flags):
 
 
 def our_configuration(variant, n_devices):
-    """The `Config` of a variant of `configs/paper.py`, with all devices along `fsdp`."""
+    """Returns the `Config` of a variant of `configs/paper.py`, with all devices along `fsdp`."""
     config = paper.get_config(variant)
     changes = {"mesh.fsdp": n_devices, "train.batch_size": SEQUENCES * n_devices}
     config.update_from_flattened_dict(SETTINGS | changes)
@@ -236,7 +236,7 @@ def our_configuration(variant, n_devices):
 
 
 def our_size(config):
-    """The size of our model and of its step, with the names of `maxtext_compile.py`."""
+    """Returns the size of our model and of its step, with the names of `maxtext_compile.py`."""
     state = [a for a in jax.tree.leaves(jax.eval_shape(lambda: init_state(config, 0))) if a.ndim]
     return {
         "layers": config.model.n_layers,
@@ -269,20 +269,20 @@ def check_sizes(name, size, reference):
 
 
 def _tiles(m, k, n, n_experts, itemsize):
-    """The tiles of its grouped products, by default: 512 rows and at most 1,024 of each width."""
+    """Returns MaxText's default tiles: 512 rows and at most 1,024 of each width."""
     tile = 512, min(k, 1024), min(n, 1024)
     return {"forward": tile, "d_weights": tile}
 
 
 def _read(text, chip, shape):
-    """`read_program` of a program of MaxText."""
+    """Returns `read_program` of a program of MaxText."""
     grouped = partial(megablox_cost, tiles=_tiles)
     others = [cost for cost in KERNEL_COSTS if cost is not megablox_cost]
     return read_program(text, chip, shape, [grouped, *others])
 
 
 def row(name, temp_bytes, report):
-    """A figure of the table from `temp_bytes` and what `read_program` returns."""
+    """Returns a figure of the table from `temp_bytes` and what `read_program` returns."""
     return {
         "program": name,
         "temp_bytes": temp_bytes,
@@ -294,7 +294,7 @@ def row(name, temp_bytes, report):
 
 
 def table(figures):
-    """The figures as lines of text, also relative to the first."""
+    """Returns the figures as lines of text, also relative to the first."""
     base, lines = figures[0], []
     for f in figures:
         traffic, step, at_peaks = (

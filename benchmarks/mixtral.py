@@ -75,7 +75,7 @@ def mixtral_step(config):
 
 
 def products(config):
-    """A plain product of tokens and a weight of one expert, in torch and in JAX."""
+    """Returns a plain product of tokens and a weight of one expert, in torch and in JAX."""
     import torch
 
     d, f = config.model.d_model, config.experts.d_ffn

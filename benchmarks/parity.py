@@ -157,7 +157,7 @@ def save(model, directory, layout):
 
 
 def logits_here(directory, tokens=TOKENS, **mesh):
-    """The logits of a model in a directory by our decoder, in float32, over a mesh."""
+    """Returns the logits of a model in a directory by our decoder, in float32, over a mesh."""
     config = read_config(directory)
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, dtype="float32"), mesh=MeshConfig(**mesh)
@@ -175,7 +175,7 @@ def logits_here(directory, tokens=TOKENS, **mesh):
 
 
 def load_there(directory, **settings):
-    """A model in a directory, as transformers loads it with the code beside it, in float32."""
+    """Loads a model by transformers, with the code in its directory, in float32."""
     import torch
     import transformers
 
@@ -184,7 +184,7 @@ def load_there(directory, **settings):
 
 
 def logits_there(directory, tokens=TOKENS, **settings):
-    """The logits of a model in a directory by transformers."""
+    """Returns the logits of a model in a directory by transformers."""
     import torch
 
     with torch.no_grad():

@@ -10,7 +10,7 @@ from absl import flags
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.planning.hardware import topology_devices
-from aoe_jax.planning.plan import plan
+from aoe_jax.planning.step_plan import plan
 from benchmarks.timing import check_names, report, run_benchmark
 from configs import large, paper
 
@@ -49,7 +49,7 @@ _ROWS = flags.DEFINE_list("rows", list(ROWS), "names of rows")
 
 
 def configuration(module, variant, fields):
-    """A configuration of `configs/` with `SHARED` and the fields of a row."""
+    """Returns a configuration of `configs/` with `SHARED` and the fields of a row."""
     config = module.get_config(variant)
     config.update_from_flattened_dict(SHARED | fields)
     return Config.from_config_dict(config)
@@ -70,7 +70,7 @@ def plans_of(name):
 
 
 def cells(figure, twin=None):
-    """The line of the table for a plan; `twin`: that of the MoE, for an AoE."""
+    """Returns the line of the table for a plan; `twin`: that of the MoE, for an AoE."""
     memory, traffic, step = compared = _compared(figure)
     mesh = (f"{name} {n}" for name, n in figure["mesh"].items() if name != "transport" and n > 1)
     network = figure["seconds_by_scope"].get("network", 0)

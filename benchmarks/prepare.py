@@ -57,7 +57,7 @@ _PROCESSES = flags.DEFINE_integer(
 
 
 def texts():
-    """The addresses, cut into documents."""
+    """Returns the addresses, cut into documents."""
     for file in speech_files():
         text = file.read_text()
         for start in range(0, len(text), DOCUMENT_CHARACTERS):
@@ -77,7 +77,7 @@ def llama_model():
 
 
 def rates(repeats, vocab_size, count):
-    """Rates of the pipeline and of the library for each tokenizer, on this one core."""
+    """Returns rates of the pipeline and of the library for each tokenizer, on this one core."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     figures, documents = [], list(itertools.islice(texts(), count))
@@ -150,7 +150,7 @@ def watched(command, output: Path, stop_at=None):
 
 
 def memory(pid):
-    """The bytes of a process and its children: their own and their part of shared memory (PSS)."""
+    """Returns the PSS of a process and its children, in bytes."""
     total = 0
     try:
         for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):

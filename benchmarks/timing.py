@@ -23,14 +23,14 @@ flags.disclaim_key_flags()  # what functions of this module define belongs to th
 
 
 def compiled(function, *args):
-    """The compiled program for these arguments, and a function that calls it with them."""
+    """Returns the compiled program for these arguments, and a function that calls it with them."""
     program = jax.jit(function).lower(*args).compile()
     return program, lambda: program(*args)
 
 
 def times(functions, repeats):
-    """The seconds of each function without arguments, `{name: [seconds]}`, of `repeats` calls in
-    turn after a first call.
+    """Calls functions without arguments in turn, `repeats` times after a first call; returns
+    `{name: [seconds]}`.
     """
     seconds = {name: [] for name in functions}
     for _ in range(repeats + 1):
@@ -42,7 +42,7 @@ def times(functions, repeats):
 
 
 def medians(functions, repeats):
-    """The median of the `times` of each function."""
+    """Returns the median of the `times` of each function."""
     return {name: statistics.median(found) for name, found in times(functions, repeats).items()}
 
 
@@ -51,7 +51,7 @@ def machine_in_words():
 
 
 def configuration(variant, *changes):
-    """The `Config` of a variant of configs/tiny.py with changes `{group: {field: value}}`."""
+    """Returns a variant of configs/tiny.py with changes `{group: {field: value}}`."""
     config = tiny.get_config(variant)
     for change in changes:
         update_groups(config, change)
@@ -74,7 +74,7 @@ def torch_packages():
 
 
 def new_workdir(flag):
-    """The path of the flag `--workdir`; raises `UserError` without it, or if the path exists."""
+    """Returns the path of `--workdir`; raises `UserError` without it, or if the path exists."""
     root = cli.path_of(flag).absolute()
     if root.exists():
         raise UserError(f"--workdir={root} exists already; name a new directory")

@@ -1,4 +1,4 @@
-"""What optimised programs for TPU and GPU are counted to do, against what was written."""
+"""Costs of optimised programs for TPU and GPU, against counts by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from aoe_jax.sharding import replicated
 
 
 def operations(function, *shapes):
-    """Of `function` as compiled for a TPU."""
+    """The operations of `function` as compiled for a TPU."""
     _, devices = topology_devices("v5e:2x2")
     mesh = Mesh(np.array(devices[:1]), ("one",), axis_types=(AxisType.Auto,))
     here = replicated(mesh)
@@ -29,8 +29,8 @@ def total(found, name):
 
 
 @pytest.mark.slow
-def test_loops_count_as_often_as_they_run():
-    """Five products of [2048, 1024] and [1024, 1024]; loops of unknown length are left out."""
+def test_loops_and_conditions():
+    """Loops count by their length, or not at all; a condition as its branch with most FLOPs."""
 
     def five(x, w):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
@@ -38,27 +38,21 @@ def test_loops_count_as_often_as_they_run():
     def unknown(x, w, n):
         return jax.lax.fori_loop(0, n[0], lambda _, x: jnp.tanh(x @ w[0]), x)
 
-    x, w = ((2048, 1024), jnp.bfloat16), ((5, 1024, 1024), jnp.bfloat16)
+    def product_or_zeros(x, w, n):
+        return jax.lax.cond(n[0] > 0, lambda: x @ w[0], lambda: jnp.zeros_like(x))
+
+    x, w, n = ((2048, 1024), jnp.bfloat16), ((5, 1024, 1024), jnp.bfloat16), ((1,), jnp.int32)
+    product = 2 * 2048 * 1024 * 1024
     found = operations(five, x, w)
-    assert total(found, "flops") == 5 * 2 * 2048 * 1024 * 1024
+    assert total(found, "flops") == 5 * product
     # Read once from main memory: the weights of each product, and x; written at the end.
     least = 2 * (5 * 1024 * 1024 + 2 * 2048 * 1024)
     assert least <= total(found, "hbm_bytes") < 3 * least
-    assert total(operations(unknown, x, w, ((1,), jnp.int32)), "flops") == 0
+    assert total(operations(unknown, x, w, n), "flops") == 0
+    assert total(operations(product_or_zeros, x, w, n), "flops") == product
 
 
-@pytest.mark.slow
-def test_the_branch_with_more_flops_counts():
-    def product_or_zeros(x, w, n):
-        return jax.lax.cond(n[0] > 0, lambda: x @ w, lambda: jnp.zeros((2048, 1024), x.dtype))
-
-    x, w = ((2048, 1024), jnp.bfloat16), ((1024, 1024), jnp.bfloat16)
-    found = operations(product_or_zeros, x, w, ((1,), jnp.int32))
-    assert total(found, "flops") == 2 * 2048 * 1024 * 1024
-
-
-def test_narrow_arrays_are_padded():
-    """To 128 lanes."""
+def test_narrow_arrays_are_padded_to_128_lanes():
     array = hlo.Array("f32", (4096, 8), "{1,0:T(8,128)}")
     assert array.bytes == 16 * 4 * 4096 * 8 and array.in_hbm
     assert not hlo.Array("f32", (4096, 8), "{1,0:T(8,128)S(1)}").in_hbm
@@ -275,6 +269,9 @@ def test_work_beside_a_collective_hides_its_time():
     assert costs.likely_seconds(gather, chip) == pytest.approx(network - work)
     # Nothing hides this one; it sends what the gather does.
     assert costs.likely_seconds(found["reduce_scatter"], chip) == pytest.approx(network)
+    found = {o.name: o for o in costs.Program(OVERLAPPING).operations}
+    assert [o.name for o in found["one"].beside if not o.collective] == ["work"]
+    assert found["two"].beside == ()  # the same work hides one collective only
 
 
 OVERLAPPING = """HloModule step
@@ -289,22 +286,6 @@ ENTRY %main (w: bf16[2,16,256], x: f32[1024,1024]) -> bf16[2,128,256] {
   ROOT %second = bf16[2,128,256]{2,1,0} all-gather-done(%two)
 }
 """
-
-
-def test_work_hides_one_collective_only():
-    found = {o.name: o for o in costs.Program(OVERLAPPING).operations}
-    assert [o.name for o in found["one"].beside if not o.collective] == ["work"]
-    assert found["two"].beside == ()
-
-
-def test_wide_experts_read_rows_once_for_each_pass():
-    rows, weights, out = (
-        hlo.Array("bf16", dims, "") for dims in ((8192, 4096), (8, 4096, 14336), (8192, 14336))
-    )
-    flops, traffic = kernel_costs.mosaic_gpu_cost("mosaic_gpu_v2", [rows, weights], [out])
-    assert flops == 2 * 8192 * 4096 * 14336
-    assert mosaic_gpu.blocks_at_once(4096, 14336) == 16  # of 112, each of 1 MiB for an expert
-    assert traffic == 7 * rows.bytes + weights.bytes + out.bytes
 
 
 SHORT_FORM = """HloModule step
@@ -357,30 +338,39 @@ def test_kernels_count_by_the_blocks_of_their_operands():
     # k, v and their gradients once, q and dy in parts
     assert traffic == q.bytes * (4 + 2 * met / 2)
 
-    rows, weights, out = (
-        hlo.Array("bf16", dims, "") for dims in [(8192, 1024), (4, 1024, 512), (8192, 512)]
-    )
+    def product(d, f, n_experts):
+        shapes = (8192, d), (n_experts, d, f), (8192, f)
+        return [hlo.Array("bf16", dims, "") for dims in shapes]
+
+    rows, weights, out = product(1024, 512, 4)
     scalar, offsets, listed = (hlo.Array("s32", dims, "") for dims in [(), (5,), (16 + 3,)])
     given = [scalar, offsets, listed, listed, scalar, rows, weights]
     flops, traffic, occupied = kernel_costs.megablox_cost("gmm", given, [out])
     assert flops == 2 * 8192 * 1024 * 512 and occupied == flops * 19 / 16
     assert traffic == rows.bytes + weights.bytes + out.bytes
 
+    # Wide experts read rows once for each pass over 16 of 112 blocks of 1 MiB.
+    rows, weights, out = product(4096, 14336, 8)
+    flops, traffic, _ = kernel_costs.mosaic_gpu_cost("mosaic_gpu_v2", [rows, weights], [out])
+    assert flops == 2 * 8192 * 4096 * 14336
+    assert mosaic_gpu.blocks_at_once(4096, 14336) == 16
+    assert traffic == 7 * rows.bytes + weights.bytes + out.bytes
+
 
 def test_likely_seconds():
     chip = CHIPS["v5e"]
-    op = costs.Operation("a", "fusion", "", hbm_bytes=0.82e9, flops=1e9, occupied_flops=1e9)
-    assert costs.likely_seconds(op, chip) == pytest.approx(1e-3)
-    with_cycles = costs.Operation("a", "fusion", "", cycles=3e6, hbm_bytes=0.82e9)
-    assert costs.likely_seconds(with_cycles, chip) == pytest.approx(2e-3)
+
+    def milliseconds(shape=(), **fields):
+        operation = costs.Operation("a", "fusion", "", **fields)
+        return pytest.approx(1e3 * costs.likely_seconds(operation, chip, shape))
+
+    work = {"hbm_bytes": 0.82e9, "flops": 1e9, "occupied_flops": 1e9}
+    assert milliseconds(**work) == 1 and milliseconds(cycles=3e6, **work) == 2
     sums = {"collective": "all-reduce", "sent_bytes": 200e6, "group_size": 2}
-    assert costs.likely_seconds(costs.Operation("a", "", "", **sums), chip) == pytest.approx(1e-3)
-    assert costs.likely_seconds(costs.Operation("a", "", "", is_async=True, **sums), chip) == 0
-    on_a_line = costs.likely_seconds(costs.Operation("a", "", "", **sums), chip, (4, 4))
-    assert on_a_line == pytest.approx(4e-3)  # one of four links
+    assert milliseconds(**sums) == 1 and milliseconds(is_async=True, **sums) == 0
+    assert milliseconds((4, 4), **sums) == 4  # one of four links
     moved = {"collective": "collective-permute", "sent_bytes": 50e6, "group_size": np.inf}
-    moved = costs.Operation("a", "", "", **moved)
-    assert costs.likely_seconds(moved, chip, (4, 4)) == pytest.approx(1e-3)
+    assert milliseconds((4, 4), **moved) == 1
 
 
 @pytest.mark.parametrize(

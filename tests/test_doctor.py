@@ -3,23 +3,19 @@
 import dataclasses
 import json
 import math
-import types
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.model import attention
-from aoe_jax.model.counts import parameter_counts
 from aoe_jax.moe import grouped_matmul
-from aoe_jax.planning.doctor import examination, kernels, speed
-from aoe_jax.planning.doctor.steps import fitted, twins
+from aoe_jax.planning import examination, kernel_checks
+from aoe_jax.planning.examination import fitted
 from aoe_jax.sharding import make_mesh
 from configs import doctor as accelerators
-from configs import methods, paper
 from tests.hasty import xla_flags
 from tests.in_process import call
 from tests.runs import finish, start
@@ -42,42 +38,29 @@ def test_all_parts_on_a_mesh(tmp_path):
     report = json.loads(file.read_text())
     assert report["passed"] and report["machine"]["devices"] == 4
     assert {backend["backend"] for backend in report["backends"]} == {"blocks", "blocked"}
-    assert all(check["passed"] for check in report["checks"])
-    found = report["measurements"]
-    assert {"matmul", "HBM", "all_gather", "reduce_scatter", "all_to_all"} <= set(found)
-    products = [name.split()[-1] for name in found if name.startswith("grouped blocked")]
-    assert set(products) == {"forward", "d_rows", "d_weights"}
-    assert all(figures["per_second"] > 0 for figures in found.values())
-    assert set(report["steps"]) == {"aoe", "moe"}
-    for figures in report["steps"].values():
-        assert figures["tokens_per_step"] == 8 * 32
-        expected = figures["tokens_per_step"] / figures["step_seconds"]
-        assert figures["tokens_per_second"] == pytest.approx(expected)
-        assert 0 < figures["mfu"] < 1 and figures["peak"] == "measured"
-        assert 0 < figures["plan"]["seconds"] < figures["step_seconds"]
-        assert figures["memory_bytes"]["state_bytes"] > 0
-        assert abs(figures["loss"] - math.log(256)) < 1
-    last = stdout.splitlines()[-len(report["verdicts"]) :]
-    assert [line.split(":")[0] for line in last] == [
-        "PASS attention blocks",
-        "PASS grouped products blocked",
-        "PASS AoE layer",
-        "PASS MoE layer",
-        "PASS steps of aoe",
-        "PASS steps of moe",
-    ]
+    steps = report["steps"]
+    assert steps["mfu"] is None
+    assert steps["tokens_per_second"] == pytest.approx(8 * 32 / steps["step_seconds"])
+    assert abs(steps["loss"] - math.log(256)) < 1
+    names = [verdict["name"] for verdict in report["verdicts"]]
+    assert names[0] == "attention blocks" and "grouped products blocked" in names
+    assert names[-2:] == ["AoE layer", "training steps"]
+    lines = stdout.splitlines()[-len(names) :]
+    assert [line.split(":")[0] for line in lines] == [f"PASS {name}" for name in names]
 
 
 def test_a_wrong_kernel_is_status_1(monkeypatch, capsys):
-    """Without products, measurements and steps."""
     right = attention.BACKENDS["blocks"]
     monkeypatch.setitem(attention.BACKENDS, "blocks", lambda *args: 1.01 * right(*args))
-    monkeypatch.setattr(examination, "twins", lambda config: {})
-    monkeypatch.setattr(examination, "measure", lambda *args: {})
-    assert call("aoe_jax.doctor", *COMMAND) == 1
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("FAIL attention blocks: 3 of 3 checks failed; 1x2x2x32x16 (BxHxGxSxh): ")
-    assert "largest error 1.0e-02" in last and last.endswith("fallback: none, it is plain JAX")
+    steps = {"error": "RuntimeError: left out"}
+    monkeypatch.setattr(examination, "take_steps", lambda config: steps)
+    dense = ["--config.experts.kind=dense", "--config.balance.aux_weight=0"]
+    assert call("aoe_jax.doctor", *COMMAND, *dense) == 1
+    *_, verdict, _, of_steps = capsys.readouterr().out.splitlines()
+    assert verdict.startswith("FAIL attention blocks: 1x2x2x32x16 (BxHxGxSxh): ")
+    assert "largest error 1.0e-02" in verdict
+    assert verdict.endswith("fallback: none, it is plain JAX")
+    assert of_steps == "FAIL training steps: RuntimeError: left out"
 
 
 def test_a_report_needs_a_file_in_a_folder(tmp_path):
@@ -92,15 +75,14 @@ def small(**changes):
     return config_of(SMALL | {"experts.kind": "aoe", "balance.aux_weight": 0.0} | settings)
 
 
-def judged(config, models, n_devices=1):
-    """The verdicts on the kernels of a configuration by name."""
+def judged(config, n_devices=1):
+    """The verdicts on the kernels of a configuration by name, of several cases the last."""
     config = fitted(config, n_devices)
     mesh = make_mesh(config, jax.devices()[:n_devices])
     with jax.set_mesh(mesh):
-        backends = examination.choose_backends(config, models, mesh.devices.flat[0])
-        checks = examination.check_kernels(config, models, mesh, backends, lambda line: None)
-    report = {"checks": checks, "configuration": config.to_dict(), "measurements": {}, "steps": {}}
-    return {verdict["name"]: verdict for verdict in examination.verdicts(report)}
+        backends = examination.choose_backends(config, mesh.devices.flat[0])
+        found = examination.kernel_verdicts(config, mesh, backends)
+        return {verdict["name"]: verdict for verdict in found}
 
 
 def scaled(kernel):
@@ -119,10 +101,7 @@ def raising(kernel):
 
 
 def wrong_on_one_device(kernel):
-    def call(*args):
-        return kernel(*args) * jnp.where(jax.lax.axis_index("data") == 1, 1.02, 1.0)
-
-    return call
+    return lambda *args: kernel(*args) * jnp.where(jax.lax.axis_index("data") == 1, 1.02, 1.0)
 
 
 def wrong_gradient(kernel):
@@ -134,38 +113,24 @@ def wrong_gradient(kernel):
     return call
 
 
-BREAKAGES = [scaled, without_numbers, raising, wrong_gradient]
-
-
-OTHERS = [pytest.param(breakage, marks=pytest.mark.slow) for breakage in (without_numbers, raising)]
-
-
-@pytest.mark.parametrize("breakage", [scaled, wrong_gradient, *OTHERS])
-def test_a_wrong_grouped_product_is_named(monkeypatch, breakage):
-    right = grouped_matmul.BACKENDS["ragged"]
-    monkeypatch.setitem(grouped_matmul.BACKENDS, "ragged", breakage(right))
+def use_ragged(monkeypatch, kernel):
+    monkeypatch.setitem(grouped_matmul.BACKENDS, "ragged", kernel)
     monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "ragged")
-    monkeypatch.setattr(kernels, "attention_cases", lambda *args: [])
-    config = fitted(small(experts__d_wide=32), 1)
-    found = judged(config, {"aoe": config})
+
+
+SLOW = [pytest.param(breakage, marks=pytest.mark.slow) for breakage in (without_numbers, raising)]
+
+
+@pytest.mark.parametrize("breakage", [scaled, wrong_gradient, *SLOW])
+def test_a_wrong_grouped_product_is_named(monkeypatch, breakage):
+    use_ragged(monkeypatch, breakage(grouped_matmul.BACKENDS["ragged"]))
+    monkeypatch.setattr(kernel_checks, "attention_cases", lambda *args: [])
+    found = judged(small(experts__d_wide=32))
     verdict = found["grouped products ragged"]
     assert not verdict["passed"] and not found["AoE layer"]["passed"]
     assert verdict["fallback"] == "--config.experts.grouped_matmul=blocked"
-    if breakage is raising:
-        assert "RuntimeError: no such instruction" in verdict["text"]
-    if breakage is wrong_gradient:
-        assert "(d_rows, " in verdict["text"]
-
-
-@pytest.mark.slow
-def test_the_fallback_of_grouped_products_passes(monkeypatch):
-    monkeypatch.setitem(grouped_matmul.BACKENDS, "ragged", raising(None))
-    monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "ragged")
-    monkeypatch.setattr(kernels, "attention_cases", lambda *args: [])
-    config = fitted(small(experts__d_wide=32, experts__grouped_matmul="blocked"), 1)
-    found = judged(config, {"aoe": config})
-    passed = {name: verdict["passed"] for name, verdict in found.items()}
-    assert passed == {"grouped products blocked": True, "AoE layer": True}
+    words = {raising: "RuntimeError: no such instruction", wrong_gradient: "(d_rows, "}
+    assert words.get(breakage, "") in verdict["text"]
 
 
 @pytest.mark.parametrize(
@@ -173,14 +138,14 @@ def test_the_fallback_of_grouped_products_passes(monkeypatch):
     [
         (wrong_on_one_device, "float32"),
         (wrong_gradient, "bfloat16"),
-        *(pytest.param(b, "float32", marks=pytest.mark.slow) for b in BREAKAGES),
+        pytest.param(without_numbers, "float32", marks=pytest.mark.slow),
         pytest.param(scaled, "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_wrong_attention_is_named_with_its_fallback(monkeypatch, breakage, dtype):
     monkeypatch.setitem(attention.BACKENDS, "splash", breakage(attention.BACKENDS["blocks"]))
-    config = small(model__attention="splash", model__dtype=dtype)
-    (verdict,) = judged(config, {}, n_devices=2).values()
+    config = small(model__attention="splash", model__dtype=dtype, experts__kind="dense")
+    (verdict,) = judged(config, n_devices=2).values()
     assert not verdict["passed"] and verdict["name"] == "attention splash"
     if breakage is wrong_on_one_device:
         assert str(jax.devices()[1]) in verdict["text"]
@@ -209,50 +174,41 @@ def without_one_row(kernel):
     return lambda rows, weights, sizes: kernel(rows, weights, sizes).at[100].set(0)
 
 
-def checked(case, dtype):
+def checked(config, case_of):
     """Whether a case passes on one device, by input."""
-    results = kernels.check(case, jax.sharding.get_mesh(), dtype)
+    mesh = make_mesh(config, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        results = kernel_checks.check(case_of(config), mesh, config.model.dtype)
     return {result["input"]: result["passed"] for result in results}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_error_in_a_small_part_of_an_array_fails(monkeypatch, dtype):
-    sizes = {"n_heads": 24, "d_model": 192}
-    settings = {f"model__{name}": value for name, value in sizes.items()}
-    settings |= {"model__dtype": dtype, "data__seq_len": 512, "train__batch_size": 1}
-    config = fitted(small(**settings), 1)
+    sizes = {"model__n_heads": 24, "model__d_model": 192, "data__seq_len": 512}
+    config = fitted(small(model__dtype=dtype, train__batch_size=1, **sizes), 1)
     right, product = attention.BACKENDS["blocks"], grouped_matmul.BACKENDS["ragged"]
-    mesh = make_mesh(config, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-
-        def attention_passes(kernel):
-            monkeypatch.setitem(attention.BACKENDS, "blocks", kernel)
-            case, _ = kernels.attention_cases(config, "blocks")
-            return checked(case, dtype)
-
-        def product_passes(kernel):
-            monkeypatch.setitem(grouped_matmul.BACKENDS, "ragged", kernel)
-            monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "ragged")
-            return checked(kernels.grouped_case(config, "ragged", (4, 64, 64)), dtype)
-
-        assert attention_passes(right) == {"causal": True, "documents": True}
-        wrong = without_d_k_at_the_end(right)
-        assert attention_passes(wrong) == {"causal": False, "documents": False}
-        wrong = without_documents_in_one_head(right)
-        assert attention_passes(wrong) == {"causal": True, "documents": False}
-        passed = product_passes(product)
-        assert len(passed) == 3 and all(passed.values())
-        assert not any(product_passes(without_one_row(product)).values())
+    for kernel, causal, documents in (
+        (right, True, True),
+        (without_d_k_at_the_end(right), False, False),
+        (without_documents_in_one_head(right), True, False),
+    ):
+        monkeypatch.setitem(attention.BACKENDS, "blocks", kernel)
+        found = checked(config, lambda config: kernel_checks.attention_cases(config, "blocks")[0])
+        assert found == {"causal": causal, "documents": documents}
+    for kernel, passes in ((product, True), (without_one_row(product), False)):
+        use_ragged(monkeypatch, kernel)
+        shape = 4, 64, 64
+        found = checked(config, lambda config: kernel_checks.grouped_case(config, "ragged", shape))
+        assert [*found.values()] == 3 * [passes]
 
 
 @pytest.mark.slow
 def test_rounding_in_the_gradient_of_an_empty_group_passes():
     """Of 8 groups one is empty, where backend 'blocked' subtracts what it added."""
-    config = fitted(small(data__seq_len=256), 1)
-    with jax.set_mesh(make_mesh(config, jax.devices()[:1])):
-        case = kernels.grouped_case(config, "blocked", (8, 128, 32))
-        assert all(checked(case, "float32").values())
+    config, shape = fitted(small(data__seq_len=256), 1), (8, 128, 32)
+    found = checked(config, lambda config: kernel_checks.grouped_case(config, "blocked", shape))
+    assert all(found.values())
 
 
 ONE = {"experts__n_experts": 1, "experts__top_k": 1}  # whose scores have no gradient
@@ -262,91 +218,63 @@ WHOLE = {"experts__score_neurons": 4, "experts__score": "max", "model__dtype": "
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [ONE, ONE | {"experts__kind": "router"}, WHOLE])
 def test_special_layers_pass(changes):
-    config = fitted(small(**changes), 1)
-    with jax.set_mesh(make_mesh(config, jax.devices()[:1])):
-        case = kernels.layer_case(config, "any")
-        assert checked(case, config.model.dtype) == {"all experts": True}
+    assert checked(fitted(small(**changes), 1), kernel_checks.layer_case) == {"all experts": True}
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_is_infinitely_wrong(value):
+def test_the_error_of_numbers_that_are_not_finite_is_infinite():
     want = jax.random.normal(jax.random.key(0), (2, 200, 4))
-    assert kernels._relative_error(want, want) == 0
-    assert kernels._relative_error(want.at[1, 199, 3].set(value), want) == jnp.inf
+    assert kernel_checks._relative_error(want, want) == 0
+    for value in (math.nan, math.inf):
+        got = want.at[1, 199, 3].set(value)
+        assert kernel_checks._relative_error(got, want) == jnp.inf
 
 
 @pytest.mark.slow
-def test_a_right_kernel_passes_in_bfloat16():
+@pytest.mark.parametrize(("kind", "layer"), [("aoe", "AoE layer"), ("router", "MoE layer")])
+def test_right_kernels_pass_in_bfloat16(kind, layer):
     """Attention, grouped products and layers, on a mesh that splits everything."""
     mesh = {"mesh__fsdp": 2, "mesh__expert": 2, "mesh__tensor": 2}
-    sizes = {"experts__d_ffn": 48, "experts__d_wide": 64}
-    config = fitted(small(model__dtype="bfloat16", **mesh, **sizes), 8)
-    found = judged(config, twins(config), n_devices=8)
+    sizes = {"experts__d_ffn": 48} | ({"experts__d_wide": 64} if kind == "aoe" else {})
+    config = small(model__dtype="bfloat16", experts__kind=kind, **mesh, **sizes)
+    found = judged(config, n_devices=8)
     assert all(verdict["passed"] for verdict in found.values()), found
-    assert list(found)[-2:] == ["AoE layer", "MoE layer"]
+    assert list(found) == ["attention blocks", "grouped products blocked", layer]
 
 
 def test_a_dense_model_has_no_grouped_products():
-    dense = small(experts__kind="dense")
-    assert list(judged(dense, twins(dense))) == ["attention blocks"]
+    assert list(judged(small(experts__kind="dense"))) == ["attention blocks"]
 
 
 def test_fallbacks_are_settings():
-    config = small().to_dict()
-    found = examination.fallback("grouped products megablox", config)
+    found = examination.fallback("grouped products megablox", small())
     assert found == "--config.experts.grouped_matmul=blocked"
-    config["mesh"] |= {"expert": 2}
-    assert examination.fallback("AoE layer", config) == "--config.mesh.expert=1"
-    config["mesh"] |= {"transport": "all_to_all"}
-    assert examination.fallback("AoE layer", config) == "--config.mesh.transport=ring"
+    for mesh, wanted in (
+        ({}, "none"),
+        ({"mesh__expert": 2}, "--config.mesh.expert=1"),
+        ({"mesh__expert": 2, "mesh__transport": "all_to_all"}, "--config.mesh.transport=ring"),
+    ):
+        assert examination.fallback("AoE layer", small(**mesh)) == wanted
 
 
-def test_what_raises_or_is_not_finite_fails():
-    steps = {"aoe": {"error": "Error: no memory"}, "moe": {"finite": False, "loss": math.nan}}
-    measurements = {"HBM": {"error": "Error: no such array"}, "matmul": {"per_second": 1.0}}
-    report = {"checks": [], "configuration": {}, "measurements": measurements, "steps": steps}
-    found = examination.verdicts(report)
-    assert [(verdict["name"], verdict["passed"], verdict["text"]) for verdict in found] == [
-        ("HBM", False, "Error: no such array"),
-        ("steps of aoe", False, "Error: no memory"),
-        ("steps of moe", False, "loss nan, not finite in every step"),
-    ]
+def test_steps_that_are_not_finite_fail():
+    steps = dict.fromkeys(("tokens_per_second", "step_seconds"), 1.0)
+    steps |= {"finite": False, "loss": math.nan, "mfu": None}
+    verdict = examination.steps_verdict(steps)
+    assert not verdict["passed"]
+    assert verdict["text"].startswith("loss nan, not finite in every step; ")
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    platform: str
     device_kind: str
-    coords: tuple = ()
-    slice_index: int = 0
-    compute_capability: str | None = None
-
-
-def test_shares_are_of_the_links_in_use_and_of_one_slice(monkeypatch):
-    monkeypatch.setattr(speed, "seconds_of", lambda work, mesh: 1.0)
-
-    def share(devices, peak):
-        work = speed.Work("", None, [], "float32", (), 1e9, peak)
-        mesh = types.SimpleNamespace(devices=np.array(devices))
-        return examination._measured(work, mesh, {})["share"]
-
-    coords = [(x, y, 0) for x in range(2) for y in range(4)]
-    v5e = [Device("tpu", "TPU v5 lite", c) for c in coords]
-    # Two lines of a 2x4 slice give a chip two of its four links.
-    assert share(v5e, "link_bandwidth") == pytest.approx(1e9 / 100e9)
-    two = [dataclasses.replace(device, slice_index=i) for i in range(2) for device in v5e]
-    assert share(two, "link_bandwidth") is None
-    assert share(two, "hbm_bandwidth") == pytest.approx(1e9 / 0.82e12)
-    # A chip is two devices, and a 2x2 slice gives it two of its six links.
-    v7x = [Device("tpu", "TPU7x", c) for c in coords if c[1] < 2 for _ in range(2)]
-    assert share(v7x, "link_bandwidth") == pytest.approx(1e9 / 100e9)
+    compute_capability: str
+    platform: str = "gpu"
 
 
 def test_reasons_of_plain_backends():
     def reasons(kind, capability, **changes):
         config = fitted(small(**changes), 1)
-        device = Device("gpu", kind, compute_capability=capability)
-        found = examination.choose_backends(config, {"aoe": config}, device)
+        found = examination.choose_backends(config, Device(kind, capability))
         assert {backend["backend"] for backend in found} <= {"blocks", "blocked", "cudnn"}
         return {backend["kernel"].split()[0]: backend["why"] for backend in found}
 
@@ -359,22 +287,6 @@ def test_reasons_of_plain_backends():
     assert "both must be multiples of 64" in h100["grouped"]
     h100 = reasons("NVIDIA H100 80GB HBM3", "9.0", experts__grouped_matmul="blocked")
     assert h100["grouped"] == "set by config.experts.grouped_matmul=blocked"
-
-
-def test_twins_have_equal_parameters():
-    config = Config.from_config_dict(accelerators.get_config())
-    found = twins(config)
-    totals = [parameter_counts(c).total for c in found.values()]
-    assert list(found) == ["aoe", "moe"] and found["aoe"] == config
-    assert totals[0] == pytest.approx(totals[1], rel=0.01)
-    moe = Config.from_config_dict(paper.get_config("moe_aux"))
-    totals = [parameter_counts(c).total for c in twins(moe).values()]
-    assert twins(moe)["moe"] == moe and totals[0] == pytest.approx(totals[1], rel=0.01)
-    whole = Config.from_config_dict(paper.get_config("aoe_whole_aux"))
-    assert twins(whole) == {"aoe": whole, "moe": dataclasses.replace(moe, balance=whole.balance)}
-    smear = Config.from_config_dict(methods.get_config("smear"))
-    undivided = fitted(small(experts__kind="router", model__d_model=40, mesh__fsdp=4), 4)
-    assert twins(smear) == {"smear": smear} and twins(undivided) == {"router": undivided}
 
 
 def test_a_step_fits_a_device():

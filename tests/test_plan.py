@@ -1,6 +1,4 @@
-"""Plans for machines that are not here: what they count, what they refuse, and what the programs
-communicate.
-"""
+"""Plans for absent machines: figures, refusals, and the collectives of programs."""
 
 import dataclasses
 import json
@@ -18,12 +16,11 @@ from aoe_jax.model.counts import training_flops_per_token
 from aoe_jax.planning import costs, hlo
 from aoe_jax.planning.communication import collectives, each_collective
 from aoe_jax.planning.hardware import CHIPS, topology_devices
-from aoe_jax.planning.plan import abstract_batch, candidates, plan, table
-from aoe_jax.sharding import MESH_AXES, batch_sharding, fill_mesh, make_mesh, rows_of_process
+from aoe_jax.planning.step_plan import abstract_batch, plan, table
+from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, rows_of_process
 from aoe_jax.storage.config_files import default_config
 from aoe_jax.training.step import train_step_on
 from tests.in_process import call
-from tests.runs import run
 
 
 def configuration(kind="aoe", mesh=(1, 1, 1, 1), transport="ring", **experts):
@@ -225,18 +222,11 @@ def test_a_plan_for_four_chips():
     generation, devices = topology_devices("v5e:2x2")
     config = fill_mesh(configuration(mesh=(-1, 2, 1, 1)), len(devices))
     report = plan(config, generation, devices)
-    assert report["fits"] and report["devices"] == 4
-    assert report["mesh"] == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 1, "transport": "ring"}
-    memory, tokens = report["memory_bytes"], 32 * 64
-    # Parameters and two moments, in float32, of which every array but norms and biases is halved.
-    assert memory["state"] == pytest.approx(12 * report["parameters"] / 2, rel=0.01)
+    assert report["fits"]
+    memory = report["memory_bytes"]
     assert memory["state"] + memory["temp"] <= memory["total"] * 1.01 < report["hbm_bytes"]
-    assert report["flops"]["useful"] == tokens * training_flops_per_token(config) / 4
-    # Layers are computed again in the backward pass, and all else is what it should be.
+    # The backward pass computes layers again.
     assert 1.1 < report["flops"]["compiled"] / report["flops"]["useful"] < 1.6
-    assert (
-        report["step_seconds"] == max(report["seconds"].values()) and 0 < report["mfu_bound"] <= 1
-    )
     assert report["hbm_traffic_bytes"] > 2 * memory["state"]  # it is read and written
     scopes, likely = report["seconds_by_scope"], report["likely_step_seconds"]
     assert {"attention", "experts", "loss", "network", "update"} <= scopes.keys()
@@ -253,26 +243,6 @@ def test_a_plan_for_four_chips():
     assert sum(entry["bytes"] for entry in gathers) >= 2 * traced["bytes"]
 
 
-def test_nearest_meshes_come_first():
-    config = configuration(mesh=(8, 1, 1, 1))
-    found = [tuple(getattr(c.mesh, axis) for axis in MESH_AXES) for c in candidates(config, 8)]
-    assert found[0] == (4, 2, 1, 1) and len(set(found)) == len(found) and (8, 1, 1, 1) not in found
-    assert all(np.prod(shape) == 8 for shape in found)
-    unrolled = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, remat="none", unroll=3)
-    )
-    assert [c.mesh for c in candidates(unrolled, 8)] == [c.mesh for c in candidates(config, 8)]
-
-
-def test_meshes_of_experts_with_a_capacity():
-    """They send by all_to_all only."""
-    config = configuration("capacity", mesh=(8, 1, 1, 1))
-    assert {(c.mesh.expert > 1, c.mesh.transport) for c in candidates(config, 8)} == {
-        (False, "ring"),
-        (True, "all_to_all"),
-    }
-
-
 def planned(*arguments):
     return call("aoe_jax.plan", "--config=configs/tiny.py:dense", *arguments)
 
@@ -281,7 +251,7 @@ def test_the_arithmetic_of_a_plan():
     """The step is only traced, for the chips of a v5e."""
     config = fill_mesh(configuration(mesh=(-1, 2, 1, 1)), 8)
     chip = CHIPS["v5e"]
-    report = plan(config, "v5e", jax.devices(), compiles=False, chip=chip)
+    report = plan(config, "v5e", jax.devices(), compiles=False)
     assert report["fits"] is None and report["devices"] == 8
     assert report["mesh"] == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1, "transport": "ring"}
     memory, useful = report["memory_bytes"], report["flops"]["useful"]
@@ -291,7 +261,7 @@ def test_the_arithmetic_of_a_plan():
     assert report["seconds"] == {
         "arithmetic": useful / chip.flops,
         "network": sum(report["collective_bytes"].values()) / chip.link_bandwidth,
-        "HBM": 2 * (memory["state"] + memory["activations"]) / chip.hbm_bandwidth,
+        "HBM": 2 * memory["state"] / chip.hbm_bandwidth,
     }
     assert report["step_seconds"] == report["seconds"][report["bound_by"]]
     assert report["step_seconds"] == max(report["seconds"].values())
@@ -301,41 +271,24 @@ def test_the_arithmetic_of_a_plan():
 
 
 @pytest.mark.slow
-def test_the_command_line(tmp_path):
-    file, small = tmp_path / "report.json", {"model.n_layers": 1, "model.vocab_size": 512}
-    small |= {"model.unroll": 1, "data.seq_len": 64, "model.dtype": "bfloat16"}  # to compile fast
-    fields = [f"--config.{name}={value}" for name, value in small.items()]
-    arguments = ["--topology=v5e:2x2", f"--json={file}", "--config.mesh.fsdp=4", *fields]
-    status, stdout, stderr = run(
-        ["-m", "aoe_jax.plan", "--config=configs/tiny.py:dense", *arguments]
-    )
-    assert status == 0, stderr
-    assert "fits" in stdout and "all_gather" in stdout
-    assert json.loads(file.read_text())["mesh"]["fsdp"] == 4
-
-
-@pytest.mark.slow
-def test_what_does_not_fit_is_status_3_and_a_mesh_that_does_is_suggested(tmp_path, capsys):
-    file, huge = tmp_path / "suggestion.json", {"model.n_layers": 98, "model.unroll": 2}
-    huge |= {"model.d_model": 1024, "experts.d_ffn": 3072, "model.dtype": "bfloat16"}
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_command_line(tmp_path, capsys, fits):
+    """The exit status is 0 for a run that fits, else 3."""
+    fields = {"model.dtype": "bfloat16", "mesh.fsdp": 4 if fits else 1, "model.unroll": 1}
+    small = {"model.n_layers": 1, "model.vocab_size": 512, "data.seq_len": 64}
+    huge = {"model.n_layers": 98, "model.d_model": 1024, "experts.d_ffn": 3072}
     huge |= {"train.batch_size": 4, "data.seq_len": 128}
-    fields = [f"--config.{name}={value}" for name, value in huge.items()]
-    assert planned("--topology=v5e:2x2", "--suggest", f"--json={file}", *fields) == 3
-    stdout = capsys.readouterr().out
-    assert "DOES NOT FIT" in stdout and "this mesh fits" in stdout
-    report = json.loads(file.read_text())
-    better = report["suggestion"]
-    assert not report["fits"] and report["memory_bytes"]["total"] > report["hbm_bytes"]
-    assert better["fits"] and better["hbm_bytes"] == report["hbm_bytes"]
-    assert better["memory_bytes"]["total"] <= better["hbm_bytes"]
-    assert better["mesh"] | {"data": 4, "fsdp": 1} == report["mesh"] and better["mesh"]["fsdp"] > 1
-    assert (report["unroll"], better["unroll"]) == (2, 1)
-    assert better["parameters"] == report["parameters"]
+    settings = [f"--config.{k}={v}" for k, v in (fields | (small if fits else huge)).items()]
+    file = tmp_path / "report.json"
+    status = planned("--topology=v5e:2x2", f"--json={file}", *settings)
+    stdout, report = capsys.readouterr().out, json.loads(file.read_text())
+    assert (status, report["fits"]) == ((0, True) if fits else (3, False))
+    assert report["mesh"]["fsdp"] == fields["mesh.fsdp"]
+    assert (report["memory_bytes"]["total"] <= report["hbm_bytes"]) == fits
+    assert ("all_gather" if fits else "DOES NOT FIT") in stdout
 
 
-def test_wrong_inputs(monkeypatch):
-    with pytest.raises(UserError, match=r"--json=nowhere/a\.json: there is no folder nowhere"):
-        planned("--topology=v5e:2x2", "--json=nowhere/a.json")
+def test_a_missing_compiler(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     wanted = r"libtpu is missing, the compiler for TPUs; `make \.venv/libtpu`"
     with pytest.raises(UserError, match=f"--topology=v5e:2x2: {wanted}"):

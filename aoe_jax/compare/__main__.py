@@ -27,10 +27,10 @@ _WORKDIR = flags.DEFINE_string(
 _JOBS = flags.DEFINE_integer(
     "jobs",
     None,
-    "runs at a time, which share out GPUs; by default one a CPU core, one elsewhere",
+    "runs at a time, among which GPUs are divided; default: one per CPU core, elsewhere one",
     1,
 )
-_REPORT = flags.DEFINE_bool("report", False, "train nothing, only make the report of what there is")
+_REPORT = flags.DEFINE_bool("report", False, "write the report of finished runs, train nothing")
 _SET = flags.DEFINE_multi_string(
     "set", [], "GROUP.FIELD=VALUE for all runs, such as data.path=/data/c4"
 )

@@ -18,16 +18,10 @@ import numpy as np
 
 from aoe_jax.compare.results import LAYER_COLUMNS
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError, naming, shown
+from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.storage.files import (
-    COUNT,
-    one_of,
-    or_none,
-    read_json,
-    write_json,
-)
+from aoe_jax.storage.files import COUNT, one_of, read_json, write_json
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.load_statistics import layer_statistics
 from aoe_jax.training.validation import compile_eval_step, validation_batches
@@ -35,16 +29,8 @@ from aoe_jax.training.validation import compile_eval_step, validation_batches
 _MOST_BYTES = 2**28  # of routing.json: a hundred layers of 256 experts
 
 
-def _experts_per_token(config):
-    """K of a run; None if it depends on the token."""
-    choice = config.routing.choice(config.experts)
-    return config.experts.top_k if choice and choice.is_fixed else None
-
-
 def observing(decoder: Decoder):
-    """Returns the same decoder, which records the choices of its layers, `[T, n]` bool, as
-    "observed" in its statistics.
-    """
+    """Returns a decoder whose statistics have the choices of its layers, `[T, n]` bool."""
 
     def observe(scores, slots, weights, ctx):
         n_tokens, n = scores.shape
@@ -55,9 +41,9 @@ def observing(decoder: Decoder):
 
 
 def overlap(chosen, final):
-    """Computes the mean share of a token's final experts that another model has chosen too.
+    """Returns the mean share `[L]` of a token's final experts that are also in `chosen`.
 
-    `[L, T, n]` bool, twice -> `[L]`. The mean is over tokens with final experts; 1 without any.
+    Both are `[L, T, n]` bool. The mean is over tokens with final experts; 1 without any.
     """
     wanted, in_common = final.sum(axis=-1), (chosen & final).sum(axis=-1)
     shares = in_common / np.maximum(wanted, 1)  # 0 for tokens without experts
@@ -67,6 +53,7 @@ def overlap(chosen, final):
 
 def analyse(folder: Path, n_tokens: int):
     """Writes `routing.json` of a run, from `n_tokens` of its validation split in whole batches.
+
     Raises `UserError` if the run cannot be read.
     """
     steps, model = Checkpoints(folder).steps(), load_model(folder, "newest")
@@ -85,51 +72,36 @@ def analyse(folder: Path, n_tokens: int):
             run = partial(eval_step, of_step.params, of_step.routing_state)
             found[step] = _gathered([jax.device_get(run(batch)) for batch in batches], is_real)
     final = found[steps[-1]]
-    report = {
-        "wanted_tokens": n_tokens,
+    choices = {
         "tokens": final["chosen"].shape[1],
         "kind": config.experts.kind,
         "checkpoints": [_summary(step, of_step, final) for step, of_step in found.items()],
-        "experts_per_token": _experts_per_token(config),
     }
-    write_json(folder / "routing.json", report, indent=None)
+    write_json(folder / "routing.json", choices, indent=None)
 
 
 def read_choices(file: Path, config: Config):
-    """Returns the content of a `routing.json`; lists become float64 arrays, with NaN for numbers
-    that were not finite. Raises `UserError` if it cannot be read or is of another configuration.
+    """Returns the content of a `routing.json`; lists become float64 arrays, with NaN for null.
+
+    Raises `UserError` if it cannot be read or belongs to another configuration.
     """
     wanted, n_layers = "remove it, and run the command again", config.model.n_layers
     shapes = dict.fromkeys(("load", "mean_score"), (n_layers, config.experts.n_experts))
     shapes |= dict.fromkeys(LAYER_COLUMNS, (n_layers,))
     schema = {
-        "wanted_tokens": or_none(COUNT),  # files of earlier versions have none
         "tokens": COUNT,
         "kind": one_of(config.experts.kind),
         "checkpoints": [{"step": COUNT}],
-        "experts_per_token": one_of(_experts_per_token(config)),
     }
-    report = read_json(file, wanted, schema, _MOST_BYTES)
-    steps = [checkpoint["step"] for checkpoint in report["checkpoints"]]
-    with naming(f"{file} cannot be read"):
-        if not steps or steps != sorted({*steps}):
-            problem = f"the steps of its checkpoints, {shown(steps)}, do not rise"
-            raise UserError(f"{problem}; {wanted}")
-        for checkpoint in report["checkpoints"]:
-            for name, shape in shapes.items():
-                checkpoint[name] = _array(checkpoint.get(name), shape)
-                if checkpoint[name] is None:
-                    raise UserError(f"{name} is not numbers of shape {[*shape]}; {wanted}")
-    return report
-
-
-def _array(value, shape):
-    """Returns a float64 array; None if `value` is not numbers or null of this shape."""
-    try:
-        found = np.array(value, np.float64)
-    except (TypeError, ValueError):
-        return None
-    return found if found.shape == shape else None
+    choices = read_json(file, wanted, schema, _MOST_BYTES)
+    for checkpoint in choices["checkpoints"]:
+        for name, shape in shapes.items():
+            try:
+                checkpoint[name] = np.array(checkpoint.get(name), np.float64).reshape(shape)
+            except (TypeError, ValueError) as e:
+                problem = f"{name} is not numbers of shape {[*shape]}"
+                raise UserError(f"{file} cannot be read: {problem}; {wanted}") from e
+    return choices
 
 
 def _gathered(results, is_real):

@@ -1,7 +1,6 @@
 """Collects the results of a suite from the directories of its runs, as DataFrames."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pandas as pd
 
 from aoe_jax.compare.choices import read_choices
 from aoe_jax.compare.jobs import beside, last_line, read_outcome
-from aoe_jax.compare.measure import configs_by_point, read_point, sweep_points
+from aoe_jax.compare.measure import configs_by_point, read_point, sweep_point
 from aoe_jax.compare.results import (
     CURVE_COLUMNS,
     KEYS,
@@ -24,11 +23,11 @@ from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.storage.files import read_metrics
 
 
-def read_results(suite: Suite, runs: Sequence[Run], workdir: Path):
-    """Reads the `Results` of runs, finished or not, from their directories."""
-    configs, rows, curves = configs_by_point(suite, runs, workdir), [], []
+def read_results(suite: Suite, workdir: Path):
+    """Reads the `Results` of the runs of a suite, finished or not, from their directories."""
+    configs, rows, curves = configs_by_point(suite, workdir), [], []
     timed = {size: read_point(workdir, size, configs[size]) for size in suite.sizes}
-    for run in runs:
+    for run in suite.runs():
         seconds = timed[run.size].get(run.arm, {}).get("seconds")
         row, of_run = _read_run(run, folder_of(workdir, run), seconds)
         rows.append(row)
@@ -37,7 +36,7 @@ def read_results(suite: Suite, runs: Sequence[Run], workdir: Path):
 
 
 def make_results(suite, rows, curves):
-    """Returns `Results` from dicts of `row_of` and a list of frames of `curves`."""
+    """Returns `Results` from the results of `row_of` and `curve_of` for all runs."""
     runs = pd.DataFrame(rows, columns=[*RUN_COLUMNS, *MORE_RUN_COLUMNS])
     curves = [curve for curve in curves if len(curve)]
     curves = pd.concat(curves) if curves else pd.DataFrame(columns=CURVE_COLUMNS)
@@ -45,21 +44,20 @@ def make_results(suite, rows, curves):
 
 
 def _read_run(run, folder, seconds):
-    """Returns a row of `Results.runs` and a list of frames of `curves`."""
     finished, ended = is_finished(folder, run), read_outcome(folder)
     summary = read_summary(folder / "summary.json") if finished else {}
     metrics, memory = (
         pd.Series(summary.get(name) or {}, dtype=float) for name in ("metrics", "memory")
     )
     nll = metrics.get("validation_nll", math.nan)
-    state = "failed" if ended else "unfinished"
     line = ended["last_line"] if ended else last_line(beside(folder, ".log"))
     if has_diverged(folder):
         state = "diverged"
-    elif finished and math.isfinite(nll):
-        state = "finished"
     elif finished:
-        state, line = "diverged", "diverged: its validation nll is not finite"
+        state = "finished" if math.isfinite(nll) else "diverged"
+        line = line if state == "finished" else "diverged: its validation nll is not finite"
+    else:
+        state = "failed" if ended else "unfinished"
     columns = ["step", "loss", "nll", "tokens_per_second", "dropped_share", "validation_nll"]
     lines = pd.DataFrame(read_metrics(folder / "metrics.jsonl"))
     lines = lines.reindex(columns=columns).astype(float)
@@ -85,8 +83,11 @@ def _read_run(run, folder, seconds):
     ]
 
 
-def row_of(run: Run, seconds_per_step, report, **columns):
+def row_of(run: Run, seconds_per_step, choices, **columns):
+    """Returns a row of `Results.runs`; `choices` is the content of routing.json or None."""
     config, counts = run.config, parameter_counts(run.config)
+    steps, flops_per_token = config.train.steps, training_flops_per_token(config)
+    tokens = steps * config.tokens_per_step
     return {
         "size": run.size,
         "arm": run.arm,
@@ -95,22 +96,22 @@ def row_of(run: Run, seconds_per_step, report, **columns):
         "parameters": counts.total,
         "active_parameters": counts.active,
         "active_non_embedding": counts.active_non_embedding,
-        "flops_per_token": training_flops_per_token(config),
+        "flops_per_token": flops_per_token,
         "learning_rate": config.train.learning_rate,
-        "steps": config.train.steps,
-        "tokens": config.train.steps * config.tokens_per_step,
-        "flops": run.flops,
-        "seconds": config.train.steps * seconds_per_step,
+        "steps": steps,
+        "tokens": tokens,
+        "flops": tokens * flops_per_token,
+        "seconds": steps * seconds_per_step,
         "seconds_per_step": seconds_per_step,
         "tokens_per_second": config.tokens_per_step / seconds_per_step,
-        "report": report,
-        **_at_the_end(report),
+        "choices": choices,
+        **_at_the_end(choices),
         **columns,
     }
 
 
 def curve_of(row, split, step, nll):
-    """Returns the rows of `Results.curves` of a split of a run, whose row of `runs` is given."""
+    """Returns rows of `Results.curves` for a split of the run with this row of `Results.runs`."""
     step = np.asarray(step, int)
     costs = {name: step * row[name] / row["steps"] for name in ("tokens", "flops")}
     costs["seconds"] = step * row["seconds_per_step"]
@@ -118,15 +119,15 @@ def curve_of(row, split, step, nll):
     return pd.DataFrame(keys | costs | {"nll": np.asarray(nll, float)}, columns=CURVE_COLUMNS)
 
 
-def _at_the_end(report):
-    """Summarises a run's routing.json by columns of `runs`: means over layers at the end.
+def _at_the_end(choices):
+    """Returns columns of `Results.runs` from a run's routing.json: means over layers at the end.
 
     `dead_experts` is a sum over layers. `settled_first` and `settled_half` are the overlaps with
     the final choices at the first checkpoint and at half of the training.
     """
-    if report is None:
+    if choices is None:
         return {}
-    checkpoints, last = report["checkpoints"], report["checkpoints"][-1]
+    checkpoints, last = choices["checkpoints"], choices["checkpoints"][-1]
     found = {name: np.mean(last[name]) for name in LAYER_MEANS}
     # Shares of tokens add up to a whole number but for rounding.
     found["experts_per_token"] = round(float(np.sum(last["load"], axis=1).mean()), 6)
@@ -139,29 +140,27 @@ def _at_the_end(report):
 
 
 def read_costs(suite: Suite, workdir: Path):
-    """Returns a frame of each measured sweep by name, with a row for each arm and value.
-
-    The columns are those of `throughput.csv`, and `config`.
-    """
-    rows, swept = {}, {name: suite.swept(name) for name in suite.throughput}
-    for (name, value), point in sweep_points(suite).items():
-        configs, sweep = swept[name][value], suite.throughput[name]
-        costs = read_point(workdir, point, configs)
-        of_baseline = costs.get(suite.baseline, {"seconds": math.nan})
-        for arm, cost in costs.items():
-            tokens, seconds = configs[arm].tokens_per_step, cost["seconds"]
-            row = {
-                "sweep": name,
-                "setting": sweep.setting,
-                "x": sweep.position(configs[arm]),
-                "arm": arm,
-                "tokens_per_step": tokens,
-                "seconds_per_step": seconds,
-                "tokens_per_second": tokens / seconds,
-                "speed_to_baseline": of_baseline["seconds"] / seconds,
-                "flops_per_step": tokens * training_flops_per_token(configs[arm]),
-                "memory_bytes": cost["memory_bytes"],
-                "config": configs[arm],
-            }
-            rows.setdefault(name, []).append(row)
-    return {name: pd.DataFrame(of_sweep) for name, of_sweep in rows.items()}
+    """Returns a frame of each measured sweep by name, with a row for each arm and value."""
+    rows = {}
+    for name, sweep in suite.throughput.items():
+        for value, configs in suite.swept(name).items():
+            costs = read_point(workdir, sweep_point(name, value), configs)
+            of_baseline = costs.get(suite.baseline, {"seconds": math.nan})
+            for arm, cost in costs.items():
+                tokens, seconds = configs[arm].tokens_per_step, cost["seconds"]
+                row = {
+                    "sweep": name,
+                    "setting": sweep.setting,
+                    "x": value,
+                    "arm": arm,
+                    "tokens_per_step": tokens,
+                    "seconds_per_step": seconds,
+                    "tokens_per_second": tokens / seconds,
+                    "speed_to_baseline": of_baseline["seconds"] / seconds,
+                    "flops_per_step": tokens * training_flops_per_token(configs[arm]),
+                    "memory_bytes": cost["memory_bytes"],
+                    "config": configs[arm],
+                }
+                rows.setdefault(name, []).append(row)
+    frames = {name: pd.DataFrame(of_sweep) for name, of_sweep in rows.items()}
+    return {name: frame for name, frame in frames.items() if suite.baseline in {*frame["arm"]}}

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +24,6 @@ ALLOCATOR = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
     "glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
 )
-POLL_SECONDS, REPORT_SECONDS = 0.2, 60.0
 
 
 def beside(path: Path, suffix):
@@ -41,8 +39,6 @@ class Job:
     # A file or a directory that the command writes. Beside it are `.log` (stdout and stderr,
     # appended) and `.outcome.json` with `status` and `last_line`.
     output: Path
-    cost: float = 1.0  # in any unit, to estimate the remaining time
-    progress: Callable[[], float] = lambda: 0.0  # the fraction that is done
 
 
 @dataclass(frozen=True)
@@ -84,9 +80,9 @@ class Machine:
     def here(cls, workdir: Path, n_jobs: int | None):
         """Describes this machine, and adds it to `machine.json` in the directory of a suite.
 
-        A machine whose package versions or commit have changed counts as another one. There are
-        `n_jobs` jobs at a time; None: one for each core on CPU, else one. Several jobs on GPUs
-        share them out. Raises `UserError` if JAX does not start, or `n_jobs` is impossible here.
+        A machine whose package versions or commit have changed counts as another one. `n_jobs` jobs
+        run at a time; None: one per core on CPU, else one. GPUs are divided among them. Raises
+        `UserError` if JAX does not start, or `n_jobs` is impossible here.
         """
         description = _describe()
         earlier = read_machines(workdir) if (workdir / "machine.json").exists() else []
@@ -99,32 +95,28 @@ class Machine:
         }
         return cls(description["backend"], slots_of(description, n_jobs), environment)
 
-    def run(self, jobs: list[Job], together=True):
-        """Runs jobs in order, one at a time in each slot, or in one slot if not `together`.
+    def run(self, jobs: list[Job]):
+        """Runs jobs in order, one at a time in each slot.
 
         A job that fails stops no other. SIGTERM and Ctrl-C end the call by `Preempted` and
         `Interrupted`, after the running jobs were asked to stop and have ended.
         """
-        waiting, free = list(jobs), self.slots[: None if together else 1]
-        running, n_failed = {}, 0  # running: Job -> (its slot, Popen)
-        before, started = {job: job.progress() for job in jobs}, time.monotonic()
-        reported, advice = started, "what is done is saved; the same command goes on from there"
+        waiting, free = list(jobs), list(self.slots)
+        running, n_ended, n_failed = {}, 0, 0  # running: Job -> (its slot, Popen)
+        advice = "what is done is saved; the same command goes on from there"
         try:
             while waiting or running:
                 while free and waiting:
                     job, slot = waiting.pop(0), free.pop(0)
                     running[job] = slot, _start(job, slot, self.environment)
-                time.sleep(POLL_SECONDS)
+                time.sleep(0.2)
                 ended = [job for job, (_, process) in running.items() if process.poll() is not None]
                 for job in ended:
                     slot, process = running.pop(job)
                     free.append(slot)
+                    n_ended += 1
                     n_failed += not _succeeded(job, process.returncode)
-                if ended or time.monotonic() - reported > REPORT_SECONDS:
-                    reported = time.monotonic()
-                    words = _progress(before, [*waiting, *running], n_failed, reported - started)
-                    at_work = ", ".join(f"{job.name} {job.progress():.0%}" for job in running)
-                    log.info("%s; running: %s", words, at_work or "none")
+                    log.info("%d of %d jobs ended, %d failed", n_ended, len(jobs), n_failed)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted: {advice}") from None
         except Terminated:
@@ -166,17 +158,6 @@ def _succeeded(job, status):
     return status == 0
 
 
-def _progress(before, left, failed, seconds):
-    text = f"{len(before) - len(left)} of {len(before)} ended"
-    if failed:
-        text += f", {failed} of them failed"
-    to_do = sum(job.cost * (1 - job.progress()) for job in left)
-    done = sum(job.cost * max(job.progress() - earlier, 0) for job, earlier in before.items())
-    if done and to_do:
-        text += f", about {to_do / done * seconds / 60:.0f} min left"
-    return text
-
-
 def _describe():
     # JAX is asked in another process, because this one must not take the accelerator.
     ask = (
@@ -204,8 +185,9 @@ def _output_of(*command):
 
 
 def slots_of(machine, n_jobs):
-    """Returns the slots of a machine: on CPU a core each, on GPUs an equal share of them. Raises
-    `UserError` if the machine has no `n_jobs` such slots.
+    """Returns a slot for each CPU core or for an equal share of the GPUs.
+
+    Raises `UserError` if the machine cannot run `n_jobs` at a time.
     """
     if machine["backend"] == "cpu":
         cores = sorted(os.sched_getaffinity(0))
@@ -216,7 +198,7 @@ def slots_of(machine, n_jobs):
     require_flag(machine["backend"] == "gpu", "jobs", n_jobs, wanted)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(machine["devices"])]
-    wanted = f"must divide the {len(devices)} GPUs, which runs share out"
+    wanted = f"must divide the {len(devices)} GPUs"
     require_flag(len(devices) % n_jobs == 0, "jobs", n_jobs, wanted)
     share = len(devices) // n_jobs
     shares = [devices[i : i + share] for i in range(0, len(devices), share)]

@@ -2,16 +2,18 @@
 
     python -m aoe_jax.compare.measure --suite=FILE --workdir=DIR --point=NAME
 
-A point is a size of the suite, or a value of one of its sweeps. The comparison starts a process for
-each point that is not measured yet. For a size it analyses the choices of the finished runs, and
-times the steps of the trained models. For a value of a sweep it times the steps of untrained models
-on random tokens. The arms take steps in turn. The results are in `DIR/measured/NAME.json`.
+A point is a size of the suite, or a value of one of its sweeps. `aoe_jax.compare` starts a process
+for each point that is not measured yet. For a size the process analyses the choices of the finished
+runs, and times the steps of the trained models. For a value of a sweep it times the steps of
+untrained models on random tokens. The arms take steps in turn. The results are in
+`DIR/measured/NAME.json`.
 """
 
 import contextlib
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -20,8 +22,8 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.compare.choices import analyse, read_choices
 from aoe_jax.compare.jobs import Job, Machine
-from aoe_jax.compare.suite import Run, Suite, load_suite
-from aoe_jax.compare.train_runs import folder_of, is_finished, tuned_rates
+from aoe_jax.compare.suite import Suite, load_suite
+from aoe_jax.compare.train_runs import folder_of, is_finished
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.storage.files import NUMBER, read_json, write_json
@@ -35,22 +37,34 @@ def measured_file(workdir: Path, point):
     return workdir / "measured" / f"{point}.json"
 
 
-def sweep_points(suite: Suite):
-    """Returns `{(name of the sweep, value): name of the point}`."""
-    sweeps = suite.throughput.items()
-    return {(name, value): f"{name}_{value}" for name, sweep in sweeps for value in sweep.values}
+def sweep_point(name, value):
+    """Returns the name of the point of a value of a sweep."""
+    return f"{name}_{value}"
 
 
-def configs_by_point(suite: Suite, runs: Sequence[Run], workdir: Path):
+def finished_runs(suite: Suite, workdir: Path, size):
+    """Returns `{folder: Run}` of the finished runs of a size, seed by seed."""
+    of_size = {folder_of(workdir, run): run for run in suite.runs() if run.size == size}
+    return {folder: run for folder, run in of_size.items() if is_finished(folder, run)}
+
+
+def configs_by_point(suite: Suite, workdir: Path):
     """Returns `{name of the point: {arm: Config}}`; a size has the arms that have finished."""
     found = {
-        size: {arm: run.config for arm, (_, run) in _first_by_arm(workdir, runs, size).items()}
+        size: {run.arm: run.config for run in _first_seeds(suite, workdir, size).values()}
         for size in suite.sizes
     }
-    swept = {name: suite.swept(name) for name in suite.throughput}
-    return found | {
-        point: swept[name][value] for (name, value), point in sweep_points(suite).items()
-    }
+    for name in suite.throughput:
+        for value, configs in suite.swept(name).items():
+            found[sweep_point(name, value)] = configs
+    return found
+
+
+def _first_seeds(suite, workdir, size):
+    first = {}
+    for folder, run in finished_runs(suite, workdir, size).items():
+        first.setdefault(run.arm, (folder, run))
+    return dict(first.values())
 
 
 def read_point(workdir: Path, point, configs: Mapping[str, Config]):
@@ -69,50 +83,36 @@ def read_point(workdir: Path, point, configs: Mapping[str, Config]):
     return found["costs"] if measured == configs else {}
 
 
-def measure_suite(suite: Suite, workdir: Path, machine: Machine, arguments):
+def measure_suite(suite: Suite, workdir: Path, machine: Machine, suite_flags):
     """Measures the points that are not measured yet; raises like `Machine.run`.
 
     One process runs at a time, so that they do not slow each other. Steps of trained models are
     timed in turn on CPU only: elsewhere each run has the devices to itself, and all arms of a size
-    may not fit. `arguments` are the flags that name the suite.
+    may not fit. `suite_flags` are the flags that name the suite.
     """
-    runs, jobs = suite.runs(tuned_rates(suite, workdir)), []
-    for point, configs in configs_by_point(suite, runs, workdir).items():
+    jobs = []
+    for point, configs in configs_by_point(suite, workdir).items():
         is_timed = point not in suite.sizes or machine.backend == "cpu"
         costs = read_point(workdir, point, configs)
-        if unanalysed(suite, runs, workdir, point) or (is_timed and costs.keys() != configs.keys()):
-            command = [sys.executable, "-m", "aoe_jax.compare.measure", *arguments]
+        if unanalysed(suite, workdir, point) or (is_timed and costs.keys() != configs.keys()):
+            command = [sys.executable, "-m", "aoe_jax.compare.measure", *suite_flags]
             command += [f"--workdir={workdir}", f"--point={point}"]
             output = measured_file(workdir, point)
             output.parent.mkdir(exist_ok=True)
             jobs.append(Job(f"measuring {point}", tuple(command), output))
-    if jobs:
-        machine.run(jobs, together=False)
+    replace(machine, slots=machine.slots[:1]).run(jobs)
 
 
-def _finished(workdir, runs, size):
-    of_size = [(folder_of(workdir, run), run) for run in runs if run.size == size]
-    return [(folder, run) for folder, run in of_size if is_finished(folder, run)]
-
-
-def _first_by_arm(workdir, runs, size):
-    return {run.arm: (folder, run) for folder, run in reversed(_finished(workdir, runs, size))}
-
-
-def unanalysed(suite: Suite, runs: Sequence[Run], workdir: Path, size):
+def unanalysed(suite: Suite, workdir: Path, size):
     """Returns the folders of finished runs of a size whose last choices are not analysed yet."""
-
-    def is_analysed(folder, run):
-        file = folder / "routing.json"
-        found = read_choices(file, run.config) if file.exists() else None
-        last = found and (found["checkpoints"][-1]["step"], found.get("wanted_tokens"))
-        return last == (run.config.train.steps, suite.routing_tokens)
-
-    return [
-        folder
-        for folder, run in _finished(workdir, runs, size)
-        if run.config.routing.choice(run.config.experts) and not is_analysed(folder, run)
-    ]
+    found = []
+    for folder, run in finished_runs(suite, workdir, size).items():
+        file, steps = folder / "routing.json", run.config.train.steps
+        checkpoints = read_choices(file, run.config)["checkpoints"] if file.exists() else []
+        is_analysed = checkpoints and checkpoints[-1]["step"] == steps
+        if run.config.routing.choice(run.config.experts) and not is_analysed:
+            found.append(folder)
+    return found
 
 
 @contextlib.contextmanager
@@ -125,15 +125,13 @@ def _noting(name, failed):
         failed.append(f"{name}: {type(e).__name__}: {e}")
 
 
-def measure_point(file: Path, configs: Mapping[str, Config], failed, folders=None):
-    """Times the steps of all arms and writes `file`; reasons of failures are added to `failed`.
-
-    `folders` are those of trained models by arm.
-    """
-    steps, folders = {}, folders or {}
+def measure_point(suite: Suite, workdir: Path, point, failed):
+    """Times the steps of all arms of a point; adds reasons of failures to `failed`."""
+    configs, steps = configs_by_point(suite, workdir)[point], {}
+    folders = {run.arm: folder for folder, run in _first_seeds(suite, workdir, point).items()}
     for arm, config in configs.items():
         with _noting(f"steps of {arm}", failed):
-            folder = folders.get(arm)
+            folder = folders.get(arm)  # None: an untrained model
             batches = folder and validation_batches(folder, config, config.train.batch_size)
             steps[arm] = RepeatedStep(config, next(batches) if folder else None, folder)
     seconds, costs = seconds_in_turn(steps), {}
@@ -141,7 +139,7 @@ def measure_point(file: Path, configs: Mapping[str, Config], failed, folders=Non
         memory = step.memory["state_bytes"] + step.memory["temporary_bytes"]
         costs[arm] = {"seconds": seconds[arm], "memory_bytes": memory}
     by_arm = {arm: config.to_dict() for arm, config in configs.items()}
-    write_json(file, {"configs": by_arm, "costs": costs})
+    write_json(measured_file(workdir, point), {"configs": by_arm, "costs": costs})
     log.info("seconds of a step: %s", ", ".join(f"{arm} {s:.4g}" for arm, s in seconds.items()))
 
 
@@ -149,16 +147,13 @@ def main():
     """Measures a point; returns 1 if a part failed, after all others are done."""
     given, failed = flags.FLAGS, []
     suite, workdir = load_suite(Path(given.suite), given.set), Path(given.workdir)
-    runs = suite.runs(tuned_rates(suite, workdir))
-    for folder in unanalysed(suite, runs, workdir, given.point):
+    point = given.point
+    for folder in unanalysed(suite, workdir, point):
         with _noting(f"choices of {folder}", failed):
             analyse(folder, suite.routing_tokens)
             log.info("analysed the choices of %s", folder)
-    if given.point not in suite.sizes or jax.default_backend() == "cpu":
-        configs = configs_by_point(suite, runs, workdir)[given.point]
-        first = _first_by_arm(workdir, runs, given.point)
-        folders = {arm: folder for arm, (folder, _) in first.items()}
-        measure_point(measured_file(workdir, given.point), configs, failed, folders)
+    if point not in suite.sizes or jax.default_backend() == "cpu":
+        measure_point(suite, workdir, point, failed)
     for reason in failed:
         log.error("%s", reason)
     return 1 if failed else 0

@@ -27,18 +27,15 @@ _ARMS = flags.DEFINE_list(
 
 
 def finished_runs(folder: Path):
-    """Returns the rows of `runs.csv` of finished runs. Raises `UserError` if the file is missing or
-    not of a report.
-    """
-    advice = "name the folder of a report"
+    """Returns the finished runs of `runs.csv`. Raises `UserError` if the file cannot be read."""
+    columns = ["size", "arm", "seed", "state", "validation_nll"]
     try:
-        runs = pd.read_csv(folder / "runs.csv")
-        finished = runs[runs["state"] == "finished"][["size", "arm", "seed", "validation_nll"]]
-        finished = finished.astype({"validation_nll": float})
-    except (OSError, ValueError, KeyError) as e:  # ValueError: not text, empty, or no numbers
+        runs = pd.read_csv(folder / "runs.csv", usecols=columns, dtype={"validation_nll": float})
+    except (OSError, ValueError) as e:  # ValueError: not text, other columns, or no numbers
         reason = getattr(e, "strerror", None) or f"it has no runs of a suite: {e}"
+        advice = "name the folder of a report"
         raise UserError(f"--results={folder}: runs.csv cannot be read ({reason}); {advice}") from e
-    return finished.dropna()
+    return runs[runs["state"] == "finished"].dropna()
 
 
 def pairs(runs: pd.DataFrame, arms):
@@ -46,15 +43,13 @@ def pairs(runs: pd.DataFrame, arms):
 
     Returns `[(size, (Estimate, Estimate), Estimate of the difference)]`.
     """
-    given, known = ",".join(arms), runs["arm"].unique()
-    are_two = len(arms) == len({*arms}) == 2
-    require_flag(are_two, "arms", given, "name two arms, such as aoe_d3_free,moe_free")
-    for arm in arms:
-        wanted = f"{arm} has finished no run there; choose one of {', '.join(known)}"
-        require_flag(arm in known, "arms", given, wanted)
+    known = runs["arm"].unique()
+    are_two = len({*arms} & {*known}) == len(arms) == 2
+    wanted = f"name two arms with finished runs, of {', '.join(known)}"
+    require_flag(are_two, "arms", ",".join(arms), wanted)
     of_both = runs[runs["arm"].isin(arms)]
     wide = of_both.pivot_table("validation_nll", ["size", "seed"], "arm").dropna()
-    require_flag(len(wide), "arms", given, "no size and seed has both")
+    require_flag(len(wide), "arms", ",".join(arms), "no size and seed has both")
     found = []
     for size in (size for size in runs["size"].unique() if size in wide.index):
         first, second = (wide.loc[size][arm] for arm in arms)

@@ -1,19 +1,15 @@
 """The pictures of a report. Each drawing function returns a matplotlib `Figure`.
 
-`styles` are those of `styles_of`, so an arm has the same colour and line style everywhere. L
-layers, n experts.
+`styles` is the result of `styles_of`: an arm has the same colour and line style everywhere.
 """
 
-import io
 import itertools
-import re
 import textwrap
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from PIL import Image
 
 from aoe_jax.compare.statistics import mean, number
 from aoe_jax.training.load_statistics import draw_loads
@@ -22,8 +18,6 @@ from aoe_jax.training.load_statistics import draw_loads
 # white) and black (invisible on black).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (8, 3)), (0, (1, 3)))
-# Text and axes have the colour INK, which a page replaces by its own text colour, light or dark.
-INK = "#010203"
 WIDTH, DPI = 4.6, 140
 SETTINGS = {
     "font.size": 9,
@@ -36,13 +30,7 @@ SETTINGS = {
     "svg.hashsalt": "aoe_jax",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "text.color": INK,
-    "grid.color": INK,
-    "grid.alpha": 0.12,
+    "grid.alpha": 0.3,
     "axes.grid": True,
     "lines.linewidth": 1.6,
 }
@@ -52,37 +40,25 @@ AXES = {
     "seconds": "seconds of training steps",
 }
 SMOOTHING = 0.04  # share of the steps over which training losses are averaged
-MAX_LAYERS = 4  # for which norms are drawn
-LABEL_WIDTH = 34  # characters of a line of a label beside an axis
-MAX_KEY = 16  # experts that a legend distinguishes
 POINTS = {"fmt": "o", "markersize": 4, "capsize": 2}  # with error bars
-
 
 drawn = matplotlib.rc_context(SETTINGS)  # decorates a function that draws
 
 
 def styles_of(labels):
     """Returns options of lines by arm; the first seven arms differ in colour."""
-    styles = zip(itertools.cycle(itertools.product(DASHES, COLOURS)), labels.items(), strict=False)
+    styles = itertools.cycle(itertools.product(DASHES, COLOURS))
     return {
         arm: {"color": colour, "linestyle": dashes, "label": label}
-        for (dashes, colour), (arm, label) in styles
+        for (arm, label), (dashes, colour) in zip(labels.items(), styles, strict=False)
     }
 
 
-def _new(height, rows=1, columns=1, **options):
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def _height(n_arms, least):
-    return max(least, 0.7 + 0.17 * n_arms)
-
-
-def _new_of_arms(n_arms, least_height):
-    """Returns a figure with space for a legend of the arms, and its axes."""
-    figure, ((axes,),) = _new(_height(n_arms, least_height))
-    return figure, axes
+def _new(height, n_panels=1, n_arms=0):
+    """Returns a figure with space for a legend of `n_arms`, and its panels from top to bottom."""
+    size = WIDTH, max(height, 0.7 + 0.17 * n_arms)
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(n_panels, squeeze=False, sharex=True)[:, 0]
 
 
 def _legend(figure, axes):
@@ -119,9 +95,9 @@ def _over_seeds(rows, columns):
 def loss_curves(curves, styles, axis):
     """Draws training losses as lines and validation losses as points, against a key of AXES.
 
-    `curves` are `Results.curves` of the finished runs of a size.
+    `curves` has the rows of `Results.curves` of the finished runs of a size.
     """
-    figure, axes = _new_of_arms(curves["arm"].nunique(), 3.5)
+    figure, (axes,) = _new(3.5, n_arms=curves["arm"].nunique())
     late, lowest, first_x = [], [], []
     for arm, of_arm in curves.groupby("arm", sort=False):
         train = _over_seeds(of_arm[of_arm["split"] == "train"], [axis, "nll"])
@@ -143,26 +119,9 @@ def loss_curves(curves, styles, axis):
 
 
 @drawn
-def gaps(panels, styles):
-    """Draws `Results.gaps`, frames by size, with a panel for each size."""
-    n_arms = max(len(frame.columns) for frame in panels.values())
-    height = _height(n_arms, 0.6 + 1.9 * len(panels))
-    figure, rows = _new(height, len(panels), 1, sharex=True)
-    for axes, (size, frame) in zip(rows[:, 0], panels.items(), strict=True):
-        for arm in frame:
-            axes.plot(frame.index, frame[arm], marker="o", markersize=3, **styles[arm])
-        axes.axhline(0, color=INK, linewidth=0.8)
-        axes.set_title(size, loc="left")
-        axes.set_ylabel("difference, nats")
-    rows[-1, 0].set_xlabel("training tokens for each active parameter")
-    _legend(figure, max(rows[:, 0], key=lambda axes: len(axes.lines)))
-    return figure
-
-
-@drawn
 def scaling(fitted, styles, xlabel):
     """Draws `{arm: ({x: [loss of each seed]}, Fit)}`: means, standard errors, fits and bands."""
-    figure, axes = _new_of_arms(len(fitted), 3.8)
+    figure, (axes,) = _new(3.8, n_arms=len(fitted))
     for arm, (groups, fit) in fitted.items():
         colour, means = styles[arm]["color"], [mean(losses) for losses in groups.values()]
         line = np.geomspace(min(groups), max(groups), 60)
@@ -180,14 +139,14 @@ def scaling(fitted, styles, xlabel):
 @drawn
 def differences(rows, styles):
     """Draws differences with their intervals, one line for each of `[(arm, label, Estimate)]`."""
-    rows = [(arm, textwrap.fill(label, LABEL_WIDTH), found) for arm, label, found in rows]
+    rows = [(arm, textwrap.fill(label, width=34), found) for arm, label, found in rows]
     lines = sum(1 + label.count("\n") for _, label, _ in rows)
-    figure, ((axes,),) = _new(0.9 + 0.09 * len(rows) + 0.15 * lines)
+    figure, (axes,) = _new(0.9 + 0.09 * len(rows) + 0.15 * lines)
     for height, (arm, _, found) in enumerate(reversed(rows)):
         reach, colour = np.nan_to_num(found.high - found.value), styles[arm]["color"]
         axes.errorbar([found.value], [height], xerr=[reach], color=colour, **POINTS)
     axes.xaxis.set_major_locator(MaxNLocator(3))
-    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [label for _, label, _ in reversed(rows)])
     axes.set(xlabel="difference of nll, nats")
     axes.grid(axis="y", visible=False)
@@ -196,117 +155,87 @@ def differences(rows, styles):
 
 @drawn
 def against_setting(panels, styles, xlabel):
-    """Draws a panel for each frame, by name; its rows are by setting and its columns by arm.
+    """Draws a panel for each frame by name, whose rows are settings and whose columns are arms.
 
     The axes of the setting and of the first frame are logarithmic.
     """
-    figure, rows = _new(0.6 + 1.9 * len(panels), len(panels), 1, sharex=True)
-    for axes, (name, frame) in zip(rows[:, 0], panels.items(), strict=True):
+    figure, rows = _new(0.6 + 1.9 * len(panels), len(panels))
+    for axes, (name, frame) in zip(rows, panels.items(), strict=True):
         for arm in frame:
             values = frame[arm].dropna()
             axes.plot(values.index, values, marker="o", markersize=3.5, **styles[arm])
-        if axes is rows[0, 0]:
+        if axes is rows[0]:
             axes.set_yscale("log")
             low, high = axes.get_ylim()
-            few = MaxNLocator(4) if high < 5 * low else LogLocator(subs=(1, 2, 5))
-            _label(axes.yaxis, few)
+            _label(axes.yaxis, MaxNLocator(4) if high < 5 * low else LogLocator(subs=(1, 2, 5)))
         else:
             axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.set_ylabel(name)
-    bottom = rows[-1, 0]
+    bottom = rows[-1]
     bottom.set_xscale("log", base=2)
     bottom.set_xticks(frame.index, [f"{x:g}" for x in frame.index])
     bottom.xaxis.set_minor_locator(NullLocator())
     bottom.set_xlabel(xlabel)
-    _legend(figure, rows[0, 0])
+    _legend(figure, rows[0])
     return figure
 
 
 @drawn
-def load_heatmaps(entries):
-    """Draws the final loads, a panel for each of `[(title, routing.json)]`."""
-    return draw_loads({title: report["checkpoints"][-1] for title, report in entries}, WIDTH)
+def load_heatmaps(results, size):
+    """Draws the final loads of the first seed of each analysed arm, a panel for each."""
+    of_arms = results.routed(size).items()
+    final = {results.labels[arm]: choices[0]["checkpoints"][-1] for arm, choices in of_arms}
+    return draw_loads(final, WIDTH)
 
 
 def some_layers(n_layers):
-    return np.unique(np.linspace(0, n_layers - 1, min(n_layers, MAX_LAYERS)).round().astype(int))
+    return np.unique(np.linspace(0, n_layers - 1, min(n_layers, 4)).round().astype(int))
 
 
 @drawn
-def scores_through_training(report, name, title):
-    """Draws the mean norm or logit of every expert at each checkpoint (the paper's Fig. 4).
+def scores_through_training(choices, name, title):
+    """Draws the mean score (`name`) of every expert at each checkpoint, as the paper's Fig. 4.
 
-    `report` is a run's routing.json, and `name` that of the score.
+    `choices` is the content of a routing.json.
     """
-    checkpoints = report["checkpoints"]
-    steps = [checkpoint["step"] for checkpoint in checkpoints]
-    scores = np.array([checkpoint["mean_score"] for checkpoint in checkpoints])  # [., L, n]
+    steps = [checkpoint["step"] for checkpoint in choices["checkpoints"]]
+    # [checkpoints, layers, experts]
+    scores = np.array([checkpoint["mean_score"] for checkpoint in choices["checkpoints"]])
     layers, n = some_layers(scores.shape[1]), scores.shape[2]
     experts = styles_of({i: i for i in range(n)})
-    figure, panels = _new(0.6 + 1.35 * len(layers), len(layers), 1, sharex=True)
-    for axes, layer in zip(panels[:, 0], layers, strict=True):
+    figure, panels = _new(0.6 + 1.35 * len(layers), len(layers))
+    for axes, layer in zip(panels, layers, strict=True):
         for expert in range(n):
             values = scores[:, layer, expert]
             axes.plot(steps, values, linewidth=1.1, marker=".", markersize=3, **experts[expert])
         axes.set_title(f"layer {layer}", loc="left", fontsize=8)
         axes.set_ylabel(f"mean {name}")
-    panels[-1, 0].set_xlabel("step")
+    panels[-1].set_xlabel("step")
     figure.suptitle(title, x=0.02, ha="left", fontsize=9)
-    if n <= MAX_KEY:
+    if n <= 16:  # a legend distinguishes that many
         options = {"title": "expert", "title_fontsize": 8, "handlelength": 1.6}
-        figure.legend(handles=[*panels[0, 0].lines], loc="outside right upper", **options)
+        figure.legend(handles=[*panels[0].lines], loc="outside right upper", **options)
     return figure
-
-
-def _lines(found, styles, **labels):
-    figure, axes = _new_of_arms(len(found), 2.8)
-    for arm, values in found.items():
-        axes.plot(values.index, values, marker="o", markersize=3, **styles[arm])
-    axes.set(**labels)
-    _legend(figure, axes)
-    return figure, axes
 
 
 @drawn
 def through_training(routing, styles, name, ylabel):
     """Draws a column of `Results.routing` of a size over training, mean over layers and seeds."""
-    found = {}
-    for arm, rows in routing.groupby("arm", sort=False):
+    by_arm = routing.groupby("arm", sort=False)
+    figure, (axes,) = _new(2.8, n_arms=by_arm.ngroups)
+    for arm, rows in by_arm:
         values = _over_seeds(rows, name)
-        found[arm] = values.set_axis(100 * values.index / values.index[-1])
-    figure, axes = _lines(found, styles, xlabel="share of the training, %", ylabel=ylabel)
-    if not any(values.any() for values in found.values()):  # such as no dead experts at all
+        shares = 100 * values.index / values.index[-1]
+        axes.plot(shares, values, marker="o", markersize=3, **styles[arm])
+    axes.set(xlabel="share of the training, %", ylabel=ylabel)
+    if not routing[name].any():  # such as no dead experts at all
         axes.set_ylim(0, 1)
+    _legend(figure, axes)
     return figure
 
 
-@drawn
-def by_layer(routing, styles, name, ylabel):
-    """Draws a column of `Results.routing` of a size by layer, at the end, mean over seeds."""
-    at_the_end = routing[routing["step"] == routing["step"].max()]
-    by_arm = at_the_end.groupby("arm", sort=False)
-    found = {arm: rows.groupby("layer")[name].mean() for arm, rows in by_arm}
-    figure, axes = _lines(found, styles, xlabel="layer", ylabel=ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
-
-
-def save(figure, path):
-    """Saves a figure on white as PATH.png, with a palette of colours, and PATH.svg.
-
-    Returns an SVG for an HTML page: transparent, with text in the page's colour, without numbered
-    ids, and with a flexible width.
-    """
-    for_page, png = io.StringIO(), io.BytesIO()
+def save(figure, file):
+    """Saves a figure as PNG, the file that is named, and as SVG beside it."""
     with matplotlib.rc_context(SETTINGS):
-        figure.savefig(for_page, format="svg", metadata={"Date": None}, transparent=True)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None}, facecolor="white")
-        figure.savefig(png, dpi=DPI, facecolor="white")
-    few_colours = Image.open(png).convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE)
-    few_colours.save(path.with_suffix(".png"), optimize=True)
-    svg = for_page.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[\w.]+_\d+"', "", svg).replace("xlink:href", "href")
-    size = r'(<svg[^>]*?) width="([\d.]+)pt" height="[\d.]+pt"'
-    return re.sub(size, r'\1 style="max-width:\2pt"', svg, count=1)
+        figure.savefig(file, dpi=DPI)
+        figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})

@@ -4,7 +4,7 @@ The prose and most tables are in `templates/report.md.j2`, which reads `Results`
 made from the Markdown. The functions here compute what takes the template more than a few lines.
 """
 
-import math
+from base64 import b64encode
 from pathlib import Path
 
 import jinja2
@@ -13,12 +13,12 @@ from markdown_it import MarkdownIt
 
 from aoe_jax.compare import pictures
 from aoe_jax.compare.collect import read_costs, read_results
-from aoe_jax.compare.jobs import beside, read_machines, read_outcome
-from aoe_jax.compare.measure import measured_file, sweep_points
+from aoe_jax.compare.jobs import read_machines
 from aoe_jax.compare.results import ROUTING_DIGITS, RUN_COLUMNS, SCALES, Results
 from aoe_jax.compare.statistics import markdown_table, mean, number
-from aoe_jax.compare.suite import SWEPT, Suite
-from aoe_jax.compare.train_runs import check_runs, folder_of, tuned_rates, tuning_nlls
+from aoe_jax.compare.suite import Suite
+from aoe_jax.compare.train_runs import check_runs, folder_of
+from aoe_jax.storage.files import read_json
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("aoe_jax.compare"), trim_blocks=True, lstrip_blocks=True
@@ -34,22 +34,21 @@ def write_report(suite: Suite, workdir: Path, command):
     """Writes the report of the results so far, with the `command` that makes it again, and returns
     the path of `report.html`. Raises `UserError` if a run there is of another configuration.
     """
-    runs = suite.runs(tuned_rates(suite, workdir))
-    check_runs({run: folder_of(workdir, run) for run in runs})
-    results, costs = read_results(suite, runs, workdir), read_costs(suite, workdir)
+    check_runs({run: folder_of(workdir, run) for run in suite.runs()})
+    results, costs = read_results(suite, workdir), read_costs(suite, workdir)
     markdown, drawn = to_markdown(
         results,
         costs,
         machines=read_machines(workdir),
         failed=failed(results, workdir),
-        tuning=tuning(results, workdir),
         command=command,
     )
     (workdir / "report.md").write_text(markdown)
     folder, page = workdir / "figures", workdir / "report.html"
     folder.mkdir(exist_ok=True)
-    svgs = {name: pictures.save(figure, folder / f"{name}.png") for name, figure in drawn.items()}
-    page.write_text(to_html(markdown, svgs, f"Comparison: {suite.name}"))
+    for name, figure in drawn.items():
+        pictures.save(figure, folder / f"{name}.png")
+    page.write_text(to_html(markdown, workdir, f"Comparison: {suite.name}"))
     tables = {
         "runs": results.runs[RUN_COLUMNS],
         "curves": results.curves,
@@ -66,7 +65,7 @@ def write_report(suite: Suite, workdir: Path, command):
 def to_markdown(r: Results, costs, **of_workdir):
     """Renders the report as `(Markdown, {name: Figure})`.
 
-    `costs` are of `read_costs`. `of_workdir` has `machines`, `failed`, `tuning` and `command`; the
+    `costs` is the result of `read_costs`. `of_workdir` has `machines`, `failed` and `command`; the
     report omits those that are missing.
     """
     drawn = {}
@@ -76,56 +75,40 @@ def to_markdown(r: Results, costs, **of_workdir):
         return f"![{caption}](figures/{name}.png)\\\n*{caption}*"
 
     compared = [(size, arm, r.difference(size, arm)) for size, arm in r.pairs]
-    reports = r.runs["report"].dropna()
     markdown = TEMPLATES.get_template("report.md.j2").render(
         r=r,
         suite=r.suite,
         base=r.suite.baseline,
         compared=[row for row in compared if row[1] != r.suite.baseline and row[2].n],
-        gaps={size: gaps for size in r.sizes if (gaps := r.gaps(size)).size},
         scaling={scale: r.scaling(scale) for scale in SCALES},
         in_turn=r.finished_runs["timed_in_turn"].all(),
-        states=states(r),
         routed_sizes=[size for size in r.sizes if r.routed(size)],
-        sweeps=sweeps(r, costs),
+        sweeps=[sweep_of(r, name, frame) for name, frame in costs.items()],
         not_causal=not_causal(r),
         drops=r.runs["dropped_share"].notna().any(),
         scales=SCALES,
-        routing_tokens="/".join(map(str, sorted({report["tokens"] for report in reports}))),
         routing_digits=ROUTING_DIGITS,
         pictures=pictures,
         styles=pictures.styles_of(r.labels),
         picture=picture,
         mean=mean,
-        misses=_misses,
         **of_workdir,
     )
     return markdown, drawn
 
 
-def _misses(groups, fit):
-    return ", ".join(f"{mean(nlls).value - fit(x):+.3f}" for x, nlls in groups.items())
-
-
-def to_html(markdown, svgs, title):
-    """Converts the report to one HTML page with everything in it; `svgs` by picture name."""
+def to_html(markdown, workdir, title):
+    """Converts the report to one HTML page that contains its pictures as SVG."""
 
     def image(_, tokens, i, options, env):
-        name = Path(tokens[i].attrs["src"]).stem
+        svg = (workdir / tokens[i].attrs["src"]).with_suffix(".svg").read_bytes()
         label = jinja2.filters.escape(tokens[i].content)
-        return f'<span role="img" aria-label="{label}">{svgs[name]}</span>'
+        return f'<img alt="{label}" src="data:image/svg+xml;base64,{b64encode(svg).decode()}">'
 
     converter = MarkdownIt("commonmark", {"html": False, "xhtmlOut": True}).enable("table")
     converter.add_render_rule("image", image)
     body = converter.render(markdown)
     return TEMPLATES.get_template("page.html.j2").render(title=title, body=body)
-
-
-def states(r: Results):
-    counts = r.runs["state"].value_counts()
-    others = [name for name in ("diverged", "failed", "unfinished") if name in counts]
-    finished = f"{counts.get('finished', 0)} of {len(r.runs)} finished"
-    return ", ".join([finished, *(f"{counts[name]} {name}" for name in others)])
 
 
 def not_causal(r: Results):
@@ -150,13 +133,11 @@ def failed(r: Results, workdir: Path):
         log = f"runs/{run.size}/{run.arm}/seed_{run.seed}.log"
         name = f"{run.size}: {r.labels[run.arm]}, seed {run.seed}"
         rows.append({"run": name, "last line": _as_code(run.last_line), "log": log})
-    for name in [*r.suite.sizes, *sweep_points(r.suite).values()]:
-        file = measured_file(workdir, name)
-        ended = read_outcome(file)
-        if ended and ended["status"]:
-            log = str(beside(file, ".log").relative_to(workdir))
+    for file in sorted(workdir.glob("measured/*.json.outcome.json")):
+        ended, name = read_json(file), file.name.removesuffix(".json.outcome.json")
+        if ended["status"]:
             row = {"run": f"measuring {name}", "last line": _as_code(ended["last_line"])}
-            rows.append(row | {"log": log})
+            rows.append(row | {"log": f"measured/{name}.json.log"})
     return rows
 
 
@@ -164,15 +145,10 @@ def _as_code(line):
     return "`" + line[:200].replace("`", "'").replace("|", "¦") + "`"
 
 
-def sweeps(r: Results, costs):
-    """Returns for each sweep `name`, `figure`, `caption`, and the `rows` of a table."""
-    base = r.suite.baseline
-    return [_sweep(r, name, frame) for name, frame in costs.items() if (frame["arm"] == base).any()]
-
-
-def _sweep(r, name, frame):
-    sweep, base = r.suite.throughput[name], r.suite.baseline
-    setting, label = SWEPT[sweep.setting], r.labels[base]
+def sweep_of(r, name, frame):
+    """Returns the `name`, `figure`, `caption` and table `rows` of a sweep in `read_costs`."""
+    setting, base = r.suite.throughput[name].setting, r.suite.baseline
+    label = r.labels[base]
     table = frame.assign(megabytes=frame["memory_bytes"] / 1e6).pivot(
         index="x", columns="arm", values=["tokens_per_second", "megabytes"]
     )
@@ -196,29 +172,3 @@ def _sweep(r, name, frame):
         "caption": f"Against {setting}; ratios to {label}. {model}.",
         "rows": rows[speed[base].notna()],
     }
-
-
-def tuning(r: Results, workdir: Path):
-    """Shows the validation nll of each tried learning rate; None without a tuning."""
-    if r.suite.tuning is None:
-        return None
-    rates, chosen = r.suite.tuning.learning_rates, tuned_rates(r.suite, workdir)
-    rows = [
-        {"arm": r.labels[arm]}
-        | {f"{rate:g}": _tuned_cell(nll) for rate, nll in nlls.items()}
-        | {"chosen": _chosen_cell(chosen[arm], nlls.values())}
-        for arm, nlls in tuning_nlls(r.suite, workdir).items()
-    ]
-    return {"rows": rows, "at_the_edge": bool({*chosen.values()} & {min(rates), max(rates)})}
-
-
-def _chosen_cell(rate, nlls):
-    if None in nlls:
-        return "waits"
-    return "none" if rate is None else f"{rate:g}"
-
-
-def _tuned_cell(nll):
-    if nll is None:
-        return "not finished"
-    return f"{nll:.4f}" if math.isfinite(nll) else "diverged"

@@ -1,8 +1,4 @@
-"""The results of a suite's runs as DataFrames, and comparisons of its arms.
-
-`Results.runs` has a row for each run, `curves` a row for each reported step, `routing` a row for
-each checkpoint and layer. The CSV files of a report are these frames.
-"""
+"""The results of a suite's runs as DataFrames, and comparisons of its arms."""
 
 import dataclasses
 import functools
@@ -51,7 +47,7 @@ MORE_RUN_COLUMNS = [
     "timed_in_turn",  # False: seconds are the run's own median
     "last_line",  # of the log
     "config",
-    "report",  # its routing.json, or NaN
+    "choices",  # the content of routing.json, or NaN
 ]
 CURVE_COLUMNS = [*KEYS, "split", "step", "tokens", "flops", "seconds", "nll"]
 LAYER_MEANS = ["load_entropy", "confidence_entropy", "max_violation"]
@@ -65,11 +61,11 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Results:
-    """The results of a suite's runs."""
+    """The results of a suite's runs; the CSV files of a report are these frames."""
 
     suite: Suite
-    runs: pd.DataFrame  # RUN_COLUMNS and MORE_RUN_COLUMNS
-    curves: pd.DataFrame  # CURVE_COLUMNS
+    runs: pd.DataFrame  # a row for each run: RUN_COLUMNS and MORE_RUN_COLUMNS
+    curves: pd.DataFrame  # a row for each reported step: CURVE_COLUMNS
 
     @functools.cached_property
     def labels(self):
@@ -90,9 +86,10 @@ class Results:
 
     @functools.cached_property
     def routing(self):
+        """A row for each run, checkpoint and layer: ROUTING_COLUMNS."""
         rows = []
-        for *keys, report in self.runs.dropna(subset="report")[[*KEYS, "report"]].to_numpy():
-            for checkpoint in report["checkpoints"]:
+        for *keys, choices in self.runs.dropna(subset="choices")[[*KEYS, "choices"]].to_numpy():
+            for checkpoint in choices["checkpoints"]:
                 for layer, load in enumerate(checkpoint["load"]):
                     of_layer = [checkpoint[name][layer] for name in LAYER_COLUMNS]
                     rows.append([*keys, checkpoint["step"], layer, sum(load), *of_layer])
@@ -116,41 +113,40 @@ class Results:
         return [(size, arm) for size in self.sizes for arm in self.arms(size)]
 
     def routed(self, size):
-        """Returns `{arm: [routing.json of each seed]}` of the analysed runs of a size."""
-        found = {arm: [*self.finished(size, arm)["report"].dropna()] for arm in self.arms(size)}
-        return {arm: reports for arm, reports in found.items() if reports}
-
-    def first_reports(self, size):
-        """Returns `[(label, routing.json of the first seed)]` of the analysed arms of a size."""
-        return [(self.labels[arm], reports[0]) for arm, reports in self.routed(size).items()]
+        """Returns `{arm: [choices of each seed]}` of the analysed runs of a size."""
+        found = {arm: [*self.finished(size, arm)["choices"].dropna()] for arm in self.arms(size)}
+        return {arm: of_seeds for arm, of_seeds in found.items() if of_seeds}
 
     def of_finished(self, frame, size):
         """Returns the rows of `curves` or `routing` of the finished runs of a size."""
         return frame[frame["size"] == size].merge(self.finished_runs[KEYS])
 
     def is_comparable(self, size, arm):
-        """Whether losses of an arm compare with others: not if experts choose among tokens."""
+        """Whether an arm's losses compare with others: not if experts choose among later tokens."""
         return self.configs[size, arm].routing.name != "expert_choice"
 
     def mean(self, size, arm, column):
         return mean(self.finished(size, arm)[column])
 
     def ratio(self, size, arm, column):
-        """Writes the ratio of an arm's mean of a column to the baseline's; a dash without one."""
+        """Formats the ratio of an arm's mean of a column to the baseline's, or "-"."""
         other = self.mean(size, self.suite.baseline, column)
         return f"{self.mean(size, arm, column).value / other.value:.2f}" if other.n else "-"
 
     def budget(self, size, arms, kind):
-        """Returns the least that arms of a size have spent, of "flops" or "seconds". NaN if an arm
-        has not run, or if its cost depends on the data.
+        """Returns the least "flops" or "seconds" that arms of a size have spent.
+
+        NaN if an arm has not finished, or if its cost depends on the data.
         """
         if any(experts_per_token(self.configs[size, arm]) is None for arm in arms):
             return math.nan
         return float(np.min([self.finished(size, arm)[kind].min() for arm in arms]))
 
     def nlls(self, size, arm, kind="end", budget=None):
-        """Returns the validation nll of an arm by seed, without NaN: at the end of training, or for
-        the `kind` "flops" or "seconds" where the curve reaches the budget.
+        """Returns the validation nll of an arm by seed.
+
+        It is that of the end, or for the `kind` "flops" or "seconds" that at the budget; seeds
+        whose curve does not reach the budget are left out.
         """
         rows, curves = self.finished(size, arm), self.curves
         if kind == "end":
@@ -163,37 +159,18 @@ class Results:
             found[seed] = at(curve[kind], curve["nll"], budget)
         return pd.Series(found, dtype=float).dropna()
 
-    def difference(self, size, arm, kind="end", to=None):
-        """Returns the `Estimate` of an arm's nll minus that of `to` or its reference, seed by seed.
+    def difference(self, size, arm, kind="end"):
+        """Returns the `Estimate` of an arm's nll minus that of its reference, seed by seed.
 
         For the `kind` "flops" or "seconds" the budget is what the cheaper of the two has spent. The
         estimate has no seeds if one of the two is not comparable.
         """
-        arms = arm, to or self.suite.reference(arm)
+        arms = arm, self.suite.reference(arm)
         if not all(self.is_comparable(size, one) for one in arms):
             return mean([])
         budget = None if kind == "end" else self.budget(size, arms, kind)
         nlls, others = (self.nlls(size, one, kind, budget) for one in arms)
         return mean(nlls - others)
-
-    def gaps(self, size):
-        """Returns the arms' validation nll minus that of their references, means over seeds by arm.
-
-        The index is the training tokens for each active parameter of the baseline; without the
-        baseline the frame is empty.
-        """
-        parameters = self.finished(size, self.suite.baseline)["active_non_embedding"]
-        curves = self.of_finished(self.curves, size)
-        validation = curves[curves["split"] == "validation"]
-        nlls = validation.pivot(index="tokens", columns=["arm", "seed"], values="nll")
-        found = {}
-        for arm in self.arms(size) if len(parameters) else ():
-            to = self.suite.reference(arm)
-            if arm != to and self.difference(size, arm).n:
-                gaps = (nlls[arm] - nlls[to]).dropna(axis=1, how="all")
-                found[arm] = gaps.mean(axis=1, skipna=False)
-        frame = pd.DataFrame(found)
-        return frame.set_index(frame.index / parameters.mean())
 
     def differences(self):
         rows = []
@@ -204,10 +181,10 @@ class Results:
         return pd.DataFrame(rows)
 
     def scaling(self, scale):
-        """Fits power laws over sizes for arms with two or more sizes that all differ in x, a key of
-        SCALES: `{arm: ({x: [nll of each seed]}, Fit)}`.
+        """Fits a power law over sizes for each arm: `{arm: ({x: [nll of each seed]}, PowerLaw)}`.
 
-        It is empty if sizes differ in corpus or experts, or if they cost the baseline equal FLOPs.
+        x is a key of SCALES. Arms need two or more sizes, all at different x. The result is empty
+        if sizes differ in corpus or experts, or if they cost the baseline equal FLOPs.
         """
         of_baseline = self.runs[self.runs["arm"] == self.suite.baseline].drop_duplicates("size")
         settings = {(c.data, c.experts.n_experts, c.experts.top_k) for c in of_baseline["config"]}

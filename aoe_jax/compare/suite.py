@@ -15,18 +15,10 @@ from ml_collections import ConfigDict
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, naming
-from aoe_jax.model.counts import parameter_counts, training_flops_per_token
+from aoe_jax.model.counts import parameter_counts
 from aoe_jax.storage.config_files import call_in_file
 
 TOLERANCE = 0.01  # by which the total parameters of matched arms may differ
-TUNING_SEED = 1_000_000  # of tuning runs only
-# setting of a sweep -> the label of its axis
-SWEPT = {
-    "experts.n_experts": "experts",
-    "experts.top_k": "experts a token, K",
-    "experts.d_low": "low rank r",
-    "train.batch_size": "tokens a step",
-}
 
 
 @dataclass(frozen=True)
@@ -48,38 +40,19 @@ class Size:
     """A size at which arms are compared."""
 
     changes: Mapping  # group -> field -> value
-    seeds: int  # 0, 1, ...: each sets the initial parameters and the order of the data
+    seeds: int  # each sets the initial parameters and the order of the data
     arms: tuple[str, ...] | None = None  # None: all
-    rate_factor: float = 1.0  # multiplies the learning rate, tuned or configured
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """A search for the learning rate of each arm, by validation nll at one size.
-
-    `train.final_learning_rate` changes in proportion.
-    """
-
-    learning_rates: tuple[float, ...]
-    steps: int
-    size: str | None = None  # None: the first
+    rate_factor: float = 1.0  # multiplies the learning rates of the base and the arms
 
 
 @dataclass(frozen=True)
 class Sweep:
     """The cost of a training step of each arm against one setting; nothing is trained."""
 
-    setting: str  # a key of SWEPT
+    setting: str  # GROUP.FIELD, such as experts.n_experts
     values: tuple
     changes: Mapping  # group -> field -> value, applied to the base
     arms: tuple[str, ...] | None = None  # None: all
-
-    def position(self, config):
-        """Returns the x coordinate of a configuration."""
-        if self.setting == "train.batch_size":
-            return config.tokens_per_step
-        group, _, name = self.setting.partition(".")
-        return getattr(getattr(config, group), name)
 
 
 @dataclass(frozen=True)
@@ -96,12 +69,6 @@ class Run:
         """SIZE/ARM/seed_N, also its path below `WORKDIR/runs`."""
         return f"{self.size}/{self.arm}/seed_{self.seed}"
 
-    @property
-    def flops(self):
-        """Useful FLOPs of the whole training."""
-        tokens = self.config.train.steps * self.config.tokens_per_step
-        return training_flops_per_token(self.config) * tokens
-
 
 @dataclass(frozen=True)
 class Suite:
@@ -112,7 +79,6 @@ class Suite:
     arms: Mapping[str, Arm]
     sizes: Mapping[str, Size]
     baseline: str  # the arm that the others are compared to, unless an arm names its reference
-    tuning: Tuning | None = None
     throughput: Mapping[str, Sweep] = field(default_factory=dict)
     routing_tokens: int = 16_384  # least number of validation tokens for the analysis of routing
     # Group -> field -> value for all runs; wins over sizes and arms.
@@ -120,51 +86,28 @@ class Suite:
 
     def __post_init__(self):
         """Checks names and values; `runs` and `swept` check configurations. Raises `UserError`."""
-        self._check_names("arms", Arm, needed=True)
-        self._check_names("sizes", Size, needed=self.tuning or not self.throughput)
-        self._check_names("throughput", Sweep, needed=False)
-        self._require(self.baseline in self.arms, "baseline", self.baseline, one_of(self.arms))
+        self._require(self.sizes or self.throughput, "sizes", self.sizes, "must not be empty")
+        for name in (*self.arms, *self.sizes, *self.throughput):  # they name files
+            is_plain = re.fullmatch(r"[\w.+-]+", name)
+            self._require(is_plain, "name", name, "must have letters, digits, . + - _ only")
         for name, size in self.sizes.items():
             for field_name in ("seeds", "rate_factor"):
                 place, value = f"sizes[{name!r}].{field_name}", getattr(size, field_name)
                 self._require(value > 0, place, value, "must be greater than 0")
             self._check_arms(f"sizes[{name!r}].arms", size)
-        if self.tuning:
-            size = self.tuning_size
-            self._require(size in self.sizes, "tuning.size", size, one_of(self.sizes))
-            factor = self.sizes[size].rate_factor
-            wanted = "must be 1, because learning rates are tuned at this size"
-            self._require(factor == 1, f"sizes[{size!r}].rate_factor", factor, wanted)
         for name, sweep in self.throughput.items():
-            place = f"throughput[{name!r}]"
-            self._check_arms(f"{place}.arms", sweep)
-            self._require(sweep.setting in SWEPT, f"{place}.setting", sweep.setting, one_of(SWEPT))
-            several = len(sweep.values) > 1
-            self._require(several, f"{place}.values", sweep.values, "must be two or more")
+            self._check_arms(f"throughput[{name!r}].arms", sweep)
 
     def _require(self, condition, name, value, wanted):
         if not condition:
             raise UserError(f"suite {self.name}: {name}={value!r}: {wanted}")
 
-    def _check_names(self, kind, cls, needed):
-        named = getattr(self, kind)
-        ok = isinstance(named, Mapping) and (named or not needed)
-        self._require(ok, kind, named, f"must name at least one {cls.__name__}")
-        wanted = f"must be a {cls.__name__} with a name of letters, digits, . + - _"
-        for name, value in named.items():
-            ok = isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name)
-            self._require(ok and isinstance(value, cls), kind, {name: value}, wanted)
-
     def _check_arms(self, place, of):
-        unknown = [arm for arm in of.arms or () if arm not in self.arms]
-        self._require(not unknown, place, unknown, one_of(self.arms))
-        present = self._arms(of)
-        for name in present:
-            reference = self.arms[name].reference
-            ok = reference is None or reference in present
-            self._require(ok, f"arms[{name!r}].reference", reference, one_of(present))
-        wanted = f"must have the baseline {self.baseline!r}"
-        self._require(self.baseline in present, place, of.arms, wanted)
+        known, present = ", ".join(self.arms), self._arms(of)
+        for arm in (*(of.arms or ()), self.baseline, *map(self.reference, present)):
+            self._require(arm in self.arms, place, arm, f"choose one of {known}")
+            wanted = "is the baseline or a reference of these arms; add it to them"
+            self._require(arm in present, place, arm, wanted)
 
     def _arms(self, of):
         return [arm for arm in self.arms if of.arms is None or arm in of.arms]
@@ -175,58 +118,33 @@ class Suite:
     def reference(self, arm):
         return self.arms[arm].reference or self.baseline
 
-    @property
-    def tuning_size(self):
-        return self.tuning.size or next(iter(self.sizes))
-
     def _groups(self, arm, *changes):
-        """Returns the configuration of an arm as group -> field -> value."""
         groups = _changed(self.base.to_dict(), *changes)
         return _changed(groups, self.arms[arm].changes_of(ConfigDict(groups)), self.settings)
 
-    def _config(self, size, arm, seed, rate):
+    def _config(self, size, arm, seed):
         with naming(f"suite {self.name}, size {size}, arm {arm}"):
             groups = self._groups(arm, self.sizes[size].changes)
             config = Config.from_config_dict(_changed(groups, {"train": {"seed": seed}}))
-            configured = config.train.learning_rate
-            rate = (configured if rate is None else rate) * self.sizes[size].rate_factor
-            final = config.train.final_learning_rate * (rate / configured)
-            train = {"learning_rate": rate, "final_learning_rate": final}
+            train = {
+                name: getattr(config.train, name) * self.sizes[size].rate_factor
+                for name in ("learning_rate", "final_learning_rate")
+            }
             return Config.from_config_dict(_changed(config.to_dict(), {"train": train}))
 
-    def runs(self, learning_rates=None):
-        """Returns all runs, size by size and seed by seed.
+    def runs(self):
+        """Returns all runs, size by size and seed by seed; the first seed is that of the base.
 
-        `learning_rates` are tuned peaks by arm; None stands for the configured one. Raises
-        `UserError` if a configuration is invalid, the arms of a size differ in their recipe, or
-        matched arms differ in total parameters.
+        Raises `UserError` if a configuration is invalid, the arms of a size differ in their recipe,
+        or matched arms differ in total parameters.
         """
-        learning_rates, runs = learning_rates or {}, []
+        runs, first_seed = [], self.base.train.seed
         for name, size in self.sizes.items():
-            for seed in range(size.seeds):
-                configs = {
-                    arm: self._config(name, arm, seed, learning_rates.get(arm))
-                    for arm in self.arms_of(name)
-                }
+            for seed in range(first_seed, first_seed + size.seeds):
+                configs = {arm: self._config(name, arm, seed) for arm in self.arms_of(name)}
                 self._check_matched(f"size {name}", configs)
                 runs += [Run(name, arm, seed, config) for arm, config in configs.items()]
         return runs
-
-    def tuning_runs(self):
-        """Returns `{(arm, learning rate): Run}` of the tuning; empty without one."""
-        if self.tuning is None:
-            return {}
-        steps, found = self.tuning.steps, {}
-        checkpoint = {"keep": 1, "keep_every": 0, "keep_best": 0}
-        for arm in self.arms_of(self.tuning_size):
-            for rate in self.tuning.learning_rates:
-                config = self._config(self.tuning_size, arm, TUNING_SEED, rate)
-                warmup = config.train.warmup * config.train.steps / steps
-                train = {"steps": steps, "warmup": warmup, "eval_every": 0}
-                groups = _changed(config.to_dict(), {"train": train, "checkpoint": checkpoint})
-                config = Config.from_config_dict(groups)
-                found[arm, rate] = Run(f"rate_{rate:g}", arm, TUNING_SEED, config)
-        return found
 
     def swept(self, name):
         """Returns `{value: {arm: Config}}` of a sweep; raises `UserError` as `runs` does."""
@@ -262,12 +180,8 @@ class Suite:
                 )
 
 
-def one_of(names):
-    return f"choose one of {', '.join(names)}"
-
-
 def _recipe(config):
-    """Returns what all arms of a size share: the data, and training without learning rates."""
+    """Returns the settings that all arms of a size share: data, and training without rates."""
     groups = config.to_dict()
     return {
         f"{group}.{name}": value
@@ -278,7 +192,7 @@ def _recipe(config):
 
 
 def _changed(groups, *changes):
-    """Returns group -> field -> value with changes; another router replaces `routing` whole."""
+    """Returns group -> field -> value with changes; a named router replaces all of `routing`."""
     groups = dict(groups)
     for change in changes:
         for name, values in change.items():
@@ -303,9 +217,8 @@ def load_suite(path: Path, settings=()) -> Suite:
         group, _, field_name = name.partition(".")
         wanted = "write it as GROUP.FIELD=VALUE, such as data.path=/data/c4"
         require_flag(equals and field_name, "set", setting, wanted)
-        is_set = name == "train.seed" or (name == "train.learning_rate" and suite.tuning)
         changes = [arm.changes_of(suite.base).get(group, {}) for arm in suite.arms.values()]
-        is_set = is_set or any(field_name in change for change in changes)
+        is_set = name == "train.seed" or any(field_name in change for change in changes)
         wanted = "the suite sets it for its runs or arms; change the suite"
         require_flag(not is_set, "set", setting, wanted)
         try:

@@ -23,11 +23,11 @@ _INLINE = {"closed_call", "custom_vjp_call", "jit", "pjit", "remat2", "checkpoin
 
 
 def each_collective(jaxpr, arguments=None, known=None):
-    """Yields `(equation, how many times it runs)`; 0 times within loops of unknown length.
+    """Yields `(equation, number of times that it runs)`, 0 within loops of unknown length.
 
-    If a body gathers the same array twice with no barrier between, it counts once: the compiler
-    merges it. For a part of a program, `arguments` has an object for each argument, the same one
-    for the same array, and `known` the results of the equations of `_MERGED` in the body around it.
+    Two gathers of the same array with no barrier between them count once: the compiler merges them.
+    For a part of a program, `arguments` has an object for each argument, the same one for the same
+    array; `known` has the results of the equations of `_MERGED` in the body around the part.
     """
     known = {} if known is None else known
     values = dict(zip(jaxpr.invars, arguments or [object() for _ in jaxpr.invars], strict=True))
@@ -63,7 +63,7 @@ def _parts(eqn):
 
 
 def _inside(eqn, inputs):
-    """The objects that stand for the arguments of a part; None: new ones."""
+    """Returns the objects that represent the arguments of a part; None: new objects."""
     if eqn.primitive.name == "shard_map":  # the same array may be split in several ways
         specs = eqn.params["in_specs"]
         return [(value, str(spec)) for value, spec in zip(inputs, specs, strict=True)]
@@ -73,8 +73,10 @@ def _inside(eqn, inputs):
 
 
 def collectives(jaxpr, sizes):
-    """`{(kind, mesh axes): [count, bytes received by a device]}` of the collectives of a program,
-    without loops of unknown length. `sizes` has the size of each mesh axis.
+    """Counts the collectives of a program: `{(kind, mesh axes): [count, bytes per device]}`.
+
+    The bytes are those that a device receives. Loops of unknown length are left out. `sizes` has
+    the size of each mesh axis.
     """
     total = {}
     for eqn, times in each_collective(jaxpr):

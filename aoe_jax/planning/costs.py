@@ -70,9 +70,9 @@ class Operation:
 class Program:
     """A compiled program, from the text of `hlo.compile_and_read`.
 
-    `kernel_costs` are functions `(name, operands, results) -> (flops, traffic[, occupied FLOPs])`
-    of `Array`s, None for kernels that they do not know. The name is the target of the custom call,
-    on TPU the name of the kernel.
+    `kernel_costs` are functions `(name, operands, results) -> (flops, traffic, occupied FLOPs)` of
+    `Array`s, which return None for unknown kernels. The name is the target of the custom call, on
+    TPU the name of the kernel.
     """
 
     def __init__(self, text, kernel_costs=KERNEL_COSTS):
@@ -89,12 +89,11 @@ class Program:
         return self._walk(self.computations[self.entry], 1.0)
 
     def _called(self, i, *keys):
-        """The instructions, by name, of the computation that an attribute names; {} for none."""
+        """Returns the instructions of the computation that an attribute names; {} for none."""
         name = i.called(*keys)
         return self.computations[name] if name else {}
 
     def _fused(self, i):
-        """The instructions in a fusion by name; {} for other instructions."""
         return self._called(i, "calls") if i.opcode == "fusion" else {}
 
     def _walk(self, instructions, times):
@@ -148,8 +147,7 @@ class Program:
         costs = self._traffic(i, known), flops, flops, float(cycles) if cycles else None
         operation = Operation(i.name, i.target or i.opcode, op_name, times, *costs)
         if i.opcode == "custom-call" and (cost := self._kernel_cost(i, known)):
-            flops, traffic, *occupied = cost
-            occupied = occupied[0] if occupied else flops
+            flops, traffic, occupied = cost
             return replace(operation, flops=flops, hbm_bytes=traffic, occupied_flops=occupied)
         return self._as_collective(operation, i, known) if i.collective else operation
 
@@ -176,9 +174,8 @@ class Program:
         )
 
     def _collectives_of_fusion(self, i, times):
-        """Collectives in a fusion: one that it starts, or a reduce-scatter as an all-reduce and a
-        slice. Fusions that run beside a started one name it, too.
-        """
+        # A fusion starts a collective, or is a reduce-scatter as an all-reduce and a slice. Fusions
+        # that run beside a started one name it, too.
         inside, found = self._fused(i), []
         is_async = any(x.target == "AsyncCollectiveStart" for x in inside.values())
         for x in inside.values():
@@ -205,7 +202,7 @@ class Program:
         raise ValueError(f"collective {i.name} names its devices in an unknown way: {i.attributes}")
 
     def _trips(self, loop):
-        """How often the body of a loop runs; 0 where only the run decides it."""
+        """Returns how often the body of a loop runs; 0 if this depends on the data."""
         if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(known)
         condition = self._called(loop, "condition").values()
@@ -240,7 +237,7 @@ class Program:
         return reads + self._written(i, known)
 
     def _read(self, user, index, whole):
-        """Bytes that an instruction reads of its operand `index`, of which `whole` are in HBM."""
+        """Returns the bytes that `user` reads of its operand `index`; `whole` are in HBM."""
         if not whole:
             return 0.0
         if user.opcode in ("dynamic-slice", "slice", "gather") and index == 0:
@@ -257,7 +254,7 @@ class Program:
         return min(whole, self._read_inside(inside, parameter.name, whole))
 
     def _read_inside(self, inside, name, whole):
-        """Bytes that a fusion reads of a parameter, by all of its uses."""
+        """Returns the bytes that a fusion reads of a parameter, by all of its uses."""
         total = 0.0
         for user in inside.values():
             for k, operand in enumerate(user.operands):
@@ -281,7 +278,7 @@ class Program:
         )
 
     def _written_by(self, part, inside, whole):
-        """Bytes that a result writes; 0 if it passes through, less if it is updated in place."""
+        """Returns the bytes that a result writes: 0 if it is an argument, few for an update."""
         while part.opcode == "bitcast" and part.operands[0] in inside:
             part = inside[part.operands[0]]
         if part.opcode == "parameter" or part.collective or part.target in _ASYNC:
@@ -312,11 +309,13 @@ class Program:
 
 
 def likely_seconds(operation, chip, shape=()):
-    """The likely time of one run of an operation. For a collective, it is that of its bytes by the
-    usual ring algorithms, over the links of its group, less the time of the work beside it; 0 if
-    that work is unknown. For other operations, it is that of the compiler's cycles or, without
-    these, the larger of the times that FLOPs and memory traffic take at the peaks of `chip`.
-    `shape` are the chips along each dimension of the slice; (): all links serve every collective.
+    """Returns the likely seconds of one run of an operation.
+
+    A collective takes the time of its bytes by ring algorithms over the links of its group, minus
+    the time of the work beside it; 0 if that work is unknown. Other operations take the compiler's
+    cycles or, without these, the larger of the times for FLOPs and for memory traffic at the peaks
+    of `chip`. `shape` is the chips along each dimension of the slice; (): a collective uses all
+    links.
     """
     if operation.collective:
         if operation.collective == "collective-permute":  # to a neighbour
@@ -338,7 +337,7 @@ def likely_seconds(operation, chip, shape=()):
 
 
 def scope(operation):
-    """The named scope of the train step that an operation belongs to."""
+    """Returns the named scope of the train step that an operation belongs to."""
     if operation.collective:
         return "network"
     for part in reversed(operation.op_name.split("/")):
@@ -365,7 +364,7 @@ def _branches(conditional):
 
 
 def _convolution_flops(i, known):
-    """FLOPs of a convolution, the form of matrix products on TPU; padding counts nothing."""
+    # Matrix products have this form on TPU. Padding counts nothing.
     lhs, rhs = (known[name].arrays[0].dims for name in i.operands[:2])
     out, labels = i.arrays[0].dims, i.attribute(r"dim_labels=([\w?]+_[\w?]+->[\w?]+)")
     if not labels:
@@ -388,7 +387,7 @@ def _convolution_flops(i, known):
 
 
 def _valid_products(n_in, n_kernel, n_out, stride, padding, in_dilation, kernel_dilation):
-    """Pairs of kernel and output positions along one axis that meet an input element."""
+    """Counts pairs of kernel and output positions along one axis that meet an input element."""
     positions = np.arange(n_out)[:, None] * stride + np.arange(n_kernel) * kernel_dilation - padding
     inside = (positions >= 0) & (positions <= (n_in - 1) * in_dilation)
     return int((inside & (positions % in_dilation == 0)).sum())

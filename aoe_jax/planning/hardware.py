@@ -43,13 +43,13 @@ class Chip:
     devices: float = 1  # devices of a chip
 
     def part(self, share):
-        """The peaks of a device that is a share of the chip."""
+        """Returns the peaks of a device that is a share of the chip."""
         names = ("flops", "hbm_bytes", "hbm_bandwidth", "link_bandwidth", "slice_bandwidth")
         own = {name: share * getattr(self, name) for name in names}
         return replace(self, devices=self.devices / share, **own)
 
     def group_bandwidth(self, shape, n_devices):
-        """Bytes per second into a device from the others of a group, in a ring algorithm.
+        """Returns bytes per second into a device from the others of a group, in a ring algorithm.
 
         The group spans whole dimensions of the slice where it can, as the meshes of JAX do;
         otherwise it is placed where it has most links. A whole dimension that closes to a ring
@@ -83,36 +83,24 @@ CHIPS = {
     "h100": Chip(PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 80e9, 3.35e12, 450e9, 50e9),
     "b200": Chip(PEAK_FLOPS["NVIDIA B200"], 180e9, 7.7e12, 900e9, 50e9),
 }
-# Generations by `jax.Device.device_kind`.
-GENERATIONS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
-GENERATIONS |= {f"TPU {name}": name for name in ("v4", "v5e", "v5p", "v6e")}
-GENERATIONS |= {"NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 80GB HBM3": "h100"}
-GENERATIONS |= {"NVIDIA L4": "l4", "NVIDIA B200": "b200"}
-
 _PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which figures depend
 
 
 def chip_part(generation, devices):
-    """The peaks of one device; `generation` is a key of `CHIPS`."""
+    """Returns the peaks of one device; `generation` is a key of `CHIPS`."""
     return CHIPS[generation].part(count_chips(devices) / len(devices))
 
 
 def slice_shape(devices):
-    """Chips along each dimension of a TPU slice; () for other devices."""
+    """Returns chips along each dimension of a TPU slice; () for other devices."""
     if devices[0].platform != "tpu":
         return ()
     return tuple(max(sizes) + 1 for sizes in zip(*(d.coords for d in devices), strict=True))
 
 
-def published_peaks(devices):
-    """The `Chip` of a device, for devices of one kind; None if its peaks are unknown."""
-    generation = GENERATIONS.get(devices[0].device_kind)
-    return generation and chip_part(generation, devices)
-
-
 def machine():
-    """The conditions of a measurement by name: devices, cores, versions, allocator settings."""
+    """Describes this machine by name: devices, cores, versions, allocator settings."""
     installed = {package.name: package.version for package in metadata.distributions()}
     return {
         "device": jax.devices()[0].device_kind,
@@ -126,7 +114,7 @@ def machine():
 
 
 def topology_devices(topology, n_slices=1):
-    """`(generation, devices)` to compile for; this process then runs its own programs on CPU.
+    """Returns `(generation, devices)` to compile for; other programs then run on CPU.
 
     `topology` is a generation and the shape of a slice, such as "v5e:16x16", or the number of GPUs
     of a node, such as "h100:8". Raises `UserError` for an unknown name or shape, or a compiler that
@@ -177,8 +165,9 @@ def _gpu_options(target, topology):
 
 
 def compiling_for(devices):
-    """A context in which `jax.devices()` returns these devices, because Pallas kernels for GPUs ask
-    the first one for its number of cores.
+    """Returns a context in which `jax.devices()` returns these devices.
+
+    Pallas kernels for GPUs read the number of cores from the first device.
     """
     real = jax.devices
 

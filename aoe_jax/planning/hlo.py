@@ -39,7 +39,7 @@ class Array:
         return self.bytes if self.in_hbm else 0.0
 
     def _padded_size(self):
-        """Elements, with the dimensions that the first tile of the layout covers rounded up."""
+        # The first tile of the layout covers the last dimensions, which are rounded up.
         tiled = re.match(r"\{([\d,]*):T\(([\d,]+)\)", self.layout)
         if not tiled or not self.dims:
             return math.prod(self.dims)
@@ -70,11 +70,11 @@ class Instruction:
         return sum(a.hbm_bytes for a in self.arrays)
 
     def called(self, *keys):
-        """The name of the computation that an attribute such as `calls` names, or None."""
+        """Returns the name of the computation that an attribute such as `calls` names, or None."""
         return self.attribute(rf"\b(?:{'|'.join(keys)})=\{{?%?([\w.\-]+)")
 
     def attribute(self, pattern):
-        """The first group of a pattern in the attributes, or None."""
+        """Returns the first group of a pattern in the attributes, or None."""
         found = re.search(pattern, self.attributes)
         return found and found.group(1)
 
@@ -96,9 +96,11 @@ class Instruction:
 
 
 def compile_and_read(lowered):
-    """`(compiled program, its text)`; the text is None on CPU and for a program from the
-    compilation cache. It comes from the compiler's dump: `compiled.as_text()` has no cycles on some
-    versions of JAX, and fails on some programs.
+    """Returns `(compiled program, its text)`.
+
+    The text is None on CPU and for a program from the compilation cache. It comes from the
+    compiler's dump: `compiled.as_text()` has no cycles on some versions of JAX, and fails on some
+    programs.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -109,7 +111,7 @@ def compile_and_read(lowered):
 
 
 def parse(text):
-    """`({computation: {name: Instruction}}, name of the entry)`."""
+    """Returns `({computation: {name: Instruction}}, name of the entry)`."""
     text = re.sub(r"kernel_metadata=\{\n(.*)\n\}", r"kernel_metadata={\1}", text)
     text = re.sub(r"/\*index=\d+\*/", "", text)
     computations, entry, current = {}, None, None
@@ -126,9 +128,8 @@ def parse(text):
 
 
 def _with_elements(instructions):
-    """The instructions by name, with a `get-tuple-element` before the user of each operand of the
-    short form `%tuple#index`. The tuple may hold arrays only.
-    """
+    # An operand may have the short form `%tuple#index`: a `get-tuple-element` is added for it. The
+    # tuple has arrays only.
     known = {}
     for i in instructions:
         for operand in i.operands:

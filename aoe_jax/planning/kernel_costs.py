@@ -1,7 +1,7 @@
 """What kernels cost whose FLOPs and traffic a compiled program does not state.
 
-Each function takes `(name, operands, results)` of a custom call and returns `(flops, traffic[,
-occupied FLOPs])`, see `costs.Program`, or None for kernels of other kinds.
+Each function takes `(name, operands, results)` of a custom call and returns `(flops, traffic,
+occupied FLOPs)`, see `costs.Program`, or None for kernels of other kinds.
 """
 
 import math
@@ -15,7 +15,7 @@ _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def splash_cost(name, operands, results):
-    """The cost of a splash kernel.
+    """Returns the cost of a splash kernel.
 
     A block of queries meets the blocks of keys that are not entirely in its future, so it reads
     only a part of the keys; in `dkv` a block of keys reads a part of the queries. The mask, which
@@ -43,7 +43,7 @@ def splash_cost(name, operands, results):
 
 
 def cudnn_cost(name, operands, results):
-    """The cost of attention by cuDNN.
+    """Returns the cost of attention by cuDNN.
 
     Every position meets itself and those before it. All arrays are read or written once.
     """
@@ -52,11 +52,12 @@ def cudnn_cost(name, operands, results):
     *batch, length, width = results[0].dims  # the output, or the gradient of q: [B, H, S, h]
     n_products = 5 if name.endswith("Backward") else 2
     pairs = math.prod(batch) * length * (length + 1) / 2
-    return 2 * n_products * pairs * width, sum(a.hbm_bytes for a in (*operands, *results))
+    flops = 2 * n_products * pairs * width
+    return flops, sum(a.hbm_bytes for a in (*operands, *results)), flops
 
 
 def megablox_cost(name, operands, results, tiles=tiles):
-    """The cost of a Megablox kernel.
+    """Returns the cost of a Megablox kernel.
 
     `tiles` are those of the kernel. Weights are read once if the whole depth is in one tile, else
     again for each tile of rows; rows once for each tile of the width. The kernel lists the tiles of
@@ -80,7 +81,7 @@ def megablox_cost(name, operands, results, tiles=tiles):
 
 
 def mosaic_gpu_cost(name, operands, results):
-    """The cost of a grouped product by Mosaic GPU.
+    """Returns the cost of a grouped product by Mosaic GPU.
 
     Rows are read once in every pass over them, for d_weights once, since the blocks of an expert
     advance along its rows together.
@@ -93,7 +94,8 @@ def mosaic_gpu_cost(name, operands, results):
     if len(out.dims) == 2:
         n_passes = math.ceil(width // width_block(width) / blocks_at_once(depth, width))
     traffic = n_passes * lhs.hbm_bytes + rhs.hbm_bytes + out.hbm_bytes
-    return 2 * math.prod(lhs.dims) * width, traffic
+    flops = 2 * math.prod(lhs.dims) * width
+    return flops, traffic, flops
 
 
 KERNEL_COSTS = (splash_cost, cudnn_cost, megablox_cost, mosaic_gpu_cost)

@@ -84,6 +84,12 @@ def varied(arm, **groups):
     return replace(arm, label=", ".join((arm.label, *names)), changes=changes)
 
 
+def at_learning_rate(rate, arm):
+    """Returns an arm with another peak learning rate, which falls to a 25th."""
+    train = {"learning_rate": rate, "final_learning_rate": rate / 25}
+    return replace(varied(arm, train=train), label=arm.label)
+
+
 def weights_over_all(arm):
     """Returns an arm with the softmax over all experts as weights.
 

@@ -5,15 +5,15 @@ Every size sees 20 tokens for each active parameter: 0.22, 0.8, 2.2 and 5.4 epoc
 corpus. Of the four scoring rates that `screen.py` offers, each arm has the one with the lowest mean
 loss there: 0.1 for the published AoE, 0.3 for the MoE, for whole gates that 16 neurons score by
 their norm (`aoe_whole`) and for those that one signed neuron scores (`aoe_one`). At 149k, seeds 0
-to 2 repeat runs of that suite; seeds 3 and 4 had no part in the choice. Each arm has a learning
-rate of its own, tuned at the smallest size. Wider models have it in inverse proportion to
-d_model. The larger two sizes leave out `aoe_one`. Arms without L_aux (`none`, `free`: the loss-free
-bias) show how load balances by itself.
+to 2 repeat runs of that suite; seeds 3 and 4 had no part in the choice. All arms have the same
+best learning rate (`rates.py`); wider models have it in inverse proportion to d_model. The larger
+two sizes leave out `aoe_one`. Arms without L_aux (`none`, `free`: the loss-free bias) show how load
+balances by itself.
 """
 
 from aoe_jax.compare.suite import Size, Suite
 from configs.compare.arms import aoe, moe, varied, whole_aoe
-from configs.compare.small import LARGEST, MIDDLE, SMALLEST, TUNING, base_config, size_of, wider
+from configs.compare.small import LARGEST, MIDDLE, SMALLEST, base_config, size_of, wider
 
 
 def _at_rate(rate, arm):
@@ -45,5 +45,4 @@ def get_suite():
             "1M": wider(size_of(96, 7, 4, batch_size=16, steps=5040), 3, AT_ALL_SIZES),
         },
         baseline="moe",
-        tuning=TUNING,
     )

@@ -3,16 +3,16 @@
 The MoE spends 4e12 FLOPs at each of five sizes: few parameters and many tokens, or the reverse.
 That is 1.8 to 0.2 epochs of the embedded corpus. All arms of a size see the same tokens: AoE spends
 1.01x to 1.04x the MoE's FLOPs, and a dense model of equal active parameters the same. A dense model
-of equal total parameters would have other FLOPs. Learning rates are tuned at the middle size, and
-are in inverse proportion to d_model.
+of equal total parameters would have other FLOPs. Each arm has its best learning rate at the middle
+size (`rates.py`); other sizes have it in inverse proportion to d_model.
 """
 
 from dataclasses import replace
 
-from aoe_jax.compare.suite import Size, Suite, Tuning
+from aoe_jax.compare.suite import Size, Suite
 from aoe_jax.config.run import Config
 from aoe_jax.model.counts import training_flops_per_token
-from configs.compare.arms import DENSE_ACTIVE, aoe, moe
+from configs.compare.arms import DENSE_ACTIVE, aoe, at_learning_rate, moe
 from configs.compare.small import base_config, size_of
 
 FLOPS = 4e12
@@ -43,13 +43,12 @@ def get_suite():
         base=base_config(),
         arms={
             "moe_aux": moe("aux"),
-            "aoe_d3_aux": aoe(3, "aux"),
-            "dense_active": replace(DENSE_ACTIVE, label="dense, active"),
+            "aoe_d3_aux": at_learning_rate(1e-2, aoe(3, "aux")),
+            "dense_active": at_learning_rate(1e-2, replace(DENSE_ACTIVE, label="dense, active")),
         },
         sizes={
             name: Size(size_at(FLOPS, *shape), seeds=2, rate_factor=60 / shape[0])
             for name, shape in SHAPES.items()
         },
         baseline="moe_aux",
-        tuning=Tuning((5e-3, 1e-2, 2e-2, 4e-2), steps=400, size="d60"),
     )

@@ -41,11 +41,9 @@ def _arm(variant):
 
 
 def get_suite():
-    base = base_config()
-    base.train.update(learning_rate=2e-2, final_learning_rate=8e-4)
     return Suite(
         name="methods",
-        base=base,
+        base=base_config(),
         # Whole gates have suites of their own: `screen.py` and those after it.
         arms={v: _arm(v) for v in methods.VARIANTS if v != "whole_gate"},
         sizes={"42k": Size(SMALLEST, seeds=3)},

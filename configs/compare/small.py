@@ -2,26 +2,25 @@
 
 The MoE and AoE arms have 42k, 149k and 418k active parameters without embeddings. Every size sees
 20 tokens for each of them: 0.22, 0.8 and 2.2 epochs of the embedded corpus. Dense arms have all
-parameters active, 3.2 times as many, and see the same tokens. Learning rates are tuned at the
-smallest size, which also has two arms without balancing. Wider models have them in inverse
-proportion to d_model.
+parameters active, 3.2 times as many, and see the same tokens. Each arm has its best learning rate
+at the smallest size (`rates.py`), which also has two arms without balancing. Wider models have it
+in inverse proportion to d_model.
 """
 
-from aoe_jax.compare.suite import Size, Suite, Tuning
+from aoe_jax.compare.suite import Size, Suite
 from configs import tiny
-from configs.compare.arms import DENSE, aoe, moe
+from configs.compare.arms import DENSE, aoe, at_learning_rate, moe
 
 ARMS = {
     "moe_aux": moe("aux"),
-    "moe_free": moe("free"),
+    "moe_free": at_learning_rate(4e-2, moe("free")),
     "aoe_d6_aux": aoe(6, "aux"),
     "aoe_d3_aux": aoe(3, "aux"),
     "aoe_d3_free": aoe(3, "free"),
-    "dense": DENSE,
+    "dense": at_learning_rate(4e-2, DENSE),
     "moe_none": moe("none"),
     "aoe_d3_none": aoe(3, "none"),
 }
-TUNING = Tuning((5e-3, 1e-2, 2e-2, 4e-2), steps=420)
 AT_ALL_SIZES = tuple(arm for arm in ARMS if not arm.endswith("_none"))
 
 
@@ -58,7 +57,7 @@ def base_config():
     """Returns the configuration that all runs share."""
     base = tiny.get_config()
     base.model.vocab_size = 1024  # few embeddings beside so few parameters, and many tokens
-    base.train.log_every = 10
+    base.train.update(learning_rate=2e-2, final_learning_rate=8e-4, log_every=10)
     return base
 
 
@@ -73,5 +72,4 @@ def get_suite():
             "419k": wider(LARGEST, 2, AT_ALL_SIZES),
         },
         baseline="moe_aux",
-        tuning=TUNING,
     )

@@ -1,6 +1,4 @@
-"""The two-stage classifier: its inputs, how endings are named, and its command."""
-
-import json
+"""The two-stage classifier: its inputs, and the names of endings."""
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +14,6 @@ from benchmarks.two_stage import (
     summary,
     train_seeds,
 )
-from tests.hasty import xla_flags
-from tests.runs import finish, run, start
 
 
 def test_classes_lie_apart():
@@ -74,48 +70,3 @@ def test_learns_and_repeats():
     np.testing.assert_allclose(share[:, 0], share[:, 1], atol=0.1)
     again = train_seeds("aoe", False, setting, 2)
     jax.tree.map(np.testing.assert_array_equal, outcome, again)
-
-
-@pytest.mark.slow
-def test_command(tmp_path):
-    file, folder = tmp_path / "figures.json", tmp_path / "pictures"
-    flags = ["--seeds=2", "--steps=3", "--d_model=8", f"--json={file}", f"--output={folder}"]
-    command = ["-m", "benchmarks.two_stage", *flags]
-    status, stdout, stderr = finish(start(command, XLA_FLAGS=xla_flags()))
-    assert status == 0, stderr
-    result = json.loads(file.read_text())
-    assert [result["setting"][name] for name in ("seeds", "steps", "d_model")] == [2, 3, 8]
-    figures = {figure["arm"]: figure["stages"] for figure in result["figures"]}
-    assert list(figures) == [
-        "AoE, weight of 1",
-        "AoE, softmax over both",
-        "router, weight of 1",
-        "router, softmax over both",
-    ]
-    for stage in (stage for stages in figures.values() for stage in stages):
-        share = np.array(stage["share"])
-        assert share.shape == (2, 3, 2) and np.allclose(share.sum(axis=-1), 1)
-        assert (
-            sum(stage["endings"].values()) == 2
-            and min(stage["share_of_first_expert"]["mean"][:1]) >= 0.5
-        )
-    # Without a gradient a router chooses as it was drawn.
-    first, second = figures["router, weight of 1"]
-    assert first["share"] == second["share"]
-    lines = stdout.splitlines()
-    assert len(lines) == 3 + 2 * len(figures) + len(result["endings"])
-    assert all(line.startswith(arm) for line, arm in zip(lines[2:10:2], figures, strict=True))
-    assert {path.name for path in folder.iterdir()} == {"two_stage.png", "two_stage.svg"}
-
-
-@pytest.mark.parametrize(
-    "flag, wanted",
-    [
-        ("--seeds=1", "--seeds=1: must be 2 or more"),
-        ("--output=README.md/pictures", "--output=README.md/pictures cannot be written: Not a "),
-    ],
-)
-def test_refused(flag, wanted):
-    status, stdout, stderr = run(["-m", "benchmarks.two_stage", flag])
-    assert status == 2 and not stdout
-    assert stderr.startswith("error: ") and wanted in stderr and len(stderr.splitlines()) == 1

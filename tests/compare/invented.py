@@ -64,7 +64,7 @@ def comparison(sizes, loss):
 
 
 def markdown(found, costs=None):
-    """The report without its machine and its tuning."""
+    """The report without its machine."""
     text, _ = to_markdown(found, costs or {}, command="command")
     return text
 

@@ -6,7 +6,7 @@ from tests.runs import settings
 
 ROWS = """
 import json
-from aoe_jax.compare.suite import Arm, Size, Suite, Sweep, Tuning
+from aoe_jax.compare.suite import Arm, Size, Suite, Sweep
 from aoe_jax.storage.config_files import default_config
 from configs.compare.arms import aoe, moe
 

@@ -1,10 +1,11 @@
-"""Observations of the layers' choices, and files of them; test_runs.py tests those of real runs."""
+"""Choices of layers, and files of them; `test_whole_suite.py` tests those of real runs."""
 
 import jax
 import numpy as np
 import pytest
 
 from aoe_jax.compare.choices import observing, overlap, read_choices
+from aoe_jax.compare.results import LAYER_COLUMNS
 from aoe_jax.errors import UserError
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.storage.files import write_json
@@ -33,7 +34,7 @@ def test_choices_are_those_before_anything_is_dropped():
     assert stats.dropped_share.min() > 0
 
 
-def test_a_layer_that_takes_no_token_violates_no_balance():
+def test_a_layer_without_tokens_violates_no_balance():
     load = np.array([[0.5, 1.0, 0.0], [0.0, 0.0, 0.0]])
     np.testing.assert_allclose(layer_statistics(load)["load_max_over_mean"], [2, 0])
 
@@ -45,35 +46,23 @@ def test_overlap_is_over_tokens_that_have_experts():
     np.testing.assert_array_equal(overlap(other, final), [0.25, 1])
 
 
-LAYER_OF = ("load_entropy", "confidence_entropy", "max_violation", "dead_experts")
-CHECKPOINT = {name: [0.5, None] for name in (*LAYER_OF, "overlap_with_final")}
+CHECKPOINT = {name: [0.5, None] for name in LAYER_COLUMNS}
 CHECKPOINT |= {"step": 6, "load": [[1, 1], [2, 0]], "mean_score": [[0.1, None], [1, 2]]}
-ROUTING = {"tokens": 8, "kind": "aoe", "checkpoints": [CHECKPOINT], "experts_per_token": 1}
+ROUTING = {"tokens": 8, "kind": "aoe", "checkpoints": [CHECKPOINT]}
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({}, None),
-        ({"checkpoints": []}, r"the steps of its checkpoints, \[\], do not rise"),
-        ({"checkpoints": [CHECKPOINT] * 2}, r"its checkpoints, \[6, 6\], do not rise"),
-        ({"checkpoints": None}, "checkpoints is None, not a list"),
-        ({"checkpoints": [CHECKPOINT | {"load": [[1, 1], [2]]}]}, "load is not numbers of shape"),
-        ({"checkpoints": [CHECKPOINT | {"load": [[1, 1]]}]}, r"not numbers of shape \[2, 2\]"),
-        ({"checkpoints": [CHECKPOINT | {"load_entropy": [1]}]}, r"not numbers of shape \[2\]"),
-        ({"checkpoints": [{"step": 6}]}, "load is not numbers"),
-        ({"tokens": True}, "tokens is True, not a whole number"),
-        ({"kind": "router"}, r"kind is 'router', not one of \['aoe'\]"),
-        ({"experts_per_token": None}, r"experts_per_token is None, not one of \[1\]"),
-    ],
-)
-def test_choices_of_another_run(tmp_path, change, words):
+def test_files_of_choices(tmp_path):
     file = tmp_path / "routing.json"
     config = tiny_config(experts__n_experts=2, experts__top_k=1)
-    write_json(file, ROUTING | change)
-    if words is None:
-        (last,) = read_choices(file, config)["checkpoints"]
-        np.testing.assert_array_equal(last["mean_score"], [[0.1, np.nan], [1, 2]])
-        return
-    with pytest.raises(UserError, match=f"routing.json cannot be read: .*{words}.*; remove it, "):
-        read_choices(file, config)
+    write_json(file, ROUTING)
+    (last,) = read_choices(file, config)["checkpoints"]
+    np.testing.assert_array_equal(last["mean_score"], [[0.1, np.nan], [1, 2]])
+    for change, words in (
+        ({"checkpoints": [CHECKPOINT | {"load": [[1, 1], [2]]}]}, r"load is not numbers of shape"),
+        ({"checkpoints": [CHECKPOINT | {"load": [[1, 1]]}]}, r"not numbers of shape \[2, 2\]"),
+        ({"checkpoints": [{"step": 6}]}, "load is not numbers"),
+        ({"kind": "router"}, r"kind is 'router', not one of \['aoe'\]"),
+    ):
+        write_json(file, ROUTING | change)
+        with pytest.raises(UserError, match=f"routing.json cannot be read: .*{words}.*; remove it"):
+            read_choices(file, config)

@@ -1,4 +1,4 @@
-"""Which step times hold for the runs that are there, and of what model they are."""
+"""Which measured step times are valid, and which model takes the steps."""
 
 import dataclasses
 import json
@@ -13,17 +13,17 @@ from tests import runs as tiny_runs
 from tests.compare.suites import write_suite
 
 
-def test_steps_hold_for_equal_configurations(tmp_path):
-    """Those saved before a field was new among them, which then had its default."""
+def test_step_times_are_valid_for_equal_configurations(tmp_path):
+    """A field that was added later has its default."""
     suite = load_suite(write_suite(tmp_path / "suite.py"))
     runs = suite.runs()
-    assert configs_by_point(suite, runs, tmp_path) == {"a": {}}
+    assert configs_by_point(suite, tmp_path) == {"a": {}}
     for run in runs:
         folder = folder_of(tmp_path, run)
         folder.mkdir(parents=True)
         if run.arm != "broken":
             write_json(folder / "summary.json", {"metrics": {"step": run.config.train.steps}})
-    configs = configs_by_point(suite, runs, tmp_path)["a"]
+    configs = configs_by_point(suite, tmp_path)["a"]
     first = [run for run in runs if run.seed == 0 and run.arm != "broken"]
     assert configs == {run.arm: run.config for run in first}
     assert read_point(tmp_path, "a", configs) == {}

@@ -19,7 +19,7 @@ from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.layer import Layer
 from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.planning.hardware import topology_devices
-from aoe_jax.planning.plan import plan
+from aoe_jax.planning.step_plan import plan
 from tests.arrays import assert_close, assert_finite, normal
 from tests.config.refused import check_refused
 from tests.methods.method_layers import small_config

@@ -8,15 +8,13 @@ How the figures are computed:
   few scalars and of the gradients of norm scales. Bytes are what a device receives in a step, by
   the usual ring algorithms. The collectives of the optimised program are listed, too, with the
   larger of operand and result as bytes.
-- The step time is bounded by the slowest of arithmetic, HBM (state and activations read and written
-  once) and network, each at its peak and perfectly overlapped: no run is faster.
+- The step time is bounded by the slowest of arithmetic, HBM (state read and written once) and
+  network, each at its peak and perfectly overlapped: no run is faster.
 - The likely step time is the sum over operations: the compiler's own cycles, on TPU, or the time
   that FLOPs and traffic take at the peaks, and collectives that no other work hides.
 """
 
-import contextlib
 import dataclasses
-import itertools
 import logging
 import math
 import re
@@ -25,18 +23,15 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from aoe_jax import sharding
-from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError
 from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.planning.communication import collectives
 from aoe_jax.planning.costs import KERNEL_COSTS, Program, likely_seconds, scope
 from aoe_jax.planning.hardware import chip_part, compiling_for, slice_shape
 from aoe_jax.planning.hlo import compile_and_read
-from aoe_jax.training.step import init_state, train_step_on, training_loss
+from aoe_jax.training.step import train_step_on
 
 log = logging.getLogger(__name__)
 
@@ -47,33 +42,31 @@ LIKELY = (
     "seconds_at_peaks",
     "compiled_collectives",
 )
-SUGGESTIONS = 6  # meshes that --suggest compiles at most
 
 
 def abstract_batch(config, n_rows, split=None):
-    """The shapes of a batch of `n_rows` sequences."""
+    """Returns a batch of `n_rows` sequences without values, shapes and dtypes only."""
     shape = (n_rows, config.data.seq_len)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
     weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
     return {"inputs": tokens, "targets": tokens, "segment_ids": tokens, "weights": weights}
 
 
-def plan(config: Config, generation, devices, compiles=True, chip=None):
-    """Compiles the train step of a configuration for the devices of a topology.
+def plan(config: Config, generation, devices, compiles=True):
+    """Compiles the training step of a configuration for the devices of a topology.
 
-    `generation` is a name of `hardware.CHIPS`, and `chip` the `hardware.Chip` of a device; None:
-    that of the generation. Unless it `compiles`, the step is only traced, in seconds; memory,
-    compiled FLOPs and whether it fits are then None.
+    `generation` is a key of `hardware.CHIPS`. Unless it `compiles`, the step is only traced, in
+    seconds; memory, compiled FLOPs and whether it fits are then None.
 
     Returns the content of `--json`. Bytes and FLOPs are per device and step; `likely_mfu` and the
     keys `LIKELY` are None without an optimised program.
     """
     n_devices = len(devices)
     config = sharding.fill_mesh(config, n_devices)
-    chip = chip or chip_part(generation, devices)
+    chip = chip_part(generation, devices)
     mesh = sharding.make_mesh(config, devices)
     fits = likely = text = None
-    memory = dict.fromkeys(("state", "activations", "temp", "total"))
+    memory = dict.fromkeys(("state", "temp", "total"))
     with jax.set_mesh(mesh), compiling_for(devices):
         step, state = train_step_on(mesh, config)
         batch = abstract_batch(config, config.train.batch_size, sharding.batch_sharding(mesh))
@@ -89,7 +82,6 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
         elif memory["temp"] is not None:
             log.warning("the compiler wrote no program: no FLOPs and no likely step time")
         memory["state"] = _bytes_per_device(state)
-        memory["activations"] = _activation_bytes(config, n_devices)
     found, received = [], Counter()
     for (kind, axes), (count, size) in sorted(collectives(traced.jaxpr.jaxpr, mesh.shape).items()):
         if size:
@@ -105,11 +97,10 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
         by_scope["network"] = by_scope.get("network", 0) + across / chip.slice_bandwidth
     flops = likely and likely.pop("flops")
     useful = config.tokens_per_step * training_flops_per_token(config) / n_devices
-    kept = memory["state"] + config.train.accumulate * memory["activations"]
     seconds = {
         "arithmetic": (flops or useful) / chip.flops,
         "network": within / chip.link_bandwidth + across / chip.slice_bandwidth,
-        "HBM": 2 * kept / chip.hbm_bandwidth,
+        "HBM": 2 * memory["state"] / chip.hbm_bandwidth,
     }
     bound_by, counts = max(seconds, key=seconds.get), parameter_counts(config)
     return {
@@ -117,7 +108,6 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
         "generation": generation,
         "devices": n_devices,
         "mesh": {**mesh.shape, "transport": config.mesh.transport},
-        "unroll": config.model.unroll,
         "parameters": counts.total,
         "active_parameters": counts.active,
         "tokens_per_step": config.tokens_per_step,
@@ -143,26 +133,8 @@ def _bytes_per_device(abstract):
     )
 
 
-def _activation_bytes(config, n_devices):
-    """Bytes that the backward pass of a micro-batch keeps beside parameters and batch, a device."""
-    state = jax.eval_shape(lambda: init_state(config, 0))
-    batch = abstract_batch(config, config.train.batch_size // config.train.accumulate)
-
-    def kept(params, routing_state, batch, key):
-        def loss(params):
-            return training_loss(config, params, routing_state, batch, key)
-
-        return jax.vjp(loss, params, has_aux=True)[1]
-
-    key = jax.eval_shape(lambda: jax.random.key(0))  # nothing may run on these devices
-    leaves = jax.tree.leaves(jax.eval_shape(kept, state.params, state.routing_state, batch, key))
-    parameters = {(a.shape, a.dtype) for a in jax.tree.leaves(state.params)}
-    kept = [a for a in leaves if (a.shape, a.dtype) not in parameters]
-    return sum(a.size * a.dtype.itemsize for a in kept) / n_devices
-
-
 def _compile(traced):
-    """`(bytes per device, temporary bytes, HLO)`; the last two are None if memory is exceeded."""
+    """Returns `(bytes per device, temporary bytes, HLO)`, the last two None if it does not fit."""
     try:
         compiled, text = compile_and_read(traced.lower())
     except jax.errors.JaxRuntimeError as e:
@@ -179,11 +151,10 @@ def _compile(traced):
 
 
 def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
-    """Figures of a step from its optimised HLO, the text of `hlo.compile_and_read`.
+    """Returns `flops` and the keys `LIKELY` of a step, from the text of `hlo.compile_and_read`.
 
-    `chip` are the `hardware.Chip` figures of a device, `shape` the chips along each dimension of
-    the slice. Returns `flops` and the keys `LIKELY`; FLOPs and bytes are per device.
-    `seconds_at_peaks` is the sum over operations without the compiler's cycles.
+    `chip` is the `hardware.Chip` of a device, `shape` the chips along each dimension of the slice.
+    FLOPs and bytes are per device. `seconds_at_peaks` ignores the compiler's cycles.
     """
     operations = Program(text, kernel_costs).operations
     seconds, at_peaks, counts, sent = Counter(), 0.0, Counter(), Counter()
@@ -207,53 +178,14 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
     }
 
 
-def candidates(config: Config, n_devices):
-    """Configurations with other meshes: first few factors moved, tensor and expert last."""
-    factors = [f for f in range(1, n_devices + 1) if n_devices % f == 0]
-    given, found = config.mesh.shape, []
-    for shape in itertools.product(factors, repeat=4):
-        _, fsdp, expert, _ = shape
-        if math.prod(shape) != n_devices or shape == given:
-            continue
-        if config.experts.kind == "dense" and expert > 1:
-            continue
-        transport = "all_to_all" if config.experts.kind == "capacity" else config.mesh.transport
-        mesh = MeshConfig(*shape, transport=transport if expert > 1 else "ring")
-        model = dataclasses.replace(config.model, unroll=config.model.unroll if fsdp == 1 else 1)
-        with contextlib.suppress(UserError):
-            found.append(dataclasses.replace(config, mesh=mesh, model=model))
-
-    def distance(config):
-        shape = config.mesh.shape
-        return np.abs(np.log2(np.divide(shape, given))) @ [1, 1, 1.5, 2], shape
-
-    return sorted(found, key=distance)
-
-
-def suggest(config: Config, generation, devices):
-    """The plan of the nearest mesh that fits, or None; compiles up to `SUGGESTIONS` of them. Only
-    meshes with fewer copies of the model are tried, since they split the state further, and every
-    mesh splits the batch over all axes except tensor.
-    """
-    config = sharding.fill_mesh(config, len(devices))
-    others = [c for c in candidates(config, len(devices)) if c.mesh.data < config.mesh.data]
-    for changed in others[:SUGGESTIONS]:
-        log.info("trying %s", changed.mesh)
-        report = plan(changed, generation, devices)
-        if report["fits"]:
-            return report
-    return None
-
-
 def table(report):
-    """The report as lines of text."""
+    """Formats a report as lines of text."""
 
     def gigabytes(size):
         return "unknown" if size is None else f"{size / 1e9:.2f} GB"
 
     memory, flops = report["memory_bytes"], report["flops"]
     mesh = ", ".join(f"{name} {value}" for name, value in report["mesh"].items())
-    mesh += f"; model.unroll {report['unroll']}" if report["unroll"] > 1 else ""
     ratio = flops["compiled"] and f"{flops['compiled'] / flops['useful']:.3f} of useful"
     seconds = ", ".join(f"{name} {value:.3f} s" for name, value in report["seconds"].items())
     sizes = {name: gigabytes(size) for name, size in memory.items()}
@@ -263,7 +195,7 @@ def table(report):
         f"parameters      {total:,.0f}M, {active:,.0f}M active; "
         f"{report['tokens_per_step']:,} tokens a step",
         f"memory          {sizes['total']} of {gigabytes(report['hbm_bytes'])} a device: state "
-        f"{sizes['state']}, temporary {sizes['temp']} (activations about {sizes['activations']})",
+        f"{sizes['state']}, temporary {sizes['temp']}",
         f"FLOPs           {flops['useful'] / 1e12:.2f}T useful a device and step; compiled "
         f"{ratio or 'not counted'}",
         f"step            at least {report['step_seconds']:.3f} s, bound by {report['bound_by']} "

@@ -1,14 +1,14 @@
 """Kernels against plain references in float32, on all devices of a mesh at the same time.
 
-The error of an array is the largest over its blocks of 128 rows: the norm of the difference from
-the reference over the norm of the reference. It is infinite where a number is not finite.
+The error of an array is the largest of its blocks of 128 rows: the norm of the difference from the
+reference over the norm of the reference, or infinity if a number is not finite.
 
     tolerance = roundings * eps + sqrt(terms) * eps(float32)
 
-where eps is that of the dtype of computation and `terms` the length of the longest sum. `roundings`
-counts roundings to this dtype in a forward pass: 1 in a grouped product (its result), 2 in
-attention (probabilities and result), 4 in a layer (gate, up projection, their product and the
-result). Platforms that multiply float32 in a shorter format have the eps of that format.
+where eps is that of the dtype of computation, or of the shorter format in which a platform
+multiplies float32, and `terms` is the length of the longest sum. `roundings` counts roundings to
+this dtype in a forward pass: 1 in a grouped product (result), 2 in attention (probabilities,
+result), 4 in a layer (gate, up projection, their product, result).
 """
 
 import dataclasses
@@ -50,14 +50,9 @@ class Case(NamedTuple):
     terms: int
     is_collective: bool = False  # the function shares the work among the devices of the mesh
 
-    @property
-    def arrays(self):
-        """The shapes of the arguments and of the gradient of the result."""
-        return [*self.arguments.values(), self.result]
-
 
 def everywhere(mesh, function):
-    """The jitted function, computed by every device on its own copy of the arguments."""
+    """Returns a jitted function that every device computes on its own copy of the arguments."""
     spec = PartitionSpec()
     return jax.jit(
         jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
@@ -65,7 +60,7 @@ def everywhere(mesh, function):
 
 
 def drawn(mesh, shapes, dtype):
-    """Arrays of standard normal numbers, a copy on every device."""
+    """Returns arrays of standard normal numbers, a copy on every device."""
 
     def draw():
         sizes = [math.prod(shape) for shape in shapes]
@@ -78,7 +73,7 @@ def drawn(mesh, shapes, dtype):
 
 
 def with_gradients(function):
-    """`(arrays, g, given) -> (y, *gradients of arrays)`; g is the gradient of y."""
+    """Returns a function `(arrays, g, given) -> (y, *gradients)`; g is the gradient of y."""
 
     def call(arrays, g, given):
         y, pull_back = jax.vjp(lambda *arrays: function(*arrays, *given), *arrays)
@@ -88,7 +83,7 @@ def with_gradients(function):
 
 
 def exactly(function, dtype):
-    """The float32 reference at high matmul precision, to check results in `dtype`."""
+    """Returns the float32 reference at high matmul precision, to check results in `dtype`."""
 
     def widened(a):
         return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
@@ -102,8 +97,8 @@ def exactly(function, dtype):
 
 
 def check(case: Case, mesh, dtype):
-    """Computes a case for each of its inputs. Returns a list of `{"kernel", "shape", "tolerance",
-    "input", "errors" by result, the largest of all devices, "device" of the largest, "passed"}`.
+    """Computes a case for each of its inputs. Returns a list of `{"input", "tolerance", "errors" by
+    result, the largest of all devices, "device" of the largest, "passed"}`.
     """
     eps = float(jnp.finfo(dtype).eps)
     if dtype == "float32":
@@ -118,15 +113,14 @@ def check(case: Case, mesh, dtype):
     function = jax.jit(function) if case.is_collective else everywhere(mesh, function)
     reference = everywhere(mesh, exactly(with_gradients(case.reference), dtype))
     names, results = ["y", *(f"d_{name}" for name in case.arguments)], []
-    about = {"kernel": case.kernel, "shape": case.shape, "tolerance": tolerance}
-    *arrays, g = drawn(mesh, case.arrays, dtype)
+    *arrays, g = drawn(mesh, [*case.arguments.values(), case.result], dtype)
     for name, given in case.inputs.items():
         args = arrays, g, given
         of_devices = np.asarray(compare(function(*args), reference(*args)))
         worst = dict(zip(names, of_devices.max(axis=0).tolist(), strict=True))
         device = str(mesh.devices.flat[of_devices.max(axis=1).argmax()])
-        found = {"input": name, "errors": worst, "device": device}
-        results.append(about | found | {"passed": max(worst.values()) <= tolerance})
+        found = {"input": name, "tolerance": tolerance, "errors": worst, "device": device}
+        results.append(found | {"passed": max(worst.values()) <= tolerance})
     return results
 
 
@@ -146,24 +140,19 @@ def _relative_error(got, want):
 
 
 def sequences_per_device(config: Config):
-    """Sequences of a step that a device holds; devices along the tensor axis share theirs."""
+    """Returns the sequences per device; devices along the tensor axis share theirs."""
     return config.train.batch_size // math.prod(config.mesh.shape[:3])
 
 
-def attention_shape(config: Config, b):
-    """`(B, H, G, S, h)` of b sequences on a device."""
-    m, tensor = config.model, config.mesh.tensor
-    heads = m.n_heads // tensor, m.kv_heads // tensor
-    return (b, *heads, config.data.seq_len, m.head_width)
-
-
 def attention_cases(config: Config, backend):
-    """Cases of the attention of a device: causal and with documents, and with grouped heads."""
-    shape = attention_shape(config, min(2, sequences_per_device(config)))
-    b, n_heads, n_kv, s, h = shape
+    """Returns cases of attention: causal, with documents, and with grouped heads."""
+    m, s, h = config.model, config.data.seq_len, config.model.head_width
+    n_heads, n_kv = m.n_heads // config.mesh.tensor, m.kv_heads // config.mesh.tensor
+    b = min(2, sequences_per_device(config))
     starts = np.random.default_rng(0).random((b, s)) < 4 / s
     documents = (np.cumsum(starts, axis=1, dtype=np.int32),)
-    cases = [attention_case(backend, shape, {"causal": (), "documents": documents})]
+    inputs = {"causal": (), "documents": documents}
+    cases = [attention_case(backend, (b, n_heads, n_kv, s, h), inputs)]
     if n_kv == n_heads > 1:
         inputs = {"documents, grouped heads": documents}
         cases.append(attention_case(backend, (b, n_heads, 1, s, h), inputs))
@@ -171,7 +160,7 @@ def attention_cases(config: Config, backend):
 
 
 def attention_case(backend, shape, inputs):
-    """The case of attention at `(B, H, G, S, h)`; an input is documents `[B, S]` or nothing."""
+    """Returns the case at `(B, H, G, S, h)`; an input is empty or has documents `[B, S]`."""
     b, n_heads, n_kv, s, h = shape
 
     def plain(q, k, v, *documents):
@@ -195,7 +184,7 @@ def attention_case(backend, shape, inputs):
 
 
 def expert_shapes(config: Config):
-    """`{weight: (E, D, F)}` of a layer's grouped products on a device; {} if it groups no rows."""
+    """Returns `{weight: (E, D, F)}` of a layer's grouped products per device; {} without them."""
     if config.experts.kind not in ("aoe", "router"):
         return {}
     mesh, sizes = config.mesh, config.experts.sizes(config.model.d_model)
@@ -205,13 +194,13 @@ def expert_shapes(config: Config):
 
 
 def rows_per_device(config: Config):
-    """Rows of a grouped product under balanced loads."""
+    """Returns the rows of a grouped product per device under balanced loads."""
     k = experts_per_token(config) or config.experts.top_k
     return round(sequences_per_device(config) * config.data.seq_len * k)
 
 
 def group_sizes(m, n_experts):
-    """Sizes of groups by name; "uneven" has an empty group, and a tenth of the m rows in none."""
+    """Returns group sizes by name; "uneven" has an empty group, and m/10 rows in no group."""
     rng = np.random.default_rng(0)
     even = rng.multinomial(m, np.full(n_experts, 1 / n_experts))
     uneven = rng.multinomial(m * 9 // 10, rng.dirichlet(np.full(n_experts, 0.5)))
@@ -223,7 +212,7 @@ def group_sizes(m, n_experts):
 
 
 def grouped_case(config: Config, backend, shape):
-    """The case of a grouped product and its two gradients, weights `[E, D, F]` of `shape`."""
+    """Returns the case of a grouped product; `shape` is that of the weights, `(E, D, F)`."""
     m, (n, d, f) = rows_per_device(config), shape
 
     def plain(rows, weights, sizes):
@@ -251,13 +240,12 @@ def grouped_case(config: Config, backend, shape):
     )
 
 
-def layer_case(config: Config, name):
-    """The case of a layer of experts on the mesh, against Algorithm 1 or 2; None if it has no such
-    reference.
+def layer_case(config: Config):
+    """Returns the case of a layer of experts on the mesh, against Algorithm 1 or 2.
 
-    Every token takes all experts, `LAYER_EXPERTS` or two a device: with fewer, rounding may change
-    the choice. The score is the norm: rounding may change which activation is the largest. A shared
-    expert is left out.
+    It is None if the layer follows neither. Every token takes all experts, `LAYER_EXPERTS` or two
+    per device: with fewer, rounding may change the choice. The score is the norm: rounding may
+    change which activation is the largest. A shared expert is left out.
     """
     e = config.experts
     if e.kind not in ("aoe", "router") or e.large_router or (e.low_rank and e.kind == "router"):
@@ -294,7 +282,7 @@ def layer_case(config: Config, name):
         return y.reshape(x.shape)
 
     return Case(
-        kernel=f"{name} layer",
+        kernel="MoE layer" if router else "AoE layer",
         shape=f"{'x'.join(map(str, x_shape))} (BxSxd), {n} experts",
         arguments={"x": x_shape, **{w: declared[w].shape(sizes) for w in names}},
         result=x_shape,
