@@ -1,14 +1,18 @@
 """Counts without allocating, against the paper's figures and against the model itself."""
 
 import dataclasses
-import importlib
 import math
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from aoe_jax import Decoder
+from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.data import DataConfig
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.model.counts import (
     forward_flops_per_token,
@@ -151,28 +155,17 @@ def test_flops_against_the_compiler():
     """A forward pass of one dense layer; XLA counts the whole attention square, we the causal
     half.
     """
-    settings = {
-        "model": {
-            "n_layers": 1,
-            "d_model": 64,
-            "n_heads": 4,
-            "vocab_size": 512,
-            "dtype": "float32",
-        },
-        "experts": {"kind": "dense", "d_ffn": 256},
-        "balance": {"aux_weight": 0.0},
-        "data": {"seq_len": 32},
-    }
-    config = Config.from_config_dict(settings)
-    model = Decoder.from_config(config)
-    tokens = jnp.zeros((4, 32), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    compiled = (
-        jax.jit(lambda p, t: model.apply(p, t)[0])
-        .lower(params, tokens)
-        .compile()
-        .cost_analysis()["flops"]
+    model = {"n_layers": 1, "d_model": 64, "n_heads": 4, "vocab_size": 512, "dtype": "float32"}
+    config = Config(
+        model=ModelConfig(**model),
+        experts=ExpertsConfig(kind="dense", d_ffn=256),
+        balance=BalanceConfig(aux_weight=0.0),
+        data=DataConfig(seq_len=32),
     )
+    decoder, tokens = Decoder.from_config(config), jnp.zeros((4, 32), jnp.int32)
+    params = jax.eval_shape(decoder.init, jax.random.key(0), tokens)
+    lowered = jax.jit(lambda p, t: decoder.apply(p, t)[0]).lower(params, tokens)
+    compiled = lowered.compile().cost_analysis()["flops"]
     ours = forward_flops_per_token(config) * tokens.size
     assert 0.95 < ours / compiled < 1.0
 
@@ -186,15 +179,6 @@ def test_aoe_scores_every_expert():
     assert abs(extra - (scoring - router)) < 1e-3 * scoring
 
 
-def inner_jaxprs(eqn):
-    """The programs within an equation: bodies of loops, branches, functions called."""
-    for value in eqn.params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            jaxpr = getattr(one, "jaxpr", one)
-            if hasattr(jaxpr, "eqns"):
-                yield jaxpr
-
-
 def matmul_flops(jaxpr):
     """FLOPs of every matrix product of a program, those of a loop as often as it runs."""
     total = 0
@@ -205,21 +189,15 @@ def matmul_flops(jaxpr):
                 ragged = eqn.params["ragged_dot_dimension_numbers"]
                 groups, numbers = ragged.rhs_group_dimensions, ragged.dot_dimension_numbers
             lhs, rhs = (operand.aval.shape for operand in eqn.invars[:2])
-            # Contracted, or walked together.
+            # Axes of the right operand that are contracted, or walked together with the left.
             used = {axis for lists in numbers for axis in lists[1]} | set(groups)
-            total += (
-                2
-                * math.prod(lhs)
-                * math.prod(size for axis, size in enumerate(rhs) if axis not in used)
-            )
-        else:
-            inner = [matmul_flops(inner) for inner in inner_jaxprs(eqn)]
-            assert eqn.primitive.name != "while" or not any(inner)  # nobody knows how often it runs
-            total += (
-                eqn.params.get("length", 1) * sum(inner)
-                if eqn.primitive.name != "cond"
-                else max(inner)
-            )
+            free = [size for axis, size in enumerate(rhs) if axis not in used]
+            total += 2 * math.prod(lhs) * math.prod(free)
+        elif inner := [matmul_flops(inner) for inner in jaxprs_in_params(eqn.params)]:
+            # Nobody knows how often a `while` runs.
+            assert eqn.primitive.name != "while" or not any(inner)
+            of_branches = max(inner) if eqn.primitive.name == "cond" else sum(inner)
+            total += eqn.params.get("length", 1) * of_branches
     return total
 
 
@@ -276,32 +254,22 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_flops_of_a_whole_training_step(name, monkeypatch):
-    """Every product of the train step of `configs/tiny.py`, forward, backward and all, is useful or
-    known not to be.
-
-    The step is the one that runs, but for `grouped_matmul`: `ragged` has one product where others
-    have loops.
+def test_flops_of_a_whole_training_step(name):
+    """Every product of the train step of `configs/tiny.py`, forward and backward, is useful or in
+    `computed_beyond_useful`. The backend `ragged` has one product where others have loops.
     """
-    monkeypatch.setattr(
-        importlib.import_module("aoe_jax.moe.grouped_matmul"),
-        "_default_backend",
-        lambda device: "ragged",
-    )
     variant, changes = STEPS[name]
     file, _, variant = variant.rpartition(":")
     settings = FILES[file or "tiny"].get_config(variant)
     update_groups(settings, changes)
     config = Config.from_config_dict(settings)
     shape = (config.train.batch_size, config.data.seq_len)
-    batch = {
-        key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ("inputs", "targets", "segment_ids")
-    }
-    batch |= {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    names = ("inputs", "targets", "segment_ids")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     state = jax.eval_shape(lambda: init_state(config, 0))
-    counted = matmul_flops(jax.make_jaxpr(make_train_step(config))(state, batch).jaxpr) / math.prod(
-        shape
-    )
+    program = jax.make_jaxpr(make_train_step(config))(state, batch)
+    counted = matmul_flops(program.jaxpr) / math.prod(shape)
     useful = training_flops_per_token(config)
     assert counted - computed_beyond_useful(config) == pytest.approx(useful, rel=0.002)
 
