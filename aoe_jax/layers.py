@@ -20,8 +20,8 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.errors import UserError
 from aoe_jax.methods import LAYERS
-from aoe_jax.moe.balance import LayerStats, balance_loss
 from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.load_balance import LayerStats, balance_loss
 from aoe_jax.moe.routing import Method, TopK, state_shapes
 from aoe_jax.sharding import MESH_AXES, MeshAxes
 

@@ -21,10 +21,10 @@ from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.model.counts import layer_flops_per_token
 from aoe_jax.moe.dispatch import Local
-from aoe_jax.moe.experts import gate_pre_activations, swiglu
 from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import by_token, top_k
 from aoe_jax.moe.scoring import activation_norms, sparse_scores
+from aoe_jax.moe.swiglu import gate_pre_activations, swiglu
 from benchmarks.compiling import experts_layer, unweighted_aux_loss
 from benchmarks.timing import (
     compiled,

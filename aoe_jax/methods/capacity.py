@@ -2,12 +2,12 @@
 in Flax since GShard (arXiv 2006.16668) and Switch (arXiv 2101.03961).
 
 Tokens form groups, one per sequence. In each group an expert has C places. All first choices are
-placed before any second choice, in the order of the tokens. A choice that finds its expert full is
-dropped and adds nothing to its token. Rows reach their experts, and outputs their tokens, by
-products with tensors over all tokens, experts and places, so every shape is fixed.
+placed before any second choice, in the order of the tokens. If the expert is full, a choice is
+dropped and adds nothing to its token. Dispatch and combine are products with tensors over all
+tokens, experts and places, so every shape is fixed.
 
 NOT CAUSAL with more than one expert per token: the first choice of a later token takes the place of
-an earlier token's second choice. With one expert per token only earlier tokens of the group count.
+an earlier token's second choice. With one expert per token the layer is causal.
 
 C places of an expert; other letters: see `aoe_jax/moe/__init__.py`.
 """
@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.config.checks import setting
-from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.layer import rematerialised
 from aoe_jax.moe.routing import Causality, FixedK, expert_capacity, top_k
+from aoe_jax.moe.swiglu import single_expert
 from aoe_jax.parameters import EXPERTS, ROUTER
 
 
@@ -49,31 +49,21 @@ def assign_places(expert, weight, n_experts, capacity):
     return Places(place, (weight[..., None] * chosen).sum(axis=2), (n_chosen - n_placed) / k)
 
 
-def dispatch_tensor(places, capacity, dtype):
-    """`[B, S, n, C]`: 1 where a token has a place of an expert, else 0."""
-    return (places.place[..., None] == jnp.arange(capacity)).astype(dtype)
-
-
-def combine_tensor(places, dispatch):
-    """`[B, S, n, C]`: the expert's weight, with a gradient, where `dispatch_tensor` is 1."""
-    return places.weight.astype(dispatch.dtype)[..., None] * dispatch
-
-
-def capacity_experts(x, places, capacity, w, exchange=lambda rows, split, concatenate: rows):
+def experts_of_places(x, places, capacity, w, devices):
     """SwiGLU experts on the tokens that have a place, weighted and summed by token.
 
-    `[B, S, d]` -> `[B, S, d]`, zero for a token none of whose choices found a place. `w` are the
-    matrices of experts in the dtype of `x`. `exchange(rows, split, concatenate)` splits rows along
-    one axis over the devices that share the experts, and concatenates what they send along another.
+    `[B, S, d]` -> `[B, S, d]`, zero for a token without a place. `w` are the matrices of this
+    device's experts in the dtype of `x`.
     """
-    with jax.named_scope("dispatch"):
-        dispatch = dispatch_tensor(places, capacity, x.dtype)
-        rows = exchange(jnp.einsum("gtnc,gtd->ngcd", dispatch, x), 0, 1)
+    with jax.named_scope("dispatch"):  # 1 where a token has a place of an expert
+        dispatch = (places.place[..., None] == jnp.arange(capacity)).astype(x.dtype)
+        rows = devices.exchange(jnp.einsum("gtnc,gtd->ngcd", dispatch, x), 0, 1)
     with jax.named_scope("experts"):
         by_expert = rows.reshape(rows.shape[0], -1, rows.shape[-1])
         rows = single_expert(by_expert, w).reshape(rows.shape)
     with jax.named_scope("combine"):
-        return jnp.einsum("gtnc,ngcd->gtd", combine_tensor(places, dispatch), exchange(rows, 1, 0))
+        combine = places.weight.astype(x.dtype)[..., None] * dispatch
+        return jnp.einsum("gtnc,ngcd->gtd", combine, devices.exchange(rows, 1, 0))
 
 
 @dataclass(frozen=True)
@@ -112,7 +102,7 @@ class Capacity(FixedK):
             with jax.named_scope("experts"):
                 w = layer.gathered(weights, devices)
             groups = devices.whole_sequences(x)
-            y = capacity_experts(groups, places, capacity, w, devices.exchange)
+            y = experts_of_places(groups, places, capacity, w, devices)
             return devices.sum_scatter(y, "tensor", 1).reshape(x.shape)
 
         matrices = {name: weights[name] for name in ("w_gate", "w_up", "w_down")}

@@ -6,19 +6,18 @@ a router's columns to its experts.
     a_ij = ||R~_i W_gate_j||
     L    = 1/n^2 sum over i and j != i of  max(a_ij - alpha a_ii, 0) + max(a_ji - alpha a_ii, 0)
 
-Column R_i of the router represents the tokens that go to expert i. R~_i, with noise that leaves it
-nearer to R_i than to any other column, must activate its own expert more than other experts, and
-its expert more than other columns do. So a router learns what AoE measures by its experts'
-activations, at a cost that does not grow with the number of tokens. The gradient flows through R
-and W_gate, not through eps.
+Column R_i of the router represents the tokens of expert i. R~_i, with noise that leaves it nearer
+to R_i than to any other column, must activate its own expert more than other experts, and its
+expert more than other columns do. The cost does not grow with the number of tokens. The gradient
+flows through R and W_gate, not through eps.
 
 Formula, noise and weight 1 are the paper's; its alpha is 1, or 0.5 with 256 experts. As in the
-paper, the loss comes beside the ordinary balance loss, in training only, and tokens are routed by R
+paper, the loss is added to the ordinary balance loss, in training only, and tokens are routed by R
 without noise. This project draws noise for each layer and micro-batch, and sums in float32. Causal.
 
 Costs 6 n^2 d f FLOPs per layer and micro-batch, plus 2 n^2 d f of a forward pass that is computed
-again in the backward pass; on every device of a mesh for its own part of W_gate, along `data` all
-alike. The largest array is `[n of a device, n, f]`.
+again in the backward pass. Every device of a mesh computes its own part of W_gate; devices along
+`data` compute the same. The largest array is `[n of a device, n, f]`.
 """
 
 from dataclasses import dataclass

@@ -9,16 +9,16 @@ layers together:
     L = lambda (mu mean_i(mean_t(f) mean_t(G)) + (1 - mu) mean_t(mean_i(f) mean_i(G)))
     after each step  lambda <- lambda (1 + eta)^sign(share of active pairs - K / n),  at most 1
 
-So a token has K = `experts.top_k` experts a layer on average, however they are distributed.
+So a token has K = `experts.top_k` experts a layer on average.
 
 It follows the paper. As in the authors' code, G below theta counts as 0 in the losses, and lambda
 is at most 1. Their code also learns a factor of each score, which the paper does not have. With AoE
 this is the published method without its initialisation: norms start near sqrt(r) here. Each
-micro-batch has its own mean_t(G). Using a router's logits in place of norms is this project's
-addition. Logits are around 0, so few pairs are active at b = 0, and an expert that is never active
-has no gradient and stays inactive: start b below 0.
+micro-batch has its own mean_t(G). A router's logits in place of norms are this project's addition.
+Logits are around 0, so few pairs are active at b = 0, and an expert that is never active has no
+gradient and stays inactive: start b below 0.
 
-Causal: each token is routed by itself, and lambda does not affect it. Costs n slots per token.
+Causal. Costs n slots per token.
 """
 
 import math
@@ -54,11 +54,6 @@ def token_balance(active, gates, token_weights):
     """
     product = active.mean(axis=0) * gates.mean(axis=0)
     return (product * token_weights).sum() / jnp.maximum(token_weights.sum(), 1)
-
-
-def next_multiplier(multiplier, density, target, rate):
-    """lambda after a step in which a share `density` of the pairs was active."""
-    return jnp.minimum(multiplier * (1 + rate) ** jnp.sign(density - target), 1)
 
 
 @dataclass(frozen=True)
@@ -107,8 +102,8 @@ class RoutingFree(Method):
 
     def update(self, config, state, stats, weights):
         target = config.experts.top_k / config.experts.n_experts
-        density = stats.load.mean()
-        return {"multiplier": next_multiplier(state["multiplier"], density, target, self.rate)}, {}
+        factor = (1 + self.rate) ** jnp.sign(stats.load.mean() - target)
+        return {"multiplier": jnp.minimum(state["multiplier"] * factor, 1)}, {}
 
     def check(self, config):
         if not math.isfinite(self.bias):

@@ -18,8 +18,8 @@ from aoe_jax.model.attention.blocks import KEPT_ATTENTION
 from aoe_jax.model.attention.cudnn import is_cudnn_forward
 from aoe_jax.model.attention.multi_head import Attention
 from aoe_jax.model.vocabulary import embed, logits
-from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.load_balance import LayerStats
 from aoe_jax.moe.routing import Method, TopK
 from aoe_jax.moe.scoring import KEPT_ROUTING
 

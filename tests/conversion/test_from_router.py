@@ -17,9 +17,9 @@ from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.loading import load_params, read_config
 from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import write_arrays
-from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.reference import aoe_layer, router_layer
 from aoe_jax.moe.routing import TopK
+from aoe_jax.moe.swiglu import single_expert
 from aoe_jax.sharding import fill_mesh, make_mesh
 from benchmarks.parity import logits_here
 from tests.conversion.models import batches

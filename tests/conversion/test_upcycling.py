@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 from aoe_jax.conversion.upcycling import Upcycling, upcycle
 from aoe_jax.errors import UserError
 from aoe_jax.formats.loading import ModelReader, read_config
-from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.routing import TopK
+from aoe_jax.moe.swiglu import single_expert
 from benchmarks.parity import logits_here, logits_there, random_model, save
 from tests.formats.test_writing import written
 from tests.in_process import call

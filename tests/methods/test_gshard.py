@@ -7,7 +7,7 @@ from numpy.testing import assert_allclose
 
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.methods.gshard import GShard, top_two
-from aoe_jax.moe import balance
+from aoe_jax.moe import load_balance
 from aoe_jax.moe.routing import top_k
 from aoe_jax.moe.scoring import Scores
 from tests.arrays import assert_equal, normal
@@ -19,7 +19,7 @@ def loss_of(scores, token_weights=None):
     """The loss of one layer in training."""
     ctx = context(scores, token_weights, training=True, rng=jax.random.key(0))
     routing = GShard()(scores, {}, ctx)
-    stats = balance.statistics(Scores(scores, scores), routing, BalanceConfig(0.0), ctx)
+    stats = load_balance.statistics(Scores(scores, scores), routing, BalanceConfig(0.0), ctx)
     stats = jax.tree.map(lambda a: a[None], stats)
     weight, value = GShard().losses(stats, {}, {})["first_choice_loss"]
     assert weight == GShard.aux_weight

@@ -10,8 +10,8 @@ from numpy.testing import assert_allclose
 
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.run import Config
-from aoe_jax.methods.sigmoid_top_k import SigmoidTopK, sigmoid_top_k_weights
-from aoe_jax.moe.balance import balance_loss
+from aoe_jax.methods.sigmoid_top_k import SigmoidTopK
+from aoe_jax.moe.load_balance import balance_loss
 from tests.methods import method_layers
 from tests.methods.method_layers import assert_agree, by_loops
 
@@ -32,8 +32,18 @@ def make(settings):
 
 
 def weights_by_loops(routing, logits, bias):
-    settings = routing.n_groups, routing.groups_per_token, routing.norm_topk_prob, routing.scale
-    return sigmoid_top_k_weights(logits, bias, K, *settings)
+    """Weights `[T, n]` of `logits [T, n]` and the bias `[n]`."""
+    scores, size = jax.nn.sigmoid(logits), N // routing.n_groups
+    chosen = np.zeros(logits.shape)
+    for row, biased in zip(chosen, np.asarray(jax.lax.stop_gradient(scores) + bias), strict=True):
+        groups = [range(first, first + size) for first in range(0, N, size)]
+        groups.sort(key=lambda group: -sum(sorted(biased[i] for i in group)[-2:]))
+        allowed = [i for group in groups[: routing.groups_per_token] for i in group]
+        row[sorted(allowed, key=lambda i: -biased[i])[:K]] = 1
+    weights = scores * chosen
+    if routing.norm_topk_prob:
+        weights /= weights.sum(axis=1, keepdims=True)
+    return routing.scale * weights
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -14,6 +14,7 @@ from aoe_jax.moe import reference
 from tests.arrays import assert_finite
 from tests.methods import method_layers
 from tests.methods.method_layers import assert_agree, small_config, with_gradients
+from tests.moe.contexts import top_p_weights
 
 N, D, WIDTH, ROUTING = 8, 8, 16, 4
 BIAS = np.array([0.0, -50, 0, 50, 0, 0, 0, 0])
@@ -36,7 +37,7 @@ def by_loops(params, x, method, bias):
     y = sum(a @ w_down for a, w_down in zip(activations, params["w_down_route"], strict=True))
     scores = jnp.stack([reference.l2_norm(a) for a in activations], axis=1)
     if method.p is not None:
-        weights = reference.top_p_weights(scores, method.p)
+        weights = top_p_weights(scores, method.p)
     else:
         is_chosen = reference.top_k_weights(jax.lax.stop_gradient(scores) + bias, 2) > 0
         kept = jnp.where(is_chosen, scores, -jnp.inf) if method.norm_topk_prob else scores

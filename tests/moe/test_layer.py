@@ -13,12 +13,13 @@ from aoe_jax import AoELayer, DenseLayer, RouterLayer
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.methods.dense import Dense
-from aoe_jax.methods.ranked import Ranked, ranked_weights
+from aoe_jax.methods.ranked import Ranked
 from aoe_jax.moe import reference
-from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.load_balance import balance_loss
 from aoe_jax.moe.routing import ExpertChoice, TopK, TopP, expert_capacity
 from tests.arrays import assert_close, assert_finite, normal, products_with
+from tests.moe.contexts import expert_choice_weights, top_p_weights
 from tests.moe.drawn import parameters_of
 
 TOP_K = TopK()
@@ -62,11 +63,13 @@ def reference_weights(layer, p):
     if router.name == "top_k":
         return reference.top_k_weights(p, layer.experts.top_k, router.norm_topk_prob)
     if router.name == "ranked":
-        return ranked_weights(p, router.ranks)
+        chosen = jnp.argsort(-p, axis=1, stable=True)[:, jnp.array(router.ranks)]
+        weights = jax.nn.softmax(jnp.take_along_axis(p, chosen, axis=1))
+        return jnp.zeros_like(p).at[jnp.arange(len(p))[:, None], chosen].set(weights)
     if router.name == "top_p":
-        return reference.top_p_weights(p, router.p)
+        return top_p_weights(p, router.p)
     if router.name == "expert_choice":
-        return reference.expert_choice_weights(p, expert_capacity(*p.shape, router.capacity_factor))
+        return expert_choice_weights(p, expert_capacity(*p.shape, router.capacity_factor))
     raise ValueError(f"the reference has no router {router}")
 
 

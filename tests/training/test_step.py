@@ -14,7 +14,7 @@ import pytest
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.config.training import TrainConfig
-from aoe_jax.moe.balance import balance_loss
+from aoe_jax.moe.load_balance import balance_loss
 from aoe_jax.planning.plan import abstract_batch
 from aoe_jax.training.load_statistics import load_spread
 from aoe_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
@@ -302,16 +302,6 @@ RUNNING = {
             4 * (shares["first_choices"] * stats.mean_probability).sum(axis=1).mean()
         ),
     ),
-    "dynmoe": (
-        "gate_balance",
-        "routing.balance_weight",
-        lambda shares, stats: (
-            4
-            * (shares["load"] / shares["served"][:, None] * stats.records["normalised_gates"])
-            .sum(axis=1)
-            .sum()
-        ),
-    ),
 }
 
 
@@ -326,7 +316,7 @@ def test_balance_is_of_all_micro_batches_so_far(router):
     settings["balance"] |= {"aux_weight": 0.0}
     settings["train"] |= {"accumulate": 3, "batch_size": 6}
     group, field = weight_field.split(".")
-    settings[group] |= {field: 0.5} | ({"loss_weight": 0.0} if router == "dynmoe" else {})
+    settings[group] |= {field: 0.5}
     config = Config.from_config_dict(settings)
     segment_ids = np.ones((6, 24), np.int32)
     segment_ids[1, 3:] = 0  # so that the second of three micro-batches has fewer tokens

@@ -45,12 +45,12 @@ def grouped_matmul(
       weights: `[E, D, F]`, same dtype as `rows`.
       groups: `[E]` int32, the rows of each expert, with a sum of at most M; or `WholeGroups`,
         whose sum is M; or a `RowLayout` of `row_layout`: then rows and result are in that layout,
-        with zeros where it has no row, and M is its length.
+        with zeros in positions without a row, and M is its length.
       backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"rowwise"` (plain
         JAX, for fewer rows than experts), `"megablox"` (TPU; interpreted on CPU), `"mosaic_gpu"`
         (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense on most platforms: a baseline) or
         `"auto"`: by the number of rows and by the devices of the mesh in context (`jax.set_mesh`,
-        `jax.shard_map`), which may be another machine's; without a mesh by those of this process.
+        `jax.shard_map`), or of this process without a mesh.
 
     Returns:
       `[M, F]`, dtype of `rows`, accumulated in float32 at least; rows past the last group are
@@ -97,10 +97,7 @@ def backend_for(device, dtype, m, shape):
 
 
 def row_layout(group_sizes, m, backend):
-    """The `RowLayout` that a backend or `"auto"` wants for m rows; None means sorted by expert.
-
-    Products of rows in this layout do not move them first.
-    """
+    """The row layout that a backend or `"auto"` wants for m rows; None means sorted by expert."""
     if m < group_sizes.shape[0]:  # see `backend_for`
         return None
     if backend == "auto":

@@ -28,7 +28,7 @@ class LayerStats(NamedTuple):
 
 
 def statistics(scores, routing, balance, ctx):
-    """The `LayerStats` of `Scores` and a `Routing`, means over the real tokens of all devices."""
+    """Computes `LayerStats` of a `Routing` by `Scores`: means over real tokens of all devices."""
     values, for_balance = jax.lax.stop_gradient(scores.values), scores.for_balance
     weights, n_experts = ctx.token_weights.astype(values.dtype), values.shape[1]
     chosen = routing.expert[:, None] == jnp.arange(n_experts)

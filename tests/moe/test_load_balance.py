@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from aoe_jax.moe import balance
-from aoe_jax.moe.balance import balance_loss, updated_bias
+from aoe_jax.moe import load_balance
+from aoe_jax.moe.load_balance import balance_loss, updated_bias
 from aoe_jax.moe.routing import top_k
 from aoe_jax.training.load_statistics import load_entropy, load_spread
 from tests.arrays import assert_close, normal
@@ -15,7 +15,7 @@ from tests.moe.contexts import expert_choice, layer_stats, sequence_balance_loss
 
 
 def z_loss(scores, token_weights):
-    return balance.z_loss(scores, token_weights, lambda sums: sums)
+    return load_balance.z_loss(scores, token_weights, lambda sums: sums)
 
 
 def test_known_loads():
