@@ -58,9 +58,7 @@ class FailedElsewhere(Failure):
 
 
 class Stopped(BaseException):
-    """The program was asked to stop. A signal raises it anywhere, so handlers of `Exception` must
-    not catch it.
-    """
+    """A signal asked the program to stop. It may be raised anywhere, so it is no `Exception`."""
 
     others_go_on = False  # True: other processes do not stop, so this one must not wait for them
 
@@ -72,8 +70,8 @@ class Preempted(Stopped):
 
 
 class Terminated(Stopped):
-    """SIGTERM to a command of one process that saves no state: what it had begun to write is
-    removed. The exit status is that of shells.
+    """SIGTERM to a command that saves no state: unfinished output is removed. The exit status is
+    that of shells.
     """
 
     status = 143

@@ -133,7 +133,7 @@ def main():
         layers = configurations(*shape)
         timed = {name: _gradient(config, n_tokens) for name, (config, _) in layers.items()}
         seconds = medians({name: run for name, (run, _) in timed.items()}, _REPEATS.value)
-        flops = {name: layer_flops_per_token(config)[1] for name, (config, _) in layers.items()}
+        flops = {name: layer_flops_per_token(config) for name, (config, _) in layers.items()}
         for name, (_, baseline) in layers.items():
             figure = {
                 "shape": list(shape),

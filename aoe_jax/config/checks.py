@@ -37,12 +37,12 @@ def setting(default, *, choices=None, kinds=None, training_only=False, **bounds)
 
 
 class Group:
-    """The base of the groups of a configuration, frozen dataclasses that check their fields."""
+    """The base of a configuration's groups: frozen dataclasses that check their fields."""
 
     group: ClassVar[str]
 
     def __post_init__(self):
-        """Checks every field that was declared with `setting`; raises `UserError`."""
+        """Checks the fields that `setting` declares; raises `UserError`."""
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata.get("choices")
             if choices:
@@ -65,9 +65,7 @@ class Group:
         require(False, f"{self.group}.{field}", getattr(self, field), wanted)
 
     def make_absolute(self, field):
-        """Puts the full path in the place of a field's path, unless that is None; refuses an empty
-        one. A path in an object store, such as gs://BUCKET/FOLDER, stays as it is.
-        """
+        """Makes a field's path absolute, see `absolute_path`; refuses an empty path."""
         path = getattr(self, field)
         if path is not None:
             if not path.strip():
@@ -103,7 +101,7 @@ def require_choice(name, value, choices):
 
 
 def absolute_path(path):
-    """A user's path in full; a path in an object store, such as gs://BUCKET/FOLDER, as it is."""
+    """The absolute path; a path in an object store, such as gs://BUCKET/FOLDER, stays as it is."""
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 

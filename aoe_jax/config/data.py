@@ -130,7 +130,7 @@ def _parsed_sources(name):
 
 
 def _parsed_weight(text):
-    """The number from 1e-15 to 1e15 that a text means; None if it means no such number."""
+    """The number from 1e-15 to 1e15 in a text; None if there is no such number."""
     try:
         weight = Fraction(text) if _WEIGHT.fullmatch(text) else 0
     except (ValueError, ZeroDivisionError):

@@ -104,7 +104,7 @@ class ExpertsConfig(Group):
 
     @property
     def score_width(self):
-        """How many activations score an AoE expert."""
+        """The number of activations that score an AoE expert."""
         return self.score_neurons or self.d_low
 
     def width(self, d_model):

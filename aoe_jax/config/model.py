@@ -89,7 +89,7 @@ class ModelConfig(Group):
 
     @property
     def rope_width(self):
-        """How many features of an attention head rotate."""
+        """The number of features of an attention head that rotate."""
         return int(self.head_width * self.rope_share)
 
     @property

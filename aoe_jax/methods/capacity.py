@@ -129,17 +129,16 @@ class Capacity(FixedK):
         return ROUTER | {name: EXPERTS[name] for name in ("w_up", "w_down", "w_gate")}
 
     def wasted_flops(self, config):
-        """`(forward, training)`: FLOPs per token and layer beyond the useful ones.
+        """Training FLOPs per token and layer beyond the useful ones.
 
-        Experts compute all their places, taken or not. Dispatch and combine are products over all
-        tokens, experts and places of a sequence: forward one each, backward one more of dispatch
-        and two of combine.
+        Experts compute all their places, also empty ones. Dispatch and combine are products over
+        all tokens, experts and places of a sequence: forward one each, backward one more of
+        dispatch and two of combine.
         """
         e, length, d = config.experts, config.data.seq_len, config.model.d_model
         places = e.n_experts * self.places(length, e)
-        expert = 3 * d * e.d_ffn
-        empty, product = 2 * (places / length - e.top_k) * expert, 2 * places * d
-        return empty + 2 * product, 3 * empty + 5 * product
+        empty = 6 * (places / length - e.top_k) * 3 * d * e.d_ffn
+        return empty + 5 * 2 * places * d
 
     def check(self, config):
         n, mesh = config.experts.n_experts, config.mesh

@@ -117,11 +117,6 @@ def updated_pool(live, fired, unclaimed):
     return left | added, added
 
 
-def router_with_added(w_router, added, unclaimed):
-    """`w_router [L, d, n]` with columns of new experts; `added [L, n]` bool, `unclaimed [L, d]`."""
-    return jnp.where(added[:, None, :], _directions(unclaimed)[:, :, None], w_router)
-
-
 def w_score_with_added(w_score, live, added, unclaimed):
     """`[L, n, d, r]` with the matrices of new experts; `live`, before the update, and `added`
     `[L, n]` bool; `unclaimed [L, d]`.
@@ -215,7 +210,7 @@ class DynMoE(Method):
 
         def with_added(thresholds, w):
             if name == "w_router":
-                w = router_with_added(w, added, unclaimed)
+                w = jnp.where(added[:, None, :], _directions(unclaimed)[:, :, None], w)
             else:
                 new = w_score_with_added(w[..., scored], live, added, unclaimed)
                 w = w.at[..., scored].set(new)

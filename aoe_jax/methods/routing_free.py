@@ -42,20 +42,6 @@ def active_gates(scores, bias, threshold):
     return active, jnp.where(active, gates, 0)
 
 
-def expert_balance(active, gates):
-    """`mean_i f_i G_i` over the experts of all layers, from means over tokens `[L, n]`."""
-    return (active * gates).mean()
-
-
-def token_balance(active, gates, token_weights):
-    """`mean_t f_t G_t`, from means over the experts of each layer `[L, B, S]`.
-
-    `token_weights [B, S]` are 0 for padding.
-    """
-    product = active.mean(axis=0) * gates.mean(axis=0)
-    return (product * token_weights).sum() / jnp.maximum(token_weights.sum(), 1)
-
-
 @dataclass(frozen=True)
 class RoutingFree(Method):
     """Routing-Free MoE; parameter `score_bias [n]`, b; state `multiplier []`, lambda."""
@@ -94,10 +80,12 @@ class RoutingFree(Method):
         return {"multiplier": jnp.full((), self.multiplier, jnp.float32)}
 
     def losses(self, stats, state, weights):
-        mu, of_tokens = self.expert_share, stats.per_token
-        token_weights = of_tokens["weight"][0]  # every layer has the same
-        value = mu * expert_balance(stats.load, stats.records["gates"])
-        value += (1 - mu) * token_balance(of_tokens["active"], of_tokens["gates"], token_weights)
+        # Means over tokens `[L, n]`, and over the experts of a layer `[L, B, S]`.
+        by_expert = stats.load * stats.records["gates"]
+        means, token_weights = stats.per_token, stats.per_token["weight"][0]
+        by_token = means["active"].mean(axis=0) * means["gates"].mean(axis=0) * token_weights
+        of_tokens = by_token.sum() / jnp.maximum(token_weights.sum(), 1)
+        value = self.expert_share * by_expert.mean() + (1 - self.expert_share) * of_tokens
         return {"density_loss": (state["multiplier"][0], value)}
 
     def update(self, config, state, stats, weights):

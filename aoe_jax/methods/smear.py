@@ -229,8 +229,7 @@ class Smear(Unchosen):
         sizes, declared = e.sizes(d), self.parameters(e).values()
         merging = sum(math.prod(p.shape(sizes)) for p in declared if p.per_expert)
         scoring = e.n_experts * d * (e.d_low if e.low_rank else 1)
-        forward = round(2 * (merging + scoring) / self.segment)
-        return forward, 3 * forward
+        return 3 * round(2 * (merging + scoring) / self.segment)
 
     def check(self, config):
         super().check(config)

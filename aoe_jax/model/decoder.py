@@ -23,7 +23,7 @@ from aoe_jax.moe.load_balance import LayerStats
 from aoe_jax.moe.routing import Method, TopK
 from aoe_jax.moe.scoring import KEPT_ROUTING
 
-# Recomputed in the backward pass, which would otherwise keep several float32 copies of their input.
+# Recomputed in the backward pass, which would otherwise keep float32 copies of their input.
 RMSNorm = nn.remat(nn.RMSNorm, prevent_cse=False)
 
 
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
     """The language model: embedding, layers of attention and experts, output projection.
 
     Attributes:
-      training: whether layers behave as in training where that differs.
+      training: whether layers behave as in training.
       observe: see `moe.layer.ExpertsLayer`.
     """
 

@@ -146,9 +146,9 @@ class Method(Group):
         """
         return state, {}
 
-    def flops(self, config) -> tuple[float, float] | None:
-        """`(forward, training)` FLOPs per token of a layer without its experts; None: 2 and 6 per
-        weight that all tokens use, such as a router's.
+    def flops(self, config) -> float | None:
+        """Training FLOPs per token of a layer without its experts; None: 6 per weight that every
+        token uses, such as a router's.
         """
         return None
 

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 from aoe_jax import ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.methods.uoe import UoE
-from aoe_jax.model.counts import forward_flops_per_token, parameter_counts
+from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.moe import reference
 from tests.arrays import assert_finite
 from tests.methods import method_layers
@@ -99,5 +99,5 @@ def test_counts():
     routers = config.model.n_layers * d * c.n_experts
     assert parameter_counts(config).total == parameter_counts(moe).total - routers
     neurons = c.n_experts * 24 + c.top_k * 24
-    more = forward_flops_per_token(config) - forward_flops_per_token(moe) + 2 * routers
-    assert more == config.model.n_layers * 6 * d * (neurons - c.top_k * 48)
+    more = training_flops_per_token(config) - training_flops_per_token(moe) + 6 * routers
+    assert more == config.model.n_layers * 18 * d * (neurons - c.top_k * 48)
