@@ -18,7 +18,7 @@ class Failure(Exception):
 class UserError(Failure):
     """A mistake that the user can correct: a bad value, a missing file.
 
-    The message names the field or file, its value and what would be right.
+    The message names the field or file, its value and a right value.
     """
 
     status = 2
@@ -43,7 +43,7 @@ class MachineFault(Failure):
 
 
 class Hang(Failure):
-    """Nothing moved for `train.hang_timeout`."""
+    """The run made no progress for `train.hang_timeout`."""
 
     status = 6
 
@@ -64,7 +64,7 @@ class Stopped(BaseException):
 
 
 class Preempted(Stopped):
-    """SIGTERM: the state is saved, and nothing is lost."""
+    """SIGTERM: the run ended after saving its state."""
 
     status = 0
 

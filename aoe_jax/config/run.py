@@ -16,7 +16,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.methods import LAYERS, ROUTERS, all_methods, find_method
 from aoe_jax.moe.routing import Method, TopK
 
-# Fields of older versions, and what replaces them.
+# Fields of older versions, and the fields that replace them.
 RENAMED = {
     "experts.selection": "routing.name",
     "experts.gate": "routing.norm_topk_prob (or routing.name='sparsemixer')",

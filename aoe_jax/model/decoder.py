@@ -66,7 +66,7 @@ class DecoderLayer(nn.Module):
         )
 
     def __call__(self, x, segment_ids, token_weights, routing_state, layer_index):
-        """`x [B, S, d]` -> `([B, S, d], LayerStats)`, the shape that `nn.scan` wants."""
+        """`x [B, S, d]` -> `([B, S, d], LayerStats)`, as `nn.scan` expects."""
         attend = partial(self.attention, segment_ids=segment_ids)
         return self._layer(attend, x, token_weights, routing_state, layer_index)[0]
 

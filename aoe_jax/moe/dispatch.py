@@ -1,7 +1,7 @@
 """Dispatch and combine: from tokens to rows in expert order, and from rows back to tokens.
 
-`Local` is the transport of a device that holds all experts. `parallel/transports.py` has those of
-meshes, with the same methods.
+`Local` is the transport of a device that holds all experts. The transports of meshes, with the same
+methods, are in `parallel/transports.py`.
 """
 
 from functools import partial

@@ -51,7 +51,7 @@ def moe_block(x, weights, layer, ctx):
 
 
 def parameters_of(experts, routing):
-    """A layer's parameters by name, `Parameter`s, in the order in which they are drawn."""
+    """The `Parameter`s of a layer by name, in the order in which they are drawn."""
     matrices, own = matrices_of(experts), routing.parameters(experts) | shared_expert(experts)
     if experts.kind == "aoe":
         return matrices | own
@@ -331,7 +331,7 @@ class ExpertsLayer(nn.Module):
 
 
 def config_of_kind(kind, experts):
-    """`experts`, or by default those of a kind. Raises ValueError if they are of another kind."""
+    """`experts`, or the default of a kind. Raises ValueError if `experts.kind` is another."""
     experts = ExpertsConfig(kind=kind) if experts is None else experts
     if experts.kind != kind:
         raise ValueError(f"ExpertsConfig(kind={experts.kind!r}): this layer needs kind={kind!r}")

@@ -106,7 +106,7 @@ def sequence_balance_loss(scores, routing, ctx, stride):
     load = counts / jnp.maximum(n_tokens, 1)[:, None]
     mean_probability = probability / jnp.maximum(n_sampled, 1)[:, None]
     losses, is_real = balance_loss(load, mean_probability), (n_tokens > 0).astype(load.dtype)
-    # Devices along the tensor axis hold parts of the same sequences: all are counted alike.
+    # Devices along the tensor axis count the same sequences, which cancels in the quotient.
     loss, n_sequences = devices.total((losses.sum(), is_real.sum()))
     return loss / jnp.maximum(n_sequences, 1)
 

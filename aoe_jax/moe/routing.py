@@ -23,7 +23,7 @@ from aoe_jax.moe.scoring import KEPT_ROUTING
 
 @dataclass(frozen=True)
 class Context:
-    """The inputs of a method beside the scores and the weights of the layer."""
+    """Further inputs of a method, in addition to scores and weights."""
 
     devices: Any  # `parallel.collectives.Devices`: reaches the tokens of other devices
     x: jax.Array  # [T, d], the tokens

@@ -149,7 +149,7 @@ def sparse_scores(x, w_score, score, stride):
     """The scores of all experts without a gradient, and of every `stride`-th token with one.
 
     `x [T, d]`, `w_score [n, d, r]` -> `(values [T, n], for_balance [ceil(T / stride), n])`, float32
-    at least. No code is kept; the backward pass computes again what the balance losses need. If
+    at least. No code is kept; the backward pass computes codes for the balance losses again. If
     `stride` divides the sequence length, the same positions of every sequence have a gradient.
     """
     values, for_balance = _sparse_scores(x, w_score, score, stride)

@@ -57,7 +57,7 @@ def swiglu(rows, gate, row_weight, groups, w, product=grouped_matmul):
 
 
 def single_expert(x, w):
-    """One expert on all tokens, or several, each on its own: `x [..., T, d]` -> `[..., T, d]`.
+    """One expert on all tokens, or several on their own tokens: `x [..., T, d]` -> `[..., T, d]`.
 
     The matrices `w` have the dtype and the leading axes of `x`.
     """

@@ -1,5 +1,4 @@
-"""Grouped matmul: rows in expert order, each group times its own expert's weights. One signature,
-one backend a file.
+"""Grouped matmul: multiplies rows in expert order by their experts' weights; a file per backend.
 
 Letters of shapes in this package: M rows, D contracted width, F output width, E experts.
 """
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def _import_and_multiply(name, rows, weights, groups):
-    """The product by the function `NAME_matmul` of the module `NAME` beside this one."""
+    """Calls `NAME_matmul` of the module `NAME` in this package."""
     module = import_module(f"{__name__}.{name}")
     return getattr(module, f"{name}_matmul")(rows, weights, groups)
 

@@ -48,7 +48,7 @@ class _Blocks(NamedTuple):
 
     count: jax.Array  # []
     expert: jax.Array  # [max blocks]
-    stretch: jax.Array  # [max blocks], the group in whose stretch of positions the block lies
+    stretch: jax.Array  # [max blocks], the stretch of positions that contains the block
     # [max blocks], first position, moved back where the block would run past the last position.
     start: jax.Array
     first: jax.Array  # [max blocks], first position that belongs to the block

@@ -65,8 +65,8 @@ def width_block(width):
 
 
 def blocks_at_once(depth, width):
-    """How many blocks of the output's width are computed in one pass over the rows: as many as keep
-    the weights `[depth, blocks]` within `CACHED_BYTES`. Every pass reads all rows.
+    """The number of blocks of the output's width per pass over the rows, so that their weights fit
+    in `CACHED_BYTES`. Every pass reads all rows.
     """
     block = width_block(width)
     return min(width // block, max(1, CACHED_BYTES // (2 * depth * block)))

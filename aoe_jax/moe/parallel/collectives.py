@@ -207,7 +207,7 @@ class Devices:
         return values.reshape(-1, *trailing)
 
     def own_sequences(self, values):
-        """The values of this device's sequences, from those of all sequences, `[B, ...]`."""
+        """This device's part of the values `[B, ...]` of all sequences."""
         if self.batch_pieces == 1:
             return values
         b = values.shape[0] // self.batch_pieces
@@ -215,7 +215,7 @@ class Devices:
 
     @property
     def batch_pieces(self):
-        """How many devices the sequences are split over."""
+        """The number of devices that sequences are split over."""
         return math.prod(self.sizes[:3])
 
     def _batch_rank(self):
@@ -278,7 +278,7 @@ def ragged_offsets(rank, n_devices, n_rows):
 def _ragged_exchange(rows, sent, received, axis):
     n_devices = sent.shape[0]
     start, landing = ragged_offsets(jax.lax.axis_index(axis), n_devices, rows.shape[0])
-    out = jnp.zeros_like(rows)  # rows that nobody sends stay zero
+    out = jnp.zeros_like(rows)  # rows that no device sends stay zero
     return jax.lax.ragged_all_to_all(rows, out, start, sent, landing, received, axis_name=axis)
 
 

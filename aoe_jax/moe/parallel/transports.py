@@ -107,7 +107,7 @@ class Ring(_Rounds):
         return self.devices.sum_scatter(self.devices.sum_scatter(y, "tensor"), "expert")
 
     def gather_routing(self, routing):
-        """Numbers experts from the first of this device; those of other devices are n."""
+        """Numbers this device's experts from 0; experts of other devices become n."""
         gathered = super().gather_routing(routing)
         expert = gathered.expert - self.devices.rank("expert") * self.n_experts
         return gathered._replace(
@@ -115,7 +115,7 @@ class Ring(_Rounds):
         )
 
     def schedule(self, routing):
-        """One sort of all slots, those of other devices last."""
+        """Sorts all slots by expert, slots of other devices last."""
         order, _, group_sizes = sort_slots(routing.expert, self.n_experts)
         order = jnp.pad(order, (0, self.size), constant_values=order.shape[0])
         end = jnp.cumsum(group_sizes)
@@ -174,7 +174,6 @@ class AllToAll(_Rounds):
         self.pair_size = _with_buffer(share / self.n_devices)
 
     def schedule(self, routing):
-        """One sort of the slots: by device, and by expert within."""
         order, _, group_sizes = sort_slots(routing.expert, self.n_devices * self.n_experts)
         count = group_sizes.reshape(self.n_devices, -1).sum(axis=1)
         start, n_rounds = jnp.cumsum(count) - count, -(-count.max() // self.pair_size)
