@@ -13,7 +13,6 @@ C places of an expert; other letters: see `aoe_jax/moe/__init__.py`.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +24,11 @@ from aoe_jax.moe.swiglu import single_expert
 from aoe_jax.parameters import EXPERTS, ROUTER
 
 
-class Places(NamedTuple):
-    """The places of each group's tokens."""
+def assign_places(expert, n_experts, capacity):
+    """Gives places to the choices of each group, first choices first, then in the order of tokens.
 
-    place: jax.Array  # [B, S, n] int32, 0 to C - 1; C where the expert is full or not chosen
-    weight: jax.Array  # [B, S, n] float32, of chosen experts, with a gradient; 0 of others
-    dropped: jax.Array  # [B, S] float32, share of a token's K choices that found no place
-
-
-def assign_places(expert, weight, n_experts, capacity):
-    """`Places` for the choices of each group, first choices first, then in the order of tokens.
-
-    `expert [B, S, K]` int32 has the first choice first, and n for none, as for padding;
-    `weight [B, S, K]` is float32.
+    `expert [B, S, K]` int32 has the first choice first, and n for padding -> `[B, S, n]` int32 from
+    0 to C - 1, C if the expert is full or not chosen; and the number of dropped choices, `[]`.
     """
     n_groups, n_tokens, k = expert.shape
     chosen = jax.nn.one_hot(expert, n_experts, dtype=jnp.int32)
@@ -45,24 +36,23 @@ def assign_places(expert, weight, n_experts, capacity):
     before = jnp.cumsum(by_rank, axis=1) - by_rank
     before = before.reshape(n_groups, k, n_tokens, n_experts).swapaxes(1, 2)
     place = jnp.where(chosen > 0, jnp.minimum(before, capacity), capacity).min(axis=2)
-    n_chosen, n_placed = chosen.sum(axis=(2, 3)), (place < capacity).sum(axis=2)
-    return Places(place, (weight[..., None] * chosen).sum(axis=2), (n_chosen - n_placed) / k)
+    return place, chosen.sum() - (place < capacity).sum()
 
 
-def experts_of_places(x, places, capacity, w, devices):
-    """SwiGLU experts on the tokens that have a place, weighted and summed by token.
+def experts_of_places(x, place, weight, capacity, w, devices):
+    """SwiGLU experts on the tokens that have a place, weighted by `weight [B, S, n]`.
 
     `[B, S, d]` -> `[B, S, d]`, zero for a token without a place. `w` are the matrices of this
     device's experts in the dtype of `x`.
     """
     with jax.named_scope("dispatch"):  # 1 where a token has a place of an expert
-        dispatch = (places.place[..., None] == jnp.arange(capacity)).astype(x.dtype)
+        dispatch = (place[..., None] == jnp.arange(capacity)).astype(x.dtype)
         rows = devices.exchange(jnp.einsum("gtnc,gtd->ngcd", dispatch, x), 0, 1)
     with jax.named_scope("experts"):
         by_expert = rows.reshape(rows.shape[0], -1, rows.shape[-1])
         rows = single_expert(by_expert, w).reshape(rows.shape)
     with jax.named_scope("combine"):
-        combine = places.weight.astype(x.dtype)[..., None] * dispatch
+        combine = weight.astype(x.dtype)[..., None] * dispatch
         return jnp.einsum("gtnc,ngcd->gtd", combine, devices.exchange(rows, 1, 0))
 
 
@@ -88,25 +78,27 @@ class Capacity(FixedK):
             routing = top_k(scores.values, ctx.top_k, self.norm_topk_prob, bias)
             expert, weight = (a.reshape(-1, ctx.top_k) for a in (routing.expert, routing.weight))
             is_real = ctx.token_weights[:, None] > 0  # padding takes no place
-            expert = devices.whole_sequences(jnp.where(is_real, expert, n))
+            expert = jnp.where(is_real, expert, n)
+            expert, weight = map(devices.whole_sequences, (expert, weight))
             capacity = self.places(expert.shape[1], layer.experts)
-            places = assign_places(expert, devices.whole_sequences(weight), n, capacity)
+            place, dropped = assign_places(expert, n, capacity)
+            weight = (weight[..., None] * jax.nn.one_hot(expert, n)).sum(axis=2)
         with jax.named_scope("balance"):
             stats = layer.statistics(scores, routing, weights, ctx)
             # Devices along tensor all have the same groups.
-            dropped = places.dropped.sum() / devices.size("tensor")
+            dropped = dropped / (ctx.top_k * devices.size("tensor"))
             dropped, n_tokens = devices.total((dropped, ctx.token_weights.sum()))
             stats = stats._replace(dropped_share=dropped / jnp.maximum(n_tokens, 1))
 
-        def compute(x, places, weights):
+        def compute(x, place, weight, weights):
             with jax.named_scope("experts"):
                 w = layer.gathered(weights, devices)
             groups = devices.whole_sequences(x)
-            y = experts_of_places(groups, places, capacity, w, devices)
+            y = experts_of_places(groups, place, weight, capacity, w, devices)
             return devices.sum_scatter(y, "tensor", 1).reshape(x.shape)
 
         matrices = {name: weights[name] for name in ("w_gate", "w_up", "w_down")}
-        return rematerialised(compute, devices)(x, places, matrices), stats
+        return rematerialised(compute, devices)(x, place, weight, matrices), stats
 
     def places(self, n_tokens, experts):
         """C, for sequences of `n_tokens`."""
