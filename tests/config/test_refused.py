@@ -153,7 +153,7 @@ BEYOND = {"above": 0, "at_least": -1, "below": 0, "at_most": 1}
 
 @pytest.mark.parametrize("group", [*GROUPS, *all_methods().values()])
 def test_values_beyond_their_bounds_are_refused(group):
-    """Every field that is declared with choices or with numbers as bounds."""
+    """Checks every field that is declared with choices or with numbers as bounds."""
     for field in dataclasses.fields(group):
         bounds = (field.metadata.get("bounds") or {}).items()
         wrong = [n + BEYOND[kind] for kind, n in bounds if not isinstance(n, str)]

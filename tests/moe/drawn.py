@@ -7,8 +7,8 @@ from aoe_jax.moe import layer as moe_layer
 
 
 def parameters_of(layer, x, seed=1):
-    """Parameters for tokens `x`, in their dtype: matrices with the variance of `layer.init`, and
-    vectors, which would start alike for all experts, with a standard deviation of 0.1.
+    """Parameters for tokens `x`, in their dtype. Matrices have the variance of `layer.init`, and
+    vectors, which `layer.init` would set to constants, a standard deviation of 0.1.
     """
     draw, sizes = np.random.default_rng(seed).standard_normal, layer.experts.sizes(x.shape[-1])
     declared = moe_layer.parameters_of(layer.experts, layer.routing)

@@ -288,8 +288,8 @@ def assert_near(got, want, share):
     "kind", ["aoe", "whole", "router", "capacity", "uoe", "smear, aoe", "thor, aoe"]
 )
 def test_bfloat16(ragged, kind):
-    """Outputs and gradients are near those of float32. Of few tokens, whose rounded scores do not
-    tie.
+    """Outputs and gradients are near those of float32. The rounded scores of these few tokens do
+    not tie.
     """
     layer, params, x, weights = make(KINDS[kind], dtype=jnp.bfloat16)
     params, x = jax.tree.map(lambda a: a.astype("bfloat16").astype("float32"), (params, x[-2:]))
