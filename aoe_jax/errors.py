@@ -18,7 +18,7 @@ class Failure(Exception):
 class UserError(Failure):
     """A mistake that the user can correct: a bad value, a missing file.
 
-    The message names the field or file, its value and what would be right.
+    The message names the field or file, its value and a right value.
     """
 
     status = 2
@@ -43,7 +43,7 @@ class MachineFault(Failure):
 
 
 class Hang(Failure):
-    """Nothing moved for `train.hang_timeout`."""
+    """The run made no progress for `train.hang_timeout`."""
 
     status = 6
 
@@ -58,22 +58,20 @@ class FailedElsewhere(Failure):
 
 
 class Stopped(BaseException):
-    """The program was asked to stop. A signal raises it anywhere, so handlers of `Exception` must
-    not catch it.
-    """
+    """A signal asked the program to stop. It may be raised anywhere, so it is no `Exception`."""
 
     others_go_on = False  # True: other processes do not stop, so this one must not wait for them
 
 
 class Preempted(Stopped):
-    """SIGTERM: the state is saved, and nothing is lost."""
+    """SIGTERM: the run ended after saving its state."""
 
     status = 0
 
 
 class Terminated(Stopped):
-    """SIGTERM to a command of one process that saves no state: what it had begun to write is
-    removed. The exit status is that of shells.
+    """SIGTERM to a command that saves no state: unfinished output is removed. The exit status is
+    that of shells.
     """
 
     status = 143

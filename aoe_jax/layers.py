@@ -20,8 +20,8 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.errors import UserError
 from aoe_jax.methods import LAYERS
-from aoe_jax.moe.balance import LayerStats, balance_loss
 from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.load_balance import LayerStats, balance_loss
 from aoe_jax.moe.routing import Method, TopK, state_shapes
 from aoe_jax.sharding import MESH_AXES, MeshAxes
 
@@ -88,8 +88,8 @@ class _Experts(nn.Module, kw_only=True):
           x: `[..., d]`, tokens.
           token_weights: `[...]`, 0 for padding, which counts in no loss and no metric, else 1;
             None: all tokens count.
-          training: whether the router behaves as in training: some then have losses of their own,
-            and some draw at random, from `rngs={"experts": key}`.
+          training: whether the router behaves as in training: some routers then have losses of
+            their own, and some draw at random, from `rngs={"experts": key}`.
 
         Returns:
           `(y [..., d], Aux)`, y in the dtype of computation. `Aux.loss` is also sown, as "loss" in
@@ -238,7 +238,7 @@ def _naming_arguments(layer):
 
 
 def _is_floating(dtype):
-    """Whether it is a floating-point type that computes: types of 8 bits and fewer only store."""
+    """Whether it is a floating-point type of at least 16 bits; smaller ones do not compute."""
     try:
         return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
     except TypeError:  # it is no dtype

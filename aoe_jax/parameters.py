@@ -25,7 +25,7 @@ class Parameter:
       axes: a letter per axis (legend in `aoe_jax/moe/__init__.py`), such as "n d f".
       split: for each axis the logical axis of `sharding.RULES` that it is split over, or None.
       init: a Flax initialiser; None where a Flax module draws the parameter itself.
-      per_expert: whether a token uses only the part of its own experts.
+      per_expert: whether a token uses only the part of its chosen experts.
       cast: whether the parameter is cast to the dtype of computation wherever it is used.
       decays: whether weight decay applies.
     """
@@ -49,7 +49,7 @@ def matrix_of_experts(axes, split, init=expert_init):
 
 
 def vector(axes, init=None):
-    """A small parameter that every device holds whole and that does not decay."""
+    """A small parameter that is not split and does not decay."""
     return Parameter(axes, (None,) * len(axes.split()), init)
 
 

@@ -35,8 +35,8 @@ RULES = {
 
 
 def target_device():
-    """The device that programs are traced for: that of the mesh in context, else the first of this
-    process. It is a `Device`, or an `AbstractDevice`, which has a platform and a name only.
+    """The device that programs are traced for: an `AbstractDevice` (platform and name) of the mesh
+    in context, or the first `Device` of this process.
     """
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
@@ -55,8 +55,8 @@ def spec_of(*axes):
 
 @dataclass(frozen=True)
 class MeshAxes:
-    """The axes of the mesh in context that each of `MESH_AXES` stands for: a name, several names,
-    outermost first, or None. Along mesh axes that are not named here, all devices do the same.
+    """The names, in the mesh in context, of each of `MESH_AXES`: one, several (outermost first), or
+    None. Devices along other axes of the mesh compute the same.
     """
 
     data: str | tuple[str, ...] | None = "data"
@@ -144,8 +144,8 @@ def make_mesh(config, devices):
 
 
 def rows_of_process(sharding, n_rows, process):
-    """The rows of a batch `[n_rows, ...]` that the devices of a process hold, in order. On a TPU
-    slice the rows of a host need not be neighbours, and several hosts may hold the same.
+    """The rows of a batch `[n_rows, ...]` on the devices of a process, in order. On a TPU slice the
+    rows of a host may be scattered, and several hosts may have the same rows.
     """
     rows = set()
     for device, (index, *_) in sharding.devices_indices_map((n_rows, 1)).items():
@@ -165,15 +165,15 @@ def replicated(mesh):
 
 
 def with_shardings(abstract, shardings):
-    """Shapes with their shardings, as compiling and restoring want them."""
+    """Adds shardings to shapes, for compilation and restoring."""
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
     )
 
 
 def put_batch(sharding, batch, n_rows=None):
-    """A global batch from the arrays of this host, by name. They have all rows of the batch or, if
-    `n_rows` says how many there are, those of `rows_of_process`.
+    """A global batch from this host's arrays by name. They have all rows of the batch, or with
+    `n_rows` (the number of all rows) those of `rows_of_process`.
     """
     shapes = {name: (n_rows or len(a), *a.shape[1:]) for name, a in batch.items()}
     with jax.transfer_guard("allow"):  # these transfers are intended

@@ -21,10 +21,10 @@ from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.model.counts import layer_flops_per_token
 from aoe_jax.moe.dispatch import Local
-from aoe_jax.moe.experts import gate_pre_activations, swiglu
 from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import by_token, top_k
 from aoe_jax.moe.scoring import activation_norms, sparse_scores
+from aoe_jax.moe.swiglu import gate_pre_activations, swiglu
 from benchmarks.compiling import experts_layer, unweighted_aux_loss
 from benchmarks.timing import (
     compiled,
@@ -133,7 +133,7 @@ def main():
         layers = configurations(*shape)
         timed = {name: _gradient(config, n_tokens) for name, (config, _) in layers.items()}
         seconds = medians({name: run for name, (run, _) in timed.items()}, _REPEATS.value)
-        flops = {name: layer_flops_per_token(config)[1] for name, (config, _) in layers.items()}
+        flops = {name: layer_flops_per_token(config) for name, (config, _) in layers.items()}
         for name, (_, baseline) in layers.items():
             figure = {
                 "shape": list(shape),

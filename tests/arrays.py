@@ -1,5 +1,7 @@
 """Meshes of the eight devices, comparisons of trees of arrays, and the operations of a function."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,12 @@ from aoe_jax.sharding import MESH_AXES
 def mesh_of(*sizes):
     """The mesh of eight devices with these sizes of `MESH_AXES`."""
     return Mesh(np.reshape(jax.devices(), sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+class Device(SimpleNamespace):
+    """A device that is not here, by `platform`, `device_kind` and `compute_capability`."""
+
+    __hash__ = object.__hash__
 
 
 def normal(seed, shape, dtype=float):

@@ -72,7 +72,7 @@ def ragged(monkeypatch):
 @pytest.fixture
 def first_round_only(monkeypatch):
     """Programs without the further rounds of expert parallelism."""
-    monkeypatch.setattr(transports, "_sum_over_rounds", lambda function, first, *_: first)
+    monkeypatch.setattr(transports._Rounds, "further_rounds", lambda self, first, *_: first)
     jax.clear_caches()  # programs that were traced before have further rounds
     yield
     jax.clear_caches()

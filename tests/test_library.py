@@ -24,7 +24,7 @@ from aoe_jax.methods.erc import ERC
 from aoe_jax.methods.sparsemixer import SparseMixer
 from aoe_jax.moe import reference
 from aoe_jax.moe.routing import TopK
-from tests.arrays import normal
+from tests.arrays import assert_close, normal
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("ragged")]
 
@@ -66,12 +66,6 @@ def evaluate(layer, variables, x=X):
     return nn.unbox(jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables, x))
 
 
-def assert_close(got, want, rtol=2e-4):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max()) + 1e-8)
-
-
 def reference_layer(kind, w, x):
     x = x.reshape(-1, D)
     if kind == "aoe":
@@ -102,9 +96,9 @@ def test_defaults_are_the_reference(kind, x64):
         y = reference_layer(kind, w, x)
         return (y**2).sum(), y
 
-    got, want = (jax.jit(jax.grad(f, (0, 1), has_aux=True))(w, x) for f in (of_layer, of_reference))
     # Without the auxiliary loss the two have the same gradients.
-    assert_close(got, want, rtol=1e-9)
+    got, want = (jax.jit(jax.grad(f, (0, 1), has_aux=True))(w, x) for f in (of_layer, of_reference))
+    assert_close(got, want, 1e-9)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -131,7 +125,7 @@ def test_padding_does_not_count():
     layer, real = LAYERS["aoe"], jnp.arange(4) < 3
     variables = drawn(layer)
     padded = layer.apply(variables, X, jnp.broadcast_to(real, X.shape[:2]).astype(jnp.float32))[1]
-    assert_close(padded.metrics, layer.apply(variables, X[:, :3])[1].metrics)
+    assert_close(padded.metrics, layer.apply(variables, X[:, :3])[1].metrics, 1e-5)
 
 
 def test_loss_of_a_router():
@@ -183,7 +177,7 @@ def test_scan_over_layers():
         return (x**2).mean() + total, x
 
     got, want = (jax.jit(jax.grad(f, has_aux=True))(variables) for f in (scanned, unrolled))
-    assert_close(got, want)
+    assert_close(got, want, 2e-5)
 
 
 def test_scan_over_split_layers():
@@ -250,23 +244,18 @@ def mesh_of(shape, types=AxisType.Auto):
     return jax.make_mesh(shape, ("a", "b", "c")[: len(shape)], axis_types=(types,) * len(shape))
 
 
-@pytest.mark.parametrize(
-    "kind,axes",
-    [
-        pytest.param("aoe", {}, marks=pytest.mark.slow),
-        pytest.param("aoe", {"data": "a"}, marks=pytest.mark.slow),
-        ("aoe", {"data": "a", "expert": ("c", "b")}),
-        pytest.param("aoe", {"fsdp": ("b", "a"), "tensor": "c"}, marks=pytest.mark.slow),
-        pytest.param(
-            "aoe", {"expert": ("b", "a"), "transport": "all_to_all"}, marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "whole gates", {"data": "b", "fsdp": "a", "expert": "c"}, marks=pytest.mark.slow
-        ),
-        ("moe", {"fsdp": "a", "expert": "b", "tensor": "c"}),
-    ],
-    ids=str,
-)
+AXES = [
+    ("aoe", {"data": "a", "expert": ("c", "b")}),
+    ("moe", {"fsdp": "a", "expert": "b", "tensor": "c"}),
+    ("aoe", {}),
+    ("aoe", {"fsdp": ("b", "a"), "tensor": "c"}),
+    ("aoe", {"expert": ("b", "a"), "transport": "all_to_all"}),
+    ("whole gates", {"data": "b", "fsdp": "a", "expert": "c"}),
+]
+AXES[2:] = [pytest.param(*case, marks=pytest.mark.slow) for case in AXES[2:]]
+
+
+@pytest.mark.parametrize("kind,axes", AXES, ids=str)
 def test_axes_of_other_names(kind, axes):
     """As on one device: values, gradients, metrics. Parameters say how they are split."""
     layer = LAYERS[kind]
@@ -276,7 +265,7 @@ def test_axes_of_other_names(kind, axes):
         specs = nn.get_partition_spec(jax.eval_shape(layer.init, jax.random.key(1), X))
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         variables = jax.jit(layer.init, out_shardings=shardings)(jax.random.key(1), X)
-        assert_close(evaluate(layer, variables), want)
+        assert_close(evaluate(layer, variables), want, 2e-5)
     splits = {name for spec in specs["params"].values() for name in jax.tree.leaves(tuple(spec))}
     named = [axes.get(axis, ()) for axis in ("fsdp", "expert", "tensor")]
     assert splits == {name for names in named for name in names}
@@ -291,7 +280,7 @@ def test_explicit_axes():
     with jax.set_mesh(mesh):
         x = jax.device_put(X, NamedSharding(mesh, P(("a", "b"))))
         got = evaluate(layer, drawn(layer, x), x)
-        assert_close(got, want)
+        assert_close(got, want, 2e-5)
         assert got[1][0].sharding.is_equivalent_to(x.sharding, 3)
 
 
@@ -314,7 +303,7 @@ def test_inside_shard_map():
         return jax.jit(jax.shard_map(step, check_vma=False, **specs))(variables, X)
 
     with jax.set_mesh(mesh_of((4, 2))):
-        assert_close(run(step), ((want[0][0]), want[1]))
+        assert_close(run(step), (want[0][0], want[1]), 2e-5)
         layer = layer.clone(expert="b")
         with pytest.raises(ValueError, match=r"AoE: .*expert='b': leave it at None inside jax"):
             run(step)
@@ -330,15 +319,10 @@ def test_inside_shard_map():
         ({"d_low": 4, "score_neurons": 2}, "AoE: d_low=4: .* set None with score_neurons=2"),
         ({"d_wide": 4, "score_neurons": 2}, "AoE: d_wide=4: .* set the width with d_ffn"),
         ({"score": "min"}, "AoE: score='min': choose one of norm, max"),
-        ({"transport": "bus"}, "AoE: transport='bus': choose one of ring, all_to_all"),
-        ({"aux_weight": -1.0}, "AoE: aux_weight=-1.0: must be at least 0"),
         ({"d_low": D}, f"AoE: d_low={D}: must be smaller than d_model={D}"),
         ({"d_ffn": "16"}, "AoE: d_ffn='16': must be a whole number"),
-        ({"d_low": 2.5}, "AoE: d_low=2.5: must be a whole number, or None"),
-        ({"aux_weight": None}, "AoE: aux_weight=None: must be a number"),
         ({"expert": 3}, "AoE: expert=3: must be the name of an axis of the mesh, a tuple"),
         ({"dtype": "int32"}, "AoE: dtype='int32': must be a floating-point type of at least 16"),
-        ({"dtype": "bf16"}, "AoE: dtype='bf16': must be a floating-point type of at least 16"),
         ({"dtype": jnp.float8_e4m3fn}, "AoE: dtype=.*float8.*: must be a floating-point type of"),
         ({"routing": "top_p"}, r"AoE: routing='top_p': .* TopP\(\) of aoe_jax.moe.routing"),
         ({"routing": Dense()}, r"AoE: routing=Dense\(\): it is a whole layer; take a router"),
@@ -405,18 +389,7 @@ def test_remat():
         return lambda variables: (layer.apply(variables, X, None, True)[0] ** 2).sum()
 
     got, want = (jax.jit(jax.grad(loss(layer)))(variables) for layer in (remat, LAYERS["aoe"]))
-    assert_close(got, want)
-
-
-def test_table_of_parameters():
-    table = LAYERS["aoe"].tabulate(jax.random.key(0), X)
-    assert "w_gate_down" in table and "AoE" in table
-
-
-def test_numpy_tokens():
-    layer = LAYERS["aoe"]
-    variables = drawn(layer)
-    assert_allclose(layer.apply(variables, np.asarray(X))[0], layer.apply(variables, X)[0])
+    assert_close(got, want, 2e-5)
 
 
 @pytest.mark.parametrize(

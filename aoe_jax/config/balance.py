@@ -58,7 +58,7 @@ class BalanceConfig(Group):
 
     @property
     def aux_stride(self):
-        """The balance losses use one of this many tokens."""
+        """The stride of the tokens that balance losses use."""
         return round(1 / self.aux_tokens)
 
     @property

@@ -1,6 +1,4 @@
-"""Checks of values. Each raises a `UserError` that names the field or flag, its value and what
-would be right.
-"""
+"""Checks of values. A `UserError` names the field or flag, its value and a right value."""
 
 import dataclasses
 import math
@@ -24,11 +22,10 @@ def setting(default, *, choices=None, kinds=None, training_only=False, **bounds)
     """A dataclass field with the values that it may have.
 
     Args:
-      default: the default; None is always allowed where it is the default.
+      default: the default; if it is None, None is always allowed.
       choices: the values that are allowed.
       kinds: the values of `experts.kind` that the field is for; others have the default.
-      training_only: whether the field only matters for training, not for what a trained model
-        computes.
+      training_only: whether the field has no effect on a trained model.
       **bounds: of a number, checked in order. A key is a name in `_BOUNDS`; a value is a number, or
         the name of another field of the group.
     """
@@ -37,12 +34,12 @@ def setting(default, *, choices=None, kinds=None, training_only=False, **bounds)
 
 
 class Group:
-    """The base of the groups of a configuration, frozen dataclasses that check their fields."""
+    """The base of a configuration's groups: frozen dataclasses that check their fields."""
 
     group: ClassVar[str]
 
     def __post_init__(self):
-        """Checks every field that was declared with `setting`; raises `UserError`."""
+        """Checks the fields that `setting` declares; raises `UserError`."""
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata.get("choices")
             if choices:
@@ -61,13 +58,11 @@ class Group:
                 self.refuse(field.name, f"must be {' and '.join(wanted)}")
 
     def refuse(self, field, wanted):
-        """Raises the `UserError` of a field; `wanted` says what would be right."""
+        """Raises a `UserError` for a field; `wanted` describes a right value."""
         require(False, f"{self.group}.{field}", getattr(self, field), wanted)
 
     def make_absolute(self, field):
-        """Puts the full path in the place of a field's path, unless that is None; refuses an empty
-        one. A path in an object store, such as gs://BUCKET/FOLDER, stays as it is.
-        """
+        """Makes a field's path absolute, see `absolute_path`; refuses an empty path."""
         path = getattr(self, field)
         if path is not None:
             if not path.strip():
@@ -87,7 +82,7 @@ def require(condition, name, value, wanted):
 
 
 def misfit(value):
-    """Says what a user's number or text must be instead; None if every library accepts it."""
+    """The requirement that a user's number or text does not meet; None if it is valid."""
     if type(value) is int and abs(value) >= 2**31:
         return "must be smaller than 2**31"
     if type(value) is float and not math.isfinite(value):
@@ -103,7 +98,7 @@ def require_choice(name, value, choices):
 
 
 def absolute_path(path):
-    """A user's path in full; a path in an object store, such as gs://BUCKET/FOLDER, as it is."""
+    """The absolute path; a path in an object store, such as gs://BUCKET/FOLDER, stays as it is."""
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 

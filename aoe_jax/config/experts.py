@@ -28,10 +28,10 @@ class ExpertsConfig(Group):
     score: str = setting("norm", choices=("norm", "max"), kinds=("aoe",))
     d_wide: int | None = setting(None, above=0)  # width with a factorised gate; None: Eq. 5
     round_to: int = setting(1, above=0)  # Eq. 5's width is rounded to the nearest multiple of it
-    # sparse: only the chosen norms have a gradient (with a balance loss also all norms of a
-    # share balance.aux_tokens of the tokens), and only the chosen activations are kept. This is
-    # exact where weights are the softmax over the chosen scores. dense: the activations of all
-    # experts are kept, as published. None: sparse where it is exact.
+    # sparse: only the chosen norms have a gradient (with a balance loss also all norms of a share
+    # balance.aux_tokens of the tokens), and only the chosen activations are kept; exact if weights
+    # are the softmax over the chosen scores. dense: the activations of all experts are kept, as
+    # published. None: sparse if it is exact.
     score_gradient: str | None = setting(None, choices=(None, "sparse", "dense"), kinds=("aoe",))
     # router: W_gate = W_gate_down W_gate_up inside each expert (Table 2, row 3). smear, thor: the
     # experts of AoE.
@@ -40,7 +40,7 @@ class ExpertsConfig(Group):
     gradient_sums: str = setting("float32", choices=("float32", "bfloat16"), kinds=_USUAL)
     # The backend of `moe/grouped_matmul/`; auto: by platform, dtype and widths.
     grouped_matmul: str = setting("auto", choices=("auto", "blocked"))
-    # Width of a further expert that every token uses beside the chosen ones; 0: none.
+    # Width of a shared expert, which every token uses in addition to the chosen ones; 0: none.
     d_shared: int = setting(0, kinds=_USUAL, at_least=0)
     shared_gate: bool = False  # sigmoid(x w) scales the output of that expert (Qwen2-MoE)
     # About n r d parameters in the router (Table 2, row 4).
@@ -104,7 +104,7 @@ class ExpertsConfig(Group):
 
     @property
     def score_width(self):
-        """How many activations score an AoE expert."""
+        """The number of activations that score an AoE expert."""
         return self.score_neurons or self.d_low
 
     def width(self, d_model):

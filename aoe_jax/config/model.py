@@ -21,13 +21,13 @@ class ModelConfig(Group):
     tie_embeddings: bool = True  # the output projection is the embedding table
     # dtype of the computation; parameters, logits and loss are float32.
     dtype: str = setting("bfloat16", choices=("float32", "bfloat16"))
-    # What the backward pass computes again. experts: everything inside the experts but x W_up and
-    # x W_gate, or AoE's low-rank activation instead of the latter; layer: all but a layer's
-    # input, its scores, its routing and the output of attention.
+    # Recomputation in the backward pass. experts: everything inside the experts except x W_up and
+    # x W_gate (AoE: the low-rank activation instead of x W_gate); layer: everything except a
+    # layer's input, its scores, its routing and the output of attention.
     remat: str = setting("none", choices=("none", "experts", "layer"))
     # The backend of `model/attention/`; auto: by platform.
     attention: str = setting("auto", choices=("auto", "blocks", "splash", "cudnn"))
-    # Layers per step of the scan over them. A scan copies what the backward pass needs, which is
+    # Layers per step of the scan over layers. A scan copies arrays for the backward pass, which is
     # slow on CPU; unrolled layers take longer to compile.
     unroll: int = setting(1, above=0)
     # For checkpoints of other projects:
@@ -89,7 +89,7 @@ class ModelConfig(Group):
 
     @property
     def rope_width(self):
-        """How many features of an attention head rotate."""
+        """The number of features of an attention head that rotate."""
         return int(self.head_width * self.rope_share)
 
     @property

@@ -16,7 +16,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.methods import LAYERS, ROUTERS, all_methods, find_method
 from aoe_jax.moe.routing import Method, TopK
 
-# Fields of older versions, and what replaces them.
+# Fields of older versions, and the fields that replace them.
 RENAMED = {
     "experts.selection": "routing.name",
     "experts.gate": "routing.norm_topk_prob (or routing.name='sparsemixer')",
@@ -83,15 +83,15 @@ class Config:
         return cls(**{name: _build(classes[name], values) for name, values in groups.items()})
 
     def to_dict(self):
-        """A nested dict of what JSON can hold: lists in place of tuples."""
+        """A nested dict for JSON, with lists for tuples."""
         groups = dataclasses.asdict(self)
         groups["routing"] = {"name": self.routing.name} | groups["routing"]
         return json.loads(json.dumps(groups))
 
 
 def field_types(methods=True):
-    """The types that each field of each group may have: `{group: {field: (type, ...)}}`, where
-    `routing` has the fields of all methods, or of none, which are then not imported.
+    """The types of each field of each group: `{group: {field: (type, ...)}}`. The group `routing`
+    has the fields of all methods; without `methods` it has only `name`, and none is imported.
     """
     found = {f.name: _types(f.type) for f in dataclasses.fields(Config) if f.name != "routing"}
     found["routing"] = {"name": (str,)}

@@ -30,9 +30,9 @@ class TrainConfig(Group):
     eval_every: int = setting(0, at_least=0)  # 0: at the end only
     # The run stops after this many updates in a row were skipped because they were not finite.
     max_skipped: int = setting(10, above=0)
-    # Seconds without a finished step, validation batch, save or restore, or in which the workdir is
-    # taken or given up, after which the run ends as hanging, with status 6; 0: never. Compilation
-    # does not count.
+    # After this many seconds without progress (a step, a validation batch, a save, a restore, the
+    # acquisition or release of the workdir) the run ends with status 6; 0: never. Compilation does
+    # not count.
     hang_timeout: float = setting(1800.0, at_least=0)
     # Directory of a model whose parameters the run starts from; None: they are drawn at random.
     init_from: str | None = None
@@ -64,7 +64,7 @@ class TrainConfig(Group):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Group):
-    """When to save checkpoints, and which to keep: those that any `keep` field asks for."""
+    """When to save checkpoints, and which to keep. A checkpoint is kept if any field says so."""
 
     group = "checkpoint"
 

@@ -1,4 +1,4 @@
-"""The methods of the field beside AoE and the top-k router, one per file: settings, code, formula.
+"""Other methods of the field than AoE and the top-k router, one per file: settings, code, formula.
 
 A method is a frozen dataclass that inherits from `Method` (`moe/routing.py`): a router,
 `(scores, weights, ctx) -> Routing`, or a layer of its own, `(x, weights, layer, ctx) -> (y,

@@ -2,42 +2,33 @@
 in Flax since GShard (arXiv 2006.16668) and Switch (arXiv 2101.03961).
 
 Tokens form groups, one per sequence. In each group an expert has C places. All first choices are
-placed before any second choice, in the order of the tokens. A choice that finds its expert full is
-dropped and adds nothing to its token. Rows reach their experts, and outputs their tokens, by
-products with tensors over all tokens, experts and places, so every shape is fixed.
+placed before any second choice, in the order of the tokens. If the expert is full, a choice is
+dropped and adds nothing to its token. Dispatch and combine are products with tensors over all
+tokens, experts and places, so every shape is fixed.
 
 NOT CAUSAL with more than one expert per token: the first choice of a later token takes the place of
-an earlier token's second choice. With one expert per token only earlier tokens of the group count.
+an earlier token's second choice. With one expert per token the layer is causal.
 
 C places of an expert; other letters: see `aoe_jax/moe/__init__.py`.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from aoe_jax.config.checks import setting
-from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.layer import rematerialised
 from aoe_jax.moe.routing import Causality, FixedK, expert_capacity, top_k
+from aoe_jax.moe.swiglu import single_expert
 from aoe_jax.parameters import EXPERTS, ROUTER
 
 
-class Places(NamedTuple):
-    """The places of each group's tokens."""
+def assign_places(expert, n_experts, capacity):
+    """Gives places to the choices of each group, first choices first, then in the order of tokens.
 
-    place: jax.Array  # [B, S, n] int32, 0 to C - 1; C where the expert is full or not chosen
-    weight: jax.Array  # [B, S, n] float32, of chosen experts, with a gradient; 0 of others
-    dropped: jax.Array  # [B, S] float32, share of a token's K choices that found no place
-
-
-def assign_places(expert, weight, n_experts, capacity):
-    """`Places` for the choices of each group, first choices first, then in the order of tokens.
-
-    `expert [B, S, K]` int32 has the first choice first, and n for none, as for padding;
-    `weight [B, S, K]` is float32.
+    `expert [B, S, K]` int32 has the first choice first, and n for padding -> `[B, S, n]` int32 from
+    0 to C - 1, C if the expert is full or not chosen; and the number of dropped choices, `[]`.
     """
     n_groups, n_tokens, k = expert.shape
     chosen = jax.nn.one_hot(expert, n_experts, dtype=jnp.int32)
@@ -45,35 +36,24 @@ def assign_places(expert, weight, n_experts, capacity):
     before = jnp.cumsum(by_rank, axis=1) - by_rank
     before = before.reshape(n_groups, k, n_tokens, n_experts).swapaxes(1, 2)
     place = jnp.where(chosen > 0, jnp.minimum(before, capacity), capacity).min(axis=2)
-    n_chosen, n_placed = chosen.sum(axis=(2, 3)), (place < capacity).sum(axis=2)
-    return Places(place, (weight[..., None] * chosen).sum(axis=2), (n_chosen - n_placed) / k)
+    return place, chosen.sum() - (place < capacity).sum()
 
 
-def dispatch_tensor(places, capacity, dtype):
-    """`[B, S, n, C]`: 1 where a token has a place of an expert, else 0."""
-    return (places.place[..., None] == jnp.arange(capacity)).astype(dtype)
+def experts_of_places(x, place, weight, capacity, w, devices):
+    """SwiGLU experts on the tokens that have a place, weighted by `weight [B, S, n]`.
 
-
-def combine_tensor(places, dispatch):
-    """`[B, S, n, C]`: the expert's weight, with a gradient, where `dispatch_tensor` is 1."""
-    return places.weight.astype(dispatch.dtype)[..., None] * dispatch
-
-
-def capacity_experts(x, places, capacity, w, exchange=lambda rows, split, concatenate: rows):
-    """SwiGLU experts on the tokens that have a place, weighted and summed by token.
-
-    `[B, S, d]` -> `[B, S, d]`, zero for a token none of whose choices found a place. `w` are the
-    matrices of experts in the dtype of `x`. `exchange(rows, split, concatenate)` splits rows along
-    one axis over the devices that share the experts, and concatenates what they send along another.
+    `[B, S, d]` -> `[B, S, d]`, zero for a token without a place. `w` are the matrices of this
+    device's experts in the dtype of `x`.
     """
-    with jax.named_scope("dispatch"):
-        dispatch = dispatch_tensor(places, capacity, x.dtype)
-        rows = exchange(jnp.einsum("gtnc,gtd->ngcd", dispatch, x), 0, 1)
+    with jax.named_scope("dispatch"):  # 1 where a token has a place of an expert
+        dispatch = (place[..., None] == jnp.arange(capacity)).astype(x.dtype)
+        rows = devices.exchange(jnp.einsum("gtnc,gtd->ngcd", dispatch, x), 0, 1)
     with jax.named_scope("experts"):
         by_expert = rows.reshape(rows.shape[0], -1, rows.shape[-1])
         rows = single_expert(by_expert, w).reshape(rows.shape)
     with jax.named_scope("combine"):
-        return jnp.einsum("gtnc,ngcd->gtd", combine_tensor(places, dispatch), exchange(rows, 1, 0))
+        combine = weight.astype(x.dtype)[..., None] * dispatch
+        return jnp.einsum("gtnc,ngcd->gtd", combine, devices.exchange(rows, 1, 0))
 
 
 @dataclass(frozen=True)
@@ -98,25 +78,27 @@ class Capacity(FixedK):
             routing = top_k(scores.values, ctx.top_k, self.norm_topk_prob, bias)
             expert, weight = (a.reshape(-1, ctx.top_k) for a in (routing.expert, routing.weight))
             is_real = ctx.token_weights[:, None] > 0  # padding takes no place
-            expert = devices.whole_sequences(jnp.where(is_real, expert, n))
+            expert = jnp.where(is_real, expert, n)
+            expert, weight = map(devices.whole_sequences, (expert, weight))
             capacity = self.places(expert.shape[1], layer.experts)
-            places = assign_places(expert, devices.whole_sequences(weight), n, capacity)
+            place, dropped = assign_places(expert, n, capacity)
+            weight = (weight[..., None] * jax.nn.one_hot(expert, n)).sum(axis=2)
         with jax.named_scope("balance"):
             stats = layer.statistics(scores, routing, weights, ctx)
             # Devices along tensor all have the same groups.
-            dropped = places.dropped.sum() / devices.size("tensor")
+            dropped = dropped / (ctx.top_k * devices.size("tensor"))
             dropped, n_tokens = devices.total((dropped, ctx.token_weights.sum()))
             stats = stats._replace(dropped_share=dropped / jnp.maximum(n_tokens, 1))
 
-        def compute(x, places, weights):
+        def compute(x, place, weight, weights):
             with jax.named_scope("experts"):
                 w = layer.gathered(weights, devices)
             groups = devices.whole_sequences(x)
-            y = capacity_experts(groups, places, capacity, w, devices.exchange)
+            y = experts_of_places(groups, place, weight, capacity, w, devices)
             return devices.sum_scatter(y, "tensor", 1).reshape(x.shape)
 
         matrices = {name: weights[name] for name in ("w_gate", "w_up", "w_down")}
-        return rematerialised(compute, devices)(x, places, matrices), stats
+        return rematerialised(compute, devices)(x, place, weight, matrices), stats
 
     def places(self, n_tokens, experts):
         """C, for sequences of `n_tokens`."""
@@ -139,17 +121,16 @@ class Capacity(FixedK):
         return ROUTER | {name: EXPERTS[name] for name in ("w_up", "w_down", "w_gate")}
 
     def wasted_flops(self, config):
-        """`(forward, training)`: FLOPs per token and layer beyond the useful ones.
+        """Training FLOPs per token and layer beyond the useful ones.
 
-        Experts compute all their places, taken or not. Dispatch and combine are products over all
-        tokens, experts and places of a sequence: forward one each, backward one more of dispatch
-        and two of combine.
+        Experts compute all their places, also empty ones. Dispatch and combine are products over
+        all tokens, experts and places of a sequence: forward one each, backward one more of
+        dispatch and two of combine.
         """
         e, length, d = config.experts, config.data.seq_len, config.model.d_model
         places = e.n_experts * self.places(length, e)
-        expert = 3 * d * e.d_ffn
-        empty, product = 2 * (places / length - e.top_k) * expert, 2 * places * d
-        return empty + 2 * product, 3 * empty + 5 * product
+        empty = 6 * (places / length - e.top_k) * 3 * d * e.d_ffn
+        return empty + 5 * 2 * places * d
 
     def check(self, config):
         n, mesh = config.experts.n_experts, config.mesh

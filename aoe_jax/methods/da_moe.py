@@ -2,13 +2,12 @@
 
     K[t] = ceil(importance[t] K_max), at least 1;  token t goes to its K[t] experts of highest score
 
-with the softmax over these scores as weights; K_max is `experts.top_k`. In DA-MoE a token's
-importance comes from attention weights without parameters of its own; it decides how many experts
-the token has, and the router's scores decide which. The formulas were not available; these are this
-project's. The importance of a token is `(N p - 1) / (N - 1)`, with p the largest of its attention
-probabilities over the N tokens that it sees: 0 where it attends to all alike, 1 where it attends to
-one alone; 0 for the first token of a document. Each head has an importance, from the queries and
-keys of the layer's attention, which costs one more product of them.
+with the softmax over these scores as weights; K_max is `experts.top_k`. In DA-MoE attention weights
+give the importance of a token, without parameters of its own. The paper's formulas were not
+available; these are this project's. The importance is `(N p - 1) / (N - 1)`, with p the largest
+attention probability of the token over the N tokens that it sees: 0 for uniform attention, 1 for
+attention to one token, and 0 for the first token of a document. Each head has an importance, from
+the queries and keys of the layer's attention, which costs one more product of them.
 
 K has no gradient. A layer reserves K_max slots per token and computes those in use. L_aux counts
 the experts in use. Causal.

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.methods.unchosen import Unchosen
-from aoe_jax.moe.balance import LayerStats
-from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.layer import ExpertsLayer, config_of_kind
+from aoe_jax.moe.load_balance import LayerStats
+from aoe_jax.moe.swiglu import single_expert
 from aoe_jax.parameters import EXPERTS, matrix_init
 
 
@@ -23,7 +23,7 @@ def _without_experts(parameter):
 
 @dataclass(frozen=True)
 class Dense(Unchosen):
-    """The layer without experts. Its statistics are those of a single expert."""
+    """The layer without experts; its statistics are those of a single expert."""
 
     name = "dense"
 

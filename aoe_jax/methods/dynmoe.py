@@ -6,26 +6,25 @@ and removed.
     token t goes to expert i where gap > 0;  weight = 1 / (the number of its experts)
 
 G, an expert's threshold, is a parameter that starts at 0: then half of the experts take a token.
-The gate, 1 where the gap is above 0, passes its gradient on as if it were the gap, so experts that
-do not take a token get none. In training a token may have no expert, and the layer adds nothing to
-it; otherwise it then goes to the expert of the highest score.
+The gate is 1 where the gap is above 0, with the gradient of the gap, so experts that do not take a
+token get no gradient. In training a token may have no expert, and the layer adds nothing to it. In
+evaluation such a token goes to the expert of the highest score.
 
 The layer has n places, some of which hold an expert ("live"). In every `period_steps` steps, after
 `idle_steps` of them, `record_steps` are recorded: how often each expert takes a token (R_E), and
-the sum of the tokens that no expert takes (R_S). Then the experts that took none are removed. If
-R_S is not zero, the first free place gets an expert, at most one a layer: its router column is
-R_S / ||R_S|| and its threshold 0; its matrices are what the place held, which weight decay shrinks
-while the place is free.
+the sum of the tokens that no expert takes (R_S). Then the experts that took no token are removed.
+If R_S is not zero, the first free place of the layer gets an expert. Its router column is
+R_S / ||R_S||, its threshold 0, and its matrices are those left in the place, which weight decay has
+shrunk.
 
 With a router the loss is the paper's: `||W' W - I||_F` over the normalised columns of live experts
 ("diversity") plus the mean length of all columns ("simplicity"), summed over layers as in the
-authors' code. Their code has two more terms, off by default here: `balance_weight`, of
-`n sum_i f_i P_i` over the tokens that have an expert, P_i the mean of normalised gates; and
-`efficiency_weight`, of the mean of all gates. Their learned temperature is left out. Columns start
-nearly orthogonal, where the paper's are orthogonal.
+authors' code. Left out are two more terms of their code (a balance loss of gates, and the mean of
+all gates) and its learned temperature. Columns start nearly orthogonal, where the paper's are
+orthogonal.
 
-The paper does not cover AoE. In this project's version the score is the norm relative to that for a
-random direction (`relative_scores`), which is around 0 like a cosine. There is no loss of columns.
+The paper does not cover AoE. In this project's version the score is relative to the norm for a
+random direction (`relative_scores`), so it is around 0 like a cosine. There is no loss of columns.
 The W_gate_down of a new expert, or the scoring columns of its whole gate, is a matrix of rank one,
 which maps R_S / ||R_S|| to the direction of the image of R_S under the place's old matrix, plus a
 tenth of the old matrix as noise. It is scaled to the median length of live experts.
@@ -41,7 +40,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.config.checks import setting
-from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.routing import Method, by_mask
 from aoe_jax.moe.scoring import KEPT_ROUTING, activation_norms
 from aoe_jax.parameters import vector, zeros_init
@@ -73,7 +71,7 @@ def _by_lengths(scores, x, weight_lengths):
 
 @jax.custom_jvp
 def straight_through_sign(gap):
-    """1 where `gap`, which is never negative, is above 0, else 0; the gradient is that of `gap`."""
+    """1 where `gap`, at least 0, is above 0, else 0; with the gradient of `gap`."""
     return jnp.sign(gap)
 
 
@@ -81,22 +79,20 @@ straight_through_sign.defjvps(lambda tangent, _, gap: tangent)
 
 
 def gates(scores, thresholds, temperature):
-    """`scores [T, n]`, `thresholds [n]` -> `[T, n]`: 1, with a gradient, where an expert takes a
-    token, else 0.
-    """
+    """1, with a gradient, where an expert takes a token, else 0: `[T, n]`, `[n]` -> `[T, n]`."""
     gap = jax.nn.sigmoid(temperature * scores) - jax.nn.sigmoid(temperature * thresholds)
     return straight_through_sign(jax.nn.relu(gap))
 
 
 def best_where_none(chosen, scores, live):
-    """`chosen [T, n]` bool, with the best live expert for tokens that have none."""
+    """Adds the best live expert of tokens without an expert to `chosen [T, n]` bool."""
     best = jnp.argmax(jnp.where(live, scores, -jnp.inf), axis=1)
     alone = best[:, None] == jnp.arange(scores.shape[1])
     return jnp.where(chosen.any(axis=1, keepdims=True), chosen, alone)
 
 
 def diversity(w_router, live):
-    """How far the columns of live experts are from orthogonal: `[d, n]`, `[n]` bool -> `[]`."""
+    """The distance of live experts' columns from orthogonal: `[d, n]`, `[n]` bool -> `[]`."""
     lengths = activation_norms(w_router.T)
     columns = w_router / jnp.where(lengths > 0, lengths, 1)
     products = jnp.matmul(columns.T, columns, precision=HIGHEST)
@@ -110,9 +106,8 @@ def simplicity(w_router):
 
 
 def updated_pool(live, fired, unclaimed):
-    """The places that hold an expert after an update. Without records nothing changes.
-
-    `live [L, n]` bool, `fired [L, n]` (R_E), `unclaimed [L, d]` (R_S) -> `(live, added)`.
+    """`(live, added)`, `[L, n]` bool, after an update by R_E `fired [L, n]` and R_S
+    `unclaimed [L, d]`. Without records nothing changes.
     """
     wanted = (unclaimed != 0).any(axis=1, keepdims=True)
     recorded = wanted | (fired > 0).any(axis=1, keepdims=True)
@@ -120,11 +115,6 @@ def updated_pool(live, fired, unclaimed):
     first_free = jnp.argmin(left, axis=1)[:, None] == jnp.arange(live.shape[1])
     added = wanted & ~left & first_free
     return left | added, added
-
-
-def router_with_added(w_router, added, unclaimed):
-    """`w_router [L, d, n]` with columns of new experts; `added [L, n]` bool, `unclaimed [L, d]`."""
-    return jnp.where(added[:, None, :], _directions(unclaimed)[:, :, None], w_router)
 
 
 def w_score_with_added(w_score, live, added, unclaimed):
@@ -164,8 +154,6 @@ class DynMoE(Method):
     temperature: float = setting(1.0, above=0)  # tau
     # Weight of diversity and simplicity, for a router.
     loss_weight: float = setting(0.01, at_least=0, training_only=True)
-    balance_weight: float = setting(0.0, at_least=0, training_only=True)
-    efficiency_weight: float = setting(0.0, at_least=0, training_only=True)
     # Live experts before training; None: all places.
     initial_experts: int | None = setting(None, above=0, training_only=True)
     period_steps: int = setting(900, above=0, training_only=True)
@@ -177,36 +165,17 @@ class DynMoE(Method):
         live, is_real = ctx.state["live"] > 0, ctx.token_weights[:, None] > 0
         gate = gates(scores, weights["firing_threshold"], self.temperature)
         gate = jnp.where(live & is_real, gate, 0)
-        chosen, records, shares = jax.lax.stop_gradient(gate) > 0, None, None
+        chosen, records = jax.lax.stop_gradient(gate) > 0, None
         if ctx.training:
             has_none = (is_real & ~chosen.any(axis=1, keepdims=True))[:, 0].astype(scores.dtype)
             x = jax.lax.stop_gradient(ctx.x).astype(scores.dtype)
             left = jnp.einsum("t,td->d", has_none, x, precision=HIGHEST)
             records = {"unclaimed": ctx.devices.total(left)}
-            if self.balance_weight or self.efficiency_weight:
-                means, shares = self._gate_means(ctx, gate)
-                records |= means
         else:
             chosen = best_where_none(chosen, scores, live) & is_real
         chosen = checkpoint_name(chosen, KEPT_ROUTING)
         weight = jnp.where(gate > 0, gate, 1) / jnp.maximum(chosen.sum(axis=1, keepdims=True), 1)
-        extras = {"records": records, "shares": shares, "live": ctx.state["live"]}
-        return by_mask(chosen, weight)._replace(**extras)
-
-    @staticmethod
-    def _gate_means(ctx, gate):
-        """Means over tokens of gates and normalised gates, and the share of served tokens."""
-        n_fired = gate.sum(axis=1, keepdims=True)
-        normalised = gate / jnp.where(n_fired > 0, n_fired, 1)
-        n_served = (n_fired > 0).sum().astype(gate.dtype)
-        sums = gate.sum(axis=0), normalised.sum(axis=0), n_served, ctx.token_weights.sum()
-        gate_sum, normalised_sum, n_served, n_tokens = ctx.devices.total(sums)
-        n_tokens = jnp.maximum(n_tokens, 1)
-        means = {
-            "gates": gate_sum / n_tokens,
-            "normalised_gates": normalised_sum / jnp.maximum(n_served, 1),
-        }
-        return means, {"served": n_served / n_tokens}
+        return by_mask(chosen, weight)._replace(records=records, live=ctx.state["live"])
 
     def parameters(self, experts):
         return {"firing_threshold": vector("n", zeros_init)}
@@ -218,23 +187,17 @@ class DynMoE(Method):
         return {"live": live, "fired": jnp.zeros(n), "unclaimed": jnp.zeros(d), "updates": zero}
 
     def losses(self, stats, state, weights):
-        records, terms = stats.records, {}
-        if "w_router" in weights:
-            w_router, live = weights["w_router"], state["live"] > 0
-            terms["diversity"] = self.loss_weight, jax.vmap(diversity)(w_router, live)
-            terms["simplicity"] = self.loss_weight, jax.vmap(simplicity)(w_router)
-        if self.balance_weight:
-            served = stats.shares["served"]
-            load = stats.load / jnp.where(served > 0, served, 1)[:, None]
-            of_gates = balance_loss(load, records["normalised_gates"])
-            terms["gate_balance"] = self.balance_weight, of_gates
-        if self.efficiency_weight:
-            terms["efficiency"] = self.efficiency_weight, records["gates"].mean(axis=1)
-        return {name: (weight, value.sum()) for name, (weight, value) in terms.items()}
+        if "w_router" not in weights:
+            return {}
+        w_router, live = weights["w_router"], state["live"] > 0
+        return {
+            "diversity": (self.loss_weight, jax.vmap(diversity)(w_router, live).sum()),
+            "simplicity": (self.loss_weight, jax.vmap(simplicity)(w_router).sum()),
+        }
 
     def update(self, config, state, stats, weights):
-        # A new expert keeps the optimiser's moments of its place. Tokens have sent it no gradient
-        # for at least `record_steps` steps; a router's column still has that of its length.
+        # A new expert keeps the optimiser's moments of its place, which has had no gradient from
+        # tokens for at least `record_steps` steps; a router's column has one from `simplicity`.
         step = state["updates"][0] % self.period_steps - self.idle_steps
         is_recorded = (step >= 0) & (step < self.record_steps)
         is_due = is_recorded & (step == self.record_steps - 1)
@@ -247,7 +210,7 @@ class DynMoE(Method):
 
         def with_added(thresholds, w):
             if name == "w_router":
-                w = router_with_added(w, added, unclaimed)
+                w = jnp.where(added[:, None, :], _directions(unclaimed)[:, :, None], w)
             else:
                 new = w_score_with_added(w[..., scored], live, added, unclaimed)
                 w = w.at[..., scored].set(new)

@@ -6,19 +6,18 @@ a router's columns to its experts.
     a_ij = ||R~_i W_gate_j||
     L    = 1/n^2 sum over i and j != i of  max(a_ij - alpha a_ii, 0) + max(a_ji - alpha a_ii, 0)
 
-Column R_i of the router represents the tokens that go to expert i. R~_i, with noise that leaves it
-nearer to R_i than to any other column, must activate its own expert more than other experts, and
-its expert more than other columns do. So a router learns what AoE measures by its experts'
-activations, at a cost that does not grow with the number of tokens. The gradient flows through R
-and W_gate, not through eps.
+Column R_i of the router represents the tokens of expert i. R~_i, with noise that leaves it nearer
+to R_i than to any other column, must activate its own expert more than other experts, and its
+expert more than other columns do. The cost does not grow with the number of tokens. The gradient
+flows through R and W_gate, not through eps.
 
 Formula, noise and weight 1 are the paper's; its alpha is 1, or 0.5 with 256 experts. As in the
-paper, the loss comes beside the ordinary balance loss, in training only, and tokens are routed by R
+paper, the loss is added to the ordinary balance loss, in training only, and tokens are routed by R
 without noise. This project draws noise for each layer and micro-batch, and sums in float32. Causal.
 
 Costs 6 n^2 d f FLOPs per layer and micro-batch, plus 2 n^2 d f of a forward pass that is computed
-again in the backward pass; on every device of a mesh for its own part of W_gate, along `data` all
-alike. The largest array is `[n of a device, n, f]`.
+again in the backward pass. Every device of a mesh computes its own part of W_gate; devices along
+`data` compute the same. The largest array is `[n of a device, n, f]`.
 """
 
 from dataclasses import dataclass
@@ -32,27 +31,14 @@ from aoe_jax.moe.routing import FixedK, TopK
 from aoe_jax.moe.scoring import activation_norms, safe_root
 
 
-def noise_bounds(rows):
-    """eps, `[n, d]` -> `[n]`, without a gradient."""
-    rows = jax.lax.stop_gradient(rows)
-    distances = jnp.linalg.norm(rows[:, None] - rows[None], axis=-1)
-    nearest = jnp.min(jnp.where(jnp.eye(rows.shape[0], dtype=bool), jnp.inf, distances), axis=1)
-    lengths = jnp.linalg.norm(rows, axis=-1)
-    return jnp.where(lengths > 0, nearest / (2 * jnp.where(lengths > 0, lengths, 1)), 0)
-
-
 def with_noise(rows, key):
-    """`R~` from the columns R of the router as rows, `[n, d]`."""
-    noise = jax.random.uniform(key, rows.shape, rows.dtype, -1, 1)
-    return rows * (1 + noise_bounds(rows)[:, None] * noise)
-
-
-def loss_of_norms(norms, alpha):
-    """L from the norms a: `[n, n]` -> `[]`."""
-    n = norms.shape[0]
-    own = alpha * jnp.diagonal(norms)[:, None]
-    above = jax.nn.relu(norms - own) + jax.nn.relu(norms.T - own)
-    return jnp.sum(jnp.where(jnp.eye(n, dtype=bool), 0, above)) / n**2
+    """`R~` from the columns R of the router as rows, `[n, d]`; eps has no gradient."""
+    constant = jax.lax.stop_gradient(rows)
+    distances = jnp.linalg.norm(constant[:, None] - constant[None], axis=-1)
+    nearest = jnp.min(jnp.where(jnp.eye(len(rows), dtype=bool), jnp.inf, distances), axis=1)
+    lengths = jnp.linalg.norm(constant, axis=-1)
+    eps = jnp.where(lengths > 0, nearest / (2 * jnp.where(lengths > 0, lengths, 1)), 0)
+    return rows * (1 + eps[:, None] * jax.random.uniform(key, rows.shape, rows.dtype, -1, 1))
 
 
 def coupling_loss(devices, w_router, w_gate, alpha, key):
@@ -62,7 +48,10 @@ def coupling_loss(devices, w_router, w_gate, alpha, key):
     this device's piece. Both matrices are float32.
     """
     norms = jax.checkpoint(partial(_norms, devices), prevent_cse=False)
-    return loss_of_norms(norms(with_noise(w_router.T, key), w_gate), alpha)
+    a, n = norms(with_noise(w_router.T, key), w_gate), w_router.shape[1]
+    own = alpha * jnp.diagonal(a)[:, None]
+    above = jax.nn.relu(a - own) + jax.nn.relu(a.T - own)
+    return jnp.sum(jnp.where(jnp.eye(n, dtype=bool), 0, above)) / n**2
 
 
 def _norms(devices, rows, w_gate):
@@ -104,8 +93,8 @@ class ERC(FixedK):
     def flops(self, config):
         n, d = config.experts.n_experts, config.model.d_model
         tokens = config.tokens_per_step // config.train.accumulate
-        of_loss = 6 * n**2 * d * config.experts.d_ffn / tokens  # once per micro-batch
-        return 2 * d * n, 6 * d * n + of_loss
+        # Once per micro-batch the loss.
+        return 6 * d * n + 6 * n**2 * d * config.experts.d_ffn / tokens
 
     def check(self, config):
         e = config.experts

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.config.checks import setting
-from aoe_jax.moe.balance import balance_loss
+from aoe_jax.moe.load_balance import balance_loss
 from aoe_jax.moe.routing import Method, by_token
 from aoe_jax.moe.scoring import KEPT_ROUTING
 

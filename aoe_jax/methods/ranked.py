@@ -20,16 +20,6 @@ def ranked(scores, ranks, bias=None):
     return by_token(expert, jax.nn.softmax(jnp.take_along_axis(scores, expert, axis=1)))
 
 
-def ranked_weights(p, ranks):
-    """The weights of `ranked` as `[T, n]`, 0 for the other experts; `p [T, n]` are the scores."""
-
-    def weights_of_token(p):
-        chosen = jnp.argsort(-p, stable=True)[jnp.array(ranks)]
-        return jnp.zeros_like(p).at[chosen].set(jax.nn.softmax(p[chosen]))
-
-    return jax.vmap(weights_of_token)(p)
-
-
 @dataclass(frozen=True)
 class Ranked(FixedK):
     """The experts of `experts.top_k` given ranks, with the selection bias of top-k."""

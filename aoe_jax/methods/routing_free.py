@@ -9,16 +9,16 @@ layers together:
     L = lambda (mu mean_i(mean_t(f) mean_t(G)) + (1 - mu) mean_t(mean_i(f) mean_i(G)))
     after each step  lambda <- lambda (1 + eta)^sign(share of active pairs - K / n),  at most 1
 
-So a token has K = `experts.top_k` experts a layer on average, however they are distributed.
+So a token has K = `experts.top_k` experts a layer on average.
 
 It follows the paper. As in the authors' code, G below theta counts as 0 in the losses, and lambda
 is at most 1. Their code also learns a factor of each score, which the paper does not have. With AoE
 this is the published method without its initialisation: norms start near sqrt(r) here. Each
-micro-batch has its own mean_t(G). Using a router's logits in place of norms is this project's
-addition. Logits are around 0, so few pairs are active at b = 0, and an expert that is never active
-has no gradient and stays inactive: start b below 0.
+micro-batch has its own mean_t(G). A router's logits in place of norms are this project's addition.
+Logits are around 0, so few pairs are active at b = 0, and an expert that is never active has no
+gradient and stays inactive: start b below 0.
 
-Causal: each token is routed by itself, and lambda does not affect it. Costs n slots per token.
+Causal. Costs n slots per token.
 """
 
 import math
@@ -40,25 +40,6 @@ def active_gates(scores, bias, threshold):
     gates = jax.nn.relu(scores - bias)
     active = checkpoint_name(jax.lax.stop_gradient(gates) >= threshold, KEPT_ROUTING)
     return active, jnp.where(active, gates, 0)
-
-
-def expert_balance(active, gates):
-    """`mean_i f_i G_i` over the experts of all layers, from means over tokens `[L, n]`."""
-    return (active * gates).mean()
-
-
-def token_balance(active, gates, token_weights):
-    """`mean_t f_t G_t`, from means over the experts of each layer `[L, B, S]`.
-
-    `token_weights [B, S]` are 0 for padding.
-    """
-    product = active.mean(axis=0) * gates.mean(axis=0)
-    return (product * token_weights).sum() / jnp.maximum(token_weights.sum(), 1)
-
-
-def next_multiplier(multiplier, density, target, rate):
-    """lambda after a step in which a share `density` of the pairs was active."""
-    return jnp.minimum(multiplier * (1 + rate) ** jnp.sign(density - target), 1)
 
 
 @dataclass(frozen=True)
@@ -99,16 +80,18 @@ class RoutingFree(Method):
         return {"multiplier": jnp.full((), self.multiplier, jnp.float32)}
 
     def losses(self, stats, state, weights):
-        mu, of_tokens = self.expert_share, stats.per_token
-        token_weights = of_tokens["weight"][0]  # every layer has the same
-        value = mu * expert_balance(stats.load, stats.records["gates"])
-        value += (1 - mu) * token_balance(of_tokens["active"], of_tokens["gates"], token_weights)
+        # Means over tokens `[L, n]`, and over the experts of a layer `[L, B, S]`.
+        by_expert = stats.load * stats.records["gates"]
+        means, token_weights = stats.per_token, stats.per_token["weight"][0]
+        by_token = means["active"].mean(axis=0) * means["gates"].mean(axis=0) * token_weights
+        of_tokens = by_token.sum() / jnp.maximum(token_weights.sum(), 1)
+        value = self.expert_share * by_expert.mean() + (1 - self.expert_share) * of_tokens
         return {"density_loss": (state["multiplier"][0], value)}
 
     def update(self, config, state, stats, weights):
         target = config.experts.top_k / config.experts.n_experts
-        density = stats.load.mean()
-        return {"multiplier": next_multiplier(state["multiplier"], density, target, self.rate)}, {}
+        factor = (1 + self.rate) ** jnp.sign(stats.load.mean() - target)
+        return {"multiplier": jnp.minimum(state["multiplier"] * factor, 1)}, {}
 
     def check(self, config):
         if not math.isfinite(self.bias):

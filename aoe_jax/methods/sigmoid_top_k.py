@@ -30,25 +30,6 @@ def in_best_groups(ranked, n_groups, groups_per_token):
     return jnp.where(is_best[:, :, None], by_group, -jnp.inf).reshape(ranked.shape)
 
 
-def sigmoid_top_k_weights(p, bias, top_k, n_groups, groups_per_token, norm_topk_prob, scale):
-    """The formula by loops: weights `[T, n]` of logits `p [T, n]` and the bias `[n]`."""
-    n_experts, rows = p.shape[1], []
-    for logits in p:
-        scores = jax.nn.sigmoid(logits)
-        ranked = [float(s) for s in jax.lax.stop_gradient(scores) + bias]
-        size = n_experts // n_groups
-        groups = [range(g * size, (g + 1) * size) for g in range(n_groups)]
-        groups.sort(key=lambda group: -sum(sorted(ranked[i] for i in group)[-2:]))
-        allowed = [i for group in groups[:groups_per_token] for i in group]
-        chosen = sorted(allowed, key=lambda i: -ranked[i])[:top_k]
-        total = sum(scores[i] for i in chosen) if norm_topk_prob else 1.0
-        row = jnp.zeros_like(scores)
-        for i in chosen:
-            row = row.at[i].set(scale * scores[i] / total)
-        rows.append(row)
-    return jnp.stack(rows)
-
-
 @dataclass(frozen=True)
 class SigmoidTopK(FixedK):
     """Top-k of sigmoid scores, in groups; state `selection_bias [n]`."""

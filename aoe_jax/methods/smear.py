@@ -4,28 +4,28 @@ and one merged expert processes a whole sequence.
     v = mean of the sequence's tokens;   p = softmax(scores(v))
     W = sum_i p_i W_i, for every matrix
 
-Nothing is chosen: every expert has a gradient, and there is no balance loss. In training each p_i
-is dropped with the probability `expert_dropout`, and the rest is normalised again.
+Every expert has a gradient, and there is no balance loss. In training each p_i is dropped with the
+probability `expert_dropout`, and the others are normalised again.
 
-Scores are the authors' router: LayerNorm(v) by the router's weights, which a LayerNorm over d
-normalises for each expert, with a gain that starts at 0.01, so that p starts nearly uniform. (The
-bias of the second norm would add the same to all experts and is left out.) With
+Scores are those of the authors' router: LayerNorm(v) times the router's weights, which a LayerNorm
+over d normalises for each expert, with a gain that starts at 0.01, so that p starts nearly uniform.
+(The bias of the second norm is left out: it would add the same to all experts.) With
 `experts.factorised_gate` experts are AoE's, and scores are the norms ||v W_gate_down_i||, this
 project's version for AoE.
 
-In a decoder the mean over a whole sequence would depend on later tokens. There sequences are cut
-into segments of `segment` tokens, and the expert of a segment is merged by the mean of the segment
-BEFORE it, as in Lory (Zhong et al., arXiv 2405.03133): causal, in training and at inference. The
-first segment has uniform weights, this project's choice. With `segment=0` the mean is that of the
-sequence itself, for classifiers and encoders; a decoder refuses it.
+In a decoder the mean over a whole sequence would depend on later tokens. So sequences are cut into
+segments of `segment` tokens, and the mean of a segment merges the expert of the NEXT segment, as in
+Lory (Zhong et al., arXiv 2405.03133): causal, in training and at inference. The first segment has
+uniform weights, this project's choice. With `segment=0` the mean is that of the sequence itself,
+for classifiers and encoders; a decoder refuses it.
 
-An average of matrices is no average of functions: (W_gate_down, W_gate_up) and (W_gate_down Q, Q^T
-W_gate_up) are one expert, and merge differently with others. So all experts start near one: a share
-`own_share` of the variance of their matrices is their own, the rest is common to all (the authors'
-code can start from equal experts; with 1 they are independent).
+A mean of matrices is no mean of functions: (W_gate_down, W_gate_up) and (W_gate_down Q, Q^T
+W_gate_up) are one expert, but merge differently with others. So all experts start near each other:
+`own_share` of the variance of their matrices is their own, the rest is common to all. (The authors'
+code can start from equal experts; with 1 they are independent.)
 
-Costs, beside one expert per token: 2 n |expert| FLOPs per segment for merging, and memory for one
-merged expert per segment, which the backward pass keeps unless `model.remat` is experts or layer.
+Merging costs 2 n |expert| FLOPs per segment, and memory for one merged expert per segment, unless
+`model.remat` is experts or layer.
 
 J segments of a sequence; other letters: see `aoe_jax/moe/__init__.py`.
 """
@@ -42,11 +42,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.config.checks import setting
 from aoe_jax.methods.unchosen import Unchosen
-from aoe_jax.moe.balance import LayerStats
-from aoe_jax.moe.experts import KEPT_EXPERTS, single_expert
 from aoe_jax.moe.layer import rematerialised
+from aoe_jax.moe.load_balance import LayerStats
 from aoe_jax.moe.routing import Causality
 from aoe_jax.moe.scoring import scores_of_all
+from aoe_jax.moe.swiglu import KEPT_EXPERTS, single_expert
 from aoe_jax.parameters import Parameter, expert_init, matrices_of, ones_init, vector, zeros_init
 
 ROUTER_SCALE = 0.01  # initial scale of the router's weights, and gain of their norm
@@ -114,11 +114,6 @@ def merge(p, weights):
     return {
         name: jnp.einsum("...n,nab->...ab", p.astype(w.dtype), w) for name, w in weights.items()
     }
-
-
-def merged_experts(x, p, weights):
-    """Applies to each sequence or segment its own merged expert: `x [..., T, d]`, `p [..., n]`."""
-    return single_expert(x, merge(p, weights))
 
 
 def merging_stats(scores, p, counts, total):
@@ -196,7 +191,7 @@ class Smear(Unchosen):
                 p = merging_weights(scores, causal)
                 p = p if kept is None else drop_experts(p, kept)
             with jax.named_scope("experts"):
-                y = merged_experts(segments, p, w)
+                y = single_expert(segments, merge(p, w))
             with jax.named_scope("combine"):
                 y = y.reshape(n_sequences, -1, y.shape[-1])[:, :n_positions]
                 return devices.sum_scatter(y, "tensor", 1).reshape(x.shape), scores, p
@@ -234,8 +229,7 @@ class Smear(Unchosen):
         sizes, declared = e.sizes(d), self.parameters(e).values()
         merging = sum(math.prod(p.shape(sizes)) for p in declared if p.per_expert)
         scoring = e.n_experts * d * (e.d_low if e.low_rank else 1)
-        forward = round(2 * (merging + scoring) / self.segment)
-        return forward, 3 * forward
+        return 3 * round(2 * (merging + scoring) / self.segment)
 
     def check(self, config):
         super().check(config)

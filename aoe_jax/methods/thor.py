@@ -1,24 +1,22 @@
 """`experts.kind="thor"`: THOR (Zuo et al., arXiv 2110.04260). Experts are drawn at random and
 trained to agree.
 
-In training every layer draws one expert, uniformly, for all tokens of a batch (or micro-batch). A
-step passes the batch twice, with other draws, and both passes have gradients:
+In training every layer draws one expert, uniformly, for all tokens of a micro-batch. A step passes
+the batch twice, with different draws, and both passes have gradients:
 
     L = CE(p1) + CE(p2) + alpha CR,   CR = (KL(p1 || p2) + KL(p2 || p1)) / 2
 
-summed over targets and divided by their weight; alpha is `consistency_weight`. There is no router
-and no balance loss: the load in the statistics is the chance of the draw, the same for all experts.
-The `nll` that is reported is the mean of both passes.
+summed over targets and divided by their weight; alpha is `consistency_weight`. The reported `nll`
+is the mean of both passes. There is no router and no balance loss: the load in the statistics is
+the probability of the draw.
 
 At inference every token (`inference="token"`) or every sequence ("sequence") draws an expert in
-each layer, by a key made of `inference_seed`, the number of the layer and, for "token", the
-position. So all sequences, batches and meshes have the same draws, decoding has those of a whole
-pass, and evaluations can be repeated.
+each layer, by a key made of `inference_seed`, the layer index and, for "token", the position. So
+draws are the same for all sequences, batches and meshes, and in decoding.
 
 It follows the authors' text and code, except: experts are in every layer rather than every second,
-and there is no label smoothing and no dropout. Draws do not depend on scores: with
-`experts.factorised_gate` experts are AoE's, and this is the random routing that AoE compares with.
-Costs one expert per token, and two passes per training step.
+and there is no label smoothing and no dropout. With `experts.factorised_gate` experts are AoE's:
+this is the random routing that AoE compares with. Costs two passes per training step.
 """
 
 from dataclasses import dataclass
@@ -31,10 +29,10 @@ import numpy as np
 from aoe_jax.config.checks import setting
 from aoe_jax.methods.unchosen import Unchosen
 from aoe_jax.model.loss import sums_over_chunks
-from aoe_jax.moe.balance import LayerStats
-from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.layer import apply_experts, rematerialised
+from aoe_jax.moe.load_balance import LayerStats
 from aoe_jax.moe.routing import Hooks, by_token
+from aoe_jax.moe.swiglu import single_expert
 from aoe_jax.parameters import matrices_of
 
 PASSES = 2  # forward passes of a training step

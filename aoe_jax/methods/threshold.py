@@ -1,20 +1,20 @@
 """Expert Threshold routing (Sun et al., arXiv 2603.11535): a token goes to every expert whose
-threshold it passes.
+threshold its score exceeds.
 
     token t goes to expert i where score[t, i] > c[i];  weight = sigmoid(score[t, i])
     c[i] <- decay c[i] + (1 - decay) (the k-th largest score of expert i in the batch),  k = T K / n
 
 A step uses the thresholds from before that step, so the experts of a token do not depend on other
 tokens: routing is causal. A token may have any number of experts, K = `experts.top_k` on average.
-While thresholds settle, in the first `warmup_steps` steps, experts choose their k tokens (expert
-choice), which is not causal.
+In the first `warmup_steps` steps experts choose their k tokens (expert choice), which is not
+causal.
 
 It follows the paper's text, except: there is no shared expert and no bound on the tokens of an
 expert, and the first threshold is that of the first batch. With micro-batches, experts choose
 within each in the warm-up, and thresholds move by the mean of their k-th largest scores.
 `weights="relative"` takes sigmoid(score - threshold), this project's addition for AoE: norms are
-positive, so sigmoid(score) would never be below 1/2. No balance loss is needed. In training each
-expert takes a top-k over the tokens of the batch, and each token has n slots.
+positive, so sigmoid(score) would never be below 1/2. No balance loss is needed. Costs n slots per
+token.
 """
 
 import math
@@ -29,15 +29,9 @@ from aoe_jax.moe.routing import Causality, Choice, Method, by_mask
 from aoe_jax.moe.scoring import KEPT_ROUTING
 
 
-def above_thresholds(scores, thresholds):
-    """Whether a token goes to an expert: `scores [T, n]`, `thresholds [n]` -> `[T, n]` bool."""
-    return jax.lax.stop_gradient(scores) > thresholds
-
-
 def kth_largest(scores, token_weights, share):
-    """For each expert the score that a `share` of the tokens reach: `[T, n]`, `[T]` -> `[n]`.
-
-    If t tokens count, this is the `ceil(share t)`-th largest score; -inf if none counts.
+    """The `ceil(share t)`-th largest score of each expert over the t tokens that count:
+    `[T, n]`, `[T]` -> `[n]`; -inf if none counts.
     """
     n_tokens = scores.shape[0]
     real = jnp.where(token_weights[:, None] > 0, scores, -jnp.inf)
@@ -59,15 +53,14 @@ class Threshold(Method):
     weights: str = setting("sigmoid", choices=("sigmoid", "relative"))
 
     def __call__(self, scores, weights, ctx):
-        thresholds, devices = ctx.state["threshold"], ctx.devices
-        chosen, records = above_thresholds(scores, thresholds), None
+        thresholds, constant = ctx.state["threshold"], jax.lax.stop_gradient(scores)
+        chosen, records = constant > thresholds, None
         if ctx.training:
-            everywhere = devices.all_tokens(jax.lax.stop_gradient(scores))
-            token_weights = devices.all_tokens(ctx.token_weights)
-            share = ctx.top_k / scores.shape[1]
-            records = {"kth_largest": kth_largest(everywhere, token_weights, share)}
-            by_experts = jax.lax.stop_gradient(scores) >= records["kth_largest"]
-            chosen = jnp.where(ctx.state["updates"] < self.warmup_steps, by_experts, chosen)
+            everywhere = map(ctx.devices.all_tokens, (constant, ctx.token_weights))
+            kth = kth_largest(*everywhere, ctx.top_k / scores.shape[1])
+            records = {"kth_largest": kth}
+            in_warmup = ctx.state["updates"] < self.warmup_steps
+            chosen = jnp.where(in_warmup, constant >= kth, chosen)
         chosen = checkpoint_name(chosen & (ctx.token_weights[:, None] > 0), KEPT_ROUTING)
         is_relative = self.weights == "relative"
         weight = jax.nn.sigmoid(scores - thresholds if is_relative else scores)

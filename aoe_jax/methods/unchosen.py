@@ -1,4 +1,4 @@
-"""What layers share whose tokens choose no experts: dense, SMEAR and THOR."""
+"""The base of dense, SMEAR and THOR layers."""
 
 from aoe_jax.moe.routing import Method
 

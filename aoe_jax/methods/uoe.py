@@ -7,21 +7,20 @@ token:
     a_i = SiLU(x W_gate_i[:, :s]) * (x W_up_i[:, :s]),   score_i = ||a_i||
     y   = sum over all i of a_i W_down_i[:s]  +  sum over the chosen i of w_i (the rest of expert i)
 
-The sum of the routing neurons' outputs is a virtual shared expert. There is no
-router and no factorised gate; an expert has the parameters of a traditional one. Causal.
+The sum of the routing neurons' outputs is a virtual shared expert. There is no router and no
+factorised gate; an expert has the parameters of a traditional one. Causal.
 
 Only abstracts and reviews of the paper were available. They describe routing neurons, the L2 norm
 of their activation (a review mentions SiLU), top-K, the virtual shared expert, and
-s = round(f / K), which a review quotes without saying what K is. This project assumes: K is the
-number of chosen experts; the activation is that of the whole SwiGLU; chosen experts add the rest of
-their neurons only, so that no neuron counts twice; weights are the softmax over the chosen norms.
-No balance loss is needed; the reviews say that balance is better without.
+s = round(f / K), which a review quotes without a definition of K. This project assumes: K is the
+number of chosen experts; the activation is that of the whole SwiGLU; chosen experts add only the
+rest of their neurons, so that no neuron counts twice; weights are the softmax over the chosen
+norms. No balance loss is needed; the reviews say that balance is better without.
 
-A token costs `6 d (n s + K (f - s))` FLOPs forward: with s = f / K the routing neurons alone are
-n / K experts. Kept for the backward pass are 3 n s numbers a token, or 2 n s with
-`model.remat="experts"`. On a mesh the routing neurons of a device see the tokens of all devices
-along `expert` and `tensor`; the rest is dispatched as in other layers. Over `tensor` both parts are
-split, so they are parameters of their own.
+A token costs `6 d (n s + K (f - s))` FLOPs forward. The backward pass keeps 3 n s numbers a token,
+or 2 n s with `model.remat="experts"`. On a mesh the routing neurons of a device process the tokens
+of all devices along `expert` and `tensor`. Both parts of an expert are split over `tensor`, so they
+are separate parameters.
 """
 
 import dataclasses
@@ -34,10 +33,10 @@ from flax.linen import initializers
 from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.config.checks import setting
-from aoe_jax.moe.experts import KEPT_EXPERTS, weighted_product
 from aoe_jax.moe.layer import apply_experts, rematerialised
 from aoe_jax.moe.routing import Method, TopK, TopP
 from aoe_jax.moe.scoring import Scores, activation_norms, codes_of_all, safe_root
+from aoe_jax.moe.swiglu import KEPT_EXPERTS, weighted_product
 from aoe_jax.parameters import EXPERTS
 
 SUFFIX = "_route"  # in the names of routing neurons' matrices

@@ -19,10 +19,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters by the conventions of the paper and of the field.
-
-    The paper counts a shared embedding table once in the total (732M for its small models) and
-    twice, as input table and as output projection, among the active parameters (247M).
+    """Parameters by the paper's conventions: a shared embedding table counts once in the total
+    (732M for its small models), and as input and output among the active parameters (247M).
     """
 
     experts: int  # experts and routers of all layers, and the matrices of dense layers
@@ -60,14 +58,14 @@ def _millions(count):
 
 
 def experts_per_token(config: Config):
-    """Mean number of experts that process a token; None where the scores decide it (top-p)."""
+    """Mean number of experts of a token; None if it depends on the scores (top-p)."""
     choice = config.routing.choice(config.experts)
     return choice.per_token if choice else 1
 
 
 def _layer_parameters(config):
-    """`[(Parameter, its size)]` of a layer of experts, and the size of the active part of experts.
-    AoE's W_gate_down belongs to the expert, so experts of both kinds are equal in size (by Eq. 5).
+    """`[(Parameter, its size)]` of a layer, and the size of the experts of one token. AoE's
+    W_gate_down belongs to the expert, so experts of both kinds are equal in size (by Eq. 5).
     """
     c = config.experts
     sizes = c.sizes(config.model.d_model)
@@ -106,13 +104,13 @@ def _dense_layers(model):
 
 
 def layer_flops_per_token(config: Config):
-    """`(forward, training)`: useful matmul FLOPs per token of one layer of experts, in one pass.
+    """Useful matmul FLOPs per token of one layer of experts in training, per pass.
 
-    The backward pass takes twice the forward pass, but scoring an expert that is not chosen has one
-    only where the method sends a gradient there: for every token with `score_gradient="dense"`, for
-    the fraction `balance.aux_tokens` where a balance loss asks for it, for none otherwise. AoE
-    scoring counts all n experts; under top-p, `top_k` are chosen. `kind="capacity"` counts like
-    `kind="router"`; `Capacity.wasted_flops` counts the rest.
+    The backward pass takes twice the forward pass. But AoE's scoring of an expert that is not
+    chosen has a backward pass only for tokens with a gradient there: all with
+    `score_gradient="dense"`, the share `balance.aux_tokens` with a balance loss, otherwise none.
+    Under top-p, `top_k` experts are chosen. `kind="capacity"` counts like `kind="router"`;
+    `Capacity.wasted_flops` counts the rest.
     """
     c = config.experts
     declared, active = _layer_parameters(config)
@@ -120,40 +118,28 @@ def layer_flops_per_token(config: Config):
     sizes = c.sizes(config.model.d_model)
     of_shared = sum(math.prod(p.shape(sizes)) for p in shared_expert(c).values())
     router = sum(size for p, size in matrices if not p.per_expert) - of_shared
-    forward, training = config.routing.flops(config) or (2 * router, 6 * router)
-    forward, training = forward + 2 * (active + of_shared), training + 6 * (active + of_shared)
+    training = (config.routing.flops(config) or 6 * router) + 6 * (active + of_shared)
     if c.kind != "aoe":
-        return forward, training
+        return training
     n_idle = c.n_experts - (experts_per_token(config) or c.top_k)
     idle = 2 * round(n_idle * c.score_width * config.model.d_model)
     with_gradient = config.balance.aux_tokens if config.balance.has_loss else 0.0
     if not c.sparse_scoring(config.routing):
         with_gradient = 1.0
-    return forward + idle, training + round((1 + 2 * with_gradient) * idle)
-
-
-def forward_flops_per_token(config: Config):
-    """Useful matmul FLOPs per token of a forward pass. Causal attention counts the lower triangle
-    only; norms, softmax and the embedding look-up count nothing.
-    """
-    m = config.model
-    return _other_flops(config) + m.n_layers * layer_flops_per_token(config)[0]
+    return training + round((1 + 2 * with_gradient) * idle)
 
 
 def training_flops_per_token(config: Config):
-    """Useful matmul FLOPs per token of a training step; see `layer_flops_per_token`."""
-    of_layer = layer_flops_per_token(config)[1]
-    return config.routing.hooks.passes * (
-        3 * _other_flops(config) + config.model.n_layers * of_layer
-    )
+    """Useful matmul FLOPs per token of a training step; see `layer_flops_per_token`.
 
-
-def _other_flops(config):
-    """Forward FLOPs per token of attention, dense layers and output projection."""
+    Causal attention counts the lower triangle only; norms, softmax and the embedding look-up count
+    nothing.
+    """
     m, counts = config.model, parameter_counts(config)
     # Scores and values over half the positions on average.
     of_scores = (m.n_layers + m.n_dense_layers) * m.n_heads * m.head_width * config.data.seq_len
-    return 2 * (counts.attention + counts.embedding + of_scores + _dense_layers(m))
+    others = 6 * (counts.attention + counts.embedding + of_scores + _dense_layers(m))
+    return config.routing.hooks.passes * (others + m.n_layers * layer_flops_per_token(config))
 
 
 def log_run(config: Config):

@@ -18,12 +18,12 @@ from aoe_jax.model.attention.blocks import KEPT_ATTENTION
 from aoe_jax.model.attention.cudnn import is_cudnn_forward
 from aoe_jax.model.attention.multi_head import Attention
 from aoe_jax.model.vocabulary import embed, logits
-from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.load_balance import LayerStats
 from aoe_jax.moe.routing import Method, TopK
 from aoe_jax.moe.scoring import KEPT_ROUTING
 
-# Recomputed in the backward pass, which would otherwise keep several float32 copies of their input.
+# Recomputed in the backward pass, which would otherwise keep float32 copies of their input.
 RMSNorm = nn.remat(nn.RMSNorm, prevent_cse=False)
 
 
@@ -66,7 +66,7 @@ class DecoderLayer(nn.Module):
         )
 
     def __call__(self, x, segment_ids, token_weights, routing_state, layer_index):
-        """`x [B, S, d]` -> `([B, S, d], LayerStats)`, the shape that `nn.scan` wants."""
+        """`x [B, S, d]` -> `([B, S, d], LayerStats)`, as `nn.scan` expects."""
         attend = partial(self.attention, segment_ids=segment_ids)
         return self._layer(attend, x, token_weights, routing_state, layer_index)[0]
 
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
     """The language model: embedding, layers of attention and experts, output projection.
 
     Attributes:
-      training: whether layers behave as in training where that differs.
+      training: whether layers behave as in training.
       observe: see `moe.layer.ExpertsLayer`.
     """
 

@@ -1,7 +1,7 @@
-"""The decoder one piece of a sequence after another, with a cache of keys and values.
+"""Incremental decoding with a cache of keys and values.
 
-Layers are unrolled, and each has weights of its own, not a slice of stacked ones: a step of a scan
-would copy the weights of all experts, where few tokens need few of them.
+Layers are unrolled, and each has weights of its own instead of a slice of stacked weights: a step
+of a scan would copy the weights of all experts, and few tokens need few of them.
 """
 
 from typing import NamedTuple
@@ -24,8 +24,8 @@ class Cache(NamedTuple):
 
 
 def check_decodes(decoder: Decoder, by_token=True):
-    """Raises `UserError` if a token depends on later tokens, on other sequences or on padding, or
-    with `by_token` if texts cannot go through the model token by token.
+    """Raises `UserError` if a token depends on later tokens, on other sequences or on padding, and
+    with `by_token` also if the method does not support incremental decoding.
     """
     causality = decoder.routing.causality(decoder.experts)
     padding_counts = causality.padding_counts

@@ -1,11 +1,11 @@
 """The common path of a mixture-of-experts layer. The files follow a token:
 
-    scoring -> routing -> dispatch -> experts, with balance beside them and layer on top
+    scoring -> routing -> dispatch -> swiglu; load_balance computes statistics, layer calls all
 
-`reference` is the same in plain loops, `grouped_matmul` the product of rows with their experts'
-weights, and `parallel` what a mesh of devices adds.
+`reference` is the same in plain loops, `grouped_matmul` multiplies rows with their experts'
+weights, and `parallel` distributes rows over a mesh.
 
-Axis letters, the same in the whole package; a shape such as `[T, n]` is built of them:
+Letters of axes, the same in the whole package; shapes such as `[T, n]` consist of them:
 
     T  tokens of a device           n  experts of a layer          L  layers
     B  sequences                    K  experts of a token          V  vocabulary

@@ -1,7 +1,7 @@
 """Dispatch and combine: from tokens to rows in expert order, and from rows back to tokens.
 
-`Local` is the transport of a device that holds all experts. `parallel/transports.py` has those of
-meshes, with the same methods.
+`Local` is the transport of a device that holds all experts. The transports of meshes, with the same
+methods, are in `parallel/transports.py`.
 """
 
 from functools import partial
@@ -15,13 +15,13 @@ from aoe_jax.moe.grouped_matmul.groups import WholeGroups
 from aoe_jax.moe.grouped_matmul.permute import NOWHERE, permute
 from aoe_jax.moe.routing import Routing
 
-MAX_GATHERS = 16  # a sum over more slots is one gather: programs would grow with the slots
+MAX_GATHERS = 16  # a sum over more slots is one gather, or programs would grow with the slots
 
 
 class Rows(NamedTuple):
-    """How slots are laid out as rows: by expert, or where `grouped_matmul` wants them.
+    """The order of slots as rows: by expert, or in the layout of a `grouped_matmul` backend.
 
-    Where there is nothing (an unused slot, a free position), indices are `NOWHERE` and rows 0.
+    An unused slot or a free position has the index `NOWHERE`, and its row is 0.
     """
 
     slot: jax.Array  # [R] int32, the slot of each row
@@ -70,7 +70,7 @@ class Local:
     """
 
     def __init__(self, devices, n_experts, all_used=False, backend="auto"):
-        """`all_used` says that every slot has an expert, as where each token has K of them."""
+        """`all_used` says that every slot has an expert, because each token has exactly K."""
         self.devices, self.n_experts = devices, n_experts
         self.lay_out = partial(lay_out, n_experts=n_experts, all_used=all_used, backend=backend)
 

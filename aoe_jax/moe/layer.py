@@ -1,4 +1,4 @@
-"""The layer of experts: `moe_block`, the way of a token, and the Linen module around it."""
+"""The layer of experts: `moe_block` computes it, and a Linen module holds its parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from jax.sharding import PartitionSpec
 
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
-from aoe_jax.moe import balance
-from aoe_jax.moe.balance import LayerStats
+from aoe_jax.moe import load_balance
 from aoe_jax.moe.dispatch import take_code
-from aoe_jax.moe.experts import (
+from aoe_jax.moe.grouped_matmul import grouped_matmul
+from aoe_jax.moe.load_balance import LayerStats
+from aoe_jax.moe.parallel import collectives
+from aoe_jax.moe.parallel.transports import is_local, make_transport
+from aoe_jax.moe.routing import Context, Method, TopK
+from aoe_jax.moe.scoring import SCORE_OF_CODE, aoe_scores, router_scores, score_columns
+from aoe_jax.moe.swiglu import (
     KEPT_EXPERTS,
     first_neurons,
     gate_pre_activations,
     single_expert,
     swiglu,
 )
-from aoe_jax.moe.grouped_matmul import grouped_matmul
-from aoe_jax.moe.parallel import collectives
-from aoe_jax.moe.parallel.transports import is_local, make_transport
-from aoe_jax.moe.routing import Context, Method, TopK
-from aoe_jax.moe.scoring import SCORE_OF_CODE, aoe_scores, router_scores, score_columns
 from aoe_jax.parameters import LARGE_ROUTER, ROUTER, SHARED_EXPERT, matrices_of, shared_expert
 from aoe_jax.sharding import AXES, MeshAxes, spec_of
 
@@ -51,7 +51,7 @@ def moe_block(x, weights, layer, ctx):
 
 
 def parameters_of(experts, routing):
-    """A layer's parameters by name, `Parameter`s, in the order in which they are drawn."""
+    """The `Parameter`s of a layer by name, in the order in which they are drawn."""
     matrices, own = matrices_of(experts), routing.parameters(experts) | shared_expert(experts)
     if experts.kind == "aoe":
         return matrices | own
@@ -74,22 +74,19 @@ class Layer:
 
     @cached_property
     def parameters(self):
-        """See `parameters_of`."""
         return parameters_of(self.experts, self.router)
 
     @property
     def sparse_scoring(self):
-        """See `ExpertsConfig.sparse_scoring`."""
         return self.experts.sparse_scoring(self.router)
 
     def with_w_score(self, weights, devices):
-        """`weights` with AoE's `w_score`, see `scoring.score_columns`."""
+        """Adds AoE's `w_score` to `weights`, see `scoring.score_columns`."""
         if self.experts.kind != "aoe":
             return weights
         return weights | {"w_score": score_columns(weights, self.experts, devices)}
 
     def score(self, x, weights, ctx):
-        """The `Scores` of tokens `x [T, d]` by all experts."""
         if self.experts.kind != "aoe":
             return router_scores(x, weights, self.balance.aux_stride)
         local = is_local(ctx.devices, self.router.choice(self.experts).is_fixed)
@@ -97,9 +94,10 @@ class Layer:
         return aoe_scores(x, weights["w_score"], self, ctx.devices, keeps_code)
 
     def statistics(self, scores, routing, weights, ctx):
-        """The `LayerStats` of `Scores` and a `Routing`."""
         logits = self.router.hooks.balance_logits(scores.for_balance)
-        stats = balance.statistics(scores._replace(for_balance=logits), routing, self.balance, ctx)
+        stats = load_balance.statistics(
+            scores._replace(for_balance=logits), routing, self.balance, ctx
+        )
         if self.observe is None:
             return stats
         observed = self.observe(scores.values, routing, weights, ctx)
@@ -115,7 +113,7 @@ class Layer:
         return gate, devices.from_first(score(code))
 
     def gathered(self, weights, devices):
-        """`weights` whole along what is split over fsdp, in the dtype of computation."""
+        """Gathers `weights` over fsdp, in the dtype of computation."""
         sums = None if self.experts.gradient_sums == "float32" else self.experts.gradient_sums
         return {
             name: devices.gather_weight(self.parameters[name], w, self.dtype, sums)
@@ -125,8 +123,8 @@ class Layer:
 
 @jax.named_scope("experts")
 def apply_shared_expert(x, weights, layer, devices):
-    """The expert that every token uses, `E(x)`: `[T, d]` -> `[T, d]`. With `experts.shared_gate` it
-    is `sigmoid(x w_shared_scale) E(x)` (Qwen2-MoE).
+    """The expert that every token uses: `[T, d]` -> `[T, d]`. With `experts.shared_gate` its output
+    is multiplied by `sigmoid(x w_shared_scale)` (Qwen2-MoE).
     """
 
     def expert(x, weights):
@@ -143,7 +141,7 @@ def apply_shared_expert(x, weights, layer, devices):
 
 
 def apply_experts(x, routing, weights, layer, ctx, code=None):
-    """Dispatch, experts, combine: `[T, d]`, the sum over each token's experts of weight * output.
+    """Dispatch, experts, combine: each token's sum of weighted expert outputs, `[T, d]`.
 
     `weights` have the matrices of experts; `code [T, n, r]` are AoE's codes, if kept.
     """
@@ -167,12 +165,15 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
             row_code = None if code is None else take_code(code, first)
             gate, row_code = gate_pre_activations(rows, groups, w, row_code, product)
             if layer.sparse_scoring:
+                # The scores that chose the experts have no gradient: rows compute them again.
                 gate, scores = layer.row_scores(gate, row_code, devices)
-                scoring = partial(scores_of_round, transport, product, layer.experts.score)
+                n_slots, score = routing.expert.shape[0], layer.experts.score
+                scores = transport.slot_values(scores, first, n_slots)
+                further = partial(scores_of_round, transport, product, score, n_slots)
                 w_score = score_columns(w, layer.experts, devices)
-                slot_weight = weights_by_rows(
-                    scores, first, routing, transport, schedule, scoring, (x, w_score)
-                )
+                scores = transport.further_rounds(scores, further, schedule, (x, w_score))
+                scores = transport.complete(scores).reshape(-1, routing.slots_per_token)
+                slot_weight = jax.nn.softmax(scores).reshape(-1)
             row_weight = transport.row_values(slot_weight, first)
             y = swiglu(rows, gate, row_weight, groups, w, product)
         with jax.named_scope("combine"):
@@ -188,35 +189,20 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
     return rematerialised(rows_through_experts, devices)(x, routing.weight, matrices, code)
 
 
-def weights_by_rows(scores, first, routing, transport, schedule, scoring, args):
-    """The weights of chosen experts under sparse scoring: `[P]`, with a gradient.
-
-    The scores that chose the experts have none. Here they are computed again from the rows of
-    their experts: `scores [R]` are those of the `first` round, and `scoring(n_slots, schedule,
-    number, args) -> [P]` computes those of later rounds.
-    """
-    n_slots = routing.expert.shape[0]
-    scores = transport.slot_values(scores, first, n_slots)
-    scores = transport.further_rounds(scores, partial(scoring, n_slots), schedule, args)
-    scores = transport.complete(scores).reshape(-1, routing.slots_per_token)
-    return jax.nn.softmax(scores).reshape(-1)
-
-
 def scores_of_round(transport, product, score, n_slots, schedule, number, args):
-    """AoE's scores of a later round: `[P]`, 0 for slots without a row in it; args: tokens `[T, d]`
-    and `w_score`.
+    """AoE's scores in a later round, `[P]`, 0 for slots without a row in it. `args` are the tokens
+    `[T, d]` and `w_score`.
     """
     x, w_score = args
     round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)
-    return transport.slot_values(
-        SCORE_OF_CODE[score](product(rows, w_score, groups)), round, n_slots
-    )
+    scores = SCORE_OF_CODE[score](product(rows, w_score, groups))
+    return transport.slot_values(scores, round, n_slots)
 
 
 def outputs_of_round(transport, product, schedule, number, args):
-    """What a later round adds to the tokens: `[T, d]`; args: tokens, weights of slots `[P]` and
-    matrices of experts.
+    """The outputs of a later round, `[T, d]`. `args` are the tokens, the weights of slots `[P]` and
+    the matrices of experts.
     """
     x, slot_weight, w = args
     round = transport.round(schedule, number)
@@ -227,7 +213,7 @@ def outputs_of_round(transport, product, schedule, number, args):
 
 
 def rematerialised(function, devices, gathers_experts=False):
-    """`function` of arrays, which keeps for its backward pass what `model.remat` says."""
+    """Wraps a function of arrays: its backward pass recomputes what `model.remat` says."""
     if devices.remat == "experts":
         policy = jax.checkpoint_policies.save_only_these_names(KEPT_EXPERTS)
         return jax.checkpoint(function, policy=policy)
@@ -246,7 +232,7 @@ class ExpertsLayer(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"  # `model.remat`; for "layer" the caller wraps the layer in `jax.checkpoint`
     transport: str = "ring"  # `mesh.transport`
-    training: bool = False  # whether methods behave as in training where that differs
+    training: bool = False  # whether methods behave as in training
     # `(scores [T, n], routing, weights, ctx) -> arrays`, the record "observed" of the statistics.
     observe: Callable | None = None
     # Names of the axes of the mesh; None: `sharding.MESH_AXES`. Where they are given, parameters
@@ -345,7 +331,7 @@ class ExpertsLayer(nn.Module):
 
 
 def config_of_kind(kind, experts):
-    """`experts`, or by default those of a kind. Raises ValueError if they are of another kind."""
+    """`experts`, or the default of a kind. Raises ValueError if `experts.kind` is another."""
     experts = ExpertsConfig(kind=kind) if experts is None else experts
     if experts.kind != kind:
         raise ValueError(f"ExpertsConfig(kind={experts.kind!r}): this layer needs kind={kind!r}")

@@ -1,9 +1,8 @@
 """Algorithms 1 and 2 of Autonomy-of-Experts (arXiv 2501.13074) as plain loops: the specification of
-every fast path.
+the fast implementations.
 
-Slow and obvious on purpose: every expert processes every token, and a weight of zero drops what was
-not chosen. Plain functions of plain arrays, in the dtype of their inputs (float64 included),
-differentiable. Shapes:
+Every expert processes every token, and a weight of zero drops the experts that are not chosen.
+Plain functions of plain arrays, in the dtype of their inputs (float64 included), differentiable:
 
     x        [T, d]      w_gate_down  [n, d, r]      w_up    [n, d, f]
     weights  [T, n]      w_gate_up    [n, r, f]      w_down  [n, f, d]
@@ -33,32 +32,6 @@ def top_k_weights(p, top_k, norm_topk_prob=True):
         return jnp.zeros_like(p).at[chosen].set(weights)
 
     return jax.vmap(weights_of_token)(p)
-
-
-def top_p_weights(p, threshold):
-    """Weights `[T, n]` of top-p: the most probable experts until their sum passes the threshold."""
-
-    def weights_of_token(p):
-        probability = jax.nn.softmax(p)
-        order = jnp.argsort(-probability, stable=True)
-        weights, total = jnp.zeros_like(p), 0.0
-        for i in range(p.shape[0]):
-            weight = probability[order[i]]
-            weights = weights.at[order[i]].set(jnp.where(total <= threshold, weight, 0))
-            total = total + jax.lax.stop_gradient(weight)
-        return weights
-
-    return jax.vmap(weights_of_token)(p)
-
-
-def expert_choice_weights(p, capacity):
-    """Weights `[T, n]` of expert choice: an expert takes its `capacity` tokens of highest score."""
-    probability = jax.nn.softmax(p, axis=-1)
-    columns = []
-    for i in range(p.shape[1]):
-        chosen = jnp.argsort(-probability[:, i], stable=True)[:capacity]
-        columns.append(jnp.zeros_like(probability[:, i]).at[chosen].set(probability[chosen, i]))
-    return jnp.stack(columns, axis=1)
 
 
 def aoe_scores(x, w_score, score=l2_norm):

@@ -1,10 +1,10 @@
 """Routing: from scores `[T, n]` to the experts of each token and their weights.
 
 A router is a frozen dataclass of its own settings with `__call__(scores, weights, ctx) -> Routing`.
-It works on norms and on logits alike. The paper's three are here; `aoe_jax/methods/` has the rest
-of the field. `Method` says what else a router (or a layer of `aoe_jax/methods/`) may bring along.
+It takes norms and logits alike. The paper's three routers are here; `aoe_jax/methods/` has others.
+`Method` lists the further features of a router, or of a layer of `aoe_jax/methods/`.
 
-Shapes: see the letters in `aoe_jax/moe/__init__.py`.
+Letters in shapes: see `aoe_jax/moe/__init__.py`.
 """
 
 import math
@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.config.checks import Group, setting
-from aoe_jax.moe.balance import updated_bias
+from aoe_jax.moe.load_balance import updated_bias
 from aoe_jax.moe.scoring import KEPT_ROUTING
 
 
 @dataclass(frozen=True)
 class Context:
-    """The inputs of a method beside the scores and the weights of the layer."""
+    """Further inputs of a method, in addition to scores and weights."""
 
     devices: Any  # `parallel.collectives.Devices`: reaches the tokens of other devices
     x: jax.Array  # [T, d], the tokens
@@ -54,9 +54,9 @@ class Routing(NamedTuple):
     expert: jax.Array  # [P] int32
     weight: jax.Array  # [P] float32
     slots_per_token: int | None  # None: slots are in no order
-    # What `Method.losses` and `Method.update` need, equal on all devices, including gradients.
+    # Inputs of `Method.losses` and `Method.update`, equal on all devices, including gradients.
     records: dict[str, jax.Array] | None = None
-    # Records that are shares of the tokens. With micro-batches, losses take their mean over all
+    # Inputs that are shares of the tokens. With micro-batches, losses take their mean over all
     # micro-batches of the step so far.
     shares: dict[str, jax.Array] | None = None
     per_token: dict[str, jax.Array] | None = None  # [T] each, for `Method.losses`
@@ -67,9 +67,9 @@ class Routing(NamedTuple):
 class Causality:
     """Whether a token's output depends on later tokens or on other sequences."""
 
-    reason: str = ""  # why the method is not causal; empty if it is
-    until_step: int | None = None  # the training step from which it is causal all the same
-    no_decoding: str = ""  # why a text cannot be decoded token by token; empty if it can
+    reason: str = ""  # why the method is not causal; empty if it is causal
+    until_step: int | None = None  # the training step from which it is causal; None: never
+    no_decoding: str = ""  # why incremental decoding is unsupported; empty if it is supported
     padding_counts: bool = False  # whether padding affects the outputs of real tokens
 
 
@@ -91,7 +91,7 @@ def one_pass(features, key, sum_over_targets):
 
 
 class Hooks(NamedTuple):
-    """Functions that a method puts in the place of the usual ones."""
+    """Functions that a method replaces."""
 
     # The logits whose softmax is an expert's probability in balance losses: `[T, n] -> [T, n]`.
     balance_logits: Callable = lambda scores: scores
@@ -108,22 +108,22 @@ class Hooks(NamedTuple):
 
 
 class Method(Group):
-    """The base of routers and layers. Each default is for a method without the feature."""
+    """The base of routers and layers, with defaults for a method without a feature."""
 
     group = "routing"
     name: ClassVar[str]
     hooks: ClassVar[Hooks] = Hooks()
 
     def causality(self, experts) -> Causality:
-        """Whether the method is causal with the sizes of `experts`."""
+        """Whether the method is causal with these `ExpertsConfig`."""
         return Causality()
 
     def choice(self, experts) -> Choice | None:
-        """How tokens choose; None: they do not, and one expert (or a merged one) processes each."""
+        """How tokens choose experts; None: one expert or a merged one processes each token."""
         return Choice()
 
     def parameters(self, experts) -> dict:
-        """Its parameters in one layer by name, in the order in which they are drawn."""
+        """`Parameter`s of one layer by name, in the order in which they are drawn."""
         return {}
 
     def state(self, experts, balance, d) -> dict[str, jax.Array]:
@@ -146,9 +146,9 @@ class Method(Group):
         """
         return state, {}
 
-    def flops(self, config) -> tuple[float, float] | None:
-        """`(forward, training)` FLOPs per token of what a layer computes beside its experts; None:
-        2 and 6 per weight that all tokens use, such as a router's.
+    def flops(self, config) -> float | None:
+        """Training FLOPs per token of a layer without its experts; None: 6 per weight that every
+        token uses, such as a router's.
         """
         return None
 
@@ -227,8 +227,8 @@ class TopK(FixedK):
 class TopP(Method):
     """Token choice of uneven size (Huang et al. 2024, arXiv 2403.07652).
 
-    A token goes to its most probable experts until their probability passes p; the expert that
-    crosses p is included. Weights are the softmax values, not normalised again.
+    A token goes to its most probable experts until their total probability is above p. Weights are
+    the softmax values, not normalised again.
     """
 
     name = "top_p"

@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from aoe_jax.parameters import EXPERTS
 
 FEW_TOKENS = 8
-# Rematerialisation keeps what bears this name: recomputing a top-k may break ties the other way.
-# The scores bear it too, since they are only [T, n] and cost a matmul to compute again.
+# Rematerialisation keeps arrays of this name: a recomputed top-k may break ties the other way.
+# Scores have it too, since they are only [T, n] and cost a matmul to compute again.
 KEPT_ROUTING = "routing"
 
 
@@ -32,18 +32,18 @@ class Scores(NamedTuple):
 
     @classmethod
     def of(cls, values, stride, code=None):
-        """Scores that have their gradient themselves; they are kept, see `KEPT_ROUTING`."""
+        """Scores with a gradient; rematerialisation keeps them, see `KEPT_ROUTING`."""
         kept = checkpoint_name(values, KEPT_ROUTING)
         return cls(kept, checkpoint_name(values[::stride], KEPT_ROUTING), code)
 
 
 def aoe_scores(x, w, layer, devices, keeps_code):
-    """AoE's scores (Algorithm 2, Eq. 4) of tokens `x [T, d]` by `w_score`, as `Scores`.
+    """AoE's `Scores` (Algorithm 2, Eq. 4) of tokens `x [T, d]`; `w` is `w_score`.
 
-    Where the weights of experts depend on the chosen scores alone (`layer.sparse_scoring`), the
-    scores have no gradient here: those of the chosen experts are computed again with their rows.
-    Otherwise, with `keeps_code`, the codes of all experts are kept, as published. Over a mesh, and
-    with whole gates, no code is kept, and the rows compute theirs again.
+    If the weights of experts depend on the chosen scores alone (`layer.sparse_scoring`), the scores
+    have no gradient here: those of the chosen experts are computed again with their rows.
+    Otherwise, with `keeps_code`, the codes of all experts are kept, as published. Without it (on a
+    mesh or with whole gates) each row computes its code again.
     """
     score, stride = SCORE_OF_CODE[layer.experts.score], layer.balance.aux_stride
     if layer.sparse_scoring:
@@ -63,8 +63,8 @@ def aoe_scores(x, w, layer, devices, keeps_code):
 
 
 def score_columns(weights, experts, devices):
-    """`w_score [n, d, r]` of this device's experts. Over the tensor axis a whole gate is split by
-    columns, and the first device has those that score.
+    """`w_score [n, d, r]` of this device's experts. The tensor axis splits a whole gate by columns,
+    and its first device has the columns that score.
     """
     if experts.low_rank:
         return weights["w_gate_down"]
@@ -72,10 +72,9 @@ def score_columns(weights, experts, devices):
 
 
 def router_scores(x, weights, stride):
-    """The logits of a router for tokens `x [T, d]` (Algorithm 1), as `Scores`; see there for
-    `stride`.
+    """The `Scores` of a router for tokens `x [T, d]`: its logits (Algorithm 1).
 
-    Those of the "large router" ablation (Table 2, row 4) are `SiLU(x W_hidden) W_router`. The paper
+    The "large router" ablation (Table 2, row 4) computes `SiLU(x W_hidden) W_router`. The paper
     gives only its parameter count, about `n r d`; one hidden layer is this project's reading.
     """
     if "w_router_hidden" in weights:
@@ -88,8 +87,8 @@ def codes_of_all(x, w_score, dtype=None):
 
     `x [T, d]`, `w_score [n, d, r]` of its dtype -> `[T, n, r]` in `dtype` (None: that of `x`).
 
-    For the one matmul XLA copies `w_score` with d in front. That copy costs more than it saves for
-    fewer than `FEW_TOKENS` tokens, so these take one matmul per expert.
+    XLA copies `w_score` with d as the first axis for this matmul. For fewer than `FEW_TOKENS`
+    tokens the copy costs more than it saves, so they take one matmul per expert.
     """
     product = partial(jnp.einsum, preferred_element_type=dtype)
     if x.shape[0] < FEW_TOKENS:
@@ -150,7 +149,7 @@ def sparse_scores(x, w_score, score, stride):
     """The scores of all experts without a gradient, and of every `stride`-th token with one.
 
     `x [T, d]`, `w_score [n, d, r]` -> `(values [T, n], for_balance [ceil(T / stride), n])`, float32
-    at least. No code is kept; the backward pass computes again what the balance losses need. If
+    at least. No code is kept; the backward pass computes codes for the balance losses again. If
     `stride` divides the sequence length, the same positions of every sequence have a gradient.
     """
     values, for_balance = _sparse_scores(x, w_score, score, stride)

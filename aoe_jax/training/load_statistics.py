@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import entr
 from tabulate import tabulate
 
-from aoe_jax.moe.balance import LayerStats
+from aoe_jax.moe.load_balance import LayerStats
 
 MAX_NUMBERS = 16  # a picture of more experts has colours alone
 

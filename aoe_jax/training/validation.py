@@ -15,7 +15,7 @@ from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.moe.balance import LayerStats
+from aoe_jax.moe.load_balance import LayerStats
 from aoe_jax.sharding import replicated
 from aoe_jax.training.run_folder import check_data
 from aoe_jax.training.step import sequence_nll

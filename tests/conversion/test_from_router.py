@@ -11,8 +11,8 @@ from aoe_jax.conversion.from_router import convert, convert_summary
 from aoe_jax.conversion.scoring_neurons import agreement, telling_neurons
 from aoe_jax.errors import UserError
 from aoe_jax.formats.loading import read_config
-from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.routing import TopK
+from aoe_jax.moe.swiglu import single_expert
 from benchmarks.parity import logits_here
 from tests.conversion.models import batches, observed, parameters, source
 from tests.evaluation.models import make_config, make_model

@@ -10,8 +10,8 @@ from aoe_jax.conversion.upcycling import Upcycling, upcycle
 from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.formats.loading import read_config
-from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.routing import TopK
+from aoe_jax.moe.swiglu import single_expert
 from benchmarks.parity import logits_here, logits_there, random_model, save
 from tests.conversion.models import experts_of, source
 from tests.evaluation.models import WORDS

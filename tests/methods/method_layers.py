@@ -1,15 +1,11 @@
-"""Small layers of a router, the same by plain loops from the weights that it should give, and small
-models.
-"""
+"""Layers with random parameters, their comparison with a formula, and small models."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from aoe_jax import ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
-from aoe_jax.methods import find_method
 from aoe_jax.moe import reference
 from tests.arrays import assert_close, normal
 from tests.moe.drawn import parameters_of
@@ -27,21 +23,18 @@ def small_config(**changes):
     return Config.from_config_dict(groups)
 
 
-def make(kind, name, training=True, dtype=jnp.float64, recompute=False, **settings):
-    """`(layer, parameters, tokens)`; all parameters are random, those of the router too."""
+def make(kind, routing, shape=(TOKENS, D), recompute=False, training=True, **experts):
+    """`(layer, parameters, tokens)` in the widest dtype that JAX has enabled."""
+    sizes = {"n_experts": EXPERTS, "top_k": 2, "d_ffn": 16, "d_low": 4} | experts
+    x = normal(0, shape)
     layer = ExpertsLayer(
-        ExpertsConfig(kind=kind, n_experts=EXPERTS, top_k=2, d_ffn=16, d_low=4),
-        routing=find_method(name)(**settings),
-        dtype=jnp.dtype(dtype),
+        ExpertsConfig(kind=kind, **sizes),
+        routing=routing,
+        dtype=x.dtype,
         remat="experts" if recompute else "none",
         training=training,
     )
-    x = normal(0, (TOKENS, D), dtype)
-    noise = 0.05 * np.random.default_rng(2).standard_normal(EXPERTS)
-    params = jax.tree.map(
-        lambda a: (a + noise).astype(dtype) if a.ndim == 1 else a, parameters_of(layer, x)
-    )
-    return layer, params, x
+    return layer, parameters_of(layer, x), x
 
 
 def scores_of(params, x):
@@ -52,26 +45,36 @@ def scores_of(params, x):
 
 
 def by_loops(params, x, weights):
-    """The layer's output from weights `[T, n]`."""
+    """The output of experts on tokens `[..., d]` with weights `[..., n]`."""
     if "w_gate_down" in params:
-        experts, names = reference.aoe_experts, ("w_gate_down", "w_gate_up", "w_up", "w_down")
+        apply, names = reference.aoe_experts, ("w_gate_down", "w_gate_up", "w_up", "w_down")
     else:
-        experts, names = reference.router_experts, ("w_gate", "w_up", "w_down")
-    return experts(x, weights, *(params[name] for name in names))
+        apply, names = reference.router_experts, ("w_gate", "w_up", "w_down")
+    flat, weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, weights.shape[-1])
+    return apply(flat, weights, *(params[name] for name in names)).reshape(x.shape)
 
 
-def assert_agree(layer, params, x, weights_of):
-    """Compares the layer and its gradients with the loops; `weights_of(params, x)` gives the
-    weights.
+def with_gradients(function, params, x):
+    """The gradients of the sum of squares of the first result, and all results."""
+
+    def loss(params, x):
+        results = function(params, x)
+        return (results[0] ** 2).sum(), results
+
+    return jax.grad(loss, (0, 1), has_aux=True)(params, x)
+
+
+def assert_agree(layer, params, x, formula, **arguments):
+    """Compares output and gradients in float64 with those of `formula(params, x)`; returns the
+    statistics of the layer.
     """
+    arguments = jax.tree.map(jnp.asarray, arguments)
 
-    def fast(params, x):
-        y = layer.apply({"params": params}, x)[0]
-        return (y**2).sum(), y
+    @jax.jit
+    def apply(params, x):
+        return layer.apply({"params": params}, x, **arguments)
 
-    def slow(params, x):
-        y = by_loops(params, x, weights_of(params, x))
-        return (y**2).sum(), y
-
-    fast, slow = (jax.value_and_grad(f, (0, 1), has_aux=True) for f in (fast, slow))
-    assert_close(jax.jit(fast)(params, x), slow(params, x), 1e-10)
+    got, (y, stats) = with_gradients(apply, params, x)
+    want, (wanted_y,) = with_gradients(lambda params, x: (formula(params, x),), params, x)
+    assert_close((y, got), (wanted_y, want), 1e-10)
+    return stats

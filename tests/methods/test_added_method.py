@@ -6,16 +6,13 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from aoe_jax import AoELayer
-from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.evaluation.generation import Generator, Sampling
 from aoe_jax.methods import ROUTERS
-from aoe_jax.moe import reference
 from aoe_jax.sharding import batch_sharding, make_mesh, put_batch
 from aoe_jax.training.step import init_state, make_train_step
 from examples.add_a_method import AboveMean
-from tests.arrays import normal
 from tests.evaluation.models import make_config, make_model
+from tests.methods.method_layers import assert_agree, by_loops, make, scores_of
 from tests.moe.contexts import context
 
 
@@ -34,42 +31,23 @@ def test_by_hand(added):
     assert_allclose(routing.weight.reshape(2, 4), [[0, 0, *weight], [1, 0, 0, 0]], rtol=1e-6)
 
 
-@pytest.mark.slow
-def test_in_a_layer(added, ragged):
-    """Against a plain loop, values and gradients."""
-    layer = AoELayer(ExpertsConfig(n_experts=4, d_ffn=24, d_low=4), routing=added)
-    x = normal(0, (12, 16))
-    params = layer.init(jax.random.key(1), x)["params"]
+def test_in_a_layer(added, x64, ragged):
+    layer, params, x = make("aoe", added)
 
-    def by_loop(params):
-        scores = reference.aoe_scores(x, params["w_gate_down"])
+    def formula(params, x):
+        scores = scores_of(params, x)
         chosen = scores > scores.mean(axis=1, keepdims=True)
-        weights = jax.nn.softmax(scores, where=chosen, axis=1)
-        weights = jnp.where(chosen, weights, 0)
-        return reference.aoe_experts(
-            x, weights, *(params[name] for name in ("w_gate_down", "w_gate_up", "w_up", "w_down"))
-        )
+        return by_loops(params, x, jax.nn.softmax(jnp.where(chosen, scores, -jnp.inf)))
 
-    def by_layer(params):
-        return layer.apply({"params": params}, x)[0]
-
-    for function in (lambda f: f(params), lambda f: jax.grad(lambda p: (f(p) ** 2).sum())(params)):
-        jax.tree.map(
-            lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-            *map(function, (by_layer, by_loop)),
-        )
+    assert_agree(layer, params, x, formula)
 
 
 def losses_of_training(config, n_devices):
     mesh = make_mesh(config, jax.devices()[:n_devices])
     tokens = np.random.default_rng(0).integers(0, 300, (8, 33)).astype(np.int32)
-    ones = np.ones((8, 32), np.int32)
-    batch = {
-        "inputs": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segment_ids": ones,
-        "weights": ones.astype(np.float32),
-    }
+    inputs, targets, ones = tokens[:, :-1], tokens[:, 1:], np.ones((8, 32), np.int32)
+    batch = {"inputs": inputs, "targets": targets, "segment_ids": ones}
+    batch["weights"] = ones.astype(np.float32)
     with jax.set_mesh(mesh):
         state, step = jax.jit(lambda: init_state(config, 0))(), jax.jit(make_train_step(config))
         losses = []

@@ -1,17 +1,18 @@
 """Counts without allocating, against the paper's figures and against the model itself."""
 
 import dataclasses
-import importlib
 import math
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from aoe_jax import Decoder
+from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.model.counts import (
-    forward_flops_per_token,
     log_run,
     parameter_counts,
     training_flops_per_token,
@@ -126,73 +127,16 @@ def test_large_router_has_the_stated_parameters():
 
 
 @pytest.mark.parametrize(
-    ("experts", "balance", "backward"),
-    [
-        ({"kind": "router"}, {}, None),
-        ({"kind": "capacity"}, {}, None),
-        ({"score_gradient": "dense"}, {"aux_weight": 0.0}, 2.0),
-        ({}, {"aux_weight": 0.0}, 0.0),
-        ({}, {"aux_weight": 0.01}, 2.0),
-        ({}, {"aux_weight": 0.01, "aux_tokens": 0.125}, 0.25),
-    ],
+    ("balance", "backward"),
+    [({"aux_weight": 0.0}, 0.0), ({}, 2.0), ({"aux_tokens": 0.125}, 0.25)],
 )
-def test_training_flops(experts, balance, backward):
-    """Three times the forward pass, but for the scoring of idle experts: once and what of it has a
-    gradient.
-    """
-    config = Config.from_config_dict({"experts": experts, "balance": balance})
+def test_sparse_scoring_of_idle_experts(balance, backward):
+    """It costs one forward pass, and a backward pass of the tokens in balance losses."""
+    dense = Config(experts=ExpertsConfig(score_gradient="dense"))
+    sparse = Config(balance=BalanceConfig(**balance))
     idle = 2 * 4 * (8 - 2) * 128 * 32  # 2 FLOPs, layers, idle experts, d, r
-    forward = forward_flops_per_token(config)
-    want = 3 * forward if backward is None else 3 * (forward - idle) + (1 + backward) * idle
-    assert training_flops_per_token(config) == want
-
-
-def test_flops_against_the_compiler():
-    """A forward pass of one dense layer; XLA counts the whole attention square, we the causal
-    half.
-    """
-    settings = {
-        "model": {
-            "n_layers": 1,
-            "d_model": 64,
-            "n_heads": 4,
-            "vocab_size": 512,
-            "dtype": "float32",
-        },
-        "experts": {"kind": "dense", "d_ffn": 256},
-        "balance": {"aux_weight": 0.0},
-        "data": {"seq_len": 32},
-    }
-    config = Config.from_config_dict(settings)
-    model = Decoder.from_config(config)
-    tokens = jnp.zeros((4, 32), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    compiled = (
-        jax.jit(lambda p, t: model.apply(p, t)[0])
-        .lower(params, tokens)
-        .compile()
-        .cost_analysis()["flops"]
-    )
-    ours = forward_flops_per_token(config) * tokens.size
-    assert 0.95 < ours / compiled < 1.0
-
-
-def test_aoe_scores_every_expert():
-    """Scoring costs 2 d r per expert that a token does not choose; the rest is equal parameters."""
-    moe, aoe = config_of("paper:moe"), config_of("paper:aoe_r256")
-    extra = forward_flops_per_token(aoe) - forward_flops_per_token(moe)
-    scoring = 2 * 12 * (8 - 2) * 768 * 256
-    router = 2 * 12 * 768 * 8
-    assert abs(extra - (scoring - router)) < 1e-3 * scoring
-
-
-def inner_jaxprs(eqn):
-    """The programs within an equation: bodies of loops, branches, functions called."""
-    for value in eqn.params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            jaxpr = getattr(one, "jaxpr", one)
-            if hasattr(jaxpr, "eqns"):
-                yield jaxpr
+    saved = training_flops_per_token(dense) - training_flops_per_token(sparse)
+    assert saved == (2 - backward) * idle
 
 
 def matmul_flops(jaxpr):
@@ -205,21 +149,15 @@ def matmul_flops(jaxpr):
                 ragged = eqn.params["ragged_dot_dimension_numbers"]
                 groups, numbers = ragged.rhs_group_dimensions, ragged.dot_dimension_numbers
             lhs, rhs = (operand.aval.shape for operand in eqn.invars[:2])
-            # Contracted, or walked together.
+            # Axes of the right operand that are contracted, or walked together with the left.
             used = {axis for lists in numbers for axis in lists[1]} | set(groups)
-            total += (
-                2
-                * math.prod(lhs)
-                * math.prod(size for axis, size in enumerate(rhs) if axis not in used)
-            )
-        else:
-            inner = [matmul_flops(inner) for inner in inner_jaxprs(eqn)]
-            assert eqn.primitive.name != "while" or not any(inner)  # nobody knows how often it runs
-            total += (
-                eqn.params.get("length", 1) * sum(inner)
-                if eqn.primitive.name != "cond"
-                else max(inner)
-            )
+            free = [size for axis, size in enumerate(rhs) if axis not in used]
+            total += 2 * math.prod(lhs) * math.prod(free)
+        elif inner := [matmul_flops(inner) for inner in jaxprs_in_params(eqn.params)]:
+            # Nobody knows how often a `while` runs.
+            assert eqn.primitive.name != "while" or not any(inner)
+            of_branches = max(inner) if eqn.primitive.name == "cond" else sum(inner)
+            total += eqn.params.get("length", 1) * of_branches
     return total
 
 
@@ -240,10 +178,10 @@ def computed_beyond_useful(config):
     )
     attention = 2 * m.d_model * (7 * area / length - 6 * length / 2) * config.routing.hooks.passes
     if config.routing.name == "erc":
-        forward, training = config.routing.flops(config)
-        return m.n_layers * (attention + (training - 3 * forward) / 3)
+        of_loss = 2 * c.n_experts**2 * m.d_model * c.d_ffn / config.tokens_per_step
+        return m.n_layers * (attention + of_loss)
     if c.kind == "capacity":
-        return m.n_layers * (attention + config.routing.wasted_flops(config)[1])
+        return m.n_layers * (attention + config.routing.wasted_flops(config))
     if not c.sparse_scoring(config.routing):
         return m.n_layers * attention
     expert = 2 * c.d_low * m.d_model
@@ -276,32 +214,22 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_flops_of_a_whole_training_step(name, monkeypatch):
-    """Every product of the train step of `configs/tiny.py`, forward, backward and all, is useful or
-    known not to be.
-
-    The step is the one that runs, but for `grouped_matmul`: `ragged` has one product where others
-    have loops.
+def test_flops_of_a_whole_training_step(name):
+    """Every product of the train step of `configs/tiny.py`, forward and backward, is useful or in
+    `computed_beyond_useful`. The backend `ragged` has one product where others have loops.
     """
-    monkeypatch.setattr(
-        importlib.import_module("aoe_jax.moe.grouped_matmul"),
-        "_default_backend",
-        lambda device: "ragged",
-    )
     variant, changes = STEPS[name]
     file, _, variant = variant.rpartition(":")
     settings = FILES[file or "tiny"].get_config(variant)
     update_groups(settings, changes)
     config = Config.from_config_dict(settings)
     shape = (config.train.batch_size, config.data.seq_len)
-    batch = {
-        key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ("inputs", "targets", "segment_ids")
-    }
-    batch |= {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    names = ("inputs", "targets", "segment_ids")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     state = jax.eval_shape(lambda: init_state(config, 0))
-    counted = matmul_flops(jax.make_jaxpr(make_train_step(config))(state, batch).jaxpr) / math.prod(
-        shape
-    )
+    program = jax.make_jaxpr(make_train_step(config))(state, batch)
+    counted = matmul_flops(program.jaxpr) / math.prod(shape)
     useful = training_flops_per_token(config)
     assert counted - computed_beyond_useful(config) == pytest.approx(useful, rel=0.002)
 

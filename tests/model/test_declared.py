@@ -1,7 +1,6 @@
 """On which devices the parameters of a model are."""
 
 import dataclasses
-import math
 
 import jax
 import pytest
@@ -24,33 +23,29 @@ def configuration(kind="aoe", **mesh):
     return dataclasses.replace(Config.from_config_dict(config), mesh=MeshConfig(**mesh))
 
 
-@pytest.mark.parametrize("kind", ["aoe", "router", "dense"])
-def test_a_state_is_split_as_the_rules_say(kind):
-    """Each device holds its share of every large array, from the start."""
-    config = configuration(
-        kind, data=1, fsdp=2, expert=1 if kind == "dense" else 2, tensor=4 if kind == "dense" else 2
-    )
+SHARES = {
+    "aoe": ((2, 2, 2), {"w_gate_down": 4, "w_gate_up": 8, "w_up": 8, "w_down": 8}),
+    "router": ((2, 2, 2), {"w_router": 1, "w_gate": 8, "w_up": 8, "w_down": 8}),
+    "dense": ((2, 1, 4), {"w_gate": 8, "w_up": 8, "w_down": 8}),
+}
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_each_device_has_its_share_from_the_start(kind):
+    (fsdp, expert, tensor), wanted = SHARES[kind]
+    config = configuration(kind, data=1, fsdp=fsdp, expert=expert, tensor=tensor)
     mesh = make_mesh(config, jax.devices())
     with jax.set_mesh(mesh):
         shardings = state_shardings(mesh, jax.eval_shape(lambda: init_state(config, 0)))
         state = jax.jit(lambda: init_state(config, 0), out_shardings=shardings)()
-    experts = state.params["layers"]["experts"]
-    shares = {name: a.size / a.addressable_shards[0].data.size for name, a in experts.items()}
-    if kind == "dense":
-        assert shares == {"w_gate": 8, "w_up": 8, "w_down": 8}
-    elif kind == "router":
-        assert shares == {"w_router": 1, "w_gate": 8, "w_up": 8, "w_down": 8}
-    else:
-        assert shares == {"w_gate_down": 4, "w_gate_up": 8, "w_up": 8, "w_down": 8}
-    moments = state.opt_state[1][0].mu["layers"]["experts"]
-    assert jax.tree.map(lambda a: a.sharding, moments) == jax.tree.map(
-        lambda a: a.sharding, experts
-    )
-    held = sum(
-        math.prod(a.addressable_shards[0].data.shape)
-        for a in jax.tree.leaves(state.params["layers"])
-    )
-    assert held < 0.3 * sum(a.size for a in jax.tree.leaves(state.params["layers"]))
+    layers = state.params["layers"]
+    shares = jax.tree.map(lambda a: a.size / a.addressable_shards[0].data.size, layers)
+    assert shares["experts"] == wanted
+    moments = state.opt_state[1][0].mu["layers"]
+    assert jax.tree.map(lambda a: a.sharding, moments) == jax.tree.map(lambda a: a.sharding, layers)
+    sizes = jax.tree.map(lambda a: a.size, layers)
+    held = jax.tree.map(lambda size, share: size / share, sizes, shares)
+    assert sum(jax.tree.leaves(held)) < 0.3 * sum(jax.tree.leaves(sizes))
 
 
 def test_an_unknown_parameter_is_refused():

@@ -1,9 +1,10 @@
 """Contexts of layers without a mesh, and statistics from arrays."""
 
+import jax
 import jax.numpy as jnp
 
 from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.moe import balance
+from aoe_jax.moe import load_balance
 from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import Context, ExpertChoice, Routing, TopP
 from aoe_jax.moe.scoring import Scores
@@ -33,14 +34,36 @@ def expert_choice(scores, capacity_factor, token_weights=None):
 def layer_stats(scores, for_balance, routing, token_weights, stride=1):
     """`LayerStats` of one layer on one device."""
     config, ctx = BalanceConfig(aux_tokens=1 / stride), context(scores, token_weights)
-    return balance.statistics(Scores(scores, for_balance), routing, config, ctx)
+    return load_balance.statistics(Scores(scores, for_balance), routing, config, ctx)
 
 
 def sequence_balance_loss(for_balance, routing, token_weights, n_sequences, stride=1):
     """The balance loss of sequences of equal length."""
     shape = (n_sequences, token_weights.shape[0] // n_sequences)
     ctx = context(token_weights[:, None], token_weights, shape=shape)
-    return balance.sequence_balance_loss(Scores(None, for_balance), routing, ctx, stride)
+    return load_balance.sequence_balance_loss(Scores(None, for_balance), routing, ctx, stride)
+
+
+def top_p_weights(p, threshold):
+    """Weights `[T, n]` of top-p by scores `p [T, n]`: the most probable experts until their sum is
+    above the threshold.
+    """
+    probability = jax.nn.softmax(p)
+    order = jnp.argsort(-probability, axis=1, stable=True)
+    tokens = jnp.arange(len(p))
+    weights, total = jnp.zeros_like(p), jnp.zeros(len(p))
+    for expert in order.T:
+        weight = probability[tokens, expert]
+        weights = weights.at[tokens, expert].set(jnp.where(total <= threshold, weight, 0))
+        total = total + jax.lax.stop_gradient(weight)
+    return weights
+
+
+def expert_choice_weights(p, capacity):
+    """Weights `[T, n]`: an expert takes its `capacity` tokens of highest probability."""
+    probability = jax.nn.softmax(p)
+    rank = jnp.argsort(jnp.argsort(-probability, axis=0, stable=True), axis=0)
+    return jnp.where(rank < capacity, probability, 0)
 
 
 def routing_of_slots(slots_per_token):

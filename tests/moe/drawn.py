@@ -1,36 +1,19 @@
-"""Parameters of layers to test with, drawn without compiling a program where that is possible."""
+"""Random parameters of layers, without a program that draws them."""
 
-from functools import cache
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aoe_jax.moe.layer import ExpertsLayer
-from aoe_jax.parameters import EXPERTS, LARGE_ROUTER, ROUTER, SHARED_EXPERT, SHARED_SCALE
-
-MATRICES = EXPERTS | ROUTER | LARGE_ROUTER | SHARED_EXPERT | SHARED_SCALE
+from aoe_jax.moe import layer as moe_layer
 
 
 def parameters_of(layer, x, seed=1):
-    """Parameters for tokens `x`, in their dtype, distributed like those that `layer.init` draws."""
-    x64 = jax.config.jax_enable_x64  # which decides what numbers are drawn as
-    drawn = _drawn(layer.experts, layer.routing, x.shape, x.dtype, seed, x64)
-    return jax.tree.map(lambda a: jnp.asarray(a, x.dtype), drawn)
-
-
-@cache
-def _drawn(experts, routing, shape, dtype, seed, x64):
-    layer = ExpertsLayer(experts, routing)
-    captured = jnp.zeros((*shape[:-1], 2)) if routing.hooks.attention else None
-
-    def init(key, x):
-        return layer.init(key, x, captured=captured)["params"]
-
-    arguments = jax.random.key(seed), jnp.zeros(shape, dtype)
-    shapes, chance = jax.eval_shape(init, *arguments), np.random.default_rng(seed)
-    if not shapes.keys() <= MATRICES.keys():
-        return jax.jit(init)(*arguments)
+    """Parameters for tokens `x`, in their dtype. Matrices have the variance of `layer.init`, and
+    vectors, which `layer.init` would set to constants, a standard deviation of 0.1.
+    """
+    draw, sizes = np.random.default_rng(seed).standard_normal, layer.experts.sizes(x.shape[-1])
+    declared = moe_layer.parameters_of(layer.experts, layer.routing)
+    shapes = {name: parameter.shape(sizes) for name, parameter in sorted(declared.items())}
     return {
-        name: chance.standard_normal(a.shape) / np.sqrt(a.shape[-2]) for name, a in shapes.items()
+        name: jnp.asarray(draw(shape) * (shape[-2] ** -0.5 if len(shape) > 1 else 0.1), x.dtype)
+        for name, shape in shapes.items()
     }

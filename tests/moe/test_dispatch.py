@@ -85,38 +85,26 @@ def test_round_trip_and_gradients(routing, rows):
 
 
 def test_values_by_slot_and_by_row(routing, rows):
+    round = (routing, rows)
     values = jnp.arange(routing.expert.shape[0], dtype=jnp.float32)
-    by_row = LOCAL.row_values(values, (routing, rows))
+    by_row = LOCAL.row_values(values, round)
     assert_array_equal(by_row, read(values, rows.slot, 0))
-    assert_array_equal(
-        LOCAL.slot_values(by_row, (routing, rows), len(values)),
-        jnp.where(rows.row == NOWHERE, 0, values),
-    )
-
-
-def test_activations_follow_their_rows(routing, rows):
-    cache = normal(3, (30, 5, 4))
-    taken = take_code(cache, (routing, rows))
-    expert = read(routing.expert, rows.slot, 5)
-    used = expert < 5
-    assert_array_equal(taken[used], np.asarray(cache)[np.asarray(rows.token)[used], expert[used]])
+    by_slot = LOCAL.slot_values(by_row, round, len(values))
+    assert_array_equal(by_slot, jnp.where(rows.row == NOWHERE, 0, values))
+    codes, expert = normal(3, (30, 5, 4)), read(routing.expert, rows.slot, 5)
+    taken, used = take_code(codes, round), expert < 5
+    assert_array_equal(taken[used], np.asarray(codes)[np.asarray(rows.token)[used], expert[used]])
     assert_array_equal(taken[~used], 0)
 
 
 def test_more_slots_than_gathers_are_spelled_out_for():
     """As under top-p, where every expert is a slot."""
-    rows, n_tokens, n_slots = (normal(0, (90, 7)), 5, module.MAX_GATHERS + 2)
+    values, n_tokens, n_slots = normal(0, (90, 7)), 5, module.MAX_GATHERS + 2
     inverse = jax.random.permutation(jax.random.key(1), 90)
-    for dtype in (jnp.float32, jnp.bfloat16):
-        layout = module.Rows(None, inverse, None, None)
-        got = module._sum_slots(rows.astype(dtype), layout, n_slots)
-        want = (
-            rows.astype(dtype)
-            .astype(jnp.float32)[inverse]
-            .reshape(n_tokens, n_slots, 7)
-            .sum(axis=1)
-        )
+    layout = module.Rows(None, inverse, None, None)
+    for dtype, rtol in (("float32", 1e-5), ("bfloat16", 1e-2)):
+        rows = values.astype(dtype)
+        got = module._sum_slots(rows, layout, n_slots)
+        want = rows.astype("float32")[inverse].reshape(n_tokens, n_slots, 7).sum(axis=1)
         assert got.dtype == dtype
-        assert_allclose(
-            got.astype(jnp.float32), want, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-5
-        )
+        assert_allclose(got.astype("float32"), want, rtol=rtol, atol=1e-5)

@@ -1,5 +1,7 @@
 """Routers on scores whose outcome is known."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from aoe_jax.methods.sparsemixer import sparsemixer_weights
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import expert_capacity, top_k
 from tests.arrays import assert_equal, normal
-from tests.moe.contexts import expert_choice, layer_stats, top_p
+from tests.moe.contexts import expert_choice, top_p
 
 pytestmark = pytest.mark.smoke
 
@@ -55,11 +57,17 @@ def test_ranks_count_from_the_highest_score():
 
 
 def test_a_bias_moves_ranks_and_not_weights():
-    """And the first k ranks are top-k, bit for bit."""
-    scores, bias = (normal(0, (50, 6)).round(1), jnp.array([0.5, 0, 0, -9, 0, 1.0]))
+    """It has no gradient. The first k ranks are top-k, bit for bit."""
+    scores, bias = normal(0, (50, 6)).round(1), jnp.array([0.5, 0, 0, -9, 0, 1.0])
     by_rank, best = ranked(scores, (0, 1, 2), bias), top_k(scores, 3, bias=bias)
     assert_equal(by_rank, best)
     assert_array_equal(dense_weights(ranked(scores, (5,), bias), 50, 6)[:, 3], 1)
+    for norm_topk_prob in (True, False):
+        biased = partial(top_k, scores, 3, norm_topk_prob)
+        weights = dense_weights(biased(bias), 50, 6)
+        kept = np.where(weights > 0, scores, -np.inf) if norm_topk_prob else scores
+        assert_allclose(weights, jax.nn.softmax(kept) * (weights > 0), rtol=1e-5)
+        assert not jax.grad(lambda bias: (biased(bias).weight ** 2).sum())(bias).any()
 
 
 @pytest.mark.parametrize(("threshold", "experts"), [(0.4, 7), (0.5, 9), (0.01, 1)])
@@ -86,70 +94,32 @@ def test_sparsemixer_weighs_among_the_near():
     assert_allclose(sparsemixer_weights(scores[:1], expert[:1], 0.0), [[1, 1]], rtol=1e-6)
 
 
-def test_top_p_takes_one_sure_expert_and_is_equivariant():
-    scores = jnp.array([[0.0, 50, 0, 0], [1, 2, 3, 4]])
-    weights = dense_weights(top_p(scores, 0.6), 2, 4)
-    assert_allclose(weights[0], [0, 1, 0, 0], atol=1e-6)
-    order = jnp.array([2, 0, 3, 1])
-    assert_allclose(dense_weights(top_p(scores[:, order], 0.6), 2, 4), weights[:, order], atol=1e-7)
-    scores = normal(0, (60, 16))
-    counts = [
-        (dense_weights(top_p(scores, p), 60, 16) > 0).sum(axis=1) for p in (0.1, 0.5, 0.7, 0.95)
-    ]
-    assert (np.diff(counts, axis=0) >= 0).all() and (counts[-1] > counts[0]).all()
-
-
-def test_top_p_weights_pass_the_threshold_and_stay_below_one():
-    """They are not renormalised; a threshold of one takes every expert."""
-    scores = normal(0, (60, 16))
-    for threshold in (0.2, 0.5, 0.9):
-        total = dense_weights(top_p(scores, threshold), 60, 16).sum(axis=1)
-        assert (total > threshold).all() and (total < 1).all()
-    assert (dense_weights(top_p(scores, 1 - 1e-9), 60, 16) > 0).all()
-
-
-@pytest.mark.parametrize(
-    ("scores", "entropy"), [(jnp.zeros((5, 16)), np.log(16)), (100 * jnp.eye(16), 0)]
-)
-def test_entropy_loss_of_top_p(scores, entropy):
-    stats = layer_stats(scores, scores, top_p(scores, 0.4), jnp.ones(len(scores)))
-    assert_allclose(stats.confidence_entropy, entropy, atol=1e-5)
-
-
-def test_expert_choice_goes_with_the_tokens():
-    """Tokens in another order take the same experts; a token has as many as the factor says, on
-    average.
-    """
-    scores = normal(0, (40, 8))
-    order = jax.random.permutation(jax.random.key(1), 40)
-    weights = dense_weights(expert_choice(scores, 2.0), 40, 8)
-    assert_allclose(
-        dense_weights(expert_choice(scores[order], 2.0), 40, 8), weights[order], rtol=1e-6
-    )
-    per_token = (weights > 0).sum(axis=1)
-    assert per_token.mean() == 2 and per_token.min() < 2 < per_token.max()
+def test_top_p_takes_the_most_probable_until_p():
+    """Weights are not normalised again; a p of nearly one takes every expert."""
+    scores = jnp.concatenate([normal(0, (60, 16)), 50 * jnp.eye(16)])
+    p = np.asarray(jax.nn.softmax(scores))
+    for threshold in (0.2, 0.6, 1 - 1e-9):
+        before = (p[:, None, :] * (p[:, None, :] > p[:, :, None])).sum(axis=2)
+        want = np.where(before <= threshold, p, 0)
+        assert_allclose(dense_weights(top_p(scores, threshold), 76, 16), want, atol=1e-6)
 
 
 def test_expert_choice_fills_every_expert():
+    """A token has as many experts as the factor says, on average."""
     scores = normal(0, (40, 8))
     weights = dense_weights(expert_choice(scores, 2.0), 40, 8)
-    assert_array_equal((weights > 0).sum(axis=0), 10)
     probability = np.asarray(jax.nn.softmax(scores))
-    for expert in range(8):
-        best = np.argsort(-probability[:, expert])[:10]
-        assert_allclose(weights[best, expert], probability[best, expert])
-
-
-def test_expert_choice_of_everything():
-    scores = normal(0, (6, 3))
-    assert_allclose(
-        dense_weights(expert_choice(scores, 3.0), 6, 3), jax.nn.softmax(scores), atol=1e-6
-    )
+    tenth = np.sort(probability, axis=0)[-10]
+    assert_allclose(weights, np.where(probability >= tenth, probability, 0), rtol=1e-6)
+    per_token = (weights > 0).sum(axis=1)
+    assert per_token.mean() == 2 and per_token.min() < 2 < per_token.max()
+    everything = dense_weights(expert_choice(scores, 8.0), 40, 8)
+    assert_allclose(everything, probability, atol=1e-6)
 
 
 def test_capacity_rounds_up():
     assert [expert_capacity(t, 8, 2.0) for t in (8, 9, 40, 3, 1)] == [2, 3, 10, 1, 1]
-    assert expert_capacity(5, 4, 4.0) == 5
+    assert expert_capacity(256, 8, 2.5) == 80 and expert_capacity(5, 4, 4.0) == 5
 
 
 EXPERTS = ExpertsConfig(kind="router", n_experts=8, top_k=2, d_ffn=8)

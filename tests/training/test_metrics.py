@@ -11,7 +11,7 @@ import pytest
 
 from aoe_jax.errors import DivergedError
 from aoe_jax.model.counts import training_flops_per_token
-from aoe_jax.moe.balance import LayerStats
+from aoe_jax.moe.load_balance import LayerStats
 from aoe_jax.training import metrics as metrics_module
 from aoe_jax.training.checkpoint import Progress
 from aoe_jax.training.load_statistics import load_spread, load_statistics

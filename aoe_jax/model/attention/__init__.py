@@ -48,7 +48,7 @@ def causal_attention(
       k: `[B, G, S, h]` in the dtype of `q`, and so is `v`; G divides H.
       segment_ids: `[B, S]` int32, the document that each position attends within, or None.
       backend: of `BACKENDS`, or "auto": by the devices of the mesh in context (`jax.set_mesh`,
-        `jax.shard_map`), which may be another machine's; without a mesh by those of this process.
+        `jax.shard_map`), or of this process without a mesh.
 
     Returns:
       `[B, H, S, h]`, dtype of `q`. Differentiable in q, k and v in reverse mode. Arrays

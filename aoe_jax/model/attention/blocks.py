@@ -6,8 +6,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 MIN_BLOCK, MAX_BLOCKS = 64, 8  # queries of a block, blocks of a sequence
-# The name of all arrays that the backward pass needs beside q, k and v. All backends set it but
-# cuDNN's, whose kernel JAX hides.
+# The name of the arrays that the backward pass needs beside q, k and v. All backends set it except
+# cuDNN's, whose arrays JAX hides.
 KEPT_ATTENTION = "attention"
 
 

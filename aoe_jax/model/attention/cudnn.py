@@ -23,7 +23,7 @@ def check(dtype, head_width):
 
 
 def is_cudnn_forward(primitive, *_, **params):
-    """A checkpoint policy that keeps what the backward kernel needs, which JAX does not name."""
+    """A checkpoint policy that keeps the inputs of the backward kernel; JAX gives them no name."""
     return primitive.name == "dot_product_attention_fwd_wrapper"
 
 

@@ -18,7 +18,7 @@ from aoe_jax.sharding import spec_of, target_device
 _CACHE = spec_of("batch", "heads", None, None)
 # The scales of norms by `ModelConfig.qk_norm`.
 _QK_NORMS = {"none": [], "all": ["q_norm", "k_norm"], "head": ["q_head_norm", "k_head_norm"]}
-_OUTPUT = (token_spec(2, None), token_spec(2, None))  # output, and what `capture` gives
+_OUTPUT = (token_spec(2, None), token_spec(2, None))  # output, and the results of `capture`
 
 
 def rotary_tables(length, config: ModelConfig):
@@ -141,7 +141,7 @@ class Attention(nn.Module):
         """Attends to earlier positions: `x [B, S, d]` -> `(y [B, S, d], captured, cache)`.
 
         `segment_ids [B, S]` int32 is the document that each position attends within, or None.
-        `captured [B, S, H]` is what `capture` gives; None without it. The cache has `(keys,
+        `captured [B, S, H]` are the results of `capture`; None without it. The cache is `(keys,
         values)`, `[B, G, S, h]` each; None unless `with_cache`.
         """
         attend = partial(self._attend, with_cache=with_cache)
@@ -212,7 +212,7 @@ class Attention(nn.Module):
         return self._output(devices, y, weights), captured, (keys, values)
 
     def _captured(self, devices, q, k, visible):
-        """What `capture` gives for all heads at the positions of this device, `[B, S, H]`."""
+        """The results of `capture` for all heads at the positions of this device, `[B, S, H]`."""
         if self.capture is None:
             return None
         return devices.exchange(self.capture(q, k, visible()), 2, 1, "tensor").swapaxes(1, 2)

@@ -1,5 +1,4 @@
-"""Grouped matmul: rows in expert order, each group times its own expert's weights. One signature,
-one backend a file.
+"""Grouped matmul: multiplies rows in expert order by their experts' weights; a file per backend.
 
 Letters of shapes in this package: M rows, D contracted width, F output width, E experts.
 """
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def _import_and_multiply(name, rows, weights, groups):
-    """The product by the function `NAME_matmul` of the module `NAME` beside this one."""
+    """Calls `NAME_matmul` of the module `NAME` in this package."""
     module = import_module(f"{__name__}.{name}")
     return getattr(module, f"{name}_matmul")(rows, weights, groups)
 
@@ -45,12 +44,12 @@ def grouped_matmul(
       weights: `[E, D, F]`, same dtype as `rows`.
       groups: `[E]` int32, the rows of each expert, with a sum of at most M; or `WholeGroups`,
         whose sum is M; or a `RowLayout` of `row_layout`: then rows and result are in that layout,
-        with zeros where it has no row, and M is its length.
+        with zeros in positions without a row, and M is its length.
       backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"rowwise"` (plain
         JAX, for fewer rows than experts), `"megablox"` (TPU; interpreted on CPU), `"mosaic_gpu"`
         (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense on most platforms: a baseline) or
         `"auto"`: by the number of rows and by the devices of the mesh in context (`jax.set_mesh`,
-        `jax.shard_map`), which may be another machine's; without a mesh by those of this process.
+        `jax.shard_map`), or of this process without a mesh.
 
     Returns:
       `[M, F]`, dtype of `rows`, accumulated in float32 at least; rows past the last group are
@@ -97,10 +96,7 @@ def backend_for(device, dtype, m, shape):
 
 
 def row_layout(group_sizes, m, backend):
-    """The `RowLayout` that a backend or `"auto"` wants for m rows; None means sorted by expert.
-
-    Products of rows in this layout do not move them first.
-    """
+    """The row layout that a backend or `"auto"` wants for m rows; None means sorted by expert."""
     if m < group_sizes.shape[0]:  # see `backend_for`
         return None
     if backend == "auto":

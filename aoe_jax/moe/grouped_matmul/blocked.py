@@ -1,13 +1,12 @@
-"""Plain JAX, for any platform: the first B rows of every group in one batched matmul, the rest
-block by block.
+"""Plain JAX, for any platform: the first B rows of every group in one batched matmul, the other
+rows block by block.
 
 B is a little more than the mean group, so with balanced loads almost all rows go through the
-batched product, which reads every expert's weights in position. Rows are stored where that product
-reads and writes them, in E stretches of B positions. The rest of larger groups fills positions that
-smaller groups leave free. There the batched product is wrong, and a loop of dynamic length
-overwrites it, one dense matmul per block of such rows. If less than half of the batched product
-would be useful, all rows go through the loop. So the work is at most about twice the useful work
-and two blocks a group.
+batched product. Rows are stored in E stretches of B positions, where that product reads and writes
+them. Further rows of larger groups fill positions that smaller groups leave free. There the batched
+product is wrong, and a loop of dynamic length overwrites it, one dense matmul per block of such
+rows. If less than half of the batched product would be useful, all rows go through the loop. So the
+work is at most about twice the useful work and two blocks a group.
 
 B rows of a group's head, N = E B positions, S rows of a block; other letters: see `__init__.py`.
 """
@@ -45,11 +44,11 @@ def _head_and_block(m, n_experts):
 
 
 class _Blocks(NamedTuple):
-    """Where each block of the loop lies; entries past `count` are meaningless."""
+    """The blocks of the loop; entries past `count` are meaningless."""
 
     count: jax.Array  # []
     expert: jax.Array  # [max blocks]
-    stretch: jax.Array  # [max blocks], the group in whose stretch of positions the block lies
+    stretch: jax.Array  # [max blocks], the stretch of positions that contains the block
     # [max blocks], first position, moved back where the block would run past the last position.
     start: jax.Array
     first: jax.Array  # [max blocks], first position that belongs to the block
@@ -57,8 +56,8 @@ class _Blocks(NamedTuple):
 
 
 class RowLayout(NamedTuple):
-    """Where rows lie: those of a group's head from the start of its stretch on, the rest in free
-    positions, in order.
+    """The positions of rows: a group's head is at the start of its stretch, and the other rows are
+    in free positions, in order.
     """
 
     # [M] int32, the position of each row in expert order; NOWHERE for rows past the last group.
@@ -78,11 +77,9 @@ def row_layout(group_sizes, m):
     head = jnp.where(is_batched, head, 0)
     end = jnp.cumsum(group_sizes)
     start = end - group_sizes
-    # The rows of no head are counted through, and so are the free positions: the i-th of these rows
-    # lies in the i-th position.
+    # The i-th row that is in no head is in the i-th free position.
     rest_end, free_end = jnp.cumsum(group_sizes - head), jnp.cumsum(size - head)
-    # From the count of such a row to the row, by expert, and from that of a free position to the
-    # position, by stretch.
+    # Offsets from i to the row, by expert, and from i to the position, by stretch.
     to_row = end - rest_end
     to_position = size * jnp.arange(1, n_experts + 1) - free_end
 
@@ -136,8 +133,8 @@ def _add_block_products(out, rows, weights, layout, contracted):
 
 
 def _add_block_gradients(out, rows, g, layout):
-    """Adds the weight gradients of the blocks to `out [E, D, F]`, less what the batched product
-    made of their rows.
+    """Adds the weight gradients of the blocks to `out [E, D, F]`, and subtracts those that the
+    batched product has computed from their rows.
     """
     blocks, size = layout.blocks, _head_and_block(layout.position.shape[0], out.shape[0])[1]
     row = jnp.arange(size)[:, None]

@@ -1,4 +1,4 @@
-"""Group sizes, the rows that no group reaches, and products that backends share."""
+"""Group sizes, rows past the last group, and products that backends share."""
 
 from typing import NamedTuple
 
@@ -7,28 +7,29 @@ import jax.numpy as jnp
 
 
 class WholeGroups(NamedTuple):
-    """Group sizes that reach every row: backends need not look for rows past the last group."""
+    """Group sizes whose sum is M, so that backends need no mask for rows past the last group."""
 
-    sizes: jax.Array  # [E] int32, with a sum of M
+    sizes: jax.Array  # [E] int32
 
 
 def group_sizes_of(groups):
-    """`[E]` int32 of `WholeGroups`, or of group sizes themselves."""
+    """The sizes `[E]` int32 of `groups`: `WholeGroups`, or the sizes themselves."""
     return groups.sizes if isinstance(groups, WholeGroups) else groups
 
 
 def zero_past_groups(rows, groups):
-    """`rows [M, F]`, zero where no group reaches; `groups` are group sizes or `WholeGroups`."""
+    """Sets rows past the last group to zero: `[M, F]`; `groups` are sizes or `WholeGroups`."""
     if isinstance(groups, WholeGroups):
         return rows
-    # A constant zero would be moved out of a scan over layers, as a whole array that each layer
-    # reads.
+    # JAX would move a constant zero out of a scan over layers, as an array that each layer reads.
     zero = jnp.minimum(groups[0], 0).astype(rows.dtype)
     return jnp.where((jnp.arange(rows.shape[0]) < groups.sum())[:, None], rows, zero)
 
 
 def find(ends, index):
-    """Which stretch, by their `ends [E]`, holds each index: `[M] -> [M]`; the last if past all."""
+    """The number of the group that holds each `index [M]`, by the ends of groups `[E]`: `[M]`; the
+    last group if the index is past all.
+    """
     found = jnp.searchsorted(ends, index, side="right", method="compare_all")
     return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
 

@@ -1,8 +1,8 @@
 """Megablox for TPU: the Pallas kernels `gmm` and `tgmm` that come with JAX, with tiles chosen for
 each product.
 
-JAX's own derivative of `gmm` uses the forward tiles for the backward products too, where they may
-not fit; so only the kernels are taken from there, and the derivative is written here:
+JAX's own derivative of `gmm` uses the forward tiles for the backward products too, which may not
+fit. So this module defines the derivative by the kernels:
 
     forward    rows [M, D]  x weights [E, D, F]   -> [M, F]      gmm
     d_rows     g [M, F]     x weights [E, D, F]^T -> [M, D]      gmm, transpose_rhs
@@ -29,7 +29,7 @@ SUBLANES = 16  # a tile of rows is a multiple of this; float32 would do with 8
 MIN_ROWS, MAX_ROWS = 128, 512
 # The largest tile of a width, by bytes of an element; forward and d_rows may have larger ones.
 MAX_WIDTH = {2: 1024, 4: 512}
-# What the blocks of a kernel may take; the compiler gives it 16 MiB on the smallest generations.
+# For the blocks of a kernel; the compiler gives it 16 MiB on the smallest generations.
 VMEM_BYTES = 14 * 2**20
 
 
@@ -50,10 +50,9 @@ def row_tile(m, n_experts):
     """Rows of a tile: a sixteenth of the mean group, as a power of two from 128 to 512, that
     divides M if it can be.
 
-    A tile that two groups share is computed for both, so up to E - 1 tiles are computed in vain: at
-    a sixteenth of the mean group that is 1/16 of the work at most. Groups too small for it pay
-    more, since a tile under 128 rows would leave the matrix unit idle. Fewer than 128 rows in all
-    are one tile.
+    A tile that two groups share is computed for both, so up to E - 1 tiles are wasted: with a
+    sixteenth of the mean group at most 1/16 of the work. For smaller groups it is more, since a
+    tile below 128 rows would leave the matrix unit idle. Fewer than 128 rows are one tile.
     """
     if m < MIN_ROWS:
         return _round_up(m, SUBLANES)
@@ -86,10 +85,10 @@ def tiles(m, d, f, n_experts, itemsize):
 
 
 def _depth_and_width(m, k, n, n_experts, itemsize):
-    """`(tk, tn)` for rows `[m, k]` times weights `[E, k, n]`, so that least is read.
+    """`(tk, tn)` for rows `[m, k]` times weights `[E, k, n]` that read least from memory.
 
-    With the whole depth in one tile, weights are read once, else again for each tile of rows; rows
-    are read once for each tile of the width.
+    If tk is the whole depth, weights are read once, otherwise once for each tile of rows; rows are
+    read once for each tile of the width.
     """
     tm, limit = row_tile(m, n_experts), MAX_WIDTH[itemsize]
 
@@ -97,7 +96,7 @@ def _depth_and_width(m, k, n, n_experts, itemsize):
         return math.ceil(n / tn) * m * k + k * n * (n_experts if tk == k else m / tm)
 
     tiles = [(width_tile(k, limit), width_tile(n, limit))]
-    # A large depth that is no multiple of 128 would need room for masked copies.
+    # A large depth that is no multiple of 128 would need memory for masked copies.
     counts = range(1, math.ceil(n / LANES) + 1) if k <= limit or k % LANES == 0 else ()
     for count in counts:
         tn = n if count == 1 else _round_up(math.ceil(n / count), LANES)

@@ -1,16 +1,16 @@
 """Mosaic GPU kernels for Hopper: `ragged_dot` and `transposed_ragged_dot`, Pallas kernels that come
 with JAX.
 
-They have no derivative of their own; it is written here:
+They have no derivative; this module defines it:
 
     forward    rows [M, D]  x weights [E, D, F]   -> [M, F]      ragged_dot
     d_rows     g [M, F]     x weights [E, D, F]^T -> [M, D]      ragged_dot, transpose_rhs
     d_weights  rows [M, D]^T x g [M, F]           -> [E, D, F]   transposed_ragged_dot
 
-They are made of `wgmma` instructions, which Hopper (compute capability 9.0) alone has: neither an
-A100 nor a B200 runs them. `transposed_ragged_dot` asks the first device of the process for its
-number of cores: where no GPU is, the derivative compiles within `hardware.compiling_for`, the
-forward product anywhere.
+They use `wgmma` instructions, which only Hopper (compute capability 9.0) has: neither an A100 nor a
+B200 runs them. `transposed_ragged_dot` asks the first device of the process for its number of
+cores: without a GPU the derivative compiles within `hardware.compiling_for`, the forward product
+anywhere.
 """
 
 import jax
@@ -65,8 +65,8 @@ def width_block(width):
 
 
 def blocks_at_once(depth, width):
-    """How many blocks of the output's width are computed in one pass over the rows: as many as keep
-    the weights `[depth, blocks]` within `CACHED_BYTES`. Every pass reads all rows.
+    """The number of blocks of the output's width per pass over the rows, so that their weights fit
+    in `CACHED_BYTES`. Every pass reads all rows.
     """
     block = width_block(width)
     return min(width // block, max(1, CACHED_BYTES // (2 * depth * block)))
@@ -112,9 +112,8 @@ def _mosaic_gpu(rows, weights, groups):
 
 
 def _forward(rows, weights, groups):
-    # The kernel for d_weights masks rows past the last group by a product with zero, and one
-    # operand only, which lets a NaN through. The mask is here, so that it fuses with what makes the
-    # rows.
+    # The kernel for d_weights masks rows past the last group by a product of one operand with zero,
+    # so a NaN remains. This mask fuses with the operations that compute the rows.
     rows = zero_past_groups(rows, groups)
     return _mosaic_gpu(rows, weights, groups), (rows, weights, groups)
 

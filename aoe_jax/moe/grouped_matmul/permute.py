@@ -6,8 +6,8 @@ import jax.numpy as jnp
 NOWHERE = jnp.iinfo(jnp.int32).max  # an index that is out of range of every array
 
 
-# Autodiff turns a gather into a scatter-add, which is slow everywhere; where no element is taken
-# twice, the inverse index gathers instead.
+# Autodiff turns a gather into a scatter-add, which is slow everywhere; here no element is taken
+# twice, so the derivative is a gather by the inverse index.
 @jax.custom_vjp
 def permute(values, index, inverse):
     """`values[index]` along the first axis, `[M, ...] -> [N, ...]`; zero for an index out of range.

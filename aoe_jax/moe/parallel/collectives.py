@@ -27,7 +27,9 @@ RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p and v6e; it compiles neither
 
 @dataclass(frozen=True)
 class Devices:
-    """The mesh as one of its devices sees it inside `jax.shard_map`; without a mesh, one device."""
+    """A device of the mesh inside `jax.shard_map`, and its collectives; without a mesh, the only
+    device.
+    """
 
     sizes: tuple = (1, 1, 1, 1)  # along MESH_AXES
     transport: str = "ring"
@@ -42,7 +44,7 @@ class Devices:
         return self.sizes[MESH_AXES.index(axis)]
 
     def rank(self, axis):
-        """The number of this device along a mesh axis."""
+        """The index of this device along a mesh axis."""
         return jax.lax.axis_index(self.axes.collective(axis)) if self.size(axis) > 1 else 0
 
     def gather(self, x, axis, dimension=0):
@@ -68,8 +70,8 @@ class Devices:
         """Sends `sent[e]` rows to device e of the expert axis and returns the rows received.
 
         `rows [N R, d]` has a buffer of R rows for each device, and the result one from each device.
-        Only the first rows of a buffer are in use: `sent [N]` and `received [N]` int32. Where the
-        platform has `ragged_all_to_all`, only these travel; elsewhere whole buffers do.
+        Only the first rows of a buffer are in use: `sent [N]` and `received [N]` int32. Platforms
+        with `ragged_all_to_all` send only these rows, others whole buffers.
         """
         if target_device().device_kind in RAGGED_PLATFORMS:
             return _ragged_exchange(rows, sent, received, self.axes.collective("expert"))
@@ -106,7 +108,7 @@ class Devices:
         return jax.lax.dynamic_slice_in_dim(x, self.rank(axis) * size, size, dimension)
 
     def gather_weight(self, parameter: Parameter, w, dtype=None, sum_dtype=None):
-        """A weight, whole along the axis that is split over fsdp.
+        """Gathers a weight over fsdp.
 
         It is cast to `dtype` (None: its own) before it is sent. Its gradient is summed over the
         devices in `sum_dtype` (None: its own).
@@ -129,12 +131,12 @@ class Devices:
         return checkpoint_name(_gather_cast(whole, dtype, name, 0), GATHERED_WEIGHT)
 
     def without_whole_weights(self, function, gathers_experts=False):
-        """`function` of arrays, which gathers weights again in its backward pass and keeps none.
+        """Wraps a function of arrays: its backward pass gathers weights again and keeps none.
 
-        A `jax.checkpoint` inside would follow the policy of this one, so what `function` recomputes
-        itself has a custom derivative. Layers are scanned: the backward pass is a loop of its own,
-        where no barrier is needed to keep the two gathers apart. Where a whole layer is recomputed,
-        nothing is left to do. `gathers_experts`: whether `function` calls `gather_experts`.
+        A `jax.checkpoint` inside would follow the policy of this one, so parts that `function`
+        recomputes have custom derivatives. Layers are scanned: the backward pass is another loop,
+        so no barrier is needed to separate the two gathers. With `model.remat="layer"` the whole
+        layer is recomputed already. `gathers_experts`: whether `function` calls `gather_experts`.
         """
         gathers_experts = self.sends_rows or (gathers_experts and self.size("expert") > 1)
         if self.remat == "layer" or (self.size("fsdp") == 1 and not gathers_experts):
@@ -142,12 +144,12 @@ class Devices:
         return jax.checkpoint(function, policy=_all_but_gathered_weights, prevent_cse=False)
 
     def score(self, function, x, w_score):
-        """AoE's scores of this device's tokens by all experts: the arrays that `function` computes.
+        """AoE's scores of this device's tokens by all experts: a tuple of arrays `[T or fewer, n]`.
 
         Tokens are gathered over the expert axis, each device scores them for its own experts, and
         the scores return. With `all_to_all`, the `w_score` of all experts are gathered instead if
-        they are smaller than the tokens. `w_score` is this device's piece, and `function` is
-        `(x [T, d], w_score [n, d, r]) -> arrays [T or fewer, n]`, as a tuple.
+        they are smaller than the tokens. `function` computes the scores from tokens `[T, d]` and
+        `w_score [n, d, r]`; the argument `w_score` is this device's piece.
         """
 
         def scores_by_all(x, w):
@@ -168,7 +170,7 @@ class Devices:
         return self.gather(safe_root(squares), "expert")
 
     def check_sequences(self):
-        """Raises ValueError for flat tokens on a mesh, whose sequences are unknown."""
+        """Raises ValueError for flat tokens `[T, d]` on a mesh: their sequences are unknown."""
         if len(self.shape) == 1 and self.total_size > 1:
             raise ValueError(
                 "on a mesh this layer needs sequences [B, S, d]; "
@@ -199,15 +201,13 @@ class Devices:
             first = (self._batch_rank() * n_ranks + rank) * self.shape[0]
             return jax.lax.dynamic_slice_in_dim(values, first, self.shape[0])
         b, s = self.shape
-        values = self.own_sequences(
-            values.reshape(b * self.batch_pieces, s * n_ranks, *values.shape[1:])
-        )
-        return jax.lax.dynamic_slice_in_dim(values, rank * s, s, axis=1).reshape(
-            -1, *values.shape[2:]
-        )
+        trailing = values.shape[1:]
+        values = values.reshape(b * self.batch_pieces, s * n_ranks, *trailing)
+        values = self.piece(self.own_sequences(values), "tensor", 1)
+        return values.reshape(-1, *trailing)
 
     def own_sequences(self, values):
-        """The values of this device's sequences, from those of all sequences, `[B, ...]`."""
+        """This device's part of the values `[B, ...]` of all sequences."""
         if self.batch_pieces == 1:
             return values
         b = values.shape[0] // self.batch_pieces
@@ -215,7 +215,7 @@ class Devices:
 
     @property
     def batch_pieces(self):
-        """How many devices the sequences are split over."""
+        """The number of devices that sequences are split over."""
         return math.prod(self.sizes[:3])
 
     def _batch_rank(self):
@@ -245,10 +245,10 @@ _gather_cast.defvjp(
 def sum_gradients(g, axis, dimension, in_stages=None):
     """Sums `g` over a mesh axis of several devices and keeps this device's piece of `dimension`.
 
-    The TPU compiler makes an all-reduce of a `psum_scatter` over an axis that spans a slice of 16
-    chips or more, and a native reduce-scatter over a part of one. Two stages over groups of about
-    the square root of the axis send half the bytes of the former: for all but small gradients each
-    is a native reduce-scatter.
+    The TPU compiler turns a `psum_scatter` over an axis that spans a slice of 16 chips or more into
+    an all-reduce, and one over a part of a slice into a native reduce-scatter. Two stages over
+    groups of about the square root of the axis are native reduce-scatters for all but small
+    gradients, and send half the bytes of the all-reduce.
 
     `in_stages=None` sums in two stages on TPU, where the axis is the whole mesh, of 16 devices or
     more.
@@ -266,8 +266,8 @@ def sum_gradients(g, axis, dimension, in_stages=None):
 
 
 def ragged_offsets(rank, n_devices, n_rows):
-    """`(input offsets, output offsets)` `[N]` of `ragged_all_to_all` between buffers of equal size,
-    ordered by receiver before and by sender after.
+    """`(input offsets, output offsets)` `[N]` of `ragged_all_to_all` between buffers of equal size.
+    Buffers are ordered by receiver before it and by sender after it.
     """
     size = n_rows // n_devices
     starts = jnp.arange(n_devices, dtype=jnp.int32) * size
@@ -278,7 +278,7 @@ def ragged_offsets(rank, n_devices, n_rows):
 def _ragged_exchange(rows, sent, received, axis):
     n_devices = sent.shape[0]
     start, landing = ragged_offsets(jax.lax.axis_index(axis), n_devices, rows.shape[0])
-    out = jnp.zeros_like(rows)  # rows that nobody sends stay zero
+    out = jnp.zeros_like(rows)  # rows that no device sends stay zero
     return jax.lax.ragged_all_to_all(rows, out, start, sent, landing, received, axis_name=axis)
 
 
@@ -319,9 +319,7 @@ def _is_spec(value):
 
 
 def _name_idle_axes(idle, spec):
-    """A spec that also names the axes of one device, because gradients are summed over axes that a
-    spec does not name.
-    """
+    """Adds the axes of size 1 to a spec, because gradients are summed over axes without a name."""
     entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
     named = {axis for entry in entries for axis in entry}
     rest = tuple(axis for axis in idle if axis not in named)

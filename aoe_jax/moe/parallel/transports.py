@@ -8,10 +8,10 @@
     AllToAll   Each row goes to the device of its expert and back: about K T d numbers each way.
 
 No row is dropped, and memory is bounded: a device takes its rows in rounds of R rows, `ROW_BUFFER`
-times its share under perfect balance. The first round is computed like any layer. Further rounds
-follow where the load is uneven, as many as the fullest device needs. They keep nothing for the
-backward pass, which computes them again. So two rounds are about what memory must hold, even if all
-tokens choose the experts of one device.
+times its share under perfect balance. The first round is computed like any layer. If the load is
+uneven, further rounds follow, as many as the device with the most rows needs. They keep nothing for
+the backward pass, which computes them again. So memory holds about two rounds, even if all tokens
+choose the experts of one device.
 
 N devices along expert; other letters in shapes: see `aoe_jax/moe/__init__.py`.
 """
@@ -30,7 +30,7 @@ ROW_BUFFER = 1.25
 
 
 def is_local(devices, fixed_k):
-    """Whether all rows of a device's tokens are its own, and as many as its slots (`fixed_k`)."""
+    """Whether a device computes all rows of its tokens, and every token has as many (`fixed_k`)."""
     return devices.total_size == 1 or (devices.size("expert") == 1 and fixed_k)
 
 
@@ -50,13 +50,9 @@ def _with_buffer(rows):
     return max(8, math.ceil(ROW_BUFFER * rows / 8) * 8)
 
 
-def _take_rows(x, token):
-    """`x [T, d]`, `token [R]` -> `[R, d]`; zeros where a token is T."""
-    return _take_rows_of(x, token, x.shape[0])
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _take_rows_of(x, token, n_tokens):
+def _take_rows(x, token, n_tokens):
+    """`x [n_tokens, d]`, `token [R]` -> `[R, d]`; zeros where a token is `n_tokens`."""
     return x.at[token].get(mode="fill", fill_value=0)
 
 
@@ -68,13 +64,13 @@ def _add_rows(rows, token, n_tokens):
     return zeros.at[token].add(rows.astype(dtype), mode="drop").astype(rows.dtype)
 
 
-_take_rows_of.defvjp(
-    lambda x, token, n_tokens: (_take_rows_of(x, token, n_tokens), token),
+_take_rows.defvjp(
+    lambda x, token, n_tokens: (_take_rows(x, token, n_tokens), token),
     lambda n_tokens, token, g: (_add_rows(g, token, n_tokens), None),
 )
 _add_rows.defvjp(
     lambda rows, token, n_tokens: (_add_rows(rows, token, n_tokens), token),
-    lambda n_tokens, token, g: (_take_rows(g, token), None),
+    lambda n_tokens, token, g: (_take_rows(g, token, n_tokens), None),
 )
 
 
@@ -82,13 +78,19 @@ class _Rounds(Local):
     """Transports with rounds. `share` is the number of a device's rows under perfect balance."""
 
     def further_rounds(self, first, function, schedule, args):
-        return _sum_over_rounds(function, first, schedule.n_rounds, schedule, args)
+        """Adds `function(schedule, number, args)` of rounds 1 to `n_rounds - 1` to `first`.
+
+        The number of rounds is known only at run time, so they are a loop with a derivative of its
+        own: the backward pass computes each round again and keeps nothing of it. `function` closes
+        over no arrays; the arrays of `schedule` have no gradient, those of `args` have one.
+        """
+        return (first + _further_rounds(function, schedule, args)).astype(first.dtype)
 
 
 class _RingSchedule(NamedTuple):
     slot: jax.Array  # [P + R] int32, the slot of each row in expert order; P past the end
     end: jax.Array  # [n] int32, the end of each expert's rows
-    n_rounds: jax.Array  # [] int32, as many as this device needs: others may need more or fewer
+    n_rounds: jax.Array  # [] int32, of this device; other devices may need more or fewer
 
 
 class Ring(_Rounds):
@@ -105,7 +107,7 @@ class Ring(_Rounds):
         return self.devices.sum_scatter(self.devices.sum_scatter(y, "tensor"), "expert")
 
     def gather_routing(self, routing):
-        """Numbers experts from the first of this device; those of other devices are n."""
+        """Numbers this device's experts from 0; experts of other devices become n."""
         gathered = super().gather_routing(routing)
         expert = gathered.expert - self.devices.rank("expert") * self.n_experts
         return gathered._replace(
@@ -113,7 +115,7 @@ class Ring(_Rounds):
         )
 
     def schedule(self, routing):
-        """One sort of all slots, those of other devices last."""
+        """Sorts all slots by expert, slots of other devices last."""
         order, _, group_sizes = sort_slots(routing.expert, self.n_experts)
         order = jnp.pad(order, (0, self.size), constant_values=order.shape[0])
         end = jnp.cumsum(group_sizes)
@@ -129,7 +131,7 @@ class Ring(_Rounds):
 
     def dispatch(self, x, round):
         slot, group_sizes = round
-        return _take_rows(x, slot // self.slots_per_token), group_sizes
+        return _take_rows(x, slot // self.slots_per_token, x.shape[0]), group_sizes
 
     def row_values(self, values, round):
         return values.at[round[0]].get(mode="fill", fill_value=0)
@@ -150,8 +152,7 @@ class _AllToAllSchedule(NamedTuple):
     expert: jax.Array  # [P] int32, their experts
     start: jax.Array  # [N] int32, the first row for each device
     count: jax.Array  # [N] int32, the number of rows for each device
-    # [] int32, as many as the fullest pair of devices needs: all take part in each.
-    n_rounds: jax.Array
+    n_rounds: jax.Array  # [] int32, the most that any pair of devices needs; all take part in each
 
 
 class _AllToAllRound(NamedTuple):
@@ -173,7 +174,6 @@ class AllToAll(_Rounds):
         self.pair_size = _with_buffer(share / self.n_devices)
 
     def schedule(self, routing):
-        """One sort of the slots: by device, and by expert within."""
         order, _, group_sizes = sort_slots(routing.expert, self.n_devices * self.n_experts)
         count = group_sizes.reshape(self.n_devices, -1).sum(axis=1)
         start, n_rounds = jnp.cumsum(count) - count, -(-count.max() // self.pair_size)
@@ -195,7 +195,7 @@ class AllToAll(_Rounds):
         return _AllToAllRound(slot.reshape(-1), order, inverse, group_sizes, sent, received)
 
     def dispatch(self, x, round):
-        rows = _take_rows(x, round.slot // self.slots_per_token)
+        rows = _take_rows(x, round.slot // self.slots_per_token, x.shape[0])
         rows = self.devices.exchange_rows(rows, round.sent, round.received)
         return permute(rows, round.order, round.inverse), round.group_sizes
 
@@ -216,16 +216,6 @@ class AllToAll(_Rounds):
 TRANSPORTS = {"ring": Ring, "all_to_all": AllToAll}
 
 
-def _sum_over_rounds(function, first, count, schedule, args):
-    """`first` plus `function(schedule, number, args)` of rounds 1 to `count - 1`.
-
-    The number of rounds is known only at run time. So they are a loop with a derivative of its own:
-    the backward pass computes each round again and keeps nothing of it. `function` closes over no
-    arrays; the arrays of `schedule` have no gradient, those of `args` have one.
-    """
-    return (first + _further_rounds(function, schedule, count, args)).astype(first.dtype)
-
-
 def _loop(function, count, like):
     """The sum of `function(number)`, in float32 at least."""
     zeros = jax.tree.map(
@@ -237,28 +227,25 @@ def _loop(function, count, like):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _further_rounds(function, schedule, count, args):
+def _further_rounds(function, schedule, args):
     with jax.named_scope("further_rounds"):
         shape = jax.eval_shape(lambda: function(schedule, 1, args))
-        return _loop(lambda number: function(schedule, number, args), count, shape)
+        return _loop(lambda number: function(schedule, number, args), schedule.n_rounds, shape)
 
 
 def _further_rounds_backward(function, residuals, g):
-    schedule, count, args = residuals
+    schedule, args = residuals
     with jax.named_scope("further_rounds"):
 
         def gradient(number):
             result, pull_back = jax.vjp(partial(function, schedule, number), args)
             return pull_back(g.astype(result.dtype))[0]
 
-        d_args = _loop(gradient, count, args)
-    return None, None, jax.tree.map(lambda d, a: d.astype(a.dtype), d_args, args)
+        d_args = _loop(gradient, schedule.n_rounds, args)
+    return None, jax.tree.map(lambda d, a: d.astype(a.dtype), d_args, args)
 
 
 _further_rounds.defvjp(
-    lambda function, schedule, count, args: (
-        _further_rounds(function, schedule, count, args),
-        (schedule, count, args),
-    ),
+    lambda function, *arrays: (_further_rounds(function, *arrays), arrays),
     _further_rounds_backward,
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aoe_jax.moe import experts
+from aoe_jax.moe import swiglu
 
 
 @pytest.mark.parametrize(("platform", "error"), [("tpu", 0.004), ("gpu", 0.006)])
@@ -15,11 +15,11 @@ def test_derivative_in_bfloat16(monkeypatch, platform, error):
     """Beside the derivative in float64; errors are relative to the root mean square. Rounding the
     results alone is 0.2%.
     """
-    monkeypatch.setattr(experts, "target_device", lambda: types.SimpleNamespace(platform=platform))
+    monkeypatch.setattr(swiglu, "target_device", lambda: types.SimpleNamespace(platform=platform))
     keys = jax.random.split(jax.random.key(0), 4)
     gate, up, g = (2 * jax.random.normal(key, (256, 64), jnp.bfloat16) for key in keys[:3])
     weight = jax.random.uniform(keys[3], (256,))
-    got = jax.vjp(experts.weighted_product, gate, up, weight)[1](g)
+    got = jax.vjp(swiglu.weighted_product, gate, up, weight)[1](g)
 
     def plain(gate, up, weight):
         return weight[:, None] * gate * up / (1 + jnp.exp(-gate))

@@ -28,7 +28,7 @@ class LayerStats(NamedTuple):
 
 
 def statistics(scores, routing, balance, ctx):
-    """The `LayerStats` of `Scores` and a `Routing`, means over the real tokens of all devices."""
+    """Computes `LayerStats` of a `Routing` by `Scores`: means over real tokens of all devices."""
     values, for_balance = jax.lax.stop_gradient(scores.values), scores.for_balance
     weights, n_experts = ctx.token_weights.astype(values.dtype), values.shape[1]
     chosen = routing.expert[:, None] == jnp.arange(n_experts)
@@ -106,7 +106,7 @@ def sequence_balance_loss(scores, routing, ctx, stride):
     load = counts / jnp.maximum(n_tokens, 1)[:, None]
     mean_probability = probability / jnp.maximum(n_sampled, 1)[:, None]
     losses, is_real = balance_loss(load, mean_probability), (n_tokens > 0).astype(load.dtype)
-    # Devices along the tensor axis hold parts of the same sequences: all are counted alike.
+    # Devices along the tensor axis count the same sequences, which cancels in the quotient.
     loss, n_sequences = devices.total((losses.sum(), is_real.sum()))
     return loss / jnp.maximum(n_sequences, 1)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from aoe_jax.moe import balance
-from aoe_jax.moe.balance import balance_loss, updated_bias
+from aoe_jax.moe import load_balance
+from aoe_jax.moe.load_balance import balance_loss, updated_bias
 from aoe_jax.moe.routing import top_k
 from aoe_jax.training.load_statistics import load_entropy, load_spread
 from tests.arrays import assert_close, normal
@@ -15,20 +15,14 @@ from tests.moe.contexts import expert_choice, layer_stats, sequence_balance_loss
 
 
 def z_loss(scores, token_weights):
-    return balance.z_loss(scores, token_weights, lambda sums: sums)
+    return load_balance.z_loss(scores, token_weights, lambda sums: sums)
 
 
-@pytest.mark.parametrize("k", [1, 2, 8])
-def test_perfect_balance_gives_the_experts_per_token(k):
-    assert_allclose(balance_loss(jnp.full(8, k / 8), jnp.full(8, 1 / 8)), k)
-
-
-def test_collapse_gives_n():
+def test_known_loads():
+    """Perfect balance gives a loss of K, and collapse of n."""
+    assert_allclose(balance_loss(jnp.full(8, 2 / 8), jnp.full(8, 1 / 8)), 2)
     one = jnp.zeros(8).at[3].set(1.0)
     assert_allclose(balance_loss(one, one), 8)
-
-
-def test_entropies():
     assert_allclose(load_entropy(jnp.full((2, 8), 0.25)), np.log(8), atol=1e-6)
     assert_allclose(load_entropy(jnp.zeros(8).at[2].set(2.0)), 0, atol=1e-6)
     assert_allclose(load_spread(jnp.array([[0.5, 1.0], [0.2, 0.9]])), 1.2, atol=1e-6)
@@ -61,12 +55,6 @@ def test_balance_losses_from_some_of_the_tokens(n_tokens):
         assert_allclose(getattr(got, name), getattr(some, name), atol=1e-6)
 
 
-def test_bias_moves_against_the_load():
-    bias, load = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([[0.25, 0.75, 0.5]])
-    got = updated_bias(bias, load, jnp.array([0.5]), 0.1)
-    assert_allclose(got, [[0.05, 0.95, 2.0]], atol=1e-6)
-
-
 @pytest.mark.parametrize(
     "select",
     [lambda s, w: top_k(s, 2), lambda s, w: top_p(s, 0.6), lambda s, w: expert_choice(s, 2.5, w)],
@@ -77,20 +65,6 @@ def test_padding_counts_in_nothing(select):
     got = layer_stats(scores, scores, select(scores, weights), weights)
     want = layer_stats(scores[:12], scores[:12], select(scores[:12], jnp.ones(12)), jnp.ones(12))
     assert_close(got, want, 1e-6)
-
-
-def of_batch(scores, assignment, weights):
-    stats = layer_stats(scores, scores, assignment, weights)
-    return balance_loss(stats.load, stats.mean_probability)
-
-
-def test_sequences_that_are_each_for_one_expert():
-    """Two of them, wholly for an expert each: 2 by themselves, 1 together."""
-    scores = jnp.repeat(50 * jnp.eye(2), 6, axis=0)
-    assignment, weights = top_k(scores, 1), jnp.ones(12)
-    assert_allclose(sequence_balance_loss(scores, assignment, weights, 2), 2, rtol=1e-6)
-    assert_allclose(of_batch(scores, assignment, weights), 1, rtol=1e-6)
-    assert_allclose(sequence_balance_loss(scores, assignment, weights, 1), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -116,10 +90,8 @@ def test_sequences_by_themselves(stride):
         flat = scores.reshape(32, 5)
         return sequence_balance_loss(flat[::stride], select(flat), weights.reshape(32), 4, stride)
 
-    for got, want in zip(
-        *(jax.jit(jax.value_and_grad(f))(scores) for f in (at_once, by_loop)), strict=True
-    ):
-        assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+    got, want = (jax.jit(jax.value_and_grad(f))(scores) for f in (at_once, by_loop))
+    assert_close(got, want, 1e-6)
 
 
 def test_z_loss():
@@ -131,14 +103,25 @@ def test_z_loss():
     assert float(z_loss(scores + 1, jnp.ones(20))) > float(z_loss(scores, jnp.ones(20)))
 
 
-def test_load_carries_no_gradient_and_probability_does():
-    scores = normal(0, (20, 6))
+def test_loss_free_balancing_of_a_skewed_stream():
+    """The most loaded expert comes to within a tenth of the mean, and biases stay small."""
+    n, n_tokens, rate = 8, 512, 0.01
+    skew = jnp.linspace(-0.5, 0.5, n)
 
-    def stats(scores):
-        return layer_stats(scores, scores, expert_choice(scores, 2.0), jnp.ones(20))
+    def step(bias, key):
+        scores = skew + jax.random.normal(key, (n_tokens, n))
+        stats = layer_stats(scores, scores, top_k(scores, 2, bias=bias), jnp.ones(n_tokens))
+        bias = updated_bias(bias[None], stats.load[None], stats.score_spread[None], rate)[0]
+        return bias, (stats.load, bias)
 
-    assert (jax.grad(lambda s: stats(s).load[0])(scores) == 0).all()
-    gradient = jax.grad(lambda s: balance_loss(stats(s).load, stats(s).mean_probability))(scores)
-    load = stats(scores).load
-    want = jax.grad(lambda s: 6 * jnp.sum(load * jax.nn.softmax(s).mean(axis=0)))(scores)
-    assert_allclose(gradient, want, atol=1e-7)
+    keys = jax.random.split(jax.random.key(0), 400)
+    _, (load, bias) = jax.jit(lambda keys: jax.lax.scan(step, jnp.zeros(n), keys))(keys)
+
+    def violation(load):
+        return float(load.max() / load.mean() - 1)
+
+    assert violation(load[0]) > 0.7
+    assert violation(load[-200:].mean(axis=0)) < 0.1
+    assert float(jnp.abs(bias.sum(axis=1)).max()) < 1 and float(jnp.abs(bias).max()) < 1
+    # The bias undoes the skew.
+    assert_allclose(bias[-1] - bias[-1].mean(), -skew, atol=0.1)

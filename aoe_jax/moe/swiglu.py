@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.sharding import target_device
 
-# `model.remat="experts"` keeps what bears this name for the backward pass: per row `x W_up`, and of
-# the gate `x W_gate` or AoE's low-rank activation. All else from dispatch to combine is recomputed.
+# `model.remat="experts"` keeps arrays of this name for the backward pass: `x W_up`, and `x W_gate`
+# or AoE's low-rank activation, of each row. Everything else from dispatch to combine is recomputed.
 KEPT_EXPERTS = "experts"
 
 
@@ -57,7 +57,7 @@ def swiglu(rows, gate, row_weight, groups, w, product=grouped_matmul):
 
 
 def single_expert(x, w):
-    """One expert on all tokens, or several, each on its own: `x [..., T, d]` -> `[..., T, d]`.
+    """One expert on all tokens, or several on their own tokens: `x [..., T, d]` -> `[..., T, d]`.
 
     The matrices `w` have the dtype and the leading axes of `x`.
     """
@@ -78,8 +78,8 @@ def weighted_product(gate, up, weight):
     computed in float32 at least.
 
     The derivative keeps only the arguments; autodiff would keep every elementwise step. In float32
-    throughout and with the barrier, XLA for TPU makes one loop of the derivative and the recomputed
-    product; otherwise it makes two loops that each read all arrays.
+    throughout and with the barrier, XLA for TPU computes the derivative and the recomputed product
+    in one loop; otherwise in two loops that each read all arrays.
     """
     gate, wide_up, weight = _widened(gate, up, weight)
     return (jax.nn.silu(gate) * wide_up * weight).astype(up.dtype)
