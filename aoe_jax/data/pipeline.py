@@ -90,7 +90,7 @@ class Mixture:
 
 
 class _TrainIterator(grain.DatasetIterator):
-    """Batches whose saved position also has the number of windows read from each source."""
+    """Batches whose saved position also has the number of windows of each source before it."""
 
     def __init__(self, batches: grain.DatasetIterator, windows_read: Callable[[int], dict]):
         super().__init__(batches)

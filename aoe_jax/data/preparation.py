@@ -29,26 +29,25 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.data import SPLITS
+from aoe_jax.data.building import write_manifest, write_splits
 from aoe_jax.data.documents import Piece, documents, find_files, pieces_of
 from aoe_jax.data.token_store import (
     PLAN_FILE,
     SPLITS_SCHEMA,
     file_sha256,
     read_manifest,
-    write_manifest,
-    write_splits,
+    saved_tokenizer,
 )
 from aoe_jax.data.tokenizer import (
     MOST_TOKENS,
     TRAINING_CHARACTERS,
     Tokenizer,
     load_tokenizer,
-    saved_tokenizer,
     train_tokenizer,
 )
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.storage import retry
-from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, read_json, write_json
+from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, read_json, sync, write_json
 from aoe_jax.storage.lease import NAME, leased
 from aoe_jax.storage.paths import is_remote, put, remove_folder, size_and_version
 from aoe_jax.storage.retry import patiently
@@ -131,12 +130,11 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
             return
         tokenizer = patiently(what, lambda: install_tokenizer(output, plan, settings))
         units = range(len(plan["units"]))
-        there = {path.name for path in output.iterdir()}
-        missing = [unit for unit in units if not _is_done(output, unit, there)]
+        missing = [unit for unit in units if not _note(output, unit).exists()]
         if n_done := len(units) - len(missing):
             logger.info(f"going on: {n_done} of {len(units)} units of work are done")
         _write_units(output, plan, processes, missing)
-        results = [_result(output, unit) for unit in units]
+        results = [read_json(_note(output, unit), _OTHERWISE, _NOTE) for unit in units]
         patiently(what, lambda: _finish(output, settings, tokenizer, results))
     logger.info(
         f"wrote {output}; train on it with --config.data.name=prepared "
@@ -226,26 +224,21 @@ def _claim(files: Mapping, planned: dict, output: Path) -> dict:
         wanted = "is not empty, and holds no preparation; use another --output"
         require_flag(is_empty, "output", output, wanted)
         write_json(output / PLAN_FILE, make_plan(files, planned), indent=None)
-    plan, holds = _read_plan(output), "holds a preparation of"
+    plan = _read_plan(output)
     for name, here in planned.items():
-        there = plan.get(name)
-        other = f"{holds} something else: {name} is {there!r} there, {here!r} here. {_OTHERWISE}"
-        require_flag(there == here, "output", output, other)
-    found = {str(path): state for path, state in files.items()}
-    for path, *state in plan["files"]:
-        more = f"{holds} more files: {path} is gone, or not named here. {_OTHERWISE}"
-        require_flag(path in found, "output", output, more)
-        _refuse_change(path, state, found.pop(path), _OTHERWISE)
-    if new := list(found):
-        logger.warning(
-            f"{len(new)} files, such as {new[0]}, are left out: this preparation began without them"
-        )
+        other = f"holds a preparation of something else: {name} is {plan[name]!r} there, {here!r}"
+        require_flag(plan[name] == here, "output", output, f"{other} here. {_OTHERWISE}")
+    before = {path: state for path, *state in plan["files"]}
+    now = {str(path): [*state] for path, state in files.items()}
+    for path in before | now:
+        _refuse_change(path, before.get(path), now.get(path), _OTHERWISE)
     return plan
 
 
-def _refuse_change(path: str, before: list, now: Sequence[int], advice: str):
-    if before != [*now]:
-        raise UserError(f"--input: {path} has changed since the preparation began. {advice}")
+def _refuse_change(path: str, before: list | None, now: list | None, advice: str):
+    if before != now:
+        how = "is new" if before is None else "is gone" if now is None else "has changed"
+        raise UserError(f"--input: {path} {how} since the preparation began. {advice}")
 
 
 def install_tokenizer(output: Path, plan: dict, settings: Settings) -> Tokenizer:
@@ -333,12 +326,14 @@ def write_unit(output: Path, unit: int):
     with TemporaryDirectory(dir=units, prefix=f"{unit:05d}.partial-") as folder:
         result = _tokenise(plan, unit, tokenizer, Path(folder))
         for number in sorted({number for number, _, _ in plan["units"][unit]["pieces"]}):
-            (path, *before), now = plan["files"][number], ()
+            (path, *before), now = plan["files"][number], None
             with contextlib.suppress(FileNotFoundError):
-                now = size_and_version(path)
+                now = [*size_and_version(path)]
             _refuse_change(path, before, now, f"Delete {output}, and prepare it again")
         for shard in _hashes_of_shards(result):
             put(Path(folder, shard), output / shard)
+        if not is_remote(output):
+            sync(output)  # before the unit counts as done
         write_json(_note(output, unit), result)
 
 
@@ -380,19 +375,6 @@ def _documents(plan: dict, unit: int) -> Iterator[tuple[str, str, bytes]]:
 
 def _note(output: Path, unit: int) -> Path:
     return output / "units" / f"{unit:05d}.json"
-
-
-def _result(output: Path, unit: int) -> dict:
-    return read_json(_note(output, unit), _OTHERWISE, _NOTE)
-
-
-def _is_done(output: Path, unit: int, there: set[str]) -> bool:
-    """Whether a unit is noted and its shards are among the names in `output`; after a power cut
-    shards may be missing although they were noted.
-    """
-    return _note(output, unit).exists() and (
-        _hashes_of_shards(_result(output, unit)).keys() <= there
-    )
 
 
 def _hashes_of_shards(result: dict) -> dict[str, str]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import tokenizers
 
-from aoe_jax.data.tokenizer import SentencePieceTokenizer, load_tokenizer, saved_tokenizer
+from aoe_jax.data.token_store import saved_tokenizer
+from aoe_jax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from aoe_jax.formats.loading import is_model
 from aoe_jax.storage.files import read_json, write_json
 

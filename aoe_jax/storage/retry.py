@@ -16,18 +16,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 
 # Errors of the system that depend on the file or the arguments, so that repeating is useless.
 _LASTING = {
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.EINVAL,
-    errno.ERANGE,
-    errno.EDOM,
-    errno.ENAMETOOLONG,
-    errno.EXDEV,
-    errno.EPIPE,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.ERANGE),
+    *(errno.EDOM, errno.ENAMETOOLONG, errno.EXDEV, errno.EPIPE, errno.ENOSYS, errno.EOPNOTSUPP),
     errno.ELOOP,
 }
 # tensorstore and XLA give errors of the system, and status codes of servers, as text.

@@ -8,9 +8,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from aoe_jax.data.building import build_token_store
 from aoe_jax.data.pipeline import PackedWindows, eval_batches, train_batches
 from aoe_jax.data.token_store import TokenStore
-from aoe_jax.data.tokenised import build_token_store
 from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
 

@@ -14,9 +14,9 @@ import pytest
 from aoe_jax.config.data import DataConfig
 from aoe_jax.data import SPLITS, preparation
 from aoe_jax.data.preparation import Settings, check, prepare
-from aoe_jax.data.token_store import TokenStore
+from aoe_jax.data.token_store import TokenStore, saved_tokenizer
 from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
+from aoe_jax.data.tokenizer import load_tokenizer
 from aoe_jax.errors import MachineFault, Preempted, UserError
 from aoe_jax.storage import retry
 from tests.data.texts import json_lines, texts, write_everything

@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-from aoe_jax.data import sotu
+from aoe_jax.data import corpora as sotu
 from aoe_jax.data.corpora import load_corpus
 
 

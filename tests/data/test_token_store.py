@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from aoe_jax.data import SPLITS, token_store
+from aoe_jax.data import SPLITS, building, token_store
+from aoe_jax.data.building import build_token_store, cached_token_stores
 from aoe_jax.data.corpora import load_corpus
 from aoe_jax.data.token_store import RECORD_TOKENS, TokenStore
-from aoe_jax.data.tokenised import build_token_store, cached_token_stores
 from aoe_jax.data.tokenizer import HuggingFaceTokenizer, load_tokenizer, train_tokenizer
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.storage import retry
@@ -55,7 +55,7 @@ def test_manifest(sotu_directory):
 
 
 def test_reads_cross_records_and_shards(text_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_store, "RECORDS_PER_SHARD", 1)
+    monkeypatch.setattr(building, "RECORDS_PER_SHARD", 1)
     corpus = load_corpus("text", str(text_folder), str(tmp_path))
     tokenizer = train_tokenizer([], 257)
     build_token_store(corpus, tokenizer, tmp_path / "store")
@@ -80,7 +80,7 @@ def test_reads_cross_records_and_shards(text_folder, tmp_path, monkeypatch):
 
 def test_batching_does_not_change_the_stream(text_folder, tmp_path, monkeypatch):
     whole = prepare_text(text_folder, tmp_path / "a")
-    monkeypatch.setattr(token_store, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(building, "_BATCH_CHARACTERS", 100)
     assert stored_documents(prepare_text(text_folder, tmp_path / "b"), "train") == stored_documents(
         whole, "train"
     )
@@ -126,15 +126,15 @@ def test_large_vocabulary_is_stored_in_32_bits(text_folder, tmp_path):
 
 PREPARE = """
 import sys
-from aoe_jax.data import corpora, token_store, tokenised
+from aoe_jax.data import building, corpora
 {before}
 corpus = corpora.load_corpus("text", sys.argv[1], sys.argv[2])
-print(*tokenised.cached_token_stores([corpus], None, 300, sys.argv[2]))
+print(*building.cached_token_stores([corpus], None, 300, sys.argv[2]))
 """
 
 DIE_IN_THE_LAST_SPLIT = """
 import dataclasses, os, signal
-token_store._BATCH_CHARACTERS = 100  # so that texts reach the disk at once
+building._BATCH_CHARACTERS = 100  # so that texts reach the disk at once
 load = corpora.load_corpus
 def load_one_that_dies(*arguments):
     corpus = load(*arguments)
@@ -247,14 +247,14 @@ def test_few_files_are_open_at_a_time(tmp_path):
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
-from aoe_jax.data import token_store
-from aoe_jax.data.tokenised import build_token_store
+from aoe_jax.data import building, token_store
+from aoe_jax.data.building import build_token_store
 from aoe_jax.data.tokenizer import train_tokenizer
 class Corpus:
     name, fingerprint = "corpus", "1"
     def documents(self, split):
         return ["word " * 1000] * (250 if split == "train" else 1)
-token_store.RECORDS_PER_SHARD = 1
+building.RECORDS_PER_SHARD = 1
 build_token_store(Corpus(), train_tokenizer([], 257), Path(sys.argv[1]))
 store = token_store.TokenStore(sys.argv[1], "train")
 assert len(list(Path(sys.argv[1]).glob("train*"))) > 250

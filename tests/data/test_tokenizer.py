@@ -12,14 +12,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from aoe_jax.data import tokenizer as data_tokenizer
-from aoe_jax.data.sotu import speech_files
+from aoe_jax.data.corpora import speech_files
+from aoe_jax.data.token_store import check_vocab_size, saved_tokenizer
 from aoe_jax.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
-    check_vocab_size,
     load_tokenizer,
     pieces,
-    saved_tokenizer,
     train_tokenizer,
 )
 from aoe_jax.errors import Interrupted, UserError
@@ -146,9 +145,9 @@ def test_token_count_heeds_gaps():
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab={"</s>": 0, "b": 5}, merges=[]))
     tokenizer = HuggingFaceTokenizer(tokenizer.to_str())
     assert tokenizer.token_count == 6
-    check_vocab_size(tokenizer, 6)
+    check_vocab_size(tokenizer.token_count, 6)
     with pytest.raises(UserError, match=r"model.vocab_size=5: the tokenizer has 6 tokens"):
-        check_vocab_size(tokenizer, 5)
+        check_vocab_size(tokenizer.token_count, 5)
 
 
 def test_any_hugging_face_tokenizer(tmp_path):

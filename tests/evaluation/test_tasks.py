@@ -126,7 +126,7 @@ def test_speeches_are_cut_alike_at_every_run():
 
 def test_speeches_follow_each_other():
     """The right continuation is what the speech says next, the others are from elsewhere."""
-    from aoe_jax.data.sotu import speech_files, split_of
+    from aoe_jax.data.corpora import speech_files, split_of
 
     texts = [
         " ".join(file.read_text().split())
