@@ -44,13 +44,12 @@ def start():
     process does not join or JAX finds no device.
     """
     of_one = (_COORDINATOR, _PROCESSES, _PROCESS)
-    given = [f"--{flag.name}" for flag in of_one if flag.value is not None]
+    given = [flag for flag in of_one if flag.value is not None]
     if given and _DISTRIBUTED.value:
-        raise UserError(f"--distributed asks the cluster; leave out {', '.join(given)}")
-    for flag in of_one if given else ():
-        wanted = "is missing; --coordinator, --processes and --process go together"
-        if flag.value is None:
-            raise UserError(f"--{flag.name} {wanted}")
+        raise UserError(f"--distributed asks the cluster; leave out --{given[0].name}")
+    if missing := [flag.name for flag in of_one if given and flag.value is None]:
+        wanted = "--coordinator, --processes and --process go together"
+        raise UserError(f"--{missing[0]} is missing; {wanted}")
     if given:
         is_address = re.fullmatch(r"[^:]+:[0-9]{1,5}", _COORDINATOR.value)
         wanted = "must be HOST:PORT of process 0, such as 10.0.0.1:12345, with a port below 65536"

@@ -15,6 +15,7 @@ the run has finished, else that of the last attempt.
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import signal
@@ -70,9 +71,8 @@ class Supervisor:
 
     def run(self, restarts: int, pause: float) -> int:
         """Returns the exit status of the last attempt; that of signal N counts as 128 + N."""
-        idle = attempt = 0
-        while True:
-            attempt += 1
+        idle = 0
+        for attempt in itertools.count(1):
             before, began = self._heartbeat(), time.time()
             status = self._attempt(attempt)
             now = self._heartbeat()

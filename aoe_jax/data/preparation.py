@@ -120,7 +120,8 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
     input or the tokenizer cannot be used, `output` belongs to another preparation, or a split would
     be empty, and `MachineFault` if the disk is full.
     """
-    planned, files = settings.as_planned(), find_files(inputs, _absolute(output))
+    output = output if is_remote(output) else Path(os.path.abspath(output))
+    planned, files = settings.as_planned(), find_files(inputs, output)
     with leased(output, "output"):
         what = f"{output} cannot be prepared"
         plan = patiently(what, lambda: _claim(files, planned, output))
@@ -138,7 +139,7 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
         patiently(what, lambda: _finish(output, settings, tokenizer, results))
     logger.info(
         f"wrote {output}; train on it with --config.data.name=prepared "
-        f"--config.data.path={shlex.quote(str(_absolute(output)))}"
+        f"--config.data.path={shlex.quote(str(output))}"
     )
 
 
@@ -158,7 +159,7 @@ def _finish(output: Path, settings: Settings, tokenizer: Tokenizer, results: lis
             )
     hashes = "".join(result["fingerprint"] for result in results)
     fingerprint = hashlib.sha256(hashes.encode()).hexdigest()
-    write_manifest(output, _absolute(output).name, fingerprint, tokenizer, splits)
+    write_manifest(output, output.name, fingerprint, tokenizer, splits)
     remove_folder(output / "units")
     if n_empty := sum(result["empty"] for result in results):
         logger.warning(f"left out {n_empty} documents without text")
@@ -184,10 +185,6 @@ def check(output: Path) -> list[str]:
 def _hash_of(shard: Path) -> str | None:
     with contextlib.suppress(OSError):  # it is missing, or no file
         return patiently(f"{shard} cannot be read", lambda: file_sha256(shard))
-
-
-def _absolute(path):
-    return path if is_remote(path) else Path(os.path.abspath(path))
 
 
 def make_plan(files: Mapping, planned: dict) -> dict:
@@ -275,7 +272,6 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
         for killed in (output / "units").glob("*.partial-*"):
             remove_folder(killed)
     sizes = [unit["size"] for unit in plan["units"]]
-    paths = [plan["files"][unit["pieces"][0][0]][0] for unit in plan["units"]]
     done = sum(sizes) - sum(sizes[unit] for unit in units)
     bar = tqdm(desc="preparing", total=sum(sizes), initial=done, unit="B", unit_scale=True)
     # Forked processes would share locks with threads that they do not have.
@@ -283,9 +279,7 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
     pool = ProcessPoolExecutor(processes, spawning, _begin_process, (retry.retry_seconds,))
     with bar, logging_redirect_tqdm([logging.getLogger("aoe_jax")]), pool:
         try:
-            writing = {
-                pool.submit(_write_patiently, output, unit, paths[unit]): unit for unit in units
-            }
+            writing = {pool.submit(write_unit, output, unit): unit for unit in units}
             for written in as_completed(writing):
                 written.result()
                 bar.update(sizes[writing[written]])
@@ -312,16 +306,17 @@ def _begin_process(retry_seconds: float):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _write_patiently(output: Path, unit: int, path: str):
-    what = f"{path} (unit {unit} of {output}) cannot be processed"
-    patiently(what, lambda: write_unit(output, unit))
-
-
 def write_unit(output: Path, unit: int):
     """Writes the shards of a unit of work, then the file that notes it. Raises `UserError` if the
     input has changed since the preparation began.
     """
     plan, tokenizer = _opened(output)
+    file = plan["files"][plan["units"][unit]["pieces"][0][0]][0]
+    what = f"{file} (unit {unit} of {output}) cannot be processed"
+    patiently(what, lambda: _write_at_once(output, plan, unit, tokenizer))
+
+
+def _write_at_once(output, plan, unit, tokenizer):
     units = None if is_remote(output) else output / "units"
     with TemporaryDirectory(dir=units, prefix=f"{unit:05d}.partial-") as folder:
         result = _tokenise(plan, unit, tokenizer, Path(folder))

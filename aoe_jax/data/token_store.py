@@ -8,10 +8,8 @@ last one of a shard may be shorter. Beside them are the tokenizer's file and `ma
 import functools
 import hashlib
 import json
-import os
 import re
 import resource
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +18,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 from aoe_jax.config.checks import require
 from aoe_jax.data import SPLITS
 from aoe_jax.errors import UserError
-from aoe_jax.storage.files import (
-    COUNT,
-    TEXT,
-    exclusive,
-    matching,
-    one_of,
-    read_json,
-    replace_durably,
-    write_json,
-    write_whole,
-)
-from aoe_jax.storage.paths import file_system
+from aoe_jax.storage.files import COUNT, TEXT, matching, one_of, read_json
+from aoe_jax.storage.paths import size_and_version
 from aoe_jax.storage.retry import is_fault, patiently
 
 FORMAT_VERSION = 2
@@ -132,15 +120,11 @@ class TokenStore:
     It has `documents` documents of `text_bytes` bytes in UTF-8, separated by token `end_of_text`.
     """
 
-    def __init__(self, directory: str | Path, split: str, origin=None):
-        """Opens a store on a disk.
-
-        With `origin`, a store in an object store, `directory` is its `staged` folder, into which a
-        shard is copied when it is first read. Raises `UserError` if the manifest or a shard is
-        missing or damaged.
+    def __init__(self, directory: str | Path, split: str):
+        """Opens a store on a disk. Raises `UserError` if the manifest or a shard is missing or
+        damaged.
         """
-        self._directory, self.split, self._origin = Path(directory), split, origin
-        self._fetched = set()  # shards that are in the staged folder
+        self._directory, self.split = Path(directory), split
         self.manifest = read_manifest(self._directory)
         self.end_of_text = self.manifest["end_of_text"]
         numbers = self.manifest["splits"][split]
@@ -149,16 +133,15 @@ class TokenStore:
         self._dtype = np.dtype(self.manifest["dtype"])
         # Index in the stream at which each shard begins, and at which the last one ends.
         self._starts = np.cumsum([1, *(shard["tokens"] for shard in self._shards)])
-        place = origin or self._directory
-        listed = functools.partial(file_system(place).ls, os.fspath(place), detail=True)
-        files = patiently(f"{place} cannot be read", listed)
-        sizes = {file["name"].rpartition("/")[2]: file["size"] for file in files}
         for shard in self._shards:
-            name, wanted = shard["name"], shard["file_bytes"]
-            if name not in sizes:
-                raise _damaged(place, f"{name} is missing")
-            if sizes[name] != wanted:
-                raise _damaged(place, f"{name} has {sizes[name]} bytes instead of {wanted}")
+            path, wanted = self._directory / shard["name"], shard["file_bytes"]
+            what = f"{path} cannot be read"
+            try:
+                size, _ = patiently(what, functools.partial(size_and_version, path))
+            except FileNotFoundError as e:
+                raise _damaged(self._directory, f"{path.name} is missing") from e
+            if size != wanted:
+                raise _damaged(self._directory, f"{path.name} has {size} bytes instead of {wanted}")
 
     def __len__(self) -> int:
         return self._tokens
@@ -180,9 +163,6 @@ class TokenStore:
 
     def _read_shard(self, shard: int, start: int, stop: int) -> np.ndarray:
         path = self._directory / self._shards[shard]["name"]
-        if self._origin and shard not in self._fetched:
-            self._fetch(self._shards[shard], path)
-            self._fetched.add(shard)
         first, last = start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS
         read = functools.partial(self._records, path, first, last + 1)
         content = b"".join(patiently(f"{path} cannot be read", read))
@@ -200,37 +180,6 @@ class TokenStore:
             if is_fault(error):
                 raise
             raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from error
-
-    def _fetch(self, shard: dict, path: Path):
-        source = os.fspath(self._origin / shard["name"])
-        with exclusive(path.with_name(f".{path.name}.lock")):
-            if path.exists() and path.stat().st_size == shard["file_bytes"]:
-                return
-            partial = path.with_name(f"{path.name}.partial-{socket.gethostname()}")
-            copy = functools.partial(file_system(source).get_file, source, str(partial))
-            try:
-                patiently(f"{source} cannot be copied to {path.parent}", copy)
-            except FileNotFoundError as e:
-                raise _damaged(self._origin, f"{shard['name']} is missing") from e
-            if file_sha256(partial) != shard["sha256"]:
-                raise _damaged(self._origin, f"{shard['name']} has another hash than it should")
-            replace_durably(partial, path)
-
-
-def staged(origin, cache: str) -> Path:
-    """The folder in `cache` for a token store in an object store, with all but its shards. Raises
-    `UserError` if there is no complete store.
-    """
-    manifest = read_manifest(origin)
-    key = hashlib.sha256(repr(manifest).encode()).hexdigest()[:16]
-    folder = Path(cache, "staged", f"{origin.name}-{key}")
-    with exclusive(folder.with_name(f".{folder.name}.lock")):
-        if not (folder / "manifest.json").exists():
-            folder.mkdir(exist_ok=True)
-            tokenizer = saved_tokenizer(origin)
-            write_whole(folder / tokenizer.name, tokenizer.read_bytes())
-            write_json(folder / "manifest.json", manifest)
-    return folder
 
 
 @functools.lru_cache(maxsize=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)

@@ -17,10 +17,9 @@ from aoe_jax.data.token_store import (
     saved_tokenizer,
     short_hash,
     slug,
-    staged,
 )
 from aoe_jax.errors import UserError
-from aoe_jax.storage.paths import is_remote, parsed_path
+from aoe_jax.storage.paths import is_remote, local_copy, parsed_path
 from aoe_jax.storage.retry import patiently, refusing
 
 
@@ -54,10 +53,14 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
 def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     cache, tokenizer = _cache(data), data.tokenizer
     paths = {source.label: _path_of(source, data) for source in data.sources}
-    prepared = {s.label: paths[s.label] for s in data.sources if s.name == "prepared"}
-    origins = {label: path for label, path in prepared.items() if is_remote(path)}
-    directories = prepared | {label: staged(path, cache) for label, path in origins.items()}
-    if prepared:
+    directories = {}
+    for source in data.sources:
+        if source.name == "prepared":
+            path = paths[source.label]
+            if is_remote(path):
+                read_manifest(path)  # it is complete
+            directories[source.label] = local_copy(path, cache)
+    if directories:
         tokenizer = _shared_tokenizer(list(directories.values()), tokenizer, vocab_size)
     texts = [source for source in data.sources if source.name != "prepared"]
     if texts:
@@ -69,7 +72,7 @@ def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
         corpora = [load_corpus(s.name, where[s.label], cache, data.text_field) for s in texts]
         stores = cached_token_stores(corpora, tokenizer, vocab_size, cache)
         directories |= {s.label: store for s, store in zip(texts, stores, strict=True)}
-    return _opened(data, directories, origins)
+    return _opened(data, directories)
 
 
 def _cache(data: DataConfig) -> Path:
@@ -102,7 +105,7 @@ def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | 
     if len(data.sources) != len(identities) or not found.keys() >= {*identities}:
         return None
     labels = [source.label for source in data.sources]
-    return _opened(data, dict(zip(labels, map(found.get, identities), strict=True)), {})
+    return _opened(data, dict(zip(labels, map(found.get, identities), strict=True)))
 
 
 def _identity(manifest: dict) -> str:
@@ -111,20 +114,16 @@ def _identity(manifest: dict) -> str:
     return f"{slug(manifest['corpus'])}-{short_hash(content)}"
 
 
-def _opened(data: DataConfig, directories: Mapping[str, Path], origins: Mapping):
-    """The corpora in `directories`; those with an origin are staged from an object store."""
+def _opened(data: DataConfig, directories: Mapping[str, Path]) -> TokenisedCorpus:
     weights = tuple(source.weight for source in data.sources)
     labels = [source.label for source in data.sources]
     stores = {
-        split: {
-            label: TokenStore(directories[label], split, origins.get(label)) for label in labels
-        }
+        split: {label: TokenStore(directories[label], split) for label in labels}
         for split in SPLITS
     }
     tokenizer = saved_tokenizer(directories[labels[0]])
-    return TokenisedCorpus(
-        **stores, weights=None if None in weights else weights, tokenizer=tokenizer
-    )
+    weights = None if None in weights else weights
+    return TokenisedCorpus(**stores, weights=weights, tokenizer=tokenizer)
 
 
 def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: int) -> str:

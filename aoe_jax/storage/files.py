@@ -147,19 +147,14 @@ def write_whole(path: Path, content: bytes):
         return
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
-    replace_durably(partial, path)
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
 
 
 def finite(value):
     """The value after conversion to JSON and back, with None for numbers that are not finite."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
-
-
-def replace_durably(new: Path, path: Path):
-    """Moves a finished file to its place, safe from a power cut."""
-    sync(new)
-    os.replace(new, path)
-    sync(path.parent)
 
 
 def sync(path: Path):

@@ -172,23 +172,20 @@ def put(source: Path, target):
 
 def remove_folder(folder):
     """Removes a folder with all that is in it, if it exists."""
-    if not is_remote(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-    elif folder.exists():
-        file_system(folder).rm(os.fspath(folder), recursive=True)
+    store, name = file_system(folder), os.fspath(folder)
+    if store.exists(name):
+        store.rm(name, recursive=True)
 
 
 def local_copy(folder, cache="~/.cache/aoe_jax"):
-    """Returns the folder of a model on a disk: the folder itself, or a copy in `cache`."""
+    """Returns a folder on a disk: the folder itself, or a copy in `cache`, which is made anew when
+    a file in the store has changed.
+    """
     if not is_remote(folder):
         return folder
     what = f"{folder} cannot be copied to {cache}"
-    return patiently(what, functools.partial(_copied, folder, Path(cache).expanduser()))
-
-
-def _copied(folder, cache):
     root, store = os.fspath(folder).rstrip("/"), file_system(folder)
-    files = sorted(store.find(root, detail=True).items())
+    files = sorted(patiently(what, lambda: store.find(root, detail=True)).items())
     prefix = f"{root.partition('://')[2]}/"
     parts = {name: name.removeprefix(prefix) for name, _ in files if name.startswith(prefix)}
     if not parts:
@@ -198,13 +195,16 @@ def _copied(folder, cache):
             raise UserError(f"{folder} has an object {name!r}, whose copy would be elsewhere")
     state = [(name, _of_store(file)) for name, file in files if Path(name).name not in _REPORTS]
     key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-    target = cache / "copies" / f"{folder.name}-{key}"
+    target = Path(cache).expanduser() / "copies" / f"{folder.name}-{key}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.with_name(f".{target.name}.lock")):
         if not target.exists():
-            wanted = [name for name in parts if not name.endswith("/")]
             with tempfile.TemporaryDirectory(dir=target.parent) as new:
-                store.get(wanted, [f"{new}/whole/{parts[name]}" for name in wanted])
+                for name, part in parts.items():
+                    if not name.endswith("/"):
+                        copy = Path(new, "whole", part)
+                        copy.parent.mkdir(parents=True, exist_ok=True)
+                        patiently(what, functools.partial(store.get_file, name, str(copy)))
                 os.replace(f"{new}/whole", target)
     return target
 

@@ -50,13 +50,16 @@ def _names(error):
     return {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).mro()}
 
 
+def _is_any(error, names):
+    return any(_names(cause) & names for cause in _causes(error))
+
+
 def is_fault(error: BaseException) -> bool:
     """Whether the machine, a disk or a network caused an exception. A lack of device memory is no
     fault: a later try would fail too.
     """
-    causes = _causes(error)
-    is_offline = any("huggingface_hub.OfflineModeIsEnabled" in _names(cause) for cause in causes)
-    return not fills_device(error) and not is_offline and any(map(_is_fault_itself, causes))
+    is_lasting = fills_device(error) or _is_any(error, {"huggingface_hub.OfflineModeIsEnabled"})
+    return not is_lasting and any(map(_is_fault_itself, _causes(error)))
 
 
 def _is_fault_itself(error):
@@ -90,7 +93,7 @@ def is_of_network(error: BaseException) -> bool:
 
 def lacks_credentials(error: BaseException) -> bool:
     """Whether a client of an object store does not know who the user is."""
-    return any(_names(cause) & _NO_CREDENTIALS for cause in _causes(error))
+    return _is_any(error, _NO_CREDENTIALS)
 
 
 def is_fault_of_write(error: BaseException) -> bool:
@@ -149,34 +152,28 @@ def patiently(what, call):
             deadline = deadline or time.monotonic() + retry_seconds
             pause = min(pause, deadline - time.monotonic())
             if pause <= 0:
-                raise MachineFault(
-                    f"{what} ({reason(e)}); it was tried for {retry_seconds:g} s"
-                ) from e
+                tried = f"it was tried for {retry_seconds:g} s"
+                raise MachineFault(f"{what} ({reason(e)}); {tried}") from e
             log.warning(f"{what} ({reason(e)}); next try in {pause:g} s")
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 class Tolerated:
-    """A context for writing files that a run can do without: it suppresses and counts exceptions,
-    and logs the first in a row.
+    """A context for writing files that a run can do without: it suppresses exceptions, and logs the
+    first in a row.
     """
 
     def __init__(self, name):
         """`name` is the file's name in the log."""
-        self.failures, self.error, self._name = 0, None, name
+        self._name, self._has_failed = name, False
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        if error is not None and not isinstance(error, Exception):  # such as a request to stop
-            return False
-        before, self.error = self.error, error
-        if error is not None:
-            self.failures += 1
-            if before is None:
-                log.warning(f"{self._name} cannot be written ({reason(error)}); the run goes on")
-        elif before is not None:
-            log.warning(f"{self._name} is written again; {self.failures} writes have failed so far")
-        return error is not None
+        is_failure = isinstance(error, Exception)  # not a request to stop
+        if is_failure and not self._has_failed:
+            log.warning(f"{self._name} cannot be written ({reason(error)}); the run goes on")
+        self._has_failed = is_failure
+        return is_failure

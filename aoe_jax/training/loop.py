@@ -91,7 +91,7 @@ def train(
             log_run(config)
             if wandb is not None:
                 check_wandb(workdir, wandb)
-            if any(source.name != "prepared" for source in config.data.sources):
+            if any(s.name != "prepared" or "://" in str(s.path) for s in config.data.sources):
                 heartbeat.beat("preparing")
             corpus = open_corpus(config.data, config.model.vocab_size)
             saved_steps = checkpoints.steps()

@@ -34,7 +34,6 @@ def test_json_is_replaced_whole(tmp_path):
         ("[1]", "holds no JSON object"),
         (None, "No such file"),
         ('{"a":' * 99999, "nested too deeply"),
-        ('{"a": ' + "9" * 5000 + "}", "Exceeds the limit"),
         (" " * 2**24 + "{}", "it has more than 16777216 bytes"),
     ],
 )
