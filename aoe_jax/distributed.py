@@ -21,7 +21,7 @@ from aoe_jax.storage.retry import reason, status_of
 log = logging.getLogger(__name__)
 
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "one of the processes of a TPU slice, Slurm, Open MPI or Kubernetes job"
+    "distributed", False, "join the processes of a TPU slice, Slurm, Open MPI or Kubernetes job"
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, for processes started one by one"
@@ -35,7 +35,7 @@ _PROCESS = flags.DEFINE_integer(
 _JOIN_TIMEOUT = flags.DEFINE_integer(
     "join_timeout", 300, "seconds to wait for the other processes", lower_bound=1
 )
-_END_DELAY = 1.0  # seconds between the agreement to end and the end
+_END_DELAY = 1.0  # seconds that a process waits after all have agreed to end
 
 
 def start():

@@ -2,7 +2,7 @@
 
     python -m aoe_jax.supervise [--restarts=5] -- train.py --config=FILE --workdir=DIR ...
 
-The arguments after `--` are those of Python, such as `train.py ...` or `-m aoe_jax.train ...`. The
+The arguments after `--` go to Python, such as `train.py ...` or `-m aoe_jax.train ...`. The
 command is started again after a preemption, a hang, a lost process, a fault of the machine or an
 unforeseen error, and while another process owns the workdir; not after a mistake of the user (exit
 status 2), divergence (4) or Ctrl-C. It gives up after `--restarts` restarts without a new step.

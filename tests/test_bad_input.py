@@ -276,12 +276,11 @@ def one_device():
         yield
 
 
-def outcome(name, here):
-    """Makes the mistake in a folder: `(exit status, stdout, stderr, files that changed)`."""
-    mistake, workdir = MISTAKES[name], here / "run"
-    mistake.prepare(workdir, here)
-    before = contents(here)
-    folders = {"here": here, "workdir": workdir}
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake(name, tmp_path):
+    mistake, workdir = MISTAKES[name], tmp_path / "run"
+    mistake.prepare(workdir, tmp_path)
+    before, folders = contents(tmp_path), {"here": tmp_path, "workdir": workdir}
     changes = {
         field: value.format(**folders) if isinstance(value, str) else value
         for field, value in mistake.changes.items()
@@ -290,33 +289,25 @@ def outcome(name, here):
     if command == TRAIN:
         command = train_command(workdir, **changes)
     elif changes:
-        command = [*command, *train_command(here, **changes)[3:]]
+        command = [*command, *train_command(tmp_path, **changes)[3:]]
     command = [word.format(**folders) for word in command]
     if name in AS_A_USER:
-        result = finish(start(command, forked=False))
+        status, stdout, stderr = finish(start(command, forked=False))
     else:
         with one_device():
-            result = execute(command)
-    after = contents(here)
-    changed = [path for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
-    return *result, [path for path in changed if not path.startswith("cache/")]
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistake(name, tmp_path):
-    status, stdout, stderr, changed = outcome(name, tmp_path)
-    assert status == 2, stderr
-    assert stdout == ""
+            status, stdout, stderr = execute(command)
+    assert (status, stdout) == (2, ""), stderr
     progress, error, message = stderr.rpartition("error: ")
     assert error and len(message.splitlines()) <= 2
     # A run logs its progress until it finds the mistake; a wrong command line logs nothing.
     assert all(line[:2].isdigit() and line[2] == ":" for line in progress.splitlines())
     assert progress == "" or name in RUNS
-    for word in MISTAKES[name].words:
-        assert word.format(here=tmp_path, workdir=tmp_path / "run") in message
-    assert "Traceback" not in stderr
-    assert changed == []
-    assert not (tmp_path / "run").exists() or MISTAKES[name].prepare is not Mistake.prepare
+    for word in mistake.words:
+        assert word.format(**folders) in message
+    after = contents(tmp_path)
+    changed = [path for path in before | after if before.get(path) != after.get(path)]
+    assert not [path for path in changed if not path.startswith("cache/")]
+    assert not workdir.exists() or mistake.prepare is not Mistake.prepare
 
 
 DATA = {

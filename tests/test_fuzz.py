@@ -107,29 +107,8 @@ def read_documents(file: Path):
             pass
 
 
-# A name and the path of a file in the folder of the files. Its reader is in `make_readers`.
-FILES = {
-    "config.json of a model": "aoe/config.json",
-    "config.json of the hub": "mixtral/config.json",
-    "aoe_jax.json": f"aoe/{RUN_FILE}",
-    "safetensors": f"aoe/{SINGLE}",
-    "shard of safetensors": "mixtral/model-00001-of-*.safetensors",
-    "index": f"mixtral/{INDEX}",
-    "tokenizer.json": "aoe/tokenizer.json",
-    "config.json of a run": "run/config.json",
-    "data.json": "run/data.json",
-    "metrics.jsonl": "run/metrics.jsonl",
-    "summary.json": "run/summary.json",
-    "manifest.json": "store/manifest.json",
-    "plan.json": "store/plan.json",
-    "JSON lines": "texts/a.jsonl",
-    "gzip": "texts/c.json.gz",
-    "Parquet": "texts/d.parquet",
-}
-
-
-def make_readers(folder: Path):
-    """Makes all files, and returns by name what reads one, given its path."""
+def make_files(folder: Path):
+    """Makes all files; returns a configuration, its corpora and a call that prepares its store."""
     write_models(folder)
     texts, store, workdir = (folder / name for name in ("texts", "store", "run"))
     write_everything(texts)
@@ -144,24 +123,28 @@ def make_readers(folder: Path):
     lines += [{"step": 9, "validation_nll": 1.25}]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_json(workdir / "summary.json", {"metrics": {"step": 9}, "memory": {"state_bytes": 4}})
-    return {
-        "config.json of a model": lambda file: read_model(file.parent),
-        "config.json of the hub": lambda file: read_model(file.parent),
-        "aoe_jax.json": lambda file: (read_config(file.parent), read_step(file.parent)),
-        "safetensors": lambda file: read_tensors(file.parent),
-        "shard of safetensors": lambda file: read_tensors(file.parent),
-        "index": lambda file: read_tensors(file.parent),
-        "tokenizer.json": read_tokenizer,
-        "config.json of a run": lambda file: check_config(workdir, config),
-        "data.json": lambda file: check_data(workdir, corpus),
-        "metrics.jsonl": lambda file: list(read_metrics(file)),
-        "summary.json": read_summary,
-        "manifest.json": lambda file: read_store(store),
-        "plan.json": lambda file: prepare(inputs, settings, store, 1),
-        "JSON lines": read_documents,
-        "gzip": read_documents,
-        "Parquet": read_documents,
-    }
+    return config, corpus, lambda: prepare(inputs, settings, store, 1)
+
+
+# The path of a file, and what reads it, given that path and what `make_files` returns.
+READERS = {
+    "aoe/config.json": lambda file, made: read_model(file.parent),
+    "mixtral/config.json": lambda file, made: read_model(file.parent),
+    f"aoe/{RUN_FILE}": lambda file, made: (read_config(file.parent), read_step(file.parent)),
+    f"aoe/{SINGLE}": lambda file, made: read_tensors(file.parent),
+    "mixtral/model-00001-of-*.safetensors": lambda file, made: read_tensors(file.parent),
+    f"mixtral/{INDEX}": lambda file, made: read_tensors(file.parent),
+    "aoe/tokenizer.json": lambda file, made: read_tokenizer(file),
+    "run/config.json": lambda file, made: check_config(file.parent, made[0]),
+    "run/data.json": lambda file, made: check_data(file.parent, made[1]),
+    "run/metrics.jsonl": lambda file, made: list(read_metrics(file)),
+    "run/summary.json": lambda file, made: read_summary(file),
+    "store/manifest.json": lambda file, made: read_store(file.parent),
+    "store/plan.json": lambda file, made: made[2](),
+    "texts/a.jsonl": lambda file, made: read_documents(file),
+    "texts/c.json.gz": lambda file, made: read_documents(file),
+    "texts/d.parquet": lambda file, made: read_documents(file),
+}
 
 
 def mutated(content: bytes, choice: random.Random) -> bytes:
@@ -263,9 +246,9 @@ class Watch:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The folder of the files, what reads each, and what notes other files that are written."""
+    """The folder of the files, what `make_files` returns, and a `Watch`."""
     folder = tmp_path_factory.mktemp("fuzz")
-    return folder, make_readers(folder), Watch(folder)
+    return folder, make_files(folder), Watch(folder)
 
 
 @contextlib.contextmanager
@@ -278,17 +261,17 @@ def replaced(file: Path, content: bytes):
         file.write_bytes(whole)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", READERS)
 def test_readers_succeed_or_name_the_mistake(files, name):
-    folder, readers, watch = files
-    choice, refused, (file,) = random.Random(name), 0, folder.glob(FILES[name])
+    folder, made, watch = files
+    choice, refused, (file,) = random.Random(name), 0, folder.glob(name)
     whole = file.read_bytes()
     for _ in range(25):
         content = mutated(whole, choice)
         with replaced(file, content):
             watch.active = True
             try:
-                readers[name](file)
+                READERS[name](file, made)
             except UserError as error:
                 refused += 1
                 message = str(error)
@@ -300,7 +283,7 @@ def test_readers_succeed_or_name_the_mistake(files, name):
                 watch.active = False
     assert not watch.found
     # Lines of metrics that cannot be read are left out.
-    assert (refused > 0) == (name != "metrics.jsonl")
+    assert (refused > 0) == (name != "run/metrics.jsonl")
 
 
 SIZES = ("vocab_size", "num_hidden_layers", "num_local_experts", "intermediate_size", "hidden_size")
@@ -308,8 +291,7 @@ SIZES = ("vocab_size", "num_hidden_layers", "num_local_experts", "intermediate_s
 
 @pytest.mark.parametrize("field", SIZES)
 def test_sizes_that_the_tensors_lack_take_no_memory(files, field):
-    folder, readers, _ = files
-    file = folder / FILES["config.json of the hub"]
+    file = files[0] / "mixtral/config.json"
     values = json.loads(file.read_text()) | {"head_dim": None, field: 2**30}
     with replaced(file, json.dumps(values).encode()), pytest.raises(UserError):
-        readers["config.json of the hub"](file)
+        read_model(file.parent)

@@ -170,7 +170,13 @@ def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) 
     `split_of` takes the split from its train split.
     """
     info = builder.info
-    text_fields = [key for key, feature in info.features.items() if _is_text(feature)]
+    # Builders of Hugging Face data sets have scalars for texts.
+    text_fields = [
+        key
+        for key, feature in info.features.items()
+        if isinstance(feature, tfds.features.Text | tfds.features.Scalar)
+        and dtype_utils.is_string(feature.np_dtype)
+    ]
     wanted = f"the text features of {name} are {text_fields}"
     require(text_field in text_fields, "data.text_field", text_field, wanted)
     wanted = f"has no train split, only {sorted(info.splits)}"
@@ -200,13 +206,6 @@ def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) 
     return Corpus(name, fingerprint, documents)
 
 
-def _is_text(feature: tfds.features.FeatureConnector) -> bool:
-    if isinstance(feature, tfds.features.Text):
-        return True
-    # Builders of Hugging Face data sets have scalars for texts.
-    return isinstance(feature, tfds.features.Scalar) and dtype_utils.is_string(feature.np_dtype)
-
-
 def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """The builder of a data set in `data_dir`; prepares it as ArrayRecord if necessary."""
     doing = "load"
@@ -214,12 +213,18 @@ def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         builder = _find_builder(name, data_dir)
         if builder.is_prepared():
             return builder
+        if name == "sotu":
+            tfds.disable_progress_bar()
         with exclusive(Path(data_dir, f".{slug(name)}.lock")):
             # Another process may have prepared it while this one waited.
             builder = _find_builder(name, data_dir)
             doing = "prepare"
             if not builder.is_prepared():
-                _download_and_prepare(builder, name)
+                logger.info(f"preparing the TFDS data set {name} in {builder.data_dir}")
+                # Copies on Google Cloud Storage are TFRecord files, which only TensorFlow reads.
+                config = tfds.download.DownloadConfig(try_download_gcs=False)
+                with contextlib.redirect_stdout(sys.stderr):
+                    builder.download_and_prepare(download_config=config)
         return builder
     except Failure:
         raise
@@ -267,16 +272,6 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             data_dir=data_dir,
             file_format="array_record",
         )
-
-
-def _download_and_prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
-    logger.info(f"preparing the TFDS data set {name} in {builder.data_dir}")
-    if name == "sotu":
-        tfds.disable_progress_bar()
-    # Copies on Google Cloud Storage are TFRecord files, which only TensorFlow reads.
-    config = tfds.download.DownloadConfig(try_download_gcs=False)
-    with contextlib.redirect_stdout(sys.stderr):
-        builder.download_and_prepare(download_config=config)
 
 
 def _unknown_name(name: str) -> str:

@@ -22,13 +22,13 @@ DOCUMENT_BYTES = 2**29  # the largest document, and the longest line of JSON
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _READ_BYTES = 2**20
-_BATCH_ROWS, _BATCH_BYTES = 256, 2**26  # of Parquet that are in memory at a time, on average
+_BATCH_ROWS, _BATCH_BYTES = 256, 2**26  # limits of a batch of Parquet, in memory at a time
 _UNREADABLE = (OSError, pyarrow.ArrowException, UnicodeDecodeError)
 
 
 class Piece(NamedTuple):
-    """A part of a file, `start` to `stop`: of the bytes of JSON lines, with the lines that begin
-    there, or of the row groups of Parquet. A piece of any other format is the whole file.
+    """A part of a file from `start` to `stop`. For JSON lines these are bytes, and the piece has
+    the lines that begin there; for Parquet they are row groups. Other files are one piece.
     """
 
     path: str

@@ -74,7 +74,7 @@ _PLAN = {
     "files": [Kind("a file's path, size and version", _is_state)],
     "units": [{"size": COUNT, "pieces": [[COUNT]]}],  # a piece: number of the file, start, stop
 }
-_NOTE = {"splits": dict.fromkeys(SPLITS, SPLITS_SCHEMA), "fingerprint": TEXT, "empty": COUNT}
+_NOTE = {"splits": dict.fromkeys(SPLITS, SPLITS_SCHEMA), "fingerprint": TEXT}
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,6 @@ def _finish(output: Path, settings: Settings, tokenizer: Tokenizer, results: lis
     fingerprint = hashlib.sha256(hashes.encode()).hexdigest()
     write_manifest(output, output.name, fingerprint, tokenizer, splits)
     remove_folder(output / "units")
-    if n_empty := sum(result["empty"] for result in results):
-        logger.warning(f"left out {n_empty} documents without text")
     for name, split in splits.items():
         logger.info(
             f"{name}: {split['documents']} documents, {split['tokens']} tokens, "
@@ -339,26 +337,22 @@ def _opened(output: Path) -> tuple[dict, Tokenizer]:
 
 
 def _tokenise(plan: dict, unit: int, tokenizer: Tokenizer, folder: Path) -> dict:
-    fingerprint, n_empty = hashlib.sha256(), 0
+    fingerprint = hashlib.sha256()
 
     def texts() -> Iterator[tuple[str, str]]:
-        nonlocal n_empty
         for split, text, digest in _documents(plan, unit):
-            if text:
-                fingerprint.update(digest)
-                yield split, text
-            else:
-                n_empty += 1
+            fingerprint.update(digest)
+            yield split, text
 
     splits = write_splits(folder, texts(), tokenizer, f"-{unit:05d}")
-    return {"splits": splits, "fingerprint": fingerprint.hexdigest(), "empty": n_empty}
+    return {"splits": splits, "fingerprint": fingerprint.hexdigest()}
 
 
 def _documents(plan: dict, unit: int) -> Iterator[tuple[str, str, bytes]]:
-    """Yields `(split, text, hash of the text)` of each document of a unit."""
-    files = plan["files"]
+    """Yields `(split, text, hash of the text)` of each document of a unit that has text."""
     for number, start, stop in plan["units"][unit]["pieces"]:
-        for text in documents(Piece(files[number][0], start, stop), plan["text_field"]):
+        piece = Piece(plan["files"][number][0], start, stop)
+        for text in filter(None, documents(piece, plan["text_field"])):
             digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
             chance, split = int.from_bytes(digest[:8], "big") / 2**64, "train"
             if chance < plan["validation"]:

@@ -1,8 +1,8 @@
 """Token stores: a tokenised corpus on disk, written once and read by random access.
 
-For each split a store holds one stream of tokens, `EOT doc1 EOT doc2 EOT ... docN EOT`. All tokens
-but the first are in shards, ArrayRecord files of records of `RECORD_TOKENS` tokens, of which the
-last one of a shard may be shorter. Beside them are the tokenizer's file and `manifest.json`.
+For each split a store has one stream of tokens, `EOT doc1 EOT doc2 EOT ... docN EOT`. All tokens
+but the first are in shards. A shard is an ArrayRecord file; each record has `RECORD_TOKENS` tokens,
+the last one may have fewer. The folder also has the tokenizer's file and `manifest.json`.
 """
 
 import functools

@@ -83,14 +83,8 @@ def _path_of(source: SourceConfig, data: DataConfig):
     """The full path of a source; None if it has none. Raises `UserError` if it cannot be used."""
     if source.path is None:
         return None
-    is_prepared, field = source.name == "prepared", "name" if data.path is None else "path"
-    try:
-        path = parsed_path(source.path, f"config.data.{field}", in_store=is_prepared)
-    except UserError as error:
-        if is_prepared or "://" not in source.path:
-            raise
-        wanted = "aoe_jax.prepare reads texts in a store, and data.name=prepared its output"
-        raise UserError(f"{error}; {wanted}") from error
+    field = "name" if data.path is None else "path"
+    path = parsed_path(source.path, f"config.data.{field}", in_store=source.name == "prepared")
     return path if is_remote(path) else path.absolute()
 
 

@@ -11,13 +11,23 @@ from aoe_jax.errors import Failure, MachineFault, UserError
 
 log = logging.getLogger(__name__)
 
-retry_seconds = 60.0  # for which a call is repeated; commands set it to --retry_seconds
+retry_seconds = 60.0  # how long a call is repeated; commands set it to --retry_seconds
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 
 # Errors of the system that depend on the file or the arguments, so that repeating is useless.
 _LASTING = {
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.ERANGE),
-    *(errno.EDOM, errno.ENAMETOOLONG, errno.EXDEV, errno.EPIPE, errno.ENOSYS, errno.EOPNOTSUPP),
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.EINVAL,
+    errno.ERANGE,
+    errno.EDOM,
+    errno.ENAMETOOLONG,
+    errno.EXDEV,
+    errno.EPIPE,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
     errno.ELOOP,
 }
 # tensorstore and XLA give errors of the system, and status codes of servers, as text.
@@ -33,9 +43,15 @@ _AS_TEXT = re.compile(
 _FILLED = re.compile("RESOURCE_EXHAUSTED|INTERNAL: .*Out of memory")
 # Exceptions of clients of object stores and of downloads, by package and name.
 _UNREACHABLE = {
-    *("aiohttp.ClientError", "botocore.ConnectionError", "botocore.HTTPClientError"),
-    *("google.RefreshError", "google.TransportError", "httpx.TransportError"),
-    *("httpx2.TransportError", "requests.ChunkedEncodingError", "requests.ConnectionError"),
+    "aiohttp.ClientError",
+    "botocore.ConnectionError",
+    "botocore.HTTPClientError",
+    "google.RefreshError",
+    "google.TransportError",
+    "httpx.TransportError",
+    "httpx2.TransportError",
+    "requests.ChunkedEncodingError",
+    "requests.ConnectionError",
     "requests.Timeout",
 }
 _NO_CREDENTIALS = {"botocore.NoCredentialsError", "google.DefaultCredentialsError"}

@@ -66,30 +66,25 @@ def wait_for_units(process, output, count):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_or_stopped_it_goes_on_where_it_was(folder, whole, tmp_path, number):
+    """The processes that it began end with it."""
     output = tmp_path / "store"
     process = start(*flags_of(folder, output))
-    wait_for_units(process, output, 1)
+    while not list((output / "units").glob("*.json")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number]
     if number == signal.SIGTERM:
         assert stderr.strip().splitlines()[-1] == "terminated"
-    status, stderr = finish(*flags_of(folder, output))
-    assert status == 0 and "of 3 units of work are done" in stderr, stderr
-    assert contents(output) == contents(whole)
-
-
-def test_processes_end_with_the_one_that_began_them(folder, tmp_path):
-    process = start(*flags_of(folder, tmp_path / "store"))
-    wait_for_units(process, tmp_path / "store", 1)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert children
-    process.kill()
-    process.communicate()
     deadline = time.monotonic() + 60
     while any(os.path.exists(f"/proc/{pid}") for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    status, stderr = finish(*flags_of(folder, output))
+    assert children and status == 0 and "of 3 units of work are done" in stderr, stderr
+    assert contents(output) == contents(whole)
 
 
 @pytest.mark.slow
