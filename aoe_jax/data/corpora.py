@@ -106,8 +106,9 @@ def load_corpus(name: str, path: str | None, cache: str | Path, text_field: str 
     """
     if name == "text":
         return _text_folder(path)
-    data_dir, what = path or str(Path(cache, "tfds")), f"data.name={name!r}: TFDS cannot prepare it"
-    builder = patiently(what, partial(_tfds_builder, name, data_dir))
+    data_dir, flag = path or str(Path(cache, "tfds")), "path" if path else "cache"
+    what = f"data.name={name!r}: TFDS cannot prepare it"
+    builder = patiently(what, partial(_tfds_builder, name, data_dir, f"config.data.{flag}"))
     return _tfds_corpus(builder, name, text_field)
 
 
@@ -206,7 +207,7 @@ def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) 
     return Corpus(name, fingerprint, documents)
 
 
-def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+def _tfds_builder(name: str, data_dir: str, flag: str) -> tfds.core.DatasetBuilder:
     """The builder of a data set in `data_dir`; prepares it as ArrayRecord if necessary."""
     doing = "load"
     try:
@@ -215,7 +216,7 @@ def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             return builder
         if name == "sotu":
             tfds.disable_progress_bar()
-        with exclusive(Path(data_dir, f".{slug(name)}.lock")):
+        with exclusive(Path(data_dir, f".{slug(name)}.lock"), flag):
             # Another process may have prepared it while this one waited.
             builder = _find_builder(name, data_dir)
             doing = "prepare"

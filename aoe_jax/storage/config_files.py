@@ -60,10 +60,8 @@ def read_run_config(path: Path) -> Config:
     """
     groups = read_json(path)
     if "model_type" in groups:
-        raise UserError(
-            f"{path} belongs to a model, not to a training run; train.init_from starts a run from "
-            "a model"
-        )
+        wanted = "train.init_from starts a run from a model"
+        raise UserError(f"{path} belongs to a model, not to a training run; {wanted}")
     for name, values in groups.items():
         if not isinstance(values, dict):
             wanted = "is no group of fields; name a training run's workdir"

@@ -210,23 +210,18 @@ def write_report(file: Path, report: dict, flag):
 
 
 @contextlib.contextmanager
-def exclusive(lock_file: Path):
+def exclusive(lock_file: Path, flag="config.data.cache"):
     """Waits for the lock, which a process holds until it ends; some network disks lock only the
-    processes of one host. Raises `UserError` if its folder cannot be written.
+    processes of one host. Raises `UserError`, which names the `flag`, if its folder cannot be
+    written.
     """
-    folder, lock = lock_file.parent, filelock.FileLock(lock_file)
+    lock = filelock.FileLock(lock_file)
 
     def acquire():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except OSError as error:
-            if is_fault_of_write(error):
-                raise
-            wanted = "set data.cache, or the data.path of a TFDS data set, to a writable folder"
-            raise UserError(f"{folder} cannot be written ({reason(error)}); {wanted}") from error
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
 
-    patiently(f"{folder} cannot be written", acquire)
+    write_or_refuse(lock_file.parent, flag, acquire)
     try:
         yield
     finally:

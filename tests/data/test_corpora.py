@@ -235,7 +235,7 @@ def test_tfds_data_in_another_file_format(tmp_path):
 
 def test_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file.*cannot be written.*data.cache"):
+    with pytest.raises(UserError, match=r"--config.data.cache=.*/file/tfds cannot be written"):
         load_corpus("sotu", None, str(tmp_path / "file"))
 
 

@@ -127,5 +127,8 @@ def test_a_lock_excludes_others(tmp_path):
     thread.join()
     assert order == ["first", "other"]
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="set data.cache"), exclusive(tmp_path / "file" / "lock"):
+    with (
+        pytest.raises(UserError, match="--config.data.cache="),
+        exclusive(tmp_path / "file" / "lock"),
+    ):
         pass
