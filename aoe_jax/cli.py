@@ -4,10 +4,8 @@ import ast
 import atexit
 import logging
 import os
-import re
 import signal
 import sys
-import textwrap
 import traceback
 from pathlib import Path
 
@@ -37,11 +35,12 @@ _NO_CONFIG = (
 )
 _BROKEN_PIPE = 128 + signal.SIGPIPE  # like programs that the signal ends
 _NOTES_OF_JAX = ("---", "For simplicity")
-_WANTED = {"int": "a whole number", "float": "a number", "tuple": "numbers, such as (0, 2)"}
-_WORDS_OF_ABSL = {
-    r"\('Non-boolean argument.*": "must be true or false",
-    r"invalid literal for int\(\).*": "must be a whole number",
-    "could not convert string to float.*": "must be a number",
+_BOOLEANS = {"true": True, "false": False, "True": True, "False": False, "1": True, "0": False}
+_WANTED = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "tuple": "numbers, such as (0, 2)",
 }
 
 
@@ -55,10 +54,12 @@ class _FieldParser(flags.ArgumentParser):
         if self.has_none and argument == "None":
             return None
         try:
-            if self.kind is not tuple:
-                return self.kind(argument)
-            return tuple(ast.literal_eval(f"[{argument.strip('()[]')}]"))
-        except (ValueError, SyntaxError, RecursionError, MemoryError) as e:
+            if self.kind is bool:
+                return _BOOLEANS[argument]
+            if self.kind is tuple:
+                return tuple(ast.literal_eval(f"[{argument.strip('()[]')}]"))
+            return self.kind(argument)
+        except (KeyError, ValueError, SyntaxError, RecursionError, MemoryError) as e:
             none = " or None" if self.has_none else ""
             raise ValueError(f"must be {_WANTED[self.kind.__name__]}{none}") from e
 
@@ -74,11 +75,8 @@ def define_config_flag():
     types = field_types(sets_method)
     for group, fields in types.items():
         for field, (kind, *others) in fields.items():
-            name = f"config.{group}.{field}"
-            if kind is bool:
-                flags.DEFINE_bool(name, None, "")
-            else:
-                flags.DEFINE(_FieldParser(kind, type(None) in others), name, None, "")
+            parser = _FieldParser(kind, type(None) in others)
+            flags.DEFINE(parser, f"config.{group}.{field}", None, "", module_name="config")
     about = (
         "FILE.py, FILE.py:VARIANT or the config.json of a run; --config.GROUP.FIELD=VALUE changes "
         f"a field, such as --config.train.steps=2000; the groups are {', '.join(types)}"
@@ -109,12 +107,13 @@ def parsed_config(flag, default=None):
             values[field] = FLAGS[name].value
     if routing:  # fields of the router in the file, or of another one that `routing.name` chooses
         kind, of_file = groups.get("experts", {}).get("kind"), groups.get("routing", {})
-        default = kind if kind in LAYERS else "top_k"
-        name = routing.get("name", kind if kind in LAYERS else of_file.get("name", default))
+        has_router = kind not in LAYERS
+        default = "top_k" if has_router else kind
+        before = of_file.get("name", default)
+        name = routing.get("name", before if has_router else kind)
         wanted = f"leave it out, because experts.kind={kind!r} has no router"
-        require(kind not in LAYERS or name == kind, "routing.name", name, wanted)
-        kept = of_file if of_file.get("name", default) == name else {}
-        groups["routing"] = kept | routing | {"name": name}
+        require(has_router or name == kind, "routing.name", name, wanted)
+        groups["routing"] = (of_file if before == name else {}) | routing | {"name": name}
     return Config.from_config_dict(groups)
 
 
@@ -274,25 +273,10 @@ def _parse(argv):
 
 def _help(module):
     """The docstring of a command and its flags, without `--config.GROUP.FIELD`."""
-    of_modules = FLAGS.flags_by_module_dict()
-    name = sys.argv[0] if module == "__main__" else module  # absl's name of the module
-    groups = {"flags": of_modules.get(name, [])}
-    if "distributed" in vars(sys.modules[module]):
-        groups["several processes"] = of_modules["aoe_jax.distributed"]
-    groups["all commands"] = of_modules[__name__]
-    parts = [sys.modules[module].__doc__.strip()]
-    for title, found in groups.items():
-        lines = [_flag_help(flag) for flag in found if not flag.name.startswith("config.")]
-        parts += ["\n".join([f"{title}:", *lines])] if lines else []
-    return "\n\n".join(parts)
-
-
-def _flag_help(flag):
-    has_default = flag.default is not False and flag.default not in (None, "", [], [""])
-    default = f" (default: {flag.default_as_str.strip(chr(39))})" if has_default else ""
-    text = " ".join(f"{flag.help}{default}".split())
-    indent = {"initial_indent": f"  --{flag.name:<18} ", "subsequent_indent": " " * 23}
-    return textwrap.fill(text, 100, **indent, break_on_hyphens=False)
+    modules = [sys.argv[0] if module == "__main__" else module]  # absl's name of the module
+    modules += ["aoe_jax.distributed"] if "distributed" in vars(sys.modules[module]) else []
+    flags_of_modules = map(FLAGS.module_help, [*modules, __name__])
+    return "\n".join([sys.modules[module].__doc__, *flags_of_modules])
 
 
 def _flag_mistake(error):
@@ -304,8 +288,6 @@ def _flag_mistake(error):
             return _NO_CONFIG
         _, _, suggestion = text.partition(". ")
         return f"--{error.flagname} is no flag; --help lists them. {suggestion}".removesuffix(". ")
-    for words, plain in _WORDS_OF_ABSL.items():
-        text = re.sub(words, plain, text)
     return text.removeprefix("flag ")[:400]
 
 

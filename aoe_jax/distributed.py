@@ -1,13 +1,13 @@
 """Starts JAX, also on several processes: a TPU pod, a Slurm job, or processes named one by one."""
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
 import sys
 import threading
 import time
+import zlib
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from aoe_jax.storage.retry import reason, status_of
 log = logging.getLogger(__name__)
 
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "one of the processes of a TPU slice, Slurm, Open MPI or Kubernetes job"
+    "distributed", False, "join the processes of a TPU slice, Slurm, Open MPI or Kubernetes job"
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, for processes started one by one"
@@ -35,9 +35,7 @@ _PROCESS = flags.DEFINE_integer(
 _JOIN_TIMEOUT = flags.DEFINE_integer(
     "join_timeout", 300, "seconds to wait for the other processes", lower_bound=1
 )
-
-
-_END_DELAY = 1.0  # seconds between the agreement to end and the end
+_END_DELAY = 1.0  # seconds that a process waits after all have agreed to end
 
 
 def start():
@@ -45,18 +43,17 @@ def start():
     `UserError` if the flags contradict each other or there is no cluster, and `MachineFault` if a
     process does not join or JAX finds no device.
     """
-    given, missing = [], []
-    for flag in (_COORDINATOR, _PROCESSES, _PROCESS):
-        (missing if flag.value is None else given).append(f"--{flag.name}")
+    of_one = (_COORDINATOR, _PROCESSES, _PROCESS)
+    given = [flag for flag in of_one if flag.value is not None]
     if given and _DISTRIBUTED.value:
-        raise UserError(f"--distributed asks the cluster; leave out {', '.join(given)}")
-    if given and missing:
+        raise UserError(f"--distributed asks the cluster; leave out --{given[0].name}")
+    if missing := [flag.name for flag in of_one if given and flag.value is None]:
         wanted = "--coordinator, --processes and --process go together"
-        raise UserError(f"{missing[0]} is missing; {wanted}")
+        raise UserError(f"--{missing[0]} is missing; {wanted}")
     if given:
-        host, _, port = _COORDINATOR.value.rpartition(":")
-        is_address = host and ":" not in host and port.isdecimal() and 0 < int(port[:6]) < 2**16
+        is_address = re.fullmatch(r"[^:]+:[0-9]{1,5}", _COORDINATOR.value)
         wanted = "must be HOST:PORT of process 0, such as 10.0.0.1:12345, with a port below 65536"
+        is_address = is_address and 0 < int(_COORDINATOR.value.partition(":")[2]) < 2**16
         require_flag(is_address, "coordinator", _COORDINATOR.value, wanted)
         below = f"must be below --processes={_PROCESSES.value}; processes count from 0"
         require_flag(_PROCESS.value < _PROCESSES.value, "process", _PROCESS.value, below)
@@ -113,7 +110,7 @@ def _give_up():
 
 def agree(what, text):
     """Waits for all processes; raises `UserError` if they have different texts."""
-    digests = gathered(int.from_bytes(hashlib.sha256(text.encode()).digest()[:3], "big"))
+    digests = gathered(zlib.crc32(text.encode()) % 2**31)
     differing = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
     if differing:
         raise UserError(
@@ -123,12 +120,12 @@ def agree(what, text):
 
 
 def see_the_same(value, read, what):
-    """Waits at most a minute until every process reads the int that process 0 sees; returns it in
-    all processes. `value` is that int in process 0; `read()` reads it, or returns None. Raises
-    `UserError`, which begins with the place `what`, if a process does not see it.
+    """Waits at most a minute until every process reads the int that process 0 sees. `value` is that
+    int in process 0; `read()` reads it, or returns None. Raises `UserError`, which begins with the
+    place `what`, if a process does not see it.
     """
     if jax.process_count() == 1:
-        return value
+        return
     value, deadline = gathered(value or 0)[0], time.monotonic() + min(_JOIN_TIMEOUT.value, 60)
     with together():
         while not (seen := read() == value) and time.monotonic() < deadline:
@@ -139,7 +136,6 @@ def see_the_same(value, read, what):
             f"{what}: process {', '.join(blind)} does not see what process 0 sees there; all "
             "processes must share that folder"
         )
-    return value
 
 
 @contextlib.contextmanager

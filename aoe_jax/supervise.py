@@ -2,7 +2,7 @@
 
     python -m aoe_jax.supervise [--restarts=5] -- train.py --config=FILE --workdir=DIR ...
 
-The arguments after `--` are those of Python, such as `train.py ...` or `-m aoe_jax.train ...`. The
+The arguments after `--` go to Python, such as `train.py ...` or `-m aoe_jax.train ...`. The
 command is started again after a preemption, a hang, a lost process, a fault of the machine or an
 unforeseen error, and while another process owns the workdir; not after a mistake of the user (exit
 status 2), divergence (4) or Ctrl-C. It gives up after `--restarts` restarts without a new step.
@@ -15,6 +15,7 @@ the run has finished, else that of the last attempt.
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import signal
@@ -70,9 +71,8 @@ class Supervisor:
 
     def run(self, restarts: int, pause: float) -> int:
         """Returns the exit status of the last attempt; that of signal N counts as 128 + N."""
-        idle = attempt = 0
-        while True:
-            attempt += 1
+        idle = 0
+        for attempt in itertools.count(1):
             before, began = self._heartbeat(), time.time()
             status = self._attempt(attempt)
             now = self._heartbeat()

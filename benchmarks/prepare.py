@@ -26,6 +26,7 @@ from pathlib import Path
 import psutil
 from absl import flags
 
+from aoe_jax.data.corpora import speech_files
 from aoe_jax.data.documents import find_files
 from aoe_jax.data.preparation import (
     Settings,
@@ -34,9 +35,8 @@ from aoe_jax.data.preparation import (
     make_plan,
     write_unit,
 )
-from aoe_jax.data.sotu import speech_files
-from aoe_jax.data.token_store import read_manifest
-from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
+from aoe_jax.data.token_store import read_manifest, saved_tokenizer
+from aoe_jax.data.tokenizer import load_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.storage.files import write_json
 from benchmarks.timing import new_workdir, report, run_benchmark, times

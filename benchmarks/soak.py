@@ -36,7 +36,7 @@ import psutil
 from absl import flags
 from tqdm import tqdm
 
-from aoe_jax.data.sotu import speech_files
+from aoe_jax.data.corpora import speech_files
 from aoe_jax.errors import Failure, Terminated
 from aoe_jax.sharding import with_shardings
 from aoe_jax.storage.config_files import read_run_config

@@ -8,7 +8,7 @@ model of the hub.
 
 from pathlib import Path
 
-from aoe_jax.data.tokenizer import saved_tokenizer
+from aoe_jax.data.token_store import saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.formats.loading import read_config
 from aoe_jax.storage.config_files import default_config, update_groups

@@ -1,24 +1,40 @@
-"""How commands parse their flags and how they end; other tests run every command."""
+"""How commands parse their flags, how they end, their list and their help; other tests run every
+command.
+"""
 
 import errno
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from gcsfs.retry import HttpError
 from jax.errors import JaxRuntimeError
 
 from aoe_jax import cli
+from aoe_jax.__main__ import commands
 from aoe_jax.errors import Interrupted, MachineFault, Preempted, Terminated, UserError
-from tests.in_process import logging_restored
-from tests.runs import ROOT
+from tests.forking import ENVIRONMENT
+from tests.hasty import xla_flags
+from tests.in_process import execute, logging_restored
+from tests.runs import ROOT, corpus_folder
 
+PACKAGE_FILES = {"commands.ini", "py.typed", "h100.txtpb", "report.md.j2", "modeling_aoe.py"}
+CONFIG = """
+from aoe_jax.storage.config_files import default_config
+from sizes import WIDTH
 
-@pytest.mark.parametrize("value", ["-" * 100_000 + "1", "not " * 50_000 + "1", "a"])
-def test_tuples_that_are_no_tuples(value):
-    with pytest.raises(ValueError):
-        cli._FieldParser(tuple, has_none=False).parse(value)
+def get_config():
+    config = default_config()
+    config.model.update(n_layers=1, n_heads=2, d_model=WIDTH, vocab_size=300, max_len=32)
+    config.experts.update(n_experts=4, top_k=2, d_ffn=32, d_low=8)
+    config.data.update(name="text", path={texts!r}, cache={cache!r}, seq_len=32)
+    config.train.update(steps=2, batch_size=2, warmup=0.5, log_every=1)
+    return config
+"""
 
 
 def noted(error):
@@ -117,17 +133,8 @@ cli.run(main)
 )
 def test_processes(what, redirection, status, stdout, stderr, tmp_path):
     script = f'"$@" {redirection}; exit ${{PIPESTATUS[0]}}'
-    command = [
-        "bash",
-        "-c",
-        script,
-        "bash",
-        sys.executable,
-        "-c",
-        PROGRAM,
-        tmp_path / "model",
-        what,
-    ]
+    program = [sys.executable, "-c", PROGRAM, tmp_path / "model", what]
+    command = ["bash", "-c", script, "bash", *program]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (status, stdout, stderr)
@@ -167,3 +174,84 @@ def test_a_thread_of_a_library_that_calls_python_at_the_end(tmp_path):
     program = [sys.executable, "-c", CALLED, library]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "bye"), done.stderr
+
+
+def test_the_list_has_every_command_with_one_line():
+    status, stdout, stderr = execute(["-m", "aoe_jax"])
+    assert status == 0, stderr
+    lines = stdout.splitlines()
+    assert all(len(line) <= 110 for line in lines)
+    for script, module, about in commands():
+        assert any(re.fullmatch(rf"{script} +{module} +{re.escape(about)}", line) for line in lines)
+    has_command = re.compile(r"^(command = |def command\(\))", re.MULTILINE)
+    found = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+        for path in ROOT.glob("aoe_jax/**/*.py")
+        if has_command.search(path.read_text())
+    }
+    assert found == {module for _, module, _ in commands()}
+    status, stdout, stderr = execute(["-m", "aoe_jax", "train"])
+    assert (status, stdout) == (2, "") and "unexpected argument 'train'" in stderr
+
+
+@pytest.mark.parametrize(("module", "about"), [(name, about) for _, name, about in commands()])
+def test_help(module, about):
+    status, stdout, stderr = execute(["-m", module, "--help"])
+    assert status == 0, stderr
+    assert stdout.startswith(f"{about}\n\n    python ")
+    assert all(len(line) <= 100 for line in stdout.splitlines())
+    flags = re.findall(r"^  (?:-h,)?--(?:\[no\])?([\w-]+)", stdout, re.MULTILINE)
+    assert {"debug", "retry_seconds"} < set(flags) and len(flags) == len(set(flags))
+    file = ROOT.joinpath(*module.split("."))
+    file = file / "__main__.py" if file.is_dir() else file.with_suffix(".py")
+    assert ("coordinator" in flags) == ("distributed.start()" in file.read_text())
+    assert ("config" in flags) == ("--config.GROUP.FIELD" in stdout)
+
+
+@pytest.mark.slow
+def test_a_wheel_trains_in_any_folder(tmp_path):
+    """With a configuration of one's own, that imports a file beside it."""
+    source, installed, own = tmp_path / "source", tmp_path / "installed", tmp_path / "own"
+    source.mkdir()
+    own.mkdir()
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "aoe_jax", source / "aoe_jax", ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    options = ["--no-deps", "--no-build-isolation", f"--target={installed}"]
+    subprocess.run([*pip, "install", *options, str(source)], check=True)
+    files = {path.relative_to(installed) for path in installed.glob("aoe_jax/**/*")}
+    tracked = {path.relative_to(source) for path in source.glob("aoe_jax/**/*")}
+    assert {path for path in files if "__pycache__" not in path.parts} == tracked
+    assert {path.name for path in files} > PACKAGE_FILES
+    assert {path.name for path in (installed / "bin").glob("aoe-*")} == {
+        script for script, _, _ in commands()
+    }
+
+    (own / "sizes.py").write_text("WIDTH = 16\n")
+    content = CONFIG.format(texts=str(corpus_folder()), cache=str(tmp_path / "cache"))
+    (own / "mine.py").write_text(content)
+    status, stdout, stderr = run_installed(installed, own, "aoe-train", "--help")
+    assert status == 0 and "--workdir" in stdout, stderr
+    command = "aoe-train", "--config=mine.py", "--workdir=run"
+    status, stdout, stderr = run_installed(installed, own, *command)
+    assert status == 0, stderr
+    assert stdout.startswith("result    step 2, 128 tokens, validation nll ")
+    assert "aoe_jax.eval" in stdout and "configs/" not in stdout  # a wheel has no configs
+    assert (own / "run" / "training.png").exists()
+    status, stdout, stderr = run_installed(installed, own, "aoe-doctor")
+    assert (status, stdout) == (2, "") and stderr.startswith("error: --config is missing")
+
+
+def run_installed(installed: Path, folder, name, *arguments):
+    """Runs a console script from another folder: `(status, stdout, stderr)`."""
+    done = subprocess.run(
+        [str(installed / "bin" / name), *arguments],
+        cwd=folder,
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(installed), "XLA_FLAGS": xla_flags()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr

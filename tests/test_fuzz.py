@@ -2,14 +2,12 @@
 `UserError`, and nothing is written outside the folder of the files.
 """
 
+import contextlib
 import copy
-import dataclasses
-import functools
 import json
 import os
 import random
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,23 +33,8 @@ from tests.evaluation.models import make_config, make_model
 
 DEEP = json.loads("[" * 400 + "]" * 400)
 VALUES = [
-    *(
-        None,
-        True,
-        False,
-        0,
-        1,
-        -1,
-        7,
-        255,
-        2**31,
-        -(2**31),
-        2**32,
-        2**63,
-        2**64,
-        10**400,
-        -(10**400),
-    ),
+    *(None, True, False, 0, 1, -1, 7, 255, 2**31, -(2**31), 2**32, 2**63, 2**64),
+    *(10**400, -(10**400)),
     *(0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"), -float("inf")),
     *("", "x", "x" * 5000, "\0", "\ud800", "é好🚀", "nan", "1", "../../x", "/etc/passwd", "%s{}"),
     *("float32", "top_k", "dense", "mixtral", "text", "uint16", "train", "~", "<|endoftext|>"),
@@ -73,14 +56,6 @@ VALUES = [
         {"type": "CTC", "pad_token": "", "word_delimiter_token": "", "cleanup": True},
     ),
 ]
-
-
-@dataclasses.dataclass
-class Target:
-    """A file, and what reads it."""
-
-    file: Path
-    read: Callable[[], object]
 
 
 def write_models(folder: Path):
@@ -126,19 +101,14 @@ def read_store(directory: Path):
         store.read(0, len(store))
 
 
-def read_lines(workdir: Path):
-    for _ in read_metrics(workdir / "metrics.jsonl"):
-        pass
-
-
 def read_documents(file: Path):
     for piece, _ in pieces_of(file, file.stat().st_size, 3000):
         for _ in documents(piece, "text"):
             pass
 
 
-def make_targets(folder: Path):
-    """Every file with its reader, by name, in a folder of their own."""
+def make_files(folder: Path):
+    """Makes all files; returns a configuration, its corpora and a call that prepares its store."""
     write_models(folder)
     texts, store, workdir = (folder / name for name in ("texts", "store", "run"))
     write_everything(texts)
@@ -153,30 +123,28 @@ def make_targets(folder: Path):
     lines += [{"step": 9, "validation_nll": 1.25}]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_json(workdir / "summary.json", {"metrics": {"step": 9}, "memory": {"state_bytes": 4}})
-    aoe, mixtral = folder / "aoe", folder / "mixtral"
-    shard = next(mixtral.glob("*.safetensors"))
-    targets = {
-        "config.json of a model": (aoe / "config.json", read_model, aoe),
-        "config.json of the hub": (mixtral / "config.json", read_model, mixtral),
-        "aoe_jax.json": (aoe / RUN_FILE, lambda path: (read_config(path), read_step(path)), aoe),
-        "safetensors": (aoe / SINGLE, read_tensors, aoe),
-        "shard of safetensors": (shard, read_tensors, mixtral),
-        "index": (mixtral / INDEX, read_tensors, mixtral),
-        "tokenizer.json": (aoe / "tokenizer.json", read_tokenizer),
-        "config.json of a run": (workdir / "config.json", check_config, workdir, config),
-        "data.json": (workdir / "data.json", check_data, workdir, corpus),
-        "metrics.jsonl": (workdir / "metrics.jsonl", read_lines, workdir),
-        "summary.json": (workdir / "summary.json", read_summary),
-        "manifest.json": (store / "manifest.json", read_store, store),
-        "plan.json": (store / "plan.json", prepare, inputs, settings, store, 1),
-        "JSON lines": (texts / "a.jsonl", read_documents),
-        "gzip": (texts / "c.json.gz", read_documents),
-        "Parquet": (texts / "d.parquet", read_documents),
-    }
-    return {
-        name: Target(file, functools.partial(read, *(arguments or [file])))
-        for name, (file, read, *arguments) in targets.items()
-    }
+    return config, corpus, lambda: prepare(inputs, settings, store, 1)
+
+
+# The path of a file, and what reads it, given that path and what `make_files` returns.
+READERS = {
+    "aoe/config.json": lambda file, made: read_model(file.parent),
+    "mixtral/config.json": lambda file, made: read_model(file.parent),
+    f"aoe/{RUN_FILE}": lambda file, made: (read_config(file.parent), read_step(file.parent)),
+    f"aoe/{SINGLE}": lambda file, made: read_tensors(file.parent),
+    "mixtral/model-00001-of-*.safetensors": lambda file, made: read_tensors(file.parent),
+    f"mixtral/{INDEX}": lambda file, made: read_tensors(file.parent),
+    "aoe/tokenizer.json": lambda file, made: read_tokenizer(file),
+    "run/config.json": lambda file, made: check_config(file.parent, made[0]),
+    "run/data.json": lambda file, made: check_data(file.parent, made[1]),
+    "run/metrics.jsonl": lambda file, made: list(read_metrics(file)),
+    "run/summary.json": lambda file, made: read_summary(file),
+    "store/manifest.json": lambda file, made: read_store(file.parent),
+    "store/plan.json": lambda file, made: made[2](),
+    "texts/a.jsonl": lambda file, made: read_documents(file),
+    "texts/c.json.gz": lambda file, made: read_documents(file),
+    "texts/d.parquet": lambda file, made: read_documents(file),
+}
 
 
 def mutated(content: bytes, choice: random.Random) -> bytes:
@@ -276,76 +244,54 @@ class Watch:
             self.found.append((event, path))
 
 
-def try_mutations(target: Target, watch: Watch, choice: random.Random, count: int):
-    """Reads a file after each of so many mutations; returns how many were refused."""
-    whole, refused = target.file.read_bytes(), 0
-    for number in range(count):
-        content = mutated(whole, choice)
-        target.file.write_bytes(content)
-        watch.active = True
-        try:
-            target.read()
-        except UserError as error:
-            refused += 1
-            message = str(error)
-            assert len(message.splitlines()) <= 2 and len(message) < 10_000, message
-        except BaseException as error:
-            error.add_note(f"mutation {number} of {target.file.name}: {content[:3000]!r}")
-            raise
-        finally:
-            watch.active = False
-            target.file.write_bytes(whole)
-    assert not watch.found
-    return refused
-
-
 @pytest.fixture(scope="module")
-def targets(tmp_path_factory):
+def files(tmp_path_factory):
+    """The folder of the files, what `make_files` returns, and a `Watch`."""
     folder = tmp_path_factory.mktemp("fuzz")
-    return make_targets(folder), Watch(folder)
+    return folder, make_files(folder), Watch(folder)
 
 
-COUNT = 25  # mutations of each file
-NAMES = (
-    "config.json of a model",
-    "config.json of the hub",
-    "aoe_jax.json",
-    "safetensors",
-    "shard of safetensors",
-    "index",
-    "tokenizer.json",
-    "config.json of a run",
-    "data.json",
-    "metrics.jsonl",
-    "summary.json",
-    "manifest.json",
-    "plan.json",
-    "JSON lines",
-    "gzip",
-    "Parquet",
-)
+@contextlib.contextmanager
+def replaced(file: Path, content: bytes):
+    whole = file.read_bytes()
+    file.write_bytes(content)
+    try:
+        yield
+    finally:
+        file.write_bytes(whole)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_readers_succeed_or_name_the_mistake(targets, name):
-    by_name, watch = targets
-    assert by_name.keys() == {*NAMES}
-    refused = try_mutations(by_name[name], watch, random.Random(name), COUNT)
+@pytest.mark.parametrize("name", READERS)
+def test_readers_succeed_or_name_the_mistake(files, name):
+    folder, made, watch = files
+    choice, refused, (file,) = random.Random(name), 0, folder.glob(name)
+    whole = file.read_bytes()
+    for _ in range(25):
+        content = mutated(whole, choice)
+        with replaced(file, content):
+            watch.active = True
+            try:
+                READERS[name](file, made)
+            except UserError as error:
+                refused += 1
+                message = str(error)
+                assert len(message.splitlines()) <= 2 and len(message) < 10_000, message
+            except BaseException as error:
+                error.add_note(f"the content was {content[:3000]!r}")
+                raise
+            finally:
+                watch.active = False
+    assert not watch.found
     # Lines of metrics that cannot be read are left out.
-    assert (refused > 0) == (name != "metrics.jsonl")
+    assert (refused > 0) == (name != "run/metrics.jsonl")
 
 
 SIZES = ("vocab_size", "num_hidden_layers", "num_local_experts", "intermediate_size", "hidden_size")
 
 
 @pytest.mark.parametrize("field", SIZES)
-def test_sizes_that_the_tensors_lack_take_no_memory(targets, field):
-    target = targets[0]["config.json of the hub"]
-    whole = target.file.read_text()
-    values = json.loads(whole) | {"head_dim": None}
-    write_json(target.file, values | {field: 2**30})
-    try:
-        with pytest.raises(UserError):
-            target.read()
-    finally:
-        target.file.write_text(whole)
+def test_sizes_that_the_tensors_lack_take_no_memory(files, field):
+    file = files[0] / "mixtral/config.json"
+    values = json.loads(file.read_text()) | {"head_dim": None, field: 2**30}
+    with replaced(file, json.dumps(values).encode()), pytest.raises(UserError):
+        read_model(file.parent)

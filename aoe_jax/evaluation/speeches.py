@@ -12,7 +12,7 @@ import re
 
 import datasets
 
-from aoe_jax.data.sotu import speech_files, split_of
+from aoe_jax.data.corpora import speech_files, split_of
 
 EXAMPLES = 40  # a speech has at most this many
 PASSAGE_WORDS = 40  # minimum words of a cloze passage

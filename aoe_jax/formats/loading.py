@@ -17,7 +17,7 @@ from aoe_jax.config.data import DataConfig
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.config.training import TrainConfig
-from aoe_jax.data.tokenizer import saved_tokenizer
+from aoe_jax.data.token_store import saved_tokenizer
 from aoe_jax.errors import UserError, naming, shown
 from aoe_jax.formats.architectures import find_layouts
 from aoe_jax.formats.configs import computed_fields, from_json

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import tokenizers
 
-from aoe_jax.data.tokenizer import SentencePieceTokenizer, load_tokenizer, saved_tokenizer
+from aoe_jax.data.token_store import saved_tokenizer
+from aoe_jax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from aoe_jax.formats.loading import is_model
 from aoe_jax.storage.files import read_json, write_json
 
@@ -37,8 +38,8 @@ def write_tokenizer(folder: Path, output: Path, max_len: int):
         known = read_json(folder / "config.json")
         return {name: known.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     tokenizer = load_tokenizer(saved_tokenizer(folder), setting="tokenizer")
-    source, kind = saved_tokenizer(folder), "LlamaTokenizer"
-    file = shutil.copyfile(source, output / source.name)  # without the source's permissions
+    tokenizer.save(output)
+    file, kind = output / tokenizer.file_name, "LlamaTokenizer"
     if not isinstance(tokenizer, SentencePieceTokenizer):
         kind = "PreTrainedTokenizerFast"
         if tokenizers.Tokenizer.from_file(str(file)).num_special_tokens_to_add(is_pair=False):

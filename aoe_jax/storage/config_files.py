@@ -7,13 +7,14 @@ import sys
 import traceback
 from pathlib import Path
 
+import fsspec
 from ml_collections import ConfigDict
 
 from aoe_jax.config.checks import require
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, naming
 from aoe_jax.storage.files import read_json
-from aoe_jax.storage.paths import local_file, parsed_path
+from aoe_jax.storage.paths import is_remote, parsed_path
 
 EXAMPLE = "configs/tiny.py of the repository"
 
@@ -38,7 +39,9 @@ def read_config(name: str) -> dict:
     """
     scheme, slashes, rest = name.rpartition("://")
     file, _, variant = rest.partition(":")
-    file = local_file(parsed_path(f"{scheme}{slashes}{file}", "--config", in_store=True))
+    file = parsed_path(f"{scheme}{slashes}{file}", "--config", in_store=True)
+    if is_remote(file) and file.exists():
+        file = Path(fsspec.open_local(f"simplecache::{file}", simplecache={"same_names": True}))
     if file.suffix == ".json" and not variant:
         return read_run_config(file).to_dict()
     config = call_in_file(f"--config={name}", file, "get_config", *filter(None, [variant]))
@@ -57,10 +60,8 @@ def read_run_config(path: Path) -> Config:
     """
     groups = read_json(path)
     if "model_type" in groups:
-        raise UserError(
-            f"{path} belongs to a model, not to a training run; train.init_from starts a run from "
-            "a model"
-        )
+        wanted = "train.init_from starts a run from a model"
+        raise UserError(f"{path} belongs to a model, not to a training run; {wanted}")
     for name, values in groups.items():
         if not isinstance(values, dict):
             wanted = "is no group of fields; name a training run's workdir"

@@ -1,7 +1,5 @@
-"""Files on a disk or in a store: read within limits and by a schema, written whole or not at all;
-folders and locks.
-
-A file is a regular one: opening a FIFO or a device may wait for ever.
+"""Files on a disk or in a store: they are read within limits and by a schema, and written whole or
+not at all. Folders and locks.
 """
 
 import contextlib
@@ -12,19 +10,19 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import filelock
 
 from aoe_jax.errors import UserError, shown
-from aoe_jax.storage.paths import file_system, is_remote
+from aoe_jax.storage.paths import file_system, is_remote, size_and_version
 from aoe_jax.storage.retry import is_fault_of_write, patiently, reason, refusing
 
 log = logging.getLogger(__name__)
 
-_BYTES = 2**24  # the largest JSON file, by default; parsed it takes 25x the memory
+_BYTES = 2**24  # the largest JSON file by default; when it is parsed, it takes 25x the memory
 _LINE_BYTES = 2**22  # the longest line of metrics
 
 
@@ -55,27 +53,25 @@ def matching(pattern, words):
     return Kind(words, lambda value: isinstance(value, str) and bool(pattern.fullmatch(value)))
 
 
-def open_regular(path: Path | str):
+def open_file(path: Path | str):
     """Opens a file on a disk or in a store for reading bytes."""
     if is_remote(path):
         return io.BufferedReader(file_system(path).open(os.fspath(path), "rb"))
     return open(path, "rb")
 
 
-def read_regular(path: Path | str, at_most: int) -> bytes:
-    """The bytes of a file; raises OSError, also if it has more than `at_most`."""
-    with open_regular(path) as file:
-        content = file.read(at_most + 1)
-    if len(content) > at_most:
+def read_bytes(path: Path | str, at_most: int) -> bytes:
+    """The bytes of a file; raises `OSError`, also if it has more than `at_most`."""
+    if size_and_version(path)[0] > at_most:
         raise OSError(errno.EINVAL, f"it has more than {at_most} bytes", str(path))
-    return content
+    return file_system(path).cat_file(os.fspath(path))
 
 
 def read_text(path: Path, name: str, at_most: int) -> str:
     """The text of a file in UTF-8. Raises `UserError`, whose message begins with `name`."""
     what = f"{name} cannot be read"
     try:
-        return patiently(what, lambda: read_regular(path, at_most)).decode("utf-8")
+        return patiently(what, lambda: read_bytes(path, at_most)).decode("utf-8")
     except OSError as e:
         raise UserError(f"{what} ({reason(e)}); name a text file") from e
     except UnicodeDecodeError as e:
@@ -94,7 +90,7 @@ def read_json(
     """
     what = f"{path} cannot be read"
     try:
-        value = json.loads(patiently(what, lambda: read_regular(path, at_most)))
+        value = json.loads(patiently(what, lambda: read_bytes(path, at_most)))
     except UserError as e:
         raise UserError(f"{e}; {wanted}") from e
     except (OSError, ValueError, RecursionError) as e:
@@ -130,17 +126,13 @@ def read_metrics(path: Path):
     """
     if not path.exists():
         return
-    with refusing(f"{path} cannot be read", "; move it away"), open_regular(path) as file:
+    with refusing(f"{path} cannot be read", "; move it away"), open_file(path) as file:
         while line := file.readline(_LINE_BYTES):
             with contextlib.suppress(ValueError, RecursionError):
                 value = json.loads(line)
-                if isinstance(value, dict) and _is_metrics(value):
+                problem = misfit(value, {"step": COUNT})
+                if not (problem or misfit(value | {"layers": None}, {str: or_none(NUMBER)})):
                     yield value
-
-
-def _is_metrics(line):
-    numbers = [value for name, value in line.items() if name != "layers"]
-    return COUNT.holds(line.get("step")) and all(v is None or NUMBER.holds(v) for v in numbers)
 
 
 def write_json(path: Path, value, indent=2):
@@ -148,34 +140,21 @@ def write_json(path: Path, value, indent=2):
     write_whole(path, (json.dumps(finite(value), indent=indent) + "\n").encode())
 
 
-def write_whole(path: Path, content: bytes | Iterable[bytes]):
-    """Writes a file, also from pieces. A kill or a power cut leaves either the old file or the new
-    one. Raises `UserError` if a folder has its name, or its name with `.partial`.
-    """
-    pieces = [content] if isinstance(content, bytes) else content
+def write_whole(path: Path, content: bytes):
+    """Writes a file. A kill or a power cut leaves either the old file or the new one."""
     if is_remote(path):  # it appears whole
-        path.write_bytes(b"".join(pieces))
+        path.write_bytes(content)
         return
     partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.writelines(pieces)
-        replace_durably(partial, path)
-    except IsADirectoryError as e:
-        folder = partial if partial.is_dir() else path
-        raise UserError(f"{folder} is a folder; move it away") from e
+    partial.write_bytes(content)
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
 
 
 def finite(value):
     """The value after conversion to JSON and back, with None for numbers that are not finite."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
-
-
-def replace_durably(new: Path, path: Path):
-    """Moves a finished file to its place, safe from a power cut."""
-    sync(new)
-    os.replace(new, path)
-    sync(path.parent)
 
 
 def sync(path: Path):
@@ -231,55 +210,35 @@ def write_report(file: Path, report: dict, flag):
 
 
 @contextlib.contextmanager
-def exclusive(lock_file: Path):
+def exclusive(lock_file: Path, flag="config.data.cache"):
     """Waits for the lock, which a process holds until it ends; some network disks lock only the
-    processes of one host. Raises `UserError` if its folder cannot be written.
+    processes of one host. Raises `UserError`, which names the `flag`, if its folder cannot be
+    written.
     """
     lock = filelock.FileLock(lock_file)
 
     def acquire():
-        try:
-            lock_file.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except OSError as error:
-            if is_fault_of_write(error):
-                raise
-            raise UserError(
-                f"{lock_file.parent} cannot be written ({reason(error)}); set data.cache, or the "
-                "data.path of a TFDS data set, to a writable folder"
-            ) from error
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
 
-    patiently(f"{lock_file.parent} cannot be written", acquire)
+    write_or_refuse(lock_file.parent, flag, acquire)
     try:
         yield
     finally:
         lock.release()
 
 
-def partial_path(path: Path) -> Path:
-    """The path at which this host makes the content of `path`, while it holds its lock. What a
-    killed process of this host left there is removed.
-    """
-    partial = path.with_name(f"{path.name}.partial-{socket.gethostname()}")
-    if partial.is_dir():
-        shutil.rmtree(partial)
-    partial.unlink(missing_ok=True)
-    return partial
-
-
 @contextlib.contextmanager
 def new_folder(folder: Path):
-    """Yields an empty folder at `partial_path(folder)`, and moves it to `folder` at the end, unless
-    another host has done that before. After an exception it is removed.
+    """Yields an empty folder, and moves it to `folder` at the end, unless another host has made
+    that before. After an exception it is removed.
     """
-    partial = partial_path(folder)
+    partial = folder.with_name(f"{folder.name}.partial-{socket.gethostname()}")
+    shutil.rmtree(partial, ignore_errors=True)  # a killed process of this host left it
     partial.mkdir(parents=True)
     try:
         yield partial
-        with contextlib.suppress(FileExistsError):
+        if not folder.exists():
             partial.rename(folder)
-    except OSError as e:
-        if e.errno != errno.ENOTEMPTY:
-            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Folders on a disk, as `pathlib.Path`, or in an object store, as `epath.Path`."""
 
-import atexit
 import errno
 import functools
 import hashlib
@@ -13,6 +12,7 @@ from glob import has_magic
 from pathlib import Path
 
 import filelock
+import fsspec
 from etils import epath
 from fsspec.implementations.local import LocalFileSystem
 
@@ -20,9 +20,13 @@ from aoe_jax.errors import UserError
 from aoe_jax.storage.retry import patiently
 
 STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that reads it
-FILE_BYTES = 2**27  # the largest tokenizer's file; the largest on the hub have 35 MB
+FILE_BYTES = 2**27  # the largest tokenizer's file; the largest ones on the hub have 35 MB
 # Commands write these into a model's directory; copies of the model stay valid without them.
 _REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "probe.json"}
+
+
+for _scheme in STORES:  # other hosts also write there
+    fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
 
 
 def parsed_path(text: str | os.PathLike, name: str, in_store=False, is_pattern=False):
@@ -31,30 +35,23 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False, is_pattern=F
     `is_pattern` whether it is a glob pattern. Raises `UserError` for a path that cannot be used, or
     if the package for its store is missing.
     """
-    path = named_path(text, name, in_store, is_pattern)
-    if is_remote(path):
-        scheme = os.fspath(path).partition(":")[0]
-        try:
-            __import__(STORES[scheme])
-            _let_stores_list_anew()
-        except ImportError as e:
-            missing = f"the package {STORES[scheme]} is missing; pip install 'aoe_jax[{scheme}]'"
-            raise UserError(f"{name}={text}: {missing}") from e
-    return path
-
-
-def named_path(text: str | os.PathLike, name: str, in_store=False, is_pattern=False):
-    """Like `parsed_path`, for a path that may only be named: its store needs no package."""
-    if not str(text).strip():
+    text = str(text)
+    if not text.strip():
         raise UserError(f"{name}={text}: is empty; name a path")
-    if not is_remote(text) and not re.match(r"\s*[\w+.-]+:/", str(text)):
+    if not is_remote(text) and not re.match(r"\s*[\w+.-]+:/", text):
         return _path_on_disk(text, name)
     known = " or ".join(f"{scheme}://BUCKET/..." for scheme in STORES)
     wanted = f"name a folder, or {known}" if in_store else "it must be on a disk"
-    if not in_store or not re.match(rf"({'|'.join(STORES)})://[^/]", str(text)):
+    scheme = re.match(rf"({'|'.join(STORES)})://[^/]", text)
+    if not in_store or not scheme:
         raise UserError(f"{name}={text}: {wanted}")
-    if has_magic(str(text)) and not is_pattern:  # the clients would take it for a pattern
+    if has_magic(text) and not is_pattern:  # the clients would take it for a pattern
         raise UserError(f"{name}={text}: a path in a store must not have *, ? or [")
+    try:
+        __import__(STORES[scheme[1]])
+    except ImportError as e:
+        wanted = f"the package {STORES[scheme[1]]} is missing; pip install 'aoe_jax[{scheme[1]}]'"
+        raise UserError(f"{name}={text}: {wanted}") from e
     return epath.Path(text)
 
 
@@ -75,18 +72,8 @@ def is_remote(path) -> bool:
     return "://" in os.fspath(path)
 
 
-def _let_stores_list_anew():
-    import fsspec
-
-    for scheme in STORES:  # other hosts also write there
-        fsspec.config.conf[scheme] = {"use_listings_cache": False}
-
-
 def file_system(path):
     """The fsspec file system of a path."""
-    import fsspec
-
-    _let_stores_list_anew()
     scheme, _, rest = os.fspath(path).partition("://")
     return fsspec.filesystem(scheme if rest else "file")
 
@@ -185,23 +172,20 @@ def put(source: Path, target):
 
 def remove_folder(folder):
     """Removes a folder with all that is in it, if it exists."""
-    if not is_remote(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-    elif folder.exists():
-        file_system(folder).rm(os.fspath(folder), recursive=True)
+    store, name = file_system(folder), os.fspath(folder)
+    if store.exists(name):
+        store.rm(name, recursive=True)
 
 
 def local_copy(folder, cache="~/.cache/aoe_jax"):
-    """Returns the folder of a model on a disk: the folder itself, or a copy in `cache`."""
+    """Returns a folder on a disk: the folder itself, or a copy in `cache`, which is made anew when
+    a file in the store has changed.
+    """
     if not is_remote(folder):
         return folder
     what = f"{folder} cannot be copied to {cache}"
-    return patiently(what, functools.partial(_copied, folder, Path(cache).expanduser()))
-
-
-def _copied(folder, cache):
     root, store = os.fspath(folder).rstrip("/"), file_system(folder)
-    files = sorted(store.find(root, detail=True).items())
+    files = sorted(patiently(what, lambda: store.find(root, detail=True)).items())
     prefix = f"{root.partition('://')[2]}/"
     parts = {name: name.removeprefix(prefix) for name, _ in files if name.startswith(prefix)}
     if not parts:
@@ -211,31 +195,18 @@ def _copied(folder, cache):
             raise UserError(f"{folder} has an object {name!r}, whose copy would be elsewhere")
     state = [(name, _of_store(file)) for name, file in files if Path(name).name not in _REPORTS]
     key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-    target = cache / "copies" / f"{folder.name}-{key}"
+    target = Path(cache).expanduser() / "copies" / f"{folder.name}-{key}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.with_name(f".{target.name}.lock")):
         if not target.exists():
-            wanted = [name for name in parts if not name.endswith("/")]
             with tempfile.TemporaryDirectory(dir=target.parent) as new:
-                store.get(wanted, [f"{new}/whole/{parts[name]}" for name in wanted])
+                for name, part in parts.items():
+                    if not name.endswith("/"):
+                        copy = Path(new, "whole", part)
+                        copy.parent.mkdir(parents=True, exist_ok=True)
+                        patiently(what, functools.partial(store.get_file, name, str(copy)))
                 os.replace(f"{new}/whole", target)
     return target
-
-
-def local_file(file) -> Path:
-    """Returns a file on a disk: itself, or a copy that lasts as long as this process."""
-    return _temporary_copy(file) if is_remote(file) and file.exists() else file
-
-
-@functools.cache
-def _temporary_copy(file):
-    if size_and_version(file)[0] > FILE_BYTES:
-        raise UserError(f"{file} cannot be read: it has more than {FILE_BYTES} bytes")
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    copy = Path(folder, file.name)
-    copy.write_bytes(file.read_bytes())
-    return copy
 
 
 class Mirror:

@@ -11,7 +11,7 @@ from aoe_jax.errors import Failure, MachineFault, UserError
 
 log = logging.getLogger(__name__)
 
-retry_seconds = 60.0  # for which a call is repeated; commands set it to --retry_seconds
+retry_seconds = 60.0  # how long a call is repeated; commands set it to --retry_seconds
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 
 # Errors of the system that depend on the file or the arguments, so that repeating is useless.
@@ -43,9 +43,15 @@ _AS_TEXT = re.compile(
 _FILLED = re.compile("RESOURCE_EXHAUSTED|INTERNAL: .*Out of memory")
 # Exceptions of clients of object stores and of downloads, by package and name.
 _UNREACHABLE = {
-    *("aiohttp.ClientError", "botocore.ConnectionError", "botocore.HTTPClientError"),
-    *("google.RefreshError", "google.TransportError", "httpx.TransportError"),
-    *("httpx2.TransportError", "requests.ChunkedEncodingError", "requests.ConnectionError"),
+    "aiohttp.ClientError",
+    "botocore.ConnectionError",
+    "botocore.HTTPClientError",
+    "google.RefreshError",
+    "google.TransportError",
+    "httpx.TransportError",
+    "httpx2.TransportError",
+    "requests.ChunkedEncodingError",
+    "requests.ConnectionError",
     "requests.Timeout",
 }
 _NO_CREDENTIALS = {"botocore.NoCredentialsError", "google.DefaultCredentialsError"}
@@ -60,13 +66,16 @@ def _names(error):
     return {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).mro()}
 
 
+def _is_any(error, names):
+    return any(_names(cause) & names for cause in _causes(error))
+
+
 def is_fault(error: BaseException) -> bool:
     """Whether the machine, a disk or a network caused an exception. A lack of device memory is no
     fault: a later try would fail too.
     """
-    causes = _causes(error)
-    is_offline = any("huggingface_hub.OfflineModeIsEnabled" in _names(cause) for cause in causes)
-    return not fills_device(error) and not is_offline and any(map(_is_fault_itself, causes))
+    is_lasting = fills_device(error) or _is_any(error, {"huggingface_hub.OfflineModeIsEnabled"})
+    return not is_lasting and any(map(_is_fault_itself, _causes(error)))
 
 
 def _is_fault_itself(error):
@@ -100,7 +109,7 @@ def is_of_network(error: BaseException) -> bool:
 
 def lacks_credentials(error: BaseException) -> bool:
     """Whether a client of an object store does not know who the user is."""
-    return any(_names(cause) & _NO_CREDENTIALS for cause in _causes(error))
+    return _is_any(error, _NO_CREDENTIALS)
 
 
 def is_fault_of_write(error: BaseException) -> bool:
@@ -159,34 +168,28 @@ def patiently(what, call):
             deadline = deadline or time.monotonic() + retry_seconds
             pause = min(pause, deadline - time.monotonic())
             if pause <= 0:
-                raise MachineFault(
-                    f"{what} ({reason(e)}); it was tried for {retry_seconds:g} s"
-                ) from e
+                tried = f"it was tried for {retry_seconds:g} s"
+                raise MachineFault(f"{what} ({reason(e)}); {tried}") from e
             log.warning(f"{what} ({reason(e)}); next try in {pause:g} s")
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 class Tolerated:
-    """A context for writing files that a run can do without: it suppresses and counts exceptions,
-    and logs the first in a row.
+    """A context for writing files that a run can do without: it suppresses exceptions, and logs the
+    first in a row.
     """
 
     def __init__(self, name):
         """`name` is the file's name in the log."""
-        self.failures, self.error, self._name = 0, None, name
+        self._name, self._has_failed = name, False
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        if error is not None and not isinstance(error, Exception):  # such as a request to stop
-            return False
-        before, self.error = self.error, error
-        if error is not None:
-            self.failures += 1
-            if before is None:
-                log.warning(f"{self._name} cannot be written ({reason(error)}); the run goes on")
-        elif before is not None:
-            log.warning(f"{self._name} is written again; {self.failures} writes have failed so far")
-        return error is not None
+        is_failure = isinstance(error, Exception)  # not a request to stop
+        if is_failure and not self._has_failed:
+            log.warning(f"{self._name} cannot be written ({reason(error)}); the run goes on")
+        self._has_failed = is_failure
+        return is_failure

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from aoe_jax.config.checks import differences
 from aoe_jax.config.run import Config
-from aoe_jax.data.tokenizer import saved_tokenizer
+from aoe_jax.data.token_store import saved_tokenizer
 from aoe_jax.distributed import together
 from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import computed_fields

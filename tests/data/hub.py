@@ -32,39 +32,29 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         """Sends metadata, listings of folders, and the file."""
         path = self.path.partition("?")[0]
-        entry = {
-            "type": "file",
-            "path": PATH,
-            "size": len(self.content),
-            "oid": hashlib.sha1(self.content).hexdigest(),
-        }
-        if path == "/api/datasets/org/poems" or path.startswith(
-            "/api/datasets/org/poems/revision/"
-        ):
-            self._answer(
-                {"id": "org/poems", "sha": COMMIT, "private": False, "gated": False, "siblings": []}
-            )
-        elif path == f"/api/datasets/org/poems/tree/{COMMIT}":
+        size, oid = len(self.content), hashlib.sha1(self.content).hexdigest()
+        entry = {"type": "file", "path": PATH, "size": size, "oid": oid}
+        dataset = "/api/datasets/org/poems"
+        if path == dataset or path.startswith(f"{dataset}/revision/"):
+            about = {"id": "org/poems", "sha": COMMIT, "private": False, "gated": False}
+            self._answer(about | {"siblings": []})
+        elif path == f"{dataset}/tree/{COMMIT}":
             self._answer([{"type": "directory", "path": "data", "size": 0, "oid": COMMIT}])
-        elif path.startswith("/api/datasets/org/poems/tree/"):
+        elif path.startswith(f"{dataset}/tree/"):
             self._answer([entry])
         elif path.endswith(f"/resolve/{COMMIT}/{PATH}"):
-            self._answer(self.content, ETag=f'"{entry["oid"]}"')
+            self._answer(self.content, ETag=f'"{oid}"')
         else:
-            self._answer(
-                b"",
-                404,
-                **{"X-Error-Code": "EntryNotFound" if "org/poems" in path else "RepoNotFound"},
-            )
+            missing = "EntryNotFound" if "org/poems" in path else "RepoNotFound"
+            self._answer(b"", 404, **{"X-Error-Code": missing})
 
     do_HEAD = do_GET
 
     def _answer(self, body, status=200, **headers):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for name, value in (
-            {"X-Repo-Commit": COMMIT, "Content-Length": len(body)} | headers
-        ).items():
+        headers = {"X-Repo-Commit": COMMIT, "Content-Length": len(body)} | headers
+        for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command == "GET":

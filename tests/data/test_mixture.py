@@ -93,11 +93,7 @@ def test_shares_are_kept_at_every_position(weights, start):
 
 
 def test_shares_are_exact_where_they_can_be():
-    assert Mixture([Fraction("0.67"), Fraction("0.045"), Fraction("0.285")]).counts(200) == [
-        134,
-        9,
-        57,
-    ]
+    assert Mixture(WEIGHTS[1]).counts(200) == [134, 9, 57]
     assert Mixture([31, 4159, 26]).counts(31 + 4159 + 26) == [31, 4159, 26]
 
 
@@ -106,10 +102,8 @@ def test_batches_hold_the_sources_in_their_shares(corpus):
     seen = Counter()
     for number in range(1, 51):
         seen.update(sources_of(corpus, next(iterator)))
-        assert iterator.get_state() == {
-            "next_index": number,
-            "sources": {name: seen[name] for name in corpus.train},
-        }
+        sources = {name: seen[name] for name in corpus.train}
+        assert iterator.get_state() == {"next_index": number, "sources": sources}
     assert seen == {"small": 150, "large": 60, "digits": 90}
 
 
@@ -163,10 +157,8 @@ def test_position_is_restored_and_whole_batches_are_those_of_processes(corpus, p
 @pytest.mark.parametrize("sources", [{"small": 3, "large": 1, "digits": 2}, {"small": 6}, None])
 def test_position_in_other_sources_is_refused(corpus, sources):
     state = {"next_index": 1} | ({"sources": sources} if sources else {})
-    with pytest.raises(
-        UserError,
-        match=r"data\.name: the checkpoint had read .* after 1 batches, .*'small': 3, 'large': 2",
-    ):
+    words = r"data\.name: the checkpoint had read .* after 1 batches, .*'small': 3, 'large': 2"
+    with pytest.raises(UserError, match=words):
         iter(batches_of(corpus)).set_state(state)
 
 
@@ -184,58 +176,45 @@ def test_one_vocabulary_is_trained_on_all(folders):
 def prepared(folders, name, folder, **settings):
     """Copies the token store of a corpus to a folder with another name."""
     corpus = corpus_of(folders, f"text@{{{folder}}}", **settings)
-    return shutil.copytree(
-        corpus.tokenizer.parent, folders["cache"].parent / name, dirs_exist_ok=True
-    )
+    target = folders["cache"].parent / name
+    return shutil.copytree(corpus.tokenizer.parent, target, dirs_exist_ok=True)
 
 
 def test_prepared_stores_bring_their_tokenizer(folders):
     mine = prepared(folders, "mine", "large", vocab_size=300)
-    corpus = corpus_of(
-        folders | {"mine": mine}, "prepared@{mine}=0.9, text@{digits}=0.1", vocab_size=512
-    )
-    assert list(corpus.train) == ["mine", "digits"] and corpus.weights == (
-        Fraction("0.9"),
-        Fraction("0.1"),
-    )
+    here = folders | {"mine": mine}
+    corpus = corpus_of(here, "prepared@{mine}=0.9, text@{digits}=0.1", vocab_size=512)
+    assert list(corpus.train) == ["mine", "digits"]
+    assert corpus.weights == (Fraction("0.9"), Fraction("0.1"))
     assert len({store.manifest["tokenizer_sha256"] for store in corpus.train.values()}) == 1
     assert corpus.identities[0] == corpus_of(folders, "text@{large}", vocab_size=300).identities[0]
-    given = corpus_of(
-        folders | {"mine": mine}, "prepared@{mine}", 512, tokenizer=str(mine / "tokenizer.json")
-    )
+    given = corpus_of(here, "prepared@{mine}", 512, tokenizer=str(mine / "tokenizer.json"))
     assert given.identities == corpus.identities[:1]
     alone = open_corpus(DataConfig("prepared", path=str(mine)), 300)
     assert alone.identities == corpus.identities[:1] and list(alone.train) == ["mine"]
 
 
-def test_prepared_stores_that_do_not_fit(folders):
-    mine = prepared(folders, "mine", "large", vocab_size=300)
-    other = prepared(folders, "other", "digits", vocab_size=290)
-    here = folders | {"mine": mine, "other": other, "nothing": folders["cache"]}
-    for name, settings in (
-        ("prepared@{mine}, prepared@{other}", {}),
-        ("prepared@{mine}", {"tokenizer": str(other / "tokenizer.json")}),
-    ):
-        with pytest.raises(
-            UserError,
-            match=r"all corpora must have the same tokenizer, but .*mine has [0-9a-f]{12}",
-        ):
-            corpus_of(here, name, vocab_size=512, **settings)
-    with pytest.raises(UserError, match=r"model\.vocab_size=280: the tokenizer has 300 tokens"):
-        corpus_of(here, "prepared@{mine}, text@{digits}", vocab_size=280)
-    with pytest.raises(
-        UserError,
-        match=rf"data\.name: 'prepared' names {folders['cache']}, which is no token store",
-    ):
-        corpus_of(here, "prepared@{nothing}, text@{digits}")
-    assert not any(
-        path.name.startswith("digits") for path in (folders["cache"] / "tokens").iterdir()
-    )
+TWO = r"all corpora must have the same tokenizer, but .*mine has [0-9a-f]{12}"
 
 
-def test_batches_of_a_single_window(corpus):
-    batch = next(iter(train_batches(corpus.train, corpus.weights, SEQ_LEN, 1, 7)))
-    assert batch["inputs"].shape == (1, SEQ_LEN)
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "vocab_size", "words"),
+    [
+        ("prepared@{mine}, prepared@{other}", None, 512, TWO),
+        ("prepared@{mine}", "other", 512, TWO),
+        ("prepared@{mine}, text@{digits}", None, 280, r"vocab_size=280: the tokenizer has 300 tok"),
+        ("prepared@{cache}, text@{digits}", None, 257, r"'prepared' names .*, which is no token"),
+    ],
+)
+def test_prepared_stores_that_do_not_fit(folders, name, tokenizer, vocab_size, words):
+    here = dict(folders)
+    for store, (folder, size) in {"mine": ("large", 300), "other": ("digits", 290)}.items():
+        here[store] = prepared(folders, store, folder, vocab_size=size)
+    given = tokenizer and str(here[tokenizer] / "tokenizer.json")
+    before = set((folders["cache"] / "tokens").iterdir())
+    with pytest.raises(UserError, match=words):
+        corpus_of(here, name, vocab_size, tokenizer=given)
+    assert set((folders["cache"] / "tokens").iterdir()) == before
 
 
 def test_damaged_shard_ends_the_batches_where_they_come_upon_it(folders, corpus):
@@ -245,8 +224,8 @@ def test_damaged_shard_ends_the_batches_where_they_come_upon_it(folders, corpus)
     whole, batches = shard.read_bytes(), iter(batches_of(corpus))
     found = [next(batches)["inputs"] for _ in range(10)]
     state = batches.get_state()
-    token_store._reader.cache_clear()
     damage(shard)
+    token_store._reader.cache_clear()
     with pytest.raises(UserError, match=rf"{shard.parent}.*{shard.name}"):
         for _ in range(1000):
             next(batches)
@@ -265,7 +244,7 @@ def test_damaged_shard_ends_the_batches_where_they_come_upon_it(folders, corpus)
         ({"name": "prepared", "path": "/none"}, "'prepared' names /none, which is no token store"),
         ({"name": "text", "path": "/" + "x" * 300}, "config.data.path=/x*: File name too long"),
         ({"name": "text", "path": "gs://b/x"}, "config.data.path=gs://b/x: it must be on a disk"),
-        ({"name": "text@gs://b/x"}, "config.data.name=gs://b/x: it must be on a disk; aoe_jax.pre"),
+        ({"name": "text@gs://b/x"}, "config.data.name=gs://b/x: it must be on a disk"),
         ({"cache": "gs://b/x"}, "config.data.cache=gs://b/x: it must be on a disk"),
         ({"name": "prepared@gs://b/x"}, "config.data.name=gs://b/x: the package gcsfs is missing"),
         ({"tokenizer": "/none"}, "data.tokenizer='/none': cannot be read"),
@@ -277,7 +256,7 @@ def test_paths_that_cannot_be_opened(monkeypatch, tmp_path, settings, words):
         open_corpus(DataConfig(**{"cache": str(tmp_path)} | settings), 300)
 
 
-@pytest.mark.parametrize("path", ["~/texts", "texts", "../home/texts"])
+@pytest.mark.parametrize("path", ["~/texts", "texts"])
 def test_paths_as_a_user_writes_them(monkeypatch, tmp_path, path):
     write_documents(tmp_path / "home" / "texts", "abc")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

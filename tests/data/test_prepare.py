@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.texts import json_lines, texts
+from tests.in_process import execute
 from tests.runs import ROOT, contents, run, train_command
 
 FLAGS = ["--tokenizer=bpe:300", "--validation=0.05", "--test=0.05"]
@@ -65,30 +66,25 @@ def wait_for_units(process, output, count):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_or_stopped_it_goes_on_where_it_was(folder, whole, tmp_path, number):
+    """The processes that it began end with it."""
     output = tmp_path / "store"
     process = start(*flags_of(folder, output))
-    wait_for_units(process, output, 1)
+    while not list((output / "units").glob("*.json")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number]
     if number == signal.SIGTERM:
         assert stderr.strip().splitlines()[-1] == "terminated"
-    status, stderr = finish(*flags_of(folder, output))
-    assert status == 0 and "of 3 units of work are done" in stderr, stderr
-    assert contents(output) == contents(whole)
-
-
-def test_processes_end_with_the_one_that_began_them(folder, tmp_path):
-    process = start(*flags_of(folder, tmp_path / "store"))
-    wait_for_units(process, tmp_path / "store", 1)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert children
-    process.kill()
-    process.communicate()
     deadline = time.monotonic() + 60
     while any(os.path.exists(f"/proc/{pid}") for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    status, stderr = finish(*flags_of(folder, output))
+    assert children and status == 0 and "of 3 units of work are done" in stderr, stderr
+    assert contents(output) == contents(whole)
 
 
 @pytest.mark.slow
@@ -119,35 +115,21 @@ def test_check(whole, tmp_path):
 
 def test_no_jax_is_needed():
     code = "import sys, aoe_jax.prepare; print(*sys.modules)"
-    modules = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split()
-    assert "aoe_jax.data.preparation" in modules and not {
-        "jax",
-        "flax",
-        "grain",
-        "tensorflow_datasets",
-    } & {*modules}
+    command = [sys.executable, "-c", code]
+    modules = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert "aoe_jax.data.preparation" in modules
+    assert not {"jax", "flax", "grain", "tensorflow_datasets"} & {*modules}
 
 
 @pytest.mark.slow
 def test_training_on_a_store_of_a_sentencepiece_model(tmp_path):
     (tmp_path / "texts.jsonl").write_bytes(json_lines(texts(60, 0, longest=140)))
-    status, stderr = finish(
-        f"--input={tmp_path}/texts.jsonl",
-        f"--tokenizer={LLAMA}",
-        f"--output={tmp_path / 'store'}",
-        *FLAGS[1:],
-    )
+    output = tmp_path / "store"
+    given = [f"--input={tmp_path}/texts.jsonl", f"--tokenizer={LLAMA}", f"--output={output}"]
+    status, stderr = finish(*given, *FLAGS[1:])
     assert status == 0, stderr
-    store = {
-        "data__name": "prepared",
-        "data__path": tmp_path / "store",
-        "train__steps": 2,
-        "model__n_layers": 1,
-        "model__d_model": 16,
-        "train__eval_every": 0,
-    }
+    store = {"data__name": "prepared", "data__path": output, "train__steps": 2}
+    store |= {"model__n_layers": 1, "model__d_model": 16, "train__eval_every": 0}
     status, _, stderr = run(train_command(tmp_path / "run", **store, model__vocab_size=32000))
     assert status == 0, stderr
     assert (tmp_path / "run" / "tokenizer.model").read_bytes() == LLAMA.read_bytes()
@@ -159,33 +141,18 @@ def test_training_on_a_store_of_a_sentencepiece_model(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--input=x"], "--output is missing; name the directory of the token store"),
-        (["--output=x", "--tokenizer=bpe:300"], "--input is missing; name a glob pattern"),
-        (
-            ["--output=x", "--input=README.md"],
-            "--tokenizer is missing; name a Hugging Face tokenizer.json",
-        ),
-        (
-            ["--output=x", "--input=none*", "--tokenizer=bpe:300"],
-            "--input='none*': matches no file",
-        ),
-        (
-            ["--output=x", "--input=README.md", "--tokenizer=bpe:300"],
-            "README.md is in no known format",
-        ),
-        (
-            ["--output=x", "--input=README.md", "--tokenizer=bpe:3"],
-            "--tokenizer='bpe:3': give bpe:N",
-        ),
-        (["--output=x", "--processes=0"], "--processes=0"),
-        (
-            ["--output=x", "--check"],
-            "token store 'x': no such folder; correct the path",
-        ),
-        (["--output=x", "--check", "--input=y"], "--check takes --output alone; leave out --input"),
+        ("--input=x", "--output is missing; name the directory of the token store"),
+        ("--output=x --tokenizer=bpe:300", "--input is missing; name a glob pattern"),
+        ("--output=x --input=README.md", "--tokenizer is missing; name a Hugging Face tokenizer"),
+        ("--output=x --input=none* --tokenizer=bpe:300", "--input='none*': matches no file"),
+        ("--output=x --input=README.md --tokenizer=bpe:300", "README.md is in no known format"),
+        ("--output=x --input=README.md --tokenizer=bpe:3", "--tokenizer='bpe:3': give bpe:N"),
+        ("--output=x --processes=0", "--processes=0"),
+        ("--output=x --check", "token store 'x': no such folder; correct the path"),
+        ("--output=x --check --input=y", "--check takes --output alone; leave out --input"),
     ],
 )
 def test_mistakes(given, message):
-    status, stderr = finish(*given)
+    status, _, stderr = execute(["-m", "aoe_jax.prepare", *given.split()])
     assert status == 2 and message in stderr and "Traceback" not in stderr, stderr
     assert not (ROOT / "x").exists()

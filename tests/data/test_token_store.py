@@ -3,6 +3,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from aoe_jax.data import SPLITS, token_store
+from aoe_jax.data import SPLITS, building, token_store
+from aoe_jax.data.building import build_token_store, cached_token_stores
 from aoe_jax.data.corpora import load_corpus
 from aoe_jax.data.token_store import RECORD_TOKENS, TokenStore
-from aoe_jax.data.tokenised import build_token_store, cached_token_stores
 from aoe_jax.data.tokenizer import HuggingFaceTokenizer, load_tokenizer, train_tokenizer
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.storage import retry
@@ -37,25 +38,14 @@ def test_decoded_stream_is_the_text(sotu_cache, sotu_directory, split):
     assert list(map(tokenizer.decode, stored_documents(sotu_directory, split))) == texts
     store = TokenStore(sotu_directory, split)
     assert store.documents == len(texts)
+    assert store.documents == {"train": 225, "validation": 12, "test": 12}[split]
     assert store.text_bytes == sum(len(text.encode()) for text in texts)
-
-
-def test_manifest(sotu_directory):
-    manifest = TokenStore(sotu_directory, "train").manifest
-    assert (
-        manifest["corpus"] == "sotu"
-        and manifest["dtype"] == "uint16"
-        and manifest["vocab_size"] == 300
-    )
-    assert {split: info["documents"] for split, info in manifest["splits"].items()} == {
-        "train": 225,
-        "validation": 12,
-        "test": 12,
-    }
+    assert store.manifest["corpus"] == "sotu" and store.manifest["dtype"] == "uint16"
+    assert store.manifest["vocab_size"] == 300
 
 
 def test_reads_cross_records_and_shards(text_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_store, "RECORDS_PER_SHARD", 1)
+    monkeypatch.setattr(building, "RECORDS_PER_SHARD", 1)
     corpus = load_corpus("text", str(text_folder), str(tmp_path))
     tokenizer = train_tokenizer([], 257)
     build_token_store(corpus, tokenizer, tmp_path / "store")
@@ -64,13 +54,8 @@ def test_reads_cross_records_and_shards(text_folder, tmp_path, monkeypatch):
     expected = [0]
     for text in corpus.documents("train"):
         expected += [*tokenizer.encode([text])[0].tolist(), 0]
-    for start, stop in [
-        (0, len(store)),
-        (4095, 4097),
-        (4096, 8192),
-        (100, 20000),
-        (len(store) - 1, len(store)),
-    ]:
+    end = len(store)
+    for start, stop in [(0, end), (4095, 4097), (4096, 8192), (100, 20000), (end - 1, end)]:
         tokens = store.read(start, stop)
         assert tokens.dtype == np.int32 and tokens.tolist() == expected[start:stop]
     for start, stop in [(-1, 5), (5, 5), (0, len(store) + 1)]:
@@ -80,7 +65,7 @@ def test_reads_cross_records_and_shards(text_folder, tmp_path, monkeypatch):
 
 def test_batching_does_not_change_the_stream(text_folder, tmp_path, monkeypatch):
     whole = prepare_text(text_folder, tmp_path / "a")
-    monkeypatch.setattr(token_store, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(building, "_BATCH_CHARACTERS", 100)
     assert stored_documents(prepare_text(text_folder, tmp_path / "b"), "train") == stored_documents(
         whole, "train"
     )
@@ -94,22 +79,17 @@ def prepare_text(folder, cache, tokenizer=None):
     return directory
 
 
-def test_second_prepare_uses_the_store(text_folder, tmp_path, caplog):
+def test_a_store_is_used_again_for_the_same_text_and_tokenizer(text_folder, tmp_path, caplog):
     directory = prepare_text(text_folder, tmp_path)
     written = (directory / "manifest.json").stat().st_mtime_ns
     with caplog.at_level(logging.INFO, logger="aoe_jax"):
         assert prepare_text(text_folder, tmp_path) == directory
     assert (directory / "manifest.json").stat().st_mtime_ns == written
     assert "using" in caplog.text and "built" not in caplog.text
-
-
-def test_changed_text_or_tokenizer_makes_another_store(text_folder, tmp_path):
-    stores = {prepare_text(text_folder, tmp_path)}
-    stores.add(prepare_text(text_folder, tmp_path, next(iter(stores)) / "tokenizer.json"))
+    stores = {directory, prepare_text(text_folder, tmp_path, directory / "tokenizer.json")}
     (text_folder / "00.txt").write_text("changed")
     stores.add(prepare_text(text_folder, tmp_path))
-    assert len(stores) == 3
-    assert all(directory.name.startswith("text-") for directory in stores)
+    assert len(stores) == 3 and all(store.name.startswith("text-") for store in stores)
 
 
 def test_large_vocabulary_is_stored_in_32_bits(text_folder, tmp_path):
@@ -126,15 +106,15 @@ def test_large_vocabulary_is_stored_in_32_bits(text_folder, tmp_path):
 
 PREPARE = """
 import sys
-from aoe_jax.data import corpora, token_store, tokenised
+from aoe_jax.data import building, corpora
 {before}
 corpus = corpora.load_corpus("text", sys.argv[1], sys.argv[2])
-print(*tokenised.cached_token_stores([corpus], None, 300, sys.argv[2]))
+print(*building.cached_token_stores([corpus], None, 300, sys.argv[2]))
 """
 
 DIE_IN_THE_LAST_SPLIT = """
 import dataclasses, os, signal
-token_store._BATCH_CHARACTERS = 100  # so that texts reach the disk at once
+building._BATCH_CHARACTERS = 100  # so that texts reach the disk at once
 load = corpora.load_corpus
 def load_one_that_dies(*arguments):
     corpus = load(*arguments)
@@ -173,44 +153,53 @@ def test_processes_that_prepare_at_once_build_one_store(text_folder, tmp_path):
     assert len([path for path in (tmp_path / "tokens").iterdir() if path.is_dir()]) == 1
 
 
-def test_damaged_stores(text_folder, tmp_path):
-    directory = prepare_text(text_folder, tmp_path)
-    shard, manifest = directory / "test-00000.array_record", directory / "manifest.json"
-    whole_shard, whole_manifest = shard.read_bytes(), manifest.read_text()
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built")
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(f"document {i} " * 50)
+    return prepare_text(folder, folder / "cache")
 
-    def refuses(message):
-        with pytest.raises(UserError, match=rf"{directory.name}'?.*{message}.*delete this folder"):
-            store = TokenStore(directory, "test")
-            store.read(0, len(store))
 
-    shard.write_bytes(whole_shard[:100])
-    refuses(rf"test-00000.array_record has 100 bytes instead of {len(whole_shard)}")
-    shard.write_bytes(bytes(len(whole_shard)))
-    refuses("test-00000.array_record cannot be read")
-    shard.unlink()
-    refuses("test-00000.array_record is missing")
-    values = json.loads(whole_manifest)
-    for field, (value, message) in {
-        "format_version": (0, r"cannot be read: format_version is 0, not one of \[2\]"),
-        "dtype": ("O", "manifest.json cannot be read: dtype is 'O', not one of"),
-        "end_of_text": (10**6, "manifest.json has an end-of-text token outside its vocabulary"),
-        "vocab_size": (2, "has other tokens than manifest.json says"),
-    }.items():
-        shard.write_bytes(whole_shard)
-        manifest.write_text(json.dumps(values | {field: value}))
-        refuses(message)
-    more = json.loads(whole_manifest)
-    for place in (more["splits"]["test"], more["splits"]["test"]["shards"][0]):
-        place["tokens"] += 10**6
-    manifest.write_text(json.dumps(more))
-    refuses("test-00000.array_record cannot be read")
-    values["splits"]["test"]["shards"][0]["name"] = "../test-00000.array_record"
-    manifest.write_text(json.dumps(values))
-    refuses(r"shards\[0\].name is '../test-00000.array_record', not the name of a shard")
-    manifest.write_text(whole_manifest[:50])
-    refuses("manifest.json cannot be read")
-    manifest.unlink()
-    refuses("manifest.json is missing")
+SHARD = "test-00000.array_record"
+FEW = {"splits.test.tokens": 10**6, "splits.test.shards.0.tokens": 10**6 - 1}
+DAMAGES = [  # the content of a shard, or fields of the manifest or its text; words of the message
+    (bytes(100), {}, rf"{SHARD} has 100 bytes instead of \d+"),
+    (0, {}, rf"{SHARD} cannot be read"),
+    (None, {}, rf"{SHARD} is missing"),
+    ("whole", {"format_version": 0}, r"cannot be read: format_version is 0, not one of \[2\]"),
+    ("whole", {"dtype": "O"}, "manifest.json cannot be read: dtype is 'O', not one of"),
+    ("whole", {"end_of_text": 10**6}, "has an end-of-text token outside its vocabulary"),
+    ("whole", {"vocab_size": 2}, "has other tokens than manifest.json says"),
+    ("whole", {"splits.test.tokens": 10**6}, "has other tokens in test than its shards"),
+    ("whole", FEW, f"{SHARD} cannot be read"),
+    ("whole", {"splits.test.shards.0.name": f"../{SHARD}"}, f"is '../{SHARD}', not the name of a"),
+    ("whole", "{", "manifest.json cannot be read"),
+    ("whole", None, "manifest.json is missing"),
+]
+
+
+@pytest.mark.parametrize(("shard", "manifest", "words"), DAMAGES)
+def test_damaged_stores(built, tmp_path, shard, manifest, words):
+    directory = shutil.copytree(built, tmp_path / "store")
+    path, file = directory / SHARD, directory / "manifest.json"
+    if shard is None:
+        path.unlink()
+    elif shard != "whole":
+        path.write_bytes(shard or bytes(path.stat().st_size))
+    if isinstance(manifest, dict):
+        values = json.loads(file.read_text())
+        for name, value in manifest.items():
+            *parents, field = name.split(".")
+            place = values
+            for parent in parents:
+                place = place[int(parent) if parent.isdigit() else parent]
+            place[field] = value
+        manifest = json.dumps(values)
+    file.write_text(manifest) if manifest else file.unlink()
+    with pytest.raises(UserError, match=rf"store'?.*{words}.*delete this folder"):
+        store = TokenStore(directory, "test")
+        store.read(0, len(store))
 
 
 def test_shards_are_read_again_after_a_fault(text_folder, tmp_path, monkeypatch):
@@ -247,14 +236,14 @@ def test_few_files_are_open_at_a_time(tmp_path):
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
-from aoe_jax.data import token_store
-from aoe_jax.data.tokenised import build_token_store
+from aoe_jax.data import building, token_store
+from aoe_jax.data.building import build_token_store
 from aoe_jax.data.tokenizer import train_tokenizer
 class Corpus:
     name, fingerprint = "corpus", "1"
     def documents(self, split):
         return ["word " * 1000] * (250 if split == "train" else 1)
-token_store.RECORDS_PER_SHARD = 1
+building.RECORDS_PER_SHARD = 1
 build_token_store(Corpus(), train_tokenizer([], 257), Path(sys.argv[1]))
 store = token_store.TokenStore(sys.argv[1], "train")
 assert len(list(Path(sys.argv[1]).glob("train*"))) > 250
@@ -266,26 +255,19 @@ for _ in range(2):
 
 
 def test_setting_mistakes(text_folder, tmp_path):
-    tokenizer = train_tokenizer(
-        [path.read_bytes().decode() for path in text_folder.rglob("*.txt")], 320
-    )
-    tokenizer.save(tmp_path)
-    with pytest.raises(UserError, match=r"model.vocab_size=300: the tokenizer has 3\d\d tokens"):
-        prepare_text(text_folder, tmp_path, tmp_path / "tokenizer.json")
-    with pytest.raises(
-        UserError, match=r"data.tokenizer='.*none.json': cannot be read \(No such file"
-    ):
-        prepare_text(text_folder, tmp_path, tmp_path / "none.json")
+    texts = [path.read_bytes().decode() for path in text_folder.rglob("*.txt")]
+    train_tokenizer(texts, 320).save(tmp_path)
     Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "no-eot.json"))
-    with pytest.raises(
-        UserError, match=r"data.tokenizer='.*no-eot.json': has no end-of-text token"
+    for name, words in (
+        ("tokenizer.json", r"model.vocab_size=300: the tokenizer has 3\d\d tokens"),
+        ("none.json", r"data.tokenizer='.*none.json': cannot be read \(No such file"),
+        ("no-eot.json", r"data.tokenizer='.*no-eot.json': has no end-of-text token"),
     ):
-        prepare_text(text_folder, tmp_path, tmp_path / "no-eot.json")
-    (text_folder / "00.txt").write_bytes(b"\xff")
-    (text_folder / "01.txt").write_bytes(b"\xff")
-    with pytest.raises(
-        UserError, match=r"00.txt is not UTF-8 at byte 0|01.txt is not UTF-8 at byte 0"
-    ):
+        with pytest.raises(UserError, match=words):
+            prepare_text(text_folder, tmp_path, tmp_path / name)
+    for name in ("00.txt", "long.txt"):
+        (text_folder / name).write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"\.txt is not UTF-8 at byte 0"):
         prepare_text(text_folder, tmp_path)
     assert not [path for path in (tmp_path / "tokens").iterdir() if path.is_dir()]
 

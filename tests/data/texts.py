@@ -7,29 +7,15 @@ import random
 import pyarrow
 import pyarrow.parquet
 
-WORDS = [
-    "the",
-    "state",
-    "of",
-    "the",
-    "Union",
-    "größe",
-    "你好",
-    "🚀",
-    "naïve",
-    "war\n",
-    "peace\t",
-    "  law",
-    "\r\n",
-    "1790",
-]
+WORDS = ["the", "state", "of", "the", "Union", "größe", "你好", "🚀", "naïve", "1790"]
+SPACED = ["war\n", "peace\t", "  law", "\r\n"]
 
 
 def texts(count, seed=0, longest=60):
     """Documents of up to `longest` words, no two alike."""
     choice = random.Random(seed)
     return [
-        f"{seed}-{i}: " + " ".join(choice.choices(WORDS, k=choice.randint(1, longest)))
+        f"{seed}-{i}: " + " ".join(choice.choices(WORDS + SPACED, k=choice.randint(1, longest)))
         for i in range(count)
     ]
 

@@ -12,7 +12,7 @@ import lm_eval.tasks
 import numpy as np
 import pytest
 
-from aoe_jax.data.sotu import speech_files, split_of
+from aoe_jax.data.corpora import speech_files, split_of
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation import tasks
 from aoe_jax.evaluation.speeches import choice_examples, cloze_examples

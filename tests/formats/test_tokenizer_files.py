@@ -8,7 +8,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import processors
 
-from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer, train_tokenizer
+from aoe_jax.data.token_store import saved_tokenizer
+from aoe_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.formats.tokenizer_files import read_prefix, write_tokenizer
 from tests.data.texts import texts

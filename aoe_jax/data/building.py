@@ -1,0 +1,224 @@
+"""Writes token stores: shards of tokens, the manifest, and the stores of corpora in a cache."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from tqdm import tqdm
+
+from aoe_jax.data import SPLITS
+from aoe_jax.data.token_store import (
+    FORMAT_VERSION,
+    RECORD_TOKENS,
+    check_vocab_size,
+    file_sha256,
+    saved_tokenizer,
+    short_hash,
+    slug,
+)
+from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, pieces, train_tokenizer
+from aoe_jax.errors import UserError
+from aoe_jax.storage.files import exclusive, new_folder, sync, write_json
+
+logger = logging.getLogger(__name__)
+
+RECORDS_PER_SHARD = 32768  # 256 MiB of uint16 tokens before compression
+_BATCH_CHARACTERS = 2**21
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in three splits; `fingerprint` changes when the text does. That of a TFDS data set
+    has its name, version and sizes: a text that is edited in place at equal sizes goes unnoticed.
+
+    `documents(split)` yields the non-empty documents of a split, always in the same order. It
+    raises `UserError` if a document cannot be read.
+    """
+
+    name: str
+    fingerprint: str
+    documents: Callable[[str], Iterator[str]]
+
+
+def write_splits(
+    folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, suffix: str = ""
+) -> dict[str, dict]:
+    """Tokenises documents into shards `SPLIT{suffix}-00000.array_record` and so on in `folder`.
+
+    `documents` are pairs of a split and a text that is not empty. Returns for each split the
+    numbers of `tokens`, `documents` and `bytes` of UTF-8, and the `shards`, which are then safely
+    on the disk: the `name`, `tokens`, `file_bytes` and `sha256` of each. Raises `UserError` if the
+    tokenizer encodes a part of a text as its end-of-text token.
+    """
+    with contextlib.ExitStack() as files:
+        writers = {}
+        for split in SPLITS:
+            writers[split] = _SplitWriter(folder, split + suffix, tokenizer)
+            files.callback(writers[split].close)
+        for split, text in documents:
+            writers[split].add(text)
+        return {split: writer.finish() for split, writer in writers.items()}
+
+
+class _SplitWriter:
+    def __init__(self, folder: Path, prefix: str, tokenizer: Tokenizer):
+        self._folder, self._prefix, self._tokenizer = folder, prefix, tokenizer
+        self._dtype = _token_dtype(tokenizer)
+        # Pieces of documents that are not tokenised yet; None is the end of a document.
+        self._pieces: list[str | None] = []
+        self._characters = 0  # in these
+        self._rest = np.empty(0, self._dtype)  # tokens that fill no record yet
+        self._shard = None  # the last shard, until it is finished
+        self._numbers = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}
+
+    def add(self, text: str):
+        for piece in pieces(text):
+            self._pieces.append(piece)
+            self._characters += len(piece)
+            if self._characters >= _BATCH_CHARACTERS:
+                self._tokenise()
+        self._pieces.append(None)
+
+    def finish(self) -> dict:
+        self._tokenise()
+        if len(self._rest):
+            self._write(self._rest)
+        self._finish_shard()
+        return self._numbers
+
+    def close(self):
+        if self._shard:
+            self._shard.close()
+
+    def _tokenise(self):
+        end_of_text = self._tokenizer.end_of_text
+        texts = [piece for piece in self._pieces if piece is not None]
+        encoded = self._tokenizer.encode(texts)
+        if any((ids == end_of_text).any() for ids in encoded):
+            raise UserError(
+                "data.tokenizer: it encodes some text as its end-of-text token; name another "
+                "tokenizer"
+            )
+        in_order, end = iter(encoded), np.array([end_of_text], self._dtype)
+        ids = [end if piece is None else next(in_order) for piece in self._pieces]
+        tokens = np.concatenate([self._rest, *ids]).astype(self._dtype)
+        whole = len(tokens) - len(tokens) % RECORD_TOKENS
+        for start in range(0, whole, RECORD_TOKENS):
+            self._write(tokens[start : start + RECORD_TOKENS])
+        self._rest = tokens[whole:]
+        self._numbers["documents"] += len(self._pieces) - len(texts)
+        self._numbers["bytes"] += sum(len(text.encode()) for text in texts)
+        self._pieces, self._characters = [], 0
+
+    def _write(self, tokens: np.ndarray):
+        shards = self._numbers["shards"]
+        if not self._shard:
+            name = f"{self._prefix}-{len(shards):05d}.array_record"
+            self._shard = ArrayRecordWriter(str(self._folder / name), "group_size:1")
+            shards.append({"name": name, "tokens": 0})
+        self._shard.write(tokens.tobytes())
+        shards[-1]["tokens"] += len(tokens)
+        self._numbers["tokens"] += len(tokens)
+        if shards[-1]["tokens"] == RECORDS_PER_SHARD * RECORD_TOKENS:
+            self._finish_shard()
+
+    def _finish_shard(self):
+        if self._shard:
+            self._shard.close()
+            self._shard, numbers = None, self._numbers["shards"][-1]
+            path = self._folder / numbers["name"]
+            sync(path)
+            numbers |= {"file_bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def write_manifest(
+    directory: Path, corpus: str, fingerprint: str, tokenizer: Tokenizer, splits: Mapping[str, dict]
+):
+    """Writes `manifest.json`, which turns the shards in `directory` into a store. `fingerprint`
+    changes when the corpus does, and `splits` is the result of `write_splits`.
+    """
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "corpus": corpus,
+        "corpus_fingerprint": fingerprint,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.token_count,
+        "end_of_text": tokenizer.end_of_text,
+        "dtype": _token_dtype(tokenizer).name,
+        # The stream begins with an end-of-text token that is in no shard.
+        "splits": {name: split | {"tokens": 1 + split["tokens"]} for name, split in splits.items()},
+    }
+    write_json(directory / "manifest.json", manifest)
+
+
+def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.token_count <= 2**16 else np.uint32)
+
+
+def cached_token_stores(
+    corpora: list[Corpus], tokenizer: str | None, vocab_size: int, cache: Path
+) -> list[Path]:
+    """Directories of the corpora's token stores, which are built if they do not exist.
+
+    A store is `<cache>/tokens/<corpus name>-<hash of the corpus and the tokenizer>`, so another
+    tokenizer, vocabulary size or text makes another store. If several processes share the cache,
+    one builds a store and the others wait; where a lock excludes only processes of the same host,
+    each host builds it, and the first one counts. `tokenizer` is the path of a file; if it is None,
+    byte-level BPE of `vocab_size` tokens is trained on the train splits of all corpora. Raises
+    `UserError` if the tokenizer or a text cannot be used, or `vocab_size` is too small.
+    """
+    given = load_tokenizer(tokenizer) if tokenizer else None
+    if given:
+        check_vocab_size(given.token_count, vocab_size)
+    spec = given.sha256 if given else f"byte-level BPE of {vocab_size} tokens"
+    if not given and len(corpora) > 1:
+        spec = [spec, [corpus.fingerprint for corpus in corpora]]
+    directories = []
+    for corpus in corpora:
+        key = short_hash([FORMAT_VERSION, corpus.fingerprint, spec])
+        directories.append(Path(cache, "tokens", f"{slug(corpus.name)}-{key}"))
+    for corpus, directory in zip(corpora, directories, strict=True):
+        if directory.exists():
+            logger.info(f"token store: using {directory}")
+            continue
+        with exclusive(directory.with_name(f".{directory.name}.lock")):
+            if not directory.exists():
+                started = time.monotonic()
+                if not given and (built := [folder for folder in directories if folder.exists()]):
+                    given = load_tokenizer(saved_tokenizer(built[0]))
+                if not given:
+                    texts = (text for corpus in corpora for text in corpus.documents("train"))
+                    given = train_tokenizer(texts, vocab_size)
+                build_token_store(corpus, given, directory)
+                seconds = time.monotonic() - started
+                logger.info(f"token store: built {directory} in {seconds:.1f} s")
+    return directories
+
+
+def build_token_store(corpus: Corpus, tokenizer: Tokenizer, directory: Path):
+    """Tokenises a corpus into `directory`, which is created only when it is complete.
+
+    One process of a host at a time may do this. Memory is bounded by a batch of documents or the
+    longest document. Raises `UserError` as `write_splits` does, and if a split has no documents.
+    """
+    with new_folder(directory) as new:
+        splits = write_splits(new, _documents(corpus), tokenizer)
+        for split, numbers in splits.items():
+            if numbers["documents"] == 0:
+                found = f"its {split} split has no text; give a larger corpus"
+                raise UserError(f"data.name={corpus.name!r}: {found}")
+        tokenizer.save(new)
+        write_manifest(new, corpus.name, corpus.fingerprint, tokenizer, splits)
+
+
+def _documents(corpus: Corpus) -> Iterator[tuple[str, str]]:
+    with tqdm(desc=f"tokenising {corpus.name}", unit="B", unit_scale=True, delay=5) as progress:
+        for split in SPLITS:
+            for text in corpus.documents(split):
+                yield split, text
+                progress.update(len(text))
