@@ -51,7 +51,7 @@ from aoe_jax.parameters import Parameter, expert_init, matrices_of, ones_init, v
 
 ROUTER_SCALE = 0.01  # initial scale of the router's weights, and gain of their norm
 NORM_EPS = 1e-5
-DROPPED = 1e-10  # left of a dropped probability: dropping all experts gives uniform weights
+DROPPED = 1e-10  # weight of a dropped expert; if all are dropped, weights are uniform
 HIGHEST = jax.lax.Precision.HIGHEST
 
 ROUTER = {
@@ -154,10 +154,10 @@ class Smear(Unchosen):
 
     name = "smear"
 
-    # Tokens that share a merged expert, which the segment before decides; 0: the whole sequence, by
-    # its own mean.
+    # Tokens that share an expert, merged by the segment before them; 0: the whole sequence shares
+    # an expert, merged by its own mean.
     segment: int = setting(64, at_least=0)
-    # Chance of an expert to be left out of a merged one, in training.
+    # Probability in training that an expert is left out of a merged expert.
     expert_dropout: float = setting(0.1, at_least=0, below=1, training_only=True)
     # Share of the initial variance of an expert's matrices that is its own.
     own_share: float = setting(0.5, above=0, at_most=1, training_only=True)

@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax.moe import dispatch as module
 from aoe_jax.moe.dispatch import Local, lay_out, take_code
-from aoe_jax.moe.grouped_matmul.permute import NOWHERE
+from aoe_jax.moe.grouped_matmul.groups import NOWHERE
 from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import top_k
 from tests.arrays import normal

@@ -11,8 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul import BACKENDS, grouped_matmul
 from aoe_jax.moe.grouped_matmul.blocked import row_layout
-from aoe_jax.moe.grouped_matmul.groups import WholeGroups
-from aoe_jax.moe.grouped_matmul.permute import NOWHERE
+from aoe_jax.moe.grouped_matmul.groups import NOWHERE, WholeGroups
 from tests.arrays import assert_close, assert_equal
 
 pytestmark = pytest.mark.smoke

@@ -24,7 +24,7 @@ _OUTPUT = (token_spec(2, None), token_spec(2, None))  # output, and the results 
 def rotary_tables(length, config: ModelConfig):
     """Cosines and sines of the rotary angles of positions 0, 1, ...
 
-    They are numpy arrays `[length, m]` float64; m is half of `ModelConfig.rope_width`. So they are
+    `[length, m]` float64, where m is half of `ModelConfig.rope_width`. As numpy arrays they are
     constants of a program; XLA would compute them again for every sequence and head.
     """
     half = config.rope_width // 2
@@ -55,10 +55,10 @@ def rotary(x, cos, sin):
 
 
 def rotary_by_product(x, cos, sin):
-    """`rotary`, where the halves of a head change places in a product with a permutation.
+    """`rotary` by a product with a matrix that swaps the halves of a head.
 
-    A TPU moves parts of its 128 lanes slowly, and through HBM; the product fuses with the
-    operations around it.
+    On a TPU this is faster than moving parts of its 128 lanes, which goes through HBM; the product
+    fuses with the operations around it.
     """
     half = x.shape[-1] // 2
     swap = np.zeros((2 * half, 2 * half), np.float32)

@@ -17,8 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.moe.grouped_matmul.groups import dot, find, group_sizes_of
-from aoe_jax.moe.grouped_matmul.permute import NOWHERE, permute
+from aoe_jax.moe.grouped_matmul.groups import NOWHERE, dot, find, group_sizes_of, permute
 
 ROW_MULTIPLE = 16  # of B
 MAX_BLOCK = 128
