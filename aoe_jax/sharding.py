@@ -35,9 +35,7 @@ RULES = {
 
 
 def target_device():
-    """The device that programs are traced for: an `AbstractDevice` (platform and name) of the mesh
-    in context, or the first `Device` of this process.
-    """
+    """The target of programs: the `AbstractDevice` of the mesh in context, or the first device."""
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 

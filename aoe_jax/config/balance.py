@@ -10,9 +10,7 @@ LOSSES = ("aux_weight", "entropy_weight", "z_weight")
 
 @dataclass(frozen=True)
 class BalanceConfig(Group):
-    """Auxiliary losses, averaged over layers and added to the negative log-likelihood, and
-    loss-free balancing.
-    """
+    """Auxiliary losses (means over layers, added to the loss) and loss-free balancing."""
 
     group = "balance"
 

@@ -121,8 +121,6 @@ class ExpertsConfig(Group):
 
 
 def matched_width(d_model, d_ffn, d_low, round_to=1):
-    """Eq. 5: the width `(3 d f - r d) / (r + 2 d)` that gives an AoE expert the parameters of a
-    traditional one.
-    """
+    """Eq. 5: the width at which an AoE expert has the parameters of a traditional expert."""
     exact = (3 * d_model * d_ffn - d_low * d_model) / (d_low + 2 * d_model)
     return math.floor(exact / round_to + 0.5) * round_to

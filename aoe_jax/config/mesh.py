@@ -7,9 +7,7 @@ from aoe_jax.config.checks import Group, setting
 
 @dataclass(frozen=True)
 class MeshConfig(Group):
-    """The number of devices along each axis of the mesh (see `aoe_jax/sharding.py`), and how tokens
-    reach their experts.
-    """
+    """The number of devices along each mesh axis, and how tokens reach their experts."""
 
     group = "mesh"
 

@@ -105,9 +105,7 @@ def simplicity(w_router):
 
 
 def updated_pool(live, fired, unclaimed):
-    """`(live, added)`, `[L, n]` bool, after an update by R_E `fired [L, n]` and R_S
-    `unclaimed [L, d]`. Without records nothing changes.
-    """
+    """`(live, added) [L, n]` bool after an update by R_E `fired [L, n]`, R_S `unclaimed [L, d]`."""
     wanted = (unclaimed != 0).any(axis=1, keepdims=True)
     recorded = wanted | (fired > 0).any(axis=1, keepdims=True)
     left = live & ((fired > 0) | ~recorded)
@@ -117,9 +115,7 @@ def updated_pool(live, fired, unclaimed):
 
 
 def w_score_with_added(w_score, live, added, unclaimed):
-    """`[L, n, d, r]` with the matrices of new experts; `live`, before the update, and `added`
-    `[L, n]` bool; `unclaimed [L, d]`.
-    """
+    """`w_score [L, n, d, r]` with new experts at `added [L, n]`; `live` is before the update."""
     direction = _directions(unclaimed)
     image = _directions(jnp.einsum("ld,lndr->lnr", direction, w_score))
     lengths = _lengths(w_score)

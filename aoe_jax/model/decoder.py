@@ -33,7 +33,7 @@ def make_norm(c: ModelConfig):
 
 
 def dense_layer(c: ModelConfig):
-    """`(experts, routing, balance)` of the dense layers before those of experts."""
+    """The settings `(experts, routing, balance)` of the dense layers."""
     experts = ExpertsConfig(kind="dense", d_ffn=c.d_dense)
     return experts, Dense(), BalanceConfig(aux_weight=0.0)
 
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
 
         Args:
           tokens: `[B, S]` int32.
-          segment_ids: `[B, S]` int32 document numbers to attend within, or None.
+          segment_ids: `[B, S]` int32, the document of each token, to attend within; or None.
           token_weights: `[B, S]`, 0 for padding, which counts in no statistic; None: all count.
           routing_state: `Method.state` of all layers, `[L, ...]` by name; None: the initial one.
 

@@ -1,7 +1,4 @@
-"""The embedding and the output projection over a mesh.
-
-Letters in shapes: see `aoe_jax/moe/__init__.py`.
-"""
+"""The embedding and the output projection over a mesh."""
 
 import jax
 import jax.numpy as jnp

@@ -70,7 +70,7 @@ class Layer:
     experts: ExpertsConfig
     router: Method  # `config.routing`
     balance: BalanceConfig
-    dtype: Any  # of computation
+    dtype: Any  # dtype of computation
     observe: Callable | None = None  # see `ExpertsLayer`
 
     @cached_property
@@ -185,9 +185,7 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
 
 
 def scores_of_round(transport, product, score, n_slots, schedule, number, args):
-    """AoE's scores in a later round, `[P]`, 0 for slots without a row in it. `args` are the tokens
-    `[T, d]` and `w_score`.
-    """
+    """AoE's scores `[P]` of a later round, else 0; `args` are tokens `[T, d]` and `w_score`."""
     x, w_score = args
     round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)
@@ -196,9 +194,7 @@ def scores_of_round(transport, product, score, n_slots, schedule, number, args):
 
 
 def outputs_of_round(transport, product, schedule, number, args):
-    """The outputs of a later round, `[T, d]`. `args` are the tokens, the weights of slots `[P]` and
-    the matrices of experts.
-    """
+    """The outputs `[T, d]` of a later round; `args` are tokens, weights of slots and matrices."""
     x, slot_weight, w = args
     round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)

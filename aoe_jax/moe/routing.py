@@ -3,8 +3,6 @@
 A router is a frozen dataclass of its own settings with `__call__(scores, weights, ctx) -> Routing`.
 Scores may be norms or logits. The paper's three routers are here; `aoe_jax/methods/` has others.
 `Method` lists what a router, or a layer of `aoe_jax/methods/`, may define in addition.
-
-Letters in shapes: see `aoe_jax/moe/__init__.py`.
 """
 
 import math
@@ -46,8 +44,8 @@ class Context:
 class Routing(NamedTuple):
     """The experts of each token and their weights, as P flat slots.
 
-    Token choice lays out an equal number of slots per token, token by token (`slots_per_token`).
-    An unused slot has expert n and weight 0.
+    With token choice all tokens have the same number of slots, `slots_per_token`, and slots are in
+    the order of tokens. An unused slot has expert n and weight 0.
     """
 
     token: jax.Array  # [P] int32
@@ -118,7 +116,7 @@ class Method(Group):
         return Causality()
 
     def choice(self, experts) -> Choice | None:
-        """How tokens choose experts; None: they do not choose, each has one expert or a merged one."""
+        """How tokens choose experts; None: one expert, drawn or merged, processes every token."""
         return Choice()
 
     def parameters(self, experts) -> dict:
@@ -146,9 +144,7 @@ class Method(Group):
         return state, {}
 
     def flops(self, config) -> float | None:
-        """Training FLOPs per token of a layer without its experts; None: 6 per weight that every
-        token uses, such as a router's.
-        """
+        """Training FLOPs per token without experts; None: 6 per weight that every token uses."""
         return None
 
 

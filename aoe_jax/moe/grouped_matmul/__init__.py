@@ -116,7 +116,7 @@ def _default_backend(device):
 
 def _is_hopper(device):
     capability = getattr(device, "compute_capability", None)
-    if capability is None:  # an AbstractDevice has no more than a name: H100, H200, H800, GH200 ...
+    if capability is None:  # an AbstractDevice has only a name, such as H100, H800 or GH200
         return device.platform == "gpu" and re.search(r"\bG?H\d", device.device_kind) is not None
     return str(capability).startswith("9.")
 

@@ -29,9 +29,7 @@ def zero_past_groups(rows, groups):
 
 
 def find(ends, index):
-    """The number of the group that holds each `index [M]`, by the ends of groups `[E]`: `[M]`; the
-    last group if the index is past all.
-    """
+    """The group of each `index [M]`, by the ends of groups `[E]`; past the end, the last group."""
     found = jnp.searchsorted(ends, index, side="right", method="compare_all")
     return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
 

@@ -29,7 +29,7 @@ SUBLANES = 16  # a tile of rows is a multiple of this; float32 would do with 8
 MIN_ROWS, MAX_ROWS = 128, 512
 # The largest tile of a width, by bytes of an element; forward and d_rows may have larger ones.
 MAX_WIDTH = {2: 1024, 4: 512}
-# For the blocks of a kernel; the compiler gives it 16 MiB on the smallest generations.
+# Limit of a kernel's blocks; on the smallest generations the compiler gives a kernel 16 MiB.
 VMEM_BYTES = 14 * 2**20
 
 

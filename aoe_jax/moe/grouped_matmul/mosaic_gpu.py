@@ -21,7 +21,7 @@ from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
 DTYPES = ("bfloat16", "float16")
 WIDTH_BLOCK = 64  # D and F must be multiples: 128 bytes, a row of the kernels' shared memory
 ROW_BLOCKS = (128, 64)
-# The weights of one expert that blocks of rows may share in the L2 cache, which has 50 MB.
+# Bytes of an expert's weights that blocks of rows share in the L2 cache, which has 50 MB.
 CACHED_BYTES = 16 * 2**20
 CONCURRENT_STEPS = 4  # in the pipeline; with blocks of 128 they use 160 of 227 KiB shared memory
 
@@ -51,9 +51,7 @@ def check(dtype, d, f):
 
 
 def row_block(m, n_experts):
-    """128 rows, or 64 where the E - 1 blocks that two groups share would be more than 1/16 of the
-    work.
-    """
+    """128 rows, or 64 if blocks that two groups share would be more than 1/16 of the work."""
     return next((block for block in ROW_BLOCKS if block * 16 * n_experts <= m), ROW_BLOCKS[-1])
 
 

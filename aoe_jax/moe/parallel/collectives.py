@@ -26,9 +26,7 @@ RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p and v6e; it compiles neither
 
 @dataclass(frozen=True)
 class Devices:
-    """A device of the mesh inside `jax.shard_map`, and its collectives; without a mesh, the only
-    device.
-    """
+    """A device of the mesh inside `jax.shard_map`, or the only one, and its collectives."""
 
     sizes: tuple = (1, 1, 1, 1)  # along MESH_AXES
     transport: str = "ring"
