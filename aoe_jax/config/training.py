@@ -36,7 +36,7 @@ class TrainConfig(Group):
     hang_timeout: float = setting(1800.0, at_least=0)
     # Directory of a model whose parameters the run starts from; None: random parameters.
     init_from: str | None = None
-    # The first steps, this many, update only routers: for a new router of trained experts, as
+    # The first `router_steps` steps update only routers, for a new router of trained experts, as
     # aoe_jax.prune draws it.
     router_steps: int = setting(0, at_least=0)
 

@@ -185,7 +185,7 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
 
 
 def scores_of_round(transport, product, score, n_slots, schedule, number, args):
-    """AoE's scores `[P]` of a later round, else 0; `args` are tokens `[T, d]` and `w_score`."""
+    """AoE's scores `[P]` in a later round, 0 for other slots; `args` are tokens and `w_score`."""
     x, w_score = args
     round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)

@@ -116,7 +116,7 @@ class Method(Group):
         return Causality()
 
     def choice(self, experts) -> Choice | None:
-        """How tokens choose experts; None: one expert, drawn or merged, processes every token."""
+        """How tokens choose experts; None: they do not, a token has one drawn or merged expert."""
         return Choice()
 
     def parameters(self, experts) -> dict:

@@ -1,8 +1,8 @@
 """Scores: one number per token and expert, `[T, n]` float32. The router prefers high scores.
 
-With a router the score is its logit. An AoE expert is scored by the norm of its code: the low-rank
-activation of a factorised gate (Eq. 4, `x W_gate_down`), or the first s pre-activations of a whole
-gate (`x W_gate[:, :s]`). The matrix that computes codes is `w_score [n, d, r]`.
+With a router the score is its logit. With AoE it is the norm (or the largest value) of the expert's
+code: the low-rank activation of a factorised gate (Eq. 4, `x W_gate_down`), or the first s
+pre-activations of a whole gate (`x W_gate[:, :s]`). The matrix of codes is `w_score [n, d, r]`.
 """
 
 from functools import partial

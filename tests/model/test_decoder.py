@@ -162,7 +162,8 @@ def test_what_recomputing_experts_keeps(kind):
 @pytest.mark.parametrize("remat", ["none", "experts", "layer"])
 def test_scores_are_not_computed_again(remat, code):
     """Only balance losses have products with the w_gate_down of all experts in the backward pass.
-    The chosen experts `[L, T, K]` are kept: a recomputed top-k could break ties the other way.
+    The chosen experts `[L, T, K]` of a recomputed layer are kept: another top-k could break ties
+    the other way.
     """
     model = dataclasses.replace(MODEL, remat=remat)
     experts, tokens = dataclasses.replace(EXPERTS, n_experts=7, **{code: 5}), []
@@ -180,5 +181,5 @@ def test_scores_are_not_computed_again(remat, code):
         )
         tokens.append(sorted(int(cache[1]) for cache in caches if cache))
         indices = [a.shape for a in kept(loss, variables) if a.dtype == jnp.int32]
-        assert (2, TOKENS.size, 2) in indices
+        assert remat != "layer" or (2, TOKENS.size, 2) in indices
     assert tokens == [[TOKENS.size], [TOKENS.size // 2] * 3 + [TOKENS.size]]

@@ -19,7 +19,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
 
 DTYPES = ("bfloat16", "float16")
-WIDTH_BLOCK = 64  # D and F must be multiples: 128 bytes, a row of the kernels' shared memory
+WIDTH_BLOCK = 64  # D and F must be multiples of it: it is a row of shared memory, 128 bytes
 ROW_BLOCKS = (128, 64)
 # Bytes of an expert's weights that blocks of rows share in the L2 cache, which has 50 MB.
 CACHED_BYTES = 16 * 2**20
