@@ -70,9 +70,7 @@ class Preempted(Stopped):
 
 
 class Terminated(Stopped):
-    """SIGTERM to a command that saves no state: unfinished output is removed. The exit status is
-    that of shells.
-    """
+    """SIGTERM to a command without state: it removes unfinished output. Exit status of shells."""
 
     status = 143
     others_go_on = True

@@ -3,11 +3,9 @@
 `[..., d]` below is `[B, S, d]`, `[T, d]` or any other shape whose last axis is the model width.
 """
 
-import dataclasses
 import math
 import re
 from contextlib import contextmanager
-from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,15 +24,6 @@ from aoe_jax.moe.routing import Method, TopK, state_shapes
 from aoe_jax.sharding import MESH_AXES, MeshAxes
 
 AxisNames = str | tuple[str, ...] | None
-# The values that an argument takes, by its type.
-_ANY = object, ""
-_KINDS = {
-    int: (Integral, "a whole number"),
-    int | None: (Integral | None, "a whole number, or None"),
-    float: (Real, "a number"),
-    Method: (Method, "a router, such as TopP() of aoe_jax.moe.routing"),
-    AxisNames: (str | tuple | None, "the name of an axis of the mesh, a tuple of names, or None"),
-}
 
 
 class Aux(NamedTuple):
@@ -63,21 +52,6 @@ class _Experts(nn.Module, kw_only=True):
     tensor: AxisNames = None
     transport: str = "ring"
 
-    def __post_init__(self):
-        """Refuses values that are wrong for every model width."""
-        super().__post_init__()
-        with _naming_arguments(self):
-            for field in dataclasses.fields(self):
-                value, (kind, wanted) = getattr(self, field.name), _KINDS.get(field.type, _ANY)
-                if not isinstance(value, kind):
-                    raise ValueError(f"{field.name}={value!r}: must be {wanted}")
-            if self.dtype is not None and not _is_floating(self.dtype):
-                wanted = "must be a floating-point type of at least 16 bits, or None"
-                raise ValueError(f"dtype={self.dtype!r}: {wanted}")
-            self._config()
-            BalanceConfig(aux_weight=self.aux_weight, z_weight=self.z_weight)
-            MeshConfig(expert=2, transport=self.transport)
-
     @nn.compact
     def __call__(
         self, x: jax.Array, token_weights: jax.Array | None = None, training: bool = False
@@ -101,9 +75,13 @@ class _Experts(nn.Module, kw_only=True):
         x = jnp.asarray(x)
         axes = MeshAxes(*(getattr(self, axis) for axis in MESH_AXES))
         mesh = jax.sharding.get_abstract_mesh()
-        balance = BalanceConfig(aux_weight=self.aux_weight, z_weight=self.z_weight)
         with _naming_arguments(self):
             _check_tokens(x, token_weights)
+            if self.dtype is not None and not _is_floating(self.dtype):
+                wanted = "must be a floating-point type of at least 16 bits, or None"
+                raise ValueError(f"dtype={self.dtype!r}: {wanted}")
+            balance = BalanceConfig(aux_weight=self.aux_weight, z_weight=self.z_weight)
+            MeshConfig(expert=2, transport=self.transport)
             experts = self._config(x.shape[-1])
             sizes = dict(zip(MESH_AXES, axes.sizes(mesh), strict=True))
             _check_routing(self.routing, experts, balance, sizes, x.shape[-1])
@@ -129,8 +107,7 @@ class _Experts(nn.Module, kw_only=True):
             self.sow("losses", "loss", aux.loss)
         return y, aux
 
-    @nn.nowrap  # it is called before the module has a scope
-    def _config(self, d_model=None, **more):
+    def _config(self, d_model, **more):
         sizes = {"n_experts": self.n_experts, "top_k": self.top_k, "d_ffn": self.d_ffn}
         return ExpertsConfig(kind=self.kind, **sizes, **more)
 
@@ -178,14 +155,13 @@ class AoE(_Experts, kw_only=True):
     d_wide: int | None = None
     round_to: int = 1
 
-    @nn.nowrap
-    def _config(self, d_model=None):
+    def _config(self, d_model):
         if None not in (self.d_low, self.score_neurons):
             wanted = f"is for factorised gates; set None with score_neurons={self.score_neurons}"
             raise ValueError(f"d_low={self.d_low}: {wanted}")
-        d_low = ExpertsConfig.d_low if d_model is None else max(1, d_model // 3)
         return super()._config(
-            d_low=d_low if self.d_low is None else self.d_low,
+            d_model,
+            d_low=max(1, d_model // 3) if self.d_low is None else self.d_low,
             score_neurons=self.score_neurons,
             score=self.score,
             d_wide=self.d_wide,
@@ -239,10 +215,7 @@ def _naming_arguments(layer):
 
 def _is_floating(dtype):
     """Whether it is a floating-point type of at least 16 bits; smaller ones do not compute."""
-    try:
-        return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
-    except TypeError:  # it is no dtype
-        return False
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
 
 
 def _check_tokens(x, token_weights):
@@ -253,14 +226,14 @@ def _check_tokens(x, token_weights):
         wanted = f"must be that of the tokens, {x.shape[:-1]}"
         raise ValueError(f"token_weights has the shape {jnp.shape(token_weights)}: it {wanted}")
     varies = getattr(jax.typeof(x), "manual_axis_type", None)
-    if varies is not None and varies.varying:  # grouped_matmul does not say how its result varies
+    if varies is not None and varies.varying:  # grouped_matmul does not declare what varies
         raise ValueError("the jax.shard_map around the layer needs check_vma=False")
 
 
 def _check_routing(routing, experts, balance, sizes, d_model):
     named = f"routing={routing!r}"
-    if routing.name in LAYERS:
-        raise ValueError(f"{named}: it is a whole layer; take a router")
+    if not isinstance(routing, Method) or routing.name in LAYERS:
+        raise ValueError(f"{named}: take a router, such as TopP() of aoe_jax.moe.routing")
     if state_shapes(routing, experts, balance, d_model):
         wanted = "it has a state that training updates; use aoe_jax.ExpertsLayer"
         raise ValueError(f"{named}: {wanted}")

@@ -25,7 +25,7 @@ class Parameter:
       axes: a letter per axis (legend in `aoe_jax/moe/__init__.py`), such as "n d f".
       split: for each axis the logical axis of `sharding.RULES` that it is split over, or None.
       init: a Flax initialiser; None where a Flax module draws the parameter itself.
-      per_expert: whether a token uses only the part of its chosen experts.
+      per_expert: whether a token uses only the parameters of its chosen experts.
       cast: whether the parameter is cast to the dtype of computation wherever it is used.
       decays: whether weight decay applies.
     """

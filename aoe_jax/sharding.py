@@ -35,9 +35,7 @@ RULES = {
 
 
 def target_device():
-    """The device that programs are traced for: an `AbstractDevice` (platform and name) of the mesh
-    in context, or the first `Device` of this process.
-    """
+    """The target of programs: the `AbstractDevice` of the mesh in context, or the first device."""
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
@@ -47,16 +45,14 @@ def count_slices(devices):
 
 
 def spec_of(*axes):
-    """The `PartitionSpec` of an array with these logical axes; None is an axis that is never split.
-    Raises `KeyError` for an unknown axis.
-    """
+    """The `PartitionSpec` of an array with these axes of `RULES`; None is an axis never split."""
     return PartitionSpec(*(axis and RULES[axis] for axis in axes))
 
 
 @dataclass(frozen=True)
 class MeshAxes:
-    """The names, in the mesh in context, of each of `MESH_AXES`: one, several (outermost first), or
-    None. Devices along other axes of the mesh compute the same.
+    """Names of axes of the mesh in context for each of `MESH_AXES`: one, several (outermost first),
+    or None. Devices along other axes of that mesh compute the same.
     """
 
     data: str | tuple[str, ...] | None = "data"
@@ -65,12 +61,12 @@ class MeshAxes:
     tensor: str | tuple[str, ...] | None = "tensor"
 
     def names(self, axis):
-        """The names of one of `MESH_AXES`, a tuple."""
+        """All names for one of `MESH_AXES`, a tuple."""
         named = getattr(self, axis)
         return (named,) if isinstance(named, str) else named or ()
 
     def collective(self, axis):
-        """The axis name, or tuple of names, that collectives take for one of `MESH_AXES`."""
+        """The names for one of `MESH_AXES` as collectives take them: a name or a tuple."""
         names = self.names(axis)
         return names[0] if len(names) == 1 else names
 
@@ -172,8 +168,8 @@ def with_shardings(abstract, shardings):
 
 
 def put_batch(sharding, batch, n_rows=None):
-    """A global batch from this host's arrays by name. They have all rows of the batch, or with
-    `n_rows` (the number of all rows) those of `rows_of_process`.
+    """A global batch from this host's arrays by name: all rows of the batch, or, if `n_rows` (the
+    number of all rows) is given, the rows of `rows_of_process`.
     """
     shapes = {name: (n_rows or len(a), *a.shape[1:]) for name, a in batch.items()}
     with jax.transfer_guard("allow"):  # these transfers are intended

@@ -1,9 +1,8 @@
 """Continues the training of a model: `--config=configs/finetune.py:DIR`, the directory of a model
 as safetensors.
 
-The groups `model`, `experts` and `routing` and the tokenizer are the model's, and `balance` is that
-of its run, if it was exported from one. Set corpus, steps and learning rate, and `balance` for a
-model of the hub.
+The groups `model`, `experts`, `routing` and `balance` and the tokenizer come from the model. Set
+corpus, steps and learning rate, and set `balance` if the model is from the Hugging Face hub.
 """
 
 from pathlib import Path

@@ -34,7 +34,7 @@ _THRESHOLD = {"name": "threshold", "decay": 0.99, "warmup_steps": 100}
 _DYNMOE = {"name": "dynmoe", "period_steps": 90, "idle_steps": 30, "record_steps": 30}
 _ROUTING_FREE = {"name": "routing_free", "rate": 0.1, "multiplier": 1e-5}
 _SIGMOID = {"name": "sigmoid_top_k", "scale": 2.5, "n_groups": 2}
-_SWITCH = _TOP_K | {"norm_topk_prob": False}  # without its capacity, which kind="capacity" has
+_SWITCH = _TOP_K | {"norm_topk_prob": False}  # without Switch's capacity, see kind="capacity"
 
 VARIANTS = {
     **_variants("top_k", _TOP_K, AUX),
@@ -60,7 +60,7 @@ VARIANTS = {
 
 
 def changes(variant):
-    """group -> field -> value, of a variant."""
+    """Returns the changes of a variant to `tiny.py`, `{group: {field: value}}`."""
     experts, routing, balance = VARIANTS[variant]
     return {"experts": experts, "routing": routing, "balance": balance}
 

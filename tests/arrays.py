@@ -57,12 +57,3 @@ def operations(function, *args):
                 yield from walk(inner)
 
     return list(walk(jax.make_jaxpr(function)(*args).jaxpr))
-
-
-def products_with(shape, function, *args):
-    """The shapes of all operands and results with a trailing `shape` of the matrix products of a
-    function.
-    """
-    products = (e for e in operations(function, *args) if e.primitive.name == "dot_general")
-    found = ({v.aval.shape for v in (*e.invars, *e.outvars)} for e in products)
-    return [one for shapes in found for one in shapes if one[-len(shape) :] == shape]

@@ -33,7 +33,7 @@ SMALL = {
     "data": {"seq_len": LENGTH},
     "train": {"steps": STEPS, "batch_size": BATCH, "warmup": 1 / STEPS, "learning_rate": 1e-2},
 }
-# In small, and so that what changes after many steps changes here.
+# Smaller settings, with which changes that usually take many steps happen within four.
 SOONER = {
     "threshold": {"warmup_steps": 2, "decay": 0.5},
     # An update after step 3.
@@ -97,8 +97,8 @@ class Run:
         return state, losses
 
 
-# The first tier has both forms of AoE, and methods with hooks or records of their own; the layers
-# of all methods are in tests/methods/.
+# The fast tier has both forms of AoE, and methods with hooks or records; tests/methods/ has the
+# layers of all methods.
 FAST = ("top_k", "whole_gate", "da_moe", "thor", "sigmoid_top_k_router", "routing_free")
 VARIANTS = [
     name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
@@ -108,7 +108,7 @@ VARIANTS = [
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request):
-    """One after the other through all tests, so that programs of one at a time are kept."""
+    """Each variant runs all tests before the next, so only its own programs are kept."""
     yield request.param
     jax.clear_caches()
 
@@ -177,9 +177,7 @@ def test_the_same_on_a_mesh(ragged, variant):
 
 @pytest.mark.slow
 def test_resumed_bit_for_bit(ragged, tmp_path, variant):
-    """What is saved half-way goes on to the very end that it would have come to; and it goes to the
-    devices of a mesh.
-    """
+    """A run that is resumed half-way ends in the same state, and its checkpoint loads on a mesh."""
     run, _, (half, want), losses = alone(variant)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.open(CheckpointConfig())
@@ -195,8 +193,7 @@ def test_resumed_bit_for_bit(ragged, tmp_path, variant):
     assert_equal(jax.device_get(state), jax.device_get(want))
 
 
-# Their logits are those of evaluation; the others, and those that are not known yet, are tried both
-# ways.
+# In training these have the logits of evaluation. All other methods are tested in both.
 SAME_IN_TRAINING = (
     "top_k top_p expert_choice erc uoe routing_free switch da_moe whole_gate z_loss "
     "sequence_balance loss_free sigmoid_top_k"
@@ -205,11 +202,9 @@ SAME_IN_TRAINING = (
 
 @pytest.mark.slow
 def test_no_token_depends_on_later_ones(ragged, variant):
-    """Neither by value nor by gradient: every position has a token of its own, whose embedding is
-    nowhere else.
-
-    A method that is not causal at the beginning of training is tried as it is after that; one that
-    never is, is found out.
+    """Neither by value nor by gradient. Every position has its own token, so its embedding is used
+    nowhere else. Methods that are not causal before some step are tested after it; the test detects
+    methods that are never causal.
     """
     config = configuration(variant, tied=False)
     trained = alone(variant)[2][1]

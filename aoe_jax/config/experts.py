@@ -22,16 +22,16 @@ class ExpertsConfig(Group):
     d_ffn: int = setting(512, above=0)  # width of a traditional expert or of the dense layer (f)
     d_low: int = setting(32, above=0)  # rank of a factorised gate (r)
     # None: gates are factorised, and their low-rank activations give the score (the paper). A
-    # number: gates are whole, and this many of their first pre-activations give the score.
+    # number s: gates are whole, and their first s pre-activations give the score.
     score_neurons: int | None = setting(None, kinds=("aoe",), above=0, at_most="d_ffn")
-    # How the activations become a score.
+    # How the activations give a score: by their L2 norm, or by the largest of them.
     score: str = setting("norm", choices=("norm", "max"), kinds=("aoe",))
     d_wide: int | None = setting(None, above=0)  # width with a factorised gate; None: Eq. 5
     round_to: int = setting(1, above=0)  # Eq. 5's width is rounded to the nearest multiple of it
-    # sparse: only the chosen norms have a gradient (with a balance loss also all norms of a share
-    # balance.aux_tokens of the tokens), and only the chosen activations are kept; exact if weights
-    # are the softmax over the chosen scores. dense: the activations of all experts are kept, as
-    # published. None: sparse if it is exact.
+    # sparse: only the norms of chosen experts have a gradient (with a balance loss also all norms
+    # of a share balance.aux_tokens of the tokens), and only their activations are kept. It is exact
+    # if weights are the softmax over the chosen scores. dense: the activations of all experts are
+    # kept, as published. None: sparse if it is exact.
     score_gradient: str | None = setting(None, choices=(None, "sparse", "dense"), kinds=("aoe",))
     # router: W_gate = W_gate_down W_gate_up inside each expert (Table 2, row 3). smear, thor: the
     # experts of AoE.
@@ -121,8 +121,6 @@ class ExpertsConfig(Group):
 
 
 def matched_width(d_model, d_ffn, d_low, round_to=1):
-    """Eq. 5: the width `(3 d f - r d) / (r + 2 d)` that gives an AoE expert the parameters of a
-    traditional one.
-    """
+    """Eq. 5: the width at which an AoE expert has the parameters of a traditional expert."""
     exact = (3 * d_model * d_ffn - d_low * d_model) / (d_low + 2 * d_model)
     return math.floor(exact / round_to + 0.5) * round_to

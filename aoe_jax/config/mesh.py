@@ -7,9 +7,7 @@ from aoe_jax.config.checks import Group, setting
 
 @dataclass(frozen=True)
 class MeshConfig(Group):
-    """The number of devices along each axis of the mesh (see `aoe_jax/sharding.py`), and how tokens
-    reach their experts.
-    """
+    """The number of devices along each mesh axis, and how tokens reach their experts."""
 
     group = "mesh"
 
@@ -17,8 +15,8 @@ class MeshConfig(Group):
     fsdp: int = setting(1, above=0)  # also splits parameters and optimiser state
     expert: int = setting(1, above=0)  # splits the experts
     tensor: int = setting(1, above=0)  # splits heads, the width of experts, and positions
-    # ring: every device of the expert axis gets all tokens of its row of the mesh; all_to_all:
-    # tokens go only to the devices of their experts.
+    # ring: devices along the expert axis exchange all their tokens; all_to_all: tokens go only to
+    # the devices of their experts.
     transport: str = setting("ring", choices=("ring", "all_to_all"))
 
     def __post_init__(self):

@@ -16,8 +16,7 @@ class ModelConfig(Group):
     n_heads: int = setting(4, above=0)  # attention heads
     d_model: int = setting(128, above=0, at_most=2**20)  # width of the residual stream (d)
     vocab_size: int = setting(4096, above=0)
-    # The most positions of a sequence, prompt and continuation together.
-    max_len: int = setting(2048, above=0)
+    max_len: int = setting(2048, above=0)  # longest sequence, prompt and continuation together
     tie_embeddings: bool = True  # the output projection is the embedding table
     # dtype of the computation; parameters, logits and loss are float32.
     dtype: str = setting("bfloat16", choices=("float32", "bfloat16"))
@@ -45,7 +44,7 @@ class ModelConfig(Group):
     qk_norm: str = setting("none", choices=("none", "all", "head"))
     attention_bias: bool = False  # whether q, k, v and o have biases
     qkv_bias: bool = False  # whether q, k and v alone have biases
-    # Further layers before those of experts, with a dense SwiGLU of width d_dense (DeepSeek-V3).
+    # Layers before the layers of experts, with a dense SwiGLU of width d_dense (DeepSeek-V3).
     n_dense_layers: int = setting(0, at_least=0)
     d_dense: int | None = setting(None, above=0)
 
@@ -53,7 +52,7 @@ class ModelConfig(Group):
         super().__post_init__()
         if self.head_dim is None and self.d_model % (2 * self.n_heads):
             wanted = f"must divide d_model={self.d_model} into heads of even width"
-            self.refuse("n_heads", f"{wanted}, whose pairs rotate; or set model.head_dim")
+            self.refuse("n_heads", f"{wanted}, because pairs rotate; or set model.head_dim")
         if self.head_width % 2:
             self.refuse("head_dim", "must be even, because pairs of features rotate")
         if self.rope_width % 2 or not self.rope_width:
@@ -73,7 +72,7 @@ class ModelConfig(Group):
             wanted = f"is the width of model.n_dense_layers={self.n_dense_layers} layers"
             self.refuse("d_dense", f"{wanted}; set both, or leave them at None and 0")
         if self.unroll > 1 and self.remat == "layer":
-            wanted = "unrolled layers would keep what is to be computed again; set 1"
+            wanted = "unrolled layers would not be recomputed; set 1"
             self.refuse("unroll", f"with remat='layer', {wanted}")
 
     def check(self, config):

@@ -91,7 +91,7 @@ class Config:
 
 def field_types(methods=True):
     """The types of each field of each group: `{group: {field: (type, ...)}}`. The group `routing`
-    has the fields of all methods; without `methods` it has only `name`, and none is imported.
+    has the fields of all methods; without `methods` only `name`, and no method is imported.
     """
     found = {f.name: _types(f.type) for f in dataclasses.fields(Config) if f.name != "routing"}
     found["routing"] = {"name": (str,)}
@@ -125,7 +125,7 @@ def _build(group, values):
             require(not misfit(part), field, value, misfit(part))
         if float in kinds and type(value) is int:
             value = float(value)
-        if name not in chosen:  # of these the group knows all values
+        if name not in chosen:  # the group itself checks choices
             names = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
             require(type(value) in kinds, field, value, f"must be of type {names}")
         typed[name] = value

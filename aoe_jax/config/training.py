@@ -34,10 +34,10 @@ class TrainConfig(Group):
     # acquisition or release of the workdir) the run ends with status 6; 0: never. Compilation does
     # not count.
     hang_timeout: float = setting(1800.0, at_least=0)
-    # Directory of a model whose parameters the run starts from; None: they are drawn at random.
+    # Directory of a model whose parameters the run starts from; None: random parameters.
     init_from: str | None = None
-    # The number of first steps that update routers alone, for a new router beside trained experts,
-    # such as aoe_jax.prune draws.
+    # The first `router_steps` steps update only routers, for a new router of trained experts, as
+    # aoe_jax.prune draws it.
     router_steps: int = setting(0, at_least=0)
 
     def __post_init__(self):
@@ -70,7 +70,7 @@ class CheckpointConfig(Group):
 
     # Steps between two checkpoints; a run also saves at its end, and when it is stopped.
     every: int = setting(500, above=0)
-    # Minutes after the newest checkpoint after which the next logged step saves one; 0: never.
+    # A logged step saves a checkpoint if the newest is this many minutes old; 0: never.
     every_minutes: float = setting(0.0, at_least=0)
     # Seconds after which a save in the background counts as failed.
     timeout: float = setting(1200.0, at_least=1, at_most=10**6)

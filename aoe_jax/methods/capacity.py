@@ -8,8 +8,6 @@ tokens, experts and places, so every shape is fixed.
 
 NOT CAUSAL with more than one expert per token: the first choice of a later token takes the place of
 an earlier token's second choice. With one expert per token the layer is causal.
-
-C places of an expert; other letters: see `aoe_jax/moe/__init__.py`.
 """
 
 from dataclasses import dataclass

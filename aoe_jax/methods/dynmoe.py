@@ -19,15 +19,14 @@ shrunk.
 
 With a router the loss is the paper's: `||W' W - I||_F` over the normalised columns of live experts
 ("diversity") plus the mean length of all columns ("simplicity"), summed over layers as in the
-authors' code. Left out are two more terms of their code (a balance loss of gates, and the mean of
-all gates) and its learned temperature. Columns start nearly orthogonal, where the paper's are
-orthogonal.
+authors' code. Two more terms of their code (a balance loss of gates, and the mean of all gates) and
+its learned temperature are left out. Columns start nearly orthogonal; the paper's are orthogonal.
 
 The paper does not cover AoE. In this project's version the score is relative to the norm for a
 random direction (`relative_scores`), so it is around 0 like a cosine. There is no loss of columns.
-The W_gate_down of a new expert, or the scoring columns of its whole gate, is a matrix of rank one,
-which maps R_S / ||R_S|| to the direction of the image of R_S under the place's old matrix, plus a
-tenth of the old matrix as noise. It is scaled to the median length of live experts.
+The scoring matrix of a new expert (`w_score`) is a matrix of rank one plus noise. The matrix of
+rank one maps R_S / ||R_S|| to the direction of R_S W, where W is the matrix that was left in the
+place; the noise is a tenth of W. The sum is scaled to the median length of live experts.
 
 Causal: each token is routed by itself. Costs n slots per token.
 """
@@ -44,7 +43,7 @@ from aoe_jax.moe.routing import Method, by_mask
 from aoe_jax.moe.scoring import KEPT_ROUTING, activation_norms
 from aoe_jax.parameters import vector, zeros_init
 
-NOISE = 0.1  # in the `w_score` of a new expert, relative to its rank-one part
+NOISE = 0.1  # noise in the `w_score` of a new expert, relative to its rank-one part
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -106,9 +105,7 @@ def simplicity(w_router):
 
 
 def updated_pool(live, fired, unclaimed):
-    """`(live, added)`, `[L, n]` bool, after an update by R_E `fired [L, n]` and R_S
-    `unclaimed [L, d]`. Without records nothing changes.
-    """
+    """`(live, added) [L, n]` bool after an update by R_E `fired [L, n]`, R_S `unclaimed [L, d]`."""
     wanted = (unclaimed != 0).any(axis=1, keepdims=True)
     recorded = wanted | (fired > 0).any(axis=1, keepdims=True)
     left = live & ((fired > 0) | ~recorded)
@@ -118,9 +115,7 @@ def updated_pool(live, fired, unclaimed):
 
 
 def w_score_with_added(w_score, live, added, unclaimed):
-    """`[L, n, d, r]` with the matrices of new experts; `live`, before the update, and `added`
-    `[L, n]` bool; `unclaimed [L, d]`.
-    """
+    """`w_score [L, n, d, r]` with new experts at `added [L, n]`; `live` is before the update."""
     direction = _directions(unclaimed)
     image = _directions(jnp.einsum("ld,lndr->lnr", direction, w_score))
     lengths = _lengths(w_score)

@@ -6,10 +6,10 @@ a router's columns to its experts.
     a_ij = ||R~_i W_gate_j||
     L    = 1/n^2 sum over i and j != i of  max(a_ij - alpha a_ii, 0) + max(a_ji - alpha a_ii, 0)
 
-Column R_i of the router represents the tokens of expert i. R~_i, with noise that leaves it nearer
-to R_i than to any other column, must activate its own expert more than other experts, and its
-expert more than other columns do. The cost does not grow with the number of tokens. The gradient
-flows through R and W_gate, not through eps.
+Column R_i of the router represents the tokens of expert i. The noise leaves R~_i nearer to R_i than
+to any other column. The loss is small if R~_i activates its own expert more than other experts, and
+if other columns activate expert i less than R~_i does. The cost does not grow with the number of
+tokens. The gradient flows through R and W_gate, not through eps.
 
 Formula, noise and weight 1 are the paper's; its alpha is 1, or 0.5 with 256 experts. As in the
 paper, the loss is added to the ordinary balance loss, in training only, and tokens are routed by R
@@ -72,7 +72,7 @@ class ERC(FixedK):
     name = "erc"
 
     weight: float = setting(1.0, above=0, training_only=True)  # weight of the loss
-    # An expert's activation by other columns may be this share of that by its own column.
+    # An activation a_ij or a_ji adds to the loss only above this share of a_ii.
     alpha: float = setting(1.0, at_least=0, training_only=True)
     norm_topk_prob: bool = True  # see `TopK`
 
@@ -80,7 +80,7 @@ class ERC(FixedK):
         routing = TopK(self.norm_topk_prob)(scores, weights, ctx)
         if not ctx.training:
             return routing
-        # Computed here, its gradient joins that of the layer before devices add it up.
+        # It is computed here so that devices sum its gradient together with that of the layer.
         with jax.named_scope("coupling"):
             key = jax.random.fold_in(ctx.key(), 0)
             matrices = weights["w_router"], weights["w_gate"]
@@ -93,7 +93,7 @@ class ERC(FixedK):
     def flops(self, config):
         n, d = config.experts.n_experts, config.model.d_model
         tokens = config.tokens_per_step // config.train.accumulate
-        # Once per micro-batch the loss.
+        # The loss is computed once per micro-batch.
         return 6 * d * n + 6 * n**2 * d * config.experts.d_ffn / tokens
 
     def check(self, config):

@@ -35,13 +35,6 @@ from aoe_jax.moe.scoring import KEPT_ROUTING
 from aoe_jax.parameters import vector
 
 
-def active_gates(scores, bias, threshold):
-    """`scores [T, n]`, `bias [n]` -> `(active [T, n] bool, G [T, n])`, G 0 where not active."""
-    gates = jax.nn.relu(scores - bias)
-    active = checkpoint_name(jax.lax.stop_gradient(gates) >= threshold, KEPT_ROUTING)
-    return active, jnp.where(active, gates, 0)
-
-
 @dataclass(frozen=True)
 class RoutingFree(Method):
     """Routing-Free MoE; parameter `score_bias [n]`, b; state `multiplier []`, lambda."""
@@ -57,7 +50,9 @@ class RoutingFree(Method):
     expert_share: float = setting(0.5, at_least=0, at_most=1, training_only=True)
 
     def __call__(self, scores, weights, ctx):
-        active, gates = active_gates(scores, weights["score_bias"], self.threshold)
+        gates = jax.nn.relu(scores - weights["score_bias"])
+        active = checkpoint_name(jax.lax.stop_gradient(gates) >= self.threshold, KEPT_ROUTING)
+        gates = jnp.where(active, gates, 0)
         is_real = ctx.token_weights[:, None] > 0
         active, gates = active & is_real, jnp.where(is_real, gates, 0)
         routing = by_mask(active, gates)

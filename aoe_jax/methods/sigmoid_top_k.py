@@ -6,10 +6,10 @@
 
 Groups are of equal size, of neighbouring experts; a group ranks by the sum of its two highest
 `ranked`. With `norm_topk_prob=False` the weight is `scale s[t, i]`. The selection bias b has no
-gradient. It stays as it is, or with `balance.bias_rate` a step adds `bias_rate` for experts below
-the mean load and subtracts it for those above (loss-free balancing; scores are in (0, 1), so the
-rate is as published). In L_aux, P is the mean of `s[t, i] / sum_j s[t, j]`, as in the sequence-wise
-loss of the paper, which is L_aux with `balance.aux_batch="sequence"`.
+gradient. With `balance.bias_rate` a step adds this rate for experts below the mean load and
+subtracts it for those above (loss-free balancing with the published rate, because scores are in
+(0, 1)). In L_aux, P is the mean of `s[t, i] / sum_j s[t, j]`; with `balance.aux_batch="sequence"`
+L_aux is the sequence-wise loss of the paper.
 """
 
 from dataclasses import dataclass
@@ -38,9 +38,10 @@ class SigmoidTopK(FixedK):
     hooks = Hooks(balance_logits=jax.nn.log_sigmoid)
 
     norm_topk_prob: bool = True  # weights of a token sum to `scale`
-    scale: float = setting(1.0, above=0)  # of weights (routed_scaling_factor)
-    n_groups: int = setting(1, above=0)  # of experts
-    groups_per_token: int = setting(1, above=0, at_most="n_groups")  # in which a token has experts
+    scale: float = setting(1.0, above=0)  # factor of all weights (routed_scaling_factor)
+    n_groups: int = setting(1, above=0)  # groups of experts
+    # Groups in which a token may have experts.
+    groups_per_token: int = setting(1, above=0, at_most="n_groups")
 
     def __call__(self, scores, weights, ctx):
         probability = jax.nn.sigmoid(scores)

@@ -19,15 +19,15 @@ Lory (Zhong et al., arXiv 2405.03133): causal, in training and at inference. The
 uniform weights, this project's choice. With `segment=0` the mean is that of the sequence itself,
 for classifiers and encoders; a decoder refuses it.
 
-A mean of matrices is no mean of functions: (W_gate_down, W_gate_up) and (W_gate_down Q, Q^T
-W_gate_up) are one expert, but merge differently with others. So all experts start near each other:
-`own_share` of the variance of their matrices is their own, the rest is common to all. (The authors'
-code can start from equal experts; with 1 they are independent.)
+The mean of matrices is not the mean of their functions: (W_gate_down, W_gate_up) and
+(W_gate_down Q, Q^T W_gate_up) are the same expert, but merge differently with others. So all
+experts start near each other: `own_share` of the variance of their matrices is their own, the rest
+is common to all. (The authors' code can start from equal experts; with 1 they are independent.)
 
 Merging costs 2 n |expert| FLOPs per segment, and memory for one merged expert per segment, unless
 `model.remat` is experts or layer.
 
-J segments of a sequence; other letters: see `aoe_jax/moe/__init__.py`.
+J segments of a sequence.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ from aoe_jax.parameters import Parameter, expert_init, matrices_of, ones_init, v
 
 ROUTER_SCALE = 0.01  # initial scale of the router's weights, and gain of their norm
 NORM_EPS = 1e-5
-DROPPED = 1e-10  # left of a dropped probability: dropping all experts gives uniform weights
+DROPPED = 1e-10  # weight of a dropped expert; if all are dropped, weights are uniform
 HIGHEST = jax.lax.Precision.HIGHEST
 
 ROUTER = {
@@ -70,9 +70,7 @@ def cut_segments(a, size):
 
 
 def mean_tokens(segments, token_weights):
-    """Means over the tokens that count: `[..., S, d]`, `[..., S]` -> `[..., d]`, float32 at least;
-    0 where none counts.
-    """
+    """Means over real tokens, 0 if there are none: `[..., S, d]`, `[..., S]` -> `[..., d]`."""
     segments, token_weights = _wide(segments), _wide(token_weights)
     total = jnp.einsum("...gd,...g->...d", segments, token_weights, precision=HIGHEST)
     return total / jnp.maximum(token_weights.sum(axis=-1), 1)[..., None]
@@ -95,9 +93,7 @@ def _normalised(a, axis):
 
 
 def merging_weights(scores, causal):
-    """`scores [B, J, n]` -> `p [B, J, n]`; if `causal` by the scores of the segment before, uniform
-    for the first segment.
-    """
+    """`scores [B, J, n]` -> `p [B, J, n]`; if `causal`, from the scores of the previous segment."""
     if causal:
         scores = jnp.pad(scores, ((0, 0), (1, 0), (0, 0)))[:, :-1]
     return jax.nn.softmax(scores)
@@ -134,9 +130,7 @@ def merging_stats(scores, p, counts, total):
 
 
 def near_copies(own_share):
-    """An initialiser like `expert_init`: a share of the variance is each expert's own, the rest
-    common to all.
-    """
+    """Like `expert_init`, but only this share of the variance is an expert's own."""
 
     def init(key, shape, dtype=jnp.float32):
         common_key, own_key = jax.random.split(key)
@@ -154,10 +148,10 @@ class Smear(Unchosen):
 
     name = "smear"
 
-    # Tokens that share a merged expert, which the segment before decides; 0: the whole sequence, by
-    # its own mean.
+    # Tokens that share an expert, merged by the segment before them; 0: the whole sequence shares
+    # an expert, merged by its own mean.
     segment: int = setting(64, at_least=0)
-    # Chance of an expert to be left out of a merged one, in training.
+    # Probability in training that an expert is left out of a merged expert.
     expert_dropout: float = setting(0.1, at_least=0, below=1, training_only=True)
     # Share of the initial variance of an expert's matrices that is its own.
     own_share: float = setting(0.5, above=0, at_most=1, training_only=True)

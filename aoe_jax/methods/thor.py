@@ -65,8 +65,8 @@ def drawn(devices, w, expert):
 def consistent_cross_entropy(consistency, hidden, table, targets, weights):
     """The cross-entropy of two passes, and the divergence of their predictions.
 
-    `hidden` are `[T, d]` of the first pass and of the second, and `consistency` is the weight of
-    the divergence. `cross_entropy` has the other arguments.
+    `hidden` has two arrays `[T, d]`, one per pass, and `consistency` is the weight of the
+    divergence. For the other arguments see `cross_entropy`.
 
     Returns:
       `(loss, nll, divergence)`, weighted sums over tokens: `nll` is that of both passes together,

@@ -1,7 +1,4 @@
-"""Parameters and floating-point operations of a configuration, counted without allocating anything.
-
-L layers, d model width, n experts, V vocabulary, S sequence length.
-"""
+"""Parameters and floating-point operations of a configuration, counted without arrays."""
 
 import logging
 import math

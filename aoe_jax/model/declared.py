@@ -44,11 +44,10 @@ def declared(path):
 
 
 def state_shardings(mesh, abstract_state):
-    """The shardings of a train state, of which `abstract_state` has the shapes.
+    """The shardings of a train state with the shapes of `abstract_state`.
 
-    Parameters and the optimiser's copies of them are split as they are `declared`. All else, such
-    as counters and the state of routing, is replicated. Raises `ValueError` for a parameter that is
-    not declared.
+    Parameters and the optimiser's moments are split as `declared`; everything else is replicated.
+    Raises `ValueError` for a parameter that is not declared.
     """
 
     def sharding(path, a):

@@ -1,5 +1,5 @@
-"""Llama-style decoder: pre-norm, rotary causal attention, and experts in every layer but maybe the
-first ones, in a scan.
+"""Llama-style decoder: layers of causal attention and experts, each after a norm, in a scan. The
+first layers may be dense.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from aoe_jax.moe.load_balance import LayerStats
 from aoe_jax.moe.routing import Method, TopK
 from aoe_jax.moe.scoring import KEPT_ROUTING
 
-# Recomputed in the backward pass, which would otherwise keep float32 copies of their input.
+# The backward pass recomputes norms; otherwise it would keep float32 copies of their inputs.
 RMSNorm = nn.remat(nn.RMSNorm, prevent_cse=False)
 
 
@@ -33,7 +33,7 @@ def make_norm(c: ModelConfig):
 
 
 def dense_layer(c: ModelConfig):
-    """`(experts, routing, balance)` of the dense layers before those of experts."""
+    """The settings `(experts, routing, balance)` of the dense layers."""
     experts = ExpertsConfig(kind="dense", d_ffn=c.d_dense)
     return experts, Dense(), BalanceConfig(aux_weight=0.0)
 
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
 
         Args:
           tokens: `[B, S]` int32.
-          segment_ids: `[B, S]` int32 document numbers to attend within, or None.
+          segment_ids: `[B, S]` int32, the document of each token, to attend within; or None.
           token_weights: `[B, S]`, 0 for padding, which counts in no statistic; None: all count.
           routing_state: `Method.state` of all layers, `[L, ...]` by name; None: the initial one.
 
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
 
 def initial_params(config: Config, seed):
     """The parameters before the first step."""
-    # A shape that the mesh divides evenly.
+    # The mesh divides this shape evenly.
     shape = (config.train.batch_size // config.train.accumulate, config.data.seq_len)
     decoder = Decoder.from_config(config)
     return decoder.init(jax.random.key(seed), jnp.zeros(shape, jnp.int32))["params"]

@@ -20,7 +20,7 @@ class Cache(NamedTuple):
     """Keys and values of the positions so far."""
 
     layers: tuple  # `(keys, values)` of each layer, `[B, G, c, h]`
-    length: jax.Array  # [B] int32, positions that count
+    length: jax.Array  # [B] int32, the number of filled positions
 
 
 def check_decodes(decoder: Decoder, by_token=True):
@@ -63,7 +63,7 @@ def unstacked(decoder: Decoder, params, mesh):
 
 
 def _stacks(model):
-    """Names of layers and how many have each, in the order in which tokens pass them."""
+    """`(name, number of layers)` of each stack of equal layers, in the order of computation."""
     dense = [("dense_layer", model.n_dense_layers)] if model.n_dense_layers else []
     return [*dense, ("layer", model.n_layers)]
 
@@ -83,7 +83,7 @@ def prefill(decoder: Decoder, params, routing_state, tokens, length, n_positions
     """
 
     def resized(a):
-        """`[B, G, S, h]` -> `[B, G, c, h]`, filled up or cut at the end."""
+        """`[B, G, S, h]` -> `[B, G, c, h]`, padded with zeros or cut at the end."""
         return jnp.pad(
             a[:, :, :n_positions], ((0, 0), (0, 0), (0, max(0, n_positions - a.shape[2])), (0, 0))
         )

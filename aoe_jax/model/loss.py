@@ -1,7 +1,4 @@
-"""Cross-entropy over a large vocabulary, computed in chunks: the logits never exist as a whole.
-
-T tokens, V vocabulary, d model width.
-"""
+"""Cross-entropy over a large vocabulary, in chunks of tokens, without an array of all logits."""
 
 from functools import partial
 

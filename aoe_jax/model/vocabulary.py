@@ -1,7 +1,4 @@
-"""The embedding and the output projection over a mesh.
-
-Letters in shapes: see `aoe_jax/moe/__init__.py`.
-"""
+"""The embedding and the output projection over a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +36,8 @@ def sum_over_tokens(function, hidden, table, targets, weights):
       hidden: `[B, S, d]`, or a tuple of such arrays, which the function then takes.
       targets, weights: `[B, S]`.
     """
-    # The sum over devices is here, because a `psum` inside has a `psum` as its derivative, which
-    # XLA:CPU may run beside the collectives of the layers' loop, and deadlock.
+    # Devices are summed outside of `shard_map`: the derivative of a `psum` inside would be a `psum`
+    # that can deadlock on XLA:CPU with the collectives of the layers' loop.
     values, out_spec = (targets, weights), PartitionSpec(MESH_AXES)
     sums = _over_tokens(function, hidden, table, values, out_spec, lambda a, _: a[None])
     return jax.tree.map(jnp.sum, sums)

@@ -2,8 +2,8 @@
 
     scoring -> routing -> dispatch -> swiglu; load_balance computes statistics, layer calls all
 
-`reference` is the same in plain loops, `grouped_matmul` multiplies rows with their experts'
-weights, and `parallel` distributes rows over a mesh.
+`reference` computes the same in plain loops, `grouped_matmul` multiplies rows by the weights of
+their experts, and `parallel` distributes rows over a mesh.
 
 Letters of axes, the same in the whole package; shapes such as `[T, n]` consist of them:
 
@@ -15,6 +15,5 @@ Letters of axes, the same in the whole package; shapes such as `[T, n]` consist 
     m  hidden width of a router     s  routing neurons             c  positions of a cache
     u  width of a shared expert     N  devices along expert        C  places of an expert
 
-`grouped_matmul` is an operation of its own, with letters of its own: M rows, D contracted width,
-F output width, E experts.
+The package `grouped_matmul` has its own letters.
 """

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.moe.grouped_matmul import row_layout
-from aoe_jax.moe.grouped_matmul.groups import WholeGroups
-from aoe_jax.moe.grouped_matmul.permute import NOWHERE, permute
+from aoe_jax.moe.grouped_matmul.groups import NOWHERE, WholeGroups, permute
 from aoe_jax.moe.routing import Routing
 
-MAX_GATHERS = 16  # a sum over more slots is one gather, or programs would grow with the slots
+MAX_GATHERS = 16  # A sum over more slots than this is one gather: programs would grow otherwise.
 
 
 class Rows(NamedTuple):
@@ -134,7 +133,7 @@ def _take(values, index, fill=0):
 
 def _take_by(values, index, rows):
     """`values[index]` by an index of `Rows`; zeros where the index is `NOWHERE`."""
-    if isinstance(rows.groups, WholeGroups):  # then it is nowhere `NOWHERE`
+    if isinstance(rows.groups, WholeGroups):  # then no index is `NOWHERE`
         return values.at[index].get(mode="promise_in_bounds")
     return _take(values, index)
 

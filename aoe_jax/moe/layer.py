@@ -1,7 +1,7 @@
 """The layer of experts: `moe_block` computes it, and a Linen module holds its parameters."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -38,7 +38,8 @@ def moe_block(x, weights, layer, ctx):
     parameters by name, on a mesh this device's pieces; `layer` is a `Layer`, `ctx` a `Context`.
     """
     with jax.named_scope("score"):
-        weights = layer.with_w_score(weights, ctx.devices)
+        if layer.experts.kind == "aoe":
+            weights = weights | {"w_score": score_columns(weights, layer.experts, ctx.devices)}
         scores = layer.score(x, weights, ctx)
     with jax.named_scope("route"):
         routing = layer.router(scores.values, weights, ctx)
@@ -69,7 +70,7 @@ class Layer:
     experts: ExpertsConfig
     router: Method  # `config.routing`
     balance: BalanceConfig
-    dtype: Any  # of computation
+    dtype: Any  # dtype of computation
     observe: Callable | None = None  # see `ExpertsLayer`
 
     @cached_property
@@ -79,12 +80,6 @@ class Layer:
     @property
     def sparse_scoring(self):
         return self.experts.sparse_scoring(self.router)
-
-    def with_w_score(self, weights, devices):
-        """Adds AoE's `w_score` to `weights`, see `scoring.score_columns`."""
-        if self.experts.kind != "aoe":
-            return weights
-        return weights | {"w_score": score_columns(weights, self.experts, devices)}
 
     def score(self, x, weights, ctx):
         if self.experts.kind != "aoe":
@@ -153,8 +148,8 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
     product = partial(grouped_matmul, backend=layer.experts.grouped_matmul)
 
     def rows_through_experts(x, slot_weight, weights, code):
-        # Weights are gathered and cast in here, where the backward pass does it again: neither
-        # whole weights nor cast copies are kept.
+        # The backward pass repeats this function, so neither gathered weights nor cast copies of
+        # them are kept.
         with jax.named_scope("experts"):
             w = layer.gathered(weights, devices)
         with jax.named_scope("dispatch"):
@@ -165,7 +160,7 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
             row_code = None if code is None else take_code(code, first)
             gate, row_code = gate_pre_activations(rows, groups, w, row_code, product)
             if layer.sparse_scoring:
-                # The scores that chose the experts have no gradient: rows compute them again.
+                # The scores that chose the experts have no gradient; these have one.
                 gate, scores = layer.row_scores(gate, row_code, devices)
                 n_slots, score = routing.expert.shape[0], layer.experts.score
                 scores = transport.slot_values(scores, first, n_slots)
@@ -190,9 +185,7 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
 
 
 def scores_of_round(transport, product, score, n_slots, schedule, number, args):
-    """AoE's scores in a later round, `[P]`, 0 for slots without a row in it. `args` are the tokens
-    `[T, d]` and `w_score`.
-    """
+    """AoE's scores `[P]` in a later round, 0 for other slots; `args` are tokens and `w_score`."""
     x, w_score = args
     round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)
@@ -201,9 +194,7 @@ def scores_of_round(transport, product, score, n_slots, schedule, number, args):
 
 
 def outputs_of_round(transport, product, schedule, number, args):
-    """The outputs of a later round, `[T, d]`. `args` are the tokens, the weights of slots `[P]` and
-    the matrices of experts.
-    """
+    """The outputs `[T, d]` of a later round; `args` are tokens, weights of slots and matrices."""
     x, slot_weight, w = args
     round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)
@@ -213,7 +204,7 @@ def outputs_of_round(transport, product, schedule, number, args):
 
 
 def rematerialised(function, devices, gathers_experts=False):
-    """Wraps a function of arrays: its backward pass recomputes what `model.remat` says."""
+    """Wraps a function of arrays so that its backward pass follows `model.remat`."""
     if devices.remat == "experts":
         policy = jax.checkpoint_policies.save_only_these_names(KEPT_EXPERTS)
         return jax.checkpoint(function, policy=policy)
@@ -235,8 +226,8 @@ class ExpertsLayer(nn.Module):
     training: bool = False  # whether methods behave as in training
     # `(scores [T, n], routing, weights, ctx) -> arrays`, the record "observed" of the statistics.
     observe: Callable | None = None
-    # Names of the axes of the mesh; None: `sharding.MESH_AXES`. Where they are given, parameters
-    # that are split are drawn as `nn.Partitioned`, for `nn.get_partition_spec`.
+    # Names of the axes of the mesh; None: `sharding.MESH_AXES`. If they are given, parameters that
+    # are split are `nn.Partitioned`, for `nn.get_partition_spec`.
     axes: MeshAxes | None = None
 
     @nn.compact
@@ -255,10 +246,10 @@ class ExpertsLayer(nn.Module):
           x: tokens `[..., d]`; on a mesh `[B, S, d]` or `[T, d]`.
           token_weights: `[...]`, 1 for a token that counts in statistics and balance losses, 0 for
             padding; None: all count.
-          routing_state: `Method.state` of this layer; None: that before training.
+          routing_state: `Method.state` of this layer; None: the state before training.
           captured: `[..., H]`, the result of the method's `Hooks.attention`.
           layer_index: the number of the layer in its model.
-          positions: `[...]` int32, in the sequences; None: counted along the last axis but d.
+          positions: `[...]` int32, in the sequences; None: 0, 1, ... along the axis before d.
 
         Returns:
           `(y [..., d], LayerStats)`, y in the dtype of computation. With sparse scoring the
@@ -286,7 +277,7 @@ class ExpertsLayer(nn.Module):
         routing_state = routing_state or method.state(self.experts, self.balance, d)
 
         def block(devices, x, token_weights, positions, captured, of_layer, weights):
-            devices = devices.with_tokens(x.shape[:-1])
+            devices = replace(devices, shape=x.shape[:-1])
             flat = lambda a, n_axes=0: a.reshape(-1, *a.shape[a.ndim - n_axes :])  # noqa: E731
             state, rng, layer_index = of_layer
             ctx = Context(

@@ -21,7 +21,8 @@ class LayerStats(NamedTuple):
     z_loss: jax.Array | None = None  # [], with `balance.z_weight`
     sequence_loss: jax.Array | None = None  # [], in training with `balance.aux_batch="sequence"`
     dropped_share: jax.Array | None = None  # [], share of the choices that a full expert dropped
-    records: dict[str, jax.Array] | None = None  # these four: see `routing.Routing`
+    # The next four are those of `routing.Routing`.
+    records: dict[str, jax.Array] | None = None
     shares: dict[str, jax.Array] | None = None
     per_token: dict[str, jax.Array] | None = None
     live: jax.Array | None = None
@@ -69,7 +70,7 @@ def balance_loss(load, mean_probability):
 
 def z_loss(scores, token_weights, total):
     """The mean over tokens of `(log sum_i exp(score_i))^2` (ST-MoE, Zoph et al. 2022, arXiv
-    2202.08906), which keeps router logits small. It shrinks norms, which are positive, as a whole.
+    2202.08906), which keeps router logits small. With AoE it shrinks all norms.
     `scores [T, n]`, `token_weights [T]` -> `[]`; `total` adds up sums from all devices.
     """
     square = jnp.square(jax.nn.logsumexp(scores, axis=1))

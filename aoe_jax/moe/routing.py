@@ -1,10 +1,8 @@
 """Routing: from scores `[T, n]` to the experts of each token and their weights.
 
 A router is a frozen dataclass of its own settings with `__call__(scores, weights, ctx) -> Routing`.
-It takes norms and logits alike. The paper's three routers are here; `aoe_jax/methods/` has others.
-`Method` lists the further features of a router, or of a layer of `aoe_jax/methods/`.
-
-Letters in shapes: see `aoe_jax/moe/__init__.py`.
+Scores may be norms or logits. The paper's three routers are here; `aoe_jax/methods/` has others.
+`Method` lists what a router, or a layer of `aoe_jax/methods/`, may define in addition.
 """
 
 import math
@@ -46,8 +44,8 @@ class Context:
 class Routing(NamedTuple):
     """The experts of each token and their weights, as P flat slots.
 
-    Token choice lays out an equal number of slots per token, token by token (`slots_per_token`).
-    An unused slot has expert n and weight 0.
+    With token choice all tokens have the same number of slots, `slots_per_token`, and slots are in
+    the order of tokens. An unused slot has expert n and weight 0.
     """
 
     token: jax.Array  # [P] int32
@@ -56,8 +54,7 @@ class Routing(NamedTuple):
     slots_per_token: int | None  # None: slots are in no order
     # Inputs of `Method.losses` and `Method.update`, equal on all devices, including gradients.
     records: dict[str, jax.Array] | None = None
-    # Inputs that are shares of the tokens. With micro-batches, losses take their mean over all
-    # micro-batches of the step so far.
+    # Like `records`, but shares of the tokens: losses use their mean over the micro-batches so far.
     shares: dict[str, jax.Array] | None = None
     per_token: dict[str, jax.Array] | None = None  # [T] each, for `Method.losses`
     live: jax.Array | None = None  # [n], 1 where a place holds an expert; None: all do
@@ -108,18 +105,18 @@ class Hooks(NamedTuple):
 
 
 class Method(Group):
-    """The base of routers and layers, with defaults for a method without a feature."""
+    """The base of routers and layers. A default means that the method lacks the feature."""
 
     group = "routing"
     name: ClassVar[str]
     hooks: ClassVar[Hooks] = Hooks()
 
     def causality(self, experts) -> Causality:
-        """Whether the method is causal with these `ExpertsConfig`."""
+        """Whether the method is causal with this `ExpertsConfig`."""
         return Causality()
 
     def choice(self, experts) -> Choice | None:
-        """How tokens choose experts; None: one expert or a merged one processes each token."""
+        """How tokens choose experts; None: they do not, a token has one drawn or merged expert."""
         return Choice()
 
     def parameters(self, experts) -> dict:
@@ -147,14 +144,12 @@ class Method(Group):
         return state, {}
 
     def flops(self, config) -> float | None:
-        """Training FLOPs per token of a layer without its experts; None: 6 per weight that every
-        token uses, such as a router's.
-        """
+        """Training FLOPs per token without experts; None: 6 per weight that every token uses."""
         return None
 
 
 def state_shapes(method, experts, balance, d):
-    """The shapes of `Method.state`; arrays would start JAX, which configurations may not."""
+    """The shapes of `Method.state`, without arrays: a configuration must not start JAX."""
     return jax.eval_shape(lambda: method.state(experts, balance, d))
 
 

@@ -1,9 +1,8 @@
-"""Scores: one number per token and expert, `[T, n]` float32; the higher, the better the expert
-suits the token. AoE takes the norm of an expert's own activations, a router its logit.
+"""Scores: one number per token and expert, `[T, n]` float32. The router prefers high scores.
 
-An AoE expert is scored by its code: the low-rank activation of a factorised gate (Eq. 4,
-`x W_gate_down`), or the first s pre-activations of a whole gate (`x W_gate[:, :s]`). The matrix of
-either is `w_score [n, d, r]`.
+With a router the score is its logit. With AoE it is the norm (or the largest value) of the expert's
+code: the low-rank activation of a factorised gate (Eq. 4, `x W_gate_down`), or the first s
+pre-activations of a whole gate (`x W_gate[:, :s]`). The matrix of codes is `w_score [n, d, r]`.
 """
 
 from functools import partial
@@ -41,9 +40,9 @@ def aoe_scores(x, w, layer, devices, keeps_code):
     """AoE's `Scores` (Algorithm 2, Eq. 4) of tokens `x [T, d]`; `w` is `w_score`.
 
     If the weights of experts depend on the chosen scores alone (`layer.sparse_scoring`), the scores
-    have no gradient here: those of the chosen experts are computed again with their rows.
-    Otherwise, with `keeps_code`, the codes of all experts are kept, as published. Without it (on a
-    mesh or with whole gates) each row computes its code again.
+    have no gradient here: `apply_experts` computes those of chosen experts again. Otherwise, with
+    `keeps_code`, the codes of all experts are kept, as published. Without it (on a mesh or with
+    whole gates) the code of each row is computed again.
     """
     score, stride = SCORE_OF_CODE[layer.experts.score], layer.balance.aux_stride
     if layer.sparse_scoring:
@@ -131,16 +130,14 @@ def largest(c):
     return c.astype(jnp.promote_types(c.dtype, jnp.float32)).max(axis=-1)
 
 
-# `ExpertsConfig.score`: from a code to its score.
+# Functions from a code to its score, by `ExpertsConfig.score`.
 SCORE_OF_CODE = {"norm": activation_norms, "max": largest}
 
 
 def scores_of_all(x, w_score, score=activation_norms):
-    """The scores of all experts: `x [T, d]`, `w_score [n, d, r]` of any dtype -> `[T, n]`.
-
-    A single activation in bfloat16 often equals that of another expert, and ties would favour the
-    lower expert. A norm of several hardly ever does.
-    """
+    """The scores of all experts: `x [T, d]`, `w_score [n, d, r]` of any dtype -> `[T, n]`."""
+    # In bfloat16 the largest activations of two experts are often equal, and the tie would favour
+    # the lower expert. Norms are hardly ever equal.
     dtype = jnp.promote_types(x.dtype, jnp.float32) if score is largest else None
     return score(codes_of_all(x, w_score.astype(x.dtype), dtype))
 

@@ -103,7 +103,7 @@ def other_router(arm, name):
     """Returns an arm with top_p or expert_choice, balanced as in `configs/paper.py`."""
     label, fields = {
         "top_p": ("top-p", {"aux_weight": AUX_WEIGHT, "entropy_weight": 1e-4}),
-        # An expert chooses among later tokens too, so losses compare with no other arm's.
+        # Experts choose among later tokens too, so its losses cannot be compared with other arms'.
         "expert_choice": (
             "expert choice (not causal)",
             {"aux_weight": 0.0, "entropy_weight": 0.0},

@@ -3,14 +3,13 @@ more: `--suite=configs/compare/gpu.py --set=data.name=prepared --set=data.path=S
 
 Every size sees 20 tokens for each active parameter, 0.4B, 1B and 2.1B of them, so the embedded
 corpus is too small: STORE is a token store of `python -m aoe_jax.prepare`, with at most 32,000
-tokens in its vocabulary. Published AoE has widths and ranks that are multiples of 64, so that the
-GPU kernel of the other arms takes them, too: its rank is near d/3, and its experts have at most 3%
-more parameters.
+tokens in its vocabulary. The widths and ranks of the published AoE are multiples of 64, as the GPU
+kernel of all arms requires: its rank is near d/3, and its experts have at most 3% more parameters.
 
-On one H100 a step of whole gates likely takes 90 ms at 20M and 250 ms at 100M, a run 4 and 67
-minutes, by `aoe_jax.plan`. The suite may be stopped at any time, such as after ten minutes by
-`timeout 600`, and the same command goes on from there. A run keeps the states of half of its
-training and of its end: 120 GB in all.
+On one H100, `aoe_jax.plan` estimates 90 ms per step of whole gates at 20M and 250 ms at 100M, and
+4 and 67 minutes per run. The suite may be stopped at any time, for example by `timeout 600`, and
+the same command continues it. A run keeps its state after half of the training and at the end: 120
+GB in all.
 """
 
 from dataclasses import replace

@@ -1,11 +1,12 @@
 """Methods of expert selection at the smallest size of `small.py`:
 `--suite=configs/compare/methods.py`.
 
-Arms are the variants of `configs/methods.py`. Those with AoE are compared to AoE with top-k, those
-with a router to the router with top-k, and that one to AoE. All have the learning rate that
-`small.py` found to be the best for AoE and for the router alike; tuning each would take longer than
-all runs. Arms with one expert a token have about half the FLOPs of experts that the others have
-(switch, smear), or as many and twice the FLOPs of attention (thor, which passes every batch twice).
+Arms are the variants of `configs/methods.py`. Arms with AoE are compared to AoE with top-k, arms
+with a router to the router with top-k, and the router with top-k to AoE with top-k. All have the
+learning rate of `small.py`, the best for both AoE and the router; tuning each arm would take longer
+than all runs. Some arms have one expert per token: switch and smear have about half the expert
+FLOPs of the others, and thor, which passes every batch twice, has as many and twice the FLOPs of
+attention.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite, Sweep

@@ -1,7 +1,7 @@
 """Tables 2, 3 and 5 of the paper, for a pod: `--suite=configs/compare/paper.py`; one seed, as in
 the paper.
 
-Arms are the variants of `configs/paper.py`. These commands tell whether one fits a slice:
+Arms are the variants of `configs/paper.py`. These commands tell whether an arm fits a slice:
 
     python -m aoe_jax.plan --config=configs/paper.py:aoe_r256_aux --topology=v5e:4x4 \
         --config.mesh.fsdp=16 --config.train.accumulate=32
@@ -20,10 +20,10 @@ Then the same command finds the runs trained, analyses their routing and reports
 from aoe_jax.compare.suite import Arm, Size, Suite
 from configs import paper
 
-# It has the router's n r d parameters in addition, 2.6% of all.
+# Its router has n r d parameters more, 2.6% of all.
 UNMATCHED = ("moe_aux_large_router",)
 
-# The arms without L_aux are compared to each other, those with top-p too.
+# Arms without L_aux are compared to each other, and so are arms with top-p.
 REFERENCES = {"aoe_top_p": "moe_top_p"} | {f"aoe_r{rank}": "moe" for rank in paper.RANKS}
 
 

@@ -3,8 +3,8 @@
 
 Names say how an arm's experts are scored: by their low-rank activation (`d3`, the paper), or by
 `score_neurons` gate pre-activations of whole gates (`whole16`: 16). All arms have L_aux and the
-learning rate that `small.py` gives MoE and AoE at this size. What AoE is offered (another rate for
-what scores, a longer warm-up) the MoE is offered too.
+learning rate that `small.py` gives MoE and AoE at this size. AoE and the MoE are both tried with
+other scoring rates and with a longer warm-up.
 
 The report in `results/screen` has four more arms: the norm of rectified activations (`relu_norm`),
 norms with a learned scale and shift or a learned offset for each expert (`scaled_norm`,

@@ -2,9 +2,9 @@
 
 The MoE and AoE arms have 42k, 149k and 418k active parameters without embeddings. Every size sees
 20 tokens for each of them: 0.22, 0.8 and 2.2 epochs of the embedded corpus. Dense arms have all
-parameters active, 3.2 times as many, and see the same tokens. Each arm has its best learning rate
-at the smallest size (`rates.py`), which also has two arms without balancing. Wider models have it
-in inverse proportion to d_model.
+parameters active, 3.2 times as many, and see the same tokens. At the smallest size, which also has
+two arms without balancing, each arm has its best learning rate (`rates.py`). At other sizes the
+rate is in inverse proportion to d_model.
 """
 
 from aoe_jax.compare.suite import Size, Suite

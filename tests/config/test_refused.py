@@ -9,8 +9,8 @@ from aoe_jax.config.run import RENAMED, Config
 from aoe_jax.errors import UserError
 from aoe_jax.methods import all_methods
 
-# A line is `GROUP.FIELD=VALUE; ... => MESSAGE`: the error names the first field with its value, and
-# then says MESSAGE. `=> START ... MESSAGE` is for an error that begins otherwise.
+# A line is `GROUP.FIELD=VALUE; ... => MESSAGE`. The error starts with the first field and its value
+# and contains MESSAGE. With `=> START ... MESSAGE` it starts with START instead.
 REFUSED = """
 mesh.data=0 => -1 for all remaining devices
 mesh.expert=3 => must divide experts.n_experts=8
@@ -28,6 +28,8 @@ experts.score=max; experts.kind=router => leave it at norm
 experts.d_wide=99; experts.kind=router => d_ffn
 experts.round_to=128; experts.kind=router => d_ffn
 experts.round_to=8; experts.d_wide=64 => Eq. 5
+experts.large_router=True; experts.kind=router; experts.factorised_gate=True => an ablation
+mesh.tensor=4; experts.d_ffn=519; experts.d_low=32 => experts.d_wide=678; set experts.round_to
 experts.d_ffn=8 => Eq. 5 finds no width for d_low=32
 experts.round_to=4096 => experts.d_ffn=512 ... round_to=4096
 experts.kind=dense => balance.aux_weight=0.01 ... set it to 0
@@ -172,12 +174,6 @@ def test_fields_of_older_versions(name):
     assert str(error.value) == f"config.{name} is gone; set config.{RENAMED[name]}"
 
 
-def test_others():
+def test_an_unknown_group():
     with pytest.raises(UserError, match="config.optimizer is unknown; known are model, experts"):
         Config.from_config_dict({"optimizer": {}})
-    both = {"kind": "router", "large_router": True, "factorised_gate": True}
-    with pytest.raises(UserError, match="experts.large_router=True"):
-        Config.from_config_dict({"experts": both})
-    wanted = r"mesh\.tensor=4: must divide experts\.d_wide=678; set experts\.round_to"
-    with pytest.raises(UserError, match=wanted):
-        Config.from_config_dict({"experts": {"d_ffn": 519, "d_low": 32}, "mesh": {"tensor": 4}})

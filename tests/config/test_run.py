@@ -48,17 +48,8 @@ def test_matched_width(d_model, d_ffn, d_low, round_to, width):
     assert matched_width(d_model, d_ffn, d_low, round_to) == width
 
 
-def test_width_of_each_kind():
-    assert ExpertsConfig(kind="router", d_ffn=100).width(64) == 100
-    assert ExpertsConfig(kind="dense", d_ffn=100).width(64) == 100
-    assert ExpertsConfig(kind="aoe", d_wide=99).width(64) == 99
-    assert (
-        ExpertsConfig(kind="router", factorised_gate=True, d_ffn=3072, d_low=256).width(768) == 3840
-    )
-
-
 def test_a_name_alone_replaces_the_default_router():
-    """As on the command line, where the group of the default router is given too."""
+    """On the command line the group of the default router is present, too."""
     config = default_config()
     config.routing.name = "top_p"
     assert Config.from_config_dict(config).routing == TopP()
@@ -106,7 +97,7 @@ MIXTURES = {
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_mixtures(name):
-    """What is written, and what `config.json` keeps of it, mean the same."""
+    """`config.json` has an equal mixture."""
     wanted = tuple(
         SourceConfig(label, corpus, path, None if weight is None else Fraction(weight))
         for label, corpus, path, weight in MIXTURES[name]
@@ -117,28 +108,22 @@ def test_mixtures(name):
     assert (data.name == name) == (name.replace(" = ", "=") == name and "1e-3" not in name)
 
 
-def test_a_tokenizer_is_found_from_any_folder():
+def test_paths_of_data():
     assert DataConfig(tokenizer="a/b.json").tokenizer == os.path.abspath("a/b.json")
     assert DataConfig(tokenizer="gs://a/b.json").tokenizer == "gs://a/b.json"
-
-
-def test_one_corpus_takes_its_path_from_either_place():
     assert DataConfig("text", path="/a/b").sources == DataConfig("text@/a/b").sources
     assert DataConfig("text@/a/b=1").name_without_paths == "text=1"
 
 
-def test_configurations_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().model.d_model = 3
-
-
-def test_scoring_is_sparse_where_that_is_exact():
-    cases = {
-        "top_k": ({}, TopK(), True),
-        "over all": ({}, TopK(norm_topk_prob=False), False),
-        "top_p": ({}, TopP(), False),
-        "router": ({"kind": "router"}, TopK(), False),
-        "as published": ({"score_gradient": "dense"}, TopK(), False),
-    }
-    for settings, routing, is_sparse in cases.values():
-        assert ExpertsConfig(**settings).sparse_scoring(routing) == is_sparse
+@pytest.mark.parametrize(
+    ("settings", "routing", "is_sparse"),
+    [
+        ({}, TopK(), True),
+        ({}, TopK(norm_topk_prob=False), False),
+        ({}, TopP(), False),
+        ({"kind": "router"}, TopK(), False),
+        ({"score_gradient": "dense"}, TopK(), False),
+    ],
+)
+def test_scoring_is_sparse_where_that_is_exact(settings, routing, is_sparse):
+    assert ExpertsConfig(**settings).sparse_scoring(routing) == is_sparse

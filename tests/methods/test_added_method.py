@@ -12,7 +12,7 @@ from aoe_jax.sharding import batch_sharding, make_mesh, put_batch
 from aoe_jax.training.step import init_state, make_train_step
 from examples.add_a_method import AboveMean
 from tests.evaluation.models import make_config, make_model
-from tests.methods.method_layers import assert_agree, by_loops, make, scores_of
+from tests.methods.method_layers import assert_agree, by_loops, make, random_batch, scores_of
 from tests.moe.contexts import context
 
 
@@ -43,16 +43,12 @@ def test_in_a_layer(added, x64, ragged):
 
 
 def losses_of_training(config, n_devices):
-    mesh = make_mesh(config, jax.devices()[:n_devices])
-    tokens = np.random.default_rng(0).integers(0, 300, (8, 33)).astype(np.int32)
-    inputs, targets, ones = tokens[:, :-1], tokens[:, 1:], np.ones((8, 32), np.int32)
-    batch = {"inputs": inputs, "targets": targets, "segment_ids": ones}
-    batch["weights"] = ones.astype(np.float32)
+    mesh, losses = make_mesh(config, jax.devices()[:n_devices]), []
     with jax.set_mesh(mesh):
         state, step = jax.jit(lambda: init_state(config, 0))(), jax.jit(make_train_step(config))
-        losses = []
+        batch = put_batch(batch_sharding(mesh), random_batch(config))
         for _ in range(3):
-            state, metrics = step(state, put_batch(batch_sharding(mesh), batch))
+            state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
     return losses
 

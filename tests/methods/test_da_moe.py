@@ -40,9 +40,7 @@ def test_weights_are_the_softmax_over_the_count_best_scores():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_importance_by_each_head(masked):
-    """`(N p - 1) / (N - 1)` of the N keys of the token's document, `[B, S, H]`, on a mesh that
-    splits heads too; without a gradient.
-    """
+    """It is `(N p - 1) / (N - 1)` without a gradient, also on a mesh that splits heads."""
     config = ModelConfig(n_heads=4, n_kv_heads=2, d_model=16, dtype="float32")
     layer, x = Attention(config, head_importance), 3 * normal(0, (4, 16, 16))
     documents = jnp.arange(16)[None].repeat(4, 0) // 5 if masked else None

@@ -1,18 +1,18 @@
 """DynMoE: gates and losses by plain loops, and experts that are added and removed."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from aoe_jax.config.run import Config
 from aoe_jax.methods.dynmoe import DynMoE, diversity, relative_scores, simplicity, updated_pool
+from aoe_jax.model.decoder import initial_routing_state
 from aoe_jax.moe import scoring
-from aoe_jax.moe.load_balance import LayerStats
 from aoe_jax.moe.reference import l2_norm
 from aoe_jax.training.step import init_state, make_train_step
-from configs import methods
 from tests.arrays import assert_finite, normal
 from tests.methods.method_layers import (
     EXPERTS,
@@ -21,7 +21,9 @@ from tests.methods.method_layers import (
     assert_agree,
     by_loops,
     make,
+    random_batch,
     scores_of,
+    small_config,
 )
 from tests.moe.contexts import context
 
@@ -92,8 +94,8 @@ def test_agrees_with_plain_loops(x64, ragged, kind, training):
 
 @pytest.mark.slow
 def test_relative_norms_have_no_scale(x64):
-    """They lie around 0 with a standard deviation of 1 / sqrt(2 r) for all lengths of tokens and
-    weights, and have finite gradients at zero. So have cosines.
+    """Their mean is 0 and their standard deviation 1 / sqrt(2 r) for all lengths of tokens and
+    weights. At zero their gradients and those of cosines are finite.
     """
     n, d, r = 8, 256, 32
     w_gate_down, x = normal(0, (n, d, r)), normal(1, (500, d))
@@ -121,8 +123,8 @@ def test_the_loss_of_orthonormal_columns():
 
 
 def test_the_pool_after_an_update():
-    """A row is a layer: all experts took tokens; one did not; one did not, and tokens are left; no
-    place is free; none took any; nothing was recorded.
+    """Six layers: all experts took tokens; one did not; one did not, and tokens are left; no place
+    is free; no expert took any; nothing was recorded.
     """
     live = jnp.array([[1, 1, 0], [1, 1, 0], [1, 0, 1], [1, 1, 1], [1, 1, 0], [1, 0, 1]]) > 0
     fired = jnp.array([[1, 2, 0], [0, 3, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0.0]])
@@ -132,48 +134,35 @@ def test_the_pool_after_an_update():
     assert_array_equal(added, [[0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]])
 
 
-def config_of(variant, **settings):
-    config = methods.get_config(variant)
-    config.model.update(n_layers=2, n_heads=2, d_model=16, vocab_size=64, max_len=16, unroll=1)
-    config.experts.update(n_experts=4, top_k=2, d_ffn=16, d_low=4)
-    config.data.seq_len = 16
-    config.train.update(batch_size=4, steps=9, warmup=0.1)
-    config.routing.update(settings)
-    return Config.from_config_dict(config)
+def config_of(kind, **settings):
+    return small_config(
+        experts={"kind": kind},
+        routing={"name": "dynmoe"} | settings,
+        balance={"aux_weight": 0.0},
+        data={"seq_len": 16},
+        train={"batch_size": 4, "steps": 9},
+    )
 
 
-def first_state_and_step(config):
-    return jax.jit(lambda: init_state(config, 0))(), jax.jit(make_train_step(config))
-
-
-def random_batch():
-    tokens = jax.random.randint(jax.random.key(0), (4, 17), 0, 64)
-    ones = jnp.ones((4, 16))
-    segment_ids = ones.astype(int)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    return {"inputs": inputs, "targets": targets, "segment_ids": segment_ids, "weights": ones}
+def training_of(config):
+    """The first state, the step and a batch."""
+    state = jax.jit(lambda: init_state(config, 0))()
+    return state, jax.jit(make_train_step(config)), random_batch(config)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["dynmoe", "dynmoe_router"])
-def test_an_expert_for_the_tokens_that_are_left(variant):
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_an_expert_for_the_tokens_that_are_left(kind):
     """The first free place gets an expert that is aligned with them; its threshold is 0, and it
     takes them.
     """
-    config = config_of(variant, period_steps=1, idle_steps=0, record_steps=1, initial_experts=2)
+    config = config_of(kind, period_steps=1, idle_steps=0, record_steps=1, initial_experts=2)
     weights = jax.jit(lambda: init_state(config, 0))().params["layers"]["experts"]
     weights["firing_threshold"] += 0.5
     # No token is left in the second layer.
     left = normal(1, (2, 16)) * jnp.array([[1.0], [0.0]])
-    n, zeros = 4, jnp.zeros((2, 4))
-    state = {
-        "live": zeros.at[:, :2].set(1),
-        "fired": zeros,
-        "unclaimed": jnp.zeros((2, 16)),
-        "updates": jnp.zeros(2),
-    }
-    load = zeros.at[:, :2].set(1.0)
-    stats = LayerStats(load, zeros, zeros[:, 0], zeros, zeros[:, 0], records={"unclaimed": left})
+    n, state = 4, initial_routing_state(config)
+    stats = SimpleNamespace(load=state["live"], records={"unclaimed": left})
     after, changed = config.routing.update(config, state, stats, weights)
     assert_array_equal(after["live"], [[1, 1, 1, 0], [1, 1, 0, 0]])
     assert not after["fired"].any() and not after["unclaimed"].any()
@@ -181,7 +170,7 @@ def test_an_expert_for_the_tokens_that_are_left(variant):
     added = np.zeros((2, n), bool)
     added[0, 2] = True
     assert_array_equal(changed["firing_threshold"], np.where(added, 0, 0.5))
-    if variant == "dynmoe_router":
+    if kind == "router":
         before, w = (np.moveaxis(p["w_router"], 2, 1) for p in (weights, changed))
         scores = cosines(left[:1], changed["w_router"][0])
         assert_allclose(scores[0, 2], 1, rtol=1e-5)
@@ -192,24 +181,23 @@ def test_an_expert_for_the_tokens_that_are_left(variant):
         assert_allclose(lengths[0, 2], np.median(lengths[0, :2]), rtol=1e-5)
         scores = relative_norms(left[:1], w[0])
         assert scores[0, 2] > 0.9 * 16**0.5 - 1 and scores[0, 2] > 2 * np.delete(scores[0], 2).max()
-    name = "w_router" if variant == "dynmoe_router" else "w_gate_down"
+    name = "w_router" if kind == "router" else "w_gate_down"
     assert changed.keys() == {"firing_threshold", name}
     assert_array_equal(w[~added], before[~added])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["dynmoe", "dynmoe_router"])
-def test_the_schedule(ragged, variant):
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_the_schedule(ragged, kind):
     """Two steps pass, two are recorded, then the pool is updated; the next period does the same."""
-    config = config_of(variant, period_steps=5, idle_steps=2, record_steps=2, initial_experts=1)
-    state, step = first_state_and_step(config)
-    batch = random_batch()
+    config = config_of(kind, period_steps=5, idle_steps=2, record_steps=2, initial_experts=1)
+    state, step, batch = training_of(config)
     live, recorded, found = [], [], []
     for _ in range(9):
         state, metrics = step(state, batch)
         live.append(state.routing_state["live"].sum(axis=1).tolist())
         recorded.append(bool(state.routing_state["unclaimed"].any()))
-        found.append(float(metrics["diversity"]) if variant == "dynmoe_router" else 0)
+        found.append(float(metrics["diversity"]) if kind == "router" else 0)
         assert metrics["finite"] and metrics["load"].max() <= 1
     assert [step for step, some in enumerate(recorded, 1) if some] == [3, 8]
     assert live == [[1, 1]] * 3 + [[2, 2]] * 5 + [[3, 3]]
@@ -217,8 +205,8 @@ def test_the_schedule(ragged, variant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["dynmoe", "dynmoe_router"])
-def test_an_expert_without_tokens_is_removed(ragged, variant):
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_an_expert_without_tokens_is_removed(ragged, kind):
     """A training step removes it, and no token goes there afterwards. Where no expert takes a
     token, one is added at the first free place.
     """
@@ -229,11 +217,10 @@ def test_an_expert_without_tokens_is_removed(ragged, variant):
         layers = layers | {"experts": layers["experts"] | {"firing_threshold": thresholds}}
         return state.replace(params=state.params | {"layers": layers})
 
-    config = config_of(variant, period_steps=2, idle_steps=1, record_steps=1, initial_experts=3)
-    state, step = first_state_and_step(config)
+    config = config_of(kind, period_steps=2, idle_steps=1, record_steps=1, initial_experts=3)
+    state, step, batch = training_of(config)
     # No token goes to the second expert, and every token goes to the others.
     state = with_thresholds(with_thresholds(state, (1,), 99.0), (0, 2), -99.0)
-    batch = random_batch()
     live, load = [], []
     for number in range(6):
         if number == 3:  # no expert takes a token any more, so one is added

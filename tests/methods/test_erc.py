@@ -14,7 +14,7 @@ from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import TopK
 from aoe_jax.training.step import init_state, training_loss
 from tests.arrays import assert_close, assert_finite, normal
-from tests.methods.method_layers import make, small_config
+from tests.methods.method_layers import make, random_batch, small_config
 
 N, D, WIDTH = 6, 8, 5
 KEY = jax.random.key(3)
@@ -67,9 +67,7 @@ def test_activations_are_not_kept():
 
 
 def test_the_loss_depends_on_parameters_and_noise_only(x64, ragged):
-    """Neither weights that are not normalised nor a selection bias change it. Experts are those of
-    plain top-k.
-    """
+    """`norm_topk_prob` and a selection bias do not change it. Experts are those of top-k."""
     layer, params, x = make("router", ERC(weight=1.0, alpha=0.5), n_experts=8)
     other = layer.clone(routing=dataclasses.replace(layer.routing, norm_topk_prob=False))
 
@@ -95,15 +93,10 @@ def test_the_loss_depends_on_parameters_and_noise_only(x64, ragged):
 
 def test_it_is_added_to_the_loss_of_training(ragged):
     """The mean over layers is added; every layer draws its own noise."""
-    config = small_config(
-        experts={"kind": "router"},
-        routing={"name": "erc", "weight": 0.5},
-        balance={"aux_weight": 0.01},
-    )
-    state = jax.jit(lambda: init_state(config, 0))()
-    ones = jnp.ones((4, 32), jnp.int32)
-    batch = {"inputs": ones, "targets": ones, "segment_ids": ones, "weights": 1.0 * ones}
-    loss, metrics = jax.jit(partial(training_loss, config))(state.params, {}, batch, KEY)
+    routing, size = {"name": "erc", "weight": 0.5}, {"data": {"seq_len": 32}}
+    config = small_config(experts={"kind": "router"}, routing=routing, **size)
+    params, batch = jax.jit(lambda: init_state(config, 0).params)(), random_batch(config)
+    loss, metrics = jax.jit(partial(training_loss, config))(params, {}, batch, KEY)
     added = 0.01 * metrics["aux_loss"] + 0.5 * metrics["coupling_loss"]
     assert_allclose(loss, metrics["nll"] + added, rtol=1e-6)
     first, second = of_layers = metrics["stats"].records["coupling_loss"]

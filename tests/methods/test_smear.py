@@ -61,7 +61,7 @@ def by_loop(w, x, segment, real):
 def test_agrees_with_a_loop(x64, form, segment):
     layer, params, x = make_smear(form, recompute=segment == 5, segment=segment)
     real = np.ones(SHAPE[:2], bool)
-    # Padding does not count; the mean token of a segment of nothing else is zero.
+    # Padding does not count; in a segment of padding the mean token is zero.
     real[1, 2:] = real[2, 4:8] = False
 
     @jax.jit

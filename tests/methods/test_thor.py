@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from aoe_jax.config.run import Config
 from aoe_jax.methods.thor import (
     Thor,
     consistent_cross_entropy,
@@ -15,9 +14,14 @@ from aoe_jax.methods.thor import (
     layer_key,
 )
 from aoe_jax.training.step import init_state, training_loss
-from configs import methods
 from tests.arrays import normal
-from tests.methods.method_layers import by_loops, make, with_gradients
+from tests.methods.method_layers import (
+    by_loops,
+    make,
+    random_batch,
+    small_config,
+    with_gradients,
+)
 from tests.model.test_loss import check_chunks, inputs, plain
 
 SHAPE, EXPERTS = (3, 12, 8), 4
@@ -36,17 +40,6 @@ def experts_of(y, params, x):
     distance = jnp.abs(outputs - y).max(axis=-1)
     assert distance.min(axis=0).max() < 1e-5
     return np.asarray(distance.argmin(axis=0))
-
-
-def test_draws_are_uniform():
-    """Counts over keys and over positions lie within three standard deviations."""
-    count, chance = 20_000, 1 / EXPERTS
-    deviation = np.sqrt(count * chance * (1 - chance))
-    keys = jax.random.split(jax.random.key(0), count)
-    by_key = jax.vmap(lambda key: draw_expert(key, EXPERTS))(keys)
-    by_position = draw_by_position(layer_key(0, 1), jnp.arange(count), EXPERTS)
-    for found in (by_key, by_position):
-        assert np.abs(np.bincount(found, minlength=EXPERTS) - count * chance).max() < 3 * deviation
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -100,56 +93,41 @@ def test_sequences_at_inference_draw_one_expert_per_layer():
     assert len(set(drawn[0])) > 1 and drawn[0] != drawn[1]
 
 
-class Step:
-    """The loss of a training step of a small model, and its gradient."""
-
-    def __init__(self):
-        config = methods.get_config("thor_router")
-        config.model.update(n_layers=2, n_heads=2, d_model=16, vocab_size=50, unroll=1)
-        config.experts.update(n_experts=EXPERTS, top_k=1, d_ffn=16)
-        config.data.seq_len = 8
-        self.config = Config.from_config_dict(config)
-        tokens = np.asarray(jax.random.randint(jax.random.key(5), (4, 9), 0, 50))
-        ones = np.ones((4, 8), np.int32)
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        self.batch = {"inputs": inputs, "targets": targets, "segment_ids": ones}
-        self.batch["weights"] = 1.0 * ones
-        self.params = jax.jit(lambda: init_state(self.config, 0).params)()
-        self.function = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
-
-    def _loss(self, params, key):
-        return training_loss(self.config, params, {}, self.batch, key)
-
-    def __call__(self, params, key=0):
-        (loss, metrics), gradient = self.function(params, jax.random.key(key))
-        return loss, metrics, gradient
-
-
 @pytest.fixture(scope="module")
-def step():
-    return Step()
+def small_model():
+    """Parameters, and `(params, key) -> ((loss, metrics), gradient)` of a training step."""
+    config = small_config(
+        experts={"kind": "thor", "top_k": 1},
+        balance={"aux_weight": 0.0},
+        data={"seq_len": 8},
+        train={"batch_size": 4},
+    )
+    batch, params = random_batch(config), jax.jit(lambda: init_state(config, 0).params)()
+
+    def loss(params, key):
+        return training_loss(config, params, {}, batch, jax.random.key(key))
+
+    return params, jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def test_equal_experts_agree(step):
-    experts = {
-        name: jnp.broadcast_to(w[:, :1], w.shape)
-        for name, w in step.params["layers"]["experts"].items()
-    }
-    params = step.params | {"layers": step.params["layers"] | {"experts": experts}}
-    loss, metrics, _ = step(params)
+def test_equal_experts_agree(small_model):
+    params, step = small_model
+    layers = params["layers"]
+    experts = jax.tree.map(lambda w: jnp.broadcast_to(w[:, :1], w.shape), layers["experts"])
+    (loss, metrics), _ = step(params | {"layers": layers | {"experts": experts}}, 0)
     assert_allclose(metrics["divergence"], 0, atol=1e-6)
     assert_allclose(loss, 2 * metrics["nll"], rtol=1e-6)
 
 
 @pytest.mark.slow
-def test_the_loss_of_a_step(step):
+def test_the_loss_of_a_step(small_model):
     """The two passes draw separately in every layer, only drawn experts learn, and alpha is the
     weight of the divergence.
     """
-    sharper = jax.tree.map(lambda a: 2 * a, step.params)
-    drawn = []
+    params, step = small_model
+    sharper, drawn = jax.tree.map(lambda a: 2 * a, params), []
     for key in range(8, 16):
-        loss, metrics, gradient = step(sharper, key)
+        (loss, metrics), gradient = step(sharper, key)
         assert metrics["divergence"] >= 0
         assert_allclose(loss, 2 * metrics["nll"] + 5 * metrics["divergence"], rtol=1e-5)
         learnt = np.abs(gradient["layers"]["experts"]["w_down"]).sum(axis=(2, 3)) > 0
@@ -163,7 +141,7 @@ def test_the_loss_of_a_step(step):
 
 
 def plain_passes(hidden, table, targets, weights):
-    """`(loss, nll, divergence)` by the definition, whole."""
+    """`(loss, nll, divergence)` by their definitions, from all logits at once."""
     p, q = (jax.nn.softmax(h.astype(jnp.float32) @ table.T) for h in hidden)
     divergence = 0.5 * ((p * jnp.log(p / q)).sum(axis=1) + (q * jnp.log(q / p)).sum(axis=1))
     divergence = (weights * divergence).sum()

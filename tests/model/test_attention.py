@@ -1,4 +1,4 @@
-"""Causal attention in blocks of queries, against the attention of JAX: values and gradients."""
+"""Backends of causal attention against the reference: values, gradients, memory, choice."""
 
 import json
 from functools import partial
@@ -85,7 +85,7 @@ def test_blocks_in_bfloat16():
     [(256, 2, 2, False, 16), (200, 4, 2, True, 16), (200, 2, 1, True, LANES)],
 )
 def test_splash_computes_what_the_reference_does(length, n_heads, n_kv, masked, width):
-    """In Pallas's interpreter, with padding to whole tiles and with grouped heads."""
+    """In Pallas's interpreter. Some cases have padding to whole tiles, or grouped heads."""
     args, cotangent, documents = arrays(length, jnp.float32, n_heads, n_kv, width)
     check(splash, reference_attention, args, cotangent, documents if masked else None, 1e-5)
 
@@ -97,9 +97,10 @@ def test_splash_blocks_divide_every_length():
     assert block_size(LONG) == 2 * MAX_BLOCK and block_size(LONG + LANES) == 5 * LANES
 
 
-def test_no_probabilities_are_kept():
-    """Nor any product with keys that all lie after a block: of eight blocks, 36 pairs of blocks of
-    64.
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1)])
+def test_no_probabilities_are_kept(shape):
+    """Of the 64 pairs of eight blocks, 28 are skipped, because all keys come after the queries. A
+    layer on a mesh keeps no probabilities either.
     """
     length = MIN_BLOCK * MAX_BLOCKS
     args, cotangent, _ = arrays(length, jnp.float32)
@@ -108,10 +109,16 @@ def test_no_probabilities_are_kept():
     flops = jax.jit(blocks).lower(*args).compile().cost_analysis()["flops"]
     products = 2 * 2 * cotangent.size * length * 36 / 64
     assert products < flops < 1.5 * products
+    layer = Attention(ModelConfig(n_heads=2, d_model=16, dtype="float32"))
+    x = jnp.zeros((8, 100, 16))
+    params = layer.init(jax.random.key(0), x)
+    with jax.set_mesh(mesh_of(*shape)):
+        kept = jax.eval_shape(lambda p, x: jax.vjp(layer.apply, p, x)[1], params, x)
+    assert not [a.shape for a in jax.tree.leaves(kept) if a.ndim == 4 and a.shape[-1] >= MIN_BLOCK]
 
 
 def test_attention_to_a_cache():
-    """The newest positions get what they get in a whole pass."""
+    """The newest positions have the outputs of a pass over the whole sequence."""
     (q, k, v), _, _ = arrays(20, jnp.float32, 4, 2)
     free = [(0, 0), (0, 0), (0, 7), (0, 0)]
     position = jnp.arange(15, 20)
@@ -122,7 +129,7 @@ def test_attention_to_a_cache():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rotary_by_a_product(dtype):
-    """As TPUs compute it; with the same gradient."""
+    """TPUs compute it this way; values and gradients are the same."""
     x, g = normal(0, (2, 2, 3, 20, 8), dtype)
     tables = [jnp.asarray(a, jnp.float32) for a in rotary_tables(20, ModelConfig(d_model=32))]
     want, want_back = jax.vjp(lambda x: rotary(x, *tables), x)
@@ -133,20 +140,9 @@ def test_rotary_by_a_product(dtype):
     assert_allclose(got_g.astype("float32"), want_g.astype("float32"), atol=atol)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1)])
-def test_nor_are_they_on_a_mesh(shape):
-    layer = Attention(ModelConfig(n_heads=2, d_model=16, dtype="float32"))
-    x = jnp.zeros((8, 100, 16))
-    params = layer.init(jax.random.key(0), x)
-    mesh = mesh_of(*shape)
-    with jax.set_mesh(mesh):
-        kept = jax.eval_shape(lambda p, x: jax.vjp(layer.apply, p, x)[1], params, x)
-    assert not [a.shape for a in jax.tree.leaves(kept) if a.ndim == 4 and a.shape[-1] >= MIN_BLOCK]
-
-
 @pytest.mark.parametrize("attention", [blocks, splash])
-def test_rematerialisation_can_keep_what_the_backward_pass_needs(attention):
-    """By its name, so that the forward pass is not computed again."""
+def test_rematerialisation_keeps_what_the_backward_pass_needs(attention):
+    """A policy keeps it by name, so that the forward pass is not computed again."""
     args, _, _ = arrays(128, jnp.float32, 2, 2, 16)
     keep = jax.checkpoint_policies.save_only_these_names(KEPT_ATTENTION)
     again = jax.checkpoint(attention, policy=keep)
@@ -185,18 +181,14 @@ def test_the_platform_chooses_the_backend(caplog, platform, kind, capability, dt
         ("splash", "float16", "attention backend='splash' with float16: use bfloat16 or float32"),
     ],
 )
-def test_what_a_backend_does_not_take(backend, dtype, message):
-    args, _, _ = arrays(4, jnp.float32)
+def test_backends_refuse_what_they_lack(backend, dtype, message):
+    args, _, _ = arrays(4, dtype)
     with pytest.raises(UserError, match=message):
-        causal_attention(*(a.astype(dtype) for a in args), backend=backend)
-
-
-def test_what_cudnn_does_not_take():
+        causal_attention(*args, backend=backend)
     with pytest.raises(UserError, match="'cudnn' with float32: use bfloat16 or float16"):
         check_cudnn("float32", 64)
     with pytest.raises(UserError, match="heads of width 10: use a multiple of 8 up to 128"):
         check_cudnn("bfloat16", 10)
-    check_cudnn("bfloat16", 128)
 
 
 # JAX traces cuDNN's kernels only where it finds cuDNN, through the plugin for CUDA.
@@ -211,8 +203,8 @@ print(json.dumps([cudnn_calls(64, masked=False), cudnn_calls(63, masked=True)]))
 
 
 def cudnn_calls(length, masked):
-    """How often a program with gradients runs the forward kernel, which cannot run here: without
-    rematerialisation, with `is_cudnn_forward` kept, and with nothing kept.
+    """How often the traced gradient has the forward kernel: without rematerialisation, with
+    `is_cudnn_forward` kept, and with nothing kept.
     """
     args, _, documents = arrays(length, jnp.bfloat16, 4, 2, 64)
     attention = partial(cudnn_attention, segment_ids=documents if masked else None)
@@ -226,7 +218,6 @@ def cudnn_calls(length, masked):
 
 @pytest.mark.slow
 def test_rematerialisation_keeps_what_cudnn_needs():
-    """Else its forward kernel would run once more."""
     status, stdout, stderr = finish(start(["-c", WITH_CUDNN], forked=False))
     assert status == 0, stderr
     for once, kept, nothing in json.loads(stdout.splitlines()[-1]):

@@ -38,13 +38,6 @@ def declared(config):
     )
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_every_variant_builds_and_counts_agree(name):
-    parameters = declared(config_of(name))
-    assert sum(a.size for a in parameters) == parameter_counts(config_of(name)).total
-    assert {a.dtype for a in parameters} == {jnp.dtype("float32")}
-
-
 def moe(group="model", **changes):
     config = config_of("tiny:moe")
     return dataclasses.replace(
@@ -52,19 +45,20 @@ def moe(group="model", **changes):
     )
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"n_kv_heads": 2, "qk_norm": "all"},
-        {"n_kv_heads": 2, "qk_norm": "head", "head_dim": 48},
-        {"n_kv_heads": 2, "qkv_bias": True},
-        {"n_kv_heads": 2, "head_dim": 16, "attention_bias": True, "tie_embeddings": False},
-    ],
-    ids=str,
-)
-def test_counts_of_what_models_of_the_hub_have(changes):
-    config = moe(**changes)
-    assert sum(a.size for a in declared(config)) == parameter_counts(config).total
+HUB = [  # what models of the hub have
+    {"n_kv_heads": 2, "qk_norm": "all"},
+    {"n_kv_heads": 2, "qk_norm": "head", "head_dim": 48},
+    {"n_kv_heads": 2, "qkv_bias": True},
+    {"n_kv_heads": 2, "head_dim": 16, "attention_bias": True, "tie_embeddings": False},
+]
+
+
+@pytest.mark.parametrize("name", [*ALL, *HUB], ids=str)
+def test_every_variant_builds_and_counts_agree(name):
+    config = moe(**name) if isinstance(name, dict) else config_of(name)
+    parameters = declared(config)
+    assert sum(a.size for a in parameters) == parameter_counts(config).total
+    assert {a.dtype for a in parameters} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("added", ["a shared expert", "dense layers in front"])
@@ -103,27 +97,17 @@ def test_the_papers_figures(name, total, active):
     assert (rounded(counts.total), rounded(counts.active)) == (total, active)
 
 
-def test_the_papers_parts():
+def test_parts_and_totals():
+    """The paper's parts of a model, the parameters of a large router, and equal baselines."""
     counts = parameter_counts(config_of("paper:moe"))
-    assert round(counts.attention / 1e6, 1) == 28.3
-    assert round(counts.embedding / 1e6, 1) == 24.6
-    assert round(counts.experts / 1e6, 1) == 679.6  # 679.5M of experts and 0.07M of routers
+    parts = (counts.attention, counts.embedding, counts.experts)  # experts with 0.07M of routers
+    assert [round(count / 1e6, 1) for count in parts] == [28.3, 24.6, 679.6]
     assert "732.46M parameters" in str(counts) and "247.43M active" in str(counts)
-
-
-def test_baselines_of_tiny_match_in_total_parameters():
+    large = parameter_counts(config_of("paper:moe_aux_large_router")).experts
+    wanted = 12 * 8 * 256 * 768
+    assert abs(large - counts.experts + 12 * 8 * 768 - wanted) < 0.001 * wanted
     totals = [parameter_counts(config_of(f"tiny:{name}")).total for name in ("aoe", "moe", "dense")]
     assert max(totals) / min(totals) < 1.002
-
-
-def test_large_router_has_the_stated_parameters():
-    large, plain = (
-        parameter_counts(config_of(f"paper:{name}")) for name in ("moe_aux_large_router", "moe_aux")
-    )
-    config = config_of("paper:moe_aux_large_router")
-    wanted = 12 * 8 * 256 * 768
-    assert abs(large.experts - plain.experts + 12 * 8 * 768 - wanted) < 0.001 * wanted
-    assert config.experts.d_low == 256
 
 
 @pytest.mark.parametrize(
@@ -140,7 +124,7 @@ def test_sparse_scoring_of_idle_experts(balance, backward):
 
 
 def matmul_flops(jaxpr):
-    """FLOPs of every matrix product of a program, those of a loop as often as it runs."""
+    """FLOPs of all matrix products of a program; the body of a loop counts once per iteration."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("dot_general", "ragged_dot_general"):
@@ -149,12 +133,12 @@ def matmul_flops(jaxpr):
                 ragged = eqn.params["ragged_dot_dimension_numbers"]
                 groups, numbers = ragged.rhs_group_dimensions, ragged.dot_dimension_numbers
             lhs, rhs = (operand.aval.shape for operand in eqn.invars[:2])
-            # Axes of the right operand that are contracted, or walked together with the left.
+            # Axes of the right operand that are contracted, or batch or group axes.
             used = {axis for lists in numbers for axis in lists[1]} | set(groups)
             free = [size for axis, size in enumerate(rhs) if axis not in used]
             total += 2 * math.prod(lhs) * math.prod(free)
         elif inner := [matmul_flops(inner) for inner in jaxprs_in_params(eqn.params)]:
-            # Nobody knows how often a `while` runs.
+            # The number of iterations of a `while` is unknown.
             assert eqn.primitive.name != "while" or not any(inner)
             of_branches = max(inner) if eqn.primitive.name == "cond" else sum(inner)
             total += eqn.params.get("length", 1) * of_branches
@@ -162,14 +146,13 @@ def matmul_flops(jaxpr):
 
 
 def computed_beyond_useful(config):
-    """FLOPs per token of a training step that repeat or mask what is useful, by what the code says
-    it does.
+    """FLOPs per token of a training step that `training_flops_per_token` does not count.
 
-    Attention takes whole blocks of queries, the keys of a block's last position for each of them,
-    and computes the scores again in the backward pass: 7 products over these blocks for 6 over half
-    the square. The coupling loss is computed again there too. Sparse scoring computes the chosen
-    activations again; for a balance loss, it scores the sampled tokens again and takes both
-    gradients also for the experts that they choose.
+    A block of attention multiplies all its queries with the keys of its last query, and the
+    backward pass computes the scores again: 7 products over blocks instead of 6 over half the
+    square. The backward pass computes the coupling loss again. Sparse scoring computes the chosen
+    activations again; with a balance loss it scores the sampled tokens again, and both gradients
+    include the chosen experts.
     """
     m, c, length = config.model, config.experts, config.data.seq_len
     size = max(64, -(-length // 8))
@@ -215,9 +198,7 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_flops_of_a_whole_training_step(name):
-    """Every product of the train step of `configs/tiny.py`, forward and backward, is useful or in
-    `computed_beyond_useful`. The backend `ragged` has one product where others have loops.
-    """
+    """All products of a step are useful or in `computed_beyond_useful`."""
     variant, changes = STEPS[name]
     file, _, variant = variant.rpartition(":")
     settings = FILES[file or "tiny"].get_config(variant)
@@ -237,7 +218,7 @@ def test_flops_of_a_whole_training_step(name):
 @pytest.mark.parametrize(
     ("variant", "words"),
     [
-        ("top_k", None),
+        ("top_k", ""),
         ("threshold", "threshold is not causal before step 200: "),
         ("expert_choice", "expert_choice is not causal: "),
     ],
@@ -248,6 +229,5 @@ def test_a_warning_if_losses_depend_on_later_tokens(caplog, variant, words):
         groups.routing.warmup_steps = 200
     log_run(Config.from_config_dict(groups))
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert (
-        (not warnings) if words is None else (len(warnings) == 1 and warnings[0].startswith(words))
-    ), warnings
+    assert len(warnings) == (1 if words else 0)
+    assert all(warning.startswith(words) for warning in warnings)

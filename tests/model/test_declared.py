@@ -1,4 +1,4 @@
-"""On which devices the parameters of a model are."""
+"""How the parameters of a model are split over devices."""
 
 import dataclasses
 

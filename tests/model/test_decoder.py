@@ -35,7 +35,7 @@ def build(model=MODEL, routing=TOP_K, **experts):
 
 
 def kept(function, variables):
-    """What its backward pass keeps of the forward pass, as shapes."""
+    """Shapes of the arrays that the forward pass keeps for the backward pass."""
     return jax.tree.leaves(jax.eval_shape(lambda v: jax.vjp(function, v)[1], variables))
 
 
@@ -59,6 +59,25 @@ def test_causality(settings, leaks):
     apply = jax.jit(decoder.apply)
     a, b = (apply(variables, tokens)[0][:, :6] for tokens in (TOKENS, other))
     assert (float(jnp.abs(a - b).max()) > 1e-4) == leaks
+
+
+def test_parameters_statistics_and_dtypes():
+    """Layers are scanned and start different; the table is shared; parameters are float32."""
+    decoder, variables = build(dataclasses.replace(MODEL, dtype="bfloat16"))
+    params = variables["params"]
+    assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert set(params) == {"embed", "layers", "final_norm"}
+    w_up = params["layers"]["experts"]["w_up"]
+    assert w_up.shape[0] == 2 and float(jnp.abs(w_up[0] - w_up[1]).max()) > 0.01
+    _, untied = build(dataclasses.replace(MODEL, tie_embeddings=False))
+    assert untied["params"]["output"]["embedding"].shape == (50, 16)
+    logits, stats = jax.jit(decoder.apply)(variables, TOKENS)
+    hidden, _ = jax.eval_shape(lambda: decoder.apply(variables, TOKENS, method="features"))
+    assert (logits.dtype, hidden.dtype) == (jnp.float32, jnp.bfloat16)
+    assert {a.dtype for a in jax.tree.leaves(stats)} == {jnp.dtype("float32")}
+    assert stats.load.shape == (2, 4) and stats.confidence_entropy.shape == (2,)
+    exact = jax.jit(build()[0].apply)(variables, TOKENS)[0]
+    assert float(jnp.abs(logits - exact).max()) < 0.1 * float(jnp.abs(exact).max())
 
 
 def test_rotary_depends_on_distance_only():
@@ -108,7 +127,7 @@ def test_remat_changes_memory_but_no_gradient(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "experts"])
 def test_several_layers_at_once_compute_the_same(remat):
-    """Also where they do not divide the number of layers."""
+    """2 does not divide the number of layers."""
     decoder, variables = build(dataclasses.replace(MODEL, n_layers=3))
 
     def gradient(unroll):
@@ -122,9 +141,7 @@ def test_several_layers_at_once_compute_the_same(remat):
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_what_recomputing_experts_keeps(kind):
-    """Of the experts' rows, `C` and `x w_up` or `x w_gate` and `x w_up`; and no copy of the weights
-    in the dtype of computation.
-    """
+    """By row: `x w_up`, and `x w_gate` or AoE's code. No copy of weights in bfloat16 is kept."""
     model = dataclasses.replace(MODEL, remat="experts", dtype="bfloat16")
     experts = dataclasses.replace(EXPERTS, kind=kind, n_experts=3, d_ffn=40, d_low=5)
     decoder = Decoder(model, experts)
@@ -141,14 +158,15 @@ def test_what_recomputing_experts_keeps(kind):
     assert not [shape for shape in shapes if shape[:2] == (2, 3)]
 
 
+@pytest.mark.parametrize("code", ["d_low", "score_neurons"])
 @pytest.mark.parametrize("remat", ["none", "experts", "layer"])
-def test_scores_are_not_computed_again(remat):
-    """Under any remat, the only product backward with the w_gate_down of all experts is that of the
-    balance losses.
+def test_scores_are_not_computed_again(remat, code):
+    """Only balance losses have products with the w_gate_down of all experts in the backward pass.
+    The chosen experts `[L, T, K]` of a recomputed layer are kept: another top-k could break ties
+    the other way.
     """
     model = dataclasses.replace(MODEL, remat=remat)
-    experts = dataclasses.replace(EXPERTS, n_experts=7, d_low=5)
-    tokens = []
+    experts, tokens = dataclasses.replace(EXPERTS, n_experts=7, **{code: 5}), []
     for balance in (BalanceConfig(aux_weight=0.0), BalanceConfig(aux_tokens=0.5)):
         decoder = Decoder(model, experts, balance=balance)
         variables = jax.eval_shape(decoder.init, jax.random.key(0), TOKENS)
@@ -162,39 +180,6 @@ def test_scores_are_not_computed_again(remat):
             re.search(r"tensor<(\d+)x7x5xf32>", line) for line in lines if "dot_general" in line
         )
         tokens.append(sorted(int(cache[1]) for cache in caches if cache))
+        indices = [a.shape for a in kept(loss, variables) if a.dtype == jnp.int32]
+        assert remat != "layer" or (2, TOKENS.size, 2) in indices
     assert tokens == [[TOKENS.size], [TOKENS.size // 2] * 3 + [TOKENS.size]]
-
-
-def test_remat_keeps_the_selection():
-    """Ties must not break the other way when a layer is recomputed: the chosen experts are saved,
-    `[L, T, K]`.
-    """
-    decoder, variables = build()
-    decoder = decoder.clone(model=dataclasses.replace(MODEL, remat="layer"))
-    residuals = kept(lambda v: decoder.apply(v, TOKENS)[0].sum(), variables)
-    assert (2, TOKENS.size, 2) in [a.shape for a in residuals if a.dtype == jnp.int32]
-
-
-def test_layers_are_scanned_and_the_table_is_shared():
-    """Layers start different, and statistics are stacked over them."""
-    decoder, variables = build()
-    stats = jax.jit(decoder.apply)(variables, TOKENS)[1]
-    assert stats.load.shape == (2, 4) and stats.confidence_entropy.shape == (2,)
-    params = variables["params"]
-    w_up = params["layers"]["experts"]["w_up"]
-    assert float(jnp.abs(w_up[0] - w_up[1]).max()) > 0.01
-    assert params["layers"]["experts"]["w_gate_down"].shape == (2, 4, 16, 4)
-    assert set(params) == {"embed", "layers", "final_norm"}
-    _, untied = build(dataclasses.replace(MODEL, tie_embeddings=False))
-    assert untied["params"]["output"]["embedding"].shape == (50, 16)
-
-
-def test_dtypes():
-    decoder, variables = build(dataclasses.replace(MODEL, dtype="bfloat16"))
-    assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    logits, stats = jax.jit(decoder.apply)(variables, TOKENS)
-    hidden, _ = jax.eval_shape(lambda: decoder.apply(variables, TOKENS, method="features"))
-    assert (logits.dtype, hidden.dtype) == (jnp.float32, jnp.bfloat16)
-    assert {a.dtype for a in jax.tree.leaves(stats)} == {jnp.dtype("float32")}
-    exact = jax.jit(build()[0].apply)(variables, TOKENS)[0]
-    assert float(jnp.abs(logits - exact).max()) < 0.1 * float(jnp.abs(exact).max())

@@ -1,9 +1,11 @@
-"""Contexts of layers without a mesh, and statistics from arrays."""
+"""Contexts of layers without a mesh, statistics from arrays, and random parameters."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.moe import layer as moe_layer
 from aoe_jax.moe import load_balance
 from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import Context, ExpertChoice, Routing, TopP
@@ -45,9 +47,7 @@ def sequence_balance_loss(for_balance, routing, token_weights, n_sequences, stri
 
 
 def top_p_weights(p, threshold):
-    """Weights `[T, n]` of top-p by scores `p [T, n]`: the most probable experts until their sum is
-    above the threshold.
-    """
+    """Weights `[T, n]` of top-p by scores `p [T, n]`, expert by expert."""
     probability = jax.nn.softmax(p)
     order = jnp.argsort(-probability, axis=1, stable=True)
     tokens = jnp.arange(len(p))
@@ -67,5 +67,18 @@ def expert_choice_weights(p, capacity):
 
 
 def routing_of_slots(slots_per_token):
-    """A `Routing` of which only the number of slots counts."""
+    """A `Routing` with a number of slots per token and nothing else."""
     return Routing(None, None, None, slots_per_token)
+
+
+def parameters_of(layer, x, seed=1):
+    """Parameters for tokens `x`, in their dtype. Matrices have the variance of `layer.init`, and
+    vectors, which `layer.init` would set to constants, a standard deviation of 0.1.
+    """
+    draw, sizes = np.random.default_rng(seed).standard_normal, layer.experts.sizes(x.shape[-1])
+    declared = moe_layer.parameters_of(layer.experts, layer.routing)
+    shapes = {name: parameter.shape(sizes) for name, parameter in sorted(declared.items())}
+    return {
+        name: jnp.asarray(draw(shape) * (shape[-2] ** -0.5 if len(shape) > 1 else 0.1), x.dtype)
+        for name, shape in shapes.items()
+    }

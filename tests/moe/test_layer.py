@@ -18,9 +18,8 @@ from aoe_jax.moe import reference
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.load_balance import balance_loss
 from aoe_jax.moe.routing import ExpertChoice, TopK, TopP, expert_capacity
-from tests.arrays import assert_close, assert_finite, normal, products_with
-from tests.moe.contexts import expert_choice_weights, top_p_weights
-from tests.moe.drawn import parameters_of
+from tests.arrays import assert_close, assert_finite, normal
+from tests.moe.contexts import expert_choice_weights, parameters_of, top_p_weights
 
 TOP_K = TopK()
 WEIGHTS = {
@@ -68,9 +67,7 @@ def reference_weights(layer, p):
         return jnp.zeros_like(p).at[jnp.arange(len(p))[:, None], chosen].set(weights)
     if router.name == "top_p":
         return top_p_weights(p, router.p)
-    if router.name == "expert_choice":
-        return expert_choice_weights(p, expert_capacity(*p.shape, router.capacity_factor))
-    raise ValueError(f"the reference has no router {router}")
+    return expert_choice_weights(p, expert_capacity(*p.shape, router.capacity_factor))
 
 
 def reference_scores(config, params, x):
@@ -101,7 +98,7 @@ def reference_apply(layer, params, x):
         shared = hidden @ params["w_shared_down"]
         scale = jax.nn.sigmoid(x @ params["w_shared_scale"]) if config.shared_gate else 1.0
         y += scale * shared
-    # Eq. 2 and Eq. 8, as they are written, over the tokens that take part.
+    # Eq. 2 and Eq. 8, over the tokens that balance losses use.
     probability = jax.nn.softmax(p[:: layer.balance.aux_stride])
     load = jax.lax.stop_gradient((weights > 0).astype(p.dtype).mean(axis=0))
     aux_loss = config.n_experts * (load * probability.mean(axis=0)).sum()
@@ -114,9 +111,7 @@ def fast_apply(layer, params, x):
 
 
 def assert_agree(layer, params, x):
-    """Compares outputs, balance loss and Ent_conf, and gradients of a random projection of them in
-    parameters and tokens.
-    """
+    """Compares outputs, balance loss, Ent_conf, and gradients of a random projection of them."""
     cotangent = normal(9, x.shape, x.dtype)
 
     def value_and_gradients(function, params, x):
@@ -125,7 +120,7 @@ def assert_agree(layer, params, x):
             (cotangent, 0.7 * jnp.ones_like(value[1]), -0.3 * jnp.ones_like(value[2]))
         )
 
-    # Operation by operation, the reference needs no program of its own where shapes are common.
+    # The reference is not jitted: its operations share compiled programs across cases.
     got = jax.jit(partial(value_and_gradients, partial(fast_apply, layer)))(params, x)
     want = value_and_gradients(partial(reference_apply, layer), params, x)
     assert_finite(got)
@@ -144,7 +139,7 @@ VARIANTS = {
 
 
 def cases():
-    """`(kind, settings)` of layers in float64; those with the backend of CPUs have "backend"."""
+    """Yields `(name, kind, settings)`; with "backend" a layer uses the backend of CPUs."""
     for kind in FORMS:
         for name, variant in VARIANTS.items():
             blocked = {"backend": True} if name in ("chosen", "over all", "top-p") else {}
@@ -170,7 +165,7 @@ def cases():
 
 
 CASES = {name: (kind, settings) for name, kind, settings in cases()}
-# The first tier has every form once, with the two usual weights, and what is special.
+# The fast tier has every form with the two usual weights, and the special cases.
 RARE = ("recomputed", "an eighth", "zero tokens", "top-1", "every expert", "second and fourth")
 TIERS = [
     pytest.param(name, marks=pytest.mark.slow) if any(word in name for word in RARE) else name
@@ -181,7 +176,7 @@ TIERS = [
 @pytest.mark.smoke
 @pytest.mark.parametrize("case", TIERS)
 def test_agrees_with_the_reference_in_float64(x64, request, case):
-    """Zero tokens have finite gradients."""
+    """Outputs, losses and gradients; with zero tokens gradients are finite."""
     kind, settings = CASES[case]
     settings = dict(settings)
     if not settings.pop("backend", False):
@@ -193,9 +188,7 @@ def test_agrees_with_the_reference_in_float64(x64, request, case):
 
 @pytest.mark.parametrize("kind", ["aoe", "whole"])
 def test_sparse_scoring_without_balance_losses(x64, ragged, kind):
-    """No norm but the chosen has a gradient then; outputs and their gradients stay those of
-    Algorithm 2.
-    """
+    """Only chosen norms have a gradient; outputs and gradients are those of Algorithm 2."""
     layer, params, x = make(kind, balance=BalanceConfig(aux_weight=0.0))
     loss = lambda apply, p, x: (apply(layer, p, x)[0] ** 2).sum()  # noqa: E731
     got = jax.jit(jax.grad(partial(loss, fast_apply), (0, 1)))(params, x)
@@ -205,45 +198,9 @@ def test_sparse_scoring_without_balance_losses(x64, ragged, kind):
     assert all((g == 0).all() for g in jax.tree.leaves(of_balance))
 
 
-def scoring_products(layer, params, x):
-    """Tokens in each product with the columns that score, of all experts, forward and backward:
-    the cache `[tokens, n, r]` is an operand or the result of each of them, and of no other product.
-    """
-    experts = layer.experts
-    r = experts.d_low if experts.low_rank else experts.score_neurons
-
-    def loss(params, x):
-        y, aux_loss, _ = fast_apply(layer, params, x)
-        return (y**2).sum() + aux_loss
-
-    found = products_with((experts.n_experts, r), jax.grad(loss, (0, 1)), params, x)
-    return sorted(shape[0] for shape in found if len(shape) == 3 and shape[0] != x.shape[1])
-
-
-@pytest.mark.parametrize("kind", ["aoe", "whole"])
-@pytest.mark.parametrize(
-    ("settings", "aux_weight", "aux_tokens", "want"),
-    [
-        # forward, and two products backward
-        ({"score_gradient": "dense"}, 0.01, 1.0, [64, 64, 64]),
-        ({}, 0.0, 1.0, [64]),
-        ({}, 0.01, 1.0, [64, 64, 64, 64]),  # the cache once more, instead of keeping it
-        ({}, 0.01, 0.125, [8, 8, 8, 64]),
-    ],
-)
-def test_what_scoring_costs(kind, settings, aux_weight, aux_tokens, want):
-    balance = BalanceConfig(aux_weight=aux_weight, aux_tokens=aux_tokens)
-    settings = {"n_experts": 7, "d_low": 5} | settings
-    settings |= {"score_neurons": 5} if kind == "whole" else {}
-    layer, params, x = make(kind, 64, dtype="float32", balance=balance, **settings)
-    assert scoring_products(layer, params, x) == want
-
-
 @pytest.mark.parametrize("kind", ["aoe", "whole"])
 def test_sparse_scoring_keeps_no_cache(kind):
-    """Neither the cache `[T, n, r]` nor anything as large is among what the forward pass leaves to
-    the backward pass.
-    """
+    """The forward pass keeps no array as large as `[T, n, r]` for the backward pass."""
     sizes, width = {}, {"d_low": 8} if kind == "aoe" else {"score_neurons": 8}
     for mode in ("dense", "sparse"):
         layer, params, x = make(
@@ -294,9 +251,7 @@ def test_one_expert_is_the_dense_layer(x64):
 @pytest.mark.parametrize("layer", [AoELayer, RouterLayer, DenseLayer])
 @pytest.mark.parametrize("d_low", [8, 96])
 def test_gate_pre_activations_start_with_equal_variance(layer, d_low):
-    """`(x w_gate_down) w_gate_up` of AoE, `x w_gate` of the router MoE and of the dense layer:
-    variance 1 on normalised tokens.
-    """
+    """On normalised tokens the variance is 1, for AoE, the router MoE and the dense layer."""
     kind = {AoELayer: "aoe", RouterLayer: "router", DenseLayer: "dense"}[layer]
     made = layer(ExpertsConfig(kind=kind, n_experts=8, d_ffn=256, d_low=d_low))
     x = normal(0, (512, 128))
@@ -311,19 +266,3 @@ def test_leading_axes_are_tokens(kind):
     apply = jax.jit(layer.apply)
     flat, shaped = (apply({"params": params}, tokens)[0] for tokens in (x, x.reshape(2, 3, 4, -1)))
     assert_array_equal(shaped.reshape(24, -1), flat)
-
-
-def test_public_reference_signatures(x64, ragged):
-    """`aoe_layer` and `router_layer` are the layers of arrays that the documentation promises."""
-    for kind, function in (("aoe", reference.aoe_layer), ("router", reference.router_layer)):
-        for norm_topk_prob in (True, False):
-            layer, params, x = make(kind, routing=TopK(norm_topk_prob))
-            weights = (params[name] for name in WEIGHTS[kind])
-            got = function(x, *weights, top_k=2, norm_topk_prob=norm_topk_prob)
-            assert_allclose(got, jax.jit(layer.apply)({"params": params}, x)[0], atol=1e-10)
-
-
-def test_scoring_is_one_matmul():
-    """Eq. 4: the w_gate_down of all experts takes part in a single matrix product."""
-    layer, params, x = make("aoe", dtype="float32", score_gradient="dense")
-    assert len(products_with((5, 12, 4), partial(fast_apply, layer), params, x)) == 1

@@ -1,6 +1,4 @@
-"""Tiles of the Megablox backend, and what only it has: padded rows, widths of several tiles, use
-inside scan and remat.
-"""
+"""Tiles of the Megablox backend, and widths of several tiles."""
 
 from functools import partial
 
@@ -11,7 +9,7 @@ import pytest
 from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.grouped_matmul.megablox import MAX_ROWS, MAX_WIDTH, row_tile, tiles, width_tile
-from tests.arrays import assert_close, normal
+from tests.arrays import assert_close
 
 
 @pytest.mark.parametrize(
@@ -62,9 +60,7 @@ def test_each_product_has_tiles_of_its_own():
 
 
 def test_widths_of_several_tiles_with_a_remainder():
-    """In both widths: the kernel masks the rest of a contraction, and drops the rest of an
-    output.
-    """
+    """The kernel masks the remainder of a contraction and drops the remainder of an output."""
     m, d, f, sizes = 70, 520, 530, [13, 0, 40]
     keys = jax.random.split(jax.random.key(0), 3)
     rows = jax.random.normal(keys[0], (m, d)) / d**0.5
@@ -80,20 +76,6 @@ def test_widths_of_several_tiles_with_a_remainder():
         return value, *pull_back(g)
 
     assert_close(value_and_gradients("megablox"), value_and_gradients("ragged"), 1e-4)
-
-
-def test_inside_scan_and_remat():
-    sizes = jnp.array([5, 0, 9], jnp.int32)
-    rows, weights = jnp.ones((16, 8)), normal(1, (2, 3, 8, 8)) / 8
-
-    def loss(rows, weights, backend):
-        layer = jax.checkpoint(
-            lambda x, w: (jnp.tanh(grouped_matmul(x, w, sizes, backend=backend)), None)
-        )
-        return jax.lax.scan(layer, rows, weights)[0].sum()
-
-    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
-    assert_close(*(gradients(rows, weights, name) for name in ("megablox", "ragged")), 1e-5)
 
 
 def test_unsupported_dtype_is_named():

@@ -93,8 +93,7 @@ def test_hopper_says_when_it_is_slower(caplog):
     assert "backend 'blocked', which is slower" in caplog.text
 
 
-# Earlier ones have no public interpreter: there the kernels are compiled only. From here on it must
-# be there.
+# Older versions of JAX have no public interpreter.
 if jax.__version_info__ >= (0, 12):
 
     @pytest.mark.parametrize(

@@ -31,12 +31,11 @@ from aoe_jax.moe.parallel import collectives as parallel
 from aoe_jax.moe.parallel.transports import make_transport
 from aoe_jax.moe.routing import ExpertChoice, TopK, TopP
 from tests.arrays import assert_close, mesh_of, normal, operations
-from tests.moe.contexts import routing_of_slots
-from tests.moe.drawn import parameters_of
+from tests.moe.contexts import parameters_of, routing_of_slots
 
 B, S, D = 16, 8, 8
-KEY = {"experts": jax.random.key(3)}  # of what methods draw in training
-THREE = (1, 2, 2, 2)  # along every axis but data
+KEY = {"experts": jax.random.key(3)}  # for methods that draw at random in training
+THREE = (1, 2, 2, 2)  # all axes except data
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), THREE, (2, 1, 4, 1), (2, 1, 1, 4)]
 KINDS = {
     "aoe": {"kind": "aoe"},
@@ -161,8 +160,8 @@ LAID_OUT[1:] = [pytest.param(*case, marks=pytest.mark.slow) for case in LAID_OUT
 
 
 @pytest.mark.parametrize(("shape", "transport", "kind", "recompute"), LAID_OUT)
-def test_so_do_products_of_rows_in_a_layout(x64, shape, transport, kind, recompute):
-    """The backend of CPUs, `blocked`, for which a layer lays its rows out otherwise."""
+def test_a_mesh_with_the_backend_of_cpus(x64, shape, transport, kind, recompute):
+    """The backend `blocked` has a row layout of its own."""
     layer, params, x, weights = make(KINDS[kind], transport, recompute)
     assert_close(on_mesh(shape, layer, params, x, weights), alone(kind), 1e-10)
 
@@ -171,7 +170,7 @@ def test_so_do_products_of_rows_in_a_layout(x64, shape, transport, kind, recompu
     ("kind", "transport"), [("aoe", "all_to_all"), ("uoe", "ring"), ("thor, aoe", "ring")]
 )
 def test_a_backend_by_configuration(ragged, monkeypatch, kind, transport):
-    """Every product has it; the backend of the platform is not called."""
+    """Every product uses it; the backend of the platform is not called."""
     settings = KINDS[kind] | {"grouped_matmul": "blocked"}
     if kind == "thor, aoe":
         settings["routing"] = Thor(inference="token")
@@ -197,7 +196,7 @@ CROWDED = [(kind, *way) for kind in ("aoe", "router", "whole") for way in CROWDS
     CROWDED[1:2] + [pytest.param(*c, marks=pytest.mark.slow) for c in CROWDED[:1] + CROWDED[2:]],
 )
 def test_all_tokens_choose_the_experts_of_one_device(x64, ragged, kind, shape, transport):
-    """Then its rows take several rounds, and nothing is dropped."""
+    """The rows of this device take several rounds, and no row is dropped."""
     layer, params, x, weights = make(KINDS[kind] | {"top_k": 1}, transport)
     bias = {"selection_bias": jnp.zeros(8).at[0].set(100.0)}
     want = evaluate(layer, params, x, weights, bias)
@@ -209,8 +208,8 @@ def test_all_tokens_choose_the_experts_of_one_device(x64, ragged, kind, shape, t
     assert_close(on_mesh(shape, layer, params, x, weights, bias), want, 1e-10)
 
 
-def test_further_rounds_are_needed_for_that(x64, ragged, first_round_only):
-    """Without them the same layer computes something else: the rounds above did run."""
+def test_crowded_experts_need_further_rounds(x64, ragged, first_round_only):
+    """The first round alone gives another result, so the test above does run further rounds."""
     layer, params, x, weights = make(KINDS["router"] | {"top_k": 1})
     bias = {"selection_bias": jnp.zeros(8).at[0].set(100.0)}
     got = on_mesh((1, 1, 8, 1), layer, params, x, weights, bias)
@@ -239,7 +238,7 @@ def test_gradients_in_two_stages_are_those_in_one(dimension):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_gradients_of_experts_summed_in_bfloat16(x64, ragged, kind):
-    """They have the error of rounding eight terms and their sums; other gradients have none."""
+    """Their error is that of rounding eight terms and sums; other gradients have none."""
     layer, params, x, weights = make(KINDS[kind], dtype=jnp.float32)
     experts = dataclasses.replace(layer.experts, gradient_sums="bfloat16")
     rounded = layer.clone(experts=experts)
@@ -253,28 +252,17 @@ def test_gradients_of_experts_summed_in_bfloat16(x64, ragged, kind):
         assert low <= error <= high, name
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_ragged_offsets_land_where_equal_buffers_do(seed):
-    """`ragged_all_to_all`, said in numpy: row block by row block, from sender to receiver."""
-    rng, n_devices, block = np.random.default_rng(seed), 4, 5
-    sent = rng.integers(0, block + 1, (n_devices, n_devices))  # from, to
-    rows = np.zeros((n_devices, n_devices * block))
-    for sender in range(n_devices):
-        for receiver in range(n_devices):
-            first = receiver * block
-            rows[sender, first : first + sent[sender, receiver]] = rng.normal(
-                size=sent[sender, receiver]
-            )
-    out = np.zeros_like(rows)
-    for sender in range(n_devices):
-        start, landing = parallel.ragged_offsets(sender, n_devices, n_devices * block)
-        for receiver in range(n_devices):
-            size = sent[sender, receiver]
-            out[receiver, landing[receiver] : landing[receiver] + size] = rows[
-                sender, start[receiver] : start[receiver] + size
-            ]
-    equal = rows.reshape(n_devices, n_devices, block).swapaxes(0, 1).reshape(n_devices, -1)
-    assert_array_equal(out, equal)
+def test_ragged_offsets_land_where_equal_buffers_do():
+    """`ragged_all_to_all` in numpy gives what an `all_to_all` of whole buffers gives."""
+    rng, n, size = np.random.default_rng(0), 4, 5
+    sent = rng.integers(0, size + 1, (n, n))  # from, to
+    buffers = rng.normal(size=(n, n, size)) * (np.arange(size) < sent[..., None])
+    rows, out = buffers.reshape(n, -1), np.zeros((n, n * size))
+    for sender, receiver in np.ndindex(n, n):
+        start, landing = parallel.ragged_offsets(sender, n, n * size)
+        used = np.arange(sent[sender, receiver])
+        out[receiver, landing[receiver] + used] = rows[sender, start[receiver] + used]
+    assert_array_equal(out, buffers.swapaxes(0, 1).reshape(n, -1))
 
 
 def assert_near(got, want, share):
@@ -314,9 +302,7 @@ def test_bfloat16_on_a_mesh(shape, transport):
 
 
 def kept(shape, kind, transport="ring", recompute=False):
-    """Shapes of what a layer keeps for the backward pass; what differs between the devices, of all
-    eight.
-    """
+    """Shapes that a layer keeps for the backward pass, of all devices if theirs differ."""
     settings = KINDS[kind] | {"d_ffn": 24}  # no array of tokens has the shape of a weight
     if kind == "capacity":
         settings |= {"routing": Capacity(1.0)}
@@ -353,9 +339,7 @@ def kept(shape, kind, transport="ring", recompute=False):
     ],
 )
 def test_whole_weights_are_not_kept(x64, shape, transport, kind, recompute):
-    """Nothing that is gathered over fsdp, nor the w_gate_down of all experts, waits for the
-    backward pass.
-    """
+    """Neither weights gathered over fsdp nor the w_gate_down of all experts are kept."""
     shapes, params = kept(shape, kind, transport, recompute)
     whole = set()
     for name, w in params.items():
@@ -364,7 +348,7 @@ def test_whole_weights_are_not_kept(x64, shape, transport, kind, recompute):
             experts = 1 if w.ndim == 2 else shape[2]  # w.shape[0] are experts, but in a dense layer
             whole.add((8 * w.shape[0] // (1 if everywhere else experts), *w.shape[1:]))
     assert not whole & set(shapes)
-    assert any(len(one) == 2 and one[0] >= B * S for one in shapes)  # rows, which do wait
+    assert any(len(one) == 2 and one[0] >= B * S for one in shapes)  # rows are kept
 
 
 @pytest.mark.slow
@@ -373,7 +357,7 @@ def test_whole_weights_are_not_kept(x64, shape, transport, kind, recompute):
     [("aoe", False), ("aoe", True), ("router", False), ("router", True), ("dense", False)],
 )
 def test_fsdp_keeps_no_more_than_data(x64, kind, recompute):
-    """The checkpoint that gathers weights again keeps nothing that is computed again within."""
+    """Gathering weights again in the backward pass needs no more memory for activations."""
     wide = []
     for shape in (1, 8, 1, 1), (8, 1, 1, 1):
         shapes, _ = kept(shape, kind, recompute=recompute)
@@ -383,7 +367,7 @@ def test_fsdp_keeps_no_more_than_data(x64, kind, recompute):
 
 @pytest.mark.smoke
 def test_what_a_router_does_not_need_costs_nothing(x64):
-    """Positions, captured values and random keys are no inputs of the program of top-k."""
+    """The compiled program of top-k does not take positions, captured values and random keys."""
     layer, params, x, weights = make(KINDS["aoe"], dtype=jnp.float32)
     layer = layer.clone(training=True)
 
@@ -404,7 +388,7 @@ def test_what_a_router_does_not_need_costs_nothing(x64):
 @pytest.mark.smoke
 @pytest.mark.parametrize("recompute", [False, True])
 def test_devices_agree_on_the_number_of_rounds_once(x64, recompute):
-    """AoE has further rounds of norms and of outputs, and both have the rounds of one plan."""
+    """Further rounds of norms and of outputs share one schedule."""
     layer, params, x, weights = make(KINDS["aoe"], "all_to_all", recompute)
     mesh = mesh_of(1, 2, 4, 1)
 

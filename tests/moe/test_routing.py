@@ -15,7 +15,7 @@ from aoe_jax.methods.sparsemixer import sparsemixer_weights
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import expert_capacity, top_k
 from tests.arrays import assert_equal, normal
-from tests.moe.contexts import expert_choice, top_p
+from tests.moe.contexts import top_p
 
 pytestmark = pytest.mark.smoke
 
@@ -32,20 +32,8 @@ def dense_weights(assignment, n_tokens, n_experts):
     return weights[:, :n_experts]
 
 
-def test_top_k_weighs_the_chosen():
-    scores = jnp.log(jnp.array([[1.0, 2, 3, 4], [4, 4, 1, 1]]))
-    assert_allclose(
-        dense_weights(top_k(scores, 2), 2, 4), [[0, 0, 3 / 7, 4 / 7], [0.5, 0.5, 0, 0]], atol=1e-6
-    )
-    assert_allclose(
-        dense_weights(top_k(scores, 2, norm_topk_prob=False), 2, 4),
-        [[0, 0, 0.3, 0.4], [0.4, 0.4, 0, 0]],
-        atol=1e-6,
-    )
-
-
 def test_ranks_count_from_the_highest_score():
-    """A single one weighs 1, be it the last; several by the softmax over their scores."""
+    """A single expert has weight 1, several have the softmax over their scores."""
     scores = jnp.log(jnp.array([[1.0, 2, 3, 4], [4, 4, 1, 1]]))
     second, last, both = (
         [[0, 0, 1, 0], [0, 1, 0, 0]],
@@ -79,9 +67,7 @@ def test_top_p_on_uniform_scores(threshold, experts):
 
 
 def test_sparsemixer_weighs_among_the_near():
-    """Near in relation to their size; equal zeros are near too; without jitter every chosen expert
-    weighs one.
-    """
+    """The distance is relative to the scores; two zeros are near; with jitter 0 weights are 1."""
     scores = jnp.array([[2, 1.99, 0, 1], [0, 0, -1, -1], [-1, -1.01, -9, -9]])
     expert = jnp.tile(jnp.arange(2), (3, 1))
     near = 1 / (1 + np.exp(-0.01))
@@ -92,29 +78,6 @@ def test_sparsemixer_weighs_among_the_near():
         sparsemixer_weights(scores, expert, 0.001), [[1, 1], [0.5, 1], [1, 1]], rtol=1e-6
     )
     assert_allclose(sparsemixer_weights(scores[:1], expert[:1], 0.0), [[1, 1]], rtol=1e-6)
-
-
-def test_top_p_takes_the_most_probable_until_p():
-    """Weights are not normalised again; a p of nearly one takes every expert."""
-    scores = jnp.concatenate([normal(0, (60, 16)), 50 * jnp.eye(16)])
-    p = np.asarray(jax.nn.softmax(scores))
-    for threshold in (0.2, 0.6, 1 - 1e-9):
-        before = (p[:, None, :] * (p[:, None, :] > p[:, :, None])).sum(axis=2)
-        want = np.where(before <= threshold, p, 0)
-        assert_allclose(dense_weights(top_p(scores, threshold), 76, 16), want, atol=1e-6)
-
-
-def test_expert_choice_fills_every_expert():
-    """A token has as many experts as the factor says, on average."""
-    scores = normal(0, (40, 8))
-    weights = dense_weights(expert_choice(scores, 2.0), 40, 8)
-    probability = np.asarray(jax.nn.softmax(scores))
-    tenth = np.sort(probability, axis=0)[-10]
-    assert_allclose(weights, np.where(probability >= tenth, probability, 0), rtol=1e-6)
-    per_token = (weights > 0).sum(axis=1)
-    assert per_token.mean() == 2 and per_token.min() < 2 < per_token.max()
-    everything = dense_weights(expert_choice(scores, 8.0), 40, 8)
-    assert_allclose(everything, probability, atol=1e-6)
 
 
 def test_capacity_rounds_up():
@@ -128,7 +91,7 @@ FIXED = [name for name in ROUTERS if find_method(name)().choice(EXPERTS).is_fixe
 
 @pytest.mark.parametrize("name", FIXED)
 def test_a_fixed_choice_leaves_no_slot_unused(name):
-    """Dispatch and grouped products rely on it, for padding, too."""
+    """Dispatch and grouped products rely on this, also for padding."""
     layer = ExpertsLayer(
         EXPERTS,
         find_method(name)(),

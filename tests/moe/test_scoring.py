@@ -1,4 +1,4 @@
-"""Few tokens take another way to the same norms, and largest activations hardly ever tie."""
+"""Few tokens have codes by another product, and largest activations are hardly ever equal."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -12,9 +12,7 @@ from aoe_jax.moe import swiglu
 
 @pytest.mark.parametrize(("platform", "error"), [("tpu", 0.004), ("gpu", 0.006)])
 def test_derivative_in_bfloat16(monkeypatch, platform, error):
-    """Beside the derivative in float64; errors are relative to the root mean square. Rounding the
-    results alone is 0.2%.
-    """
+    """Errors against float64, relative to the root mean square; rounding the results gives 0.2%."""
     monkeypatch.setattr(swiglu, "target_device", lambda: types.SimpleNamespace(platform=platform))
     keys = jax.random.split(jax.random.key(0), 4)
     gate, up, g = (2 * jax.random.normal(key, (256, 64), jnp.bfloat16) for key in keys[:3])

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 
 
 def kernels_and_dense_products(lowered):
-    # Of the program as lowered: jaxlib cannot always print what a newer libtpu has compiled.
+    # The lowered program: jaxlib cannot always print programs that a newer libtpu has compiled.
     text = lowered.as_text()
     return text.count("@tpu_custom_call"), text.count("stablehlo.dot_general")
 
@@ -56,9 +56,7 @@ EVERY_SHAPE = list(
 
 @pytest.mark.parametrize(("shape", "generation", "dtype", "m"), EVERY_SHAPE)
 def test_every_shape_compiles(shape, generation, dtype, m):
-    """To three kernels and no other product; the compiler counts a kernel at the FLOPs it
-    declares.
-    """
+    """There are three kernels and no other product. A kernel declares its FLOPs itself."""
     lowered = lower_for(
         devices_of(generation)[0], "megablox", m, *shape, 64 if m > 32768 else 8, dtype
     )
@@ -76,9 +74,8 @@ LAYERS = [  # and the GB of traffic that two layers take at most, forward and ba
 
 @pytest.mark.parametrize(("kind", "generation", "shape", "score_neurons", "traffic"), LAYERS)
 def test_work_of_a_layer(kind, generation, shape, score_neurons, traffic):
-    """Loss-free; no expert is computed but the chosen, whose norms are computed twice, and no array
-    has the hidden width of all experts for all tokens. The neurons of whole gates that score cost
-    no pass over their gates.
+    """Only chosen experts are computed, and their norms twice; no array has the hidden width of all
+    experts for all tokens. Reading the scoring neurons of whole gates does not read the gates.
     """
     n_tokens, (n_experts, top_k, d_ffn, d_low) = 4096, shape
     experts = ExpertsConfig(
@@ -110,19 +107,11 @@ def test_work_of_a_layer(kind, generation, shape, score_neurons, traffic):
 
 @pytest.mark.smoke
 def test_the_mesh_chooses_the_backend():
-    """No argument is needed: on a CPU host, a program for a TPU mesh gets the TPU kernel, inside
-    scan and remat too.
-    """
+    """On a CPU host a program for a TPU mesh uses the TPU kernel, also inside scan and remat."""
     mesh = jax.sharding.Mesh(np.array(devices_of("v5e")), ("data",))
-    spec = jax.sharding.PartitionSpec
+    specs = PartitionSpec("data"), PartitionSpec(), PartitionSpec()
 
-    @partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(spec("data"), spec(), spec()),
-        out_specs=spec("data"),
-        check_vma=False,
-    )
+    @partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     def gradient(rows, weights, group_sizes):
         def loss(rows):
             layer = jax.checkpoint(lambda x, w: (jnp.tanh(grouped_matmul(x, w, group_sizes)), None))
@@ -130,13 +119,12 @@ def test_the_mesh_chooses_the_backend():
 
         return jax.grad(loss)(rows)
 
-    shapes = [((4 * 256, 128), spec("data")), ((3, 8, 128, 128), spec())]
+    shapes = ((4 * 256, 128), "bfloat16"), ((3, 8, 128, 128), "bfloat16"), ((8,), "int32")
     args = [
-        jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, p))
-        for s, p in shapes
+        jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, specs, strict=True)
     ]
-    sizes = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=jax.sharding.NamedSharding(mesh, spec()))
-    lowered = jax.jit(gradient).lower(*args, sizes)
+    lowered = jax.jit(gradient).lower(*args)
     assert kernels_and_dense_products(lowered)[0] >= 2
     lowered.compile()
 
@@ -155,7 +143,7 @@ MESHES = [
 
 @pytest.mark.parametrize(("topology", "fsdp"), MESHES)
 def test_gradients_are_summed_by_native_reduce_scatters(topology, fsdp):
-    """Each device sends what a single one would; an all-reduce sends twice the bytes."""
+    """In stages a device sends as much as in one reduce-scatter: half of an all-reduce."""
     devices = topology_devices(topology)[1]
     config = paper.get_config("moe_aux")
     config.mesh.fsdp = fsdp

@@ -46,7 +46,7 @@ def causal_attention(
     Args:
       q: `[B, H, S, h]`, floating-point.
       k: `[B, G, S, h]` in the dtype of `q`, and so is `v`; G divides H.
-      segment_ids: `[B, S]` int32, the document that each position attends within, or None.
+      segment_ids: `[B, S]` int32, the document of each position, to attend within; or None.
       backend: of `BACKENDS`, or "auto": by the devices of the mesh in context (`jax.set_mesh`,
         `jax.shard_map`), or of this process without a mesh.
 

@@ -42,7 +42,7 @@ def product(subscripts, a, b):
 
 @jax.custom_vjp
 def _attention(q, k, v, segment_ids):
-    """`blocks_attention` of equally many heads of queries, keys and values.
+    """`blocks_attention` with as many heads of keys and values as of queries.
 
     A block skips the keys after its last query, up to 44% of all products. Probabilities are
     normalised after their product with the values, where there are fewer numbers to divide. The

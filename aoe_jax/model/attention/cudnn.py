@@ -30,7 +30,7 @@ def is_cudnn_forward(primitive, *_, **params):
 def cudnn_attention(q, k, v, segment_ids=None):
     """`causal_attention` by cuDNN; shapes as there.
 
-    Documents are a mask of `[B, 1, S, S]`, which costs time and memory beside the causal kernel.
+    Documents are an explicit mask `[B, 1, S, S]`, which costs time and memory.
     Raises the `UserError` of `check`.
     """
     check(q.dtype, q.shape[-1])

@@ -24,7 +24,7 @@ _OUTPUT = (token_spec(2, None), token_spec(2, None))  # output, and the results 
 def rotary_tables(length, config: ModelConfig):
     """Cosines and sines of the rotary angles of positions 0, 1, ...
 
-    They are numpy arrays `[length, m]` float64; m is half of `ModelConfig.rope_width`. So they are
+    `[length, m]` float64, where m is half of `ModelConfig.rope_width`. As numpy arrays they are
     constants of a program; XLA would compute them again for every sequence and head.
     """
     half = config.rope_width // 2
@@ -55,10 +55,10 @@ def rotary(x, cos, sin):
 
 
 def rotary_by_product(x, cos, sin):
-    """`rotary`, where the halves of a head change places in a product with a permutation.
+    """`rotary` by a product with a matrix that swaps the halves of a head.
 
-    A TPU moves parts of its 128 lanes slowly, and through HBM; the product fuses with the
-    operations around it.
+    On a TPU this is faster than moving parts of its 128 lanes, which goes through HBM; the product
+    fuses with the operations around it.
     """
     half = x.shape[-1] // 2
     swap = np.zeros((2 * half, 2 * half), np.float32)
@@ -84,9 +84,7 @@ def _visible(length, segment_ids):
 
 
 def _rms_norm(x, scale, epsilon):
-    """RMSNorm of `x [B, H, S, h]`: over all heads together with `scale [H, h]`, over each head by
-    itself with `scale [h]`.
-    """
+    """RMSNorm of `[B, H, S, h]` over all heads if `scale` is `[H, h]`, per head if it is `[h]`."""
     axes = (1, 3) if scale.ndim == 2 else 3
     squares = jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     inverse = jax.lax.rsqrt(squares.mean(axis=axes, keepdims=True) + epsilon)
@@ -94,15 +92,10 @@ def _rms_norm(x, scale, epsilon):
 
 
 def attend_to_cache(q, keys, values, visible):
-    """Causal softmax attention of the newest positions of a cache to all of its positions.
+    """Softmax attention of queries to a cache: `[B, H, S, h]` in the dtype of `values`.
 
-    Args:
-      q: `[B, H, S, h]` of the newest positions.
-      keys: `[B, G, c, h]` with the keys of these positions, and so is `values`; G divides H.
-      visible: `[B, S, c]` bool, the positions of the cache that a query attends to.
-
-    Returns:
-      `[B, H, S, h]` in the dtype of `values`.
+    `q [B, H, S, h]`; `keys` and `values` `[B, G, c, h]`, G divides H; `visible [B, S, c]` bool, the
+    positions of the cache that a query attends to.
     """
     b, _, s, h = q.shape
     grouped = q.reshape(b, keys.shape[1], -1, s, h)
@@ -140,7 +133,7 @@ class Attention(nn.Module):
     def __call__(self, x, segment_ids=None, with_cache=False):
         """Attends to earlier positions: `x [B, S, d]` -> `(y [B, S, d], captured, cache)`.
 
-        `segment_ids [B, S]` int32 is the document that each position attends within, or None.
+        `segment_ids [B, S]` int32 are the documents of positions, to attend within; or None.
         `captured [B, S, H]` are the results of `capture`; None without it. The cache is `(keys,
         values)`, `[B, G, S, h]` each; None unless `with_cache`.
         """

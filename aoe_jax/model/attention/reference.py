@@ -5,9 +5,7 @@ import jax.numpy as jnp
 
 
 def reference_attention(q, k, v, segment_ids=None):
-    """`causal_attention` with all scores `[B, H, S, S]` at once; shapes as there, in the dtype of
-    the inputs (float64 included).
-    """
+    """`causal_attention` in the dtype of its inputs, with all scores `[B, H, S, S]` at once."""
     length, share = q.shape[2], q.shape[1] // k.shape[1]
     k, v = (jnp.repeat(a, share, axis=1) for a in (k, v))
     visible = jnp.tril(jnp.ones((length, length), bool))

@@ -12,7 +12,7 @@ from aoe_jax.sharding import target_device
 DTYPES = ("bfloat16", "float32")
 LANES = 128  # positions are padded to a multiple of this
 MAX_BLOCK = 512  # positions of a block of queries or keys
-LONG = 8192  # sequences from this length on have blocks of twice as many, to read keys less often
+LONG = 8192  # From this length on, blocks are up to twice as large, to read keys less often.
 
 
 def splash_attention(q, k, v, segment_ids=None):
@@ -36,9 +36,7 @@ def splash_attention(q, k, v, segment_ids=None):
 
 
 def block_size(length):
-    """The largest multiple of `LANES` that divides `length`, up to `MAX_BLOCK`, or twice that from
-    `LONG` on.
-    """
+    """The largest allowed block that divides `length`, a multiple of `LANES`."""
     largest = MAX_BLOCK if length < LONG else 2 * MAX_BLOCK
     return max(size for size in range(LANES, largest + 1, LANES) if length % size == 0)
 

@@ -5,29 +5,30 @@ Letters of shapes in this package: M rows, D contracted width, F output width, E
 
 import logging
 import re
-from functools import lru_cache, partial
-from importlib import import_module
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
-from aoe_jax.moe.grouped_matmul.blocked import RowLayout, layout_matmul
+from aoe_jax.moe.grouped_matmul import mosaic_gpu
+from aoe_jax.moe.grouped_matmul.blocked import RowLayout, blocked_matmul, layout_matmul
 from aoe_jax.moe.grouped_matmul.blocked import row_layout as blocked_row_layout
 from aoe_jax.moe.grouped_matmul.groups import WholeGroups, group_sizes_of
+from aoe_jax.moe.grouped_matmul.megablox import megablox_matmul
+from aoe_jax.moe.grouped_matmul.ragged import ragged_matmul
+from aoe_jax.moe.grouped_matmul.rowwise import rowwise_matmul
 from aoe_jax.sharding import target_device
 
 log = logging.getLogger(__name__)
 
-
-def _import_and_multiply(name, rows, weights, groups):
-    """Calls `NAME_matmul` of the module `NAME` in this package."""
-    module = import_module(f"{__name__}.{name}")
-    return getattr(module, f"{name}_matmul")(rows, weights, groups)
-
-
-_NAMES = ("blocked", "rowwise", "ragged", "megablox", "mosaic_gpu")
-BACKENDS = {name: partial(_import_and_multiply, name) for name in _NAMES}
+BACKENDS = {
+    "blocked": blocked_matmul,
+    "rowwise": rowwise_matmul,
+    "ragged": ragged_matmul,
+    "megablox": megablox_matmul,
+    "mosaic_gpu": mosaic_gpu.mosaic_gpu_matmul,
+}
 
 
 def grouped_matmul(
@@ -115,19 +116,18 @@ def _default_backend(device):
 
 def _is_hopper(device):
     capability = getattr(device, "compute_capability", None)
-    if capability is None:  # an AbstractDevice has no more than a name: H100, H200, H800, GH200 ...
+    if capability is None:  # an AbstractDevice has only a name, such as H100, H800 or GH200
         return device.platform == "gpu" and re.search(r"\bG?H\d", device.device_kind) is not None
     return str(capability).startswith("9.")
 
 
 @lru_cache
 def _that_takes(backend, dtype, d, f):
-    """The backend if it takes the dtype and weights `[E, d, f]`, else the next best, logged."""
-    if backend != "mosaic_gpu":
-        return backend
-    try:
-        import_module(f"{__name__}.mosaic_gpu").check(dtype, d, f)
-    except UserError as error:
-        log.warning(f"{error}. This run uses backend 'blocked', which is slower")
-        return "blocked"
+    """The backend, or "blocked" with a warning if it does not take the dtype or the widths."""
+    if backend == "mosaic_gpu":
+        try:
+            mosaic_gpu.check(dtype, d, f)
+        except UserError as error:
+            log.warning(f"{error}. This run uses backend 'blocked', which is slower")
+            return "blocked"
     return backend

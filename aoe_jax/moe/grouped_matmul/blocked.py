@@ -6,7 +6,7 @@ batched product. Rows are stored in E stretches of B positions, where that produ
 them. Further rows of larger groups fill positions that smaller groups leave free. There the batched
 product is wrong, and a loop of dynamic length overwrites it, one dense matmul per block of such
 rows. If less than half of the batched product would be useful, all rows go through the loop. So the
-work is at most about twice the useful work and two blocks a group.
+work is at most about twice the useful work plus two blocks per group.
 
 B rows of a group's head, N = E B positions, S rows of a block; other letters: see `__init__.py`.
 """
@@ -17,8 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.moe.grouped_matmul.groups import dot, find, group_sizes_of
-from aoe_jax.moe.grouped_matmul.permute import NOWHERE, permute
+from aoe_jax.moe.grouped_matmul.groups import NOWHERE, dot, find, group_sizes_of, permute
 
 ROW_MULTIPLE = 16  # of B
 MAX_BLOCK = 128
@@ -56,9 +55,7 @@ class _Blocks(NamedTuple):
 
 
 class RowLayout(NamedTuple):
-    """The positions of rows: a group's head is at the start of its stretch, and the other rows are
-    in free positions, in order.
-    """
+    """Positions of rows: the head of a group starts its stretch; other rows fill free positions."""
 
     # [M] int32, the position of each row in expert order; NOWHERE for rows past the last group.
     position: jax.Array
@@ -133,9 +130,7 @@ def _add_block_products(out, rows, weights, layout, contracted):
 
 
 def _add_block_gradients(out, rows, g, layout):
-    """Adds the weight gradients of the blocks to `out [E, D, F]`, and subtracts those that the
-    batched product has computed from their rows.
-    """
+    """Adds gradients of blocks to `out [E, D, F]`, less what the batched product gave there."""
     blocks, size = layout.blocks, _head_and_block(layout.position.shape[0], out.shape[0])[1]
     row = jnp.arange(size)[:, None]
 

@@ -1,9 +1,11 @@
-"""Group sizes, rows past the last group, and products that backends share."""
+"""What backends share: group sizes, rows past the last group, products, and moved rows."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+NOWHERE = jnp.iinfo(jnp.int32).max  # an index that is out of range of every array
 
 
 class WholeGroups(NamedTuple):
@@ -27,9 +29,7 @@ def zero_past_groups(rows, groups):
 
 
 def find(ends, index):
-    """The number of the group that holds each `index [M]`, by the ends of groups `[E]`: `[M]`; the
-    last group if the index is past all.
-    """
+    """The group of each `index [M]`, by the ends of groups `[E]`; past the end, the last group."""
     found = jnp.searchsorted(ends, index, side="right", method="compare_all")
     return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
 
@@ -39,3 +39,21 @@ def dot(a, b, contracted, batch=()):
     dimensions = (contracted[:1], contracted[1:]), (batch, batch)
     accumulator = jnp.promote_types(a.dtype, jnp.float32)
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=accumulator)
+
+
+# Autodiff turns a gather into a scatter-add, which is slow everywhere; here no element is taken
+# twice, so the derivative is a gather by the inverse index.
+@jax.custom_vjp
+def permute(values, index, inverse):
+    """`values[index]` along the first axis, `[M, ...] -> [N, ...]`; zero for an index out of range.
+
+    `index [N]` int32 has each number below M at most once. `inverse [M]` int32 says where each
+    element of `values` is in the result; it is out of range if the element is not there.
+    """
+    return values.at[index].get(mode="fill", fill_value=0)
+
+
+permute.defvjp(
+    lambda values, index, inverse: (permute(values, index, inverse), (index, inverse)),
+    lambda residuals, g: (permute(g, *reversed(residuals)), None, None),
+)

@@ -29,7 +29,7 @@ SUBLANES = 16  # a tile of rows is a multiple of this; float32 would do with 8
 MIN_ROWS, MAX_ROWS = 128, 512
 # The largest tile of a width, by bytes of an element; forward and d_rows may have larger ones.
 MAX_WIDTH = {2: 1024, 4: 512}
-# For the blocks of a kernel; the compiler gives it 16 MiB on the smallest generations.
+# Limit of a kernel's blocks; on the smallest generations the compiler gives a kernel 16 MiB.
 VMEM_BYTES = 14 * 2**20
 
 
@@ -47,12 +47,11 @@ def megablox_matmul(rows, weights, groups):
 
 
 def row_tile(m, n_experts):
-    """Rows of a tile: a sixteenth of the mean group, as a power of two from 128 to 512, that
-    divides M if it can be.
+    """Rows of a tile: a power of two from 128 to 512, at most a sixteenth of the mean group if
+    possible, and a divisor of M if possible. Fewer than 128 rows are one tile.
 
-    A tile that two groups share is computed for both, so up to E - 1 tiles are wasted: with a
-    sixteenth of the mean group at most 1/16 of the work. For smaller groups it is more, since a
-    tile below 128 rows would leave the matrix unit idle. Fewer than 128 rows are one tile.
+    A tile that two groups share is computed for both, so up to E - 1 tiles are wasted: at most 1/16
+    of the work, or more in small groups, because tiles below 128 rows leave the matrix unit idle.
     """
     if m < MIN_ROWS:
         return _round_up(m, SUBLANES)
@@ -63,8 +62,8 @@ def row_tile(m, n_experts):
 
 
 def width_tile(width, limit):
-    """The whole width up to `limit`; beyond, the multiple of 128 from `limit / 2` to `limit` that
-    pads least.
+    """The width if it is at most `limit`, else the multiple of 128 from `limit / 2` to `limit` that
+    needs the least padding.
     """
     if width <= limit:
         return width

@@ -9,8 +9,7 @@ They have no derivative; this module defines it:
 
 They use `wgmma` instructions, which only Hopper (compute capability 9.0) has: neither an A100 nor a
 B200 runs them. `transposed_ragged_dot` asks the first device of the process for its number of
-cores: without a GPU the derivative compiles within `hardware.compiling_for`, the forward product
-anywhere.
+cores, so without a GPU the derivative compiles only inside `hardware.compiling_for`.
 """
 
 import jax
@@ -20,12 +19,11 @@ from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
 
 DTYPES = ("bfloat16", "float16")
-# D and F are multiples of it: 128 bytes of a 2-byte dtype, a row of the kernels' shared memory
-WIDTH_BLOCK = 64
+WIDTH_BLOCK = 64  # D and F must be multiples of it: it is a row of shared memory, 128 bytes
 ROW_BLOCKS = (128, 64)
-# The weights of one expert that blocks of rows may share in the L2 cache, which has 50 MB.
+# Bytes of an expert's weights that blocks of rows share in the L2 cache, which has 50 MB.
 CACHED_BYTES = 16 * 2**20
-CONCURRENT_STEPS = 4  # of the pipeline: with blocks of 128, 160 of the 227 KiB of shared memory
+CONCURRENT_STEPS = 4  # in the pipeline; with blocks of 128 they use 160 of 227 KiB shared memory
 
 
 def mosaic_gpu_matmul(rows, weights, groups):
@@ -53,9 +51,7 @@ def check(dtype, d, f):
 
 
 def row_block(m, n_experts):
-    """128 rows, or 64 where the E - 1 blocks that two groups share would be more than 1/16 of the
-    work.
-    """
+    """128 rows, or 64 if blocks that two groups share would be more than 1/16 of the work."""
     return next((block for block in ROW_BLOCKS if block * 16 * n_experts <= m), ROW_BLOCKS[-1])
 
 

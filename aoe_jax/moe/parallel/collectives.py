@@ -3,10 +3,9 @@
 A layer runs inside one `jax.shard_map`. Every device owns T tokens: sequences are split over (data,
 fsdp, expert), positions over tensor. Expert weights are split over expert (which experts), tensor
 (their width) and fsdp (d_model, or the rank of W_gate_up), and are gathered over fsdp where they
-are used. `transports.py` takes rows to their experts.
+are used. `transports.py` sends rows to their experts.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -27,18 +26,13 @@ RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p and v6e; it compiles neither
 
 @dataclass(frozen=True)
 class Devices:
-    """A device of the mesh inside `jax.shard_map`, and its collectives; without a mesh, the only
-    device.
-    """
+    """A device of the mesh inside `jax.shard_map`, or the only one, and its collectives."""
 
     sizes: tuple = (1, 1, 1, 1)  # along MESH_AXES
     transport: str = "ring"
     remat: str = "none"  # `model.remat`
     shape: tuple = ()  # of the tokens that this device owns: sequences and positions, or `(T,)`
     axes: MeshAxes = AXES
-
-    def with_tokens(self, shape):
-        return dataclasses.replace(self, shape=shape)
 
     def size(self, axis):
         return self.sizes[MESH_AXES.index(axis)]
@@ -69,7 +63,7 @@ class Devices:
     def exchange_rows(self, rows, sent, received):
         """Sends `sent[e]` rows to device e of the expert axis and returns the rows received.
 
-        `rows [N R, d]` has a buffer of R rows for each device, and the result one from each device.
+        `rows [N R, d]` has a buffer of R rows for each device, and the result one buffer from each.
         Only the first rows of a buffer are in use: `sent [N]` and `received [N]` int32. Platforms
         with `ragged_all_to_all` send only these rows, others whole buffers.
         """
@@ -134,9 +128,10 @@ class Devices:
         """Wraps a function of arrays: its backward pass gathers weights again and keeps none.
 
         A `jax.checkpoint` inside would follow the policy of this one, so parts that `function`
-        recomputes have custom derivatives. Layers are scanned: the backward pass is another loop,
-        so no barrier is needed to separate the two gathers. With `model.remat="layer"` the whole
-        layer is recomputed already. `gathers_experts`: whether `function` calls `gather_experts`.
+        recomputes have custom derivatives. The backward pass of scanned layers is a loop of its
+        own, so no barrier (`prevent_cse`) is needed between the two gathers. With
+        `model.remat="layer"` the whole layer is recomputed already. `gathers_experts`: whether
+        `function` calls `gather_experts`.
         """
         gathers_experts = self.sends_rows or (gathers_experts and self.size("expert") > 1)
         if self.remat == "layer" or (self.size("fsdp") == 1 and not gathers_experts):
@@ -267,7 +262,7 @@ def sum_gradients(g, axis, dimension, in_stages=None):
 
 def ragged_offsets(rank, n_devices, n_rows):
     """`(input offsets, output offsets)` `[N]` of `ragged_all_to_all` between buffers of equal size.
-    Buffers are ordered by receiver before it and by sender after it.
+    Buffers are ordered by receiver before the exchange and by sender after it.
     """
     size = n_rows // n_devices
     starts = jnp.arange(n_devices, dtype=jnp.int32) * size
@@ -292,8 +287,8 @@ def over_mesh(function, in_specs, out_specs, transport="ring", remat="none", axe
     """`function(devices, *args)` on every device of the mesh in context, with its pieces of `args`;
     without a mesh, on whole arrays. Raises the ValueError of `MeshAxes.sizes`.
 
-    `in_specs` has a tree of `PartitionSpec` for each argument, see `token_spec` and `weight_specs`,
-    and `out_specs` is that of the result. A result that is not split must be equal on all devices.
+    `in_specs` has a tree of `PartitionSpec` for each argument, see `token_spec` and `weight_specs`;
+    `out_specs` is the tree of the result. A result that is not split must be equal on all devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = Devices(axes.sizes(mesh), transport, remat, axes=axes)
@@ -336,14 +331,12 @@ def _all_but_gathered_weights(primitive, *_, **params):
 
 
 def token_spec(n_axes, *trailing):
-    """Tokens `[B, S]` (`n_axes` 2), split by sequence and position, or `[T]` (1), split over both;
-    then `trailing` axes.
-    """
+    """The `PartitionSpec` of tokens `[B, S]` (`n_axes=2`) or `[T]` (1) with `trailing` axes."""
     batch, sequence = spec_of("batch", "sequence")
     tokens = (batch, sequence) if n_axes == 2 else ((*batch, sequence),)
     return PartitionSpec(*tokens, *trailing)
 
 
 def weight_specs(parameters, weights):
-    """How `weights` by name are split, by the declarations of `parameters`."""
+    """The `PartitionSpec` of each of `weights`, as `parameters` declares it."""
     return {name: spec_of(*parameters[name].split[-w.ndim :]) for name, w in weights.items()}

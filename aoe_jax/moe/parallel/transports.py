@@ -24,13 +24,13 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.moe.dispatch import Local, sort_slots
-from aoe_jax.moe.grouped_matmul.permute import permute
+from aoe_jax.moe.grouped_matmul.groups import permute
 
 ROW_BUFFER = 1.25
 
 
 def is_local(devices, fixed_k):
-    """Whether a device computes all rows of its tokens, and every token has as many (`fixed_k`)."""
+    """Whether `Local` is the transport. `fixed_k`: every token has the same number of experts."""
     return devices.total_size == 1 or (devices.size("expert") == 1 and fixed_k)
 
 
@@ -152,7 +152,7 @@ class _AllToAllSchedule(NamedTuple):
     expert: jax.Array  # [P] int32, their experts
     start: jax.Array  # [N] int32, the first row for each device
     count: jax.Array  # [N] int32, the number of rows for each device
-    n_rounds: jax.Array  # [] int32, the most that any pair of devices needs; all take part in each
+    n_rounds: jax.Array  # [] int32, the most that any pair of devices needs; equal on all devices
 
 
 class _AllToAllRound(NamedTuple):
