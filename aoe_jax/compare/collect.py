@@ -17,7 +17,7 @@ from aoe_jax.compare.results import (
     RUN_COLUMNS,
     Results,
 )
-from aoe_jax.compare.suite import Run, Suite
+from aoe_jax.compare.suite import Suite
 from aoe_jax.compare.train_runs import folder_of, has_diverged, is_finished, read_summary
 from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.storage.files import read_metrics
@@ -28,27 +28,25 @@ def read_results(suite: Suite, workdir: Path):
     configs, rows, curves = configs_by_point(suite, workdir), [], []
     timed = {size: read_point(workdir, size, configs[size]) for size in suite.sizes}
     for run in suite.runs():
-        seconds = timed[run.size].get(run.arm, {}).get("seconds")
-        row, of_run = _read_run(run, folder_of(workdir, run), seconds)
-        rows.append(row)
-        curves += of_run
-    return make_results(suite, rows, curves)
-
-
-def make_results(suite, rows, curves):
-    """Returns `Results` from the results of `row_of` and `curve_of` for all runs."""
+        folder, in_turn = folder_of(workdir, run), timed[run.size].get(run.arm)
+        lines = pd.DataFrame(read_metrics(folder / "metrics.jsonl"))
+        columns = ["step", "loss", "nll", "tokens_per_second", "dropped_share", "validation_nll"]
+        lines = lines.reindex(columns=columns).astype(float)
+        rows.append(_row(run, folder, lines, in_turn and in_turn["seconds"]))
+        for split, loss, nll in (("train", "loss", "nll"), ("validation", *2 * ["validation_nll"])):
+            of_split = lines[lines[loss].notna()]
+            if len(of_split):
+                curves.append(_curve(rows[-1], split, of_split["step"], of_split[nll]))
     runs = pd.DataFrame(rows, columns=[*RUN_COLUMNS, *MORE_RUN_COLUMNS])
-    curves = [curve for curve in curves if len(curve)]
     curves = pd.concat(curves) if curves else pd.DataFrame(columns=CURVE_COLUMNS)
     return Results(suite, runs, curves)
 
 
-def _read_run(run, folder, seconds):
-    finished, ended = is_finished(folder, run), read_outcome(folder)
+def _row(run, folder, lines, seconds_in_turn):
+    """Returns the row of a run in `Results.runs`; `lines` are those of its metrics.jsonl."""
+    finished, ended, config = is_finished(folder, run), read_outcome(folder), run.config
     summary = read_summary(folder / "summary.json") if finished else {}
-    metrics, memory = (
-        pd.Series(summary.get(name) or {}, dtype=float) for name in ("metrics", "memory")
-    )
+    metrics, memory = (pd.Series(summary.get(name), dtype=float) for name in ("metrics", "memory"))
     nll = metrics.get("validation_nll", math.nan)
     line = ended["last_line"] if ended else last_line(beside(folder, ".log"))
     if has_diverged(folder):
@@ -58,40 +56,18 @@ def _read_run(run, folder, seconds):
         line = line if state == "finished" else "diverged: its validation nll is not finite"
     else:
         state = "failed" if ended else "unfinished"
-    columns = ["step", "loss", "nll", "tokens_per_second", "dropped_share", "validation_nll"]
-    lines = pd.DataFrame(read_metrics(folder / "metrics.jsonl"))
-    lines = lines.reindex(columns=columns).astype(float)
-    train, validation = (lines[lines[name].notna()] for name in ("loss", "validation_nll"))
-    own_seconds = run.config.tokens_per_step / train["tokens_per_second"].median()
-    shares = lines["dropped_share"].dropna()
+    speed = lines["tokens_per_second"][lines["loss"].notna()].median()
+    seconds, shares = seconds_in_turn or config.tokens_per_step / speed, lines["dropped_share"]
+    counts, steps = parameter_counts(config), config.train.steps
+    tokens, flops_per_token = steps * config.tokens_per_step, training_flops_per_token(config)
     file = folder / "routing.json"
-    row = row_of(
-        run,
-        seconds or own_seconds,
-        read_choices(file, run.config) if finished and file.exists() else None,
-        state=state,
-        last_line=line,
-        validation_nll=nll,
-        validation_bits_per_byte=metrics.get("validation_bits_per_byte", math.nan),
-        dropped_share=shares.tail(math.ceil(len(shares) / 10)).mean(),
-        timed_in_turn=seconds is not None,
-        memory_bytes=memory.reindex(["state_bytes", "temporary_bytes"]).sum(skipna=False),
-    )
-    return row, [
-        curve_of(row, "train", train["step"], train["nll"]),
-        curve_of(row, "validation", validation["step"], validation["validation_nll"]),
-    ]
-
-
-def row_of(run: Run, seconds_per_step, choices, **columns):
-    """Returns a row of `Results.runs`; `choices` is the content of routing.json or None."""
-    config, counts = run.config, parameter_counts(run.config)
-    steps, flops_per_token = config.train.steps, training_flops_per_token(config)
-    tokens = steps * config.tokens_per_step
+    choices = read_choices(file, config) if finished and file.exists() else None
     return {
         "size": run.size,
         "arm": run.arm,
         "seed": run.seed,
+        "state": state,
+        "last_line": line,
         "config": config,
         "parameters": counts.total,
         "active_parameters": counts.active,
@@ -101,16 +77,20 @@ def row_of(run: Run, seconds_per_step, choices, **columns):
         "steps": steps,
         "tokens": tokens,
         "flops": tokens * flops_per_token,
-        "seconds": steps * seconds_per_step,
-        "seconds_per_step": seconds_per_step,
-        "tokens_per_second": config.tokens_per_step / seconds_per_step,
+        "seconds": steps * seconds,
+        "seconds_per_step": seconds,
+        "timed_in_turn": seconds_in_turn is not None,
+        "tokens_per_second": config.tokens_per_step / seconds,
+        "validation_nll": nll,
+        "validation_bits_per_byte": metrics.get("validation_bits_per_byte", math.nan),
+        "dropped_share": shares.dropna().tail(math.ceil(shares.count() / 10)).mean(),
+        "memory_bytes": memory.reindex(["state_bytes", "temporary_bytes"]).sum(skipna=False),
         "choices": choices,
         **_at_the_end(choices),
-        **columns,
     }
 
 
-def curve_of(row, split, step, nll):
+def _curve(row, split, step, nll):
     """Returns rows of `Results.curves` for a split of the run with this row of `Results.runs`."""
     step = np.asarray(step, int)
     costs = {name: step * row[name] / row["steps"] for name in ("tokens", "flops")}
@@ -141,8 +121,9 @@ def _at_the_end(choices):
 
 def read_costs(suite: Suite, workdir: Path):
     """Returns a frame of each measured sweep by name, with a row for each arm and value."""
-    rows = {}
+    frames = {}
     for name, sweep in suite.throughput.items():
+        rows = []
         for value, configs in suite.swept(name).items():
             costs = read_point(workdir, sweep_point(name, value), configs)
             of_baseline = costs.get(suite.baseline, {"seconds": math.nan})
@@ -161,6 +142,7 @@ def read_costs(suite: Suite, workdir: Path):
                     "memory_bytes": cost["memory_bytes"],
                     "config": configs[arm],
                 }
-                rows.setdefault(name, []).append(row)
-    frames = {name: pd.DataFrame(of_sweep) for name, of_sweep in rows.items()}
-    return {name: frame for name, frame in frames.items() if suite.baseline in {*frame["arm"]}}
+                rows.append(row)
+        if any(row["arm"] == suite.baseline for row in rows):
+            frames[name] = pd.DataFrame(rows)
+    return frames

@@ -143,27 +143,26 @@ class Results:
         return float(np.min([self.finished(size, arm)[kind].min() for arm in arms]))
 
     def nlls(self, size, arm, kind="end", budget=None):
-        """Returns the validation nll of an arm by seed.
+        """Returns the validation nll of an arm by seed, at the end or at a budget.
 
-        It is that of the end, or for the `kind` "flops" or "seconds" that at the budget; seeds
-        whose curve does not reach the budget are left out.
+        `kind` is "end", "flops" or "seconds". Seeds whose curve does not reach the budget are left
+        out.
         """
-        rows, curves = self.finished(size, arm), self.curves
+        rows = self.finished(size, arm)
         if kind == "end":
             return rows["validation_nll"]
-        of_arm = (curves["size"] == size) & (curves["arm"] == arm)
-        validation = curves[of_arm & (curves["split"] == "validation")]
-        found = {}
+        curves, found = self.of_finished(self.curves, size), {}
+        of_arm = curves[(curves["arm"] == arm) & (curves["split"] == "validation")]
         for seed in rows.index:
-            curve = validation[validation["seed"] == seed]
+            curve = of_arm[of_arm["seed"] == seed]
             found[seed] = at(curve[kind], curve["nll"], budget)
         return pd.Series(found, dtype=float).dropna()
 
     def difference(self, size, arm, kind="end"):
         """Returns the `Estimate` of an arm's nll minus that of its reference, seed by seed.
 
-        For the `kind` "flops" or "seconds" the budget is what the cheaper of the two has spent. The
-        estimate has no seeds if one of the two is not comparable.
+        For the `kind` "flops" or "seconds", the budget is what the cheaper of the two has spent.
+        Without seeds: one of the two is not comparable.
         """
         arms = arm, self.suite.reference(arm)
         if not all(self.is_comparable(size, one) for one in arms):

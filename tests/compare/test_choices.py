@@ -61,6 +61,7 @@ def test_files_of_choices(tmp_path):
         ({"checkpoints": [CHECKPOINT | {"load": [[1, 1], [2]]}]}, r"load is not numbers of shape"),
         ({"checkpoints": [CHECKPOINT | {"load": [[1, 1]]}]}, r"not numbers of shape \[2, 2\]"),
         ({"checkpoints": [{"step": 6}]}, "load is not numbers"),
+        ({"checkpoints": []}, "it has no checkpoints"),
         ({"kind": "router"}, r"kind is 'router', not one of \['aoe'\]"),
     ):
         write_json(file, ROUTING | change)

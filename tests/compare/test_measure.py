@@ -22,7 +22,8 @@ def test_step_times_are_valid_for_equal_configurations(tmp_path):
         folder = folder_of(tmp_path, run)
         folder.mkdir(parents=True)
         if run.arm != "broken":
-            write_json(folder / "summary.json", {"metrics": {"step": run.config.train.steps}})
+            metrics = {"step": run.config.train.steps}
+            write_json(folder / "summary.json", {"metrics": metrics, "memory": {}})
     configs = configs_by_point(suite, tmp_path)["a"]
     first = [run for run in runs if run.seed == 0 and run.arm != "broken"]
     assert configs == {run.arm: run.config for run in first}

@@ -31,7 +31,8 @@ def test_diverged_runs_are_not_repeated_and_failed_runs_come_last(tmp_path):
     suite, machine = load_suite(write_suite(tmp_path / "suite.py")), Recorder()
     finished = tmp_path / "runs/a/aoe/seed_0"
     finished.mkdir(parents=True)
-    write_json(finished / "summary.json", {"metrics": {"step": 6, "validation_nll": 5.0}})
+    summary = {"metrics": {"step": 6, "validation_nll": 5.0}, "memory": {}}
+    write_json(finished / "summary.json", summary)
     note_outcome(tmp_path / "runs/a/moe/seed_0", 1)
     note_outcome(tmp_path / "runs/a/broken/seed_1", DivergedError.status)
     train_suite(suite, tmp_path, machine)
@@ -45,6 +46,10 @@ def test_diverged_runs_are_not_repeated_and_failed_runs_come_last(tmp_path):
         "finished",
         "unfinished",
     ]
+    write_json(finished / "summary.json", summary | {"memory": {"state_bytes": "many"}})
+    with pytest.raises(UserError, match="state_bytes'] is 'many', not a number"):
+        read_results(suite, tmp_path)
+    write_json(finished / "summary.json", summary)
     (tmp_path / "runs/a/broken/seed_1").rmdir()  # so that it is trained again
     train_suite(suite, tmp_path, machine)
     assert "a/broken/seed_1" in machine.names
