@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aoe_jax.compare.results import LAYER_COLUMNS
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model
@@ -26,6 +25,8 @@ from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.load_statistics import layer_statistics
 from aoe_jax.training.validation import compile_eval_step, validation_batches
 
+LAYER_MEANS = ["load_entropy", "confidence_entropy", "max_violation"]
+LAYER_COLUMNS = [*LAYER_MEANS, "dead_experts", "overlap_with_final"]
 _MOST_BYTES = 2**28  # of routing.json: a hundred layers of 256 experts
 
 

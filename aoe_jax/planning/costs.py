@@ -24,19 +24,8 @@ from aoe_jax.planning.hlo import parse
 from aoe_jax.planning.kernel_costs import KERNEL_COSTS
 
 # Named scopes of the train step.
-SCOPES = (
-    "embed",
-    "attention",
-    "score",
-    "route",
-    "balance",
-    "schedule",
-    "dispatch",
-    "experts",
-    "combine",
-    "loss",
-    "update",
-)
+SCOPES = {"embed", "attention", "score", "route", "balance", "schedule", "dispatch", "experts"}
+SCOPES |= {"combine", "loss", "update"}
 # Operations without work of their own. The work of a `-done` counts in its `-start`.
 _FREE = {"add-dependency", "after-all", "async-update", "bitcast", "constant", "domain", "tuple"}
 _FREE |= {"get-dimension-size", "get-tuple-element", "opt-barrier", "parameter"}

@@ -3,8 +3,8 @@
 import itertools
 import json
 
-from aoe_jax.compare.collect import read_results
 from aoe_jax.compare.report import to_markdown
+from aoe_jax.compare.results import read_results
 from aoe_jax.compare.suite import Size, Suite
 from aoe_jax.compare.train_runs import folder_of
 from aoe_jax.config.run import Config

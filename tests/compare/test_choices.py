@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from aoe_jax.compare.choices import observing, overlap, read_choices
-from aoe_jax.compare.results import LAYER_COLUMNS
+from aoe_jax.compare.choices import LAYER_COLUMNS, observing, overlap, read_choices
 from aoe_jax.errors import UserError
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.storage.files import write_json

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from aoe_jax.compare.collect import read_results
 from aoe_jax.compare.jobs import beside
+from aoe_jax.compare.results import read_results
 from aoe_jax.compare.suite import load_suite
 from aoe_jax.compare.train_runs import check_runs, folder_of, train_suite
 from aoe_jax.errors import DivergedError, UserError

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aoe_jax.compare.collect import read_results
 from aoe_jax.compare.jobs import Machine, Slot
 from aoe_jax.compare.measure import configs_by_point, measured_file, read_point
 from aoe_jax.compare.report import write_report
+from aoe_jax.compare.results import read_results
 from aoe_jax.compare.suite import load_suite
 from aoe_jax.compare.train_runs import train_suite
 from aoe_jax.config.run import Config
