@@ -46,6 +46,10 @@ def test_diverged_runs_are_not_repeated_and_failed_runs_come_last(tmp_path):
         "finished",
         "unfinished",
     ]
+    summary["metrics"]["validation_nll"] = None  # it is not finite
+    write_json(finished / "summary.json", summary)
+    row = read_results(suite, tmp_path).runs.set_index(["arm", "seed"]).loc["aoe", 0]
+    assert row["state"] == "diverged" and row["last_line"].startswith("diverged: its validation")
     write_json(finished / "summary.json", summary | {"memory": {"state_bytes": "many"}})
     with pytest.raises(UserError, match="state_bytes'] is 'many', not a number"):
         read_results(suite, tmp_path)
