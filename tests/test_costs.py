@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from aoe_jax.model.attention import causal_attention
 from aoe_jax.moe.grouped_matmul import grouped_matmul, mosaic_gpu
 from aoe_jax.planning import costs, hlo, kernel_costs
 from aoe_jax.planning.hardware import CHIPS, topology_devices
@@ -94,21 +93,6 @@ def test_grouped_products_count_by_their_tiles(d):
     least = 3 * (rows + weights + out)
     # Such a depth is cut into tiles, so weights are read for every tile of rows.
     assert (total(kernels, "hbm_bytes") > 1.5 * least) == (d == 16384)
-
-
-@pytest.mark.slow
-def test_attention_counts_by_its_blocks():
-    b, n_heads, s, h = 2, 4, 2048, 64
-
-    def both(g, *arrays):
-        return with_gradients(causal_attention)(arrays, g, ())
-
-    found = operations(both, *[((b, n_heads, s, h), jnp.bfloat16)] * 4)
-    kernels = [o for o in found if o.opcode == "tpu_custom_call"]
-    product = 2 * b * n_heads * s * s * h * 5 / 8  # of four blocks, 10 of 16 pairs
-    assert sorted(o.flops for o in kernels) == [2 * product, 3 * product, 4 * product]
-    assert total(kernels, "occupied_flops") == 2 * total(kernels, "flops")
-    assert total(found, "hbm_bytes") < 0.2e9  # scores would be 0.13 GB for each pass over them
 
 
 COLLECTIVES = """HloModule step, num_partitions=16
@@ -339,15 +323,13 @@ def test_likely_seconds():
     assert milliseconds((4, 4), **moved) == 1
 
 
-@pytest.mark.parametrize(
-    ("op_name", "want"),
-    [
-        ("jit(train_step)/jvp(Decoder.features)/while/body/layers/attention/dot", "attention"),
-        ("jit(train_step)/transpose(jvp(loss))/shard_map/while/body/dot", "loss"),
-        ("jit(f)/layers/experts/shard_map/checkpoint/dispatch/select_n", "dispatch"),
-        ("jit(f)/layers/experts/shard_map/checkpoint/experts/cond/jit(gmm)/pallas_call", "experts"),
-        ("jit(train_step)/add", "other"),
-    ],
-)
-def test_operations_belong_to_the_innermost_scope(op_name, want):
-    assert costs.scope(costs.Operation("a", "fusion", op_name)) == want
+def test_operations_belong_to_the_innermost_scope():
+    in_layer = "layers/experts/shard_map/checkpoint"
+    for op_name, want in {
+        "jit(train_step)/jvp(Decoder.features)/while/body/layers/attention/dot": "attention",
+        "jit(train_step)/transpose(jvp(loss))/shard_map/while/body/dot": "loss",
+        f"jit(f)/{in_layer}/dispatch/select_n": "dispatch",
+        f"jit(f)/{in_layer}/experts/cond/jit(gmm)/pallas_call": "experts",
+        "jit(train_step)/add": "other",
+    }.items():
+        assert costs.scope(costs.Operation("a", "fusion", op_name)) == want

@@ -216,17 +216,18 @@ def test_collectives_of_loops_count_as_often_as_they_run():
     }
 
 
-def planned(tmp_path, config):
+def planned(tmp_path, *arguments):
     """The exit status and the report of a plan for four chips."""
-    write_json(tmp_path / "config.json", config)
-    files = f"--config={tmp_path}/config.json", f"--json={tmp_path}/report.json"
-    status = call("aoe_jax.plan", "--topology=v5e:2x2", *files)
-    return status, read_json(tmp_path / "report.json")
+    file = tmp_path / "report.json"
+    status = call("aoe_jax.plan", "--topology=v5e:2x2", f"--json={file}", *arguments)
+    return status, read_json(file)
 
 
 @pytest.mark.slow
 def test_a_plan_for_four_chips(tmp_path, capsys):
-    status, report = planned(tmp_path, configuration(mesh=(-1, 2, 1, 1)).to_dict())
+    file = tmp_path / "config.json"
+    write_json(file, configuration(mesh=(-1, 2, 1, 1)).to_dict())
+    status, report = planned(tmp_path, f"--config={file}")
     assert status == 0 and report["fits"]
     assert report["mesh"] == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 1, "transport": "ring"}
     stdout, memory = capsys.readouterr().out, report["memory_bytes"]
@@ -276,10 +277,11 @@ def test_the_arithmetic_of_a_plan(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_that_does_not_fit_ends_with_status_3(tmp_path, capsys):
-    config = configuration("dense").to_dict()
-    config["model"] |= {"n_layers": 98, "d_model": 1024, "unroll": 1}
-    config["experts"] |= {"d_ffn": 3072}
-    status, report = planned(tmp_path, config)
+    fields = {"model.n_layers": 98, "model.d_model": 1024, "experts.d_ffn": 3072}
+    fields |= {"model.dtype": "bfloat16", "model.unroll": 1, "mesh.fsdp": 1}
+    fields |= {"train.batch_size": 4, "data.seq_len": 128}
+    settings = [f"--config.{name}={value}" for name, value in fields.items()]
+    status, report = planned(tmp_path, "--config=configs/tiny.py:dense", *settings)
     assert status == 3 and not report["fits"]
     assert report["memory_bytes"]["total"] > report["hbm_bytes"]
     assert capsys.readouterr().out.endswith("\nDOES NOT FIT\n")

@@ -136,6 +136,7 @@ def swept(setting, values, arms=ARMS, of=None, **changes):
 
 
 def test_all_arms_of_a_sweep_have_the_value_and_equal_parameters():
+    """The value wins over arms and settings."""
     found = swept("experts.n_experts", (4, 16))
     assert list(found) == [4, 16]
     for n, configs in found.items():
@@ -143,9 +144,6 @@ def test_all_arms_of_a_sweep_have_the_value_and_equal_parameters():
         assert configs["dense"].experts.d_ffn == n * 96
         totals = [parameter_counts(configs[arm]).total for arm in ("moe", "aoe", "dense")]
         assert max(totals) / min(totals) < 1.01
-
-
-def test_the_value_of_a_sweep_wins_over_arms_and_settings():
     found = swept("experts.d_low", (8, 24))
     assert [configs["aoe"].experts.d_low for configs in found.values()] == [8, 24]
     assert [configs["aoe"].experts.width(64) for configs in found.values()] == [132, 111]
