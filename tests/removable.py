@@ -29,7 +29,6 @@ import jax, jax.numpy as jnp
 from aoe_jax.moe import grouped_matmul
 from aoe_jax.training.step import init_state, make_train_step
 from aoe_jax.training.step_times import random_batch
-from configs import tiny
 
 grouped_matmul._default_backend = lambda device: "ragged"
 for variant in ("aoe", "moe"):

@@ -17,7 +17,6 @@ from functools import partial
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.compare.pair import pair_table
 from aoe_jax.compare.suite import load_suite
 from aoe_jax.config.checks import require_flag
 from aoe_jax.storage.lease import leased
@@ -44,6 +43,8 @@ _ARMS = flags.DEFINE_list("arms", [], "two arms by their names in the suite, to 
 def main():
     if _ARMS.present:
         cli.refuse("leave it out with --arms", _SUITE, _JOBS, _REPORT, _SET)
+        from aoe_jax.compare.pair import pair_table
+
         print(pair_table(cli.path_of(_WORKDIR), _ARMS.value))
         return
     suite = load_suite(cli.path_of(_SUITE), _SET.value)

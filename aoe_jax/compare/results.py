@@ -167,8 +167,8 @@ class Results:
     def difference(self, size, arm, kind="end"):
         """Returns the `Estimate` of an arm's nll minus that of its reference, seed by seed.
 
-        For the `kind` "flops" or "seconds", the budget is what the cheaper of the two has spent.
-        Without seeds: one of the two is not comparable.
+        For the `kind` "flops" or "seconds" the budget is what the cheaper of the two has spent. The
+        estimate has no seeds if one of the two is not comparable.
         """
         arms = arm, self.suite.reference(arm)
         if not all(self.is_comparable(size, one) for one in arms):

@@ -52,10 +52,10 @@ class Chip:
         """Returns bytes per second into a device from the others of a group, in a ring algorithm.
 
         The group spans whole dimensions of the slice where it can, as the meshes of JAX do;
-        otherwise it has the place with most links. A whole dimension that closes to a ring gives
-        every chip two links, another dimension one, because a line has ends. Devices of one chip
-        are assumed to exchange data at the rate of all its links. `shape` is the chips along each
-        dimension of the slice; (): all links serve.
+        otherwise it is placed where it has most links. A whole dimension that closes to a ring
+        gives every chip two links; another dimension that it spans gives one, because a line has
+        ends. Devices of one chip are assumed to exchange data at the rate of all its links. `shape`
+        is the chips along each dimension of the slice; (): all links serve.
         """
         ways, n_chips = [], max(1, round(n_devices / self.devices))
         for order in itertools.permutations(shape):

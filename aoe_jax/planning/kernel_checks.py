@@ -91,8 +91,8 @@ def exactly(function, dtype):
 def check(case: Case, mesh, dtype):
     """Computes a case for each of its inputs.
 
-    Returns a list of `{"input", "tolerance", "errors", "device", "passed"}`: for each result its
-    largest error on all devices, and the device that has the largest.
+    Returns a list of `{"input", "tolerance", "errors", "device", "passed"}`. `errors` has the
+    largest error of all devices by result; `device` has the largest of these.
     """
     eps = float(jnp.finfo(dtype).eps)
     if dtype == "float32":

@@ -15,7 +15,7 @@ _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def splash_cost(name, operands, results):
-    """Attention by splash.
+    """Returns the cost of attention by splash.
 
     A block of queries reads the blocks of keys that are not entirely in its future; in `dkv` a
     block of keys reads a part of the queries. The mask, which is the first operand, has a number
@@ -42,7 +42,7 @@ def splash_cost(name, operands, results):
 
 
 def cudnn_cost(name, operands, results):
-    """Attention by cuDNN: every position meets itself and those before it; arrays move once."""
+    """Returns the cost of causal attention by cuDNN, which reads or writes all arrays once."""
     if not name.startswith("__cudnn$fmha"):
         return None
     *batch, length, width = results[0].dims  # the output, or the gradient of q: [B, H, S, h]
@@ -53,7 +53,7 @@ def cudnn_cost(name, operands, results):
 
 
 def megablox_cost(name, operands, results, tiles=tiles):
-    """Grouped products by Megablox, with its `tiles`.
+    """Returns the cost of a grouped product by Megablox with these `tiles`.
 
     Weights are read once if the whole depth is in one tile, else again for each tile of rows; rows
     once for each tile of the width. The kernel lists the tiles of rows by group; a tile that two
@@ -77,7 +77,7 @@ def megablox_cost(name, operands, results, tiles=tiles):
 
 
 def mosaic_gpu_cost(name, operands, results):
-    """Grouped products by Mosaic GPU.
+    """Returns the cost of a grouped product by Mosaic GPU.
 
     Rows are read in every pass over them, for d_weights once, since the blocks of an expert advance
     along its rows together.
