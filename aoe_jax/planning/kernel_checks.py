@@ -92,7 +92,7 @@ def check(case: Case, mesh, dtype):
     """Computes a case for each of its inputs.
 
     Returns a list of `{"input", "tolerance", "errors", "device", "passed"}`. `errors` has the
-    largest error of all devices by result; `device` has the largest of these.
+    largest error of all devices by result; `device` is the one that has the largest of these.
     """
     eps = float(jnp.finfo(dtype).eps)
     if dtype == "float32":
