@@ -2,16 +2,14 @@
 
     python -m aoe_jax.doctor [--config=FILE[:VARIANT]] [--json=FILE]
 
-It prints devices, versions, and each backend with the reason for its choice. It checks each kernel
-and the layer of experts against plain references, values and gradients, at the shapes of the
-configuration, and takes ten training steps. Each check prints its verdict, and the setting to use
-instead of a kernel that fails. Nothing is downloaded. Exit status 1: a check or a training step
-failed.
+It prints devices, versions, and each backend with the reason for its choice, and checks kernels
+and the layer of experts against plain references at the shapes of the configuration. It takes ten
+training steps of at most 16,384 tokens a device, but at least one sequence. Each check prints its
+verdict, and the setting to use instead of a kernel that fails. Exit status 1: a check failed.
 
 All devices work at the same time on the mesh of the configuration, by default `configs/tiny.py` on
-CPU and `configs/doctor.py` elsewhere. `--config.GROUP.FIELD=VALUE` works like in training, and so
-do `--distributed` and `--coordinator`. A step has at most 16,384 tokens a device, but at least one
-sequence.
+CPU and `configs/doctor.py` elsewhere. `--config.GROUP.FIELD=VALUE`, `--distributed` and
+`--coordinator` work like in training.
 """
 
 from functools import partial
@@ -26,7 +24,6 @@ _JSON = flags.DEFINE_string("json", None, "a file for the report")
 
 
 def main():
-    """Examines, prints, and returns 1 if anything failed."""
     file = cli.file_to_write(_JSON)
     distributed.start()
     import jax  # may start only after `distributed.start`

@@ -66,17 +66,14 @@ class Forked:
         self.pid = int(self._reports.recv(32))
 
     def poll(self):
-        """Returns the exit status, a signal's number negated, or None while the process runs."""
         return self._wait(0)
 
     def wait(self, timeout=None):
-        """Waits for the end and returns the exit status; raises `subprocess.TimeoutExpired`."""
         if self._wait(timeout) is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self.returncode
 
     def communicate(self, timeout=None):
-        """Waits for the end and returns `(stdout, stderr)`, None if stderr is another file."""
         self.wait(timeout)
         return self._content(self._stdout), self._stderr and self._content(self._stderr)
 
@@ -86,12 +83,10 @@ class Forked:
             return file.read()
 
     def send_signal(self, number):
-        """Sends a signal if the process still runs."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self):
-        """Sends SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
     def _wait(self, timeout):

@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 CHEAP = (
     "eval.py",
-    "aoe_jax.compare.pair",
     "aoe_jax.convert",
     "aoe_jax.export",
     "aoe_jax.generate",
@@ -32,6 +31,7 @@ ELSEWHERE = re.compile(r"=[A-Z]+\b|/my/|=arc_easy|task:|gs://|\.\.\.")
 AS_THEY_ARE = (
     ("aoe_jax", ""),
     ("train.py", "--config=configs/tiny.py --workdir=runs/trial --config.train.steps=20"),
+    ("aoe_jax.compare", "--workdir=results/small --arms=aoe_d3_free,moe_free"),
 )
 PREPARATION = [
     ("train.py", "--config=configs/tiny.py --workdir=runs/tiny --config.train.steps=20"),

@@ -85,14 +85,6 @@ def judged(config, n_devices=1):
         return {verdict["name"]: verdict for verdict in found}
 
 
-def scaled(kernel):
-    return lambda *args: 1.02 * kernel(*args)
-
-
-def without_numbers(kernel):
-    return lambda *args: kernel(*args) * jnp.nan
-
-
 def raising(kernel):
     def call(*args):
         raise RuntimeError("first line\nno such instruction")
@@ -118,10 +110,9 @@ def use_ragged(monkeypatch, kernel):
     monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "ragged")
 
 
-SLOW = [pytest.param(breakage, marks=pytest.mark.slow) for breakage in (without_numbers, raising)]
-
-
-@pytest.mark.parametrize("breakage", [scaled, wrong_gradient, *SLOW])
+@pytest.mark.parametrize(
+    "breakage", [wrong_gradient, pytest.param(raising, marks=pytest.mark.slow)]
+)
 def test_a_wrong_grouped_product_is_named(monkeypatch, breakage):
     use_ragged(monkeypatch, breakage(grouped_matmul.BACKENDS["ragged"]))
     monkeypatch.setattr(kernel_checks, "attention_cases", lambda *args: [])
@@ -130,22 +121,16 @@ def test_a_wrong_grouped_product_is_named(monkeypatch, breakage):
     assert not verdict["passed"] and not found["AoE layer"]["passed"]
     assert verdict["fallback"] == "--config.experts.grouped_matmul=blocked"
     words = {raising: "RuntimeError: no such instruction", wrong_gradient: "(d_rows, "}
-    assert words.get(breakage, "") in verdict["text"]
+    assert words[breakage] in verdict["text"]
 
 
 @pytest.mark.parametrize(
-    ("breakage", "dtype"),
-    [
-        (wrong_on_one_device, "float32"),
-        (wrong_gradient, "bfloat16"),
-        pytest.param(without_numbers, "float32", marks=pytest.mark.slow),
-        pytest.param(scaled, "bfloat16", marks=pytest.mark.slow),
-    ],
+    ("breakage", "dtype"), [(wrong_on_one_device, "float32"), (wrong_gradient, "bfloat16")]
 )
 def test_wrong_attention_is_named_with_its_fallback(monkeypatch, breakage, dtype):
     monkeypatch.setitem(attention.BACKENDS, "splash", breakage(attention.BACKENDS["blocks"]))
     config = small(model__attention="splash", model__dtype=dtype, experts__kind="dense")
-    (verdict,) = judged(config, n_devices=2).values()
+    (verdict,) = judged(config, n_devices=2).values()  # a dense model has no grouped products
     assert not verdict["passed"] and verdict["name"] == "attention splash"
     if breakage is wrong_on_one_device:
         assert str(jax.devices()[1]) in verdict["text"]
@@ -203,22 +188,19 @@ def test_an_error_in_a_small_part_of_an_array_fails(monkeypatch, dtype):
         assert [*found.values()] == 3 * [passes]
 
 
-@pytest.mark.slow
-def test_rounding_in_the_gradient_of_an_empty_group_passes():
-    """Of 8 groups one is empty, where backend 'blocked' subtracts what it added."""
-    config, shape = fitted(small(data__seq_len=256), 1), (8, 128, 32)
-    found = checked(config, lambda config: kernel_checks.grouped_case(config, "blocked", shape))
-    assert all(found.values())
-
-
 ONE = {"experts__n_experts": 1, "experts__top_k": 1}  # whose scores have no gradient
 WHOLE = {"experts__score_neurons": 4, "experts__score": "max", "model__dtype": "bfloat16"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [ONE, ONE | {"experts__kind": "router"}, WHOLE])
-def test_special_layers_pass(changes):
-    assert checked(fitted(small(**changes), 1), kernel_checks.layer_case) == {"all experts": True}
+def test_special_layers_and_empty_groups_pass():
+    for changes in (ONE, ONE | {"experts__kind": "router"}, WHOLE):
+        found = checked(fitted(small(**changes), 1), kernel_checks.layer_case)
+        assert found == {"all experts": True}
+    # Of 8 groups one is empty, where backend "blocked" subtracts what it added.
+    config, shape = fitted(small(data__seq_len=256), 1), (8, 128, 32)
+    found = checked(config, lambda config: kernel_checks.grouped_case(config, "blocked", shape))
+    assert all(found.values())
 
 
 def test_the_error_of_numbers_that_are_not_finite_is_infinite():
@@ -241,13 +223,7 @@ def test_right_kernels_pass_in_bfloat16(kind, layer):
     assert list(found) == ["attention blocks", "grouped products blocked", layer]
 
 
-def test_a_dense_model_has_no_grouped_products():
-    assert list(judged(small(experts__kind="dense"))) == ["attention blocks"]
-
-
-def test_fallbacks_are_settings():
-    found = examination.fallback("grouped products megablox", small())
-    assert found == "--config.experts.grouped_matmul=blocked"
+def test_the_fallback_of_a_layer_is_a_setting_of_the_mesh():
     for mesh, wanted in (
         ({}, "none"),
         ({"mesh__expert": 2}, "--config.mesh.expert=1"),

@@ -22,10 +22,19 @@ def test_peaks_of_tpus_by_the_names_of_their_devices(topology):
     assert slice_shape(devices)[: shape.count("x") + 1] == tuple(map(int, shape.split("x")))
 
 
-@pytest.mark.parametrize("shape", ["", "x", "٣", "9" * 5000])
-def test_invalid_shapes(shape):
-    with pytest.raises(UserError, match=f"--topology=h100:{shape}: is unknown"):
-        topology_devices(f"h100:{shape}")
+def test_invalid_shapes_and_a_missing_compiler(monkeypatch):
+    for shape in ("", "x", "٣", "9" * 5000):
+        with pytest.raises(UserError, match=f"--topology=h100:{shape}: is unknown"):
+            topology_devices(f"h100:{shape}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--topology=v5e:2x2: libtpu is missing, the compiler"):
+        topology_devices("v5e:2x2")
+
+
+@pytest.mark.slow
+def test_a_slice_that_there_is_not():
+    with pytest.raises(UserError, match="--topology=v5e:3x5: the compiler has no such slice"):
+        topology_devices("v5e:3x5")
 
 
 def test_unknown_devices_have_no_peak():

@@ -48,11 +48,9 @@ def room_of(module):
     return [*module.split("."), "__init__"][1]
 
 
-def imports_of(file, everywhere=True):
-    """The modules that a file imports, with those in functions if `everywhere`."""
-    tree = ast.parse(file.read_text())
-    nodes = ast.walk(tree) if everywhere else tree.body
-    for node in nodes:
+def imports_of(file):
+    """The modules that a file imports, with those in functions."""
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -79,21 +77,16 @@ def height_of(module):
     return found[0] if found else len(ROOMS)  # a command
 
 
-def test_the_library_imports_nothing_beyond_the_wall():
-    beyond = {
-        (module_of(file), name)
-        for file in files()
-        if room_of(module_of(file)) in LIBRARY
-        for name in imports_of(file)
-        if name.partition(".")[0] in OUTSIDE
-        or (name.startswith("aoe_jax.") and room_of(name) not in LIBRARY)
-    }
-    assert beyond == set()
+def test_rooms_import_only_rooms_below_and_nothing_imports_a_command():
+    entry = {name for _, name, _ in commands()}
+    wrong = [(a, b) for a, b in arrows() if height_of(a) < height_of(b) or b in entry]
+    assert wrong == []
 
 
-def test_rooms_import_only_rooms_below():
-    upward = [arrow for arrow in arrows() if height_of(arrow[0]) < height_of(arrow[1])]
-    assert upward == []
+def test_the_library_has_no_io():
+    library = [file for file in files() if room_of(module_of(file)) in LIBRARY]
+    imported = {name.partition(".")[0] for file in library for name in imports_of(file)}
+    assert imported & OUTSIDE == set()
 
 
 def test_the_page_has_the_rooms_in_this_order():
@@ -101,11 +94,6 @@ def test_the_page_has_the_rooms_in_this_order():
     rooms = [room for named in ROOMS[1:] for room in named if (PACKAGE / room).is_dir()]
     places = [page.index(f"`aoe_jax/{room}`") for room in rooms]
     assert places == sorted(places)
-
-
-def test_nothing_imports_a_command():
-    entry = {name for _, name, _ in commands()}
-    assert [arrow for arrow in arrows() if arrow[1] in entry] == []
 
 
 def test_there_is_no_circle():
@@ -122,9 +110,8 @@ def test_the_top_of_the_package_has_commands_and_eight_other_modules():
     top = {file.stem for file in PACKAGE.glob("*.py")}
     wanted = {"__init__", "__main__", "cli", "distributed", "errors", "layers", "parameters"}
     assert top - COMMANDS <= wanted | {"sharding"}
-    assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"} <= {
-        room for rooms in ROOMS for room in rooms
-    }
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    assert folders - {"__pycache__"} <= set().union(*ROOMS)
 
 
 CODE = """
@@ -138,9 +125,9 @@ for package in (aoe_jax, configs):
             importlib.import_module(module.name)
 
 from aoe_jax.config.run import Config
-from configs import methods, paper
+from configs import methods, paper, tiny
 
-for module in (methods, paper):
+for module in (methods, paper, tiny):
     for variant in module.VARIANTS:
         Config.from_config_dict(module.get_config(variant))
 """

@@ -5,8 +5,11 @@
 Trains the arms x sizes x seeds of the suite, several runs at a time, each on its own core. Finished
 runs are not repeated, so after a stop the same command goes on. `--report` only makes the report
 again: `DIR/report.md`, `DIR/report.html` (one file), CSV files, and the pictures as PNG and SVG.
-`--set=GROUP.FIELD=VALUE` changes a setting of all runs. `python -m aoe_jax.compare.pair` compares
-two arms of a report.
+`--set=GROUP.FIELD=VALUE` changes a setting of all runs.
+
+    python -m aoe_jax.compare --workdir=DIR --arms=ARM,ARM
+
+Compares any two arms by the `runs.csv` of a report, such as that in `results/small`.
 """
 
 from functools import partial
@@ -34,9 +37,16 @@ _REPORT = flags.DEFINE_bool("report", False, "write the report of finished runs,
 _SET = flags.DEFINE_multi_string(
     "set", [], "GROUP.FIELD=VALUE for all runs, such as data.path=/data/c4"
 )
+_ARMS = flags.DEFINE_list("arms", [], "two arms by their names in the suite, to be compared")
 
 
 def main():
+    if _ARMS.present:
+        cli.refuse("leave it out with --arms", _SUITE, _JOBS, _REPORT, _SET)
+        from aoe_jax.compare.pair import pair_table
+
+        print(pair_table(cli.path_of(_WORKDIR), _ARMS.value))
+        return
     suite = load_suite(cli.path_of(_SUITE), _SET.value)
     workdir = cli.path_of(_WORKDIR).absolute()
     has_runs = (workdir / "machine.json").exists() or not _REPORT.value

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aoe_jax.compare.results import LAYER_COLUMNS
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model
@@ -26,6 +25,8 @@ from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.load_statistics import layer_statistics
 from aoe_jax.training.validation import compile_eval_step, validation_batches
 
+LAYER_MEANS = ["load_entropy", "confidence_entropy", "max_violation"]
+LAYER_COLUMNS = [*LAYER_MEANS, "dead_experts", "overlap_with_final"]
 _MOST_BYTES = 2**28  # of routing.json: a hundred layers of 256 experts
 
 
@@ -70,13 +71,15 @@ def analyse(folder: Path, n_tokens: int):
         for step in steps:
             of_step = model if step == model.step else load_model(folder, str(step))
             run = partial(eval_step, of_step.params, of_step.routing_state)
-            found[step] = _gathered([jax.device_get(run(batch)) for batch in batches], is_real)
-    final = found[steps[-1]]
-    choices = {
-        "tokens": final["chosen"].shape[1],
-        "kind": config.experts.kind,
-        "checkpoints": [_summary(step, of_step, final) for step, of_step in found.items()],
-    }
+            stats = [jax.device_get(run(batch))[2] for batch in batches]
+            chosen = np.concatenate([one.records["observed"] for one in stats], axis=1)
+            means = [one._replace(records=None) for one in stats]
+            mean = jax.tree.map(lambda *a: np.mean(a, axis=0), *means)
+            found[step] = mean, chosen[:, is_real]
+    final = found[steps[-1]][1]
+    checkpoints = [{"step": step} | _summary(*of_step, final) for step, of_step in found.items()]
+    tokens, kind = final.shape[1], config.experts.kind
+    choices = {"tokens": tokens, "kind": kind, "checkpoints": checkpoints}
     write_json(folder / "routing.json", choices, indent=None)
 
 
@@ -88,12 +91,11 @@ def read_choices(file: Path, config: Config):
     wanted, n_layers = "remove it, and run the command again", config.model.n_layers
     shapes = dict.fromkeys(("load", "mean_score"), (n_layers, config.experts.n_experts))
     shapes |= dict.fromkeys(LAYER_COLUMNS, (n_layers,))
-    schema = {
-        "tokens": COUNT,
-        "kind": one_of(config.experts.kind),
-        "checkpoints": [{"step": COUNT}],
-    }
+    kind = one_of(config.experts.kind)
+    schema = {"tokens": COUNT, "kind": kind, "checkpoints": [{"step": COUNT}]}
     choices = read_json(file, wanted, schema, _MOST_BYTES)
+    if not choices["checkpoints"]:
+        raise UserError(f"{file} cannot be read: it has no checkpoints; {wanted}")
     for checkpoint in choices["checkpoints"]:
         for name, shape in shapes.items():
             try:
@@ -104,19 +106,9 @@ def read_choices(file: Path, config: Config):
     return choices
 
 
-def _gathered(results, is_real):
-    """Joins the statistics of all batches, and the choices of real tokens, `[L, T, n]` bool."""
-    of_batches = [stats for _, _, stats in results]
-    chosen = np.concatenate([stats.records["observed"] for stats in of_batches], axis=1)
-    means = [stats._replace(records=None) for stats in of_batches]
-    return {
-        "stats": jax.tree.map(lambda *a: np.mean(a, axis=0), *means),
-        "chosen": chosen[:, is_real],
-    }
-
-
-def _summary(step, found, final):
-    stats, load = found["stats"], found["chosen"].mean(axis=1)  # [L, n]
+def _summary(stats, chosen, final):
+    """Returns the statistics of a checkpoint by name, from choices `[L, T, n]` of real tokens."""
+    load = chosen.mean(axis=1)  # [L, n]
     of_load = layer_statistics(load, stats.live)
     by_name = {
         "load": load,
@@ -125,6 +117,6 @@ def _summary(step, found, final):
         "max_violation": np.maximum(of_load["load_max_over_mean"] - 1, 0),
         "dead_experts": of_load["dead_experts"],
         "mean_score": stats.mean_score,
-        "overlap_with_final": overlap(found["chosen"], final["chosen"]),
+        "overlap_with_final": overlap(chosen, final),
     }
-    return {"step": step} | {name: np.asarray(value).tolist() for name, value in by_name.items()}
+    return {name: np.asarray(value).tolist() for name, value in by_name.items()}

@@ -36,8 +36,7 @@ class Job:
 
     name: str
     command: tuple[str, ...]
-    # A file or a directory that the command writes. Beside it are `.log` (stdout and stderr,
-    # appended) and `.outcome.json` with `status` and `last_line`.
+    # A file or a directory that the command writes. Beside it are `.log` and `.outcome.json`.
     output: Path
 
 
@@ -80,9 +79,9 @@ class Machine:
     def here(cls, workdir: Path, n_jobs: int | None):
         """Describes this machine, and adds it to `machine.json` in the directory of a suite.
 
-        A machine whose package versions or commit have changed counts as another one. `n_jobs` jobs
-        run at a time; None: one per core on CPU, else one. GPUs are divided among them. Raises
-        `UserError` if JAX does not start, or `n_jobs` is impossible here.
+        With other package versions or another commit it counts as another machine. `n_jobs` jobs
+        run at a time; None: one per core on CPU, else one. Raises `UserError` if JAX does not
+        start, or `n_jobs` is impossible here.
         """
         description = _describe()
         earlier = read_machines(workdir) if (workdir / "machine.json").exists() else []
@@ -101,8 +100,8 @@ class Machine:
         A job that fails stops no other. SIGTERM and Ctrl-C end the call by `Preempted` and
         `Interrupted`, after the running jobs were asked to stop and have ended.
         """
-        waiting, free = list(jobs), list(self.slots)
-        running, n_ended, n_failed = {}, 0, 0  # running: Job -> (its slot, Popen)
+        waiting, free, running = list(jobs), list(self.slots), {}  # running: Job -> (Slot, Popen)
+        n_ended, n_failed = 0, 0
         advice = "what is done is saved; the same command goes on from there"
         try:
             while waiting or running:

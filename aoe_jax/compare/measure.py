@@ -3,10 +3,9 @@
     python -m aoe_jax.compare.measure --suite=FILE --workdir=DIR --point=NAME
 
 A point is a size of the suite, or a value of one of its sweeps. `aoe_jax.compare` starts a process
-for each point that is not measured yet. For a size the process analyses the choices of the finished
-runs, and times the steps of the trained models. For a value of a sweep it times the steps of
-untrained models on random tokens. The arms take steps in turn. The results are in
-`DIR/measured/NAME.json`.
+for each point that is not measured yet. At a size the process analyses the choices of the finished
+runs, and times the steps of the trained models; at a value of a sweep, those of untrained models on
+random tokens. The arms take steps in turn. The results are in `DIR/measured/NAME.json`.
 """
 
 import contextlib
@@ -50,10 +49,10 @@ def finished_runs(suite: Suite, workdir: Path, size):
 
 def configs_by_point(suite: Suite, workdir: Path):
     """Returns `{name of the point: {arm: Config}}`; a size has the arms that have finished."""
-    found = {
-        size: {run.arm: run.config for run in _first_seeds(suite, workdir, size).values()}
-        for size in suite.sizes
-    }
+    found = {}
+    for size in suite.sizes:
+        firsts = _first_seeds(suite, workdir, size)
+        found[size] = {arm: run.config for arm, (_, run) in firsts.items()}
     for name in suite.throughput:
         for value, configs in suite.swept(name).items():
             found[sweep_point(name, value)] = configs
@@ -61,15 +60,16 @@ def configs_by_point(suite: Suite, workdir: Path):
 
 
 def _first_seeds(suite, workdir, size):
+    """Returns `{arm: (folder, Run)}`."""
     first = {}
     for folder, run in finished_runs(suite, workdir, size).items():
         first.setdefault(run.arm, (folder, run))
-    return dict(first.values())
+    return first
 
 
 def read_point(workdir: Path, point, configs: Mapping[str, Config]):
-    """Returns `{arm: {"seconds", "memory_bytes"}}` of a step; {} if the point was not measured with
-    these configurations. An arm that failed is missing.
+    """Returns `{arm: {"seconds", "memory_bytes"}}` of a step, without arms that failed; {} if the
+    point was not measured with these configurations.
     """
     file = measured_file(workdir, point)
     if not file.exists():
@@ -90,16 +90,14 @@ def measure_suite(suite: Suite, workdir: Path, machine: Machine, suite_flags):
     timed in turn on CPU only: elsewhere each run has the devices to itself, and all arms of a size
     may not fit. `suite_flags` are the flags that name the suite.
     """
-    jobs = []
+    jobs, program = [], (sys.executable, "-m", "aoe_jax.compare.measure", *suite_flags)
+    (workdir / "measured").mkdir(exist_ok=True)
     for point, configs in configs_by_point(suite, workdir).items():
         is_timed = point not in suite.sizes or machine.backend == "cpu"
         costs = read_point(workdir, point, configs)
         if unanalysed(suite, workdir, point) or (is_timed and costs.keys() != configs.keys()):
-            command = [sys.executable, "-m", "aoe_jax.compare.measure", *suite_flags]
-            command += [f"--workdir={workdir}", f"--point={point}"]
-            output = measured_file(workdir, point)
-            output.parent.mkdir(exist_ok=True)
-            jobs.append(Job(f"measuring {point}", tuple(command), output))
+            command = (*program, f"--workdir={workdir}", f"--point={point}")
+            jobs.append(Job(f"measuring {point}", command, measured_file(workdir, point)))
     replace(machine, slots=machine.slots[:1]).run(jobs)
 
 
@@ -127,14 +125,14 @@ def _noting(name, failed):
 
 def measure_point(suite: Suite, workdir: Path, point, failed):
     """Times the steps of all arms of a point; adds reasons of failures to `failed`."""
-    configs, steps = configs_by_point(suite, workdir)[point], {}
-    folders = {run.arm: folder for folder, run in _first_seeds(suite, workdir, point).items()}
+    configs, steps, costs = configs_by_point(suite, workdir)[point], {}, {}
+    firsts = _first_seeds(suite, workdir, point)
     for arm, config in configs.items():
         with _noting(f"steps of {arm}", failed):
-            folder = folders.get(arm)  # None: an untrained model
+            folder, _ = firsts.get(arm, (None, None))  # None: an untrained model
             batches = folder and validation_batches(folder, config, config.train.batch_size)
             steps[arm] = RepeatedStep(config, next(batches) if folder else None, folder)
-    seconds, costs = seconds_in_turn(steps), {}
+    seconds = seconds_in_turn(steps)
     for arm, step in steps.items():
         memory = step.memory["state_bytes"] + step.memory["temporary_bytes"]
         costs[arm] = {"seconds": seconds[arm], "memory_bytes": memory}

@@ -56,18 +56,16 @@ def styles_of(labels):
 
 def _new(height, n_panels=1, n_arms=0):
     """Returns a figure with space for a legend of `n_arms`, and its panels from top to bottom."""
-    size = WIDTH, max(height, 0.7 + 0.17 * n_arms)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(WIDTH, max(height, 0.7 + 0.17 * n_arms)), layout="constrained")
     return figure, figure.subplots(n_panels, squeeze=False, sharex=True)[:, 0]
 
 
 def _legend(figure, axes):
     """Adds a legend beside the axes, in the order of the lines' last values."""
-    lines, _ = axes.get_legend_handles_labels()
+    lines, labels = axes.get_legend_handles_labels()
     lines.sort(key=lambda line: line.get_ydata()[-1], reverse=True)
-    options = {"handlelength": 2.4, "markerscale": 0}  # lines without their markers
-    figure.legend(handles=lines, loc="outside right upper", **options)
-    figure.set_figwidth(3.3 + 0.07 * max(len(line.get_label()) for line in lines))
+    figure.legend(handles=lines, loc="outside right upper", handlelength=2.4, markerscale=0)
+    figure.set_figwidth(3.3 + 0.07 * max(map(len, labels)))
 
 
 def _label(axis, locator):
@@ -155,10 +153,7 @@ def differences(rows, styles):
 
 @drawn
 def against_setting(panels, styles, xlabel):
-    """Draws a panel for each frame by name, whose rows are settings and whose columns are arms.
-
-    The axes of the setting and of the first frame are logarithmic.
-    """
+    """Draws a panel for each frame by name; rows of a frame are settings, columns are arms."""
     figure, rows = _new(0.6 + 1.9 * len(panels), len(panels))
     for axes, (name, frame) in zip(rows, panels.items(), strict=True):
         for arm in frame:
@@ -199,15 +194,15 @@ def scores_through_training(choices, name, title):
     `choices` is the content of a routing.json.
     """
     steps = [checkpoint["step"] for checkpoint in choices["checkpoints"]]
-    # [checkpoints, layers, experts]
     scores = np.array([checkpoint["mean_score"] for checkpoint in choices["checkpoints"]])
-    layers, n = some_layers(scores.shape[1]), scores.shape[2]
+    _, n_layers, n = scores.shape
+    layers = some_layers(n_layers)
     experts = styles_of({i: i for i in range(n)})
     figure, panels = _new(0.6 + 1.35 * len(layers), len(layers))
     for axes, layer in zip(panels, layers, strict=True):
-        for expert in range(n):
+        for expert, style in experts.items():
             values = scores[:, layer, expert]
-            axes.plot(steps, values, linewidth=1.1, marker=".", markersize=3, **experts[expert])
+            axes.plot(steps, values, linewidth=1.1, marker=".", markersize=3, **style)
         axes.set_title(f"layer {layer}", loc="left", fontsize=8)
         axes.set_ylabel(f"mean {name}")
     panels[-1].set_xlabel("step")

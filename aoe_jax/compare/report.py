@@ -12,9 +12,15 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from aoe_jax.compare import pictures
-from aoe_jax.compare.collect import read_costs, read_results
 from aoe_jax.compare.jobs import read_machines
-from aoe_jax.compare.results import ROUTING_DIGITS, RUN_COLUMNS, SCALES, Results
+from aoe_jax.compare.results import (
+    ROUTING_DIGITS,
+    RUN_COLUMNS,
+    SCALES,
+    Results,
+    read_costs,
+    read_results,
+)
 from aoe_jax.compare.statistics import markdown_table, mean, number
 from aoe_jax.compare.suite import Suite
 from aoe_jax.compare.train_runs import check_runs, folder_of
@@ -31,18 +37,15 @@ TEMPLATES.filters |= {
 
 
 def write_report(suite: Suite, workdir: Path, command):
-    """Writes the report of the results so far, with the `command` that makes it again, and returns
-    the path of `report.html`. Raises `UserError` if a run there is of another configuration.
+    """Writes the report of the results so far and returns the path of `report.html`.
+
+    The report names the `command` that makes it again. Raises `UserError` if a run in `workdir` has
+    another configuration.
     """
     check_runs({run: folder_of(workdir, run) for run in suite.runs()})
     results, costs = read_results(suite, workdir), read_costs(suite, workdir)
-    markdown, drawn = to_markdown(
-        results,
-        costs,
-        machines=read_machines(workdir),
-        failed=failed(results, workdir),
-        command=command,
-    )
+    of_workdir = {"machines": read_machines(workdir), "failed": failed(results, workdir)}
+    markdown, drawn = to_markdown(results, costs, command=command, **of_workdir)
     (workdir / "report.md").write_text(markdown)
     folder, page = workdir / "figures", workdir / "report.html"
     folder.mkdir(exist_ok=True)
@@ -148,21 +151,17 @@ def _as_code(line):
 def sweep_of(r, name, frame):
     """Returns the `name`, `figure`, `caption` and table `rows` of a sweep in `read_costs`."""
     setting, base = r.suite.throughput[name].setting, r.suite.baseline
-    label = r.labels[base]
-    table = frame.assign(megabytes=frame["memory_bytes"] / 1e6).pivot(
-        index="x", columns="arm", values=["tokens_per_second", "megabytes"]
-    )
-    arms = frame["arm"].unique()
-    speed, memory = (table[column][arms] for column in ("tokens_per_second", "megabytes"))
-    speed_ratio, memory_ratio = (of.div(of[base], axis=0) for of in (speed, memory))
+    label, arms = r.labels[base], frame["arm"].unique()
+    table = frame.pivot(index="x", columns="arm", values=["tokens_per_second", "memory_bytes"])
+    speed, megabytes = table["tokens_per_second"][arms], table["memory_bytes"][arms] / 1e6
+    speed_ratio, memory_ratio = (of.div(of[base], axis=0) for of in (speed, megabytes))
     cells = speed_ratio.map("{:.2f}".format) + " / " + memory_ratio.map("{:.2f}".format)
-    rows = pd.DataFrame(
-        {
-            setting: [f"{x:g}" for x in speed.index],
-            f"{label}: tokens/s": speed[base].map(number),
-            f"{label}: memory, MB": memory[base].map(number),
-        }
-    ).join(cells.mask(speed_ratio.isna(), "-").drop(columns=base).rename(columns=r.labels))
+    of_base = {
+        setting: [f"{x:g}" for x in speed.index],
+        f"{label}: tokens/s": speed[base].map(number),
+        f"{label}: memory, MB": megabytes[base].map(number),
+    }
+    others = cells.mask(speed_ratio.isna(), "-").drop(columns=base).rename(columns=r.labels)
     panels = {"tokens/s": speed, "speed, ratio": speed_ratio, "memory, ratio": memory_ratio}
     config = frame[frame["arm"] == base]["config"].iloc[0]
     model = f"{config.model.n_layers} layers of width {config.model.d_model}, {config.model.dtype}"
@@ -170,5 +169,5 @@ def sweep_of(r, name, frame):
         "name": name,
         "figure": pictures.against_setting(panels, pictures.styles_of(r.labels), setting),
         "caption": f"Against {setting}; ratios to {label}. {model}.",
-        "rows": rows[speed[base].notna()],
+        "rows": pd.DataFrame(of_base).join(others)[speed[base].notna()],
     }

@@ -126,17 +126,16 @@ class Suite:
         with naming(f"suite {self.name}, size {size}, arm {arm}"):
             groups = self._groups(arm, self.sizes[size].changes)
             config = Config.from_config_dict(_changed(groups, {"train": {"seed": seed}}))
-            train = {
-                name: getattr(config.train, name) * self.sizes[size].rate_factor
-                for name in ("learning_rate", "final_learning_rate")
-            }
-            return Config.from_config_dict(_changed(config.to_dict(), {"train": train}))
+            factor, train = self.sizes[size].rate_factor, config.to_dict()["train"]
+            rates = ("learning_rate", "final_learning_rate")
+            scaled = {"train": {name: train[name] * factor for name in rates}}
+            return Config.from_config_dict(_changed(config.to_dict(), scaled))
 
     def runs(self):
         """Returns all runs, size by size and seed by seed; the first seed is that of the base.
 
-        Raises `UserError` if a configuration is invalid, the arms of a size differ in their recipe,
-        or matched arms differ in total parameters.
+        Raises `UserError` if a configuration is invalid, arms of a size differ in their recipe, or
+        matched arms in total parameters.
         """
         runs, first_seed = [], self.base.train.seed
         for name, size in self.sizes.items():

@@ -24,28 +24,27 @@ def folder_of(workdir: Path, run: Run):
 
 
 def check_runs(folders: Mapping[Run, Path]):
-    """Raises `UserError` if a directory holds another run, another number of steps of this run, or
-    a run that saw other data than another one of its size.
+    """Raises `UserError` if a directory holds another run or number of steps, or if runs of a size
+    were trained on different data.
 
     The number of steps matters because it decides the learning rate at each step.
     """
-    first_data = {}  # size -> a folder and what it was trained on
+    first_data = {}  # size -> (folder, its data)
     for run, folder in folders.items():
         check_config(folder, run.config)
         file, steps = folder / "config.json", run.config.train.steps
         found = read_run_config(file).train.steps if file.exists() else steps
         if found != steps:
+            there = f"train.steps is {found} there, {steps} here"
             raise UserError(
-                f"workdir {folder} holds another configuration: train.steps is {found} there, "
-                f"{steps} here. Use another --workdir"
+                f"workdir {folder} holds another configuration: {there}. Use another --workdir"
             )
         if data := read_identities(folder):
             first, there = first_data.setdefault(run.size, (folder, data))
             if data != there:
                 raise UserError(
                     f"{folder} was trained on {', '.join(data)}, {first} on {', '.join(there)}: "
-                    "runs of a size need the same data. Remove one of them, or use another "
-                    "--workdir"
+                    "runs of a size need the same data. Remove one, or use another --workdir"
                 )
 
 
@@ -61,7 +60,7 @@ def has_diverged(folder: Path):
 
 
 def read_summary(file: Path):
-    return read_json(file, schema={"metrics": {str: or_none(NUMBER)}})
+    return read_json(file, schema={"metrics": {str: or_none(NUMBER)}, "memory": {str: NUMBER}})
 
 
 def train_suite(suite: Suite, workdir: Path, machine: Machine):
@@ -79,15 +78,12 @@ def train_suite(suite: Suite, workdir: Path, machine: Machine):
     }
     # One that fails again and again must not keep the others from their turn.
     failed_last = sorted(left.items(), key=lambda item: bool(read_outcome(item[1])))
-    jobs = [_job(run, folder) for run, folder in failed_last]
+    jobs = []
+    for run, folder in failed_last:
+        configuration = beside(folder, ".config.json")
+        configuration.parent.mkdir(parents=True, exist_ok=True)
+        write_json(configuration, run.config.to_dict())
+        given = f"--config={configuration}", f"--workdir={folder}"
+        jobs.append(Job(run.name, (sys.executable, "-m", "aoe_jax.train", *given), folder))
     log.info("%d of %d runs to do, %d at a time", len(jobs), len(folders), len(machine.slots))
     machine.run(jobs)
-
-
-def _job(run, folder):
-    configuration = beside(folder, ".config.json")
-    configuration.parent.mkdir(parents=True, exist_ok=True)
-    write_json(configuration, run.config.to_dict())
-    given = f"--config={configuration}"
-    command = (sys.executable, "-m", "aoe_jax.train", given, f"--workdir={folder}")
-    return Job(run.name, command, folder)

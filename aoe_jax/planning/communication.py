@@ -15,7 +15,6 @@ _RECEIVED = {
     "psum": 2,
     "pmax": 2,
 }
-_SAME = {"name", "stop_gradient"}  # the result is the argument
 # The compiler merges equal equations of these kinds.
 _MERGED = {"all_gather", "convert_element_type", "reshape", "squeeze", "transpose"}
 # The parts of these equations belong to the body around them.
@@ -37,7 +36,7 @@ def each_collective(jaxpr, arguments=None, known=None):
             object() if isinstance(v, jax_core.Literal) else values.setdefault(v, object())
             for v in eqn.invars
         ]
-        if name in _SAME:
+        if name in ("name", "stop_gradient"):  # the result is the argument
             values[eqn.outvars[0]] = inputs[0]
         if name in _MERGED:
             key = (name, str(eqn.params), *inputs)
@@ -73,10 +72,10 @@ def _inside(eqn, inputs):
 
 
 def collectives(jaxpr, sizes):
-    """Counts the collectives of a program: `{(kind, mesh axes): [count, bytes per device]}`.
+    """Counts the collectives of a program by kind and mesh axes, whose `sizes` are given.
 
-    The bytes are those that a device receives. Loops of unknown length are left out. `sizes` has
-    the size of each mesh axis.
+    Returns `{(kind, axes): [count, bytes that a device receives]}`, without loops of unknown
+    length.
     """
     total = {}
     for eqn, times in each_collective(jaxpr):

@@ -24,19 +24,8 @@ from aoe_jax.planning.hlo import parse
 from aoe_jax.planning.kernel_costs import KERNEL_COSTS
 
 # Named scopes of the train step.
-SCOPES = (
-    "embed",
-    "attention",
-    "score",
-    "route",
-    "balance",
-    "schedule",
-    "dispatch",
-    "experts",
-    "combine",
-    "loss",
-    "update",
-)
+SCOPES = {"embed", "attention", "score", "route", "balance", "schedule", "dispatch", "experts"}
+SCOPES |= {"combine", "loss", "update"}
 # Operations without work of their own. The work of a `-done` counts in its `-start`.
 _FREE = {"add-dependency", "after-all", "async-update", "bitcast", "constant", "domain", "tuple"}
 _FREE |= {"get-dimension-size", "get-tuple-element", "opt-barrier", "parameter"}
@@ -134,7 +123,7 @@ class Program:
         return found
 
     def _wraps_collective(self, i):
-        """Whether this is a custom call around a collective, which runs on SparseCores of tpu7x."""
+        # On tpu7x a custom call may run a collective on SparseCores.
         inside = self._called(i, "called_computations").values()
         return i.opcode == "custom-call" and any(x.collective for x in inside)
 
@@ -205,21 +194,14 @@ class Program:
         """Returns how often the body of a loop runs; 0 if this depends on the data."""
         if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(known)
-        condition = self._called(loop, "condition").values()
-        constants = {
-            i.name: int(i.literal)
-            for i in condition
-            if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.literal)
-        }
-        for i in condition:
+        condition = self._called(loop, "condition")
+        for i in condition.values():
             inside = self._fused(i).values() or [i]
             counts_up = any("direction=LT" in x.attributes for x in inside)
-            for name in i.operands if counts_up else ():
-                if name in constants:
-                    return constants[name]
+            for limit in (condition[name] for name in i.operands) if counts_up else ():
+                if limit.opcode == "constant" and re.fullmatch(r"-?\d+", limit.literal):
+                    return int(limit.literal)
         return 0
-
-    # Memory traffic
 
     def _traffic(self, i, known):
         if i.opcode == "copy-start":
@@ -292,8 +274,6 @@ class Program:
             return self._written_by(_root(fused), fused, whole)
         return whole
 
-    # FLOPs
-
     def _flops(self, i, known):
         if i.opcode == "dot":
             lhs = known[i.operands[0]].arrays[0]
@@ -314,8 +294,7 @@ def likely_seconds(operation, chip, shape=()):
     A collective takes the time of its bytes by ring algorithms over the links of its group, minus
     the time of the work beside it; 0 if that work is unknown. Other operations take the compiler's
     cycles or, without these, the larger of the times for FLOPs and for memory traffic at the peaks
-    of `chip`. `shape` is the chips along each dimension of the slice; (): a collective uses all
-    links.
+    of `chip`. `shape` is that of the slice, as in `Chip.group_bandwidth`.
     """
     if operation.collective:
         if operation.collective == "collective-permute":  # to a neighbour

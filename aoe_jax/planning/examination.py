@@ -30,11 +30,10 @@ MAX_TOKENS = 16_384  # of a device in a step
 
 
 def examine(config: Config, show):
-    """Examines all devices of all processes, part after part.
+    """Examines all devices of all processes with a configuration that is made to fit.
 
-    The configuration is made to fit (`fitted`). `show` is called with each line of text as soon as
-    a part is done. Returns the content of `--json`. Raises `UserError` for a setting that these
-    devices do not allow.
+    `show` is called with each line of text as soon as a part is done. Returns the content of
+    `--json`. Raises `UserError` for a setting that these devices do not allow.
     """
     config = fitted(config, jax.device_count())
     mesh = make_mesh(config, jax.devices())
@@ -48,17 +47,16 @@ def examine(config: Config, show):
         for backend in report["backends"]:
             show(f"{backend['kernel']}: {backend['backend']} ({backend['why']})")
         for verdict in kernel_verdicts(config, mesh, report["backends"]):
-            report["verdicts"].append(verdict)
-            show(_in_words(verdict))
+            _add(report, verdict, show)
     report["steps"] = _attempt(take_steps, config)
-    report["verdicts"].append(steps_verdict(report["steps"]))
-    show(_in_words(report["verdicts"][-1]))
+    _add(report, steps_verdict(report["steps"]), show)
     report["passed"] = all(verdict["passed"] for verdict in report["verdicts"])
     return report
 
 
-def _in_words(verdict):
-    return f"{'PASS' if verdict['passed'] else 'FAIL'} {verdict['name']}: {verdict['text']}"
+def _add(report, verdict, show):
+    report["verdicts"].append(verdict)
+    show(f"{'PASS' if verdict['passed'] else 'FAIL'} {verdict['name']}: {verdict['text']}")
 
 
 def fitted(config: Config, n_devices):
@@ -141,10 +139,8 @@ def kernel_verdicts(config, mesh, backends):
 
 
 def take_steps(config: Config):
-    """Takes `STEPS` training steps on random tokens.
-
-    `step_seconds` is the median; `mfu` is None without a published peak; `finite` says whether
-    every step was finite.
+    """Takes `STEPS` training steps on random tokens. Returns the loss and the median speed; `mfu`
+    is None without a published peak, and `finite` is true if all steps were finite.
     """
     step, seconds, finite = RepeatedStep(config), [], []
     jax.block_until_ready(step())
@@ -167,14 +163,15 @@ def take_steps(config: Config):
 
 def steps_verdict(steps):
     """Returns the verdict on the result of `take_steps`, or on its `error`."""
-    verdict = {"name": "training steps", "passed": steps.get("finite", False)}
     if "error" in steps:
-        return verdict | {"text": steps["error"]}
-    loss = f"loss {steps['loss']:.3f}" + ("" if steps["finite"] else ", not finite in every step")
-    mfu = f", MFU {steps['mfu']:.3f}" if steps["mfu"] else ""
-    text = f"{loss}; {1e3 * steps['step_seconds']:.4g} ms a step, "
-    text += f"{steps['tokens_per_second']:,.0f} tokens/s{mfu}"
-    return verdict | {"text": text}
+        text = steps["error"]
+    else:
+        finite = "" if steps["finite"] else ", not finite in every step"
+        mfu = f", MFU {steps['mfu']:.3f}" if steps["mfu"] else ""
+        speed = f"{steps['tokens_per_second']:,.0f} tokens/s{mfu}"
+        milliseconds = 1e3 * steps["step_seconds"]
+        text = f"loss {steps['loss']:.3f}{finite}; {milliseconds:.4g} ms a step, {speed}"
+    return {"name": "training steps", "passed": steps.get("finite", False), "text": text}
 
 
 def fallback(kernel, config: Config):

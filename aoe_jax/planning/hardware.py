@@ -53,9 +53,9 @@ class Chip:
 
         The group spans whole dimensions of the slice where it can, as the meshes of JAX do;
         otherwise it is placed where it has most links. A whole dimension that closes to a ring
-        gives every chip two links. Other dimensions that it spans give one, because a line has
+        gives every chip two links; another dimension that it spans gives one, because a line has
         ends. Devices of one chip are assumed to exchange data at the rate of all its links. `shape`
-        are the chips along each dimension of the slice; (): all links serve.
+        is the chips along each dimension of the slice; (): all links serve.
         """
         ways, n_chips = [], max(1, round(n_devices / self.devices))
         for order in itertools.permutations(shape):
@@ -116,9 +116,8 @@ def machine():
 def topology_devices(topology, n_slices=1):
     """Returns `(generation, devices)` to compile for; other programs then run on CPU.
 
-    `topology` is a generation and the shape of a slice, such as "v5e:16x16", or the number of GPUs
-    of a node, such as "h100:8". Raises `UserError` for an unknown name or shape, or a compiler that
-    is not installed.
+    `topology` is a slice, such as "v5e:16x16", or the GPUs of a node, such as "h100:8". Raises
+    `UserError` for an unknown name or shape, or a compiler that is not installed.
     """
     generation, _, shape = topology.partition(":")
     known = f"{', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 or h100:8"
@@ -145,8 +144,7 @@ def topology_devices(topology, n_slices=1):
 
 
 def _tpu_options(topology, n_slices):
-    # libtpu would ask a metadata server about this machine, and refuse to run beside another
-    # process that compiles or trains.
+    # Otherwise libtpu asks a metadata server about this machine, and runs in one process only.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options = {"platform": "tpu", "topology_name": topology}
@@ -170,8 +168,4 @@ def compiling_for(devices):
     Pallas kernels for GPUs read the number of cores from the first device.
     """
     real = jax.devices
-
-    def patched(backend=None):
-        return list(devices) if backend is None else real(backend)
-
-    return mock.patch.object(jax, "devices", patched)
+    return mock.patch.object(jax, "devices", lambda name=None: real(name) if name else [*devices])

@@ -31,24 +31,19 @@ class Array:
         bits = _BITS.get(self.dtype)
         if bits is None:
             bits = int(re.match(r"[a-z]+(\d+)", self.dtype).group(1))
-        return self._padded_size() * bits / 8
+        dims = list(self.dims)
+        if tiled := re.match(r"\{([\d,]+):T\(([\d,]+)\)", self.layout):
+            # The first tile of the layout covers the last dimensions, which are rounded up.
+            minor_to_major, tile = ([int(n) for n in text.split(",")] for text in tiled.groups())
+            dims = [1] * (len(tile) - len(dims)) + [dims[i] for i in reversed(minor_to_major)]
+            padded = zip(dims[-len(tile) :], tile, strict=True)
+            dims[-len(tile) :] = [math.ceil(n / t) * t for n, t in padded]
+        return math.prod(dims) * bits / 8
 
     @property
     def hbm_bytes(self):
         """`bytes`, or 0 outside main memory."""
         return self.bytes if self.in_hbm else 0.0
-
-    def _padded_size(self):
-        # The first tile of the layout covers the last dimensions, which are rounded up.
-        tiled = re.match(r"\{([\d,]*):T\(([\d,]+)\)", self.layout)
-        if not tiled or not self.dims:
-            return math.prod(self.dims)
-        minor_to_major, tile = ([int(n) for n in text.split(",") if n] for text in tiled.groups())
-        dims = [self.dims[i] for i in reversed(minor_to_major)]
-        dims = [1] * (len(tile) - len(dims)) + dims
-        n_outer = len(dims) - len(tile)
-        padded = [-(-n // t) * t for n, t in zip(dims[n_outer:], tile, strict=True)]
-        return math.prod(dims[:n_outer]) * math.prod(padded)
 
 
 @dataclass(frozen=True)
@@ -96,11 +91,10 @@ class Instruction:
 
 
 def compile_and_read(lowered):
-    """Returns `(compiled program, its text)`.
+    """Returns `(compiled program, its text)`; no text on CPU or from the compilation cache.
 
-    The text is None on CPU and for a program from the compilation cache. It comes from the
-    compiler's dump: `compiled.as_text()` has no cycles on some versions of JAX, and fails on some
-    programs.
+    The text is the compiler's dump: `compiled.as_text()` has no cycles on some versions of JAX, and
+    fails on some programs.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -132,13 +126,11 @@ def _with_elements(instructions):
     # tuple has arrays only.
     known = {}
     for i in instructions:
-        for operand in i.operands:
-            if "#" in operand and operand not in known:
-                whole, index = operand.split("#")
-                array = known[whole].arrays[int(index)]
-                known[operand] = Instruction(
-                    operand, "get-tuple-element", (array,), False, (whole,), whole, "", False
-                )
+        for operand in (operand for operand in i.operands if "#" in operand):
+            whole, index = operand.split("#")
+            arrays = (known[whole].arrays[int(index)],)
+            element = operand, "get-tuple-element", arrays, False, (whole,), whole, "", False
+            known[operand] = Instruction(*element)
         known[i.name] = i
     return known
 

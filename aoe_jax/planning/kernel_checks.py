@@ -53,23 +53,15 @@ class Case(NamedTuple):
 
 def everywhere(mesh, function):
     """Returns a jitted function that every device computes on its own copy of the arguments."""
-    spec = PartitionSpec()
-    return jax.jit(
-        jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    )
+    specs = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec()}
+    return jax.jit(jax.shard_map(function, mesh=mesh, check_vma=False, **specs))
 
 
 def drawn(mesh, shapes, dtype):
     """Returns arrays of standard normal numbers, a copy on every device."""
-
-    def draw():
-        sizes = [math.prod(shape) for shape in shapes]
-        # One draw by the cheapest generator: compiling several would take longer than all the rest.
-        flat = jax.random.normal(jax.random.key(0, impl="unsafe_rbg"), sum(sizes), jnp.float32)
-        parts = jnp.split(flat.astype(dtype), np.cumsum(sizes)[:-1])
-        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-    return jax.jit(draw, out_shardings=replicated(mesh))()
+    rng, copies = np.random.default_rng(0), replicated(mesh)
+    arrays = [rng.standard_normal(shape, np.float32).astype(dtype) for shape in shapes]
+    return [jax.make_array_from_callback(a.shape, copies, a.__getitem__) for a in arrays]
 
 
 def with_gradients(function):
@@ -97,8 +89,10 @@ def exactly(function, dtype):
 
 
 def check(case: Case, mesh, dtype):
-    """Computes a case for each of its inputs. Returns a list of `{"input", "tolerance", "errors" by
-    result, the largest of all devices, "device" of the largest, "passed"}`.
+    """Computes a case for each of its inputs.
+
+    Returns a list of `{"input", "tolerance", "errors", "device", "passed"}`. `errors` has the
+    largest error of all devices by result; `device` is the one that has the largest of these.
     """
     eps = float(jnp.finfo(dtype).eps)
     if dtype == "float32":
@@ -117,10 +111,14 @@ def check(case: Case, mesh, dtype):
     for name, given in case.inputs.items():
         args = arrays, g, given
         of_devices = np.asarray(compare(function(*args), reference(*args)))
-        worst = dict(zip(names, of_devices.max(axis=0).tolist(), strict=True))
-        device = str(mesh.devices.flat[of_devices.max(axis=1).argmax()])
-        found = {"input": name, "tolerance": tolerance, "errors": worst, "device": device}
-        results.append(found | {"passed": max(worst.values()) <= tolerance})
+        result = {
+            "input": name,
+            "tolerance": tolerance,
+            "errors": dict(zip(names, of_devices.max(axis=0).tolist(), strict=True)),
+            "device": str(mesh.devices.flat[of_devices.max(axis=1).argmax()]),
+            "passed": bool(of_devices.max() <= tolerance),
+        }
+        results.append(result)
     return results
 
 
@@ -241,11 +239,11 @@ def grouped_case(config: Config, backend, shape):
 
 
 def layer_case(config: Config):
-    """Returns the case of a layer of experts on the mesh, against Algorithm 1 or 2.
+    """Returns the case of a layer of experts on the mesh, against Algorithm 1 or 2; None if the
+    layer follows neither.
 
-    It is None if the layer follows neither. Every token takes all experts, `LAYER_EXPERTS` or two
-    per device: with fewer, rounding may change the choice. The score is the norm: rounding may
-    change which activation is the largest. A shared expert is left out.
+    Every token takes all experts, because rounding may change a choice, and the score is the norm,
+    because rounding may change which activation is the largest. A shared expert is left out.
     """
     e = config.experts
     if e.kind not in ("aoe", "router") or e.large_router or (e.low_rank and e.kind == "router"):
@@ -254,8 +252,8 @@ def layer_case(config: Config):
     n = min(e.n_experts, max(LAYER_EXPERTS // c.expert, 2) * c.expert)
     changes = {"n_experts": n, "top_k": n, "score": "norm", "d_shared": 0, "shared_gate": False}
     experts = dataclasses.replace(e, **changes)
-    settings = {"dtype": config.model.dtype, "remat": config.model.remat}
-    layer = ExpertsLayer(experts, **settings, transport=c.transport, training=True)
+    settings = {"dtype": config.model.dtype, "remat": config.model.remat, "training": True}
+    layer = ExpertsLayer(experts, **settings, transport=c.transport)
     positions = min(config.data.seq_len // c.tensor, max(LAYER_TOKENS // math.prod(axes), 8))
     x_shape = (math.prod(axes[:3]), positions * c.tensor, d)
     sizes, router = experts.sizes(d), ["w_router"] if experts.kind == "router" else []

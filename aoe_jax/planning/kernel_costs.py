@@ -15,12 +15,11 @@ _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def splash_cost(name, operands, results):
-    """Returns the cost of a splash kernel.
+    """Returns the cost of attention by splash.
 
-    A block of queries meets the blocks of keys that are not entirely in its future, so it reads
-    only a part of the keys; in `dkv` a block of keys reads a part of the queries. The mask, which
-    is the first operand, has a number for each pair of blocks. Heads narrower than `LANES` leave a
-    part of the matrix unit idle.
+    A block of queries reads the blocks of keys that are not entirely in its future; in `dkv` a
+    block of keys reads a part of the queries. The mask, which is the first operand, has a number
+    for each pair of blocks. Heads narrower than `LANES` leave a part of the matrix unit idle.
     """
     kind = name.removeprefix("splash_mha_").split("_")[0]
     if not name.startswith("splash_mha_") or kind not in _PRODUCTS:
@@ -43,10 +42,7 @@ def splash_cost(name, operands, results):
 
 
 def cudnn_cost(name, operands, results):
-    """Returns the cost of attention by cuDNN.
-
-    Every position meets itself and those before it. All arrays are read or written once.
-    """
+    """Returns the cost of causal attention by cuDNN, which reads or writes all arrays once."""
     if not name.startswith("__cudnn$fmha"):
         return None
     *batch, length, width = results[0].dims  # the output, or the gradient of q: [B, H, S, h]
@@ -57,11 +53,11 @@ def cudnn_cost(name, operands, results):
 
 
 def megablox_cost(name, operands, results, tiles=tiles):
-    """Returns the cost of a Megablox kernel.
+    """Returns the cost of a grouped product by Megablox with these `tiles`.
 
-    `tiles` are those of the kernel. Weights are read once if the whole depth is in one tile, else
-    again for each tile of rows; rows once for each tile of the width. The kernel lists the tiles of
-    rows by group; a tile that two groups share is there, and is computed, twice.
+    Weights are read once if the whole depth is in one tile, else again for each tile of rows; rows
+    once for each tile of the width. The kernel lists the tiles of rows by group; a tile that two
+    groups share is there, and is computed, twice.
     """
     if name not in ("gmm", "tgmm"):
         return None
@@ -83,8 +79,8 @@ def megablox_cost(name, operands, results, tiles=tiles):
 def mosaic_gpu_cost(name, operands, results):
     """Returns the cost of a grouped product by Mosaic GPU.
 
-    Rows are read once in every pass over them, for d_weights once, since the blocks of an expert
-    advance along its rows together.
+    Rows are read in every pass over them, for d_weights once, since the blocks of an expert advance
+    along its rows together.
     """
     matrices = [a for a in operands if len(a.dims) > 1]
     if not name.startswith("mosaic_gpu") or len(matrices) != 2:

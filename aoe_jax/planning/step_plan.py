@@ -35,53 +35,39 @@ from aoe_jax.training.step import train_step_on
 
 log = logging.getLogger(__name__)
 
-LIKELY = (
-    "hbm_traffic_bytes",
-    "likely_step_seconds",
-    "seconds_by_scope",
-    "seconds_at_peaks",
-    "compiled_collectives",
-)
+LIKELY = ("hbm_traffic_bytes", "likely_step_seconds", "seconds_by_scope", "seconds_at_peaks")
+LIKELY += ("compiled_collectives",)
 
 
 def abstract_batch(config, n_rows, split=None):
-    """Returns a batch of `n_rows` sequences without values, shapes and dtypes only."""
+    """Returns the shapes and dtypes of a batch of `n_rows` sequences."""
     shape = (n_rows, config.data.seq_len)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
     weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
     return {"inputs": tokens, "targets": tokens, "segment_ids": tokens, "weights": weights}
 
 
-def plan(config: Config, generation, devices, compiles=True):
+def plan(config: Config, generation, devices):
     """Compiles the training step of a configuration for the devices of a topology.
 
-    `generation` is a key of `hardware.CHIPS`. Unless it `compiles`, the step is only traced, in
-    seconds; memory, compiled FLOPs and whether it fits are then None.
-
-    Returns the content of `--json`. Bytes and FLOPs are per device and step; `likely_mfu` and the
-    keys `LIKELY` are None without an optimised program.
+    `generation` is a key of `hardware.CHIPS`. Returns the content of `--json`. Bytes and FLOPs are
+    per device and step; `likely_mfu` and the keys `LIKELY` are None without an optimised program.
     """
-    n_devices = len(devices)
+    n_devices, chip = len(devices), chip_part(generation, devices)
     config = sharding.fill_mesh(config, n_devices)
-    chip = chip_part(generation, devices)
     mesh = sharding.make_mesh(config, devices)
-    fits = likely = text = None
-    memory = dict.fromkeys(("state", "temp", "total"))
     with jax.set_mesh(mesh), compiling_for(devices):
         step, state = train_step_on(mesh, config)
         batch = abstract_batch(config, config.train.batch_size, sharding.batch_sharding(mesh))
         traced = step.trace(state, batch)
+        log.info("compiling the training step for %d devices", n_devices)
         started = time.perf_counter()
-        if compiles:
-            log.info("compiling the training step for %d devices", n_devices)
-            memory["total"], memory["temp"], text = _compile(traced)
-            fits = memory["temp"] is not None and memory["total"] <= chip.hbm_bytes
+        total, temp, text = _compile(traced)
         compile_seconds = time.perf_counter() - started
-        if text:
-            likely = read_program(text, chip, slice_shape(devices))
-        elif memory["temp"] is not None:
-            log.warning("the compiler wrote no program: no FLOPs and no likely step time")
-        memory["state"] = _bytes_per_device(state)
+    memory = {"state": _bytes_per_device(state), "temp": temp, "total": total}
+    likely = read_program(text, chip, slice_shape(devices)) if text else None
+    if temp is not None and not text:
+        log.warning("the compiler wrote no program: no FLOPs and no likely step time")
     found, received = [], Counter()
     for (kind, axes), (count, size) in sorted(collectives(traced.jaxpr.jaxpr, mesh.shape).items()):
         if size:
@@ -104,7 +90,7 @@ def plan(config: Config, generation, devices, compiles=True):
     }
     bound_by, counts = max(seconds, key=seconds.get), parameter_counts(config)
     return {
-        "fits": fits,
+        "fits": temp is not None and total <= chip.hbm_bytes,
         "generation": generation,
         "devices": n_devices,
         "mesh": {**mesh.shape, "transport": config.mesh.transport},
@@ -154,7 +140,7 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
     """Returns `flops` and the keys `LIKELY` of a step, from the text of `hlo.compile_and_read`.
 
     `chip` is the `hardware.Chip` of a device, `shape` the chips along each dimension of the slice.
-    FLOPs and bytes are per device. `seconds_at_peaks` ignores the compiler's cycles.
+    `seconds_at_peaks` ignores the compiler's cycles.
     """
     operations = Program(text, kernel_costs).operations
     seconds, at_peaks, counts, sent = Counter(), 0.0, Counter(), Counter()
@@ -184,11 +170,11 @@ def table(report):
     def gigabytes(size):
         return "unknown" if size is None else f"{size / 1e9:.2f} GB"
 
-    memory, flops = report["memory_bytes"], report["flops"]
+    flops, likely = report["flops"], report["likely_step_seconds"]
     mesh = ", ".join(f"{name} {value}" for name, value in report["mesh"].items())
     ratio = flops["compiled"] and f"{flops['compiled'] / flops['useful']:.3f} of useful"
     seconds = ", ".join(f"{name} {value:.3f} s" for name, value in report["seconds"].items())
-    sizes = {name: gigabytes(size) for name, size in memory.items()}
+    sizes = {name: gigabytes(size) for name, size in report["memory_bytes"].items()}
     total, active = report["parameters"] / 1e6, report["active_parameters"] / 1e6
     rows = [
         f"{report['devices']} devices of {report['generation']}: {mesh}",
@@ -202,7 +188,7 @@ def table(report):
         f"({seconds}); MFU at most {report['mfu_bound']:.2f}",
         f"compiled in     {report['compile_seconds']:.0f} s",
     ]
-    if likely := report["likely_step_seconds"]:
+    if likely:
         parts = report["seconds_by_scope"].items()
         by_scope = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in parts)
         rows.append(

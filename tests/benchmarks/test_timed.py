@@ -14,8 +14,7 @@ def benchmark(tmp_path):
 
     def result(name, *arguments):
         file = tmp_path / "figures.json"
-        command = ["-m", f"benchmarks.{name}", *arguments, f"--json={file}"]
-        status, stdout, stderr = run(command)
+        status, stdout, stderr = run(["-m", f"benchmarks.{name}", *arguments, f"--json={file}"])
         assert status == 0, stderr
         return json.loads(file.read_text()), stdout
 

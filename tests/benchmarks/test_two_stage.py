@@ -32,26 +32,17 @@ def test_classes_lie_apart():
     assert [(along < -middle).mean().round(3) for along in along] == [0, 1, 0]
 
 
-@pytest.mark.parametrize(
-    "share, name",
-    [
-        ([0.95, 0.91, 0.05], "apart"),
-        ([0.02, 0.0, 1.0], "apart"),
-        ([0.95, 0.91, 0.91], "one"),
-        ([0.95, 0.91, 0.5], "spread"),
-        ([0.95, 0.0, 0.11], "spread"),
-        ([0.95, 0.0, 0.05], "other"),
-        ([0.95, 0.8, 0.05], "other"),
-    ],
-)
-def test_endings(share, name):
-    share = np.array(share)
-    for first, second in ((share, 1 - share), (1 - share, share)):
-        assert ending(np.stack([first, second], axis=1)) == name
-    assert name in ENDINGS
-
-
-def test_share_of_the_expert_of_class_1():
+def test_endings_and_the_share_of_the_expert_of_class_1():
+    for name, *shares in (
+        ("apart", [0.95, 0.91, 0.05], [0.02, 0.0, 1.0]),
+        ("one", [0.95, 0.91, 0.91]),
+        ("spread", [0.95, 0.91, 0.5], [0.95, 0.0, 0.11]),
+        ("other", [0.95, 0.0, 0.05], [0.95, 0.8, 0.05]),
+    ):
+        assert name in ENDINGS
+        for share in map(np.array, shares):
+            for first, second in ((share, 1 - share), (1 - share, share)):
+                assert ending(np.stack([first, second], axis=1)) == name
     share = np.array([[[0.2, 0.8], [0.3, 0.7], [0.9, 0.1]], [[0.6, 0.4], [0.0, 1.0], [0.5, 0.5]]])
     np.testing.assert_array_equal(of_first_expert(share), [[0.8, 0.7, 0.1], [0.6, 0.0, 0.5]])
 

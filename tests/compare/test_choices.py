@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from aoe_jax.compare.choices import observing, overlap, read_choices
-from aoe_jax.compare.results import LAYER_COLUMNS
+from aoe_jax.compare.choices import LAYER_COLUMNS, observing, overlap, read_choices
 from aoe_jax.errors import UserError
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.storage.files import write_json
@@ -61,6 +60,7 @@ def test_files_of_choices(tmp_path):
         ({"checkpoints": [CHECKPOINT | {"load": [[1, 1], [2]]}]}, r"load is not numbers of shape"),
         ({"checkpoints": [CHECKPOINT | {"load": [[1, 1]]}]}, r"not numbers of shape \[2, 2\]"),
         ({"checkpoints": [{"step": 6}]}, "load is not numbers"),
+        ({"checkpoints": []}, "it has no checkpoints"),
         ({"kind": "router"}, r"kind is 'router', not one of \['aoe'\]"),
     ):
         write_json(file, ROUTING | change)

@@ -21,17 +21,14 @@ def test_a_job_that_fails_stops_no_other(tmp_path):
     """Each runs on its slot's core and devices, whatever the environment of the command says."""
     slot = Slot(CORES[0], {"PATH": "/nowhere", "CUDA_VISIBLE_DEVICES": "3"})
     names = ("WORD", "PATH", "CUDA_VISIBLE_DEVICES")
-    jobs = [
-        job(tmp_path, "bad", "import sys; print('why', file=sys.stderr); sys.exit(4)"),
-        job(tmp_path, "killed", "import os; print('at work', flush=True); os.kill(os.getpid(), 9)"),
-        job(
-            tmp_path,
-            "good",
-            f"import os; print(os.sched_getaffinity(0), *map(os.environ.get, {names}))",
-        ),
-    ]
+    programs = {
+        "bad": "import sys; print('why', file=sys.stderr); sys.exit(4)",
+        "killed": "import os; print('at work', flush=True); os.kill(os.getpid(), 9)",
+        "good": f"import os; print(os.sched_getaffinity(0), *map(os.environ.get, {names}))",
+    }
+    jobs = [job(tmp_path, *item) for item in programs.items()]
     Machine("cpu", [slot], {"WORD": "default"}).run(jobs)
-    outcomes = [read_outcome(tmp_path / name) for name in ("bad", "killed", "good")]
+    outcomes = [read_outcome(tmp_path / name) for name in programs]
     assert outcomes == [
         {"status": 4, "last_line": "why"},
         {"status": -9, "last_line": "killed by signal 9, after: at work"},

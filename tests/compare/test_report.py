@@ -7,24 +7,16 @@ import pytest
 
 from aoe_jax.compare.report import failed
 from configs.compare.arms import aoe, other_router
-from tests.compare.invented import ARMS, comparison, markdown, results, size_at, suite_of, table
+from tests.compare.invented import ARMS, markdown, results, size_at, table
 
 FLOPS = 1e12
-TWO = {"a": size_at(FLOPS, 32), "b": size_at(FLOPS, 64)}
+SIZE = size_at(FLOPS, 32)
+LARGER = {"a": SIZE, "b": size_at(4 * FLOPS, 64)}
 
 
-def test_the_last_line_of_a_failed_run_is_code(tmp_path):
-    """Brackets of a log would be links in Markdown, and a pipe would end the cell."""
-    found = comparison({"a": TWO["a"]}, lambda run: 1.0)
-    found.runs.loc[0, ["state", "last_line"]] = "failed", "x['a'][1] | `y`"
-    (row,) = failed(found, tmp_path)
-    assert row["last line"] == "`x['a'][1] ¦ 'y'`"
-
-
-def test_scaling_is_fitted_over_sizes():
+def test_scaling_is_fitted_over_sizes_that_differ_in_flops_only(tmp_path):
     nll = {("a", 0): 5.0, ("a", 1): 5.2, ("b", 0): 4.5, ("b", 1): 4.68}
-    sizes = {"a": TWO["a"], "b": size_at(4 * FLOPS, 64)}
-    found = comparison(sizes, lambda run: nll[run.size, run.seed])
+    found = results(tmp_path, LARGER, lambda run: nll[run.size, run.seed])
     fitted = found.scaling("active_non_embedding")
     groups, fit = fitted["aoe"]
     x = list(groups)
@@ -33,32 +25,20 @@ def test_scaling_is_fitted_over_sizes():
     text = markdown(found)
     assert "scaling_flops.png" in text and f"{fit.exponent:.4f} [" in text
 
-
-def test_no_fit_over_settings_or_equal_flops():
-    assert comparison(TWO, lambda run: 1.0).scaling("active_non_embedding") == {}
-    of_two = {
+    corpora = {
         name: replace(size, changes=size.changes | {"data": {"name": "text", "path": name}})
-        for name, size in {"a": TWO["a"], "b": size_at(4 * FLOPS, 64)}.items()
+        for name, size in LARGER.items()
     }
-    assert comparison(of_two, lambda run: 1.0).scaling("flops") == {}
+    for sizes in ({"a": SIZE, "b": size_at(FLOPS, 64)}, corpora):
+        assert results(tmp_path, sizes, lambda run: 1.0).scaling("active_non_embedding") == {}
 
 
-def test_losses_at_equal_flops_and_seconds():
+def test_losses_at_equal_flops_and_seconds(tmp_path):
     """By hand: losses are 5 at step 3 and 4 at step 6; a step of AoE takes twice the seconds."""
-    sizes = {
-        "a": replace(TWO["a"], changes=TWO["a"].changes | {"train": {"steps": 6, "warmup": 0.2}})
-    }
+    sizes = {"a": replace(SIZE, changes=SIZE.changes | {"train": {"steps": 6, "warmup": 0.2}})}
     seconds = {"moe": 1.0, "aoe": 2.0, "dense": 1.0, "active": 1.0}
-
-    def results_of(**changes):
-        return results(
-            suite_of(sizes, **changes),
-            lambda run: 4.0,
-            curve=([3, 6], [5.0, 4.0]),
-            seconds_per_step=lambda run: seconds[run.arm],
-        )
-
-    found, both = results_of(), ("aoe", "moe")
+    options = {"curve": ([3, 6], [5.0, 4.0]), "seconds": lambda run: seconds[run.arm]}
+    found, both = results(tmp_path, sizes, lambda run: 4.0, **options), ("aoe", "moe")
     assert found.budget("a", both, "seconds") == 6
     assert dict(found.nlls("a", "moe", "seconds", 6)) == {0: 4.0, 1: 4.0}
     # AoE is at step 3 by then.
@@ -72,7 +52,9 @@ def test_losses_at_equal_flops_and_seconds():
     row = table(markdown(found), "At equal FLOPs and at equal seconds")[0]
     assert row[0] == "a: AoE r=d/4, L_aux" and row[4:6] == ["6 s", "5.0000 ± 0.0000"]
     by_top_p, by_expert_choice = (
-        results_of(arms=ARMS | {"aoe": other_router(aoe(4, "aux"), name)})
+        results(
+            tmp_path, sizes, lambda run: 4.0, arms=ARMS | {"aoe": other_router(aoe(4, "aux"), name)}
+        )
         for name in ("top_p", "expert_choice")
     )
     assert by_top_p.difference("a", "aoe").n == 2
@@ -80,10 +62,15 @@ def test_losses_at_equal_flops_and_seconds():
     assert by_expert_choice.difference("a", "aoe").n == 0  # it knows of later tokens
 
 
-def test_an_arm_may_be_compared_to_another_than_the_baseline():
-    twin = replace(ARMS["aoe"], label="twin", reference="aoe")
-    suite = suite_of({"a": TWO["a"]}, arms=ARMS | {"twin": twin})
-    found = results(suite, lambda run: 5.0 + (run.arm == "twin") + 0.01 * run.seed)
+def test_an_arm_may_be_compared_to_another_than_the_baseline(tmp_path):
+    """A failed run is listed with the last line of its log."""
+    arms = ARMS | {"twin": replace(ARMS["aoe"], label="twin", reference="aoe")}
+    found = results(
+        tmp_path, {"a": SIZE}, lambda run: 5.0 + (run.arm == "twin") + 0.01 * run.seed, arms=arms
+    )
     assert found.difference("a", "twin").value == pytest.approx(1)
-    text = markdown(found)
-    assert table(text, "Final validation loss")[-1][-1].endswith("] to AoE r=d/4, L_aux")
+    assert table(markdown(found), "Final validation loss")[-1][-1].endswith("] to AoE r=d/4, L_aux")
+    # Brackets of a log would be links in Markdown, and a pipe would end the cell.
+    found.runs.loc[0, ["state", "last_line"]] = "failed", "x['a'][1] | `y`"
+    (row,) = failed(found, tmp_path)
+    assert row["last line"] == "`x['a'][1] ¦ 'y'`"

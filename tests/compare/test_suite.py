@@ -49,54 +49,47 @@ def test_runs_resolve_to_configurations():
 
 
 def refused(words, function, *args, **kwargs):
-    with pytest.raises(UserError) as e:
+    with pytest.raises(UserError, match=words):
         function(*args, **kwargs)
-    assert all(word in str(e.value) for word in words), e.value
 
 
 def arm(name, **groups):
     return {"arms": ARMS | {name: Arm(name, {"experts": {"kind": "router"}} | groups)}}
 
 
+WIDE = {"kind": "router", "d_ffn": 500}
+TWIN = {"twin": dataclasses.replace(ARMS["aoe"], reference="nobody")}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (
-            arm("wide", experts={"kind": "router", "d_ffn": 120}),
-            ["size small", "arm wide", "1% apart", "matched=False"],
-        ),
-        (arm("bad", experts={"top_k": 9}), ["size small, arm bad", "experts.top_k=9"]),
-        (arm("bad", train={"stepz": 1}), ["arm bad", "config.train.stepz is unknown"]),
-        (arm("longer", train={"batch_size": 16}), ["another config.train.batch_size than moe"]),
-        (arm("a/b"), ["name='a/b'", "letters"]),
-        (
-            {"arms": ARMS | {"twin": dataclasses.replace(ARMS["aoe"], reference="nobody")}},
-            ["sizes['small'].arms='nobody': choose one of moe, aoe"],
-        ),
-        ({"baseline": "none"}, ["arms='none'", "moe, aoe"]),
-        ({"sizes": {}}, ["sizes={}: must not be empty"]),
-        ({"sizes": {"small": Size({}, 0)}}, ["sizes['small'].seeds=0"]),
-        ({"sizes": {"wide": Size({}, 1, rate_factor=0)}}, ["sizes['wide'].rate_factor=0"]),
-        ({"sizes": {"small": Size({}, 1, arms=("aoe",))}}, ["arms='moe': is the baseline"]),
+        (arm("wide", experts=WIDE), "size small: arm wide .* 1% apart.* matched=False"),
+        (arm("bad", experts={"top_k": 9}), "size small, arm bad.* config.experts.top_k=9"),
+        (arm("bad", train={"stepz": 1}), "arm bad.* config.train.stepz is unknown"),
+        (arm("longer", train={"batch_size": 16}), "another config.train.batch_size than moe"),
+        (arm("a/b"), "name='a/b': must have letters"),
+        ({"arms": ARMS | TWIN}, r"sizes\['small'\].arms='nobody': choose one of moe, aoe"),
+        ({"baseline": "none"}, "arms='none': choose one of moe, aoe"),
+        ({"sizes": {}}, "sizes={}: must not be empty"),
+        ({"sizes": {"small": Size({}, 0)}}, r"sizes\['small'\].seeds=0"),
+        ({"sizes": {"wide": Size({}, 1, rate_factor=0)}}, r"sizes\['wide'\].rate_factor=0"),
+        ({"sizes": {"small": Size({}, 1, arms=("aoe",))}}, "arms='moe': is the baseline"),
     ],
 )
 def test_impossible_suites(changes, words):
     refused(words, lambda: suite(**changes).runs())
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (None, ["cannot be read (no such file)", "configs/compare/tiny.py"]),
-        ("x = 1\n", ["has no function get_suite()"]),
-        ("def get_suite():\n    return 3\n", ["get_suite() must return", "Suite"]),
-    ],
-)
-def test_files_without_a_suite(tmp_path, text, words):
+def test_files_without_a_suite(tmp_path):
     file = tmp_path / "suite.py"
-    if text is not None:
+    refused(rf"--suite={file}.* cannot be read \(no such file\)", load_suite, file)
+    for text, words in (
+        ("x = 1\n", r"has no function get_suite\(\)"),
+        ("def get_suite():\n    return 3\n", r"get_suite\(\) must return .*Suite"),
+    ):
         file.write_text(text)
-    refused([f"--suite={file}", *words], load_suite, file)
+        refused(f"--suite={file}.* {words}", load_suite, file)
 
 
 def test_mistakes_on_the_command_line_end_with_status_2(tmp_path):
@@ -116,9 +109,9 @@ def test_settings_change_all_runs():
         assert run.config.data.name == "lm1b"
         assert (run.config.train.steps, run.config.train.learning_rate) == (20, 0.5)
     small = ROOT / "configs/compare/small.py"
-    refused(["--set=train.steps: write it as GROUP.FIELD"], load_suite, small, ["train.steps"])
+    refused("--set=train.steps: write it as GROUP.FIELD", load_suite, small, ["train.steps"])
     for setting in ("train.seed=7", "train.learning_rate=0.5", "experts.d_low=6"):
-        refused([f"--set={setting}: the suite sets it"], load_suite, small, [setting])
+        refused(f"--set={setting}: the suite sets it", load_suite, small, [setting])
 
 
 @pytest.mark.parametrize(
@@ -137,18 +130,13 @@ def test_every_suite_of_the_repository_resolves(name):
             assert _that_takes("mosaic_gpu", dtype, sizes[d], sizes[f]) == "mosaic_gpu", run.name
 
 
-SWEPT_MODEL = {
-    "model": {"n_layers": 1, "unroll": 1, "d_model": 64, "vocab_size": 512},
-    "experts": {"d_ffn": 96},
-}
-
-
 def swept(setting, values, arms=ARMS, of=None, **changes):
-    sweep = Sweep(setting, values, SWEPT_MODEL, of)
+    sweep = Sweep(setting, values, SMALL.changes, of)
     return suite(arms=arms, sizes={}, throughput={"it": sweep}, **changes).swept("it")
 
 
 def test_all_arms_of_a_sweep_have_the_value_and_equal_parameters():
+    """The value wins over arms and settings."""
     found = swept("experts.n_experts", (4, 16))
     assert list(found) == [4, 16]
     for n, configs in found.items():
@@ -156,9 +144,6 @@ def test_all_arms_of_a_sweep_have_the_value_and_equal_parameters():
         assert configs["dense"].experts.d_ffn == n * 96
         totals = [parameter_counts(configs[arm]).total for arm in ("moe", "aoe", "dense")]
         assert max(totals) / min(totals) < 1.01
-
-
-def test_the_value_of_a_sweep_wins_over_arms_and_settings():
     found = swept("experts.d_low", (8, 24))
     assert [configs["aoe"].experts.d_low for configs in found.values()] == [8, 24]
     assert [configs["aoe"].experts.width(64) for configs in found.values()] == [132, 111]
@@ -169,16 +154,11 @@ def test_the_value_of_a_sweep_wins_over_arms_and_settings():
 @pytest.mark.parametrize(
     ("setting", "values", "changes", "words"),
     [
-        ("experts.rank", (1, 2), {}, ["config.experts.rank is unknown"]),
-        ("experts.top_k", (9, 2), {}, ["throughput it, experts.top_k=9, arm moe"]),
-        ("experts.top_k", (1, 2), {"of": ("aoe",)}, ["arms='moe': is the baseline"]),
-        (
-            "experts.top_k",
-            (1, 2),
-            arm("wide", experts={"kind": "router", "d_ffn": 500}),
-            ["throughput it, experts.top_k=1: arm wide", "1% apart"],
-        ),
+        ("rank", (1, 2), {}, "config.experts.rank is unknown"),
+        ("top_k", (9, 2), {}, "throughput it, experts.top_k=9, arm moe"),
+        ("top_k", (1, 2), {"of": ("aoe",)}, "arms='moe': is the baseline"),
+        ("top_k", (1, 2), arm("wide", experts=WIDE), "it, experts.top_k=1: arm wide .*1% apart"),
     ],
 )
 def test_impossible_sweeps(setting, values, changes, words):
-    refused(words, swept, setting, values, **changes)
+    refused(words, swept, f"experts.{setting}", values, **changes)

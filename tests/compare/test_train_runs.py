@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from aoe_jax.compare.collect import read_results
 from aoe_jax.compare.jobs import beside
+from aoe_jax.compare.results import read_results
 from aoe_jax.compare.suite import load_suite
 from aoe_jax.compare.train_runs import check_runs, folder_of, train_suite
 from aoe_jax.errors import DivergedError, UserError
@@ -31,7 +31,8 @@ def test_diverged_runs_are_not_repeated_and_failed_runs_come_last(tmp_path):
     suite, machine = load_suite(write_suite(tmp_path / "suite.py")), Recorder()
     finished = tmp_path / "runs/a/aoe/seed_0"
     finished.mkdir(parents=True)
-    write_json(finished / "summary.json", {"metrics": {"step": 6, "validation_nll": 5.0}})
+    summary = {"metrics": {"step": 6, "validation_nll": 5.0}, "memory": {}}
+    write_json(finished / "summary.json", summary)
     note_outcome(tmp_path / "runs/a/moe/seed_0", 1)
     note_outcome(tmp_path / "runs/a/broken/seed_1", DivergedError.status)
     train_suite(suite, tmp_path, machine)
@@ -45,6 +46,14 @@ def test_diverged_runs_are_not_repeated_and_failed_runs_come_last(tmp_path):
         "finished",
         "unfinished",
     ]
+    summary["metrics"]["validation_nll"] = None  # it is not finite
+    write_json(finished / "summary.json", summary)
+    row = read_results(suite, tmp_path).runs.set_index(["arm", "seed"]).loc["aoe", 0]
+    assert row["state"] == "diverged" and row["last_line"].startswith("diverged: its validation")
+    write_json(finished / "summary.json", summary | {"memory": {"state_bytes": "many"}})
+    with pytest.raises(UserError, match="state_bytes'] is 'many', not a number"):
+        read_results(suite, tmp_path)
+    write_json(finished / "summary.json", summary)
     (tmp_path / "runs/a/broken/seed_1").rmdir()  # so that it is trained again
     train_suite(suite, tmp_path, machine)
     assert "a/broken/seed_1" in machine.names
