@@ -74,9 +74,9 @@ def write_everything(folder):
     return [text for part in parts for text in part]
 
 
-def corpus_of(*documents, name="documents"):
+def corpus_of(*documents):
     """A corpus with the same documents in each split."""
-    return Corpus(name, "1", lambda split: iter(documents))
+    return Corpus("documents", "1", lambda split: iter(documents))
 
 
 def stored_documents(directory, split):
