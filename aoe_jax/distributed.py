@@ -89,7 +89,7 @@ def _initialize():
     except ValueError as e:
         wanted = "give --coordinator, --processes and --process"
         raise UserError(f"--distributed: no cluster was found here ({e}); {wanted}") from e
-    except RuntimeError as e:  # of its service and its client
+    except RuntimeError as e:  # JAX's service or client failed
         where = f"--coordinator={address}: " if address else ""
         raise MachineFault(f"{where}the processes cannot meet ({reason(e)})") from e
     timer.cancel()
@@ -120,9 +120,8 @@ def agree(what, text):
 
 
 def see_the_same(value, read, what):
-    """Waits at most a minute until every process reads the int that process 0 sees. `value` is that
-    int in process 0; `read()` reads it, or returns None. Raises `UserError`, which begins with the
-    place `what`, if a process does not see it.
+    """Waits at most a minute until `read()` of every process returns `value`, an int that process 0
+    gives. Raises `UserError`, which begins with the place `what`, if a process does not see it.
     """
     if jax.process_count() == 1:
         return

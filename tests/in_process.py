@@ -75,11 +75,8 @@ def other_flags_hidden():
 @contextlib.contextmanager
 def logging_restored():
     logger, seconds = logging.getLogger("aoe_jax"), retry.retry_seconds
-    before, verbosity = (
-        (logger.handlers[:], logger.level, logger.propagate),
-        absl_logging.get_verbosity(),
-    )
-    asynchronous = logging.getLogger("asyncio").level
+    before = logger.handlers[:], logger.level, logger.propagate
+    verbosity, asynchronous = absl_logging.get_verbosity(), logging.getLogger("asyncio").level
     try:
         yield
     finally:

@@ -10,9 +10,6 @@ from dataclasses import dataclass, field
 import jax
 import pytest
 
-from aoe_jax.errors import UserError
-from aoe_jax.evaluation.evaluate import evaluate_workdir
-from aoe_jax.training.loop import train
 from tests.in_process import execute
 from tests.runs import (
     STEPS,
@@ -20,7 +17,6 @@ from tests.runs import (
     finish,
     finished_run,
     start,
-    tiny_config,
     train_command,
     truncate_state,
     write_texts,
@@ -187,6 +183,14 @@ RUNS = {
     "text that is not UTF-8": Mistake(
         TRAIN, ["data.path='{here}/texts'", ".txt is not UTF-8"], latin_1_texts, TEXTS
     ),
+    "vocabulary of the model": Mistake(
+        TRAIN, ["config.model.vocab_size=200"], changes={"model__vocab_size": 200}
+    ),
+    "length of a sequence": Mistake(
+        TRAIN,
+        ["config.data.seq_len=99999"],
+        changes={"data__seq_len": 99999, "model__max_len": 99999},
+    ),
     "steps reached": Mistake(TRAIN, [f"train.steps={STEPS}", f"already at step {STEPS}"], finished),
     "profile beyond the run": Mistake(
         [*flags(CONFIG), f"--profile={STEPS + 2}:9"],
@@ -308,26 +312,3 @@ def test_mistake(name, tmp_path):
     changed = [path for path in before | after if before.get(path) != after.get(path)]
     assert not [path for path in changed if not path.startswith("cache/")]
     assert not workdir.exists() or mistake.prepare is not Mistake.prepare
-
-
-DATA = {
-    "data.path=": {"data__path": "/nowhere/at/all"},
-    "model.vocab_size=200": {"model__vocab_size": 200},
-    "data.seq_len=99999": {"data__seq_len": 99999, "model__max_len": 99999},
-}
-
-
-@pytest.mark.parametrize("start", DATA)
-def test_data_that_does_not_fit_leaves_no_workdir(start, tmp_path):
-    with pytest.raises(UserError, match=f"^config.{start}"):
-        train(tiny_config(train__batch_size=8, **DATA[start]), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("text", ["[]", '{"train": 3}', '{"train": {"steps": 0}}'])
-def test_config_json_that_cannot_be_read(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"config\.json|config\.train\.step"):
-        evaluate_workdir(tmp_path)
-    assert contents(tmp_path) == before

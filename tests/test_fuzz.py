@@ -9,6 +9,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -65,13 +66,10 @@ def write_models(folder: Path):
         config = make_config(experts__kind=kind, **changes)
         model, directory = make_model(config), folder / name
         directory.mkdir()
-        limit = tensor_files.SHARD_BYTES
-        tensor_files.SHARD_BYTES = limit if kind == "aoe" else 20_000
-        try:
-            values = (as_own if kind == "aoe" else to_json)(config)
+        values = (as_own if kind == "aoe" else to_json)(config)
+        limit = tensor_files.SHARD_BYTES if kind == "aoe" else 20_000
+        with mock.patch.object(tensor_files, "SHARD_BYTES", limit):
             write_model(directory, values | {"bos_token_id": 0}, *parameters_of(model.params))
-        finally:
-            tensor_files.SHARD_BYTES = limit
         model.tokenizer.save(directory)
         write_json(directory / "tokenizer_config.json", {"add_bos_token": True})
     write_json(folder / "aoe" / RUN_FILE, {"step": 7, "config": make_config(**changes).to_dict()})
@@ -229,19 +227,13 @@ class Watch:
         sys.addaudithook(self._hook)
 
     def _hook(self, event, arguments):
-        if not self.active:
-            return
+        is_write = event in ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate")
         if event == "open":
-            path, _, flags = arguments
-            if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                return
-        elif event not in ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"):
-            return
-        path = arguments[0]
-        if isinstance(path, int) or path == os.devnull:
-            return
-        if not os.path.abspath(os.fsdecode(path)).startswith(self._folder):
-            self.found.append((event, path))
+            is_write = arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if self.active and is_write and not isinstance(arguments[0], int):
+            path = os.path.abspath(os.fsdecode(arguments[0]))
+            if path != os.devnull and not path.startswith(self._folder):
+                self.found.append((event, path))
 
 
 @pytest.fixture(scope="module")

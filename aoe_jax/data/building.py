@@ -33,8 +33,8 @@ _BATCH_CHARACTERS = 2**21
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in three splits; `fingerprint` changes when the text does. That of a TFDS data set
-    has its name, version and sizes: a text that is edited in place at equal sizes goes unnoticed.
+    """Documents in three splits; `fingerprint` changes when the text does. For a TFDS data set it
+    has the name, version and sizes, so an edit in place that keeps the sizes goes unnoticed.
 
     `documents(split)` yields the non-empty documents of a split, always in the same order. It
     raises `UserError` if a document cannot be read.
@@ -55,11 +55,10 @@ def write_splits(
     on the disk: the `name`, `tokens`, `file_bytes` and `sha256` of each. Raises `UserError` if the
     tokenizer encodes a part of a text as its end-of-text token.
     """
+    writers = {split: _SplitWriter(folder, split + suffix, tokenizer) for split in SPLITS}
     with contextlib.ExitStack() as files:
-        writers = {}
-        for split in SPLITS:
-            writers[split] = _SplitWriter(folder, split + suffix, tokenizer)
-            files.callback(writers[split].close)
+        for writer in writers.values():
+            files.callback(writer.close)
         for split, text in documents:
             writers[split].add(text)
         return {split: writer.finish() for split, writer in writers.items()}
@@ -71,7 +70,7 @@ class _SplitWriter:
         self._dtype = _token_dtype(tokenizer)
         # Pieces of documents that are not tokenised yet; None is the end of a document.
         self._pieces: list[str | None] = []
-        self._characters = 0  # in these
+        self._characters = 0  # of `_pieces`
         self._rest = np.empty(0, self._dtype)  # tokens that fill no record yet
         self._shard = None  # the last shard, until it is finished
         self._numbers = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}
@@ -99,11 +98,9 @@ class _SplitWriter:
         end_of_text = self._tokenizer.end_of_text
         texts = [piece for piece in self._pieces if piece is not None]
         encoded = self._tokenizer.encode(texts)
-        if any((ids == end_of_text).any() for ids in encoded):
-            raise UserError(
-                "data.tokenizer: it encodes some text as its end-of-text token; name another "
-                "tokenizer"
-            )
+        if any(end_of_text in ids for ids in encoded):
+            problem = "encodes some text as its end-of-text token; name another tokenizer"
+            raise UserError(f"data.tokenizer: {problem}")
         in_order, end = iter(encoded), np.array([end_of_text], self._dtype)
         ids = [end if piece is None else next(in_order) for piece in self._pieces]
         tokens = np.concatenate([self._rest, *ids]).astype(self._dtype)

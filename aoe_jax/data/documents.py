@@ -13,12 +13,12 @@ from typing import BinaryIO, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
+from aoe_jax.data import DOCUMENT_BYTES
 from aoe_jax.errors import UserError, shown
 from aoe_jax.storage.files import open_file
 from aoe_jax.storage.paths import find, parsed_path
 from aoe_jax.storage.retry import patiently, refusing
 
-DOCUMENT_BYTES = 2**29  # the largest document, and the longest line of JSON
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _READ_BYTES = 2**20

@@ -1,9 +1,9 @@
 """Makes a token store from files of any size, in parallel; after a kill it continues.
 
 `plan.json` cuts the input into units of work, independently of the number of processes. A process
-tokenises the documents of a unit and moves its finished shards into the store, then a file in
-`units/` notes it; a preparation that continues skips these units. When all units are done,
-`manifest.json` makes the folder a token store.
+tokenises a unit, moves the finished shards into the store, then writes a note into `units/`. A
+preparation that continues skips the units with a note. When all units have one, `manifest.json`
+makes the folder a token store.
 """
 
 import contextlib
@@ -91,8 +91,8 @@ class Settings:
 
     def __post_init__(self):
         for name in ("validation", "test"):
-            value, wanted = getattr(self, name), "must be a share of the documents below 0.5"
-            require_flag(0 < value < 0.5, name, value, f"{wanted}, above 0")
+            value, wanted = getattr(self, name), "must be a share of the documents"
+            require_flag(0 < value < 0.5, name, value, f"{wanted}, above 0 and below 0.5")
         wanted = f"give bpe:N, N from 257 to {MOST_TOKENS} tokens; or a tokenizer's file"
         is_file = not self.tokenizer.startswith("bpe:")
         is_possible = is_file or 257 <= self.bpe_size <= MOST_TOKENS
@@ -137,10 +137,6 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
         _write_units(output, plan, processes, missing)
         results = [read_json(_note(output, unit), _OTHERWISE, _NOTE) for unit in units]
         patiently(what, lambda: _finish(output, settings, tokenizer, results))
-    logger.info(
-        f"wrote {output}; train on it with --config.data.name=prepared "
-        f"--config.data.path={shlex.quote(str(output))}"
-    )
 
 
 def _finish(output: Path, settings: Settings, tokenizer: Tokenizer, results: list[dict]):
@@ -166,6 +162,10 @@ def _finish(output: Path, settings: Settings, tokenizer: Tokenizer, results: lis
             f"{name}: {split['documents']} documents, {split['tokens']} tokens, "
             f"{split['bytes']} bytes of text, {len(split['shards'])} shards"
         )
+    logger.info(
+        f"wrote {output}; train on it with --config.data.name=prepared "
+        f"--config.data.path={shlex.quote(str(output))}"
+    )
 
 
 def check(output: Path) -> list[str]:
@@ -226,14 +226,10 @@ def _claim(files: Mapping, planned: dict, output: Path) -> dict:
     before = {path: state for path, *state in plan["files"]}
     now = {str(path): [*state] for path, state in files.items()}
     for path in before | now:
-        _refuse_change(path, before.get(path), now.get(path), _OTHERWISE)
+        if before.get(path) != now.get(path):
+            changed = f"{path} is new, gone or changed since the preparation began"
+            raise UserError(f"--input: {changed}. {_OTHERWISE}")
     return plan
-
-
-def _refuse_change(path: str, before: list | None, now: list | None, advice: str):
-    if before != now:
-        how = "is new" if before is None else "is gone" if now is None else "has changed"
-        raise UserError(f"--input: {path} {how} since the preparation began. {advice}")
 
 
 def install_tokenizer(output: Path, plan: dict, settings: Settings) -> Tokenizer:
@@ -253,7 +249,7 @@ def _sample(plan: dict) -> Iterator[str]:
     """Training documents from the beginning of each unit of work."""
     for unit in range(len(plan["units"])):
         left = _TRAINING_BYTES // len(plan["units"])
-        for split, text, _ in _documents(plan, unit):
+        for split, text in _documents(plan, unit, hashlib.sha256()):
             if split == "train":
                 yield text
                 left -= min(len(text), TRAINING_CHARACTERS)
@@ -262,9 +258,6 @@ def _sample(plan: dict) -> Iterator[str]:
 
 
 def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
-    """Writes units of work in parallel. Raises a `Failure` of a unit, and `MachineFault` if a
-    process was killed.
-    """
     if not is_remote(output):
         (output / "units").mkdir(exist_ok=True)
         for killed in (output / "units").glob("*.partial-*"):
@@ -305,8 +298,8 @@ def _begin_process(retry_seconds: float):
 
 
 def write_unit(output: Path, unit: int):
-    """Writes the shards of a unit of work, then the file that notes it. Raises `UserError` if the
-    input has changed since the preparation began.
+    """Writes the shards of a unit of work, then its note; raises `UserError` if its input has
+    changed since the preparation began.
     """
     plan, tokenizer = _opened(output)
     file = plan["files"][plan["units"][unit]["pieces"][0][0]][0]
@@ -314,15 +307,20 @@ def write_unit(output: Path, unit: int):
     patiently(what, lambda: _write_at_once(output, plan, unit, tokenizer))
 
 
-def _write_at_once(output, plan, unit, tokenizer):
+def _write_at_once(output: Path, plan: dict, unit: int, tokenizer: Tokenizer):
     units = None if is_remote(output) else output / "units"
     with TemporaryDirectory(dir=units, prefix=f"{unit:05d}.partial-") as folder:
-        result = _tokenise(plan, unit, tokenizer, Path(folder))
+        fingerprint = hashlib.sha256()
+        texts = _documents(plan, unit, fingerprint)
+        splits = write_splits(Path(folder), texts, tokenizer, f"-{unit:05d}")
+        result = {"splits": splits, "fingerprint": fingerprint.hexdigest()}
         for number in sorted({number for number, _, _ in plan["units"][unit]["pieces"]}):
             (path, *before), now = plan["files"][number], None
             with contextlib.suppress(FileNotFoundError):
                 now = [*size_and_version(path)]
-            _refuse_change(path, before, now, f"Delete {output}, and prepare it again")
+            if now != before:
+                changed = f"{path} has changed since the preparation began"
+                raise UserError(f"--input: {changed}. Delete {output}, and prepare it again")
         for shard in _hashes_of_shards(result):
             put(Path(folder, shard), output / shard)
         if not is_remote(output):
@@ -336,30 +334,21 @@ def _opened(output: Path) -> tuple[dict, Tokenizer]:
     return _read_plan(output), load_tokenizer(saved_tokenizer(output), threads=1)
 
 
-def _tokenise(plan: dict, unit: int, tokenizer: Tokenizer, folder: Path) -> dict:
-    fingerprint = hashlib.sha256()
-
-    def texts() -> Iterator[tuple[str, str]]:
-        for split, text, digest in _documents(plan, unit):
-            fingerprint.update(digest)
-            yield split, text
-
-    splits = write_splits(folder, texts(), tokenizer, f"-{unit:05d}")
-    return {"splits": splits, "fingerprint": fingerprint.hexdigest()}
-
-
-def _documents(plan: dict, unit: int) -> Iterator[tuple[str, str, bytes]]:
-    """Yields `(split, text, hash of the text)` of each document of a unit that has text."""
+def _documents(plan: dict, unit: int, fingerprint) -> Iterator[tuple[str, str]]:
+    """Yields `(split, text)` of each document of a unit that has text, and updates the
+    `fingerprint`, a hash of `hashlib`.
+    """
     for number, start, stop in plan["units"][unit]["pieces"]:
         piece = Piece(plan["files"][number][0], start, stop)
         for text in filter(None, documents(piece, plan["text_field"])):
             digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            fingerprint.update(digest)
             chance, split = int.from_bytes(digest[:8], "big") / 2**64, "train"
             if chance < plan["validation"]:
                 split = "validation"
             elif chance < plan["validation"] + plan["test"]:
                 split = "test"
-            yield split, text, digest
+            yield split, text
 
 
 def _note(output: Path, unit: int) -> Path:

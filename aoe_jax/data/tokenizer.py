@@ -64,7 +64,10 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _refusing(problem: str, cure: str) -> Iterator[None]:
-    """Raises `UserError` where a library fails at a user's tokenizer."""
+    """Raises `UserError` where a library fails at a user's tokenizer: for every exception except
+    `MemoryError`, because the libraries have no type of their own for bad input. `tokenizers`
+    raises `Exception` itself, `sentencepiece` raises `RuntimeError` and others.
+    """
     try:
         yield
     except (UserError, MemoryError):
@@ -78,7 +81,7 @@ def _refusing(problem: str, cure: str) -> Iterator[None]:
 
 
 class Tokenizer:
-    """Turns documents into token ids and back; the name of a special token in a document is
+    """Turns documents into token ids and back. In a document, the name of a special token is
     ordinary text.
 
     Attributes:
@@ -87,8 +90,7 @@ class Tokenizer:
         end_name: the name of that token.
         token_count: the largest token id plus one, the smallest `vocab_size` of a model.
         sha256: the hash of the file, which identifies the tokenizer.
-        prefix: ids of the special tokens that the file puts before each text, such as `<s>`; often
-            empty.
+        prefix: ids of the special tokens that the file puts before each text, such as `<s>`.
     """
 
     file_name: ClassVar[str]

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aoe_jax.data.documents import DOCUMENT_BYTES
+from aoe_jax.data import DOCUMENT_BYTES
 from aoe_jax.data.tokenizer import pieces
 from aoe_jax.errors import DivergedError, UserError
 from aoe_jax.evaluation.models import check_split, corpus_of, load_model

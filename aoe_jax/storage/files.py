@@ -70,10 +70,10 @@ def read_bytes(path: Path | str, at_most: int) -> bytes:
 def read_text(path: Path, name: str, at_most: int) -> str:
     """The text of a file in UTF-8. Raises `UserError`, whose message begins with `name`."""
     what = f"{name} cannot be read"
+    with refusing(what, "; name a text file"):
+        content = patiently(what, lambda: read_bytes(path, at_most))
     try:
-        return patiently(what, lambda: read_bytes(path, at_most)).decode("utf-8")
-    except OSError as e:
-        raise UserError(f"{what} ({reason(e)}); name a text file") from e
+        return content.decode("utf-8")
     except UnicodeDecodeError as e:
         raise UserError(f"{name} is not UTF-8 at byte {e.start}; convert or remove it") from e
 
@@ -215,17 +215,13 @@ def exclusive(lock_file: Path, flag="config.data.cache"):
     processes of one host. Raises `UserError`, which names the `flag`, if its folder cannot be
     written.
     """
-    lock = filelock.FileLock(lock_file)
 
     def acquire():
         lock_file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        return filelock.FileLock(lock_file).acquire()
 
-    write_or_refuse(lock_file.parent, flag, acquire)
-    try:
+    with write_or_refuse(lock_file.parent, flag, acquire):
         yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """A lease: one process owns a folder on a disk, also a network disk, or in an object store.
 
 The owner renews the file `owner.lease`. Another process takes over if the file stays unchanged for
-`STALE` seconds by the clock of the process that waits; on a disk at once if the owner was a process
-of this host that has ended.
+`STALE` seconds by its own clock; on a disk at once if the owner ran on this host and has ended.
 """
 
 import contextlib
@@ -32,9 +31,9 @@ _FIELD = re.compile(r"^(token|host|pid|renewed)=([!-~]{1,255})$", re.MULTILINE)
 
 @contextlib.contextmanager
 def leased(folder: Path, flag: str, take_over=False):
-    """Owns a folder, and yields the lease, whose `check` comes before the folder's files are
-    replaced. A missing folder is made, and removed at the end if it is empty. Waits while an owner
-    does not renew, except with `take_over`. Raises `InUse` if one does, else like `make_folder`.
+    """Owns a folder, and yields the lease; call its `check` before files are replaced. A missing
+    folder is made, and removed at the end if it is empty. Waits while another owner is silent,
+    except with `take_over`. Raises `InUse` if it renews its lease, else like `make_folder`.
     """
     is_new = make_folder(folder, flag) and not is_remote(folder)
     lease = (_InStore if is_remote(folder) else _OnDisk)(folder)
@@ -51,7 +50,7 @@ def leased(folder: Path, flag: str, take_over=False):
                     f"--{flag}={folder} is in use by {_owner(found)}. It may still be saving: "
                     f"start again once it has ended, use another --{flag}, or end it"
                 )
-            waited = time.monotonic() - since
+            waited = time.monotonic() - since  # until the last look at the file, not until now
             time.sleep(RENEW / 10)
         if seen:
             log.warning(f"{folder} was taken over from {_owner(seen)}")

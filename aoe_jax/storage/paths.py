@@ -30,10 +30,11 @@ for _scheme in STORES:  # other hosts also write there
 
 
 def parsed_path(text: str | os.PathLike, name: str, in_store=False, is_pattern=False):
-    """Returns the path that a user wrote, such as ~/runs/tiny or gs://BUCKET/runs/tiny. `name` is
-    the flag or field, for messages; `in_store` says whether the path may be in an object store, and
-    `is_pattern` whether it is a glob pattern. Raises `UserError` for a path that cannot be used, or
-    if the package for its store is missing.
+    """Returns the path that a user wrote, such as ~/runs/tiny or gs://BUCKET/runs/tiny.
+
+    `name` is the flag or field. With `in_store`, the path may be in an object store; with
+    `is_pattern`, it is a glob pattern. Raises `UserError`, whose message begins with `name`, if the
+    path cannot be used, or the package for its store is missing.
     """
     text = str(text)
     if not text.strip():
@@ -84,19 +85,20 @@ def find(pattern: str) -> dict:
     dot must be named. `**` does not follow links to folders. Raises `OSError` if a folder cannot be
     listed.
     """
-    is_hidden = re.compile("(?!)" if "/." in pattern else r"/\.")
+    is_hidden_named = "/." in pattern
     if is_remote(pattern):
         scheme, found = pattern.partition("://")[0], file_system(pattern).glob(pattern, detail=True)
         return {
             epath.Path(f"{scheme}://{name}"): _of_store(file)
             for name, file in found.items()
-            if file["type"] == "file" and not is_hidden.search(name)
+            if file["type"] == "file" and (is_hidden_named or "/." not in name)
         }
     disk = _Disk()
     names = disk.glob(os.path.abspath(os.path.expanduser(pattern)))
     if disk.errors:
         raise disk.errors[0]
-    files = [Path(n) for n in names if not os.path.isdir(n) and not is_hidden.search(n)]
+    shown = [Path(name) for name in names if is_hidden_named or "/." not in name]
+    files = [path for path in shown if not path.is_dir()]
     return {path: size_and_version(path) if path.exists() else None for path in files}
 
 

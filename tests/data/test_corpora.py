@@ -8,7 +8,7 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 
-from aoe_jax.data import SPLITS, corpora
+from aoe_jax.data import SPLITS
 from aoe_jax.data.corpora import Sotu, load_corpus, speech_files
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.storage import retry
@@ -161,17 +161,6 @@ def test_a_text_that_changes_before_it_is_read_is_noticed(text_folder):
         documents(corpus)
 
 
-def test_text_folder_with_a_folder_that_cannot_be_listed(text_folder, monkeypatch):
-    """It is no empty folder: its texts would be missing, and nobody would know."""
-
-    def denied(pattern):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{text_folder}/denied")
-
-    monkeypatch.setattr(corpora, "find", denied)
-    with pytest.raises(UserError, match=r"cannot be read \(Permission denied: .*/denied\)"):
-        loaded(text_folder)
-
-
 def test_missing_tfds_splits_are_cut_from_train(tmp_path):
     corpus = load_corpus("only_train", None, str(tmp_path), "body")
     found = documents(corpus)
@@ -187,23 +176,28 @@ def test_missing_tfds_splits_are_cut_from_train(tmp_path):
     [
         ("lm1bb", "text", None, r"'lm1bb': unknown; give sotu, text, a TFDS.*close names:.*lm1b"),
         ("wiki40/en", "text", None, r"data.name='wiki40/en': unknown.*wiki40b"),
-        ("../texts", "text", None, r"data.name='../texts': TFDS cannot load it: ValueError"),
-        ("only_train:7.0.0", "body", None, r"'only_train:7.0.0': TFDS cannot load it"),
+        (
+            "../texts",
+            "text",
+            None,
+            r"data.name='../texts': TFDS cannot prepare it: ValueError",
+        ),
+        ("only_train:7.0.0", "body", None, r"'only_train:7.0.0': TFDS cannot prepare it"),
         ("only_train", "text", None, r"data.text_field='text': the text features of .*\['body'\]"),
         ("only_test", "body", None, r"data.name='only_test': has no train split, only \['test'\]"),
-        ("only_train", "body", OSError("no network"), "cannot prepare it: OSError: .*no network"),
+        (
+            "only_train",
+            "body",
+            OSError("no network"),
+            "cannot prepare it: OSError: .*no network",
+        ),
         (
             "only_train",
             "body",
             ImportError("No module x"),
             "needs a package.*No module x.*data.path",
         ),
-        (
-            "only_train",
-            "body",
-            PermissionError(errno.EACCES, os.strerror(errno.EACCES)),
-            r"TFDS cannot prepare it \(Permission denied\)",
-        ),
+        ("only_train", "body", PermissionError(errno.EACCES, "Denied"), r"prepare it \(Denied\)"),
     ],
 )
 def test_tfds_mistakes(tmp_path, monkeypatch, name, text_field, failure, message):
@@ -229,7 +223,7 @@ def test_tfds_data_in_another_file_format(tmp_path):
     OnlyTrain(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
     info = tmp_path / "only_train" / "1.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(UserError, match=r"TFDS cannot load it.*TFRECORD.*\n.*array_record"):
+    with pytest.raises(UserError, match=r"TFDS cannot prepare it.*TFRECORD.*\n.*array_record"):
         load_corpus("only_train", str(tmp_path), "unused", "body")
 
 
@@ -273,7 +267,7 @@ def test_hugging_face_data_set_through_tfds(tmp_path):
         assert sizes(found) == (54, 3, 3)
         assert sorted(text for texts in found.values() for text in texts) == sorted(POEMS)
         (error,) = load_from_hub("huggingface:org/prose", tmp_path, endpoint)
-        assert "org/prose': TFDS cannot load it: RuntimeError: Failed to load" in error
+        assert "org/prose': TFDS cannot prepare it: RuntimeError: Failed to load" in error
     without_datasets = "import sys; sys.modules['datasets'] = None\n"
     again = load_from_hub("huggingface:org/poems", tmp_path, endpoint, without_datasets)
     assert again == [fingerprint, found]

@@ -69,15 +69,18 @@ def test_text_is_one_document(tmp_path, name):
     assert read(tmp_path / name, piece_bytes=1) == [[text]]
 
 
-def test_empty_files_and_texts(tmp_path):
-    (tmp_path / "a.jsonl").touch()
-    (tmp_path / "b.txt").touch()
-    assert read(tmp_path / "a.jsonl") == [[]] and read(tmp_path / "b.txt") == [[""]]
-
-
-def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(rb'{"text": "\ud83d\ude80 a \ud83d b"}' + b"\n")
-    assert read(tmp_path / "a.jsonl") == [["🚀 a \ufffd b"]]
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", b"", []),
+        ("a.txt", b"", [""]),
+        ("a.jsonl", rb'{"text": "\ud83d\ude80 a \ud83d b"}', ["🚀 a \ufffd b"]),
+    ],
+)
+def test_special_contents(tmp_path, name, content, expected):
+    """Empty files, and half of a surrogate pair, which is no text."""
+    (tmp_path / name).write_bytes(content)
+    assert read(tmp_path / name) == [expected]
 
 
 def test_files_are_found_once_and_sorted(tmp_path):

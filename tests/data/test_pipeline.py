@@ -10,18 +10,7 @@ from aoe_jax.data.pipeline import PackedWindows, eval_batches, train_batches
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
-
-
-class Documents:
-    """A corpus with the same documents in each split."""
-
-    name, fingerprint = "documents", "1"
-
-    def __init__(self, texts):
-        self.texts = texts
-
-    def documents(self, split):
-        yield from self.texts
+from tests.data.texts import corpus_of
 
 
 @pytest.fixture
@@ -29,7 +18,7 @@ def byte_store(tmp_path):
     """Makes a store of texts in which every byte is a token."""
 
     def make(*texts):
-        build_token_store(Documents(texts), train_tokenizer([], 257), tmp_path / "store")
+        build_token_store(corpus_of(*texts), train_tokenizer([], 257), tmp_path / "store")
         return TokenStore(tmp_path / "store", "train")
 
     return make

@@ -1,7 +1,6 @@
 """Token stores of files: their content, which no interruption changes."""
 
 import dataclasses
-import errno
 import importlib.resources
 import itertools
 import multiprocessing
@@ -9,7 +8,6 @@ import os
 import shutil
 from concurrent.futures import as_completed
 
-import numpy as np
 import pytest
 
 from aoe_jax.config.data import DataConfig
@@ -19,8 +17,7 @@ from aoe_jax.data.token_store import TokenStore, saved_tokenizer
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.data.tokenizer import load_tokenizer
 from aoe_jax.errors import MachineFault, Preempted, UserError
-from aoe_jax.storage import retry
-from tests.data.texts import json_lines, texts, write_everything
+from tests.data.texts import json_lines, stored_documents, texts, write_everything
 from tests.runs import contents, damage
 
 SETTINGS = Settings("bpe:300", validation=0.1, test=0.05)
@@ -55,11 +52,8 @@ def prepared(inputs, output, settings=SETTINGS, processes=1):
 
 def stored(directory, split):
     """The documents of a split, decoded."""
-    store, tokenizer = TokenStore(directory, split), load_tokenizer(saved_tokenizer(directory))
-    stream = store.read(0, len(store))
-    ends = np.flatnonzero(stream == store.end_of_text)
-    assert ends[0] == 0 and ends[-1] == len(stream) - 1 and len(ends) == store.documents + 1
-    return [tokenizer.decode(stream[a + 1 : b].tolist()) for a, b in itertools.pairwise(ends)]
+    tokenizer = load_tokenizer(saved_tokenizer(directory))
+    return list(map(tokenizer.decode, stored_documents(directory, split)))
 
 
 def files_of(store):
@@ -122,7 +116,7 @@ def stop(written):
     raise Preempted("preempted")
 
 
-@pytest.mark.parametrize("units", [0, 1, 4])
+@pytest.mark.parametrize("units", [0, 4])
 def test_stopped_preparation_goes_on(inputs, whole, tmp_path, monkeypatch, caplog, units):
     output = tmp_path / "store"
     with pytest.raises(Preempted):
@@ -149,27 +143,20 @@ def test_killed_process_is_a_fault_and_the_preparation_goes_on(
     assert files_of(prepared(inputs, tmp_path / "store")) == files_of(whole)
 
 
-def test_complete_store_is_left_alone(inputs, whole, tmp_path, caplog):
+def test_complete_store_is_left_alone(inputs, whole, caplog):
+    """Other settings are refused."""
     before = contents(whole)
     caplog.set_level("INFO", "aoe_jax")
     prepared(inputs, whole)
-    assert contents(whole) == before and "is complete already" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+    assert "is complete already" in caplog.text
+    for changes, message in (
         ({"tokenizer": "bpe:301"}, r"tokenizer is 'bpe:300' there, 'bpe:301' here"),
         ({"validation": 0.2}, r"validation is 0\.1 there, 0\.2 here"),
         ({"text_field": "body"}, r"text_field is 'text' there, 'body' here"),
-    ],
-)
-def test_other_settings_are_refused(inputs, whole, changes, message):
-    before = contents(whole)
-    settings = dataclasses.replace(SETTINGS, **changes)
-    words = rf"holds a preparation of something else: {message}\. Delete the folder, or"
-    with pytest.raises(UserError, match=words):
-        prepared(inputs, whole, settings)
+    ):
+        words = rf"holds a preparation of something else: {message}\. Delete the folder, or"
+        with pytest.raises(UserError, match=words):
+            prepared(inputs, whole, dataclasses.replace(SETTINGS, **changes))
     assert contents(whole) == before
 
 
@@ -179,17 +166,18 @@ def test_input_that_changes_is_refused(inputs, tmp_path):
     store = prepared(pattern, folder / "store")  # its own files are no input
     before = contents(store)
 
-    def refuses(words):
-        with pytest.raises(UserError, match=rf"--input: .*{words} since the preparation began\."):
+    def refuses(name):
+        words = rf"--input: .*{name} is new, gone or changed since the preparation began\."
+        with pytest.raises(UserError, match=words):
             prepared(pattern, store)
 
     (folder / "new.txt").write_text("new")
-    refuses(r"new\.txt is new")
+    refuses("new.txt")
     (folder / "new.txt").unlink()
     (folder / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes() + b'{"text": "more"}\n')
-    refuses(r"a\.jsonl has changed")
+    refuses("a.jsonl")
     (folder / "a.jsonl").unlink()
-    refuses(r"a\.jsonl is gone")
+    refuses("a.jsonl")
     assert contents(store) == before
 
 
@@ -215,16 +203,9 @@ def test_damaged_shards_are_found(whole, tmp_path, harm):
         words = r"train-00002-00000.* (is missing|has 100 bytes).*; prepare it again with .*, into"
         with pytest.raises(UserError, match=words):
             TokenStore(store, "train")
-
-
-def test_check_notices_another_tokenizer(whole, tmp_path):
-    store = shutil.copytree(whole, tmp_path / "store")
-    shutil.copyfile(LLAMA, store / "tokenizer.model")
-    (store / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"tokenizer\.model is not the tokenizer of this store"):
+    (store / "tokenizer.json").write_bytes((store / "tokenizer.json").read_bytes() + b" ")
+    with pytest.raises(UserError, match=r"tokenizer\.json is not the tokenizer of this store"):
         check(store)
-    with pytest.raises(UserError, match=r"none': no such folder"):
-        check(tmp_path / "none")
 
 
 def test_sentencepiece_model(inputs, tmp_path):
@@ -278,26 +259,6 @@ def test_two_preparations_of_one_folder(inputs, tmp_path, monkeypatch):
 
     interrupted(inputs, tmp_path / "store", monkeypatch, again)
     assert refused
-
-
-def test_full_disk(inputs, whole, tmp_path, monkeypatch):
-    """Each step waits, then ends with a fault; the same call goes on."""
-    monkeypatch.setattr(retry, "retry_seconds", 0.1)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    for step in ("make_plan", "train_tokenizer", "write_manifest"):
-        with monkeypatch.context() as patch:
-            patch.setattr(preparation, step, full)
-            with pytest.raises(MachineFault, match="store cannot be prepared .No space left on"):
-                prepared(inputs, tmp_path / "store")
-    assert files_of(prepared(inputs, tmp_path / "store")) == files_of(whole)
-    monkeypatch.setattr(preparation, "put", full)
-    wanted = r"a\.jsonl \(unit 0 of .*\) cannot be processed \(No space left on device\)"
-    (tmp_path / "store" / "units").mkdir()
-    with pytest.raises(MachineFault, match=wanted):
-        preparation.write_unit(tmp_path / "store", 0)
 
 
 def test_input_that_changes_meanwhile_is_noticed(inputs, tmp_path, monkeypatch):

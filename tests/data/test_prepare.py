@@ -58,12 +58,6 @@ def whole(folder, tmp_path_factory):
     return output
 
 
-def wait_for_units(process, output, count):
-    while len(list((output / "units").glob("*.json"))) < count:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_or_stopped_it_goes_on_where_it_was(folder, whole, tmp_path, number):
     """The processes that it began end with it."""

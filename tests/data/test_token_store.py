@@ -1,8 +1,5 @@
-import errno
-import itertools
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -11,24 +8,16 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from aoe_jax.data import SPLITS, building, token_store
-from aoe_jax.data.building import build_token_store, cached_token_stores
+from aoe_jax.data import SPLITS, building
+from aoe_jax.data.building import Corpus, build_token_store, cached_token_stores
 from aoe_jax.data.corpora import load_corpus
 from aoe_jax.data.token_store import RECORD_TOKENS, TokenStore
 from aoe_jax.data.tokenizer import HuggingFaceTokenizer, load_tokenizer, train_tokenizer
-from aoe_jax.errors import MachineFault, UserError
-from aoe_jax.storage import retry
+from aoe_jax.errors import UserError
+from tests.data.texts import stored_documents
+from tests.runs import ROOT
 
 VOCAB_SIZE = 300
-
-
-def stored_documents(directory, split):
-    """Token lists between the end-of-text tokens of a stream, which must begin and end with one."""
-    store = TokenStore(directory, split)
-    stream = store.read(0, len(store))
-    ends = np.flatnonzero(stream == store.end_of_text)
-    assert ends[0] == 0 and ends[-1] == len(stream) - 1
-    return [stream[a + 1 : b].tolist() for a, b in itertools.pairwise(ends)]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -64,11 +53,9 @@ def test_reads_cross_records_and_shards(text_folder, tmp_path, monkeypatch):
 
 
 def test_batching_does_not_change_the_stream(text_folder, tmp_path, monkeypatch):
-    whole = prepare_text(text_folder, tmp_path / "a")
+    whole = stored_documents(prepare_text(text_folder, tmp_path / "a"), "train")
     monkeypatch.setattr(building, "_BATCH_CHARACTERS", 100)
-    assert stored_documents(prepare_text(text_folder, tmp_path / "b"), "train") == stored_documents(
-        whole, "train"
-    )
+    assert stored_documents(prepare_text(text_folder, tmp_path / "b"), "train") == whole
 
 
 def prepare_text(folder, cache, tokenizer=None):
@@ -105,9 +92,10 @@ def test_large_vocabulary_is_stored_in_32_bits(text_folder, tmp_path):
 
 
 PREPARE = """
-import sys
+import logging, sys
 from aoe_jax.data import building, corpora
 {before}
+logging.basicConfig(level=logging.INFO)
 corpus = corpora.load_corpus("text", sys.argv[1], sys.argv[2])
 print(*building.cached_token_stores([corpus], None, 300, sys.argv[2]))
 """
@@ -150,6 +138,7 @@ def test_processes_that_prepare_at_once_build_one_store(text_folder, tmp_path):
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     assert len({stdout for stdout, _ in outputs}) == 1
+    assert sum("token store: built" in stderr for _, stderr in outputs) == 1
     assert len([path for path in (tmp_path / "tokens").iterdir() if path.is_dir()]) == 1
 
 
@@ -202,34 +191,6 @@ def test_damaged_stores(built, tmp_path, shard, manifest, words):
         store.read(0, len(store))
 
 
-def test_shards_are_read_again_after_a_fault(text_folder, tmp_path, monkeypatch):
-    """A reader that cannot open its file takes it for an empty one."""
-    store = TokenStore(prepare_text(text_folder, tmp_path), "train")
-    monkeypatch.setattr(retry, "_FIRST_PAUSE", 0.01)
-    opened = token_store.ArrayRecordReader
-
-    class Failing:
-        failures = 2
-
-        def __new__(cls, path):
-            cls.failures -= 1
-            return object.__new__(cls) if cls.failures >= 0 else opened(path)
-
-        def ok(self):
-            return False
-
-        def close(self):
-            raise RuntimeError(f"open() failed: {os.strerror(errno.ESTALE)}; opening a shard")
-
-    monkeypatch.setattr(token_store, "ArrayRecordReader", Failing)
-    assert len(store.read(0, 50)) == 50 and Failing.failures < 0
-    token_store._reader.cache_clear()
-    Failing.failures = 10**6
-    monkeypatch.setattr(retry, "retry_seconds", 0.05)
-    with pytest.raises(MachineFault, match=r"cannot be read .*Stale file handle"):
-        store.read(0, 50)
-
-
 def test_few_files_are_open_at_a_time(tmp_path):
     """With more shards than a process may open, some are closed again."""
     code = """
@@ -237,21 +198,19 @@ import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
 from aoe_jax.data import building, token_store
-from aoe_jax.data.building import build_token_store
 from aoe_jax.data.tokenizer import train_tokenizer
-class Corpus:
-    name, fingerprint = "corpus", "1"
-    def documents(self, split):
-        return ["word " * 1000] * (250 if split == "train" else 1)
+from tests.data.texts import corpus_of
 building.RECORDS_PER_SHARD = 1
-build_token_store(Corpus(), train_tokenizer([], 257), Path(sys.argv[1]))
-store = token_store.TokenStore(sys.argv[1], "train")
-assert len(list(Path(sys.argv[1]).glob("train*"))) > 250
+corpus, folder = corpus_of(*["word " * 1000] * 250), Path(sys.argv[1])
+building.build_token_store(corpus, train_tokenizer([], 257), folder)
+store = token_store.TokenStore(folder, "train")
+assert len(list(folder.glob("train*"))) > 250
 for _ in range(2):
     for start in range(0, len(store) - 10, 4096):
         store.read(start, start + 10)
 """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "store")], check=True)
+    command = [sys.executable, "-c", code, str(tmp_path / "store")]
+    subprocess.run(command, check=True, cwd=ROOT)
 
 
 def test_setting_mistakes(text_folder, tmp_path):
@@ -273,12 +232,7 @@ def test_setting_mistakes(text_folder, tmp_path):
 
 
 def test_split_without_text(tmp_path):
-    class NoTest:
-        name, fingerprint = "no_test", "1"
-
-        def documents(self, split):
-            yield from ["some text"] if split != "test" else []
-
+    corpus = Corpus("no_test", "1", lambda split: ["some text"] if split != "test" else [])
     with pytest.raises(UserError, match=r"data.name='no_test': its test split has no text"):
-        build_token_store(NoTest(), train_tokenizer([], 257), tmp_path / "tokens" / "store")
+        build_token_store(corpus, train_tokenizer([], 257), tmp_path / "tokens" / "store")
     assert not any((tmp_path / "tokens").iterdir())

@@ -31,16 +31,18 @@ def encode(tokenizer, text):
     return tokenizer.encode([text])[0].tolist()
 
 
-def test_trained_tokenizer_has_the_size_asked_for_and_every_byte(tmp_path):
+def test_trained_tokenizer(tmp_path):
+    """It has the size asked for and every byte; training repeats itself."""
     tokenizer = train_tokenizer(TEXTS, 262)
-    assert tokenizer.token_count == 262 and tokenizer.end_of_text == 0
+    assert tokenizer.token_count == 262 and tokenizer.end_of_text == 0 and tokenizer.prefix == []
     assert tokenizer.decode(encode(tokenizer, STRANGE)) == STRANGE
     tokenizer.save(tmp_path)
     assert saved_tokenizer(tmp_path) == tmp_path / "tokenizer.json"
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
-    assert (
-        encode(loaded, STRANGE) == encode(tokenizer, STRANGE) and loaded.sha256 == tokenizer.sha256
-    )
+    assert encode(loaded, STRANGE) == encode(tokenizer, STRANGE)
+    assert loaded.sha256 == tokenizer.sha256 == train_tokenizer(TEXTS, 262).sha256
+    assert loaded.sha256 != train_tokenizer(TEXTS, 263).sha256
+    assert 257 < train_tokenizer(TEXTS, 4096).token_count < 300  # there are no more pairs
 
 
 def test_training_does_not_hold_up_signals():
@@ -63,17 +65,6 @@ def test_training_does_not_hold_up_signals():
     finally:
         handled.set()
         signal.signal(signal.SIGALRM, before)
-
-
-def test_training_repeats_itself():
-    assert 257 < train_tokenizer(TEXTS, 4096).token_count < 300  # there are no more pairs
-    assert train_tokenizer(TEXTS, 280).sha256 == train_tokenizer(TEXTS, 280).sha256
-    assert train_tokenizer(TEXTS, 262).sha256 != train_tokenizer(TEXTS, 263).sha256
-
-
-def test_the_name_of_a_special_token_in_a_document_is_text():
-    tokenizer = train_tokenizer(TEXTS, 257)
-    assert 0 not in encode(tokenizer, "a <|endoftext|> b")
 
 
 def trained(tmp_path, change=lambda spec: None, vocab_size=2000):
@@ -115,26 +106,22 @@ def test_dropout_truncation_and_padding_of_a_file_are_off(tmp_path):
     assert encode(load_tokenizer(path), text) == expected
 
 
-@pytest.mark.parametrize("name", ["<|endoftext|>", "</s>", "<|end_of_text|>"])
-def test_end_of_text_names(name):
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 5}, merges=[]))
-    with pytest.raises(UserError, match="no end-of-text token"):
-        HuggingFaceTokenizer(tokenizer.to_str())
-    tokenizer.add_special_tokens([name])
-    assert HuggingFaceTokenizer(tokenizer.to_str()).end_of_text == tokenizer.token_to_id(name)
-
-
-def test_the_end_of_text_is_a_special_token_if_there_is_one():
-    """Gemma has `</s>` as an ordinary token of HTML, and `<eos>`."""
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "</s>": 1}, merges=[]))
-    tokenizer.add_special_tokens(["<eos>"])
+@pytest.mark.parametrize(
+    ("vocabulary", "special", "end_of_text", "token_count"),
+    [
+        ({"a": 0, "b": 5}, "<|endoftext|>", 2, 6),
+        ({"a": 0, "b": 5}, "<|end_of_text|>", 2, 6),
+        ({"</s>": 0, "b": 5}, None, 0, 6),
+        ({"a": 0, "</s>": 1}, "<eos>", 2, 3),  # in Gemma, </s> is an ordinary token of HTML
+    ],
+)
+def test_end_of_text(vocabulary, special, end_of_text, token_count):
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    if special:
+        tokenizer.add_special_tokens([special])
     found = HuggingFaceTokenizer(tokenizer.to_str())
-    assert (found.end_name, found.end_of_text) == ("<eos>", 2)
-
-
-def test_token_count_heeds_gaps():
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={"</s>": 0, "b": 5}, merges=[]))
-    assert HuggingFaceTokenizer(tokenizer.to_str()).token_count == 6
+    assert (found.end_of_text, found.token_count) == (end_of_text, token_count)
+    assert found.end_name == (special or "</s>")
 
 
 def test_any_hugging_face_tokenizer(tmp_path):
@@ -208,15 +195,13 @@ def test_files_that_are_no_tokenizers(tmp_path, content):
 
 def test_special_tokens_before_each_text(tmp_path):
     """The tokenizer knows them, but texts do not get them."""
-    plain = train_tokenizer(TEXTS, 262)
+    plain, file = train_tokenizer(TEXTS, 262), tmp_path / "changed.json"
     plain.save(tmp_path)
-    assert plain.prefix == []
-    file = str(tmp_path / "tokenizer.json")
-    changed = tokenizers.Tokenizer.from_file(file)
+    changed = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     changed.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
-    changed.save(file)
+    changed.save(str(file))
     tokenizer = load_tokenizer(file)
     assert tokenizer.prefix == [0] and encode(tokenizer, "the cat") == encode(plain, "the cat")
 
@@ -224,22 +209,7 @@ def test_special_tokens_before_each_text(tmp_path):
 def test_pieces_of_a_text_have_its_tokens(tmp_path):
     """Where every piece ends with a word; any tokenizer gives the text back."""
     choice = random.Random(0)
-    parts = [
-        " ",
-        "  ",
-        "\n",
-        " \n",
-        "\t",
-        "\r\n",
-        "\x1c",
-        "\u2003",
-        "'s",
-        "'",
-        ".",
-        "1",
-        "Ab",
-        "好",
-    ]
+    parts = [*" \n\t.1'\x1c\u2003好", "  ", " \n", "\r\n", "'s", "Ab"]
     tokenizer = load_tokenizer(trained(tmp_path, vocab_size=600))
     for _ in range(20):
         text = "".join(choice.choices(parts, k=3000)) + " the end" * 100

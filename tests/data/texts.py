@@ -1,11 +1,16 @@
-"""Documents in files of every format."""
+"""Documents in files of every format, and in token stores."""
 
 import gzip
+import itertools
 import json
 import random
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
+
+from aoe_jax.data.building import Corpus
+from aoe_jax.data.token_store import TokenStore
 
 WORDS = ["the", "state", "of", "the", "Union", "größe", "你好", "🚀", "naïve", "1790"]
 SPACED = ["war\n", "peace\t", "  law", "\r\n"]
@@ -67,3 +72,17 @@ def write_everything(folder):
     for i, text in enumerate(parts[4]):
         (folder / "sub" / f"{i}.txt").write_bytes(text.encode())
     return [text for part in parts for text in part]
+
+
+def corpus_of(*documents):
+    """A corpus with the same documents in each split."""
+    return Corpus("documents", "1", lambda split: iter(documents))
+
+
+def stored_documents(directory, split):
+    """Token lists between the end-of-text tokens of a stream, which must begin and end with one."""
+    store = TokenStore(directory, split)
+    stream = store.read(0, len(store))
+    ends = np.flatnonzero(stream == store.end_of_text)
+    assert ends[0] == 0 and ends[-1] == len(stream) - 1 and len(ends) == store.documents + 1
+    return [stream[a + 1 : b].tolist() for a, b in itertools.pairwise(ends)]

@@ -1,7 +1,5 @@
 import json
 import socket
-import threading
-import time
 
 import pytest
 
@@ -9,7 +7,6 @@ from aoe_jax.errors import UserError
 from aoe_jax.storage.files import (
     COUNT,
     TEXT,
-    exclusive,
     new_folder,
     or_none,
     read_json,
@@ -110,25 +107,3 @@ def test_a_new_folder_appears_whole(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="a mistake"), new_folder(tmp_path / "deep" / "store"):
         raise ValueError("a mistake")
     assert names(tmp_path / "deep") == []
-
-
-def test_a_lock_excludes_others(tmp_path):
-    lock_file, order = tmp_path / "deep" / "lock", []
-
-    def other():
-        with exclusive(lock_file):
-            order.append("other")
-
-    thread = threading.Thread(target=other)
-    with exclusive(lock_file):
-        thread.start()
-        time.sleep(0.2)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "other"]
-    (tmp_path / "file").touch()
-    with (
-        pytest.raises(UserError, match="--config.data.cache="),
-        exclusive(tmp_path / "file" / "lock"),
-    ):
-        pass

@@ -81,14 +81,9 @@ def test_no_faults(error):
     assert not is_fault(error) and not is_fault(caused_by(error))
 
 
-def test_statuses():
-    for error in FILLED:
-        assert retry.status_of(error) == retry.status_of(caused_by(error)) == UserError.status
-    assert retry.status_of(HttpError({"code": 503, "message": "x"})) == MachineFault.status
-    assert retry.status_of(ServerDisconnectedError()) == MachineFault.status
-    assert retry.status_of(MachineFault("x")) == MachineFault.status
-    assert retry.status_of(JaxRuntimeError("UNAVAILABLE: a process is lost")) == 1
-    assert retry.status_of(KeyError("x")) == 1
+@pytest.mark.parametrize("error", FILLED, ids=repr)
+def test_the_status_of_a_full_device(error):
+    assert retry.status_of(error) == retry.status_of(caused_by(error)) == UserError.status
 
 
 def test_reason_is_that_of_the_first_cause():
