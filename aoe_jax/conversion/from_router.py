@@ -12,12 +12,10 @@ import numpy as np
 from aoe_jax.config.checks import require, require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
 from aoe_jax.conversion.exporting import in_words, write_figures, write_result
-from aoe_jax.conversion.observations import observations
+from aoe_jax.conversion.observations import calibration_batches, evaluation_on, observations
 from aoe_jax.conversion.scoring_neurons import agreement, in_front, telling_neurons
 from aoe_jax.evaluation.models import load_model, source_config
-from aoe_jax.formats.loading import parameter_shapes
 from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.moe.routing import TopK
 
@@ -56,11 +54,7 @@ def convert(
     converted = _converted(config, d_low, score_neurons, score)
     with new_directory(output) as directory:
         model = load_model(checkpoint, mesh=mesh)
-        step, shapes, (_, read) = (
-            model.step,
-            parameter_shapes(converted),
-            parameters_of(model.params),
-        )
+        step, (_, read) = model.step, parameters_of(model.params)
         if "selection_bias" in model.routing_state:
             log.warning(
                 "the selection bias of loss-free balancing is dropped with the router, because it "
@@ -70,8 +64,8 @@ def convert(
             log.warning(
                 "routing.name='sparsemixer' needs logits around 0; the converted AoE uses 'top_k'"
             )
-        is_calibrated = score_neurons is not None or data is not None
-        if is_calibrated:
+        is_measured = score_neurons is not None or data is not None
+        if is_measured:
             calibration, held_out = calibration_batches(model, checkpoint, data, n_tokens, seed)
         if score_neurons is None:
             report = {"d_low": d_low, "d_wide": converted.experts.d_wide}
@@ -81,20 +75,19 @@ def convert(
             report = {"score_neurons": score_neurons, "score": score}
             form = f"the first {score_neurons} neurons of its experts score"
             parameter = _reordered(read, _observed(model, calibration), score_neurons, score)
-        shapes = parameter_shapes(converted)
-        write_result(directory, checkpoint, step, converted, shapes, parameter)
+        write_result(directory, checkpoint, step, converted, parameter)
         if score_neurons is None:
             report["energy_kept"] = {"mean": float(np.mean(energy)), "layers": energy}
-        if is_calibrated:
+        if is_measured:
             before, observed = evaluation_on(model, held_out).nll, _observed(model, held_out)
             del model, read, parameter  # before another one is loaded
             model = load_model(directory, mesh=mesh)
             experts = model.params["layers"]["experts"]
-            w_score = experts.get("w_gate_down")
-            w_score = experts["w_gate"][..., :score_neurons] if w_score is None else w_score
+            name = "w_gate_down" if score_neurons is None else "w_gate"
+            w_score = experts[name][..., :score_neurons]
             shares, by_chance = agreement(observed, w_score, score)
-            found = {"mean": float(shares.mean()), "layers": shares.tolist(), "chance": by_chance}
-            report |= {"agreement": found}
+            shares = {"mean": float(shares.mean()), "layers": shares.tolist()}
+            report["agreement"] = shares | {"chance": by_chance}
             report["nll"] = {"before": before, "after": evaluation_on(model, held_out).nll}
         result = f"the router is gone, and {form}; {convert_summary(report)}"
         write_figures(directory, checkpoint, step, converted, "convert", report, result)

@@ -32,11 +32,11 @@ from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.checks import require, require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
 from aoe_jax.conversion.exporting import in_words, write_figures, write_result
+from aoe_jax.conversion.observations import evaluation_on
 from aoe_jax.conversion.scoring_neurons import in_front
-from aoe_jax.evaluation.models import load_model, source_config
-from aoe_jax.formats.loading import is_of_run, parameter_shapes
+from aoe_jax.evaluation.models import corpus_of, first_batches, load_model, source_config
+from aoe_jax.formats.loading import is_of_run
 from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.moe.routing import TopK
 
@@ -142,10 +142,11 @@ def upcycle(
     with new_directory(output) as directory:
         model = load_model(checkpoint, mesh=mesh)
         if is_measured:
-            _, held_out = calibration_batches(model, checkpoint, data, n_tokens, form.seed)
+            corpus = corpus_of(model, checkpoint, data)
+            held_out = first_batches(model, corpus.validation.values(), n_tokens)
             before = evaluation_on(model, held_out).nll
         step, parameter = model.step, _upcycled(parameters_of(model.params)[1], form)
-        write_result(directory, checkpoint, step, config, parameter_shapes(config), parameter)
+        write_result(directory, checkpoint, step, config, parameter)
         del model, parameter  # before another one is loaded
         if is_measured:
             after = evaluation_on(load_model(directory, mesh=mesh), held_out).nll

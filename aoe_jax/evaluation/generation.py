@@ -92,7 +92,7 @@ class Generator:
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
-        max_tokens: int | Sequence[int],
+        max_tokens: int,
         sampling: Sampling = Sampling(temperature=0.0),
         seed: int = 0,
         chunk: int = 16,
@@ -100,32 +100,33 @@ class Generator:
     ) -> Iterator[list[list[int]]]:
         """Continues prompts, lists of token ids, as one batch, and yields the next tokens of each.
 
-        A continuation ends before one of `Model.ends`, after `max_tokens` (for all prompts, or for
-        each), or where `is_done(continuation so far)` is true after a `chunk` of tokens. Draws
-        depend on the seed, the prompt and its place among the prompts, not on the other prompts.
-        Raises `UserError` if a prompt is empty, or it and its tokens exceed the model's length.
+        A continuation ends before one of `Model.ends`, after `max_tokens`, or where
+        `is_done(continuation so far)` is true after a `chunk` of tokens. Draws depend on the seed,
+        the prompt and its place among the prompts, not on the other prompts. Raises `UserError` if
+        a prompt is empty, or it and its tokens exceed the model's length.
         """
-        if not len(prompts):
+        if not prompts:
             return
-        # Rows are added so that the mesh divides the batch.
-        n_rows = multiple(len(prompts), self._model.batch_shards)
+        longest = self._model.config.model.max_len
+        for number, prompt in enumerate(prompts):
+            if not prompt:
+                wanted = f"begin a text with the token {self._model.start}"
+                raise UserError(f"prompt {number} is empty; {wanted}")
+            if len(prompt) + max_tokens > longest:
+                raise UserError(
+                    f"prompt {number} has {len(prompt)} tokens; with {max_tokens} more it is "
+                    f"longer than the model's length, model.max_len={longest}"
+                )
+        # Rows are added so that few shapes are compiled, and the mesh divides the batch.
+        n_rows = 2 ** math.ceil(math.log2(len(prompts)))
+        n_rows = multiple(n_rows, self._model.batch_shards)
         lengths, left = np.ones(n_rows, np.int32), np.zeros(n_rows, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
         left[: len(prompts)] = max_tokens
-        longest = self._model.config.model.max_len
-        for number, (length, limit) in enumerate(zip(lengths.tolist(), left.tolist(), strict=True)):
-            if not length:
-                wanted = f"begin a text with the token {self._model.start}"
-                raise UserError(f"prompt {number} is empty; {wanted}")
-            if length + limit > longest:
-                raise UserError(
-                    f"prompt {number} has {length} tokens; with {limit} more it is longer than the "
-                    f"model's length, model.max_len={longest}"
-                )
         tokens = np.zeros((n_rows, multiple(int(lengths.max()), LENGTH_MULTIPLE)), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
-        places = multiple(int((lengths + left).max()), LENGTH_MULTIPLE)
+        places = multiple(int(lengths.max()) + max_tokens, LENGTH_MULTIPLE)
         arrays = map(self._put, (tokens, lengths, np.arange(n_rows)))
         weights = self._model.by_layer, self._model.routing_state
         with jax.set_mesh(self._model.mesh):

@@ -43,7 +43,7 @@ class Scorer:
         self._score_texts = compiled(partial(_score_texts, decoder))
         self._score_choices = compiled(partial(_score_choices, decoder))
 
-    def __call__(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], progress=True):
+    def __call__(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]):
         """Scores pairs of token ids `(context, continuation)`; a context has at least one token.
 
         A text that exceeds the model's length loses its first tokens. A long context of several
@@ -55,15 +55,13 @@ class Scorer:
         """
         max_len, texts, results = self._model.config.model.max_len, [], {}
         for context, continuation in requests:
-            if not len(context):
-                raise ValueError("a context has one token at least, such as the end-of-text token")
             if len(continuation) > max_len:
                 wanted = f"a continuation has {len(continuation)} tokens; cut it into several"
                 raise UserError(f"model.max_len={max_len}: {wanted}")
             kept = max_len + 1 - len(continuation)
             texts.append((tuple(context[-kept:]), tuple(continuation)))
-        hidden = not progress or not texts
-        with tqdm(total=len(texts), desc="scoring", unit="text", disable=hidden) as bar:
+        settings = {"unit": "text", "leave": False, "disable": jax.process_index() > 0}
+        with tqdm(total=len(texts), desc="scoring", **settings) as bar:
             for numbers, scores in self._scored(texts):
                 results |= zip(numbers, scores, strict=True)
                 bar.update(len(numbers))

@@ -47,7 +47,7 @@ def router_model():
 
 @functools.cache
 def adapter():
-    return HarnessModel(router_model(), progress=False)
+    return HarnessModel(router_model())
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_log_likelihoods_are_those_of_the_hf_backend(tmp_path, kind):
     write_model(directory, values, *parameters_of(model.params))
     settings = {"device": "cpu", "dtype": "float32", "batch_size": 4, "trust_remote_code": True}
     theirs = HFLM(str(directory), backend="causal", **settings)
-    models = HarnessModel(model, progress=False), theirs
+    models = HarnessModel(model), theirs
     ours, theirs = (ask(lm, "loglikelihood", *PAIRS) for lm in models)
     scores = ([score for score, _ in answers] for answers in (ours, theirs))
     np.testing.assert_allclose(*scores, atol=1e-3)
@@ -113,7 +113,7 @@ def test_a_continuation_that_merges_into_the_context_is_scored_by_itself():
 
 def test_special_tokens_of_the_tokenizer_come_first():
     model, encode = router_model(), adapter().tok_encode
-    lm = HarnessModel(dataclasses.replace(model, start=299, prefix=[299]), progress=False)
+    lm = HarnessModel(dataclasses.replace(model, start=299, prefix=[299]))
     assert lm.tok_encode("the cat") == [299, *encode("the cat")]
     assert lm.tok_encode("the cat", add_special_tokens=False) == encode("the cat")
     ((score, _),) = ask(lm, "loglikelihood", ("the", " cat"))

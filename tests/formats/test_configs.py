@@ -208,7 +208,6 @@ REFUSED = [
         changed(rope_scaling=ROPE | {"short_factor": [1.0], "long_factor": [1.0]}),
         "config.model.rope_factors=(1.0,): must be 8 numbers",
     ),
-    (changed(rope_parameters={"rope_theta": 5.0}), "rope_theta is 5.0 and 10000.0"),
     (changed(rope_theta=float("inf"), rope_parameters="removed"), "config.model.rope_base=inf"),
     (changed(rope_parameters={"full": {"rope_theta": 5.0}}), "only one setting for all layers"),
     (changed(partial_rotary_factor=0.5), "partial_rotary_factor"),
@@ -229,9 +228,9 @@ def test_refused_by_name(values, words, tmp_path):
 
 WITHOUT_CLASS = {  # the words that the log must have, and the model
     "routing.name='top_p'": {"routing__name": "top_p"},
-    "LlamaForCausalLM has no model.qkv_bias=True": VARIANTS["dense, biases"][1],
-    "MixtralForCausalLM has no model.attention_bias=True": VARIANTS["router, biases"][1],
-    "MixtralForCausalLM has no selection_bias=True": router("", balance__bias_rate=0.01)[1],
+    "LlamaForCausalLM lacks model.qkv_bias=True": VARIANTS["dense, biases"][1],
+    "MixtralForCausalLM lacks model.attention_bias=True": VARIANTS["router, biases"][1],
+    "MixtralForCausalLM lacks selection_bias=True": router("", balance__bias_rate=0.01)[1],
 }
 
 
