@@ -55,6 +55,9 @@ MISTAKES = [
     (["--max_tokens=0"], "--max_tokens=0: must be 1"),
     (["--max_tokens=2147483647"], "with 2147483647 more it is longer"),
     (["--temperature=0", "--top_k=5"], "--temperature=0.*leave --top_k"),
+    (["--temperature=-1"], r"--temperature=-1\.0: must be 0"),
+    (["--top_k=0"], "--top_k=0: must be 1"),
+    (["--top_p=1.5"], r"--top_p=1\.5: must be above 0"),
     (["--workdir=/nowhere"], "/nowhere"),
     ([], "expert_choice': cannot decode token by token"),
 ]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.errors import UserError
 from aoe_jax.evaluation.generation import Generator, Sampling, draw
 from aoe_jax.model.decoder import Decoder
 from tests.evaluation.models import make_config, make_model, sharpened
@@ -183,27 +182,3 @@ def test_draws_have_the_probabilities_asked_for():
     ]:
         wanted = np.array(shares) / sum(shares)
         np.testing.assert_allclose(frequencies(**settings), wanted, atol=0.015)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"temperature": -1.0}, r"--temperature=-1\.0: must be 0"),
-        ({"top_k": 0}, "--top_k=0: must be 1"),
-        ({"top_p": 1.5}, r"--top_p=1\.5: must be above 0"),
-        ({"temperature": 0.0, "top_k": 3}, "--temperature=0 takes the likeliest token"),
-    ],
-)
-def test_mistakes_in_sampling(settings, message):
-    with pytest.raises(UserError, match=message):
-        Sampling(**settings)
-
-
-def test_mistakes_in_prompts():
-    with pytest.raises(UserError, match="prompt 1 is empty"):
-        generator().generate([[3], []], 4)
-    too_long = r"prompt 0 has 120 tokens; with 9 more .*model\.max_len=128"
-    with pytest.raises(UserError, match=too_long):
-        generator().generate([[1] * 120], 9)
-    with pytest.raises(UserError, match="expert_choice': cannot decode token by token"):
-        Generator(model("aoe", routing__name="expert_choice"))
