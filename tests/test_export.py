@@ -23,7 +23,6 @@ from tests.runs import (
     as_read_from,
     contents,
     corpus_store,
-    fine_tuned,
     finished_run,
     kind_config,
     kind_run,
@@ -123,18 +122,6 @@ def test_parameters_that_are_not_finite(tmp_path):
     edit(directory, **{name: np.full((32, 32), np.nan, np.float32)})
     with pytest.raises(DivergedError, match="the parameter layers/attention/v has values that are"):
         load_model(directory)
-
-
-@pytest.mark.slow
-def test_training_starts_from_a_model(tmp_path):
-    """The configuration of the model gives the shape and the tokenizer."""
-    changes = {"train.steps": 2, "train.warmup": 0.5}
-    status, _, stderr = run(fine_tuned(exported()["aoe"], tmp_path / "run", **changes))
-    assert status == 0, stderr
-    folders = finished_run(), tmp_path / "run"
-    before, after = (read_metrics(folder)[1][-1]["validation_nll"] for folder in folders)
-    drawn = read_metrics(finished_run())[0][0]["nll"]
-    assert abs(after - before) < 0.1 < drawn - before
 
 
 EXPORT = ["aoe_jax.export", "--workdir={run}", "--output={here}/model"]

@@ -78,14 +78,6 @@ def test_a_pruned_model_is_evaluated(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_pruned_model_is_trained(tmp_path):
-    status, _, stderr = run(fine_tuned(pruned()[0], tmp_path / "run"))
-    assert status == 0, stderr
-    nll = json.loads((pruned()[0] / "prune.json").read_text())["nll"]
-    assert read_metrics(tmp_path / "run")[1][-1]["validation_nll"] < nll["after"]
-
-
-@pytest.mark.slow
 def test_a_router_is_trained_alone(tmp_path):
     """All other parameters are bit for bit those of the pruned model."""
     directory, router = tmp_path / "model", kind_run("router")[0]

@@ -114,16 +114,21 @@ def _observed(model, batches):
     return tuple(np.concatenate(arrays, axis=1) for arrays in of_batches)
 
 
-def _factorised(read, d_low, energy):
-    """A function for `write_model`, which factorises gates, and appends the energy that the
-    factors of a layer's experts keep.
+def _factorised(read, rank, energy):
+    """A function for `write_model`, which factorises gates `[n, d, f]` by a truncated singular
+    value decomposition `U S V^T` in float32: `w_gate_down = U_r S_r [n, d, r]` and
+    `w_gate_up = V_r^T [n, r, f]`. It appends to `energy` the shares of the squares that the factors
+    of a layer's experts keep. `|x w_gate_down|` is the norm of the kept part of `x w_gate`.
     """
 
     @functools.lru_cache(maxsize=1)
     def factors(layer):
         w_gate = read(_GATE, layer)
-        *matrices, kept = _factorise(w_gate, d_low)
+        u, s, v = np.linalg.svd(w_gate.astype(np.float32), full_matrices=False)
+        squares = s.astype(np.float64) ** 2
+        kept = squares[:, :rank].sum(axis=1) / np.maximum(squares.sum(axis=1), 1e-300)
         energy.append(kept.tolist())
+        matrices = u[..., :rank] * s[:, None, :rank], v[:, :rank]
         return {path: a.astype(w_gate.dtype) for path, a in zip(_FACTORS, matrices, strict=True)}
 
     def parameter(path, layer):
@@ -175,16 +180,3 @@ def _converted(config: Config, d_low, score_neurons, score):
         train=dataclasses.replace(config.train, router_steps=0, scoring_rate=1.0),
         mesh=MeshConfig(),
     )
-
-
-def _factorise(w_gate, rank):
-    """Truncated singular value decompositions of `w_gate [n, d, f]`, `U S V^T`, in float32.
-
-    Returns `w_gate_down = U_r S_r [n, d, r]`, `w_gate_up = V_r^T [n, r, f]` and the share of the
-    squares that each expert keeps, `[n]`. `|x w_gate_down|` is the norm of the kept part of
-    `x w_gate`.
-    """
-    u, s, v = np.linalg.svd(w_gate.astype(np.float32), full_matrices=False)
-    squares = s.astype(np.float64) ** 2
-    kept = squares[:, :rank].sum(axis=1) / np.maximum(squares.sum(axis=1), 1e-300)
-    return u[..., :rank] * s[:, None, :rank], v[:, :rank], kept

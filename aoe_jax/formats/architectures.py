@@ -282,18 +282,6 @@ ARCHITECTURES = {
 }
 
 
-# Why the models of an architecture cannot be expressed here.
-_LATENT = "its attention is multi-head latent attention"
-NOT_IMPLEMENTED = {
-    "gpt_oss": (
-        "its experts and its router have biases, its SwiGLU is clamped, and its attention has "
-        "sinks and windows in every second layer"
-    ),
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
-}
-
-
 class Layout:
     """How the tensors of a row of a table store a parameter of known shape.
 

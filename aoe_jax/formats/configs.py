@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from aoe_jax.config.checks import differences
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, shown
-from aoe_jax.formats.architectures import ARCHITECTURES, NOT_IMPLEMENTED, OWN
+from aoe_jax.formats.architectures import ARCHITECTURES, OWN
 from aoe_jax.storage.files import COUNT, NUMBER
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,6 @@ def from_json(values: dict):
         take = "`python -m aoe_jax.export` takes the model out of a training run"
         raise UserError(f"it has no model_type; {take}")
     _check(isinstance(name, str), "model_type", name, f"is no text; {known}")
-    reason = NOT_IMPLEMENTED.get(name)
-    _check(not reason, "model_type", name, f"is not implemented: {reason}")
     _check(name in ARCHITECTURES, "model_type", name, f"is unknown; {known}")
     groups = Config().to_dict() | {"routing": {}}
     has_groups = name == OWN and "hidden_size" not in values

@@ -59,6 +59,9 @@ def test_a_text_is_a_stream_of_tokens():
 )
 def test_bad_files(tmp_path, content, message):
     file = tmp_path / "a.txt"
+    file.write_text("a cat\n\nsat")
+    assert read_text(file) == "a cat\n\nsat"
+    file.unlink()
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError, match=f"--text={file}: {message}"):

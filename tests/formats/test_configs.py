@@ -159,8 +159,6 @@ def own(**groups):
 
 REFUSED = [
     (changed(model_type="gpt2"), "model_type='gpt2' is unknown; known are mixtral, olmoe, qwen2_m"),
-    ({"model_type": "gpt_oss"}, f"model_type='gpt_oss' {NO}: its experts and its router have bias"),
-    ({"model_type": "deepseek_v3"}, f"model_type='deepseek_v3' {NO}: its attention is multi-head"),
     (DOTS | {"first_k_dense_replace": 2}, "replace=2 must be a whole number below num_hidden_la"),
     (DOTS | {"n_shared_experts": None}, "n_shared_experts=None must be"),
     (DOTS | {"moe_layer_freq": 2}, f"moe_layer_freq=2 {NO}; only 1 is"),

@@ -14,10 +14,9 @@ from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats import tensor_files
-from aoe_jax.formats.loading import load_params, read_config
-from aoe_jax.sharding import fill_mesh, make_mesh
+from aoe_jax.formats.loading import read_config
 from configs import finetune
-from tests.formats.test_writing import written
+from tests.formats.test_writing import loaded, written
 from tests.runs import finish, start, tiny_config
 
 pytestmark = pytest.mark.usefixtures("ragged")
@@ -32,9 +31,7 @@ ROUTER = tiny_config(experts__kind="router", experts__d_ffn=24)
 
 
 def load(directory, dtype=None):
-    config = fill_mesh(read_config(directory), 1)
-    mesh = make_mesh(config, jax.devices()[:1])
-    return load_params(directory, config, mesh, dtype)[0]
+    return loaded(directory, dtype)[0]
 
 
 def change_config(directory, **changes):
