@@ -33,9 +33,9 @@ def export(workdir: Path, output: Path, step="newest", dtype="float32"):
 
 
 def write_result(directory: Path, source: Path, step, config: Config, parameter, state=None):
-    """Writes a model that was made from the one in `source`, with that one's tokenizer and run.
-    `parameter` is that of `write_model`, `state` is the routing state by name, and `step` is the
-    run's, or None.
+    """Writes a model that was made from the one in `source`, with the tokenizer and the run there.
+    `step` is the run's, or None, `parameter` a function for `write_model`, and `state` the routing
+    state by name.
     """
     state = state or {}
     values = to_json(config, state) | write_tokenizer(source, directory, config.model.max_len)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.contrast import Contrast, contrasted, strong_and_weak
 from aoe_jax.evaluation.models import Model, multiple
@@ -26,21 +25,11 @@ LENGTH_MULTIPLE = 64  # prompts and caches are padded to it, so that few shapes 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; raises `UserError` for a value out of range."""
+    """Settings of the draw of the next token."""
 
     temperature: float = 1.0  # of the softmax; 0: the likeliest token
     top_k: int | None = None  # draw among this many likeliest tokens
     top_p: float | None = None  # draw among the fewest that reach this probability (1904.09751)
-
-    def __post_init__(self):
-        t, k, p = self.temperature, self.top_k, self.top_p
-        wanted = "must be 0 (the likeliest token) or greater"
-        require_flag(0 <= t < math.inf, "temperature", t, wanted)
-        require_flag(k is None or k >= 1, "top_k", k, "must be 1 or greater")
-        require_flag(p is None or 0 < p <= 1, "top_p", p, "must be above 0 and at most 1")
-        if t == 0 and (k or p):
-            wanted = "takes the likeliest token: leave --top_k and --top_p out"
-            raise UserError(f"--temperature=0 {wanted}")
 
 
 def draw(logits, keys, sampling: Sampling):

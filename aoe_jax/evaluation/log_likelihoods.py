@@ -31,7 +31,7 @@ class Scorer:
     """Scores continuations of contexts; keeps the compiled programs, one for each shape."""
 
     def __init__(self, model: Model, batch_tokens=BATCH_TOKENS):
-        """`batch_tokens` is about how many tokens a batch has; raises as `check_decodes` does."""
+        """`batch_tokens` is the approximate size of a batch. Raises as `check_decodes` does."""
         check_decodes(model.decoder, by_token=False)
         self._model, self._batch_tokens = model, batch_tokens
         causality = model.decoder.routing.causality(model.decoder.experts)
@@ -133,9 +133,7 @@ def _texts_arrays(texts, rows, length):
 
 
 def _batch_arrays(texts, n_contexts, n, length, end):
-    """The batch of `_score_choices` for `(context, continuation)` texts, N for each context; with
-    `end` 0 that of `_score_texts`.
-    """
+    """The batch of `_score_choices`, N texts a context, or of `_score_texts` if `end` is 0."""
     if not end:
         return _texts_arrays(texts, n_contexts, length)
     contexts, known = np.zeros((n_contexts, length), np.int32), np.zeros((n_contexts, length), bool)
@@ -165,7 +163,6 @@ def _score_choices(decoder, params, routing_state, batch):
 
     A batch has `contexts [C, P]` int32 without their last tokens, `known [C, P]` bool, false for
     padding, and `inputs`, `targets` and `wanted` `[C N, S]` from the last token of a context on.
-    The parameters are `decoding.unstacked`.
     """
     n_contexts, length = batch["contexts"].shape
     n_rows, end = batch["inputs"].shape

@@ -63,7 +63,7 @@ class Model:
 
     @property
     def batch_shards(self):
-        """Over how many devices the mesh splits a batch."""
+        """The number of parts into which the mesh splits a batch."""
         return math.prod(self.mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
 
     @property
@@ -221,7 +221,7 @@ def on_devices_here(config, axes=None):
 
 
 def mesh_axes(text):
-    """Parses `--mesh`, such as `fsdp=4,expert=2`; None for None. Raises `UserError`."""
+    """The axes in `--mesh`, such as `fsdp=4,expert=2`, by name. Raises `UserError`."""
     if text is None:
         return None
     form = re.compile(rf"({'|'.join(sharding.MESH_AXES)})=([1-9][0-9]{{0,8}})")

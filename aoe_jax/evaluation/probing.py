@@ -76,7 +76,7 @@ def by_norm(node, norm):
 class ProbeRouter(Method):
     """Top-k of other scores than the router's logits.
 
-    Its record `agreement []` is the mean share of a token's experts that the router would choose.
+    The record `agreement []` is the mean share of a token's experts that the router would choose.
     """
 
     name = "probe"
