@@ -34,11 +34,9 @@ VARIANTS = {
     "router, untied": router("mixtral", model__tie_embeddings=False),
     "router, grouped queries": router("mixtral", model__n_kv_heads=1, model__rope_base=1e6),
     "router, over all": router("aoe", routing__norm_topk_prob=False),
-    "router, top_p": router("aoe", routing__name="top_p"),
     "router, ranked": router("aoe", routing__name="ranked", routing__ranks=(1, 3)),
     "router, factorised": router("aoe", experts__factorised_gate=True),
     "router, large": router("aoe", experts__large_router=True),
-    "router, expert choice": router("aoe", routing__name="expert_choice"),
     "router, da_moe": router(
         "aoe", routing__name="da_moe", experts__top_k=3, routing__reduce="max"
     ),
@@ -83,7 +81,6 @@ VARIANTS = {
     "dense, biases": ("aoe", {"experts__kind": "dense", "model__qkv_bias": True}),
     "capacity": ("aoe", {"experts__kind": "capacity", "routing__capacity_factor": 1.25}),
     "uoe": ("aoe", {"experts__kind": "uoe", "experts__top_k": 3}),
-    "threshold": ("aoe", {"routing__name": "threshold", "routing__weights": "relative"}),
     "smear, longer than a window": (
         "aoe",
         {"experts__kind": "smear", "routing__segment": 1500, "balance__aux_weight": 0.0}
