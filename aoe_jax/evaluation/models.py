@@ -221,7 +221,7 @@ def on_devices_here(config, axes=None):
 
 
 def mesh_axes(text):
-    """The axes in `--mesh`, such as `fsdp=4,expert=2`, by name. Raises `UserError`."""
+    """Parses `--mesh`, such as `fsdp=4,expert=2`, if it is given. Raises `UserError`."""
     if text is None:
         return None
     form = re.compile(rf"({'|'.join(sharding.MESH_AXES)})=([1-9][0-9]{{0,8}})")
