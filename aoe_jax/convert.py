@@ -16,7 +16,6 @@ from functools import partial
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from aoe_jax.storage.paths import local_copy
 
@@ -26,8 +25,8 @@ _D_LOW = flags.DEFINE_integer("d_low", None, "the rank of every expert's factori
 _NEURONS = flags.DEFINE_integer("score_neurons", None, "neurons of a whole gate that score", 1)
 _SCORE = flags.DEFINE_enum("score", "norm", ["norm", "max"], "score of these neurons")
 _UPCYCLE = flags.DEFINE_enum("upcycle", None, ["moe", "aoe"], "result of a dense model")
-_EXPERTS = flags.DEFINE_integer("experts", None, "experts of an upcycled layer", 2)
-_TOP_K = flags.DEFINE_integer("top_k", None, "experts of a token in an upcycled model", 1)
+_EXPERTS = flags.DEFINE_integer("experts", None, "the number of experts of an upcycled layer", 2)
+_TOP_K = flags.DEFINE_integer("top_k", None, "the experts per token of an upcycled model", 1)
 _GRANULARITY = flags.DEFINE_integer("granularity", 1, "pieces of the dense layer", 1)
 _NOISE = flags.DEFINE_float(
     "noise", 0.0, "standard deviation of the noise in experts, relative to that of the matrix", 0.0
@@ -42,27 +41,33 @@ def main():
     checkpoint = local_copy(cli.path_of(_CHECKPOINT, in_store=True))
     output = cli.path_of(_OUTPUT, in_store=True)
     measured = {"data": _DATA.value, "n_tokens": _TOKENS.value, "mesh": _MESH.value}
-    is_whole, is_aoe = _NEURONS.value is not None, _UPCYCLE.value == "aoe"
+    is_whole = _NEURONS.value is not None
     if not is_whole:
         cli.refuse("belongs to --score_neurons", _SCORE)
     if not _UPCYCLE.value:
         if is_whole == (_D_LOW.value is not None):
             raise UserError("--score_neurons and --d_low: give one of them, or --upcycle")
         cli.refuse("belongs to --upcycle", _EXPERTS, _TOP_K, _GRANULARITY, _NOISE)
+        if not is_whole and not _DATA.value:
+            cli.refuse("belongs to --score_neurons or --data", _TOKENS, _SEED)
         from aoe_jax.conversion.from_router import convert, convert_summary  # starts JAX
 
         form = (_D_LOW.value, _NEURONS.value, _SCORE.value)
         summary = convert_summary(convert(checkpoint, output, *form, seed=_SEED.value, **measured))
     else:
-        require_flag(_D_LOW.value is None, "d_low", _D_LOW.value, "gates stay whole with --upcycle")
-        for flag in (_EXPERTS, _TOP_K):
-            require_flag(flag.value is not None, flag.name, flag.value, "--upcycle needs it")
-        wanted = "--upcycle=aoe needs it" if is_aoe else "belongs to --upcycle=aoe"
-        require_flag(is_whole == is_aoe, "score_neurons", _NEURONS.value, wanted)
+        cli.refuse("gates stay whole with --upcycle", _D_LOW)
+        if _UPCYCLE.value == "moe":
+            cli.refuse("belongs to --upcycle=aoe", _NEURONS)
+        elif not _NOISE.value:
+            cli.refuse("belongs to --noise or --upcycle=moe", _SEED)
         from aoe_jax.conversion.upcycling import Upcycling, upcycle, upcycle_summary  # starts JAX
+        from aoe_jax.formats.loading import is_of_run
 
-        sizes = (_UPCYCLE.value, _EXPERTS.value, _TOP_K.value, _GRANULARITY.value)
-        form = Upcycling(*sizes, _NEURONS.value, _SCORE.value, _NOISE.value, _SEED.value)
+        if not _DATA.value and not is_of_run(checkpoint):
+            cli.refuse("belongs to --data or the model of a run", _TOKENS)
+        sizes = (cli.required(_EXPERTS), cli.required(_TOP_K), _GRANULARITY.value)
+        scoring = (_NEURONS.value, _SCORE.value)
+        form = Upcycling(_UPCYCLE.value, *sizes, *scoring, _NOISE.value, _SEED.value)
         summary = upcycle_summary(upcycle(checkpoint, output, form, **measured))
     print(f"{summary}; wrote {output}")
 

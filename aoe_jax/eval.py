@@ -14,10 +14,10 @@ from aoe_jax import cli, distributed
 from aoe_jax.config.checks import require_flag
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a training run, or of a model")
-_SPLIT = flags.DEFINE_string("split", "test", "validation or test, also of speech tasks")
+_SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "the held-out split")
 _STEP = flags.DEFINE_string("step", "newest", "checkpoint: newest, best (nll) or a number of steps")
 _MESH = cli.define_mesh_flag()
-_TASKS = flags.DEFINE_list("tasks", None, "tasks of lm-eval, speeches_cloze and speeches_choice")
+_TASKS = flags.DEFINE_list("tasks", None, "tasks of lm-eval")
 _TEXT = flags.DEFINE_string("text", None, "a text file, or task:NAME for the prompts of a task")
 _FEWSHOT = flags.DEFINE_integer("fewshot", None, "examples in a prompt; default: the paper's", 0)
 _LIMIT = flags.DEFINE_integer("limit", None, "examples of each task, the first; default: all", 1)
@@ -31,17 +31,15 @@ def main():
     require_flag(not (_TASKS.value and text), "text", text, "give it without --tasks")
     if not _TASKS.value and not text.startswith("task:"):
         cli.refuse("belongs to --tasks or --text=task:NAME", _FEWSHOT, _LIMIT, _DATA)
-    if text and not text.startswith("task:"):
-        cli.refuse("belongs to the evaluation on a split; leave out --text", _SPLIT)
     if _TASKS.value or text:
-        cli.refuse("belongs to the evaluation on a split; leave out --tasks and --text", _CORPORA)
+        wanted = "belongs to the evaluation on a split; leave out --tasks and --text"
+        cli.refuse(wanted, _SPLIT, _CORPORA)
     distributed.start()
     model = {"step": _STEP.value, "mesh": _MESH.value}
     settings = {
         "limit": _LIMIT.value,
         "fewshot": _FEWSHOT.value,
         "data": _DATA.value and cli.path_of(_DATA),
-        "split": _SPLIT.value,
     }
     if _TASKS.value:
         from aoe_jax.evaluation.tasks import evaluate_tasks

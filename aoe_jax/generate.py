@@ -12,28 +12,32 @@ from functools import partial
 from absl import flags
 
 from aoe_jax import cli, distributed
-from aoe_jax.config.checks import require_flag
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a training run, or of a model")
 _STEP = flags.DEFINE_string("step", "newest", "checkpoint: newest, best (nll) or a number of steps")
 _MESH = cli.define_mesh_flag()
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "a text to continue; empty: begins a new text")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "how many tokens to add at most")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "of the softmax; 0: the likeliest token")
-_TOP_K = flags.DEFINE_integer("top_k", None, "draw among this many likeliest tokens")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "how many tokens to add at most", 1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "of the softmax; 0: the likeliest token", 0.0)
+_TOP_K = flags.DEFINE_integer("top_k", None, "draw among this many likeliest tokens", 1)
 _TOP_P = flags.DEFINE_float(
-    "top_p", None, "draw among the likeliest tokens of this total probability"
+    "top_p", None, "draw among the likeliest tokens of this total probability", 0.0, 1.0
 )
-_CONTRAST = flags.DEFINE_float("contrast", None, "beta of self-contrast, such as 0.5")
-_ALPHA = flags.DEFINE_float("alpha", 0.1, "with --contrast: a token's least relative probability")
-_STRONG_K = flags.DEFINE_integer("strong_k", None, "with --contrast: K of the strong pass")
-_WEAK_RANK = flags.DEFINE_integer("weak_rank", 2, "with --contrast: rank of the weak pass's expert")
+_CONTRAST = flags.DEFINE_float("contrast", None, "beta of self-contrast, such as 0.5", 0.0)
+_ALPHA = flags.DEFINE_float(
+    "alpha", 0.1, "with --contrast: a token's least relative probability", 0.0, 1.0
+)
+_STRONG_K = flags.DEFINE_integer("strong_k", None, "with --contrast: K of the strong pass", 1)
+_WEAK_RANK = flags.DEFINE_integer(
+    "weak_rank", 2, "with --contrast: rank of the weak pass's expert", 1
+)
 _SEED = flags.DEFINE_integer("seed", 0, "of the draws", 0)
 
 
 def main():
     workdir = cli.path_of(_WORKDIR, in_store=True)
-    require_flag(_MAX_TOKENS.value >= 1, "max_tokens", _MAX_TOKENS.value, "must be 1 or greater")
+    if _TEMPERATURE.value == 0:
+        cli.refuse("has no effect with --temperature=0; leave it out", _TOP_K, _TOP_P)
     distributed.start()
     import jax
 

@@ -12,22 +12,18 @@ from functools import partial
 from absl import flags
 
 from aoe_jax import cli, distributed
-from aoe_jax.config.checks import require_flag
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "the directory of a model or a training run")
 _STEP = flags.DEFINE_string("step", "newest", "checkpoint: newest, best (nll) or a number of steps")
 _MESH = cli.define_mesh_flag()
 _TEXT = flags.DEFINE_string("text", None, "a text file; default: the --split of the run's corpus")
 _CORPORA = flags.DEFINE_string("data", None, "corpora, written like data.name; default: the run's")
-_SPLIT = flags.DEFINE_string("split", "validation", "validation or test, also of speech tasks")
-_TOKENS = flags.DEFINE_integer("tokens", 100_000, "about how many tokens, the first ones", 1)
-_TASKS = flags.DEFINE_list("tasks", None, "tasks of lm-eval, speeches_cloze and speeches_choice")
+_SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "test"], "the held-out split")
+_TOKENS = flags.DEFINE_integer("tokens", 100_000, "first tokens of each corpus", 1)
+_TASKS = flags.DEFINE_list("tasks", None, "tasks of lm-eval")
 _FEWSHOT = flags.DEFINE_integer("fewshot", None, "examples in a prompt; default: the paper's", 0)
 _LIMIT = flags.DEFINE_integer("limit", None, "examples of each task, the first; default: all", 1)
 _DATA = flags.DEFINE_string("tasks-data", None, "a folder of TASK/SPLIT.jsonl, not the hub's data")
-_NEURONS = flags.DEFINE_integer(
-    "score_neurons", None, "also probe this many first neurons of Wg", 1
-)
 _OUTPUT = flags.DEFINE_string("output", None, "where probe.json goes; default: --checkpoint")
 
 
@@ -37,8 +33,8 @@ def main():
     distributed.start()
     from aoe_jax.evaluation.probing import probe_checkpoint
 
-    wanted = "names other tokens than --text; give one of them"
-    require_flag(not (_TEXT.value and _CORPORA.value), "data", _CORPORA.value, wanted)
+    if _TEXT.value:
+        cli.refuse("names other tokens than --text; give one of them", _CORPORA, _SPLIT)
     if not _TASKS.value:
         cli.refuse("belongs to --tasks", _FEWSHOT, _LIMIT, _DATA)
     probe_checkpoint(
@@ -52,7 +48,6 @@ def main():
         n_tokens=_TOKENS.value,
         tasks=_TASKS.value,
         limit=_LIMIT.value,
-        score_neurons=_NEURONS.value,
         fewshot=_FEWSHOT.value,
         data=cli.path_of(_DATA) if _DATA.value else None,
     )

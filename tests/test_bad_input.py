@@ -260,7 +260,7 @@ RUNS = {
     ),
     "eval: changed texts": Mistake(EVAL, ["token store", "data.path"], finished_elsewhere),
     "eval: unknown split": Mistake(
-        [*EVAL, "--split=train"], ["--split=train", "validation, test"], finished
+        [*EVAL, "--split=train"], ["--split=train", "<validation|test>"], finished
     ),
 }
 MISTAKES = COMMAND_LINE | RUNS

@@ -6,6 +6,7 @@ from pathlib import Path
 from aoe_jax.config.run import Config
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats.configs import to_json
+from aoe_jax.formats.loading import parameter_shapes
 from aoe_jax.formats.model_card import training, write_card
 from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import new_directory, parameters_of, write_model, write_run
@@ -24,18 +25,21 @@ def export(workdir: Path, output: Path, step="newest", dtype="float32"):
     config = read_run_config(workdir / "config.json")
     with new_directory(output) as directory:
         model = load_model(workdir, step)
-        parameters = parameters_of(model.params, model.routing_state, dtype)
-        write_result(directory, workdir, model.step, config, *parameters, model.routing_state)
+        state = model.routing_state
+        _, parameter = parameters_of(model.params, state, dtype)
+        write_result(directory, workdir, model.step, config, parameter, state)
         write_card(directory, config, training(config, workdir, model.step))
     log.info("wrote the model of step %d to %s", model.step, output)
 
 
-def write_result(directory: Path, source: Path, step, config: Config, shapes, parameter, state=()):
-    """Writes a model that was made from the one in `source`, with that one's tokenizer and run.
-    `shapes` and `parameter` are arguments of `write_model`, `state` has the names of the routing
-    state, and `step` is the run's, or None.
+def write_result(directory: Path, source: Path, step, config: Config, parameter, state=None):
+    """Writes a model that was made from the one in `source`, with the tokenizer and the run there.
+    `step` is the run's, or None, `parameter` a function for `write_model`, and `state` the routing
+    state by name.
     """
+    state = state or {}
     values = to_json(config, state) | write_tokenizer(source, directory, config.model.max_len)
+    shapes = parameter_shapes(config) | {f"layers/{name}": a for name, a in state.items()}
     write_model(directory, values, shapes, parameter)
     write_run(directory, source, step, config)
 

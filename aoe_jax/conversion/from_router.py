@@ -12,12 +12,10 @@ import numpy as np
 from aoe_jax.config.checks import require, require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
 from aoe_jax.conversion.exporting import in_words, write_figures, write_result
-from aoe_jax.conversion.observations import observations
+from aoe_jax.conversion.observations import calibration_batches, evaluation_on, observations
 from aoe_jax.conversion.scoring_neurons import agreement, in_front, telling_neurons
 from aoe_jax.evaluation.models import load_model, source_config
-from aoe_jax.formats.loading import parameter_shapes
 from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.moe.routing import TopK
 
@@ -56,11 +54,7 @@ def convert(
     converted = _converted(config, d_low, score_neurons, score)
     with new_directory(output) as directory:
         model = load_model(checkpoint, mesh=mesh)
-        step, shapes, (_, read) = (
-            model.step,
-            parameter_shapes(converted),
-            parameters_of(model.params),
-        )
+        step, (_, read) = model.step, parameters_of(model.params)
         if "selection_bias" in model.routing_state:
             log.warning(
                 "the selection bias of loss-free balancing is dropped with the router, because it "
@@ -70,8 +64,8 @@ def convert(
             log.warning(
                 "routing.name='sparsemixer' needs logits around 0; the converted AoE uses 'top_k'"
             )
-        is_calibrated = score_neurons is not None or data is not None
-        if is_calibrated:
+        is_measured = score_neurons is not None or data is not None
+        if is_measured:
             calibration, held_out = calibration_batches(model, checkpoint, data, n_tokens, seed)
         if score_neurons is None:
             report = {"d_low": d_low, "d_wide": converted.experts.d_wide}
@@ -81,20 +75,19 @@ def convert(
             report = {"score_neurons": score_neurons, "score": score}
             form = f"the first {score_neurons} neurons of its experts score"
             parameter = _reordered(read, _observed(model, calibration), score_neurons, score)
-        shapes = parameter_shapes(converted)
-        write_result(directory, checkpoint, step, converted, shapes, parameter)
+        write_result(directory, checkpoint, step, converted, parameter)
         if score_neurons is None:
             report["energy_kept"] = {"mean": float(np.mean(energy)), "layers": energy}
-        if is_calibrated:
+        if is_measured:
             before, observed = evaluation_on(model, held_out).nll, _observed(model, held_out)
             del model, read, parameter  # before another one is loaded
             model = load_model(directory, mesh=mesh)
             experts = model.params["layers"]["experts"]
-            w_score = experts.get("w_gate_down")
-            w_score = experts["w_gate"][..., :score_neurons] if w_score is None else w_score
+            name = "w_gate_down" if score_neurons is None else "w_gate"
+            w_score = experts[name][..., :score_neurons]
             shares, by_chance = agreement(observed, w_score, score)
-            found = {"mean": float(shares.mean()), "layers": shares.tolist(), "chance": by_chance}
-            report |= {"agreement": found}
+            shares = {"mean": float(shares.mean()), "layers": shares.tolist()}
+            report["agreement"] = shares | {"chance": by_chance}
             report["nll"] = {"before": before, "after": evaluation_on(model, held_out).nll}
         result = f"the router is gone, and {form}; {convert_summary(report)}"
         write_figures(directory, checkpoint, step, converted, "convert", report, result)
@@ -121,16 +114,21 @@ def _observed(model, batches):
     return tuple(np.concatenate(arrays, axis=1) for arrays in of_batches)
 
 
-def _factorised(read, d_low, energy):
-    """A function for `write_model`, which factorises gates, and appends the energy that the
-    factors of a layer's experts keep.
+def _factorised(read, rank, energy):
+    """A function for `write_model`, which factorises gates `[n, d, f]` by a truncated singular
+    value decomposition `U S V^T` in float32: `w_gate_down = U_r S_r [n, d, r]` and
+    `w_gate_up = V_r^T [n, r, f]`. It appends to `energy` the shares of the squares that the factors
+    of a layer's experts keep. `|x w_gate_down|` is the norm of the kept part of `x w_gate`.
     """
 
     @functools.lru_cache(maxsize=1)
     def factors(layer):
         w_gate = read(_GATE, layer)
-        *matrices, kept = _factorise(w_gate, d_low)
+        u, s, v = np.linalg.svd(w_gate.astype(np.float32), full_matrices=False)
+        squares = s.astype(np.float64) ** 2
+        kept = squares[:, :rank].sum(axis=1) / np.maximum(squares.sum(axis=1), 1e-300)
         energy.append(kept.tolist())
+        matrices = u[..., :rank] * s[:, None, :rank], v[:, :rank]
         return {path: a.astype(w_gate.dtype) for path, a in zip(_FACTORS, matrices, strict=True)}
 
     def parameter(path, layer):
@@ -182,16 +180,3 @@ def _converted(config: Config, d_low, score_neurons, score):
         train=dataclasses.replace(config.train, router_steps=0, scoring_rate=1.0),
         mesh=MeshConfig(),
     )
-
-
-def _factorise(w_gate, rank):
-    """Truncated singular value decompositions of `w_gate [n, d, f]`, `U S V^T`, in float32.
-
-    Returns `w_gate_down = U_r S_r [n, d, r]`, `w_gate_up = V_r^T [n, r, f]` and the share of the
-    squares that each expert keeps, `[n]`. `|x w_gate_down|` is the norm of the kept part of
-    `x w_gate`.
-    """
-    u, s, v = np.linalg.svd(w_gate.astype(np.float32), full_matrices=False)
-    squares = s.astype(np.float64) ** 2
-    kept = squares[:, :rank].sum(axis=1) / np.maximum(squares.sum(axis=1), 1e-300)
-    return u[..., :rank] * s[:, None, :rank], v[:, :rank], kept

@@ -1,9 +1,11 @@
-"""The scores and choices of a trained model's experts on tokens of a corpus.
+"""The tokens of a corpus on which a trained model is observed, and its scores and choices there.
 
 L layers, T tokens, Z experts, d model width.
 """
 
+import itertools
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,9 +13,32 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from aoe_jax.evaluation.models import Model
+from aoe_jax.data.pipeline import train_batches
+from aoe_jax.evaluation.models import Model, corpus_of, first_batches
 from aoe_jax.sharding import replicated
 from aoe_jax.training.step import features
+from aoe_jax.training.validation import evaluate_batches
+
+
+def calibration_batches(model: Model, directory: Path, data: str | None, n_tokens: int, seed: int):
+    """Lists of host batches: random ones of the train split, the first of each validation split.
+
+    Each split has `n_tokens`, rounded up to whole batches. `data` names corpora like `data.name`;
+    None: those of the run of `model` in `directory`. Raises `UserError` if they cannot be read.
+    """
+    corpus = corpus_of(model, directory, data)
+    size, seq_len = model.batch_size, model.config.data.seq_len
+    train = train_batches(corpus.train, corpus.weights, seq_len, size, seed)
+    n = -(-n_tokens // (size * seq_len))
+    held_out = first_batches(model, corpus.validation.values(), n_tokens)
+    return list(itertools.islice(train, n)), held_out
+
+
+def evaluation_on(model: Model, batches):
+    """The `Evaluation` of a model on host batches."""
+    step = model.eval_step(model.config.data.document_mask)
+    with jax.set_mesh(model.mesh):
+        return evaluate_batches(step, tqdm(batches, "validation", unit="batch"), model.put)
 
 
 def observations(model: Model, batches: Iterable[dict], with_inputs=False):

@@ -9,10 +9,9 @@ from tabulate import tabulate
 
 from aoe_jax.config.checks import require, require_flag
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
 from aoe_jax.conversion.exporting import in_words, write_figures, write_result
 from aoe_jax.conversion.merging import pruned_params
-from aoe_jax.conversion.observations import score_moments
+from aoe_jax.conversion.observations import calibration_batches, evaluation_on, score_moments
 from aoe_jax.evaluation.models import Model, load_model, source_config
 from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.model.decoder import Decoder
@@ -68,7 +67,7 @@ def prune(
         report |= {"nll": nll, "layers": layers}
         # The mesh of the run may not divide D.
         config = dataclasses.replace(_pruned(source_config(workdir), n_experts), mesh=MeshConfig())
-        write_result(directory, workdir, model.step, config, *parameters_of(params))
+        write_result(directory, workdir, model.step, config, parameters_of(params)[1])
         counts = f"{model.config.experts.n_experts} experts of a layer became {n_experts}"
         result = f"{counts} by `{method}`; validation {in_words(nll)}"
         write_figures(directory, workdir, model.step, config, "prune", report, result)

@@ -4,22 +4,21 @@ layer (Sparse Upcycling, arXiv 2212.05055; fine-grained experts: arXiv 2410.0752
 N experts, granularity G, C = N / G copies, K experts per token, f width of the dense layer.
 
 **Experts.** The f neurons of a layer are divided among G pieces of f / G neurons, and each piece is
-copied C times: expert `c G + g` is copy c of piece g. The G experts of a copy sum to the dense
-layer. A token gets a weighted mean of pieces, because the weights of its experts sum to 1;
-therefore `w_down` is multiplied by G. The second paper scales all matrices for the same reason.
+copied C times: expert `c G + g` is copy c of piece g. A token gets a weighted mean of pieces, whose
+sum is the dense layer, so `w_down` is multiplied by G (the second paper scales all matrices).
 
 **Router of an MoE.** It is drawn with variance 1 / d for each copy, and the G experts of a copy
-share a column: a virtual group of the second paper. As G divides K, a token chooses whole copies,
-with equal weights inside each. Without noise the MoE has exactly the outputs of the dense model.
+share a column: a virtual group of the second paper. As G divides K, a token chooses whole copies.
 
-**Scores of an AoE.** Gates are whole, and the first S neurons of an expert score. Each expert has
-other ones in front: neurons are ranked by the norm of their gate column, dealt out to the pieces in
-turn, and those of a piece in turn to its copies. So the neurons that score have similar norms in
-all experts, and no two experts score with the same ones. With G = 1 and no noise the AoE has
-exactly the outputs of the dense model; with G > 1 the chosen pieces need not make up a copy.
+**Scores of an AoE.** Gates are whole, and the first S neurons of an expert score. Neurons are
+ranked by the norm of their gate column and dealt out to the pieces in turn, and those of a piece in
+turn to its copies. So the neurons that score have similar norms in all experts, and no two experts
+score with the same ones. With G > 1 the chosen pieces need not make up a copy.
 
 **Noise.** Every matrix of every expert gets Gaussian noise, whose standard deviation is a share of
 the matrix's own; the noise of `w_down` is multiplied by G, too.
+
+Without noise, the outputs of the MoE, and of the AoE with G = 1, are exactly the dense model's.
 """
 
 import dataclasses
@@ -32,11 +31,11 @@ from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.checks import require, require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.conversion.calibration import calibration_batches, evaluation_on
 from aoe_jax.conversion.exporting import in_words, write_figures, write_result
+from aoe_jax.conversion.observations import evaluation_on
 from aoe_jax.conversion.scoring_neurons import in_front
-from aoe_jax.evaluation.models import load_model, source_config
-from aoe_jax.formats.loading import is_of_run, parameter_shapes
+from aoe_jax.evaluation.models import corpus_of, first_batches, load_model, source_config
+from aoe_jax.formats.loading import is_of_run
 from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.moe.routing import TopK
 
@@ -142,10 +141,11 @@ def upcycle(
     with new_directory(output) as directory:
         model = load_model(checkpoint, mesh=mesh)
         if is_measured:
-            _, held_out = calibration_batches(model, checkpoint, data, n_tokens, form.seed)
+            corpus = corpus_of(model, checkpoint, data)
+            held_out = first_batches(model, corpus.validation.values(), n_tokens)
             before = evaluation_on(model, held_out).nll
         step, parameter = model.step, _upcycled(parameters_of(model.params)[1], form)
-        write_result(directory, checkpoint, step, config, parameter_shapes(config), parameter)
+        write_result(directory, checkpoint, step, config, parameter)
         del model, parameter  # before another one is loaded
         if is_measured:
             after = evaluation_on(load_model(directory, mesh=mesh), held_out).nll

@@ -16,7 +16,6 @@ count from 1 here and on the command line, as in the paper, but from 0 in `confi
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -28,22 +27,12 @@ from aoe_jax.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class Contrast:
-    """Settings of self-contrast; raises `UserError` for a value out of range."""
+    """Settings of self-contrast."""
 
     beta: float  # 0: the strong pass alone
-    alpha: float = 0.1  # the least probability of a token, relative to the likeliest
+    alpha: float = 0.1  # the least probability of a token, relative to the likeliest; 0 to 1
     strong_k: int | None = None  # experts per token of the strong pass; None: the model's choice
-    weak_rank: int = 2  # of the expert of the weak pass; 1 has the highest score
-
-    def __post_init__(self):
-        k, rank = self.strong_k, self.weak_rank
-        wanted = "must be 0 (no contrast) or greater, such as 0.5"
-        require_flag(0 <= self.beta < math.inf, "contrast", self.beta, wanted)
-        wanted = "must be between 0 (any token) and 1 (the likeliest only)"
-        require_flag(0 <= self.alpha <= 1, "alpha", self.alpha, wanted)
-        require_flag(k is None or k >= 1, "strong_k", k, "must be 1 or greater")
-        wanted = "must be 1 (the expert of highest score) or greater"
-        require_flag(rank >= 1, "weak_rank", rank, wanted)
+    weak_rank: int = 2  # rank of the expert of the weak pass; 1 has the highest score
 
 
 def strong_and_weak(decoder: Decoder, contrast: Contrast):

@@ -11,7 +11,7 @@ import numpy as np
 from aoe_jax.data import DOCUMENT_BYTES
 from aoe_jax.data.tokenizer import pieces
 from aoe_jax.errors import DivergedError, UserError
-from aoe_jax.evaluation.models import check_split, corpus_of, load_model
+from aoe_jax.evaluation.models import corpus_of, load_model
 from aoe_jax.model.counts import log_run
 from aoe_jax.storage import files
 from aoe_jax.storage.files import write_report
@@ -31,7 +31,6 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
     `load_statistics` (None for a dense model) and `sources`, the scores of each of several. Raises
     `UserError` if something cannot be read, `DivergedError` if a number is not finite.
     """
-    check_split(split)
     model = load_model(workdir, step, mesh)
     log_run(model.config)
     stores = getattr(corpus_of(model, workdir, data), split)
@@ -61,17 +60,16 @@ def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **s
 def _report(model, stores, document_mask, name, about, file, picture):
     config = model.config
     score = model.eval_step(document_mask)
-    batch_size = config.train.batch_size // config.train.accumulate
+    shape, is_first = (config.data.seq_len, model.batch_size), jax.process_index() == 0
     with jax.set_mesh(model.mesh):
-        shape, first = (config.data.seq_len, batch_size), jax.process_index() == 0
-        result = evaluate(score, stores, *shape, model.put, progress=first)
+        result = evaluate(score, stores, *shape, model.put, progress=is_first)
     if not math.isfinite(result.nll):
         raise DivergedError(f"the nll of {name} is {result.nll}: the model has diverged")
     statistics = None if config.experts.kind == "dense" else load_statistics(result.stats)
     sources = {source: _scores(own) for source, own in result.sources.items()}
     report = about | {"step": model.step, **_scores(result)}
     report |= {"load_statistics": statistics, "sources": sources}
-    if jax.process_index() == 0:
+    if is_first:
         n_texts = f"{about['texts']} texts, " if "texts" in about else ""
         print(f"{name}: {n_texts}{result.tokens} tokens, step {model.step}\n{result.in_words()}")
         for source, own in result.sources.items():

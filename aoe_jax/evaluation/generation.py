@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.contrast import Contrast, contrasted, strong_and_weak
 from aoe_jax.evaluation.models import Model, multiple
@@ -26,21 +25,11 @@ LENGTH_MULTIPLE = 64  # prompts and caches are padded to it, so that few shapes 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; raises `UserError` for a value out of range."""
+    """Settings of the draw of the next token."""
 
     temperature: float = 1.0  # of the softmax; 0: the likeliest token
     top_k: int | None = None  # draw among this many likeliest tokens
     top_p: float | None = None  # draw among the fewest that reach this probability (1904.09751)
-
-    def __post_init__(self):
-        t, k, p = self.temperature, self.top_k, self.top_p
-        wanted = "must be 0 (the likeliest token) or greater"
-        require_flag(0 <= t < math.inf, "temperature", t, wanted)
-        require_flag(k is None or k >= 1, "top_k", k, "must be 1 or greater")
-        require_flag(p is None or 0 < p <= 1, "top_p", p, "must be above 0 and at most 1")
-        if t == 0 and (k or p):
-            wanted = "takes the likeliest token: leave --top_k and --top_p out"
-            raise UserError(f"--temperature=0 {wanted}")
 
 
 def draw(logits, keys, sampling: Sampling):
@@ -92,7 +81,7 @@ class Generator:
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
-        max_tokens: int | Sequence[int],
+        max_tokens: int,
         sampling: Sampling = Sampling(temperature=0.0),
         seed: int = 0,
         chunk: int = 16,
@@ -100,32 +89,33 @@ class Generator:
     ) -> Iterator[list[list[int]]]:
         """Continues prompts, lists of token ids, as one batch, and yields the next tokens of each.
 
-        A continuation ends before one of `Model.ends`, after `max_tokens` (for all prompts, or for
-        each), or where `is_done(continuation so far)` is true after a `chunk` of tokens. Draws
-        depend on the seed, the prompt and its place among the prompts, not on the other prompts.
-        Raises `UserError` if a prompt is empty, or it and its tokens exceed the model's length.
+        A continuation ends before one of `Model.ends`, after `max_tokens`, or where
+        `is_done(continuation so far)` is true after a `chunk` of tokens. Draws depend on the seed,
+        the prompt and its place among the prompts, not on the other prompts. Raises `UserError` if
+        a prompt is empty, or it and its tokens exceed the model's length.
         """
-        if not len(prompts):
+        if not prompts:
             return
-        # Rows are added so that the mesh divides the batch.
-        n_rows = multiple(len(prompts), self._model.batch_shards)
+        longest = self._model.config.model.max_len
+        for number, prompt in enumerate(prompts):
+            if not prompt:
+                wanted = f"begin a text with the token {self._model.start}"
+                raise UserError(f"prompt {number} is empty; {wanted}")
+            if len(prompt) + max_tokens > longest:
+                raise UserError(
+                    f"prompt {number} has {len(prompt)} tokens; with {max_tokens} more it is "
+                    f"longer than the model's length, model.max_len={longest}"
+                )
+        # Rows are added so that few shapes are compiled, and the mesh divides the batch.
+        n_rows = 2 ** math.ceil(math.log2(len(prompts)))
+        n_rows = multiple(n_rows, self._model.batch_shards)
         lengths, left = np.ones(n_rows, np.int32), np.zeros(n_rows, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
         left[: len(prompts)] = max_tokens
-        longest = self._model.config.model.max_len
-        for number, (length, limit) in enumerate(zip(lengths.tolist(), left.tolist(), strict=True)):
-            if not length:
-                wanted = f"begin a text with the token {self._model.start}"
-                raise UserError(f"prompt {number} is empty; {wanted}")
-            if length + limit > longest:
-                raise UserError(
-                    f"prompt {number} has {length} tokens; with {limit} more it is longer than the "
-                    f"model's length, model.max_len={longest}"
-                )
         tokens = np.zeros((n_rows, multiple(int(lengths.max()), LENGTH_MULTIPLE)), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
-        places = multiple(int((lengths + left).max()), LENGTH_MULTIPLE)
+        places = multiple(int(lengths.max()) + max_tokens, LENGTH_MULTIPLE)
         arrays = map(self._put, (tokens, lengths, np.arange(n_rows)))
         weights = self._model.by_layer, self._model.routing_state
         with jax.set_mesh(self._model.mesh):

@@ -3,8 +3,7 @@
 Texts become tokens by the rules of lm-eval's `hf` backend, so that log-likelihoods are the same.
 """
 
-import math
-
+import jax
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -21,10 +20,10 @@ _CHUNK = 16  # tokens that are generated before the ends of texts are looked for
 class HarnessModel(TemplateLM):
     """lm-eval's interface to a model; every process gets all requests and returns all results."""
 
-    def __init__(self, model, progress=True):
-        """`progress` shows bars on stderr. Raises `UserError` as `Scorer` does."""
+    def __init__(self, model):
+        """Raises `UserError` as `Scorer` does."""
         super().__init__()
-        self._model, self._tokenizer, self._progress = model, model.tokenizer, progress
+        self._model, self._tokenizer = model, model.tokenizer
         self._scorer, self._generator = Scorer(model), None
 
     @property
@@ -54,7 +53,7 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
         pairs = [(context, continuation) for _, context, continuation in requests]
-        return self._scorer(pairs, self._progress and not disable_tqdm)
+        return self._scorer(pairs)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         windows = []  # for each text, pairs (context, continuation) that cover its tokens once
@@ -63,7 +62,7 @@ class HarnessModel(TemplateLM):
             rolling = get_rolling_token_windows(tokens, self.prefix_token_id, *settings)
             windows.append([make_disjoint_window(window) for window in rolling])
         flat = [window for of_text in windows for window in of_text]
-        scores = iter(self._scorer(flat, self._progress and not disable_tqdm))
+        scores = iter(self._scorer(flat))
         return [sum(next(scores)[0] for _ in of_text) for of_text in windows]
 
     def generate_until(self, requests, disable_tqdm=False):
@@ -79,16 +78,15 @@ class HarnessModel(TemplateLM):
             group_fn=lambda request: request[1],
             group_by="gen_kwargs",
         )
-        texts, hidden = [], disable_tqdm or not self._progress
-        with tqdm(total=len(requests), desc="generating", disable=hidden) as bar:
+        texts, settings = [], {"unit": "text", "leave": False, "disable": jax.process_index() > 0}
+        with tqdm(total=len(requests), desc="generating", **settings) as bar:
             for seed, batch in enumerate(ordered.get_batched(n=GENERATED_TOGETHER)):
-                prompts, settings = zip(*batch, strict=True)
-                texts += self._generate(prompts, settings[0], seed)
+                prompts, given = zip(*batch, strict=True)
+                texts += self._generate(prompts, given[0], seed)
                 bar.update(len(batch))
         return ordered.get_original(texts)
 
     def _generate(self, prompts, settings, seed):
-        """The texts after prompts; filled up to a power of two, so that few shapes are compiled."""
         settings = normalize_gen_kwargs(settings, min(256, self.max_length // 2))
         until, max_tokens = settings.pop("until"), settings.pop("max_gen_toks")
         do_sample, temperature = settings.pop("do_sample"), settings.pop("temperature", 0.0)
@@ -108,12 +106,9 @@ class HarnessModel(TemplateLM):
             text = self._tokenizer.decode(tokens[-_CHUNK - longest :])
             return any(end in text for end in until)
 
-        padding = 2 ** math.ceil(math.log2(len(prompts))) - len(prompts)
-        rows = [prompt[-kept:] for prompt in prompts] + [[self.prefix_token_id]] * padding
-        limits = [max_tokens] * len(prompts) + [0] * padding
         self._generator = self._generator or Generator(self._model)
-        generated = self._generator.generate(
-            rows, limits, sampling=sampling, seed=seed, chunk=_CHUNK, is_done=is_done
-        )
-        texts = [self._tokenizer.decode(tokens) for tokens in generated[: len(prompts)]]
+        drawing = {"sampling": sampling, "seed": seed, "chunk": _CHUNK, "is_done": is_done}
+        prompts = [prompt[-kept:] for prompt in prompts]
+        generated = self._generator.generate(prompts, max_tokens, **drawing)
+        texts = map(self._tokenizer.decode, generated)
         return [postprocess_generated_text(text, until, None) for text in texts]

@@ -31,7 +31,7 @@ class Scorer:
     """Scores continuations of contexts; keeps the compiled programs, one for each shape."""
 
     def __init__(self, model: Model, batch_tokens=BATCH_TOKENS):
-        """`batch_tokens` is about how many tokens a batch has; raises as `check_decodes` does."""
+        """`batch_tokens` is the approximate size of a batch. Raises as `check_decodes` does."""
         check_decodes(model.decoder, by_token=False)
         self._model, self._batch_tokens = model, batch_tokens
         causality = model.decoder.routing.causality(model.decoder.experts)
@@ -43,7 +43,7 @@ class Scorer:
         self._score_texts = compiled(partial(_score_texts, decoder))
         self._score_choices = compiled(partial(_score_choices, decoder))
 
-    def __call__(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], progress=True):
+    def __call__(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]):
         """Scores pairs of token ids `(context, continuation)`; a context has at least one token.
 
         A text that exceeds the model's length loses its first tokens. A long context of several
@@ -55,15 +55,13 @@ class Scorer:
         """
         max_len, texts, results = self._model.config.model.max_len, [], {}
         for context, continuation in requests:
-            if not len(context):
-                raise ValueError("a context has one token at least, such as the end-of-text token")
             if len(continuation) > max_len:
                 wanted = f"a continuation has {len(continuation)} tokens; cut it into several"
                 raise UserError(f"model.max_len={max_len}: {wanted}")
             kept = max_len + 1 - len(continuation)
             texts.append((tuple(context[-kept:]), tuple(continuation)))
-        hidden = not progress or not texts
-        with tqdm(total=len(texts), desc="scoring", unit="text", disable=hidden) as bar:
+        settings = {"unit": "text", "leave": False, "disable": jax.process_index() > 0}
+        with tqdm(total=len(texts), desc="scoring", **settings) as bar:
             for numbers, scores in self._scored(texts):
                 results |= zip(numbers, scores, strict=True)
                 bar.update(len(numbers))
@@ -135,9 +133,7 @@ def _texts_arrays(texts, rows, length):
 
 
 def _batch_arrays(texts, n_contexts, n, length, end):
-    """The batch of `_score_choices` for `(context, continuation)` texts, N for each context; with
-    `end` 0 that of `_score_texts`.
-    """
+    """The batch of `_score_choices`, N texts a context, or of `_score_texts` if `end` is 0."""
     if not end:
         return _texts_arrays(texts, n_contexts, length)
     contexts, known = np.zeros((n_contexts, length), np.int32), np.zeros((n_contexts, length), bool)
@@ -167,7 +163,6 @@ def _score_choices(decoder, params, routing_state, batch):
 
     A batch has `contexts [C, P]` int32 without their last tokens, `known [C, P]` bool, false for
     padding, and `inputs`, `targets` and `wanted` `[C N, S]` from the last token of a context on.
-    The parameters are `decoding.unstacked`.
     """
     n_contexts, length = batch["contexts"].shape
     n_rows, end = batch["inputs"].shape

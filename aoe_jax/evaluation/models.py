@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import re
@@ -20,6 +21,7 @@ from aoe_jax import sharding
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
+from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.token_store import saved_tokenizer
 from aoe_jax.data.tokenised import open_corpus, opened_before
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -62,8 +64,13 @@ class Model:
 
     @property
     def batch_shards(self):
-        """Over how many devices the mesh splits a batch."""
+        """The number of parts into which the mesh splits a batch."""
         return math.prod(self.mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+
+    @property
+    def batch_size(self):
+        """Sequences of a batch: those of a micro-batch of training."""
+        return self.config.train.batch_size // self.config.train.accumulate
 
     def put(self, batch):
         """Puts windows of a corpus on the devices, with `start` in place of end-of-text tokens."""
@@ -151,12 +158,6 @@ def load_model(directory: Path, step="newest", mesh=None):
     return Model(config, decoder, devices, params, routing_state, *texts, step)
 
 
-def check_split(split):
-    """Raises `UserError` unless `split` is held out from training."""
-    held_out = ("validation", "test")
-    require_flag(split in held_out, "split", split, f"choose one of {', '.join(held_out)}")
-
-
 def corpus_of(model: Model, directory: Path, named: str | None = None):
     """The `TokenisedCorpus` of a model: of the corpora `named` like `data.name`, else of its run.
 
@@ -180,6 +181,14 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
     corpus = open_corpus(data, vocab_size)
     check_data(directory, corpus)
     return corpus
+
+
+def first_batches(model: Model, stores, n_tokens):
+    """Host batches of the first `n_tokens` tokens of each store, rounded up to whole batches."""
+    size, seq_len = model.batch_size, model.config.data.seq_len
+    n = -(-n_tokens // (size * seq_len))
+    of_stores = [itertools.islice(eval_batches(store, seq_len, size), n) for store in stores]
+    return list(itertools.chain.from_iterable(of_stores))
 
 
 def on_devices_here(config, axes=None):
@@ -213,7 +222,7 @@ def on_devices_here(config, axes=None):
 
 
 def mesh_axes(text):
-    """Parses `--mesh`, such as `fsdp=4,expert=2`; None for None. Raises `UserError`."""
+    """Parses `--mesh`, such as `fsdp=4,expert=2`, if it is given. Raises `UserError`."""
     if text is None:
         return None
     form = re.compile(rf"({'|'.join(sharding.MESH_AXES)})=([1-9][0-9]{{0,8}})")

@@ -5,7 +5,6 @@ process the token (the paper's Tables 1, 6 and 7).
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +15,11 @@ import jax.numpy as jnp
 from tabulate import tabulate
 from tqdm import tqdm
 
-from aoe_jax.config.checks import require, require_flag
-from aoe_jax.data.pipeline import eval_batches
+from aoe_jax.config.checks import require
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.evaluate import TextTokens, read_text
-from aoe_jax.evaluation.models import Model, check_split, corpus_of, load_model
+from aoe_jax.evaluation.models import Model, corpus_of, first_batches, load_model
 from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
-from aoe_jax.moe.scoring import SCORE_OF_CODE
 from aoe_jax.parameters import EXPERTS
 from aoe_jax.storage.files import make_folder, write_report
 from aoe_jax.storage.paths import parsed_path
@@ -53,34 +50,23 @@ def by_chance(logits, weights, ctx):
 def by_norm(node, norm):
     """Ranks experts by a norm (of `NORMS`) of their activations at a node (of `NODES`)."""
 
-    def score(x, w):
-        gate, up = x @ w["w_gate"], x @ w["w_up"]
-        hidden = jax.nn.silu(gate) * up
-        at_nodes = gate, up, jax.nn.silu(gate), hidden, hidden @ w["w_down"]
-        activations = dict(zip(NODES, at_nodes, strict=True))[node].astype(jnp.float32)
-        return jnp.linalg.norm(activations, NORMS[norm], axis=-1)
-
-    return by_score(score)
-
-
-def by_first_neurons(count, score):
-    """The choice by a score (of `SCORE_OF_CODE`) of the first gate neurons of experts."""
-    of_code = SCORE_OF_CODE[score]
-    return by_score(lambda x, w: of_code((x @ w["w_gate"][:, :count]).astype(jnp.float32)))
-
-
-def by_score(score):
-    """Ranks experts by `score(x [T, d], matrices of an expert) -> [T]`."""
-
     def choose(logits, weights, ctx):
-        devices, dtype = ctx.devices, ctx.x.dtype
-        tokens = devices.gather(ctx.x, "expert")
+        devices = ctx.devices
+        x = devices.gather(ctx.x, "expert")
+
+        def score(w):  # [T], by the matrices of an expert
+            gate, up = x @ w["w_gate"], x @ w["w_up"]
+            hidden = jax.nn.silu(gate) * up
+            at_nodes = gate, up, jax.nn.silu(gate), hidden, hidden @ w["w_down"]
+            activations = dict(zip(NODES, at_nodes, strict=True))[node].astype(jnp.float32)
+            return jnp.linalg.norm(activations, NORMS[norm], axis=-1)
+
         whole = {
-            name: devices.gather_weight(EXPERTS[name], weights[name], dtype)
+            name: devices.gather_weight(EXPERTS[name], weights[name], x.dtype)
             for name in ("w_gate", "w_up", "w_down")
         }
         # One expert after another: all activations would be the largest array of the model.
-        scores = jax.lax.map(partial(score, tokens), whole)
+        scores = jax.lax.map(score, whole)
         return devices.exchange(scores.T, split=0, concatenate=1)
 
     return choose
@@ -90,7 +76,7 @@ def by_score(score):
 class ProbeRouter(Method):
     """Top-k of other scores than the router's logits.
 
-    Its record `agreement []` is the mean share of a token's experts that the router would choose.
+    The record `agreement []` is the mean share of a token's experts that the router would choose.
     """
 
     name = "probe"
@@ -150,7 +136,6 @@ def probe_checkpoint(
     n_tokens=100_000,
     tasks=(),
     limit=None,
-    score_neurons=None,
     **settings,
 ):
     """Probes a model: prints a table, writes `probe.json`, and returns its content.
@@ -160,26 +145,23 @@ def probe_checkpoint(
     share of the chosen experts that the router would have chosen), `seconds_per_token`, `time`
     (relative to the router's), and `nll` and `tasks` for each of `WEIGHTS`.
     """
-    check_split(split)
     make_folder(output, "output")
     score_tasks = None
     if tasks:  # loaded before the model, because that fails sooner
         from aoe_jax.evaluation import tasks as of_lm_eval  # needs lm-eval
 
-        loaded = of_lm_eval.load_tasks(tasks, split=split, **settings)
+        loaded = of_lm_eval.load_tasks(tasks, **settings)
         score_tasks = partial(of_lm_eval.score_model, tasks=loaded, limit=limit)
     model = load_model(checkpoint, step, mesh)
     check_probes(model)
-    probes, width = PROBES, model.config.experts.d_ffn
-    if score_neurons:
-        wanted = f"must be at most the width {width} of an expert"
-        require_flag(score_neurons <= width, "score_neurons", score_neurons, wanted)
-        node = f"x Wg[:, :{score_neurons}]"
-        probes = probes | {(node, s): by_first_neurons(score_neurons, s) for s in SCORE_OF_CODE}
     entries, passes = [], {}
     with jax.set_mesh(model.mesh):
-        batches = _batches(model, checkpoint, text, corpora, split, n_tokens)
-        for (node, norm), choose in tqdm(probes.items(), unit="probe"):
+        if text is None:
+            stores = getattr(corpus_of(model, checkpoint, corpora), split).values()
+        else:
+            stores = [TextTokens([read_text(parsed_path(text, "--text"))], model.tokenizer)]
+        batches = first_batches(model, stores, n_tokens)
+        for (node, norm), choose in tqdm(PROBES.items(), unit="probe"):
             entry, passes[node, norm] = _run(model, choose, batches, score_tasks)
             entries.append({"node": node, "norm": norm, **entry})
         seconds = seconds_in_turn(passes, rounds=2)
@@ -192,17 +174,6 @@ def probe_checkpoint(
         print(probe_table(report))
         write_report(output / "probe.json", report, "output")
     return report
-
-
-def _batches(model, checkpoint, text, corpora, split, n_tokens):
-    if text is None:
-        stores = getattr(corpus_of(model, checkpoint, corpora), split).values()
-    else:
-        stores = [TextTokens([read_text(parsed_path(text, "--text"))], model.tokenizer)]
-    train, seq_len = model.config.train, model.config.data.seq_len
-    size = train.batch_size // train.accumulate
-    batches = itertools.chain.from_iterable(eval_batches(s, seq_len, size) for s in stores)
-    return list(itertools.islice(batches, -(-n_tokens // (size * seq_len))))
 
 
 def _run(model, choose, batches, score_tasks):
@@ -221,7 +192,7 @@ def _run(model, choose, batches, score_tasks):
             entry["agreement"] = 1.0 if is_unchanged else float(records["agreement"].mean())
             timed = partial(step, model.put(batches[0]))
         if score_tasks:
-            entry["tasks"][weights] = score_tasks(probed, progress=False)
+            entry["tasks"][weights] = score_tasks(probed)
     return entry, timed
 
 

@@ -27,8 +27,7 @@ except ModuleNotFoundError as e:
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.evaluation.harness import HarnessModel
-from aoe_jax.evaluation.models import Model, check_split, load_model
-from aoe_jax.evaluation.speeches import SPEECH_TASKS, speech_task
+from aoe_jax.evaluation.models import Model, load_model
 from aoe_jax.model.decoding import check_decodes
 from aoe_jax.storage.files import read_json, write_report
 
@@ -52,26 +51,19 @@ _BOOTSTRAPS = 1000  # for standard errors without a formula, such as that of F1
 _SHOTS_SEED = 1234  # lm-eval's own
 
 
-def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
+def load_tasks(names, fewshot=None, data: Path | None = None):
     """Loads tasks and their data sets, as `lm_eval.evaluator.evaluate` takes them.
 
-    `names` are tasks, groups or tags of lm-eval, or `speeches.SPEECH_TASKS`; `split` is that of the
-    speeches. `fewshot` is the number of examples with answers in each prompt; None: as in the paper
-    for its tasks, for others as in lm-eval. `data` is a folder with `TASK/SPLIT.jsonl`, where
-    lm-eval calls the split `SPLIT`, such as `mnli/validation_matched.jsonl`: JSON lines with the
-    fields of the hub's data set. None: from the hub.
+    `names` are tasks, groups or tags of lm-eval. `fewshot` is the number of examples with answers
+    in each prompt; None: as in the paper for its tasks, for others as in lm-eval. `data` is a
+    folder of JSON lines in `TASK/SPLIT.jsonl`, with the splits and fields of the hub's data sets,
+    such as `mnli/validation_matched.jsonl`. None: from the hub.
 
     Raises `UserError` if a task is unknown, or its data set cannot be loaded or has other fields.
     """
-    check_split(split)
     names = list(dict.fromkeys(names))
-    index = _index([name for name in names if name not in SPEECH_TASKS])
-    specs = []
-    for name in names:
-        if name in SPEECH_TASKS:
-            specs.append(speech_task(name, split))
-        else:
-            specs.append(_on_local_data(index, name, data) if data else name)
+    index = _index(names)
+    specs = [_on_local_data(index, name, data) if data else name for name in names]
     with _quiet():
         try:
             loaded = index.load(specs)
@@ -82,7 +74,7 @@ def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
     for name, task in loaded["tasks"].items():
         _, default = _PAPER.get(name, (None, task.get_config("num_fewshot") or 0))
         shots = default if fewshot is None else fewshot
-        if data and shots and name not in SPEECH_TASKS:
+        if data and shots:
             _check_shots(index.task_index[name].cfg, name, data, shots)
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(_SHOTS_SEED)
@@ -98,8 +90,8 @@ def _index(names):
     log.info("reading lm-eval's index of tasks, which takes a while")
     index = lm_eval.tasks.TaskManager()
     for name in names:
-        known = ", ".join((*PAPER_TASKS, *SPEECH_TASKS))
-        wanted = f"unknown; there are {known}, and all {len(index.all_tasks)} tasks of lm-eval"
+        known = f"{', '.join(PAPER_TASKS)}, and all {len(index.all_tasks)} tasks of lm-eval"
+        wanted = f"unknown; there are {known}"
         require_flag(name in index.all_tasks, "tasks", name, wanted)
     return index
 
@@ -159,18 +151,16 @@ def prompts(tasks, limit=None):
     return list(texts)
 
 
-def score_model(model: Model, tasks, limit=None, progress=True):
+def score_model(model: Model, tasks, limit=None):
     """Scores a model on the first examples of loaded tasks.
 
     `limit` is how many examples of each task; None: all. Returns `{task: {"fewshot", "examples",
     "metrics": {metric: {"value", "stderr"}}}}`; a standard error is None where it is undefined, as
     for a single example; shots and examples of groups are None.
     """
-    adapter = HarnessModel(model, progress=progress)
+    settings = {"limit": limit, "bootstrap_iters": _BOOTSTRAPS, "log_samples": False}
     with _quiet():
-        results = evaluate(
-            adapter, tasks, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False
-        )
+        results = evaluate(HarnessModel(model), tasks, **settings)
     return {
         name: {
             "fewshot": results["n-shot"].get(name),
@@ -195,23 +185,19 @@ def _metrics(figures):
 
 
 def tasks_table(report):
-    """The report of `score_model` as lines of text, with means over the paper's tasks."""
+    """The report of `score_model` as lines of text, with the paper's mean if all are there."""
     rows = []
     for task, entry in report.items():
         head = [task, entry["fewshot"], entry["examples"]]
         for metric, figure in entry["metrics"].items():
             rows.append([*head, metric, figure["value"], figure["stderr"]])
             head = ["", "", ""]
-    means = {"mean of": [task for task in PAPER_TASKS if task in report]}
     if all(task in report for task in AVERAGED):
-        means = {"the paper's AVG of": AVERAGED} | means
-    for name, tasks in means.items():
-        if len(tasks) > 1:
-            accuracies = [report[task]["metrics"]["acc"] for task in tasks]
-            mean = sum(figure["value"] for figure in accuracies) / len(tasks)
-            errors = [figure["stderr"] for figure in accuracies]
-            stderr = None if None in errors else math.hypot(*errors) / len(tasks)
-            rows.append([f"{name} {len(tasks)}", "", "", "acc", mean, stderr])
+        accuracies = [report[task]["metrics"]["acc"] for task in AVERAGED]
+        mean = sum(figure["value"] for figure in accuracies) / len(accuracies)
+        errors = [figure["stderr"] for figure in accuracies]
+        stderr = None if None in errors else math.hypot(*errors) / len(errors)
+        rows.append(["the paper's AVG", "", "", "acc", mean, stderr])
     headers = ["task", "shots", "examples", "metric", "value", "stderr"]
     alignment = ("left", "right", "right", "left", "right", "right")
     return tabulate(rows, headers, "plain", ".4f", missingval="-", colalign=alignment)
@@ -224,26 +210,22 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
     of `models.load_model`, `score_model` and `load_tasks`. Raises `UserError` as `load_tasks`,
     `models.load_model`, `Scorer` and, for tasks that generate text, `check_decodes` do.
     """
-    wanted = "no such directory; name that of a training run or of a model"
-    require_flag(workdir.is_dir(), "workdir", workdir, wanted)
     file = workdir / "tasks.json"
     _known(file)  # before it takes long
-    tasks = load_tasks(names, **settings)  # before the model, for it fails sooner
+    tasks = load_tasks(names, **settings)  # before the model, because that fails sooner
     model = load_model(workdir, step, mesh)
     if any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values()):
         check_decodes(model.decoder)
-    is_first = jax.process_index() == 0
-    report = score_model(model, tasks, limit, progress=is_first)
-    if is_first:
+    report = score_model(model, tasks, limit)
+    if jax.process_index() == 0:
         print(tasks_table(report))
-        entries = {}
-        for name, entry in report.items():
-            split = {"split": settings.get("split", "test")} if name in SPEECH_TASKS else {}
-            entries[name] = {"step": model.step, **split, "limit": limit, **entry}
+        about = {"step": model.step, "limit": limit}
+        entries = {name: about | entry for name, entry in report.items()}
         # Read again: another command may have entered other tasks meanwhile.
         write_report(file, _known(file) | entries, "workdir")
     return report
 
 
 def _known(file):
+    """The results in a `tasks.json`."""
     return read_json(file, "move it away") if file.exists() else {}

@@ -282,31 +282,18 @@ ARCHITECTURES = {
 }
 
 
-# Why the models of an architecture cannot be expressed here.
-_LATENT = "its attention is multi-head latent attention"
-NOT_IMPLEMENTED = {
-    "gpt_oss": (
-        "its experts and its router have biases, its SwiGLU is clamped, and its attention has "
-        "sinks and windows in every second layer"
-    ),
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
-}
-
-
 class Layout:
-    """How the tensors of a row of a table store a parameter of known shape.
+    """The mapping between a parameter of known shape and the tensors of a row of a table.
 
-    `whole` has `(0, size)` for every axis of the parameter (L: layers), `shape` is that of a
+    `whole` has `(0, size)` for every axis of the parameter (L: layers), `shape` is the shape of a
     tensor, and `first` the name of the first one.
     """
 
     def __init__(
         self, axes: str, shape: tuple[int, ...], name: str, stored: str = "", first_layer: int = 0
     ):
-        """`axes` are the parameter's declared ones, `shape` is its shape with the axis of layers,
-        `name` and `stored` are the row, and `first_layer` is the number of its first layer in
-        files.
+        """`axes` are declared, `shape` includes the axis of layers, `name` and `stored` are the
+        row, and `first_layer` is the number of the parameter's first layer in files.
         """
         self._name, self._first_layer = name, first_layer
         axes, layers = axes.split(), ["L"] if "{L}" in name else []
@@ -353,11 +340,11 @@ class Layout:
 
 
 def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str, Layout]:
-    """How files with tensors of these `names` store parameters and routing states, by path.
+    """The `Layout` of every parameter and routing state, by path, in files with these `names`.
 
-    `shapes` has all of a model by path, with the axis of layers; arrays will do. Where the names
-    have no tensor of a parameter, it is as we write it. Raises `UserError` if the architecture has
-    no such parameter.
+    `shapes` has those of the whole model by path, with the axis of layers; arrays will do. A
+    parameter without a tensor among the names has the layout that we write. Raises `UserError` if
+    the architecture has no such parameter.
     """
     n_dense = next((a.shape[0] for path, a in shapes.items() if path.startswith("dense_")), 0)
     found = {}

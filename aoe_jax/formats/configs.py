@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from aoe_jax.config.checks import differences
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, shown
-from aoe_jax.formats.architectures import ARCHITECTURES, NOT_IMPLEMENTED, OWN
+from aoe_jax.formats.architectures import ARCHITECTURES, OWN
 from aoe_jax.storage.files import COUNT, NUMBER
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,6 @@ def from_json(values: dict):
         take = "`python -m aoe_jax.export` takes the model out of a training run"
         raise UserError(f"it has no model_type; {take}")
     _check(isinstance(name, str), "model_type", name, f"is no text; {known}")
-    reason = NOT_IMPLEMENTED.get(name)
-    _check(not reason, "model_type", name, f"is not implemented: {reason}")
     _check(name in ARCHITECTURES, "model_type", name, f"is unknown; {known}")
     groups = Config().to_dict() | {"routing": {}}
     has_groups = name == OWN and "hidden_size" not in values
@@ -126,13 +124,13 @@ def _hub_fields(values):
         fields["experts.d_shared"] = n_shared * width
     if type(fields.get("model.qk_norm")) is bool:
         fields["model.qk_norm"] = "head" if fields["model.qk_norm"] else "none"
-    kind, setting = _rotary_settings(values)
-    kinds = architecture.rope_types
+    rope, kinds = _rotary_settings(values), architecture.rope_types
+    kind = rope["rope_type"]
     _check_implemented(kind in kinds, "rope_type", kind, f"{', '.join(kinds)} are for this model")
-    share = setting("partial_rotary_factor", architecture.rope_share)
+    share = rope.get("partial_rotary_factor", architecture.rope_share)
     is_known = "partial_rotary_factor" in architecture.fields or share == 1
     _check_implemented(is_known, "partial_rotary_factor", share, "1 is")
-    theta = setting("rope_theta", architecture.rope_theta)
+    theta = rope.get("rope_theta", architecture.rope_theta)
     return fields | {"model.rope_base": theta, "model.rope_share": share}
 
 
@@ -151,44 +149,35 @@ def _check_attention(values, model):
 
 
 def _rotary_settings(values):
-    """Reads `rope_theta` with `rope_scaling`, or `rope_parameters` as transformers 5 writes it.
-    Returns `(rope_type, setting)`, where `setting(name, default)` is the value of a setting.
+    """The rotary settings by name, and `rope_type`: `rope_parameters`, as transformers 5 writes it,
+    or else `rope_scaling`; the rest, such as `rope_theta`, is from the other fields.
     """
-    rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
-    differ = f"and rope_scaling={shown(scaling)} differ; leave one"
-    _check(not rope or not scaling or rope == scaling, "rope_parameters", rope, differ)
-    rope = rope or scaling
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     is_one = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
     _check_implemented(is_one, "rope_parameters", rope, "one setting for all layers is")
-
-    def setting(name, default=None):
-        given = [where[name] for where in (rope, values) if where.get(name) is not None]
-        if given[:1] != given[-1:]:
-            raise UserError(f"{name} is {' and '.join(map(shown, given))}; leave one")
-        return given[0] if given else default
-
-    return rope.get("rope_type", rope.get("type", "default")), setting
+    given = {name: value for name, value in (values | rope).items() if value is not None}
+    return {"rope_type": given.get("type", "default")} | given
 
 
 def _rope_factors(values, model):
-    """The rotary factors of the LongRoPE that `_rope_scaling` writes, or of Llama 3.1; else none.
+    """The rotary factors of the LongRoPE that `to_json` writes, or of Llama 3.1; else none.
 
     In Llama 3.1, a frequency that turns fewer than `low_freq_factor` times in the length of
     pretraining is divided by `factor`, one that turns more than `high_freq_factor` times by 1;
     between them the reciprocal of the divisor is linear in the number of turns.
     """
-    kind, setting = _rotary_settings(values)
-    if kind == "longrope":
-        factors, long, scale = map(setting, ("short_factor", "long_factor", "attention_factor"))
+    rope = _rotary_settings(values)
+    if rope["rope_type"] == "longrope":
+        factors, long, scale = map(rope.get, ("short_factor", "long_factor", "attention_factor"))
         are_numbers = isinstance(factors, list) and all(map(NUMBER.holds, factors))
         _check(are_numbers, "short_factor", factors, "must be a list of numbers")
         _check_implemented(long == factors, "long_factor", long, "the values of short_factor are")
         _check_implemented(scale == 1, "attention_factor", scale, "1 is")
         return tuple(map(float, factors))
-    if kind != "llama3":
+    if rope["rope_type"] != "llama3":
         return model.rope_factors
     names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-    found = [setting(name) for name in names]
+    found = [rope.get(name) for name in names]
     for name, value in zip(names, found, strict=True):
         is_right = value is not None and NUMBER.holds(value) and 0 < value < math.inf
         _check(is_right, name, value, "must be a number greater than 0 with rope_type 'llama3'")
@@ -208,25 +197,23 @@ def to_json(config: Config, routing_state=()):
     """
     has_bias = "selection_bias" in routing_state
     wanted = computed_fields(config) | {"selection_bias": has_bias}
-    lacking = {}  # the names of fields, by the class of transformers
-    for name in ARCHITECTURES:
-        architecture, values = ARCHITECTURES[name], _hub_json(config, name)
+    lacking = []  # pairs of a class of transformers and the fields that it lacks
+    for name, architecture in ARCHITECTURES.items():
+        values = _hub_json(config, name)
         takes_bias = "layers/selection_bias" in architecture.tensors
         if name == OWN:
             values |= {"auto_map": _AUTO_MAP, "selection_bias": has_bias}
             takes_bias = has_bias
         with contextlib.suppress(UserError):
             found = computed_fields(from_json(values)) | {"selection_bias": takes_bias}
-            names = differences(found, wanted)
-            if not names:
+            fields = differences(found, wanted)
+            if not fields:
                 return values
-            lacking[architecture.class_name] = names
-    why = ""
-    if lacking:
-        nearest = min(lacking, key=lambda name: len(lacking[name]))
-        names = [f"{name}={wanted[name]!r}" for name in lacking[nearest] if name in wanted]
-        why = f": {nearest} has no {', '.join(names)}"
-    log.info("transformers cannot load the model, only aoe_jax can%s", why)
+            lacking.append((architecture.class_name, fields))
+    missing = ("its nearest class", wanted)
+    nearest, fields = min(lacking, key=lambda pair: len(pair[1]), default=missing)
+    named = ", ".join(f"{name}={wanted[name]!r}" for name in fields if name in wanted)
+    log.info("transformers cannot load the model: %s lacks %s", nearest, named)
     return as_own(config)
 
 
@@ -250,27 +237,18 @@ def _hub_json(config, model_type):
     if "use_qk_norm" in fields:
         fields["use_qk_norm"] = model.qk_norm == "head"
     fields |= {"hidden_act": "silu", "rope_theta": model.rope_base, "sliding_window": None}
-    return fields | _rope_scaling(model_type, model)
-
-
-def _rope_scaling(model_type, model):
-    """The rotary factors in the form of LongRoPE, which every architecture has.
-
-    Transformers 4 reads `rope_scaling` only. Our own format has `rope_parameters`, because with
-    `rope_scaling` `AutoTokenizer` fails without our classes.
-    """
-    if not model.rope_factors:
-        return {}
-    factors = list(model.rope_factors)
-    scaling = {
-        "rope_type": "longrope",
-        "short_factor": factors,
-        "long_factor": factors,
-        "factor": 1.0,
-        "attention_factor": 1.0,
-        "original_max_position_embeddings": model.max_len,
-    }
-    return {"rope_parameters" if model_type == OWN else "rope_scaling": scaling}
+    if model.rope_factors:
+        # Transformers 4 reads `rope_scaling` only. With it, `AutoTokenizer` fails for our own
+        # format without our classes.
+        fields["rope_parameters" if model_type == OWN else "rope_scaling"] = {
+            "rope_type": "longrope",  # every architecture has it
+            "short_factor": list(model.rope_factors),
+            "long_factor": list(model.rope_factors),
+            "factor": 1.0,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": model.max_len,
+        }
+    return fields
 
 
 def as_own(config: Config):

@@ -33,14 +33,10 @@ def new_directory(output: Path) -> Iterator[Path]:
 
     SIGKILL leaves it, hidden beside `output`. For an object store it is a temporary one on a disk,
     whose files are copied at the end, `config.json` as the last. Raises `UserError` if `output`
-    exists, is among checkpoints, or must not be written, and `MachineFault` if its disk fails.
+    exists or must not be written, and `MachineFault` if its disk fails.
     """
     if output.exists() if is_remote(output) else os.path.lexists(output):
         raise UserError(f"--output={output} exists already; name a new directory")
-    for folder in (output if is_remote(output) else output.absolute()).parents:
-        if folder.name == "checkpoints" and (folder.parent / "config.json").exists():
-            wanted = "is among the checkpoints of a run; name a directory elsewhere"
-            raise UserError(f"--output={output} {wanted}")
     if is_remote(output):
         with tempfile.TemporaryDirectory() as folder:
             mirror = Mirror(Path(folder), output)

@@ -7,9 +7,8 @@ import numpy as np
 
 from aoe_jax.conversion.observations import observations, score_moments
 from aoe_jax.data.tokenizer import train_tokenizer
-from aoe_jax.formats.loading import load_params, read_config
-from aoe_jax.sharding import fill_mesh, make_mesh
 from tests.evaluation.models import WORDS, make_config, make_model
+from tests.formats.test_loading import load
 from tests.formats.test_writing import written
 from tests.runs import tiny_config
 
@@ -94,5 +93,4 @@ def experts_of(directory, layer):
 
 def parameters(directory):
     """The decoder's parameters in a directory, on the host."""
-    config = fill_mesh(read_config(directory), 1)
-    return jax.device_get(load_params(directory, config, make_mesh(config, jax.devices()[:1]))[0])
+    return jax.device_get(load(directory))

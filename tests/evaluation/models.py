@@ -73,3 +73,22 @@ def _logits(config):
     return jax.jit(
         lambda params, inputs: Decoder.from_config(config).apply({"params": params}, inputs)[0]
     )
+
+
+def by_full_passes(logits, prompts, n_tokens, length=96):
+    """The likeliest `n_tokens` after each prompt, by a full pass of all of them for each token.
+
+    `logits` is a function of tokens `[B, S]`, whose last ones have no effect on earlier ones.
+    """
+    prompts = [list(prompt) for prompt in prompts]
+    texts = [[*prompt] for prompt in prompts]
+    for _ in range(n_tokens):
+        padded = np.array([text + [0] * (length - len(text)) for text in texts], np.int32)
+        for text, row in zip(texts, np.asarray(logits(padded)), strict=True):
+            text.append(int(row[len(text) - 1].argmax()))
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def until(end, texts):
+    """The tokens of each text before its first `end`."""
+    return [text[: text.index(end)] if end in text else text for text in texts]

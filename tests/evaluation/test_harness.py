@@ -13,7 +13,7 @@ from aoe_jax.evaluation.harness import HarnessModel
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import parameters_of, write_model
-from tests.evaluation.models import make_config, make_model, plain_scores
+from tests.evaluation.models import by_full_passes, make_config, make_model, plain_scores
 
 pytestmark = pytest.mark.usefixtures("ragged")
 TEXTS = [
@@ -47,7 +47,7 @@ def router_model():
 
 @functools.cache
 def adapter():
-    return HarnessModel(router_model(), progress=False)
+    return HarnessModel(router_model())
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_log_likelihoods_are_those_of_the_hf_backend(tmp_path, kind):
     write_model(directory, values, *parameters_of(model.params))
     settings = {"device": "cpu", "dtype": "float32", "batch_size": 4, "trust_remote_code": True}
     theirs = HFLM(str(directory), backend="causal", **settings)
-    models = HarnessModel(model, progress=False), theirs
+    models = HarnessModel(model), theirs
     ours, theirs = (ask(lm, "loglikelihood", *PAIRS) for lm in models)
     scores = ([score for score, _ in answers] for answers in (ours, theirs))
     np.testing.assert_allclose(*scores, atol=1e-3)
@@ -113,7 +113,7 @@ def test_a_continuation_that_merges_into_the_context_is_scored_by_itself():
 
 def test_special_tokens_of_the_tokenizer_come_first():
     model, encode = router_model(), adapter().tok_encode
-    lm = HarnessModel(dataclasses.replace(model, start=299, prefix=[299]), progress=False)
+    lm = HarnessModel(dataclasses.replace(model, start=299, prefix=[299]))
     assert lm.tok_encode("the cat") == [299, *encode("the cat")]
     assert lm.tok_encode("the cat", add_special_tokens=False) == encode("the cat")
     ((score, _),) = ask(lm, "loglikelihood", ("the", " cat"))
@@ -121,27 +121,18 @@ def test_special_tokens_of_the_tokenizer_come_first():
     assert score == pytest.approx(expected, abs=1e-4)
 
 
-def greedily(model, prompt, n):
-    """The likeliest token, one plain pass a token."""
-    row, params = list(prompt), jax.device_get(model.params)
-    for _ in range(n):
-        inputs = np.zeros((1, 64), np.int32)
-        inputs[0, : len(row)] = row
-        row.append(int(plain_logits(model.decoder)(params, inputs)[0, len(row) - 1].argmax()))
-    return row[len(prompt) :]
-
-
-@functools.cache
-def plain_logits(decoder):
-    return jax.jit(lambda params, inputs: decoder.apply({"params": params}, inputs)[0])
+def greedy_texts(prompts, n_tokens):
+    """The likeliest texts after prompts, by full passes."""
+    model = router_model()
+    apply, params = jax.jit(model.decoder.apply), jax.device_get(model.params)
+    rows = by_full_passes(lambda t: apply({"params": params}, t)[0], prompts, n_tokens, length=64)
+    return [model.tokenizer.decode(row) for row in rows]
 
 
 @pytest.mark.slow
 def test_generation_ends_at_the_until_strings():
-    lm, model = adapter(), router_model()
-    contexts = ["the state of", "a cat sat on", "war"]
-    whole = [greedily(model, lm.tok_encode(context), 12) for context in contexts]
-    texts = [model.tokenizer.decode(tokens) for tokens in whole]
+    lm, contexts = adapter(), ["the state of", "a cat sat on", "war"]
+    texts = greedy_texts(map(lm.tok_encode, contexts), 12)
     settings = {"until": [], "max_gen_toks": 12}
     assert ask(lm, "generate_until", *((c, settings) for c in contexts)) == texts
     ends = [text[len(text) // 2 :][:2] for text in texts]
@@ -155,10 +146,9 @@ def test_generation_ends_at_the_until_strings():
 
 
 def test_long_contexts_lose_their_beginning():
-    lm, model = adapter(), router_model()
-    context = "the state of the union is a cat " * 9
-    (text,) = ask(lm, "generate_until", (context, {"until": [], "max_gen_toks": 20}))
-    assert text == model.tokenizer.decode(greedily(model, lm.tok_encode(context)[-44:], 20))
+    lm, context = adapter(), "the state of the union is a cat " * 9
+    texts = ask(lm, "generate_until", (context, {"until": [], "max_gen_toks": 20}))
+    assert texts == greedy_texts([lm.tok_encode(context)[-44:]], 20)
 
 
 def test_sampling_repeats_itself():

@@ -55,7 +55,7 @@ def scored(kind):
 def test_scores_are_those_of_single_passes(kind):
     model, scorer = scored(kind)
     requests = make_requests(LENGTHS if kind == "aoe" else LENGTHS[2:3])
-    scores = scorer(requests, progress=False)
+    scores = scorer(requests)
     for (score, greedy), request in zip(scores, requests, strict=True):
         expected, expected_greedy = plain_scores(model, *request)
         assert score == pytest.approx(expected, abs=1e-4)
@@ -80,16 +80,16 @@ def test_shared_contexts_are_read_once_with_the_same_result(kind, batches):
     scorer = scored(kind)[1]
     context = list(range(40, 90))
     requests = [(context, [5]), (context, [6, 7, 8]), ([*context[:-1], 3], [6]), (context, [9])]
-    together = scorer(requests, progress=False)
+    together = scorer(requests)
     assert sum(batch["contexts"].any(axis=1).sum() for batch in batches if "contexts" in batch) == 1
-    apart = [scorer([request], progress=False)[0] for request in requests]
+    apart = [scorer([request])[0] for request in requests]
     assert not any("contexts" in batch for batch in batches[2:])
     for (score, greedy), (of_one, greedy_of_one) in zip(together, apart, strict=True):
         assert score == pytest.approx(of_one, abs=1e-4) and greedy == greedy_of_one
 
 
 def test_few_shapes_are_compiled(batches):
-    scored("aoe")[1](make_requests(range(2, 65), count=100), progress=False)
+    scored("aoe")[1](make_requests(range(2, 65), count=100))
     shapes = [batch["inputs"].shape for batch in batches]
     assert len(shapes) > 10 and len(set(shapes)) <= 7
     assert {length for _, length in shapes} <= {16, 32, 48, 64}
@@ -105,12 +105,10 @@ def test_logits_of_a_batch_are_never_whole():
 
 def test_odd_and_bad_requests():
     scorer = scored("aoe")[1]
-    assert scorer([([1, 2], [])], progress=False) == [(0.0, True)]
-    assert scorer([], progress=False) == []
+    assert scorer([([1, 2], [])]) == [(0.0, True)]
+    assert scorer([]) == []
     with pytest.raises(UserError, match=r"model\.max_len=64: a continuation has 65 tokens"):
-        scorer([([1], [2] * 65)], progress=False)
-    with pytest.raises(ValueError, match="one token at least"):
-        scorer([([], [2])], progress=False)
+        scorer([([1], [2] * 65)])
 
 
 @pytest.mark.slow
@@ -123,4 +121,4 @@ def test_models_that_depend_on_other_tokens_are_refused():
 def test_scores_that_are_not_finite_are_refused():
     model = make_model(make_config(), lambda params: jax.tree.map(lambda a: a * np.nan, params))
     with pytest.raises(UserError, match="the model gives log-likelihoods that are not finite"):
-        Scorer(model)([([1], [2])], progress=False)
+        Scorer(model)([([1], [2])])

@@ -13,7 +13,7 @@ from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.evaluate import TextTokens
 from aoe_jax.evaluation.models import load_model, mesh_axes, on_devices_here
-from aoe_jax.formats.loading import read_begin_token, read_end_tokens
+from aoe_jax.formats.loading import read_end_tokens
 from tests.evaluation.models import make_config, make_model
 from tests.runs import finished_run, tiny_config
 
@@ -66,14 +66,6 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path, caplog):
     tokenizer.save(file)
     load_model(workdir)
     assert "tokens, the model 512: " in caplog.text
-
-
-@pytest.mark.parametrize("token", ["a", -1, 300, True])
-def test_a_first_token_that_is_none(tmp_path, token):
-    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": token}))
-    wanted = r"config\.json: bos_token_id=.*must be the number of one of 300 tokens, or null"
-    with pytest.raises(UserError, match=wanted):
-        read_begin_token(tmp_path, 300)
 
 
 def test_tokens_that_end_a_text(tmp_path):

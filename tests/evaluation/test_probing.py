@@ -20,13 +20,13 @@ from aoe_jax.evaluation.probing import (
     NORMS,
     ProbeRouter,
     by_chance,
-    by_first_neurons,
     by_norm,
     by_router,
 )
 from benchmarks.parity import random_model, save
 from tests.arrays import mesh_of
 from tests.evaluation.models import make_config, make_model
+from tests.evaluation.public_tasks import write_examples
 from tests.in_process import call
 from tests.runs import corpus_folder, finished_run, kind_run
 
@@ -85,18 +85,6 @@ def test_choice_by_norm(node, norm):
     assert 0.3 < agreement < 0.8
 
 
-def test_choice_by_first_neurons():
-    """All neurons have the norm of their node; the largest is signed."""
-    want = by_loops("x Wg", "L2")[0]
-    np.testing.assert_allclose(apply(by_first_neurons(12, "norm"))[0], want, atol=1e-4)
-    w_gate, x = np.asarray(PARAMS["w_gate"]), np.asarray(X).reshape(-1, 16)
-    scores = np.einsum("td,ndf->tnf", x, w_gate[..., :3]).max(axis=-1)
-    logits = x @ np.asarray(PARAMS["w_router"])
-    routed, chosen = ((-a).argsort().argsort() < 2 for a in (logits, scores))
-    share = np.average((routed & chosen).sum(axis=1) / 2, weights=np.asarray(WEIGHTS).reshape(-1))
-    np.testing.assert_allclose(apply(by_first_neurons(3, "max"))[1], share, rtol=1e-5)
-
-
 def test_other_choices():
     """Equal weights, the router itself, and a random choice."""
     want = by_loops("x Wg", "L2", equal_weights=True)[0]
@@ -145,16 +133,15 @@ def test_the_command(tmp_path, few_probes):
 @pytest.mark.parametrize("few_probes", [3], indirect=True)
 def test_the_table_of_a_run(tmp_path, few_probes, capsys):
     workdir = kind_run("router")[0]
-    report = probing.probe_checkpoint(workdir, tmp_path, n_tokens=10**9, score_neurons=4)
+    report = probing.probe_checkpoint(workdir, tmp_path, n_tokens=10**9)
     assert report == json.loads((tmp_path / "probe.json").read_text())
     whole = evaluate_workdir(workdir, "validation")
     assert (report["tokens"], report["step"]) == (whole["tokens"], whole["step"])
-    _, chance, norm, *first = report["probes"]
-    assert [(p["node"], p["norm"]) for p in first] == [("x Wg[:, :4]", s) for s in ("norm", "max")]
+    _, chance, norm = report["probes"]
     assert (norm["node"], norm["norm"]) == ("x Wg", "L1")
     assert all(0.3 < probe["agreement"] < 0.9 and probe["time"] > 0 for probe in (chance, norm))
     nll = [value for probe in report["probes"] for value in probe["nll"].values()]
-    assert len({round(value, 6) for value in nll}) == len(nll) == 9
+    assert len({round(value, 6) for value in nll}) == len(nll) == 5
     rows = [line.split()[:5] for line in capsys.readouterr().out.splitlines()]
     assert ["L1", "x", "Wg", "softmax", f"{norm['nll']['softmax']:.4f}"] in rows
 
@@ -166,13 +153,14 @@ def test_a_model_of_the_hub_on_a_text_and_a_task(tmp_path, few_probes):
     texts = [path.read_text() for path in sorted(corpus_folder().iterdir())]
     train_tokenizer(texts, 512).save(tmp_path)
     (tmp_path / "text.txt").write_text(texts[0])
-    settings = {"tasks": ["speeches_cloze"], "fewshot": 0, "limit": 4}
+    data = write_examples(tmp_path / "data")
+    settings = {"tasks": ["sst2"], "fewshot": 0, "limit": 4, "data": data}
     text = str(tmp_path / "text.txt")
     report = probing.probe_checkpoint(tmp_path, tmp_path, text=text, **settings)
     (router,) = report["probes"]
     assert router["agreement"] == 1.0 and 6 < router["nll"]["softmax"] != router["nll"]["equal"]
     for weights in probing.WEIGHTS:
-        assert router["tasks"][weights]["speeches_cloze"]["examples"] == 4
+        assert router["tasks"][weights]["sst2"]["examples"] == 4
 
 
 def test_mistakes(tmp_path):

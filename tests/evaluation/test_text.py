@@ -44,15 +44,6 @@ def test_texts_are_seen_each_by_itself(tmp_path, capsys, monkeypatch):
     assert f"task:words: 3 texts, {count} tokens, step 7" in printed and "Ent_load" in printed
 
 
-def test_a_file_and_a_task(tmp_path, monkeypatch):
-    model = make_model(make_config(experts__kind="dense"))
-    monkeypatch.setattr("aoe_jax.evaluation.evaluate.load_model", lambda *_: model)
-    (tmp_path / "a.txt").write_text("a cat\n\nsat")
-    assert evaluate_text(tmp_path, f"{tmp_path}/a.txt")["texts"] == 1
-    report = evaluate_text(tmp_path, "task:speeches_cloze", limit=3, split="validation")
-    assert (report["texts"], report["text"]) == (3, "task:speeches_cloze")
-
-
 def test_a_text_is_a_stream_of_tokens():
     tokenizer = make_model(make_config(experts__kind="dense")).tokenizer
     stream = TextTokens(["é", "a cat"], tokenizer)
@@ -68,6 +59,9 @@ def test_a_text_is_a_stream_of_tokens():
 )
 def test_bad_files(tmp_path, content, message):
     file = tmp_path / "a.txt"
+    file.write_text("a cat\n\nsat")
+    assert read_text(file) == "a cat\n\nsat"
+    file.unlink()
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError, match=f"--text={file}: {message}"):

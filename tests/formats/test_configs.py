@@ -34,11 +34,9 @@ VARIANTS = {
     "router, untied": router("mixtral", model__tie_embeddings=False),
     "router, grouped queries": router("mixtral", model__n_kv_heads=1, model__rope_base=1e6),
     "router, over all": router("aoe", routing__norm_topk_prob=False),
-    "router, top_p": router("aoe", routing__name="top_p"),
     "router, ranked": router("aoe", routing__name="ranked", routing__ranks=(1, 3)),
     "router, factorised": router("aoe", experts__factorised_gate=True),
     "router, large": router("aoe", experts__large_router=True),
-    "router, expert choice": router("aoe", routing__name="expert_choice"),
     "router, da_moe": router(
         "aoe", routing__name="da_moe", experts__top_k=3, routing__reduce="max"
     ),
@@ -83,7 +81,6 @@ VARIANTS = {
     "dense, biases": ("aoe", {"experts__kind": "dense", "model__qkv_bias": True}),
     "capacity": ("aoe", {"experts__kind": "capacity", "routing__capacity_factor": 1.25}),
     "uoe": ("aoe", {"experts__kind": "uoe", "experts__top_k": 3}),
-    "threshold": ("aoe", {"routing__name": "threshold", "routing__weights": "relative"}),
     "smear, longer than a window": (
         "aoe",
         {"experts__kind": "smear", "routing__segment": 1500, "balance__aux_weight": 0.0}
@@ -159,13 +156,8 @@ def own(**groups):
 
 REFUSED = [
     (changed(model_type="gpt2"), "model_type='gpt2' is unknown; known are mixtral, olmoe, qwen2_m"),
-    ({"model_type": "gpt_oss"}, f"model_type='gpt_oss' {NO}: its experts and its router have bias"),
-    ({"model_type": "deepseek_v3"}, f"model_type='deepseek_v3' {NO}: its attention is multi-head"),
-    ({"model_type": "deepseek_v2"}, f"model_type='deepseek_v2' {NO}: its attention is multi-head"),
     (DOTS | {"first_k_dense_replace": 2}, "replace=2 must be a whole number below num_hidden_la"),
-    (DOTS | {"first_k_dense_replace": "one"}, "replace='one' must be"),
     (DOTS | {"n_shared_experts": None}, "n_shared_experts=None must be"),
-    (DOTS | {"n_group": 4}, "config.routing.n_groups=4: must divide"),
     (DOTS | {"moe_layer_freq": 2}, f"moe_layer_freq=2 {NO}; only 1 is"),
     (
         DOTS | {"model_type": "glm4_moe", "use_qk_norm": 3},
@@ -175,20 +167,16 @@ REFUSED = [
     (changed(model_type=["mixtral"]), "model_type=['mixtral'] is no text"),
     (changed(hidden_size="removed"), "hidden_size is missing; a model of model_type 'mixtral'"),
     (changed(hidden_size="wide"), "config.model.d_model='wide'"),
-    (changed(num_key_value_heads=3), "n_kv_heads=3"),
     (OLMOE | {"head_dim": 64}, f"head_dim=64 {NO}"),
     (LLAMA | {"head_dim": 2**21}, "head_dim=2097152: must be"),
-    (changed(head_dim=15), "config.model.head_dim=15: must be even"),
     (QWEN3_MOE | {"layer_types": SLIDING}, f"layer_types={SLIDING} {NO}; only 'full_attention' in"),
     (QWEN3_MOE | {"layer_types": ["full_attention", ["x"]]}, f"['full_attention', ['x']] {NO}"),
     (QWEN3_MOE | {"mlp_only_layers": [0]}, f"mlp_only_layers=[0] {NO}; only [] or None is"),
-    (QWEN3_MOE | {"decoder_sparse_step": 2}, f"decoder_sparse_step=2 {NO}; only 1 is"),
     (QWEN3_MOE | {"use_sliding_window": True}, f"use_sliding_window=True {NO}; only False is"),
     (changed(hidden_act="gelu"), f"hidden_act='gelu' {NO}; only 'silu'"),
     (changed(sliding_window=63), f"sliding_window=63 {NO}; only one of at least 64"),
     (changed(quantization_config={"bits": 4}), f"quantization_config={{'bits': 4}} {NO}"),
     (OLMOE | {"clip_qkv": 8.0}, f"clip_qkv=8.0 {NO}; only None"),
-    (OLMOE | {"norm_topk_prob": "yes"}, "norm_topk_prob='yes'"),
     (changed(rope_scaling={"type": "yarn", "factor": 4.0}), f"rope_type='yarn' {NO}"),
     (changed(rope_parameters=LLAMA3), f"rope_type='llama3' {NO}"),
     (LLAMA | {"rope_parameters": LLAMA3}, "original_max_position_embeddings=None must be a numb"),
@@ -196,26 +184,20 @@ REFUSED = [
         LLAMA | {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}} | PRETRAINED,
         "low_freq_factor=1.0 must be below high_freq_factor=1.0",
     ),
-    (LLAMA | {"mlp_bias": True}, f"mlp_bias=True {NO}; only False"),
     (changed(rope_parameters=LONGROPE), "short_factor=None must be a list of numbers"),
     (changed(rope_scaling=ROPE | {"short_factor": ["a"]}), "short_factor=['a'] must be a list of"),
-    (
-        changed(rope_scaling=ROPE | {"long_factor": [2.0]}),
-        f"long_factor=[2.0] {NO}; only the",
-    ),
     (changed(rope_scaling=ROPE | {"attention_factor": 1.2}), f"attention_factor=1.2 {NO}; only 1"),
+    (changed(rope_scaling=ROPE | {"long_factor": [2.0]}), f"long_factor=[2.0] {NO}; only the"),
     (
         changed(rope_scaling=ROPE | {"short_factor": [1.0], "long_factor": [1.0]}),
         "config.model.rope_factors=(1.0,): must be 8 numbers",
     ),
-    (changed(rope_parameters={"rope_theta": 5.0}), "rope_theta is 5.0 and 10000.0"),
     (changed(rope_theta=float("inf"), rope_parameters="removed"), "config.model.rope_base=inf"),
     (changed(rope_parameters={"full": {"rope_theta": 5.0}}), "only one setting for all layers"),
     (changed(partial_rotary_factor=0.5), "partial_rotary_factor"),
     ({"model_type": "aoe", "model": {}}, "no group 'experts'"),
     (own(model={"depth": 3}), "config.model.depth is unknown; known are n_layers"),
     (own(model={"rope_factors": ["a"] * 32}), "config.model.rope_factors=('a', "),
-    (own(experts={"kind": "soup"}), "config.experts.kind='soup'"),
 ]
 
 
@@ -229,9 +211,9 @@ def test_refused_by_name(values, words, tmp_path):
 
 WITHOUT_CLASS = {  # the words that the log must have, and the model
     "routing.name='top_p'": {"routing__name": "top_p"},
-    "LlamaForCausalLM has no model.qkv_bias=True": VARIANTS["dense, biases"][1],
-    "MixtralForCausalLM has no model.attention_bias=True": VARIANTS["router, biases"][1],
-    "MixtralForCausalLM has no selection_bias=True": router("", balance__bias_rate=0.01)[1],
+    "LlamaForCausalLM lacks model.qkv_bias=True": VARIANTS["dense, biases"][1],
+    "MixtralForCausalLM lacks model.attention_bias=True": VARIANTS["router, biases"][1],
+    "MixtralForCausalLM lacks selection_bias=True": router("", balance__bias_rate=0.01)[1],
 }
 
 

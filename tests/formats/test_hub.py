@@ -6,11 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.formats.loading import read_config
 from benchmarks.parity import LAYOUTS, logits_here, logits_there, random_model, save
-from configs import finetune
 from tests.formats.hub import ARCHITECTURES, hub_models
 from tests.formats.test_loading import change_config, edit, load
 
@@ -79,12 +77,3 @@ def test_a_layer_that_predicts_further_tokens_is_left_out(tmp_path, caplog):
     change_config(directory, num_nextn_predict_layers=0)
     with pytest.raises(UserError, match="model.layers.3.eh_proj.weight is unknown"):
         load(directory)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_training_continues_with_the_configuration_of_the_model(architecture):
-    directory = hub_models()[architecture][0]["per expert"]
-    config = Config.from_config_dict(finetune.get_config(str(directory)))
-    read = read_config(directory)
-    for group in ("model", "experts", "routing"):
-        assert getattr(config, group) == getattr(read, group)

@@ -14,11 +14,9 @@ from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats import tensor_files
-from aoe_jax.formats.configs import to_json
-from aoe_jax.formats.loading import load_params, read_config
-from aoe_jax.sharding import fill_mesh, make_mesh
+from aoe_jax.formats.loading import read_config
 from configs import finetune
-from tests.formats.test_writing import written
+from tests.formats.test_writing import loaded, written
 from tests.runs import finish, start, tiny_config
 
 pytestmark = pytest.mark.usefixtures("ragged")
@@ -33,9 +31,7 @@ ROUTER = tiny_config(experts__kind="router", experts__d_ffn=24)
 
 
 def load(directory, dtype=None):
-    config = fill_mesh(read_config(directory), 1)
-    mesh = make_mesh(config, jax.devices()[:1])
-    return load_params(directory, config, mesh, dtype)[0]
+    return loaded(directory, dtype)[0]
 
 
 def change_config(directory, **changes):
@@ -163,39 +159,14 @@ print(peak() - before, model, params["layers"]["experts"]["w_gate"].nbytes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["per expert", "fused"])
-def test_no_second_copy_is_held(tmp_path, layout):
-    """The model has 200 MB. Beside it, memory has one parameter of all layers, and pages of the
-    file that is being read.
-    """
-    shape = {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 1024}
-    shape |= {"num_local_experts": 8, "num_attention_heads": 4, "num_key_value_heads": 4}
-    values = to_json(tiny_config(experts__kind="router")) | {"tie_word_embeddings": False}
-    (tmp_path / "config.json").write_text(json.dumps(values | shape | {"vocab_size": 96}))
-    change_config(tmp_path, head_dim="removed")
-    save_file(_large_tensors(layout), tmp_path / "model.safetensors")
-    status, stdout, stderr = finish(start(["-c", LOADING, str(tmp_path)], forked=False))
+def test_no_second_copy_is_held(tmp_path):
+    """Beside the model of 200 MB, memory has one parameter of all layers, and pages of a file."""
+    shape = {"model__n_layers": 4, "model__d_model": 512, "experts__d_ffn": 1024}
+    directory = written(
+        tmp_path, tiny_config(experts__kind="router", experts__n_experts=8, **shape)
+    )[0]
+    status, stdout, stderr = finish(start(["-c", LOADING, str(directory)], forked=False))
     assert status == 0, stderr
     taken, model, piece = map(int, stdout.split())
     assert model > 2e8 and piece < 0.35 * model
     assert taken < model + 2 * piece, f"{taken / 1e6:.0f} MB for a model of {model / 1e6:.0f} MB"
-
-
-def _large_tensors(layout):
-    shapes = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (96, 512))
-    shapes["model.norm.weight"] = (512,)
-    for layer in range(4):
-        name = f"model.layers.{layer}."
-        shapes |= {f"{name}self_attn.{letter}_proj.weight": (512, 512) for letter in "qkvo"}
-        shapes |= {f"{name}{norm}_layernorm.weight": (512,) for norm in ("input", "post_attention")}
-        if layout == "fused":
-            shapes[f"{name}mlp.experts.gate_up_proj"] = (8, 2048, 512)
-            shapes[f"{name}mlp.experts.down_proj"] = (8, 512, 1024)
-            shapes[f"{name}mlp.gate.weight"] = (8, 512)
-            continue
-        shapes[f"{name}block_sparse_moe.gate.weight"] = (8, 512)
-        for expert in range(8):
-            each = f"{name}block_sparse_moe.experts.{expert}."
-            shapes |= {f"{each}w1.weight": (1024, 512), f"{each}w3.weight": (1024, 512)}
-            shapes[f"{each}w2.weight"] = (512, 1024)
-    return {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
