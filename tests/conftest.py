@@ -1,7 +1,9 @@
 """Eight virtual CPU devices for every test, and compilation in haste."""
 
 import os
+import shutil
 import signal
+import tempfile
 
 import jax
 import pytest
@@ -21,12 +23,19 @@ os.environ["XLA_FLAGS"] = xla_flags(8, HASTY)  # the compiler for TPUs reads it 
 
 
 def pytest_configure(config):
-    """Keeps what the processes compile that tests start, and the code of models that transformers
-    loads, for all tests and later sessions, until `pytest --cache-clear`.
+    """Makes the folder of `tests.runs.scratch`. Programs that processes of tests compile, and the
+    code of models that transformers loads, are kept for later sessions, until `--cache-clear`.
     """
+    if not hasattr(config, "workerinput"):  # workers of pytest-xdist inherit the variable
+        os.environ["AOE_JAX_SCRATCH"] = tempfile.mkdtemp(prefix="aoe_jax_tests_")
     if hasattr(config, "cache"):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
         os.environ["HF_MODULES_CACHE"] = str(config.cache.mkdir("transformers"))
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["AOE_JAX_SCRATCH"], ignore_errors=True)
 
 
 def pytest_collection_finish(session):

@@ -1,7 +1,6 @@
 """Held-out nll, perplexity and bits per byte, with the load statistics of the same tokens."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,11 +12,9 @@ from tqdm import tqdm
 
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.token_store import TokenStore
-from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.sharding import replicated
-from aoe_jax.training.run_folder import check_data
 from aoe_jax.training.step import sequence_nll
 
 
@@ -115,19 +112,3 @@ def evaluate_batches(score, batches: Iterable[dict], put, text_bytes=0):
     nll_sum, tokens, stats = total
     means = jax.tree.map(lambda a: a / tokens, stats)
     return Evaluation(float(nll_sum), int(tokens), text_bytes, means)
-
-
-def validation_batches(folder, config, size):
-    """Yields the whole batches of `size` sequences of a run's validation split, on the host.
-
-    A split without a whole batch yields its one batch with padding. Raises `UserError` if the split
-    is not the one that the run had.
-    """
-    corpus = open_corpus(config.data, config.model.vocab_size)
-    check_data(folder, corpus)
-    splits = [(store, config.data.seq_len, size) for store in corpus.validation.values()]
-    batches = itertools.chain.from_iterable(eval_batches(*split) for split in splits)
-    whole = (batch for batch in batches if batch["weights"].all())  # the last one has padding
-    first = next(whole, None)
-    yield first or next(eval_batches(*splits[0]))
-    yield from whole
