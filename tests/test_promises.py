@@ -142,7 +142,6 @@ def test_damaged_newest_checkpoint(workdir):
     stderr = ends_as_ever(workdir)
     assert f"checkpoint of step {STEPS} is damaged" in stderr and not runs.is_unforeseen(stderr)
     assert f"going on from step {STEPS - EVERY}" in stderr
-    assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
 
 
 def test_history_is_not_erased(workdir, tmp_path):
@@ -200,9 +199,8 @@ writers.os.fsync = faulty
 
 def test_a_passing_fault_of_the_disk(workdir):
     stderr = runs.succeed(patched(PASSING_FAULT, workdir))
-    assert "cannot be written (Input/output error)" in stderr and runs.same_end(
-        workdir, dense_run()
-    )
+    assert "cannot be written (Input/output error)" in stderr
+    assert runs.same_end(workdir, dense_run())
 
 
 HANG = """
@@ -249,9 +247,8 @@ def test_batch_that_is_not_finite(workdir, tmp_path):
     assert lines[2]["loss"] is None and lines[3]["loss"] < lines[0]["loss"]
     assert not (whole / "checkpoints" / "6").exists()
 
-    runs.kill_when(
-        start(patched(code, workdir)), lambda: (runs.heartbeat(workdir)["step"] or 0) >= 8
-    )
+    process = start(patched(code, workdir))
+    runs.kill_when(process, lambda: (runs.heartbeat(workdir)["step"] or 0) >= 8)
     runs.succeed(patched(code, workdir))
     assert runs.same_end(workdir, whole)
 

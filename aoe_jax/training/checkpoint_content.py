@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from aoe_jax.distributed import all_agree, together
 from aoe_jax.errors import Failure, UserError
 from aoe_jax.storage import retry
-from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, misfit, or_none
+from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, misfit, or_none, read_regular
 
 _ARRAY = Kind("a shape, a dtype and a checksum", lambda v: isinstance(v, list) and len(v) == 3)
 PROGRESS = {
@@ -26,6 +26,7 @@ PROGRESS = {
     "metrics_bytes": COUNT,
 }
 _BESIDE = {"data": {}, "progress": PROGRESS, "arrays": {str: _ARRAY}, "sha256": TEXT}
+_BESIDE_BYTES = 2**28
 
 
 class Damaged(Failure):
@@ -35,9 +36,9 @@ class Damaged(Failure):
 def read_checkpoint(path, wanted):
     """`(arrays, JSON of `beside_arrays`)` of the checkpoint in the folder `path`.
 
-    Each process reads its own part. `wanted` is a tree of shapes, dtypes and shardings of the
-    arrays, over any mesh and number of processes. Raises in every process or in none: `Damaged`;
-    `UserError` if the checkpoint is of another model; `MachineFault` if it cannot be read.
+    Each process reads its own part. `wanted` is a tree of shapes, dtypes and shardings, over any
+    mesh and number of processes. Raises in every process or in none: `Damaged`; `UserError` if the
+    checkpoint is of another model; `MachineFault` if it cannot be read.
     """
     damage = None
     with together():
@@ -59,35 +60,29 @@ def read_checkpoint(path, wanted):
 
 
 def _read_alone(path, wanted):
-    # Without this, Orbax would wait for the other processes, which may have failed.
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(),
-        active_processes={jax.process_index()},
-        barrier_sync_key_prefix=f"process_{jax.process_index()}",
-    )
-    restore_args = jax.tree.map(
-        lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), wanted
-    )
-    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-    beside = read_beside(path, alone)
+    beside = read_beside(path)
     _check_model(path, wanted, beside["arrays"])
+    # Without this, Orbax would wait for the other processes, which may have failed.
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process,
+        active_processes={process},
+        barrier_sync_key_prefix=f"process_{process}",
+    )
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted, set_global_shape=False)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    with (
-        _as_damage(),
-        ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
-    ):
+    with _as_damage(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         arrays = checkpointer.restore(path / "state", args=args)
         if not all(isinstance(a, jax.Array) for a in jax.tree.leaves(arrays)):
             raise Damaged("arrays are missing")
     return arrays, beside
 
 
-def read_beside(path, options=None):
+def read_beside(path):
     """The JSON of `beside_arrays` in the checkpoint `path`; raises `Damaged`."""
-    options = options or ocp.options.MultiprocessingOptions()
-    handler = ocp.JsonCheckpointHandler(multiprocessing_options=options)
-    with _as_damage(), ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
-        beside = checkpointer.restore(path / "run", args=ocp.args.JsonRestore())
+    with _as_damage():
+        beside = json.loads(read_regular(path / "run" / "metadata", _BESIDE_BYTES))
         if problem := misfit(beside, _BESIDE):
             raise Damaged(problem)
         if beside.pop("sha256") != _sha256(beside):
@@ -97,8 +92,8 @@ def read_beside(path, options=None):
 
 @contextlib.contextmanager
 def _as_damage():
-    """Raises `Damaged` for an exception that neither a fault nor this program has caused: Orbax
-    and tensorstore raise exceptions of many kinds for what they cannot parse.
+    """Raises `Damaged` for exceptions that neither a fault nor this program has caused: Orbax and
+    tensorstore raise exceptions of many kinds for files that they cannot parse.
     """
     try:
         yield
@@ -113,11 +108,9 @@ def _check_model(path, wanted, saved):
     for name, a in _by_path(wanted).items():
         here, there = [list(a.shape), a.dtype.name], saved.get(name, [])[:2]
         if here != there:
-            what = "is not there"
-            if there:
-                what = f"is {there[1]}{there[0]} there, {here[1]}{here[0]} here"
+            shown = f"is {there[1]}{there[0]} there, {here[1]}{here[0]} here" if there else ""
             cause = "it is of another model or of another version of this program"
-            raise UserError(f"checkpoint {path}: {name} {what}; {cause}")
+            raise UserError(f"checkpoint {path}: {name} {shown or 'is not there'}; {cause}")
 
 
 def beside_arrays(arrays, position, progress: dict) -> dict:

@@ -19,14 +19,10 @@ from aoe_jax.config.run import Config
 from aoe_jax.errors import DivergedError
 from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.storage.retry import Tolerated
+from aoe_jax.training import devices
 from aoe_jax.training.checkpoint import Progress
-from aoe_jax.training.devices import (
-    device_memory,
-    host_memory,
-    peak_flops_per_device,
-    program_memory,
-)
 from aoe_jax.training.load_statistics import dead_experts, layer_statistics, load_spread
+from aoe_jax.training.validation import perplexity
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +71,7 @@ class Metrics:
         self._line_step, self._line_time = start_step, time.perf_counter()
         self._line_seconds, self._evaluated = Counter(), 0.0
         self._flops_per_token = training_flops_per_token(config)
-        self._peak = peak_flops_per_device(jax.devices())
+        self._peak = devices.peak_flops_per_device(jax.devices())
 
     def open(self, check, wandb=None):
         """Opens the files of the run, in one process. `check()` is called before each line is
@@ -109,7 +105,7 @@ class Metrics:
 
     def begin(self, state, step):
         """Starts the time that counts; takes the arguments of `program_memory`."""
-        self._program = program_memory(state, step)
+        self._program = devices.program_memory(state, step)
         if self._peak is None:
             log.info(f"no MFU: the peak of {jax.devices()[0].device_kind!r} is unknown")
         log.info(
@@ -185,7 +181,7 @@ class Metrics:
             best = np.log(layers.get("live_experts", load.shape[-1])).mean()
             balance = f" | load entropy {scalars['load_entropy']:.3f} of {best:.3f}"
         scalars |= speed | {f"{name}_seconds": s for name, s in seconds.items()}
-        scalars |= host_memory() | device_memory() | {"goodput": self._goodput()}
+        scalars |= devices.process_memory() | {"goodput": self._goodput()}
         self._write(step, "train", scalars, layers, experts)
         total, steps = sum(seconds.values()), self._config.train.steps
         waits = ", ".join(f"{name} {seconds[name] / total:.1%}" for name in _IN_SPEED)
@@ -249,8 +245,7 @@ class Metrics:
         counts, seconds, progress = parameter_counts(self._config), self._seconds, self._progress
         metrics = {"step": step, "tokens": step * self._config.tokens_per_step}
         metrics |= {"train_loss": progress.loss, "train_nll": progress.nll}
-        with np.errstate(over="ignore"):
-            metrics["validation_perplexity"] = float(np.exp(progress.validation["nll"]))
+        metrics["validation_perplexity"] = perplexity(progress.validation["nll"])
         metrics |= {f"validation_{name}": v for name, v in progress.validation.items()}
         in_speed = sum(seconds[name] for name in (*_IN_SPEED, "compute"))
         timing = self._speed(self._line_step - self._start_step, max(in_speed, 1e-9))
@@ -260,7 +255,7 @@ class Metrics:
             "metrics": metrics,
             "parameters": {"total": counts.total, "active": counts.active},
             "timing": timing | {"goodput": self._goodput(), "total_seconds": total_seconds},
-            "memory": self._program | host_memory() | device_memory(),
+            "memory": self._program | devices.process_memory(),
         }
 
     def close(self):

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import numpy as np
@@ -16,6 +17,12 @@ from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.sharding import replicated
 from aoe_jax.training.step import sequence_nll
+
+
+def perplexity(nll):
+    """`exp(nll)`; infinite if it exceeds a float."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(nll))
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,7 @@ class Evaluation:
 
     @property
     def perplexity(self):
-        """`exp(nll)`; infinite if it exceeds a float."""
-        try:
-            return math.exp(self.nll)
-        except OverflowError:
-            return math.inf
+        return perplexity(self.nll)
 
     @property
     def bits_per_byte(self):
@@ -92,12 +95,9 @@ def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put, 
     if len(parts) == 1:
         return parts[0]
     counts = [part.tokens for part in parts]
-
-    def mean(*values):
-        return np.average(values, axis=0, weights=counts)
-
     nll_sum, text_bytes = sum(p.nll_sum for p in parts), sum(p.text_bytes for p in parts)
-    stats = jax.tree.map(mean, *(part.stats for part in parts))
+    mean = partial(np.average, axis=0, weights=counts)
+    stats = jax.tree.map(lambda *of_parts: mean(of_parts), *(part.stats for part in parts))
     return Evaluation(nll_sum, sum(counts), text_bytes, stats, sources)
 
 

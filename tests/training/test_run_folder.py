@@ -185,8 +185,8 @@ def test_other_configurations_are_refused(workdir, corpus):
     other = changed(experts={"top_k": 3}, data={"document_mask": True}, train=free | {"seed": 1})
     with pytest.raises(UserError) as error:
         check_config(workdir, other)
-    differing = "experts.top_k is 2 there, 3 here; data.document_mask is False there, True here"
-    assert f"{differing}; train.seed is 0 there, 1 here. Use another" in str(error.value)
+    differing = "data.document_mask is False there, True here; experts.top_k is 2 there, 3 here"
+    assert f": {differing}; train.seed is 0 there, 1 here. Use another" in str(error.value)
     assert contents(workdir) == before
 
     RunFolder(workdir).claim(changed(data={"name": "sotu=0.5, text@/here=0.5"}), corpus)

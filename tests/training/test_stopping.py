@@ -41,17 +41,14 @@ def test_the_first_signal_asks_and_the_second_ends_at_once(send, number, kind, s
 
 def test_several_processes_stop_at_the_same_step(send, monkeypatch):
     """JAX takes the signal, and says at which question all of them stop."""
-    sent, questions = [], []
+    sent, reached = [], "reached_preemption_sync_point"
     monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
-    reached = lambda question: questions.append(question) or question == 3  # noqa: E731
-    monkeypatch.setattr(stopping.multihost_utils, "reached_preemption_sync_point", reached)
-    stop = StopRequests()
-    stop.listen()
+    monkeypatch.setattr(stopping.multihost_utils, reached, lambda question: question == 3)
+    first, other = StopRequests(), StopRequests()
+    first.listen()
     send(signal.SIGINT)
-    assert [stop.asked() for _ in range(3)] == [False, False, True] and questions == [1, 2, 3]
+    for stop, kind in ((first, Interrupted), (other, Preempted)):
+        assert [stop.asked() for _ in range(3)] == [False, False, True]
+        assert isinstance(stop.end("saved"), kind)
     assert sent == [signal.SIGTERM]
-    assert isinstance(stop.end("saved"), Interrupted)
-    other = StopRequests()
-    other._questions = 2
-    assert other.asked() and isinstance(other.end("saved"), Preempted)
