@@ -342,11 +342,8 @@ def contents(folder):
 
 
 def truncate_state(workdir):
-    """Leaves one byte of every file that holds arrays of the newest checkpoint, so that none of
-    them can be read.
-
-    How Orbax spreads the arrays over files differs from run to run: a part of the files may hold
-    optimizer state alone.
+    """Leaves one byte of every file that holds arrays of the newest checkpoint: how Orbax spreads
+    the arrays over files differs from run to run.
     """
     newest = max((workdir / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
     paths = [path for path in (newest / "state").rglob("d/*") if path.is_file()]

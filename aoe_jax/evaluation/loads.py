@@ -15,11 +15,10 @@ MAX_NUMBERS = 16  # a picture of more experts has colours alone
 def load_statistics(stats: LayerStats):
     """The statistics of all layers as JSON values; `stats` are stacked over layers.
 
-    Returns a dictionary: `load` `[L][n]` (share of the tokens that choose each expert),
-    `load_entropy` and `confidence_entropy` `[L]` in nats, `mean_score` `[L][n]` (norms or logits),
-    and over all layers `load_spread`, `experts_per_token` and `dead_experts` (chosen by no token).
-    Experts with a capacity also have `dropped_share` `[L]`, the share of the choices that were
-    dropped; experts that are added and removed have `live_experts` `[L]`.
+    Returns a dictionary: `load` `[L][n]`, `load_entropy` and `confidence_entropy` `[L]` in nats,
+    `mean_score` `[L][n]` (norms or logits), and over all layers `load_spread`, `experts_per_token`
+    and `dead_experts` (chosen by no token). Where methods have them, also `dropped_share` `[L]`
+    (of the choices) and `live_experts` `[L]`.
     """
     load, live = np.asarray(stats.load), stats.live
     of_layers = layer_statistics(load, live)
@@ -37,10 +36,10 @@ def load_statistics(stats: LayerStats):
 def load_table(statistics):
     """The statistics as text, a row a layer, with shares of its load and dropped choices in %."""
     share = _share(statistics)
-    names = {"load_entropy": "Ent_load", "confidence_entropy": "Ent_conf"}
-    names |= {"dropped_share": "dropped"} if "dropped_share" in statistics else {}
-    columns = {"layer": range(len(share))}
-    columns |= {label: statistics[name] for name, label in names.items()}
+    columns = {"layer": range(len(share)), "Ent_load": statistics["load_entropy"]}
+    columns["Ent_conf"] = statistics["confidence_entropy"]
+    if "dropped_share" in statistics:
+        columns["dropped"] = statistics["dropped_share"]
     columns |= {f"E{i}": of_expert for i, of_expert in enumerate(share.T)}
     formats = {"Ent_load": ".3f", "Ent_conf": ".3f", "dropped": ".2%"}
     formats = [formats.get(name, ".1%") for name in columns]
@@ -68,9 +67,8 @@ def draw_loads(panels, width=None):
     n_layers, n_experts = (max(np.shape(s["load"])[i] for s in panels.values()) for i in (0, 1))
     size = width or min(4 + 0.1 * n_experts, 12), len(panels) * (0.65 + 0.24 * n_layers)
     figure = Figure(figsize=size, layout="constrained")
-    for axes, (title, statistics) in zip(
-        figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
-    ):
+    rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axes, (title, statistics) in zip(rows, panels.items(), strict=True):
         share, options = _share(statistics), {"va": "center", "fontsize": 7}
         n = share.shape[1]
         axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=2 / n)

@@ -126,10 +126,8 @@ class Checkpoints:
         return dataclasses.replace(like, **arrays), progress, beside["data"]
 
     def restore_newest(self, like):
-        """`(step, state, progress, position)` of the newest checkpoint that is not damaged.
-
-        Moves damaged ones to `damaged_checkpoints`, with a warning. Raises like `restore`, but
-        `UserError` if all checkpoints are damaged.
+        """`(step, state, progress, position)` of the newest checkpoint that is not damaged. Damaged
+        ones move to `damaged_checkpoints`. Raises like `restore`; `UserError` if all are damaged.
         """
         while True:
             with together():
@@ -204,8 +202,8 @@ class Checkpoints:
 
         `position` in the data is ready for JSON, the same in every process. With `wait`, or if the
         save before this one failed, it returns when this one has succeeded. A single process
-        repeats a save that a fault prevents, and raises `MachineFault` after `retry_seconds`.
-        Several processes wait for each other, so there a fault ends the run.
+        repeats a save for `retry_seconds`, then raises `MachineFault`; several processes wait for
+        each other, so a fault ends them.
         """
         wait = self._finish() is not None or wait
         if step == self.saved:

@@ -16,11 +16,6 @@ def load_spread(load, live=None):
     return (np.max(load, axis=-1) - np.min(least, axis=-1)).sum()
 
 
-def dead_experts(load, live=None):
-    """Whether each expert has no token, `[..., n]` bool; False for removed experts."""
-    return load == 0 if live is None else (load == 0) & (live > 0)
-
-
 def layer_statistics(load, live=None):
     """Statistics of each layer `[L]` by name, from loads `[L, n]`.
 
@@ -29,9 +24,10 @@ def layer_statistics(load, live=None):
     removed, is their number; free slots do not count.
     """
     n_live = load.shape[-1] if live is None else (live > 0).sum(axis=-1)
+    is_dead = load == 0 if live is None else (load == 0) & (live > 0)
     found = {
         "load_entropy": load_entropy(load),
         "load_max_over_mean": load.max(axis=-1) * n_live / np.maximum(load.sum(axis=-1), 1e-9),
-        "dead_experts": dead_experts(load, live).sum(axis=-1),
+        "dead_experts": is_dead.sum(axis=-1),
     }
     return found if live is None else found | {"live_experts": n_live}

@@ -21,31 +21,29 @@ from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.storage.retry import Tolerated
 from aoe_jax.training import devices
 from aoe_jax.training.checkpoint import Progress
-from aoe_jax.training.load_statistics import dead_experts, layer_statistics, load_spread
+from aoe_jax.training.load_statistics import layer_statistics, load_spread
 from aoe_jax.training.validation import perplexity
 
 log = logging.getLogger(__name__)
 
 # Suffixes of the names of measured metrics. Two runs of the same steps differ only in these.
 MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu", "goodput")
-_DEAD_AFTER = 3  # logged steps without a token
 _IN_SPEED = ("input", "checkpoint")  # clocks whose time counts in the speed, beside `compute`
 
 
 def layer_metrics(metrics):
     """Metrics of each layer `[L]` by name, from the host metrics of a step; {} for a dense model.
 
-    They are the `layer_statistics`, `confidence_entropy` in nats, and `mean_score`, the mean over
-    experts of AoE's norms or a router's logits. If experts have a capacity, `dropped_share` is the
-    share of the choices that were dropped.
+    They are the `layer_statistics`, `confidence_entropy` in nats, `mean_score` (the mean of AoE's
+    norms or a router's logits) and, with a capacity, `dropped_share` (of the choices).
     """
     load = metrics["load"]
     if load.shape[-1] == 1:
         return {}
     found = layer_statistics(load, metrics.get("live"))
-    found |= {"mean_score": metrics["mean_score"].mean(axis=-1)}
     names = ("confidence_entropy", "dropped_share")
-    return found | {name: metrics[name] for name in names if name in metrics}
+    found |= {name: metrics[name] for name in names if name in metrics}
+    return found | {"mean_score": metrics["mean_score"].mean(axis=-1)}
 
 
 class Metrics:
@@ -53,8 +51,7 @@ class Metrics:
 
     Time counts from `begin` on. It is split into `input` (the loop waits for the next batch),
     `checkpoint` (the loop waits for a save) and `compute` (the rest). The speed leaves evaluation
-    out. MFU is the useful FLOPs of training over the chip's peak in bfloat16, also if the run
-    computes in float32; it is left out if the chip is unknown.
+    out. MFU compares with the chip's peak in bfloat16, also if the run computes in float32.
     """
 
     def __init__(self, folder: Path, config: Config, start_step, progress: Progress, began):
@@ -63,7 +60,6 @@ class Metrics:
         """
         self._config, self._folder, self._start_step = config, folder, start_step
         self._progress, self._began = progress, began
-        self._idle_for = 0  # logged steps in a row in which an expert had no token, [L, n]
         self._writers, self._lines = {}, None
         self._unreported = None  # a step and its metrics, which are read while the next one runs
         self._program = {}
@@ -152,17 +148,6 @@ class Metrics:
                 "train.learning_rate in another --workdir"
             )
 
-    def _warn_of_dead_experts(self, step, load, live):
-        self._idle_for = np.where(dead_experts(load, live), self._idle_for + 1, 0)
-        new = np.argwhere(self._idle_for == _DEAD_AFTER)
-        if len(new):
-            names = ", ".join(f"layer {layer} expert {expert}" for layer, expert in new[:8])
-            names += ", ..." if len(new) > 8 else ""
-            log.warning(
-                f"dead experts at step {step}, without a token in {_DEAD_AFTER} logged steps: "
-                f"{names} ({np.sum(self._idle_for >= _DEAD_AFTER)} of {load.size} in all)"
-            )
-
     def _log(self, step, metrics):
         n_steps, seconds = self._end_interval(step)
         self._progress.compute_seconds += seconds["compute"]
@@ -172,7 +157,6 @@ class Metrics:
         layers, experts, balance = layer_metrics(metrics), {}, ""
         if layers:
             load, live = metrics["load"], metrics.get("live")
-            self._warn_of_dead_experts(step, load, live)
             scalars["load_spread"] = float(load_spread(load, live))
             scalars["experts_per_token"] = float(load.sum(axis=-1).mean())
             names = ("load_entropy", "confidence_entropy", "dropped_share")
@@ -180,6 +164,8 @@ class Metrics:
             experts = {name: metrics[name] for name in ("load", "mean_score")}
             best = np.log(layers.get("live_experts", load.shape[-1])).mean()
             balance = f" | load entropy {scalars['load_entropy']:.3f} of {best:.3f}"
+            if n_dead := layers["dead_experts"].sum():
+                balance += f", {n_dead} dead experts"
         scalars |= speed | {f"{name}_seconds": s for name, s in seconds.items()}
         scalars |= devices.process_memory() | {"goodput": self._goodput()}
         self._write(step, "train", scalars, layers, experts)

@@ -147,11 +147,11 @@ def make_train_step(config: Config):
 
         def if_finite(new, old):
             """The new values if the update counts; counters always go on."""
-            return jax.tree.map(
-                lambda n, o: jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.inexact) else n,
-                new,
-                old,
-            )
+
+            def choose(n, o):
+                return jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.inexact) else n
+
+            return jax.tree.map(choose, new, old)
 
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -67,9 +67,7 @@ class Evaluation:
 
 
 def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
-    """A jitted `(params, routing_state, batch) -> (nll sum, tokens, stats)` over all tokens, whose
-    result is on every device. `document_mask` is that of `DataConfig`.
-    """
+    """A jitted `(params, routing_state, batch) -> (nll sum, tokens, stats)`, on every device."""
     decoder = decoder.clone(balance=dataclasses.replace(decoder.balance, aux_tokens=1.0))
 
     def eval_step(params, routing_state, batch):

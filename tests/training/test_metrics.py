@@ -67,11 +67,13 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_lines_and_events_hold_the_metrics(metrics, tmp_path):
+def test_lines_and_events_hold_the_metrics(metrics, tmp_path, caplog):
+    caplog.set_level("INFO")
     load = np.array([[0.5, 0.5, 0.5, 0.5], [1.25, 0.75, 0, 0]], np.float32)
     report(metrics, 5, metrics_of(5) | {"load": load, "z_loss": np.float32(7.5)})
     metrics.validation(10, evaluation_of())
     metrics.close()
+    assert "| load entropy 1.024 of 1.386, 2 dead experts | " in caplog.text
     train, validation = lines(tmp_path)
     layers = train.pop("layers")
     entropies = [np.log(4), -0.625 * np.log(0.625) - 0.375 * np.log(0.375)]
@@ -214,20 +216,6 @@ def test_skipped_steps_in_a_row_end_the_run(metrics, caplog):
     assert words in caplog.text
     with pytest.raises(DivergedError, match=r"step 14: the last 10 updates.*train\.max_skipped=10"):
         report(metrics, 14, metrics_of(14) | {"finite": np.bool_(False)})
-
-
-def test_dead_experts_are_named_once(metrics, caplog):
-    live = np.array([[1, 1, 1], [1, 1, 0]])  # a free place is not dead
-    dead = {"load": np.array([[0.5, 0.0, 1.5], [1.0, 1.0, 0.0]]), "live": live}
-    alive = {"load": np.full((2, 3), 2 / 3), "live": live}
-    warned = []
-    for step, found in enumerate([dead, dead, alive, *[dead] * 4, alive, *[dead] * 3], 1):
-        caplog.clear()
-        report(metrics, step, metrics_of(step, 3) | found)
-        warned += [step] if "dead experts" in caplog.text else []
-        words = f"dead experts at step {step}, without a token in 3 logged steps: layer 0 expert 1 "
-        assert step not in warned or f"{words}(1 of 6 in all)" in caplog.text
-    assert warned == [6, 11]
 
 
 def test_free_places_do_not_count_in_the_load():
