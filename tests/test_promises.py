@@ -88,13 +88,17 @@ os.rename, os.replace = slowly(os.rename), slowly(os.replace)
 """
 
 
-def test_a_second_request_to_stop_ends_at_once(workdir):
+SECOND_INTERRUPT = pytest.param(signal.SIGINT, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, SECOND_INTERRUPT])
+def test_a_second_request_to_stop_ends_at_once(workdir, number):
     """The save of the first one, which never ends, is given up."""
     process = start(patched(SLOW_SAVES.format(seconds=3600), workdir))
     for status in ("training", "saving"):
         runs.wait_for(process, lambda status=status: runs.heartbeat(workdir)["status"] == status)
-        process.send_signal(signal.SIGTERM)
-    assert runs.finish(process)[0] == 128 + signal.SIGTERM
+        process.send_signal(number)
+    assert runs.finish(process)[0] == 128 + number
 
 
 def test_two_runs_begin_in_one_workdir(workdir):

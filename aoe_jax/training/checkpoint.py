@@ -31,7 +31,7 @@ DAMAGED = "damaged_checkpoints"
 
 @dataclass
 class Progress:
-    """What a checkpoint has of a run beside its state and its position in the data."""
+    """The progress of a run. A checkpoint has it beside the state and the position in the data."""
 
     loss: float | None = None  # of the newest training step
     nll: float | None = None
@@ -181,7 +181,7 @@ class Checkpoints:
         )
         with together():
             is_first = jax.process_index() == 0 and self.directory.exists()
-            # What killed runs and failed saves have left would fill the disk.
+            # Folders that killed runs and failed saves have left would fill the disk.
             for half in ocp.utils.tmp_checkpoints(self.directory) if is_first else ():
                 while half.get().exists():
                     # Threads of a failed save may delete files at the same time.

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Now:
-    """What changes in the course of a run."""
+    """The variables of the loop."""
 
     step: int  # updates done
     state: TrainState | None = None  # after them

@@ -49,14 +49,14 @@ def layer_metrics(metrics):
 class Metrics:
     """Measures a run and, in the first process, writes its metrics.
 
-    Time counts from `begin` on. It is split into `input` (the loop waits for the next batch),
+    The time from `begin` on is split into `input` (the loop waits for the next batch),
     `checkpoint` (the loop waits for a save) and `compute` (the rest). The speed leaves evaluation
     out. MFU compares with the chip's peak in bfloat16, also if the run computes in float32.
     """
 
     def __init__(self, folder: Path, config: Config, start_step, progress: Progress, began):
-        """Goes on after `start_step` updates with their `progress`; `began` is the time when the
-        run began for the first time. Writes nothing before `open`.
+        """Goes on after `start_step` updates with their `progress`, in a run that first began at
+        the time `began`. Writes nothing before `open`.
         """
         self._config, self._folder, self._start_step = config, folder, start_step
         self._progress, self._began = progress, began
@@ -102,8 +102,6 @@ class Metrics:
     def begin(self, state, step):
         """Starts the time that counts; takes the arguments of `program_memory`."""
         self._program = devices.program_memory(state, step)
-        if self._peak is None:
-            log.info(f"no MFU: the peak of {jax.devices()[0].device_kind!r} is unknown")
         log.info(
             f"compiled the train step in {self._seconds['compile']:.1f} s; on each device the "
             f"state takes {self._program['state_bytes'] / 1e9:.3g} GB, and a step "

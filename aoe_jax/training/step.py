@@ -19,7 +19,7 @@ from aoe_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes."""
+    """The arrays that a step changes."""
 
     step: jax.Array  # [] int32, steps done
     skipped: jax.Array  # [] int32, steps that updated nothing: loss or gradient was not finite

@@ -382,7 +382,7 @@ def test_a_save_is_repeated(tmp_path, monkeypatch, caplog):
 
 
 def test_saves_that_fail(tmp_path, monkeypatch, caplog):
-    """What was saved before stays, and a later save may succeed."""
+    """Older checkpoints stay, and a later save may succeed."""
     checkpoints = opened(tmp_path, every=1, keep=1)
     save(checkpoints, 1, wait=True)
     monkeypatch.setattr(retry, "retry_seconds", 0.1)

@@ -71,7 +71,8 @@ def test_lines_and_events_hold_the_metrics(metrics, tmp_path, caplog):
     caplog.set_level("INFO")
     load = np.array([[0.5, 0.5, 0.5, 0.5], [1.25, 0.75, 0, 0]], np.float32)
     report(metrics, 5, metrics_of(5) | {"load": load, "z_loss": np.float32(7.5)})
-    metrics.validation(10, evaluation_of())
+    sources = {"books": evaluation_of(2.0), "news": evaluation_of(4.0)}
+    metrics.validation(10, dataclasses.replace(evaluation_of(3.0), sources=sources))
     metrics.close()
     assert "| load entropy 1.024 of 1.386, 2 dead experts | " in caplog.text
     train, validation = lines(tmp_path)
@@ -89,32 +90,21 @@ def test_lines_and_events_hold_the_metrics(metrics, tmp_path, caplog):
         "confidence_entropy": [0.5, 0.7],
         "mean_score": [0.21428573, 0.7857143],
     }
-    assert computed(validation).keys() == {"step", "validation_nll", "validation_bits_per_byte"}
-    assert (validation["step"], validation["validation_nll"]) == (10, 3.5)
-
-    found = read_events(tmp_path)
-    assert found["train/loss", 5].simple_value == 5
-    assert found["train/load_spread", 5].simple_value == 1.25
-    assert found["validation/nll", 10].simple_value == 3.5
-    assert found["experts/dead_experts/layer_1", 5].simple_value == 2
-    norms, loads = (found[f"histograms/{name}/layer_1", 5].histo for name in ("mean_score", "load"))
-    assert (norms.num, norms.max, norms.sum) == pytest.approx((EXPERTS, 1.0, 22 / 7))
-    assert (loads.num, loads.min, loads.max) == (EXPERTS, 0, 1.25) and sum(loads.bucket) == EXPERTS
-
-
-def test_sources_have_figures_of_their_own(metrics, tmp_path):
-    sources = {"books": evaluation_of(2.0), "news": evaluation_of(4.0)}
-    metrics.validation(10, dataclasses.replace(evaluation_of(3.0), sources=sources))
-    metrics.close()
-    (line,) = lines(tmp_path)
     bits = 100 / math.log(2) / 400
     figures = {"nll": 3, "bits_per_byte": 3 * bits, "nll/books": 2, "bits_per_byte/books": 2 * bits}
     figures |= {"nll/news": 4, "bits_per_byte/news": 4 * bits}
     expected = {f"validation_{name}": value for name, value in figures.items()}
-    assert computed(line) == pytest.approx({"step": 10} | expected)
+    assert computed(validation) == pytest.approx({"step": 10} | expected)
+
     found = read_events(tmp_path)
     shown = {name: found[f"validation/{name}", 10].simple_value for name in figures}
     assert shown == pytest.approx(figures)
+    assert found["train/loss", 5].simple_value == 5
+    assert found["train/load_spread", 5].simple_value == 1.25
+    assert found["experts/dead_experts/layer_1", 5].simple_value == 2
+    norms, loads = (found[f"histograms/{name}/layer_1", 5].histo for name in ("mean_score", "load"))
+    assert (norms.num, norms.max, norms.sum) == pytest.approx((EXPERTS, 1.0, 22 / 7))
+    assert (loads.num, loads.min, loads.max) == (EXPERTS, 0, 1.25) and sum(loads.bucket) == EXPERTS
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ def interrupted(monkeypatch):
 
 
 def test_a_move_that_was_interrupted(workdir, interrupted):
-    """What is left is refused or a new run, never one of the same checkpoints without its files."""
+    """The files that remain are refused, or they are no run; checkpoints never lose their files."""
     make_checkpoints(workdir, 3)
     record(workdir, 3)
     for _ in range(len([*workdir.iterdir()]) - 1):
