@@ -20,8 +20,7 @@ from jax.sharding import PartitionSpec as P
 from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.storage import retry
-from aoe_jax.training.checkpoint import Checkpoints, Progress
-from aoe_jax.training.checkpoint_content import checksums
+from aoe_jax.training.checkpoint import Checkpoints, Progress, checksums
 from aoe_jax.training.step import TrainState
 from tests.runs import contents
 
