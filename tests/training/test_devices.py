@@ -10,10 +10,8 @@ import psutil
 import pytest
 
 from aoe_jax.model.counts import parameter_counts
-from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
-from aoe_jax.training.devices import process_memory, program_memory
-from aoe_jax.training.step import new_state, train_step_on
-from aoe_jax.training.step_times import random_batch
+from aoe_jax.training.devices import process_memory
+from aoe_jax.training.step_times import RepeatedStep
 from tests.hasty import HASTY
 from tests.runs import ROOT, tiny_config
 
@@ -24,20 +22,15 @@ def test_memory_of_a_device(fsdp, ragged):
     arguments also have the batch.
     """
     config = tiny_config(mesh__fsdp=fsdp, train__batch_size=8, data__document_mask=True)
-    config = fill_mesh(config, jax.device_count())
-    mesh, first = make_mesh(config, jax.devices()), jax.devices()[0]
-    with jax.set_mesh(mesh):
-        step, like = train_step_on(mesh, config)
-        state = new_state(config, like)
-        batch = put_batch(batch_sharding(mesh), random_batch(config))
-        step = step.lower(state, batch).compile()
-    memory = program_memory(state, step)
+    step = RepeatedStep(config)
     counted = 3 * 4 * parameter_counts(config).total / fsdp
-    assert 1 <= memory["state_bytes"] / counted < 1.02
-    shards = [s for a in jax.tree.leaves((state, batch)) for s in a.addressable_shards]
+    assert 1 <= step.memory["state_bytes"] / counted < 1.02
+    arrays, first = jax.tree.leaves((step._state, step._batch)), jax.devices()[0]
+    shards = [shard for array in arrays for shard in array.addressable_shards]
     live = sum(shard.data.nbytes for shard in shards if shard.device == first)
-    assert memory["argument_bytes"] == pytest.approx(live, rel=0.02)
-    assert memory["temporary_bytes"] == step.memory_analysis().temp_size_in_bytes > 0
+    assert step.memory["argument_bytes"] == pytest.approx(live, rel=0.02)
+    temporary = step.program.memory_analysis().temp_size_in_bytes
+    assert step.memory["temporary_bytes"] == temporary > 0
 
 
 def test_process_memory():

@@ -1,6 +1,5 @@
 """metrics.jsonl and TensorBoard files, read back without the writer; Weights & Biases offline."""
 
-import importlib
 import json
 import logging
 import re
@@ -79,7 +78,6 @@ def test_numbers_keep_their_precision(tmp_path):
 
 
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
-    assert "wandb" not in sys.modules  # whatever this process has done so far
     monkeypatch.setitem(sys.modules, "wandb", None)
     wanted = r"--wandb=mine: the package wandb is missing; pip install 'aoe_jax\[wandb\]'"
     with pytest.raises(UserError, match=wanted):
@@ -87,16 +85,9 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def wandb():
-    """The module, which is not left behind: see `test_wandb_that_is_not_installed`."""
-    yield importlib.import_module("wandb")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
-        del sys.modules[name]
-
-
-def test_wandb_that_cannot_be_reached(tmp_path, monkeypatch, caplog, wandb):
+def test_wandb_that_cannot_be_reached(tmp_path, monkeypatch, caplog):
     """A run goes on without it, but a mistake of the user is said."""
+    import wandb  # slow
 
     def refuse(**_):
         raise error
