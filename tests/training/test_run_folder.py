@@ -121,7 +121,7 @@ def interrupted(monkeypatch):
 
 
 def test_a_move_that_was_interrupted(workdir, interrupted):
-    """After each move the rest is refused or counts as a new run, because checkpoints move first."""
+    """After each move the rest is refused or is a new run, because checkpoints move first."""
     make_checkpoints(workdir, 3)
     record(workdir, 3)
     for _ in range(len([*workdir.iterdir()]) - 1):
