@@ -179,7 +179,7 @@ class Checkpoints:
         return model["params"], model["routing_state"]
 
     def open(self, config: CheckpointConfig):
-        """Begins to save in a run; all processes call it together, after the lease is taken."""
+        """Prepares for saving; all processes call it together, after the lease is taken."""
         self._config = config
         steps = self.steps()
         self.saved = max(steps, default=0)

@@ -63,8 +63,8 @@ def process_memory():
 
 
 def program_memory(state, step):
-    """Bytes on each device: of the state, of the arguments of the compiled step (state and batch),
-    and of its temporary arrays.
+    """Bytes on each device: `state_bytes`, and by the compiler's count for a step `argument_bytes`
+    (state and batch) and `temporary_bytes`.
     """
     analysis = step.memory_analysis()
     return {

@@ -33,7 +33,8 @@ _FILES = (
     *("training.png", "wandb.json", "summary.json", "metrics.jsonl", "heartbeat.json"),
     *_IDENTITY,
 )
-_ON_DISK = ("metrics.jsonl", "wandb.json")  # of a run in an object store: a copy is on a disk
+# Files that a run in an object store needs on a disk from its start.
+_ON_DISK = ("metrics.jsonl", "wandb.json")
 
 # Groups and fields that may change when a run continues, because a step computes the same.
 # `check_data` compares the content of `data.path` and `data.tokenizer`.
@@ -130,8 +131,8 @@ def _fixed(config):
 
 
 def check_config(workdir: Path, config: Config, has_begun=True):
-    """Raises `UserError` if `workdir` is of a model or of another configuration, which only a run
-    without a checkpoint (`has_begun=False`) may have.
+    """Raises `UserError` if `workdir` belongs to a model or, if the run `has_begun` (it has a
+    checkpoint), to a run of another configuration.
     """
     path = workdir / "config.json"
     if not path.exists():

@@ -19,7 +19,7 @@ from aoe_jax.training.devices import program_memory
 from aoe_jax.training.step import new_state, train_step_on
 
 ROUNDS = 10
-STEPS = 3  # of a round; the first does not count, because the caches have data of another arm
+STEPS = 3  # in a round; the first does not count, because the caches have data of another arm
 
 
 def random_batch(config: Config):

@@ -78,10 +78,10 @@ def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
 
 
 def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put, progress=False):
-    """The `Evaluation` of a split, whose `stores` are by source: every token of each counts once.
+    """The `Evaluation` of a split, whose `stores` are by source; every token counts once.
 
-    `score` is `compile_eval_step` with its parameters and routing state, for batches of
-    `batch_size` windows of `seq_len` tokens. `put` moves a host batch to the devices.
+    `score(batch)` is a `compile_eval_step` with bound parameters and routing state. Batches have
+    `batch_size` windows of `seq_len` tokens; `put` moves them from the host to the devices.
     """
     sources, hidden = {}, None if progress else True  # None: hidden if stderr is no terminal
     for name, store in stores.items():
