@@ -55,10 +55,10 @@ def main():
     require_flag(not _START_OVER.value or _GO_BACK.value is None, "go-back", _GO_BACK.value, wanted)
     distributed.start()
     from aoe_jax.training.loop import train  # JAX may start only after `distributed.start`
-    from aoe_jax.training.run_folder import Start
 
-    start = Start(_START_OVER.value, _GO_BACK.value, _TAKE_OVER.value)
-    summary = train(config, workdir, stop, profile, project, start)
+    start = {"start_over": _START_OVER.value, "go_back": _GO_BACK.value}
+    start |= {"take_over": _TAKE_OVER.value}
+    summary = train(config, workdir, stop, profile, project, **start)
     import jax
 
     if jax.process_index() == 0:

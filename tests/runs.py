@@ -2,9 +2,7 @@
 them, and what runs leave behind.
 """
 
-import atexit
 import dataclasses
-import fcntl
 import functools
 import json
 import os
@@ -13,7 +11,6 @@ import random
 import shutil
 import signal
 import struct
-import tempfile
 import time
 from pathlib import Path
 
@@ -52,31 +49,6 @@ SETTINGS = {f"{group}.{name}": v for group, values in _GROUPS.items() for name, 
 DENSE = {"model__n_layers": 1, "experts__kind": "dense"}
 
 
-@functools.cache
-def _scratch():
-    """One folder for all workers of pytest-xdist; the last one to end removes it."""
-    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    if not session:
-        return Path(tempfile.mkdtemp(prefix="aoe_jax_tests_")), None
-    folder = Path(tempfile.gettempdir(), f"aoe_jax_tests_{session}")
-    folder.mkdir(exist_ok=True)
-    users = (folder / "users").open("w")
-    fcntl.flock(users, fcntl.LOCK_SH)
-    return folder, users
-
-
-@atexit.register
-def _remove_scratch():
-    if _scratch.cache_info().currsize:
-        folder, users = _scratch()
-        try:
-            if users:
-                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return  # another worker is still at it
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def shared(build):
     """Makes `build(*arguments)` run once in a test session, in whichever worker needs it first.
 
@@ -97,29 +69,15 @@ def shared(build):
 
 
 def scratch(name):
-    """A folder that lasts as long as the test session."""
-    folder = _scratch()[0] / name
+    """A folder that all workers share, and that lasts as long as the test session."""
+    folder = Path(os.environ["AOE_JAX_SCRATCH"]) / name
     folder.mkdir(exist_ok=True)
     return folder
 
 
 def write_texts(folder, count=40, seed=0):
     """Documents of three to six hundred words, so shorter and longer than a sequence."""
-    words = [
-        "the",
-        "of",
-        "state",
-        "union",
-        "war",
-        "peace",
-        "congress",
-        "law",
-        "great",
-        "people",
-        "army",
-        "year",
-    ]
-    choice = random.Random(seed)
+    choice, words = random.Random(seed), WORDS.split()
     for i in range(count):
         length = choice.choice([3, 20, 100, 600])
         (folder / f"{i:02d}.txt").write_text(" ".join(choice.choice(words) for _ in range(length)))
@@ -384,11 +342,8 @@ def contents(folder):
 
 
 def truncate_state(workdir):
-    """Leaves one byte of every file that holds arrays of the newest checkpoint, so that none of
-    them can be read.
-
-    How Orbax spreads the arrays over files differs from run to run: a part of the files may hold
-    optimizer state alone.
+    """Leaves one byte of every file that holds arrays of the newest checkpoint: how Orbax spreads
+    the arrays over files differs from run to run.
     """
     newest = max((workdir / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
     paths = [path for path in (newest / "state").rglob("d/*") if path.is_file()]

@@ -29,38 +29,34 @@ def faulty_disk():
 
 
 class Fault:
-    """A fault of some operations on paths with a part; it holds from `begin` to `end`."""
+    """A fault of some operations on paths with a part; it holds until `end`."""
 
     def __init__(self, tmp_path, code, operations, part):
         self._flag = tmp_path / "fails"
-        number = -1 if code == "HANG" else getattr(errno, code, 0)
+        number = -1 if code == "HANG" else getattr(errno, code)
         fault = f"{number}:{operations}:{part}:{self._flag}"
         self.variables = {"LD_PRELOAD": faulty_disk(), "FAULT": fault}
-        self.begin()
-
-    def begin(self):
         self._flag.touch()
 
     def end(self):
         self._flag.unlink()
 
-    def lasting(self, command):
-        """Runs a command while the fault holds."""
-        return runs.finish(start([*command, "--retry_seconds=1"], **self.variables))
+    def lasting(self, command, status=MachineFault.status):
+        """Runs a command, which ends with this status; returns `(stdout, stderr)`."""
+        process = start([*command, "--retry_seconds=1"], **self.variables)
+        returned, stdout, stderr = runs.finish(process)
+        assert returned == status and not runs.is_unforeseen(stderr), stderr
+        return stdout, stderr
 
-    def passing(self, command, seen):
-        """Runs a command; the fault ends some time after the command has logged `seen`."""
+    def passing(self, command, seen="next try in"):
+        """Runs a command, which succeeds; the fault ends some time after it has logged `seen`."""
         path = self._flag.with_name("stderr")
         with path.open("w") as stderr:
             process = start([*command, "--retry_seconds=60"], stderr=stderr, **self.variables)
-            deadline = time.monotonic() + 60
-            while seen not in path.read_text() and time.monotonic() < deadline:
-                assert process.poll() is None, path.read_text()
-                time.sleep(0.05)
+            runs.wait_for(process, lambda: seen in path.read_text())
             time.sleep(LASTS)
             self.end()
-            status, stdout, _ = runs.finish(process)
-        return status, stdout, path.read_text()
+            assert runs.finish(process)[0] == 0, path.read_text()
 
 
 def stopped_run(folder):
@@ -100,8 +96,7 @@ def test_reads_that_fail(tmp_path, case):
     """A lasting fault ends the run and changes no file; the next run goes on."""
     workdir, command = stopped_run(tmp_path / "run")
     fault, before = Fault(tmp_path, *case), contents(workdir)
-    status, _, stderr = fault.lasting(command)
-    assert status == MachineFault.status and "Traceback" not in stderr, stderr
+    fault.lasting(command)
     assert contents(workdir) == before
     if case != READS[0] and case[2] != SHARD:  # the files are as before: one next run is enough
         return
@@ -121,35 +116,15 @@ def test_faults_that_pass(tmp_path, case):
     if STATE in case:
         shutil.copytree(whole, workdir)
         (workdir / "summary.json").unlink()
-    fault = Fault(tmp_path, "EIO", *case)
-    status, _, stderr = fault.passing(dense_command(workdir), "cannot be")
-    assert status == 0 and same_end(workdir, whole), stderr
-    assert not (workdir / "damaged_checkpoints").exists()
-
-
-@pytest.mark.parametrize(
-    "case", **ids(("ENOSPC", "w", "cache/tokens/"), ("EIO", "m", "cache/tokens/"))
-)
-def test_a_corpus_that_cannot_be_tokenised(tmp_path, case):
-    """For good, or for a while."""
-    command = dense_command(tmp_path / "run", data__cache=tmp_path / "cache")
-    fault = Fault(tmp_path, *case)
-    status, _, stderr = fault.lasting(command)
-    assert status == MachineFault.status and "Traceback" not in stderr, stderr
-    assert "cannot be opened, or tokenised in data.cache=" in last_line(stderr)
-    status, _, stderr = fault.passing(command, "next try in")
-    assert status == 0 and same_end(tmp_path / "run", dense_run()), stderr
-    assert len([path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]) == 1
+    Fault(tmp_path, "EIO", *case).passing(dense_command(workdir), "cannot be")
+    assert same_end(workdir, whole) and not (workdir / "damaged_checkpoints").exists()
 
 
 @pytest.mark.parametrize("case", **ids(*WRITES))
 def test_writes_that_fail(tmp_path, case):
     """A lasting fault ends the run; later it ends like a run without interruptions."""
-    command = dense_command(tmp_path / "run")
-    fault = Fault(tmp_path, *case)
-    status, _, stderr = fault.lasting(command)
-    assert status == MachineFault.status and not runs.is_unforeseen(stderr), stderr
-    assert "the same command goes on" in last_line(stderr)
+    command, fault = dense_command(tmp_path / "run"), Fault(tmp_path, *case)
+    assert "the same command goes on" in last_line(fault.lasting(command)[1])
     fault.end()
     runs.succeed(command)
     assert same_end(tmp_path / "run", dense_run())
@@ -157,9 +132,8 @@ def test_writes_that_fail(tmp_path, case):
 
 @pytest.mark.parametrize("case", **ids(*NEEDLESS))
 def test_files_that_a_run_can_do_without(tmp_path, case):
-    fault = Fault(tmp_path, *case)
-    status, _, stderr = fault.lasting(dense_command(tmp_path / "run"))
-    assert status == 0 and "cannot be written" in stderr and "the run goes on" in stderr, stderr
+    _, stderr = Fault(tmp_path, *case).lasting(dense_command(tmp_path / "run"), status=0)
+    assert "cannot be written" in stderr and "the run goes on" in stderr, stderr
     assert same_end(tmp_path / "run", dense_run())
 
 
@@ -191,9 +165,8 @@ def test_other_commands_that_fail(tmp_path, command, case):
     """They change no file, and a disk that fails is not taken for damage."""
     command, fault = command(tmp_path / "files"), Fault(tmp_path, *case)
     before = contents(tmp_path / "files")
-    status, _, stderr = fault.lasting(command)
-    assert status == MachineFault.status and "Traceback" not in stderr, stderr
-    assert "damaged" not in stderr and contents(tmp_path / "files") == before
+    assert "damaged" not in fault.lasting(command)[1]
+    assert contents(tmp_path / "files") == before
 
 
 def training_on_texts(folder):
@@ -214,45 +187,54 @@ def training_on_texts(folder):
 def test_places_that_fail_for_a_while(tmp_path, command, case):
     """They are not taken for paths that do not exist."""
     command = command(tmp_path)
-    status, _, stderr = Fault(tmp_path, *case).passing(command, "next try in")
-    assert status == 0, stderr
+    Fault(tmp_path, *case).passing(command)
 
 
 def test_an_evaluation_that_cannot_be_written(tmp_path):
     """It is printed whole, and a read-only disk is a mistake."""
     workdir = shutil.copytree(runs.finished_run(), tmp_path / "run")
     fault = Fault(tmp_path, "EROFS", "c", "eval.json")
-    status, stdout, stderr = fault.lasting(["eval.py", f"--workdir={workdir}"])
-    assert status == 2 and "bits" in stdout and "layer" in stdout, stdout
+    stdout, stderr = fault.lasting(["eval.py", f"--workdir={workdir}"], status=2)
+    assert "bits" in stdout and "layer" in stdout, stdout
     words = f"error: --workdir={workdir} cannot be written: Read-only file system"
     assert last_line(stderr) == words
 
 
-def prepare_command(output):
-    return [
-        *("-m", "aoe_jax.prepare", f"--input={runs.corpus_folder()}/*.txt", "--validation=0.3"),
-        *("--test=0.3", f"--output={output}", f"--tokenizer={dense_run() / 'tokenizer.json'}"),
-    ]
+def tokenising(folder):
+    return dense_command(folder / "run", data__cache=folder / "cache"), "run/summary.json"
+
+
+def preparing(folder):
+    tokenizer, texts = dense_run() / "tokenizer.json", runs.corpus_folder()
+    shares = ["--validation=0.3", "--test=0.3", f"--tokenizer={tokenizer}"]
+    command = ["-m", "aoe_jax.prepare", f"--input={texts}/*.txt", f"--output={folder / 'store'}"]
+    return [*command, *shares], "store/manifest.json"
 
 
 @pytest.mark.parametrize(
-    "case",
-    **ids(
-        ("EDQUOT", "w", "store/"),
-        ("EIO", "w", "store/units"),
-        ("EIO", "r", "texts/"),
-        ("ENOTCONN", "s", "texts/"),
-    ),
+    ("command", "case"),
+    [
+        (tokenising, ("ENOSPC", "w", "cache/tokens/")),
+        (tokenising, ("EIO", "m", "cache/tokens/")),
+        (preparing, ("EDQUOT", "w", "store/")),
+        (preparing, ("EIO", "w", "store/units")),
+        (preparing, ("EIO", "r", "texts/")),
+        (preparing, ("ENOTCONN", "s", "texts/")),
+    ],
 )
-def test_preparation(tmp_path, case):
+def test_texts_that_cannot_be_tokenised(tmp_path, command, case):
     """For good, or for a while."""
-    command, manifest = prepare_command(tmp_path / "store"), tmp_path / "store" / "manifest.json"
-    fault = Fault(tmp_path, *case)
-    status, _, stderr = fault.lasting(command)
-    assert status == MachineFault.status and "Traceback" not in stderr, stderr
-    assert not manifest.exists()
-    status, _, stderr = fault.passing(command, "next try in")
-    assert status == 0 and manifest.exists(), stderr
+    (command, result), fault = command(tmp_path), Fault(tmp_path, *case)
+    _, stderr = fault.lasting(command)
+    is_run = result == "run/summary.json"
+    words = "cannot be opened, or tokenised in data.cache=" if is_run else ""
+    assert words in last_line(stderr) and not (tmp_path / result).exists()
+    fault.passing(command)
+    assert (tmp_path / result).exists()
+    if is_run:
+        assert same_end(tmp_path / "run", dense_run())
+        stores = (tmp_path / "cache" / "tokens").iterdir()
+        assert len([path for path in stores if path.is_dir()]) == 1
 
 
 @pytest.mark.parametrize(

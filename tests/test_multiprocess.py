@@ -105,14 +105,3 @@ def test_one_process_of_two_is_stopped(tmp_path):
     assert re.search("start all processes again: they go on from the new|another task", stderr[0])
     train_on(tmp_path, 2, 2, **DENSE_FSDP)
     np.testing.assert_allclose(losses(tmp_path), losses(processes.two_dense_processes()), rtol=1e-5)
-
-
-def test_a_cluster_of_one_process_is_stopped(tmp_path):
-    flags = [f"--coordinator=localhost:{processes.free_port()}", "--processes=1", "--process=0"]
-    command = runs.dense_command(tmp_path / "run", train__steps=5000, train__eval_every=0)
-    process = runs.start([*command, *flags])
-    wait_for(process, lambda: runs.saved(tmp_path / "run", EVERY))
-    process.send_signal(signal.SIGTERM)
-    status, _, stderr = finish(process)
-    words = f"preempted: saved at step {newest(tmp_path / 'run')} of 5000"
-    assert status == 0 and words in stderr, stderr

@@ -19,8 +19,8 @@ LINE = {"step", "loss", "nll", "aux_loss", "grad_norm", "update_norm", "param_no
 LINE |= {"learning_rate", "skipped"}
 EXPERT_LINE = LINE | {"load_entropy", "load_spread", "confidence_entropy", "experts_per_token"}
 EXPERT_LINE |= {"layers"}
-SPEED = {"goodput", "tokens_per_second", "tokens_per_second_per_device"}
-SPEED |= {"flops_per_second_per_device"}
+SPEED = {"tokens_per_second", "tokens_per_second_per_device", "flops_per_second_per_device"}
+SPEED |= {"goodput"}
 SPLIT = {"input_seconds", "checkpoint_seconds", "compute_seconds"}
 HOST = {"host_memory_bytes", "host_memory_peak_bytes"}
 FILES = {"config.json", "data.json", "heartbeat.json", "tokenizer.json", "metrics.jsonl"}
@@ -81,28 +81,27 @@ def test_killed_run_ends_as_an_uninterrupted_one(tmp_path):
     (arrays, beside), (killed_arrays, killed_beside) = (
         runs.raw_checkpoint(workdir, STEPS) for workdir in (whole, killed)
     )
-    assert arrays.keys() == killed_arrays.keys() and arrays["['step']"] == STEPS
-    assert any("opt_state" in path for path in arrays) and any("params" in path for path in arrays)
-    for path, array in arrays.items():
-        other = killed_arrays[path]
-        assert array.dtype == other.dtype and array.tobytes() == other.tobytes(), path
-    assert beside["data"] and beside["data"] == killed_beside["data"]
-    assert beside["arrays"] == killed_beside["arrays"]
+    assert arrays["['step']"] == STEPS
+    assert {path.split("'")[1] for path in arrays} >= {"params", "opt_state"}
+    as_bytes = [
+        {path: (array.dtype, array.tobytes()) for path, array in of_run.items()}
+        for of_run in (arrays, killed_arrays)
+    ]
+    one, other = as_bytes
+    assert one.keys() == other.keys() and not [path for path in one if one[path] != other[path]]
+    del beside["progress"], killed_beside["progress"], beside["sha256"], killed_beside["sha256"]
+    assert beside["data"] and beside == killed_beside
     assert [line["step"] for line in runs.untimed(killed)[0]] == LOGGED
 
-    events, killed_events = charts(whole), charts(killed)
-    assert events.keys() == killed_events.keys()
-    assert {place: value for place, value in events.items() if killed_events[place] != value} == {}
-
-
-def charts(workdir):
-    """What TensorBoard shows of a run, without what is measured."""
-    events = runs.read_events(workdir).items()
-    return {
-        place: value.SerializeToString()
-        for place, value in events
-        if not place[0].endswith(MEASURED)
-    }
+    charts = [
+        {
+            place: value.SerializeToString()
+            for place, value in runs.read_events(workdir).items()
+            if not place[0].endswith(MEASURED)
+        }
+        for workdir in (whole, killed)
+    ]
+    assert charts[0] == charts[1]
 
 
 def test_run_killed_between_its_last_checkpoint_and_its_summary(tmp_path):
@@ -149,6 +148,4 @@ def test_other_kinds_train(kind):
             np.testing.assert_allclose(line["dropped_share"], np.mean(by_layer), rtol=1e-6)
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["metrics"]["validation_nll"] == validations[-1]["validation_nll"]
-    is_causal = kind not in ("expert_choice", "capacity")
-    assert is_causal or f"{kind} is not causal" in stderr
-    assert ("is not causal" in stderr) != is_causal
+    assert ("is not causal" in stderr) == (kind in ("expert_choice", "capacity"))

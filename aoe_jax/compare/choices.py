@@ -17,13 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from aoe_jax.config.run import Config
+from aoe_jax.data.pipeline import eval_batches
+from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.storage.files import COUNT, one_of, read_json, write_json
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.load_statistics import layer_statistics
-from aoe_jax.training.validation import compile_eval_step, validation_batches
+from aoe_jax.training.run_folder import check_data
+from aoe_jax.training.validation import compile_eval_step
 
 LAYER_MEANS = ["load_entropy", "confidence_entropy", "max_violation"]
 LAYER_COLUMNS = [*LAYER_MEANS, "dead_experts", "overlap_with_final"]
@@ -50,6 +53,22 @@ def overlap(chosen, final):
     shares = in_common / np.maximum(wanted, 1)  # 0 for tokens without experts
     n_tokens = (wanted > 0).sum(axis=-1)
     return np.where(n_tokens > 0, shares.sum(axis=-1) / np.maximum(n_tokens, 1), 1)
+
+
+def validation_batches(folder, config, size):
+    """Yields the whole batches of `size` sequences of a run's validation split, on the host.
+
+    A split without a whole batch yields its one batch with padding. Raises `UserError` if the split
+    is not the one that the run had.
+    """
+    corpus = open_corpus(config.data, config.model.vocab_size)
+    check_data(folder, corpus)
+    splits = [(store, config.data.seq_len, size) for store in corpus.validation.values()]
+    batches = itertools.chain.from_iterable(eval_batches(*split) for split in splits)
+    whole = (batch for batch in batches if batch["weights"].all())  # the last one has padding
+    first = next(whole, None)
+    yield first or next(eval_batches(*splits[0]))
+    yield from whole
 
 
 def analyse(folder: Path, n_tokens: int):

@@ -19,7 +19,7 @@ import jax
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.compare.choices import analyse, read_choices
+from aoe_jax.compare.choices import analyse, read_choices, validation_batches
 from aoe_jax.compare.jobs import Job, Machine
 from aoe_jax.compare.suite import Suite, load_suite
 from aoe_jax.compare.train_runs import folder_of, is_finished
@@ -27,7 +27,6 @@ from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.storage.files import NUMBER, read_json, write_json
 from aoe_jax.training.step_times import RepeatedStep, seconds_in_turn
-from aoe_jax.training.validation import validation_batches
 
 log = logging.getLogger("aoe_jax.compare.measure")  # __name__ is __main__ on the command line
 

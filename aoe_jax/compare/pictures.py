@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from aoe_jax.compare.statistics import mean, number
-from aoe_jax.training.load_statistics import draw_loads
+from aoe_jax.evaluation.loads import draw_loads
 
 # The colours of Okabe and Ito, distinct for all kinds of colour vision, without yellow (pale on
 # white) and black (invisible on black).

@@ -11,13 +11,13 @@ import numpy as np
 from aoe_jax.data import DOCUMENT_BYTES
 from aoe_jax.data.tokenizer import pieces
 from aoe_jax.errors import DivergedError, UserError
+from aoe_jax.evaluation.loads import draw_loads, load_statistics, load_table
 from aoe_jax.evaluation.models import corpus_of, load_model
 from aoe_jax.model.counts import log_run
 from aoe_jax.storage import files
 from aoe_jax.storage.files import write_report
 from aoe_jax.storage.paths import parsed_path
 from aoe_jax.storage.retry import Tolerated
-from aoe_jax.training.load_statistics import draw_loads, load_statistics, load_table
 from aoe_jax.training.validation import evaluate
 
 log = logging.getLogger(__name__)

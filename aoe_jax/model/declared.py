@@ -7,8 +7,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from aoe_jax.config.experts import ExpertsConfig
-from aoe_jax.methods import all_methods
-from aoe_jax.methods.dense import Dense
+from aoe_jax.methods import all_methods, find_method
 from aoe_jax.parameters import (
     DECODER,
     EXPERTS,
@@ -23,22 +22,21 @@ from aoe_jax.sharding import replicated, spec_of
 _ANY = ExpertsConfig(kind="router")  # no declaration depends on it
 
 
-@cache
-def _common():
-    """The parameters by path that need no method: decoder, dense layers, experts and routers."""
-    of_layers = EXPERTS | LARGE_ROUTER | ROUTER | SHARED_EXPERT | SHARED_SCALE
-    found = DECODER | {f"layers/experts/{name}": p for name, p in of_layers.items()}
-    dense = {f"layers/experts/{name}": p for name, p in Dense().parameters(_ANY).items()}
-    of_dense = {path: p for path, p in (DECODER | dense).items() if path.startswith("layers/")}
-    return found | {f"dense_{path}": p for path, p in of_dense.items()}
+_OF_LAYERS = EXPERTS | LARGE_ROUTER | ROUTER | SHARED_EXPERT | SHARED_SCALE
+# By path, those that need no method.
+_COMMON = DECODER | {f"layers/experts/{name}": p for name, p in _OF_LAYERS.items()}
 
 
 @cache
 def declared(path):
     """The `Parameter` at a path in the tree of parameters; None if no model has one there."""
-    if path in _common():
-        return _common()[path]
-    name = path.removeprefix("layers/experts/")
+    path_in_layer = path.removeprefix("dense_")
+    name = path_in_layer.removeprefix("layers/experts/")
+    if path_in_layer != path:  # the dense layers before those of experts
+        of_experts = find_method("dense")().parameters(_ANY)
+        return of_experts.get(name, DECODER.get(path_in_layer))
+    if path in _COMMON:
+        return _COMMON[path]
     of_methods = (method().parameters(_ANY) for method in all_methods().values())
     return next((found[name] for found in of_methods if name in found), None)
 

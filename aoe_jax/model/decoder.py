@@ -13,9 +13,8 @@ from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
-from aoe_jax.methods.dense import Dense
+from aoe_jax.methods import find_method
 from aoe_jax.model.attention.blocks import KEPT_ATTENTION
-from aoe_jax.model.attention.cudnn import is_cudnn_forward
 from aoe_jax.model.attention.multi_head import Attention
 from aoe_jax.model.vocabulary import embed, logits
 from aoe_jax.moe.layer import ExpertsLayer
@@ -35,7 +34,7 @@ def make_norm(c: ModelConfig):
 def dense_layer(c: ModelConfig):
     """The settings `(experts, routing, balance)` of the dense layers."""
     experts = ExpertsConfig(kind="dense", d_ffn=c.d_dense)
-    return experts, Dense(), BalanceConfig(aux_weight=0.0)
+    return experts, find_method("dense")(), BalanceConfig(aux_weight=0.0)
 
 
 class DecoderLayer(nn.Module):
@@ -122,6 +121,8 @@ class Decoder(nn.Module):
             self.output = nn.Embed(c.vocab_size, c.d_model, embedding_init=init)
         layer = DecoderLayer
         if c.remat == "layer":
+            from aoe_jax.model.attention.cudnn import is_cudnn_forward
+
             policies = jax.checkpoint_policies
             kept = policies.save_only_these_names(KEPT_ROUTING, KEPT_ATTENTION)
             policy = policies.save_from_both_policies(kept, is_cudnn_forward)

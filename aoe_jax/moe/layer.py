@@ -13,11 +13,10 @@ from jax.sharding import PartitionSpec
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.moe import load_balance
-from aoe_jax.moe.dispatch import take_code
+from aoe_jax.moe.dispatch import Local, take_code
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.load_balance import LayerStats
 from aoe_jax.moe.parallel import collectives
-from aoe_jax.moe.parallel.transports import is_local, make_transport
 from aoe_jax.moe.routing import Context, Method, TopK
 from aoe_jax.moe.scoring import SCORE_OF_CODE, aoe_scores, router_scores, score_columns
 from aoe_jax.moe.swiglu import (
@@ -133,6 +132,25 @@ def apply_shared_expert(x, weights, layer, devices):
         return y
     scale = x.astype(jnp.promote_types(x.dtype, jnp.float32)) @ weights["w_shared_scale"]
     return (jax.nn.sigmoid(scale) * y).astype(x.dtype)
+
+
+def is_local(devices, fixed_k):
+    """Whether all rows of a device's tokens are its own, and as many as its slots (`fixed_k`)."""
+    return devices.total_size == 1 or (devices.size("expert") == 1 and fixed_k)
+
+
+def make_transport(devices, routing, experts, method, n_tokens):
+    """The transport of a layer for the `Routing` of this device's `n_tokens` tokens."""
+    choice = method.choice(experts)
+    per_token = (choice.per_token or experts.top_k) if choice else 1
+    if is_local(devices, routing.slots_per_token == per_token):
+        all_used = bool(choice and choice.is_fixed)
+        return Local(devices, experts.n_experts, all_used, experts.grouped_matmul)
+    from aoe_jax.moe.parallel.transports import TRANSPORTS  # needed on meshes only
+
+    share = n_tokens * devices.size("tensor") * per_token
+    transport = TRANSPORTS[devices.transport]
+    return transport(devices, experts.n_experts, routing.slots_per_token, share)
 
 
 def apply_experts(x, routing, weights, layer, ctx, code=None):

@@ -1,37 +1,50 @@
-"""Checkpoints of a run: the state, the position in the data and the progress, saved by Orbax."""
+"""Checkpoints of a run: the state, the position in the data and the progress, saved by Orbax.
+
+A checkpoint has arrays and, beside them, JSON that describes and checks them.
+"""
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from aoe_jax.config.training import CheckpointConfig
-from aoe_jax.distributed import gathered, together
-from aoe_jax.errors import UserError
+from aoe_jax.distributed import all_agree, gathered, together
+from aoe_jax.errors import Failure, UserError
 from aoe_jax.storage import retry
+from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, misfit, or_none, read_regular
 from aoe_jax.storage.paths import is_remote, move, unused
-from aoe_jax.training.checkpoint_content import (
-    PROGRESS,
-    Damaged,
-    beside_arrays,
-    read_beside,
-    read_checkpoint,
-)
 
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged_checkpoints"
+_ARRAY = Kind("a shape, a dtype and a checksum", lambda v: isinstance(v, list) and len(v) == 3)
+_PROGRESS = {
+    "loss": or_none(NUMBER),
+    "nll": or_none(NUMBER),
+    "validation": or_none(Kind("metrics", lambda value: misfit(value, {str: NUMBER}) is None)),
+    "validated": Kind("true or false", lambda value: isinstance(value, bool)),
+    "skipped_in_row": COUNT,
+    "compute_seconds": NUMBER,
+    "metrics_bytes": COUNT,
+}
+_BESIDE = {"data": {}, "progress": _PROGRESS, "arrays": {str: _ARRAY}, "sha256": TEXT}
+_BESIDE_BYTES = 2**28
 
 
 @dataclass
 class Progress:
-    """What a checkpoint has of a run beside its state and its position in the data."""
+    """The progress of a run. A checkpoint has it beside the state and the position in the data."""
 
     loss: float | None = None  # of the newest training step
     nll: float | None = None
@@ -40,6 +53,10 @@ class Progress:
     skipped_in_row: int = 0  # number of updates skipped directly before
     compute_seconds: float = 0.0  # of all steps so far
     metrics_bytes: int = 0  # size of metrics.jsonl
+
+
+class Damaged(Failure):
+    """A checkpoint lacks files or differs from what was saved; the message says how."""
 
 
 class _Manager(ocp.CheckpointManager):
@@ -122,14 +139,12 @@ class Checkpoints:
         processes. Raises like `read_checkpoint`.
         """
         arrays, beside = read_checkpoint(self._path(step), vars(like))
-        progress = Progress(**{name: beside["progress"].get(name) for name in PROGRESS})
+        progress = Progress(**{name: beside["progress"].get(name) for name in _PROGRESS})
         return dataclasses.replace(like, **arrays), progress, beside["data"]
 
     def restore_newest(self, like):
-        """`(step, state, progress, position)` of the newest checkpoint that is not damaged.
-
-        Moves damaged ones to `damaged_checkpoints`, with a warning. Raises like `restore`, but
-        `UserError` if all checkpoints are damaged.
+        """`(step, state, progress, position)` of the newest checkpoint that is not damaged. Damaged
+        ones move to `damaged_checkpoints`. Raises like `restore`; `UserError` if all are damaged.
         """
         while True:
             with together():
@@ -164,7 +179,7 @@ class Checkpoints:
         return model["params"], model["routing_state"]
 
     def open(self, config: CheckpointConfig):
-        """Begins to save in a run; all processes call it together, after the lease is taken."""
+        """Prepares for saving; all processes call it together, after the lease is taken."""
         self._config = config
         steps = self.steps()
         self.saved = max(steps, default=0)
@@ -183,7 +198,7 @@ class Checkpoints:
         )
         with together():
             is_first = jax.process_index() == 0 and self.directory.exists()
-            # What killed runs and failed saves have left would fill the disk.
+            # Folders that killed runs and failed saves have left would fill the disk.
             for half in ocp.utils.tmp_checkpoints(self.directory) if is_first else ():
                 while half.get().exists():
                     # Threads of a failed save may delete files at the same time.
@@ -204,8 +219,8 @@ class Checkpoints:
 
         `position` in the data is ready for JSON, the same in every process. With `wait`, or if the
         save before this one failed, it returns when this one has succeeded. A single process
-        repeats a save that a fault prevents, and raises `MachineFault` after `retry_seconds`.
-        Several processes wait for each other, so there a fault ends the run.
+        repeats a save for `retry_seconds`, then raises `MachineFault`; several processes wait for
+        each other, so a fault ends them.
         """
         wait = self._finish() is not None or wait
         if step == self.saved:
@@ -267,3 +282,137 @@ class Checkpoints:
             raise problem
         if self._manager:
             self._manager.close()
+
+
+def read_checkpoint(path, wanted):
+    """`(arrays, JSON of `beside_arrays`)` of the checkpoint in the folder `path`.
+
+    Each process reads its own part. `wanted` is a tree of shapes, dtypes and shardings, over any
+    mesh and number of processes. Raises in every process or in none: `Damaged`; `UserError` if the
+    checkpoint is of another model; `MachineFault` if it cannot be read.
+    """
+    damage = None
+    with together():
+        try:
+            arrays, beside = retry.patiently(
+                f"checkpoint {path} cannot be read", lambda: _read_alone(path, wanted)
+            )
+        except Damaged as e:
+            damage = e
+    if not all_agree(damage is None):
+        raise damage or Damaged("another process cannot read it")
+    found = checksums(arrays)
+    differing = [name for name, value in found.items() if beside["arrays"][name][2] != value]
+    # Processes with other copies of an array may have read other values.
+    if not all_agree(not differing):
+        names = ", ".join(differing[:3]) or "in another process"
+        raise Damaged(f"{names}: the values are not those that were saved")
+    return arrays, beside
+
+
+def _read_alone(path, wanted):
+    beside = read_beside(path)
+    _check_model(path, wanted, beside["arrays"])
+    # Without this, Orbax would wait for the other processes, which may have failed.
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process,
+        active_processes={process},
+        barrier_sync_key_prefix=f"process_{process}",
+    )
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted, set_global_shape=False)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with _as_damage(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        arrays = checkpointer.restore(path / "state", args=args)
+        if not all(isinstance(a, jax.Array) for a in jax.tree.leaves(arrays)):
+            raise Damaged("arrays are missing")
+    return arrays, beside
+
+
+def read_beside(path):
+    """The JSON of `beside_arrays` in the checkpoint `path`; raises `Damaged`."""
+    with _as_damage():
+        beside = json.loads(read_regular(path / "run" / "metadata", _BESIDE_BYTES))
+        if problem := misfit(beside, _BESIDE):
+            raise Damaged(problem)
+        if beside.pop("sha256") != _sha256(beside):
+            raise Damaged("run/metadata is not what was saved")
+    return beside
+
+
+@contextlib.contextmanager
+def _as_damage():
+    """Raises `Damaged` for exceptions that neither a fault nor this program has caused: Orbax and
+    tensorstore raise exceptions of many kinds for files that they cannot parse.
+    """
+    try:
+        yield
+    except Exception as e:
+        of_program = isinstance(e, Failure | jax.errors.JaxRuntimeError)
+        if of_program or retry.is_fault(e) or retry.fills_device(e):
+            raise
+        raise Damaged(retry.reason(e)) from e
+
+
+def _check_model(path, wanted, saved):
+    for name, a in _by_path(wanted).items():
+        here, there = [list(a.shape), a.dtype.name], saved.get(name, [])[:2]
+        if here != there:
+            shown = f"is {there[1]}{there[0]} there, {here[1]}{here[0]} here" if there else ""
+            cause = "it is of another model or of another version of this program"
+            raise UserError(f"checkpoint {path}: {name} {shown or 'is not there'}; {cause}")
+
+
+def beside_arrays(arrays, position, progress: dict) -> dict:
+    """The JSON of a checkpoint: shapes, dtypes and checksums of its arrays, the position in the
+    data, and the fields of `Progress`.
+    """
+    found = checksums(arrays)
+    described = {
+        name: [list(a.shape), a.dtype.name, found[name]] for name, a in _by_path(arrays).items()
+    }
+    beside = {"data": position, "progress": progress, "arrays": described}
+    return beside | {"sha256": _sha256(beside)}
+
+
+def _sha256(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _by_path(tree):
+    """The leaves of a tree by their paths in text."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def checksums(tree):
+    """Checksums of arrays of 8, 16 or 32 bits an element, by their paths in the tree.
+
+    A checksum is the sum, modulo 2^32, of a hash of each element's bits and index. For a given
+    index the hash is one to one, so a change of one element always changes the sum. It depends
+    neither on the sharding nor on the process. The storage format has no checksum of its own.
+    """
+    arrays = _by_path(tree)
+    leaves = list(arrays.values())
+    sharding = leaves[0].sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return dict(zip(arrays, jax.device_get(_sums_on(sharding)(leaves)).tolist(), strict=True))
+
+
+@cache
+def _sums_on(sharding):
+    return jax.jit(lambda arrays: jnp.stack([_sum(a) for a in arrays]), out_shardings=sharding)
+
+
+def _sum(a):
+    unsigned = jnp.dtype(f"uint{8 * a.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(a, unsigned).astype(jnp.uint32)
+    index, stride = jnp.zeros(a.shape, jnp.uint32), 1
+    for axis in reversed(range(a.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= a.shape[axis]
+    mixed = bits * (2 * index + 1) + index
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)  # as MurmurHash ends
+    return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)

@@ -1,6 +1,4 @@
-"""Devices: their published peaks, by which the model FLOPs utilisation (MFU) is measured, and their
-memory in bytes.
-"""
+"""Published peaks of devices, for the model FLOPs utilisation (MFU), and memory in bytes."""
 
 import re
 from pathlib import Path
@@ -48,25 +46,25 @@ def peak_flops_per_device(devices):
     return peak and peak * count_chips(devices) / len(devices)
 
 
-def host_memory():
-    """Resident memory of this process, now and at the peak; {} if the system is not Linux."""
-    if not _STATUS.exists():
-        return {}
-    kib = dict(re.findall(r"(\w+):\s+(\d+) kB", _STATUS.read_text()))
-    names = {"host_memory_bytes": "VmRSS", "host_memory_peak_bytes": "VmHWM"}
-    return {name: 1024 * int(kib[field]) for name, field in names.items()}
-
-
-def device_memory():
-    """Memory of this process's fullest device, now and at peak; {} if uncounted, as on CPU."""
+def process_memory():
+    """Bytes in use by this process and their peak: on the host (Linux only) and on its fullest
+    device (not counted on CPU).
+    """
+    found = {}
+    if _STATUS.exists():
+        kib = dict(re.findall(r"(\w+):\s+(\d+) kB", _STATUS.read_text()))
+        names = {"host_memory_bytes": "VmRSS", "host_memory_peak_bytes": "VmHWM"}
+        found = {name: 1024 * int(kib[field]) for name, field in names.items()}
     stats = [device.memory_stats() for device in jax.local_devices()]
-    names = {"device_memory_bytes": "bytes_in_use", "device_memory_peak_bytes": "peak_bytes_in_use"}
-    return {name: max(s[key] for s in stats) for name, key in names.items()} if all(stats) else {}
+    if all(stats):
+        found["device_memory_bytes"] = max(s["bytes_in_use"] for s in stats)
+        found["device_memory_peak_bytes"] = max(s["peak_bytes_in_use"] for s in stats)
+    return found
 
 
 def program_memory(state, step):
-    """Bytes on each device: `state_bytes` of an evenly split state and, by the compiler's count for
-    a step, `argument_bytes` (state and batch) and `temporary_bytes`.
+    """Bytes on each device: `state_bytes`, and by the compiler's count for a step `argument_bytes`
+    (state and batch) and `temporary_bytes`.
     """
     analysis = step.memory_analysis()
     return {

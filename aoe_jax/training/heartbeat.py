@@ -44,15 +44,14 @@ class Heartbeat:
         return self
 
     def begin(self, saved, began):
-        """Lets one process write from now on: `saved` is the step of the newest complete
-        checkpoint, `began` the time when the run began for the first time.
+        """Lets one process write from now on. `saved` is the step of the newest checkpoint, `began`
+        the time when the run first began.
         """
         self.saved, self._began = saved, began
 
     def beat(self, status, step=None):
-        """Notes a status (preparing, restoring, compiling, training, validating, saving, finished)
-        and, if it has changed, the step. The file is written when the status changes, otherwise at
-        most once a second, or every ten seconds in an object store.
+        """Notes a status and, if it has changed, the step. The file is written when the status
+        changes, otherwise at most once a second, or every ten seconds in an object store.
         """
         self._step = self._step if step is None else step
         before, self._status, self._moved = self._status, status, time.monotonic()

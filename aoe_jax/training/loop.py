@@ -23,7 +23,7 @@ from aoe_jax.storage.retry import Tolerated, patiently
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.heartbeat import Heartbeat
 from aoe_jax.training.metrics import Metrics, in_words
-from aoe_jax.training.run_folder import RunFolder, Start, read_heartbeat
+from aoe_jax.training.run_folder import RunFolder, read_heartbeat
 from aoe_jax.training.step import TrainState, new_state, train_step_on
 from aoe_jax.training.stopping import StopRequests
 from aoe_jax.training.validation import compile_eval_step, evaluate
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Now:
-    """What changes in the course of a run."""
+    """The variables of the loop."""
 
     step: int  # updates done
     state: TrainState | None = None  # after them
@@ -59,21 +59,21 @@ def train(
     stop: StopRequests | None = None,
     profile=range(0),
     wandb=None,
-    start: Start | None = None,
+    **start,
 ):
     """Trains, or continues from the newest checkpoint of `workdir`; returns its `summary.json`.
 
     Writes `config.json`, `data.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`,
     `checkpoints/`, the tokenizer and, at the end, `summary.json` and `training.png`. It also writes
     `profile/`, a trace of the steps `profile`, and `wandb/` if `wandb` is a project of Weights &
-    Biases. A run that is stopped at any moment and started again ends in the same state, on CPU bit
-    for bit.
+    Biases. `start` are arguments of `RunFolder.open`. A run that is stopped at any moment and
+    started again ends in the same state, on CPU bit for bit.
 
     Raises the exceptions of `errors.py`: `UserError` also if the run has finished, and `Stopped`
     when a request to stop came and the state is saved.
     """
     started, is_main = time.perf_counter(), jax.process_index() == 0
-    stop, start, given = stop or StopRequests(), start or Start(), config
+    stop, given = stop or StopRequests(), config
     checkpoints, folder = Checkpoints(workdir), RunFolder(workdir)
     config = sharding.fill_mesh(config, jax.device_count())
     mesh = sharding.make_mesh(config, jax.devices())
@@ -84,7 +84,7 @@ def train(
         heartbeat = held.enter_context(Heartbeat(workdir, config.train.hang_timeout))
 
         # The folder and the data. Nothing of the run is written before these checks.
-        folder.open(start, held)
+        folder.open(held, **start)
         with together():
             log_run(config)
             if any(s.name != "prepared" or "://" in str(s.path) for s in config.data.sources):

@@ -19,55 +19,47 @@ from aoe_jax.config.run import Config
 from aoe_jax.errors import DivergedError
 from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.storage.retry import Tolerated
+from aoe_jax.training import devices
 from aoe_jax.training.checkpoint import Progress
-from aoe_jax.training.devices import (
-    device_memory,
-    host_memory,
-    peak_flops_per_device,
-    program_memory,
-)
-from aoe_jax.training.load_statistics import dead_experts, layer_statistics, load_spread
+from aoe_jax.training.load_statistics import layer_statistics, load_spread
+from aoe_jax.training.validation import perplexity
 
 log = logging.getLogger(__name__)
 
 # Suffixes of the names of measured metrics. Two runs of the same steps differ only in these.
 MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu", "goodput")
-_DEAD_AFTER = 3  # logged steps without a token
 _IN_SPEED = ("input", "checkpoint")  # clocks whose time counts in the speed, beside `compute`
 
 
 def layer_metrics(metrics):
     """Metrics of each layer `[L]` by name, from the host metrics of a step; {} for a dense model.
 
-    They are the `layer_statistics`, `confidence_entropy` in nats, and `mean_score`, the mean over
-    experts of AoE's norms or a router's logits. If experts have a capacity, `dropped_share` is the
-    share of the choices that were dropped.
+    They are the `layer_statistics`, `confidence_entropy` in nats, `mean_score` (the mean of AoE's
+    norms or a router's logits) and, with a capacity, `dropped_share` (of the choices).
     """
     load = metrics["load"]
     if load.shape[-1] == 1:
         return {}
     found = layer_statistics(load, metrics.get("live"))
-    found |= {"mean_score": metrics["mean_score"].mean(axis=-1)}
     names = ("confidence_entropy", "dropped_share")
-    return found | {name: metrics[name] for name in names if name in metrics}
+    found |= {name: metrics[name] for name in names if name in metrics}
+    return found | {"mean_score": metrics["mean_score"].mean(axis=-1)}
 
 
 class Metrics:
     """Measures a run and, in the first process, writes its metrics.
 
-    Time counts from `begin` on. It is split into `input` (the loop waits for the next batch),
+    The time from `begin` on is split into `input` (the loop waits for the next batch),
     `checkpoint` (the loop waits for a save) and `compute` (the rest). The speed leaves evaluation
-    out. MFU is the useful FLOPs of training over the chip's peak in bfloat16, also if the run
-    computes in float32; it is left out if the chip is unknown.
+    out. MFU compares with the chip's peak in bfloat16, also if the run computes in float32.
     """
 
     def __init__(self, folder: Path, config: Config, start_step, progress: Progress, began):
-        """Goes on after `start_step` updates with their `progress`; `began` is the time when the
-        run began for the first time. Writes nothing before `open`.
+        """Goes on after `start_step` updates with their `progress`, in a run that first began at
+        the time `began`. Writes nothing before `open`.
         """
         self._config, self._folder, self._start_step = config, folder, start_step
         self._progress, self._began = progress, began
-        self._idle_for = 0  # logged steps in a row in which an expert had no token, [L, n]
         self._writers, self._lines = {}, None
         self._unreported = None  # a step and its metrics, which are read while the next one runs
         self._program = {}
@@ -75,7 +67,7 @@ class Metrics:
         self._line_step, self._line_time = start_step, time.perf_counter()
         self._line_seconds, self._evaluated = Counter(), 0.0
         self._flops_per_token = training_flops_per_token(config)
-        self._peak = peak_flops_per_device(jax.devices())
+        self._peak = devices.peak_flops_per_device(jax.devices())
 
     def open(self, check, wandb=None):
         """Opens the files of the run, in one process. `check()` is called before each line is
@@ -109,9 +101,7 @@ class Metrics:
 
     def begin(self, state, step):
         """Starts the time that counts; takes the arguments of `program_memory`."""
-        self._program = program_memory(state, step)
-        if self._peak is None:
-            log.info(f"no MFU: the peak of {jax.devices()[0].device_kind!r} is unknown")
+        self._program = devices.program_memory(state, step)
         log.info(
             f"compiled the train step in {self._seconds['compile']:.1f} s; on each device the "
             f"state takes {self._program['state_bytes'] / 1e9:.3g} GB, and a step "
@@ -156,17 +146,6 @@ class Metrics:
                 "train.learning_rate in another --workdir"
             )
 
-    def _warn_of_dead_experts(self, step, load, live):
-        self._idle_for = np.where(dead_experts(load, live), self._idle_for + 1, 0)
-        new = np.argwhere(self._idle_for == _DEAD_AFTER)
-        if len(new):
-            names = ", ".join(f"layer {layer} expert {expert}" for layer, expert in new[:8])
-            names += ", ..." if len(new) > 8 else ""
-            log.warning(
-                f"dead experts at step {step}, without a token in {_DEAD_AFTER} logged steps: "
-                f"{names} ({np.sum(self._idle_for >= _DEAD_AFTER)} of {load.size} in all)"
-            )
-
     def _log(self, step, metrics):
         n_steps, seconds = self._end_interval(step)
         self._progress.compute_seconds += seconds["compute"]
@@ -176,7 +155,6 @@ class Metrics:
         layers, experts, balance = layer_metrics(metrics), {}, ""
         if layers:
             load, live = metrics["load"], metrics.get("live")
-            self._warn_of_dead_experts(step, load, live)
             scalars["load_spread"] = float(load_spread(load, live))
             scalars["experts_per_token"] = float(load.sum(axis=-1).mean())
             names = ("load_entropy", "confidence_entropy", "dropped_share")
@@ -184,8 +162,10 @@ class Metrics:
             experts = {name: metrics[name] for name in ("load", "mean_score")}
             best = np.log(layers.get("live_experts", load.shape[-1])).mean()
             balance = f" | load entropy {scalars['load_entropy']:.3f} of {best:.3f}"
+            if n_dead := layers["dead_experts"].sum():
+                balance += f", {n_dead} dead experts"
         scalars |= speed | {f"{name}_seconds": s for name, s in seconds.items()}
-        scalars |= host_memory() | device_memory() | {"goodput": self._goodput()}
+        scalars |= devices.process_memory() | {"goodput": self._goodput()}
         self._write(step, "train", scalars, layers, experts)
         total, steps = sum(seconds.values()), self._config.train.steps
         waits = ", ".join(f"{name} {seconds[name] / total:.1%}" for name in _IN_SPEED)
@@ -249,8 +229,7 @@ class Metrics:
         counts, seconds, progress = parameter_counts(self._config), self._seconds, self._progress
         metrics = {"step": step, "tokens": step * self._config.tokens_per_step}
         metrics |= {"train_loss": progress.loss, "train_nll": progress.nll}
-        with np.errstate(over="ignore"):
-            metrics["validation_perplexity"] = float(np.exp(progress.validation["nll"]))
+        metrics["validation_perplexity"] = perplexity(progress.validation["nll"])
         metrics |= {f"validation_{name}": v for name, v in progress.validation.items()}
         in_speed = sum(seconds[name] for name in (*_IN_SPEED, "compute"))
         timing = self._speed(self._line_step - self._start_step, max(in_speed, 1e-9))
@@ -260,7 +239,7 @@ class Metrics:
             "metrics": metrics,
             "parameters": {"total": counts.total, "active": counts.active},
             "timing": timing | {"goodput": self._goodput(), "total_seconds": total_seconds},
-            "memory": self._program | host_memory() | device_memory(),
+            "memory": self._program | devices.process_memory(),
         }
 
     def close(self):

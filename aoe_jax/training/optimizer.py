@@ -27,7 +27,7 @@ def no_routers(params):
 
 def scale_scoring(experts: ExpertsConfig, rate):
     """The optax transformation that multiplies the updates of the scoring parameters by `rate`."""
-    columns = {"w_router": None, "w_router_hidden": None}  # all
+    columns = {"w_router": None, "w_router_hidden": None}  # None: all columns
     if experts.kind == "aoe":
         columns = {"w_gate_down" if experts.low_rank else "w_gate": experts.score_neurons}
 

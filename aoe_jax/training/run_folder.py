@@ -5,7 +5,6 @@ import logging
 import tempfile
 import time
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -34,7 +33,8 @@ _FILES = (
     *("training.png", "wandb.json", "summary.json", "metrics.jsonl", "heartbeat.json"),
     *_IDENTITY,
 )
-_ON_DISK = ("metrics.jsonl", "wandb.json")  # of a run in an object store: a copy is on a disk
+# Files that a run in an object store needs on a disk from its start.
+_ON_DISK = ("metrics.jsonl", "wandb.json")
 
 # Groups and fields that may change when a run continues, because a step computes the same.
 # `check_data` compares the content of `data.path` and `data.tokenizer`.
@@ -43,15 +43,6 @@ FREE = {
     *("train.log_every", "train.eval_every", "train.max_skipped", "train.hang_timeout"),
     *("model.attention", "model.unroll", "experts.grouped_matmul"),
 }
-
-
-@dataclass(frozen=True)
-class Start:
-    """How a run begins in a workdir that has files of a run already."""
-
-    over: bool = False  # set the files of the run aside, and begin anew
-    go_back: int | None = None  # set aside what is newer than the checkpoint of this step
-    take_over: bool = False  # do not wait for an owner that may still run
 
 
 class RunFolder:
@@ -65,19 +56,21 @@ class RunFolder:
         self.workdir, self.on_disk = workdir, workdir
         self._lease = self._mirror = None
 
-    def open(self, start: Start, held: contextlib.ExitStack):
-        """Takes the lease until `held` is closed, and sets old files aside as `start` says. Raises
-        `InUse` if another process has the lease, and `UserError` if a process does not see it.
+    def open(self, held: contextlib.ExitStack, start_over=False, go_back=None, take_over=False):
+        """Takes the lease until `held` is closed; with `take_over`, from an owner that may still
+        run. Sets the files of the old run aside with `start_over`, and with `go_back` what is newer
+        than the checkpoint of that step. Raises `InUse` if another process has the lease, and
+        `UserError` if a process does not see it.
         """
         workdir, is_main = self.workdir, jax.process_index() == 0
         with together():
             if is_main:
-                self._lease = held.enter_context(leased(workdir, "workdir", start.take_over))
+                self._lease = held.enter_context(leased(workdir, "workdir", take_over))
         number = self._lease and _number(self._lease.token)
         see_the_same(number, lambda: _number(token_of(workdir)), f"--workdir={workdir}")
         with together():
-            if is_main and (start.over or start.go_back is not None):
-                set_aside(workdir, start.go_back)
+            if is_main and (start_over or go_back is not None):
+                set_aside(workdir, go_back)
             if is_main and is_remote(workdir):
                 self.on_disk = Path(held.enter_context(tempfile.TemporaryDirectory()))
                 for name in _ON_DISK:
@@ -138,18 +131,16 @@ def _fixed(config):
 
 
 def check_config(workdir: Path, config: Config, has_begun=True):
-    """Raises `UserError` if `workdir` is that of a model, or of a run with another configuration. A
-    run that has not begun, without a checkpoint, may change its configuration.
+    """Raises `UserError` if `workdir` belongs to a model or, if the run `has_begun` (it has a
+    checkpoint), to a run of another configuration.
     """
     path = workdir / "config.json"
     if not path.exists():
         return
     differing = differences(_fixed(read_run_config(path)), _fixed(config)).values()
     if has_begun and differing:
-        raise UserError(
-            f"workdir {workdir} holds another configuration: {'; '.join(differing)}. Use another "
-            "--workdir, or --start-over"
-        )
+        what = f"workdir {workdir} holds another configuration: {'; '.join(differing)}"
+        raise UserError(f"{what}. Use another --workdir, or --start-over")
 
 
 def check_history(workdir: Path, steps):
@@ -159,14 +150,14 @@ def check_history(workdir: Path, steps):
     if steps and (missing := [n for n in _IDENTITY if not (workdir / n).exists()]):
         raise UserError(
             f"--workdir={workdir} has checkpoints but no {missing[0]}, so they may be of another "
-            "run. Bring it back; or --start-over begins anew, and moves them to set_aside/"
+            "run. Bring it back; or --start-over begins anew"
         )
     metrics = workdir / "metrics.jsonl"
     lacks_all = not steps and not (workdir / "heartbeat.json").exists()
     if lacks_all and metrics.exists() and metrics.stat().st_size:
         raise UserError(
             f"--workdir={workdir}: metrics.jsonl has steps of a run, but checkpoints/ has none. "
-            "Bring them back; or --start-over begins anew, and moves the file to set_aside/"
+            "Bring them back; or --start-over begins anew"
         )
     newest, damaged = max(steps, default=0), workdir / DAMAGED
     saved = read_heartbeat(workdir)["saved"] or 0
@@ -220,8 +211,8 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
         there, here = (", ".join(stores)[:1000] for stores in (found, corpus.identities))
         raise UserError(
             f"workdir {workdir} was trained on token store {there}, this is {here}: the text or "
-            "the tokenizer has changed. Bring the old text back (data.path, or the paths in "
-            "data.name), or use another --workdir"
+            "the tokenizer has changed. Bring it back (data.path, or the paths in data.name), or "
+            "use another --workdir"
         )
 
 

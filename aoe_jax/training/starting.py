@@ -11,13 +11,13 @@ from aoe_jax.config.checks import differences
 from aoe_jax.config.run import Config
 from aoe_jax.data.token_store import saved_tokenizer
 from aoe_jax.distributed import together
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, naming
 from aoe_jax.formats.configs import computed_fields
 from aoe_jax.formats.loading import load_params, read_config
 from aoe_jax.model.decoder import initial_routing_state
 from aoe_jax.storage.files import read_json
 from aoe_jax.storage.paths import FILE_BYTES, local_copy, parsed_path
-from aoe_jax.storage.retry import is_fault
+from aoe_jax.storage.retry import refusing
 from aoe_jax.training.step import TrainState, first_state
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,8 @@ def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) ->
     source = config.train.init_from
     with together():
         path = parsed_path(source, "config.train.init_from", in_store=True)
-        try:
+        cannot = refusing("it cannot be read", kinds=(OSError, ValueError))
+        with naming(f"config.train.init_from={source!r}"), cannot:
             directory = local_copy(path)
             _check_architecture(config, directory)
             _check_tokenizer(saved_tokenizer(directory), tokenizer)
@@ -43,10 +44,6 @@ def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) ->
                 wanted = "set routing.name and balance.bias_rate as in the model's own training"
                 what = unused[0].replace("_", " ")
                 raise UserError(f"the model has a {what}, which this run cannot use; {wanted}")
-        except (UserError, OSError, ValueError) as e:
-            if is_fault(e):
-                raise
-            raise UserError(f"config.train.init_from={source!r}: {e}") from e
     shardings = jax.tree.map(lambda a: a.sharding, like)
     state = jax.jit(partial(first_state, config), out_shardings=shardings, donate_argnums=(0, 1))
     return state(params, first | routing_state)

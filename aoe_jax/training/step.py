@@ -19,7 +19,7 @@ from aoe_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes."""
+    """The arrays that a step changes."""
 
     step: jax.Array  # [] int32, steps done
     skipped: jax.Array  # [] int32, steps that updated nothing: loss or gradient was not finite
@@ -147,11 +147,11 @@ def make_train_step(config: Config):
 
         def if_finite(new, old):
             """The new values if the update counts; counters always go on."""
-            return jax.tree.map(
-                lambda n, o: jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.inexact) else n,
-                new,
-                old,
-            )
+
+            def choose(n, o):
+                return jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.inexact) else n
+
+            return jax.tree.map(choose, new, old)
 
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

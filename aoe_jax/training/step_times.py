@@ -1,7 +1,7 @@
 """Times of training steps that are repeated on one batch, measured in turn in one process.
 
-Times of runs that train at the same time, or on a shared machine, are hard to compare. Here every
-arm takes a few steps, then the next arm, round by round; on CPU, processor seconds are counted.
+Every arm takes a few steps, then the next arm, round by round, because times of runs on a shared
+machine are hard to compare. On CPU, processor seconds are counted.
 """
 
 import statistics
@@ -19,7 +19,7 @@ from aoe_jax.training.devices import program_memory
 from aoe_jax.training.step import new_state, train_step_on
 
 ROUNDS = 10
-STEPS = 3  # of a round; the first does not count, because the caches have data of another arm
+STEPS = 3  # in a round; the first does not count, because the caches have data of another arm
 
 
 def random_batch(config: Config):
@@ -39,9 +39,8 @@ class RepeatedStep:
     def __init__(self, config: Config, batch=None, folder: Path | None = None):
         """Compiles for all devices of all processes, on the mesh of the configuration.
 
-        Steps take `batch`, by default random tokens, and start from the newest checkpoint in the
-        `folder` of a run, by default from new parameters. Raises `UserError` if the run cannot be
-        read.
+        `batch` is by default of random tokens. The state is that of the newest checkpoint in
+        `folder`, by default a new one. Raises `UserError` if the checkpoint cannot be read.
         """
         config = fill_mesh(config, jax.device_count())
         self._mesh = make_mesh(config, jax.devices())

@@ -1,10 +1,10 @@
 """Held-out nll, perplexity and bits per byte, with the load statistics of the same tokens."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import numpy as np
@@ -13,12 +13,16 @@ from tqdm import tqdm
 
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.token_store import TokenStore
-from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.load_balance import LayerStats
 from aoe_jax.sharding import replicated
-from aoe_jax.training.run_folder import check_data
 from aoe_jax.training.step import sequence_nll
+
+
+def perplexity(nll):
+    """`exp(nll)`; infinite if it exceeds a float."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(nll))
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,7 @@ class Evaluation:
 
     @property
     def perplexity(self):
-        """`exp(nll)`; infinite if it exceeds a float."""
-        try:
-            return math.exp(self.nll)
-        except OverflowError:
-            return math.inf
+        return perplexity(self.nll)
 
     @property
     def bits_per_byte(self):
@@ -67,9 +67,7 @@ class Evaluation:
 
 
 def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
-    """A jitted `(params, routing_state, batch) -> (nll sum, tokens, stats)` over all tokens, whose
-    result is on every device. `document_mask` is that of `DataConfig`.
-    """
+    """A jitted `(params, routing_state, batch) -> (nll sum, tokens, stats)`, on every device."""
     decoder = decoder.clone(balance=dataclasses.replace(decoder.balance, aux_tokens=1.0))
 
     def eval_step(params, routing_state, batch):
@@ -80,10 +78,10 @@ def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
 
 
 def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put, progress=False):
-    """The `Evaluation` of a split, whose `stores` are by source: every token of each counts once.
+    """The `Evaluation` of a split, whose `stores` are by source; every token counts once.
 
-    `score` is `compile_eval_step` with its parameters and routing state, for batches of
-    `batch_size` windows of `seq_len` tokens. `put` moves a host batch to the devices.
+    `score(batch)` is a `compile_eval_step` with bound parameters and routing state. Batches have
+    `batch_size` windows of `seq_len` tokens; `put` moves them from the host to the devices.
     """
     sources, hidden = {}, None if progress else True  # None: hidden if stderr is no terminal
     for name, store in stores.items():
@@ -95,12 +93,9 @@ def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put, 
     if len(parts) == 1:
         return parts[0]
     counts = [part.tokens for part in parts]
-
-    def mean(*values):
-        return np.average(values, axis=0, weights=counts)
-
     nll_sum, text_bytes = sum(p.nll_sum for p in parts), sum(p.text_bytes for p in parts)
-    stats = jax.tree.map(mean, *(part.stats for part in parts))
+    mean = partial(np.average, axis=0, weights=counts)
+    stats = jax.tree.map(lambda *of_parts: mean(of_parts), *(part.stats for part in parts))
     return Evaluation(nll_sum, sum(counts), text_bytes, stats, sources)
 
 
@@ -115,19 +110,3 @@ def evaluate_batches(score, batches: Iterable[dict], put, text_bytes=0):
     nll_sum, tokens, stats = total
     means = jax.tree.map(lambda a: a / tokens, stats)
     return Evaluation(float(nll_sum), int(tokens), text_bytes, means)
-
-
-def validation_batches(folder, config, size):
-    """Yields the whole batches of `size` sequences of a run's validation split, on the host.
-
-    A split without a whole batch yields its one batch with padding. Raises `UserError` if the split
-    is not the one that the run had.
-    """
-    corpus = open_corpus(config.data, config.model.vocab_size)
-    check_data(folder, corpus)
-    splits = [(store, config.data.seq_len, size) for store in corpus.validation.values()]
-    batches = itertools.chain.from_iterable(eval_batches(*split) for split in splits)
-    whole = (batch for batch in batches if batch["weights"].all())  # the last one has padding
-    first = next(whole, None)
-    yield first or next(eval_batches(*splits[0]))
-    yield from whole

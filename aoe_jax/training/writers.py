@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 class JsonLines:
     """One JSON object a line, null for numbers that are not finite.
 
-    A line survives a kill of the process as soon as it is written; lines that cannot be written are
-    kept for the next write.
+    A written line survives a kill of the process; lines that cannot be written are kept for the
+    next write.
     """
 
     name = "metrics.jsonl"
@@ -56,9 +56,9 @@ class JsonLines:
         self._file.seek(max(size - 1, 0))
         if there < size or (size and self._file.read(1) != b"\n"):
             self._file.close()
+            lost = f"its checkpoint was saved after {size} bytes of lines, it has {there} bytes"
             raise UserError(
-                f"{path} has lost lines: its checkpoint was saved after {size} bytes of lines, it "
-                f"has {there} bytes. Bring it back; or --start-over begins anew"
+                f"{path} has lost lines: {lost}. Bring it back; or --start-over begins anew"
             )
         if dropped := self._file.read().count(b"\n"):
             log.info(f"{path.name}: dropped {dropped} lines of steps after the checkpoint")
@@ -165,9 +165,8 @@ class Bar:
 class Wandb:
     """A run at Weights & Biases, which continues under the id in `wandb.json`.
 
-    Points are placed by their `step`; a run that was killed sends later steps again. Raises
-    `UserError` if Weights & Biases refuses, for example without a login, and `ConnectionError` if
-    it cannot be reached.
+    Raises `UserError` if Weights & Biases refuses, for example without a login, and
+    `ConnectionError` if it cannot be reached. A run that was killed sends later steps again.
     """
 
     name = "wandb"

@@ -25,10 +25,9 @@ from aoe_jax.methods.thor import Thor
 from aoe_jax.methods.uoe import UoE
 from aoe_jax.moe import layer as moe_layer
 from aoe_jax.moe.grouped_matmul import BACKENDS
-from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.layer import ExpertsLayer, make_transport
 from aoe_jax.moe.load_balance import balance_loss
 from aoe_jax.moe.parallel import collectives as parallel
-from aoe_jax.moe.parallel.transports import make_transport
 from aoe_jax.moe.routing import ExpertChoice, TopK, TopP
 from tests.arrays import assert_close, mesh_of, normal, operations
 from tests.moe.contexts import parameters_of, routing_of_slots

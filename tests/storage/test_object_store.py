@@ -28,7 +28,7 @@ from aoe_jax.storage.lease import NAME, leased
 from aoe_jax.storage.paths import Mirror, create, file_system, local_copy, move, parsed_path
 from aoe_jax.supervise import Supervisor
 from aoe_jax.training.checkpoint import Checkpoints
-from aoe_jax.training.run_folder import RunFolder, Start
+from aoe_jax.training.run_folder import RunFolder
 from tests import forking
 from tests.hasty import xla_flags
 from tests.runs import (
@@ -156,7 +156,7 @@ def test_a_store_that_fails_for_a_while(folder, store, tmp_path, monkeypatch, fa
 def test_a_former_owner_uploads_nothing(folder):
     with contextlib.ExitStack() as held:
         run = RunFolder(folder)
-        run.open(Start(), held)
+        run.open(held)
         (run.on_disk / "metrics.jsonl").write_text("1")
         run.upload()
         (run.on_disk / "metrics.jsonl").write_text("of the former owner")

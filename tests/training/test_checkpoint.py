@@ -20,8 +20,7 @@ from jax.sharding import PartitionSpec as P
 from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.storage import retry
-from aoe_jax.training.checkpoint import Checkpoints, Progress
-from aoe_jax.training.checkpoint_content import checksums
+from aoe_jax.training.checkpoint import Checkpoints, Progress, checksums
 from aoe_jax.training.step import TrainState
 from tests.runs import contents
 
@@ -34,24 +33,28 @@ def batches():
 
 
 def state_of(value):
-    params = {"kernel": jnp.full((SIZE,), value, jnp.float32)}
-    params["scale"] = jnp.full((3,), value, jnp.bfloat16)
-    bias = {"selection_bias": jnp.full((2, 4), value, jnp.float32)}
-    moments = {"mu": jnp.full((5,), value, jnp.float32)}
-    state = TrainState(jnp.int32(value), jnp.int32(0), params, bias, moments)
+    """`state_of(0)` plus a value; the kernel is of random numbers, which do not compress."""
+
+    def full(*shape, dtype=jnp.float32):
+        return jnp.full(shape, value, dtype)
+
+    kernel = value + jax.random.randint(jax.random.key(0), (SIZE,), 0, 2**20).astype(jnp.float32)
+    params = {"kernel": kernel, "scale": full(3, dtype=jnp.bfloat16)}
+    bias, moments = {"selection_bias": full(2, 4)}, {"mu": full(5)}
+    state = TrainState(jnp.int32(value), jnp.int32(value), params, bias, moments)
     return jax.device_put(state, SHARDING)
-
-
-def noise(step):
-    """A state of random numbers, which do not compress: 0.8 MB a checkpoint."""
-    state = state_of(step)
-    kernel = jax.random.uniform(jax.random.key(step), (SIZE,))
-    return dataclasses.replace(state, params=state.params | {"kernel": kernel})
 
 
 LIKE = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SHARDING), state_of(0)
 )
+
+
+def assert_is_of_step(state, step):
+    leaves = jax.tree.leaves(state), jax.tree.leaves(state_of(step))
+    for array, wanted in zip(*leaves, strict=True):
+        assert array.dtype == wanted.dtype and array.sharding == SHARDING
+        np.testing.assert_array_equal(array, wanted)
 
 
 def step_folders(workdir):
@@ -64,9 +67,9 @@ def opened(workdir, **config):
     return checkpoints
 
 
-def save(checkpoints, step, nll=None, state=state_of, **options):
+def save(checkpoints, step, nll=None, **options):
     progress = Progress(1.0, 2.0, nll and {"nll": nll})
-    checkpoints.save(step, state(step), {"next_index": step}, progress, **options)
+    checkpoints.save(step, state_of(step), {"next_index": step}, progress, **options)
 
 
 def write(workdir, steps, nlls=(), **config):
@@ -115,9 +118,7 @@ def test_state_may_be_donated_while_it_is_saved(saved, workdir, number):
     step, state, progress, position = Checkpoints(workdir).restore_newest(LIKE)
     data.set_state(position)
     assert (step, progress) == (number, progress_after(number))
-    for array, like in zip(jax.tree.leaves(state), jax.tree.leaves(LIKE), strict=True):
-        assert array.dtype == like.dtype and array.sharding == SHARDING
-        np.testing.assert_array_equal(array, number)
+    assert_is_of_step(state, number)
     np.testing.assert_array_equal(next(data), saved[1][number])
     assert not np.array_equal(saved[1][3], saved[1][5])
     params, routing_state = Checkpoints(workdir).restore_model(number, LIKE)
@@ -161,12 +162,12 @@ def test_which_checkpoint_a_user_names(tmp_path):
     assert nothing.steps() == [] and not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("half", ["6.orbax-checkpoint-tmp", "6.orbax-checkpoint-tmp-1700000000"])
-def test_what_a_kill_leaves(workdir, half):
-    """A half-written checkpoint is ignored and deleted; a half-deleted old one does no harm."""
+def test_what_a_kill_leaves(workdir):
+    """Half-written checkpoints are ignored and deleted; a half-deleted old one does no harm."""
     folder = workdir / "checkpoints"
-    shutil.copytree(folder / "5", folder / half)
-    shutil.rmtree(folder / half / "state")
+    for half in ("6.orbax-checkpoint-tmp", "6.orbax-checkpoint-tmp-1700000000"):
+        shutil.copytree(folder / "5", folder / half)
+        shutil.rmtree(folder / half / "state")
     (folder / "3" / "_CHECKPOINT_METADATA").unlink()
     shutil.rmtree(folder / "3" / "run")
     assert Checkpoints(workdir).restore_newest(LIKE)[0] == 5
@@ -180,15 +181,13 @@ def flip_bit(path, position):
     path.write_bytes(content)
 
 
-def files_of(folder):
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
-
-
 DAMAGE = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "emptied": lambda path: path.write_bytes(b""),
     "removed": lambda path: path.unlink(),
+    "flipped early": lambda path: flip_bit(path, path.stat().st_size // 5),
     "flipped": lambda path: flip_bit(path, path.stat().st_size // 2),
+    "flipped late": lambda path: flip_bit(path, path.stat().st_size * 4 // 5),
     "flipped near the end": lambda path: flip_bit(path, path.stat().st_size - 9),
 }
 
@@ -214,18 +213,18 @@ def test_damaged_checkpoint_is_set_aside(saved, tmp_path, damage, caplog):
     """Whichever file is damaged, the restored state is one that was saved, in this checkpoint or in
     the one before.
     """
-    names = [path.relative_to(saved[0]) for path in files_of(saved[0] / "checkpoints" / "5")]
+    newest = saved[0] / "checkpoints" / "5"
+    names = [path.relative_to(saved[0]) for path in newest.rglob("*") if path.is_file()]
+    names, aside = [name for name in names if (saved[0] / name).stat().st_size], 0
     assert len(names) > 5
-    aside = 0
     for n, name in enumerate(names):
         workdir = shutil.copytree(saved[0], tmp_path / str(n))
         DAMAGE[damage](workdir / name)
         damaged = contents(workdir / "checkpoints" / "5")
         caplog.clear()
         step, state, progress, _ = Checkpoints(workdir).restore_newest(LIKE)
-        assert step == progress.loss == state.step, name
-        for array in jax.tree.leaves((state.params, state.routing_state, state.opt_state)):
-            np.testing.assert_array_equal(array, step)
+        assert step == progress.loss, name
+        assert_is_of_step(state, step)
         if step == 4:
             aside += 1
             assert "checkpoint of step 5 is damaged" in caplog.text, name
@@ -254,13 +253,10 @@ def of_orbax(change):
 
 FOREIGN = [
     ("run/metadata", signed(arrays={"params": 7})),
-    ("run/metadata", signed(arrays=[])),
     ("run/metadata", signed(progress={"loss": "low"})),
-    ("run/metadata", signed(progress=None)),
     ("run/metadata", signed(data=None)),
     *of_orbax(lambda text: "null"),
     *of_orbax(lambda text: '{"tree_metadata": 7, "array_metadatas": 7}'),
-    *of_orbax(lambda text: text[: len(text) // 2]),
 ]
 
 
@@ -282,25 +278,6 @@ def test_folders_that_are_no_checkpoints(workdir):
     (workdir / "checkpoints").touch()
     with pytest.raises(UserError, match="/checkpoints is a file; move it away"):
         Checkpoints(workdir).steps()
-
-
-@unread
-def test_every_flipped_bit_of_the_arrays_is_seen(tmp_path):
-    """Also bits whose change leaves a readable file."""
-    checkpoints = opened(tmp_path / "run", every=1, keep=2)
-    for step in (1, 2):
-        save(checkpoints, step, state=noise)
-    checkpoints.close()
-    newest = files_of(tmp_path / "run" / "checkpoints" / "2")
-    (data,) = (path for path in newest if path.stat().st_size > SIZE)
-    seen = 0
-    for position in range(0, data.stat().st_size, data.stat().st_size // 16):
-        workdir = shutil.copytree(tmp_path / "run", tmp_path / str(position))
-        flip_bit(workdir / data.relative_to(tmp_path / "run"), position)
-        step, state, *_ = Checkpoints(workdir).restore_newest(LIKE)
-        np.testing.assert_array_equal(state.params["kernel"], noise(step).params["kernel"])
-        seen += step == 1
-    assert seen > 12  # the rest of the file holds nothing
 
 
 FULL_DEVICE = "RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes."
@@ -342,11 +319,7 @@ def test_damaged_several_times(workdir):
         Checkpoints(workdir).restore_model(5, LIKE)  # evaluation sets nothing aside
     assert contents(workdir) == before
     assert Checkpoints(workdir).restore_newest(LIKE)[0] == 3
-    shutil.copytree(workdir / "checkpoints" / "3", workdir / "checkpoints" / "5")
-    (workdir / "checkpoints" / "5" / "run" / "metadata").write_text("{")
-    assert Checkpoints(workdir).restore_newest(LIKE)[0] == 3
-    aside = sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir())
-    assert aside == ["4", "5", "5-1"]
+    assert sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir()) == ["4", "5"]
 
     shutil.rmtree(workdir / "checkpoints" / "3" / "state")
     before = contents(workdir)
@@ -408,27 +381,27 @@ def test_a_save_is_repeated(tmp_path, monkeypatch, caplog):
 
 
 def test_saves_that_fail(tmp_path, monkeypatch, caplog):
-    """What was saved before stays, and a later save may succeed."""
+    """Older checkpoints stay, and a later save may succeed."""
     checkpoints = opened(tmp_path, every=1, keep=1)
-    save(checkpoints, 1, state=noise, wait=True)
+    save(checkpoints, 1, wait=True)
     monkeypatch.setattr(retry, "retry_seconds", 0.1)
     with monkeypatch.context() as patch:
         failing_saves(patch, 99)
         wanted = r"2 cannot be saved \(No space left on device\); it was tried for 0\.1 s"
         with pytest.raises(MachineFault, match=wanted):
-            save(checkpoints, 2, state=noise)
+            save(checkpoints, 2)
     assert checkpoints.saved == 1 and Checkpoints(tmp_path).restore_newest(LIKE)[0] == 1
 
     def fail(self):
         raise FULL
 
-    save(checkpoints, 3, state=noise)
+    save(checkpoints, 3)
     with monkeypatch.context() as patch:
         patch.setattr(ocp.CheckpointManager, "wait_until_finished", fail)
         patch.setattr(ocp.CheckpointManager, "is_saving_in_progress", lambda self: False)
         assert checkpoints.has_failed()  # the one in the background
     assert "checkpoints/3 cannot be saved: No space left on device" in caplog.text
-    save(checkpoints, 4, state=noise, wait=True)
+    save(checkpoints, 4, wait=True)
     assert checkpoints.saved == 4
     checkpoints.close()
     assert Checkpoints(tmp_path).steps() == [4]

@@ -10,10 +10,8 @@ import psutil
 import pytest
 
 from aoe_jax.model.counts import parameter_counts
-from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
-from aoe_jax.training.devices import device_memory, host_memory, program_memory
-from aoe_jax.training.step import new_state, train_step_on
-from aoe_jax.training.step_times import random_batch
+from aoe_jax.training.devices import process_memory
+from aoe_jax.training.step_times import RepeatedStep
 from tests.hasty import HASTY
 from tests.runs import ROOT, tiny_config
 
@@ -24,37 +22,33 @@ def test_memory_of_a_device(fsdp, ragged):
     arguments also have the batch.
     """
     config = tiny_config(mesh__fsdp=fsdp, train__batch_size=8, data__document_mask=True)
-    config = fill_mesh(config, jax.device_count())
-    mesh, first = make_mesh(config, jax.devices()), jax.devices()[0]
-    with jax.set_mesh(mesh):
-        step, like = train_step_on(mesh, config)
-        state = new_state(config, like)
-        batch = put_batch(batch_sharding(mesh), random_batch(config))
-        step = step.lower(state, batch).compile()
-    memory = program_memory(state, step)
+    step = RepeatedStep(config)
     counted = 3 * 4 * parameter_counts(config).total / fsdp
-    assert 1 <= memory["state_bytes"] / counted < 1.02
-    shards = [s for a in jax.tree.leaves((state, batch)) for s in a.addressable_shards]
+    assert 1 <= step.memory["state_bytes"] / counted < 1.02
+    arrays, first = jax.tree.leaves((step._state, step._batch)), jax.devices()[0]
+    shards = [shard for array in arrays for shard in array.addressable_shards]
     live = sum(shard.data.nbytes for shard in shards if shard.device == first)
-    assert memory["argument_bytes"] == pytest.approx(live, rel=0.02)
-    assert memory["temporary_bytes"] == step.memory_analysis().temp_size_in_bytes > 0
+    assert step.memory["argument_bytes"] == pytest.approx(live, rel=0.02)
+    temporary = step.program.memory_analysis().temp_size_in_bytes
+    assert step.memory["temporary_bytes"] == temporary > 0
 
 
-def test_host_memory():
+def test_process_memory():
     """The two counts are taken one after the other, so they differ a little."""
     grown = np.ones(10**8 // 8)
-    memory, process = host_memory(), psutil.Process().memory_info()
+    memory, process = process_memory(), psutil.Process().memory_info()
     assert memory["host_memory_bytes"] == pytest.approx(process.rss, rel=0.02)
+    # JAX does not count the memory of CPUs.
+    assert memory.keys() == {"host_memory_bytes", "host_memory_peak_bytes"}
     peak = memory["host_memory_peak_bytes"]
     assert peak >= memory["host_memory_bytes"] > grown.nbytes
     del grown
-    assert host_memory()["host_memory_peak_bytes"] == pytest.approx(peak, rel=0.02)
-    assert device_memory() == {}  # CPUs have no count
+    assert process_memory()["host_memory_peak_bytes"] == pytest.approx(peak, rel=0.02)
 
 
 STEP_TAKES = """
 import json, jax, pathlib, time
-from aoe_jax.training.devices import host_memory
+from aoe_jax.training.devices import process_memory
 from aoe_jax.training.step_times import RepeatedStep
 from benchmarks.timing import configuration
 model = {"n_layers": 1, "d_model": 64, "n_heads": 1, "vocab_size": 512, "unroll": 1}
@@ -63,19 +57,16 @@ step, taken = RepeatedStep(configuration("dense", changes)), []
 for _ in range(5):
     time.sleep(0.3)  # memory of the step before is given back a moment later
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = host_memory()["host_memory_bytes"]
+    before = process_memory()["host_memory_bytes"]
     jax.block_until_ready(step())
-    taken.append(host_memory()["host_memory_peak_bytes"] - before)
+    taken.append(process_memory()["host_memory_peak_bytes"] - before)
 print(json.dumps([step.memory["temporary_bytes"], max(taken[1:])]))
 """
 
 
 def test_temporary_memory_is_what_a_step_takes():
-    """The peak of a process in a step over its memory before, for a model whose step needs half a
-    gigabyte.
-
-    The first step also takes memory that the process keeps; a later one may reuse the block of the
-    step before.
+    """The peak of a process in a later step over its memory before, for half a gigabyte; the first
+    step also takes memory that the process keeps.
     """
     variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": HASTY, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", STEP_TAKES]

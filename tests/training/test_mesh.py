@@ -8,37 +8,28 @@ import numpy as np
 import pytest
 
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.config.run import Config
-from aoe_jax.model.declared import state_shardings
 from aoe_jax.moe.parallel.transports import ROW_BUFFER
-from aoe_jax.sharding import batch_sharding, make_mesh, put_batch, replicated
-from aoe_jax.storage.config_files import default_config
-from aoe_jax.training.step import init_state, make_train_step
+from aoe_jax.sharding import batch_sharding, make_mesh, put_batch
+from aoe_jax.training.step import init_state, train_step_on
+from tests.settings import config_of
 
 STEPS = 20
-KINDS = {"aoe": {"d_shared": 16}, "router": {"kind": "router", "d_shared": 24, "shared_gate": True}}
-MODEL = {
-    "aoe": {},
-    "router": {"head_dim": 6, "qk_norm": "head", "rope_share": 2 / 3}
-    | {"n_dense_layers": 1, "d_dense": 40},
+SETTINGS = {"model.n_layers": 2, "model.n_heads": 8, "model.d_model": 32, "model.vocab_size": 64}
+SETTINGS |= {"model.max_len": 32, "model.dtype": "float32", "data.seq_len": 16}
+SETTINGS |= {"experts.n_experts": 8, "experts.top_k": 2, "experts.d_ffn": 32, "experts.d_low": 8}
+SETTINGS |= {"train.steps": STEPS, "train.batch_size": 16, "train.warmup": 2 / STEPS}
+SETTINGS |= {"train.learning_rate": 1e-2, "train.accumulate": 2}
+SETTINGS |= {"balance.aux_weight": 0.01, "balance.aux_tokens": 0.5}
+KINDS = {
+    "aoe": {"experts.d_shared": 16, "experts.d_wide": 32},
+    "router": {"experts.kind": "router", "experts.d_shared": 24, "experts.shared_gate": True}
+    | {"model.head_dim": 6, "model.qk_norm": "head", "model.rope_share": 2 / 3}
+    | {"model.n_dense_layers": 1, "model.d_dense": 40},
 }
 
 
 def configuration(kind):
-    config = default_config()
-    config.model.update(
-        n_layers=2, n_heads=8, d_model=32, vocab_size=64, max_len=32, dtype="float32"
-    )
-    config.model.update(**MODEL[kind])
-    config.experts.update(n_experts=8, top_k=2, d_ffn=32, d_low=8, **KINDS[kind])
-    if kind == "aoe":
-        config.experts.d_wide = 32
-    config.data.update(seq_len=16)
-    config.train.update(
-        steps=STEPS, batch_size=16, warmup=2 / STEPS, learning_rate=1e-2, accumulate=2
-    )
-    config.balance.update(aux_weight=0.01, aux_tokens=0.5)
-    return Config.from_config_dict(config)
+    return config_of(SETTINGS | KINDS[kind])
 
 
 def batches():
@@ -63,9 +54,9 @@ def curve(config, devices):
     """`(metrics of every step, stacked; final parameters)`."""
     mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh):
-        shardings = state_shardings(mesh, jax.eval_shape(lambda: init_state(config, 0)))
+        step, like = train_step_on(mesh, config)
+        shardings = jax.tree.map(lambda a: a.sharding, like)
         state = jax.device_put(first_state(config.experts.kind), shardings)
-        step = jax.jit(make_train_step(config), out_shardings=(shardings, replicated(mesh)))
         steps = []
         for batch in batches():
             state, metrics = step(state, put_batch(batch_sharding(mesh), batch))
@@ -95,10 +86,8 @@ def test_the_loss_curve_is_that_of_one_device(kind, shape, transport, ragged):
     want, want_params = alone(kind)
     mesh = MeshConfig(*shape, transport=transport)
     got, params = curve(dataclasses.replace(configuration(kind), mesh=mesh), jax.devices())
-    for name in ("loss", "nll", "aux_loss", "grad_norm"):
-        np.testing.assert_allclose(
-            got[name], want[name], rtol=1e-5 if name != "grad_norm" else 1e-3, err_msg=name
-        )
+    for name, rtol in {"loss": 1e-5, "nll": 1e-5, "aux_loss": 1e-5, "grad_norm": 1e-3}.items():
+        np.testing.assert_allclose(got[name], want[name], rtol=rtol, err_msg=name)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(want_params), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3)
 
@@ -110,9 +99,8 @@ def test_the_curve_is_worth_comparing(kind, ragged):
     """
     metrics, _ = alone(kind)
     assert metrics["loss"][-1] < metrics["loss"][0] - 0.5
-    np.testing.assert_allclose(
-        metrics["loss"] - metrics["nll"], 0.01 * metrics["aux_loss"], rtol=1e-3
-    )
+    balance = metrics["loss"] - metrics["nll"]
+    np.testing.assert_allclose(balance, 0.01 * metrics["aux_loss"], rtol=1e-3)
     assert (metrics["aux_loss"] > 0.9).all()
     fullest = metrics["load"].max(axis=(1, 2)) / metrics["load"].mean(axis=(1, 2))
     assert (fullest > 1.2 * ROW_BUFFER).all()

@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from aoe_jax.training.picture import draw_run, write_picture
@@ -31,22 +30,17 @@ def test_it_has_the_losses_and_loads_of_the_run():
 
 
 def test_a_steep_beginning_does_not_hide_the_rest():
-    """Of a dense model, which has no load."""
-    lines = [{"step": step, "nll": 2 + 100 * (step == 1)} for step in range(1, 101)]
-    (axes,) = draw_run(lines, "title").axes
-    assert axes.get_ylim()[1] < 3
-
-
-@pytest.mark.parametrize(("n_steps", "n_layers"), [(1, 1), (2, 40)])
-def test_any_number_of_steps_and_layers(n_steps, n_layers):
-    """A single step is a point."""
-    layers = {"load_max_over_mean": [1.5] * n_layers}
-    lines = [{"step": 3 + i, "nll": 3.0, "layers": layers} for i in range(n_steps)]
-    loss, load = draw_run(lines, "title").axes
-    *drawn, _ = load.lines  # the last is that of balance
-    assert len(drawn) == n_layers
-    markers = {line.get_marker() for line in (loss.lines[0], *drawn)}
-    assert markers == {"o" if n_steps == 1 else "None"}
+    """A single step is a point; layers may be many."""
+    for n_steps, n_layers in ((1, 1), (100, 40)):
+        layers = {"load_max_over_mean": [1.5] * n_layers}
+        lines = [
+            {"step": i, "nll": 2 + 100 * (i == 1), "layers": layers} for i in range(1, n_steps + 1)
+        ]
+        loss, load = draw_run(lines, "title").axes
+        *drawn, _ = load.lines  # the last is that of balance
+        assert len(drawn) == n_layers and (n_steps == 1 or loss.get_ylim()[1] < 3)
+        markers = {line.get_marker() for line in (loss.lines[0], *drawn)}
+        assert markers == {"o" if n_steps == 1 else "None"}
 
 
 def test_losses_that_are_missing(tmp_path):

@@ -64,31 +64,44 @@ def changed(**groups):
     return Config.from_config_dict(settings)
 
 
-def test_claimed_workdir(workdir, corpus):
+def test_claimed_workdir(workdir, corpus, tmp_path):
     assert json.loads((workdir / "config.json").read_text()) == Config().to_dict()
     assert contents(workdir).keys() == {"config.json", "data.json", "tokenizer.json"}
     check_config(workdir, Config())
     check_data(workdir, corpus)
+    check_data(workdir, corpus_of(tmp_path / "cache", "some text"))  # the same text elsewhere
+    words = r"token store text-[0-9a-f]{16}, this is text-[0-9a-f]{16}.*data\.path"
+    for others in (["other text"], ["some text", "other text"]):
+        with pytest.raises(UserError, match=words):
+            check_data(workdir, corpus_of(tmp_path, *others))
 
 
-@pytest.mark.parametrize("name", ["config.json", "data.json"])
-def test_checkpoints_without_the_files_of_their_run(workdir, name):
-    check_history(workdir, [3])
-    (workdir / name).unlink()
-    words = f"has checkpoints but no {name}, so they may be of another"
+def refuse_history(workdir, steps, words):
     with pytest.raises(UserError, match=words):
-        check_history(workdir, [3])
+        check_history(workdir, steps)
 
 
-def test_a_damaged_checkpoint_is_not_missing(workdir):
-    """It was set aside, and a kill came before the run went on from the one before it."""
+INCOMPLETE = "a checkpoint of step {} was complete"
+
+
+def test_histories_that_are_incomplete(workdir):
+    check_history(workdir, [3])
+    for name in ("config.json", "data.json"):
+        content = (workdir / name).read_bytes()
+        (workdir / name).unlink()
+        refuse_history(workdir, [3], f"has checkpoints but no {name}, so they may be of another")
+        (workdir / name).write_bytes(content)
+    (workdir / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
+    refuse_history(workdir, [], "metrics.jsonl has steps of a run, but checkpoints/ has none")
+    # A run that was killed before its first checkpoint has a heartbeat, and may begin again.
+    (workdir / "heartbeat.json").write_text('{"saved": null}')
+    check_history(workdir, [])
+    # A damaged checkpoint was set aside, and a kill came before the next save.
     record(workdir, 6)
-    with pytest.raises(UserError, match="a checkpoint of step 6 was complete"):
-        check_history(workdir, [3])
+    refuse_history(workdir, [3], INCOMPLETE.format(6))
     (workdir / "damaged_checkpoints" / "6").mkdir(parents=True)
     check_history(workdir, [3])
-    with pytest.raises(UserError, match="a checkpoint of step 6 was complete"):
-        check_history(workdir, [])
+    refuse_history(workdir, [], INCOMPLETE.format(6))
 
 
 @pytest.fixture
@@ -108,15 +121,14 @@ def interrupted(monkeypatch):
 
 
 def test_a_move_that_was_interrupted(workdir, interrupted):
-    """What is left is refused or a new run, never one of the same checkpoints without its files."""
+    """After each move the rest is refused or is a new run, because checkpoints move first."""
     make_checkpoints(workdir, 3)
     record(workdir, 3)
     for _ in range(len([*workdir.iterdir()]) - 1):
         interrupted(workdir)
         assert not (workdir / "checkpoints").exists()
         if (workdir / "heartbeat.json").exists():
-            with pytest.raises(UserError, match="a checkpoint of step 3 was complete"):
-                check_history(workdir, [])
+            refuse_history(workdir, [], INCOMPLETE.format(3))
     assert {path.name for path in workdir.iterdir()} == {"set_aside", "tokenizer.json"}
 
 
@@ -126,8 +138,7 @@ def test_going_back_that_was_interrupted(workdir, interrupted):
     (workdir / "heartbeat.json").write_text(json.dumps({"saved": 9}))
     interrupted(workdir, 3)
     assert Checkpoints(workdir).steps() == [3, 6]
-    with pytest.raises(UserError, match="a checkpoint of step 9 was complete"):
-        check_history(workdir, [3, 6])
+    refuse_history(workdir, [3, 6], INCOMPLETE.format(9))
     set_aside(workdir, 3)
     assert Checkpoints(workdir).steps() == [3]
     check_history(workdir, [3])
@@ -174,33 +185,12 @@ def test_other_configurations_are_refused(workdir, corpus):
     other = changed(experts={"top_k": 3}, data={"document_mask": True}, train=free | {"seed": 1})
     with pytest.raises(UserError) as error:
         check_config(workdir, other)
-    for words in (
-        "experts.top_k is 2 there, 3 here",
-        "data.document_mask is False there, True here",
-        "train.seed is 0 there, 1 here",
-    ):
-        assert words in str(error.value)
-    assert "train.steps" not in str(error.value) and contents(workdir) == before
+    differing = "data.document_mask is False there, True here; experts.top_k is 2 there, 3 here"
+    assert f": {differing}; train.seed is 0 there, 1 here. Use another" in str(error.value)
+    assert contents(workdir) == before
 
     RunFolder(workdir).claim(changed(data={"name": "sotu=0.5, text@/here=0.5"}), corpus)
     check_config(workdir, changed(data={"name": "sotu=0.50,text@/elsewhere=1/2"}))
     words = r"data\.name is 'sotu=0\.5, text=0\.5' there, 'sotu=0\.5, text=0\.6' here"
     with pytest.raises(UserError, match=words):
         check_config(workdir, changed(data={"name": "sotu=0.5, text@/here=0.6"}))
-
-
-def test_changed_text_is_refused(workdir, tmp_path):
-    check_data(workdir, corpus_of(tmp_path / "cache", "some text"))  # the same, elsewhere
-    words = r"token store text-[0-9a-f]{16}, this is text-[0-9a-f]{16}.*data\.path"
-    for others in (["other text"], ["some text", "other text"]):
-        with pytest.raises(UserError, match=words):
-            check_data(workdir, corpus_of(tmp_path, *others))
-
-
-def test_metrics_of_a_run_whose_other_files_are_gone(workdir):
-    """A run that was killed before its first checkpoint has a heartbeat, and may begin again."""
-    (workdir / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl has steps of a run, but checkpoints/ has"):
-        check_history(workdir, [])
-    (workdir / "heartbeat.json").write_text('{"saved": null}')
-    check_history(workdir, [])

@@ -32,14 +32,16 @@ SMALL = {
 }
 
 
-def batch_of(batch_size=4, seq_len=24, seed=0):
-    tokens = jax.random.randint(jax.random.key(seed), (batch_size, seq_len + 1), 0, 61)
-    return {
-        "inputs": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segment_ids": jnp.ones((batch_size, seq_len), jnp.int32),
-        "weights": jnp.ones((batch_size, seq_len)),
-    }
+def batch_of(batch_size=4):
+    tokens = jax.random.randint(jax.random.key(0), (batch_size, 25), 0, 61)
+    ones = jnp.ones((batch_size, 24))
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": ones}
+    return batch | {"segment_ids": ones.astype(jnp.int32)}
+
+
+def by_path(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def new_state(config):
@@ -77,15 +79,14 @@ def test_every_program_of_the_paper_trains(variant):
         losses.append(float(metrics["loss"]))
         if t == 0:
             assert metrics["finite"] and float(metrics["grad_norm"]) > 0
-            # The first moment, in proportion to it.
-            (gradient,) = optax.tree.get_all_with_path(state.opt_state, "mu")
-    for path, moment in jax.tree_util.tree_leaves_with_path(gradient[1]):
-        name = jax.tree_util.keystr(path)
+            # The first moment is proportional to the gradient.
+            ((_, gradient),) = optax.tree.get_all_with_path(state.opt_state, "mu")
+    # Tokens that do not occur in the batch have output gradients only.
+    del gradient["embed"]
+    for name, moment in by_path(gradient).items():
         n_axes = 2 if "experts']['w_" in name and "router" not in name else 1  # layer, expert
-        # Tokens that do not occur in the batch have output gradients only.
-        if "embedding" not in name:
-            stacked = moment.reshape(*moment.shape[:n_axes], -1)
-            assert (np.abs(stacked).max(axis=-1) > 0).all(), name
+        stacked = moment.reshape(*moment.shape[:n_axes], -1)
+        assert (np.abs(stacked).max(axis=-1) > 0).all(), name
     assert np.isfinite(losses).all() and losses[2] < losses[0]
     assert int(state.step) == 3
 
@@ -97,41 +98,31 @@ def test_every_configuration_of_the_paper_is_traced(variant):
     state = jax.eval_shape(lambda: init_state(config, 0))
     batch = abstract_batch(config, config.train.batch_size)
     after, metrics = jax.eval_shape(make_train_step(config), state, batch)
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), state
-    )
+    before, after = (jax.tree.map(lambda a: (a.shape, a.dtype), s) for s in (state, after))
+    assert after == before
     assert metrics["load"].shape == (config.model.n_layers, config.experts.n_experts)
 
 
 def test_losses_are_weighted_as_configured():
-    batch, params = batch_of(), new_state(shrunken("aoe_r64_aux")).params
-    values = []
-    for aux, entropy in ((0.0, 0.0), (0.5, 0.25)):
-        balance = {"aux_weight": aux, "entropy_weight": entropy}
-        config = shrunken("aoe_r64_aux", balance=balance)
-        values.append(jax.jit(lambda: training_loss(config, params, {}, batch, None)[1])())
-    plain, weighted = values
-    np.testing.assert_allclose(plain["loss"], plain["nll"], rtol=1e-6)
-    np.testing.assert_allclose(weighted["nll"], plain["nll"], rtol=1e-5)
-    balance = 0.5 * plain["aux_loss"] + 0.25 * plain["confidence_entropy"].mean()
-    np.testing.assert_allclose(weighted["loss"], plain["nll"] + balance, rtol=1e-5)
-    assert 2 <= float(plain["aux_loss"]) < 4  # K in perfect balance, n K / K = 4 in collapse
-
-
-def test_z_loss_and_balance_of_each_sequence():
-    """Weighted as configured; the gradient is the same however AoE scores."""
+    """The gradient is the same however AoE scores."""
     batch, params, found = batch_of(), new_state(shrunken("aoe_r64_aux")).params, []
-    balance = {"aux_weight": 0.5, "z_weight": 0.25, "aux_batch": "sequence"}
+    balance = {"aux_weight": 0.5, "entropy_weight": 0.125, "z_weight": 0.25}
+    plain = shrunken("aoe_r64_aux", balance=dict.fromkeys(balance, 0.0))
+    plain = jax.jit(lambda: training_loss(plain, params, {}, batch, None)[1])()
+    np.testing.assert_allclose(plain["loss"], plain["nll"], rtol=1e-6)
     for kind in ("sparse", "dense"):
-        config = shrunken("aoe_r64_aux", balance=balance, experts={"score_gradient": kind})
-        loss = partial(training_loss, config)
+        experts, of_each = {"score_gradient": kind}, balance | {"aux_batch": "sequence"}
+        loss = partial(training_loss, shrunken("aoe_r64_aux", balance=of_each, experts=experts))
         gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
         (_, metrics), grads = gradient(params, {}, batch, None)
         found.append(grads)
+        np.testing.assert_allclose(metrics["nll"], plain["nll"], rtol=1e-5)
         weighted = 0.5 * metrics["aux_loss"] + 0.25 * metrics["z_loss"]
+        weighted += 0.125 * metrics["confidence_entropy"].mean()
         np.testing.assert_allclose(metrics["loss"], metrics["nll"] + weighted, rtol=1e-5)
         of_batch = balance_loss(metrics["load"], metrics["stats"].mean_probability).mean()
-        # Each sequence is less even than all together.
+        np.testing.assert_allclose(plain["aux_loss"], of_batch, rtol=1e-5)
+        # K in perfect balance, 4 in collapse; each sequence is less even than all together.
         assert 2 < float(of_batch) < float(metrics["aux_loss"]) < 4
         assert float(metrics["z_loss"]) > np.log(4) ** 2  # norms are never negative
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), *found)
@@ -165,24 +156,26 @@ def test_loss_free_balancing(variant):
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_step_that_is_not_finite_updates_nothing(accumulate):
-    """The step counts, for the schedule too, and the next one updates again."""
+    """The loss is NaN, or it is finite but the norm of a gradient of 1e20 in float32 is not. The
+    step counts, for the schedule too, and the next one updates again.
+    """
     config, step, state = loss_free("aoe_r64", accumulate)
     batch = batch_of()
     first, metrics = step(state, batch)
     assert metrics["finite"] and int(first.skipped) == int(metrics["skipped"]) == 0
-
-    def is_skipped(state, after, metrics):
-        assert not metrics["finite"] and int(after.step) == int(state.step) + 1
-        assert int(after.skipped) == int(metrics["skipped"]) == int(state.skipped) + 1
-        for name in ("params", "routing_state", "opt_state"):
-            before, now = (jax.tree.leaves(getattr(s, name)) for s in (state, after))
-            for a, b in zip(before, now, strict=True):
-                np.testing.assert_array_equal(b, a + (a.dtype == jnp.int32))
-
+    large = dict(first.params)
+    large["embed"] = {"embedding": large["embed"]["embedding"] * 1e22}
+    large["final_norm"] = {"scale": large["final_norm"]["scale"] * 1e-22}
+    overflows = dataclasses.replace(first, params=large)
     poisoned = batch | {"weights": batch["weights"].at[0, 0].set(jnp.nan)}
-    second, metrics = step(first, poisoned)
-    assert not np.isfinite(metrics["loss"])
-    is_skipped(first, second, metrics)
+    for before, of_step in ((overflows, batch), (first, poisoned)):
+        second, metrics = step(before, of_step)
+        assert np.isfinite(metrics["loss"]) == (before is overflows) and not metrics["finite"]
+        assert int(second.step) == 2 and int(second.skipped) == int(metrics["skipped"]) == 1
+        for name in ("params", "routing_state", "opt_state"):
+            trees = (jax.tree.leaves(getattr(s, name)) for s in (before, second))
+            for a, b in zip(*trees, strict=True):
+                np.testing.assert_array_equal(b, a + (a.dtype == jnp.int32))
 
     third, metrics = step(second, batch)
     assert metrics["finite"] and int(third.skipped) == 1
@@ -190,18 +183,6 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
     np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-6)
     changed = jax.tree.map(lambda a, b: (a != b).any(), second.params, third.params)
     assert any(jax.tree.leaves(changed))
-
-
-def test_gradient_that_overflows_updates_nothing():
-    """The loss is finite, but the norm of a gradient of 1e20 in float32 is not."""
-    _, step, state = loss_free("aoe_r64")
-    params = dict(state.params)
-    params["embed"] = {"embedding": params["embed"]["embedding"] * 1e22}
-    params["final_norm"] = {"scale": params["final_norm"]["scale"] * 1e-22}
-    after, metrics = step(dataclasses.replace(state, params=params), batch_of())
-    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
-    assert not metrics["finite"]
-    np.testing.assert_array_equal(after.params["embed"]["embedding"], params["embed"]["embedding"])
 
 
 def masked_batch():
@@ -231,60 +212,44 @@ def test_masked_targets_are_no_padding(router):
     assert not np.allclose(padded["load"], plain["load"], rtol=1e-3)
 
 
-def _of_load(shares, stats):
-    return 4 * (shares["load"] * stats.mean_probability).sum(axis=1).mean()
-
-
-def _of_first_choices(shares, stats):
-    return 4 * (shares["first_choices"] * stats.mean_probability).sum(axis=1).mean()
-
-
-# router -> the name of a balance loss, the field of its weight, and the loss by the shares of the
-# micro-batches so far.
+# router -> the name of a balance loss, the group of its weight, and the shares that it has.
 RUNNING = {
-    "top_k": ("aux_loss", "balance.aux_weight", _of_load),
-    "gshard": ("first_choice_loss", "routing.aux_weight", _of_first_choices),
+    "top_k": ("aux_loss", "balance", "load"),
+    "gshard": ("first_choice_loss", "routing", "first_choices"),
 }
 
 
 @pytest.mark.parametrize("router", RUNNING)
 def test_balance_is_of_all_micro_batches_so_far(router):
-    """Losses have the load, or what else they count, of the micro-batches up to their own; by hand,
+    """Losses have the load, or the first choices, of the micro-batches up to their own; by hand,
     with gradients.
     """
-    name, weight_field, value = RUNNING[router]
+    name, group, share = RUNNING[router]
     train = {"accumulate": 3, "batch_size": 6}
     settings = shrunken("moe_aux", balance={"aux_weight": 0.0}, train=train).to_dict()
     settings["routing"] = {"name": router}
-    group, field = weight_field.split(".")
-    settings[group] |= {field: 0.5}
+    settings[group] |= {"aux_weight": 0.5}
     config = Config.from_config_dict(settings)
-    segment_ids = np.ones((6, 24), np.int32)
-    segment_ids[1, 3:] = 0  # so that the second of three micro-batches has fewer tokens
-    batch = batch_of(6) | {
-        "segment_ids": jnp.asarray(segment_ids),
-        "weights": jnp.asarray(segment_ids, jnp.float32),
-    }
+    # The second of three micro-batches has fewer tokens.
+    tokens = batch_of(6)["segment_ids"].at[1, 3:].set(0)
+    batch = batch_of(6) | {"segment_ids": tokens, "weights": tokens.astype(jnp.float32)}
     micro = [jax.tree.map(lambda a, m=m: a[m::3], batch) for m in range(3)]
     state = new_state(config)
 
     def by_hand(params):
         step_key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
-        nll = weights = loss = alone = 0
-        shares = {}
+        nll = loss = alone = so_far = 0
         for number, one in enumerate(micro):
             key = jax.random.fold_in(step_key, number)
             metrics = training_loss(config, params, state.routing_state, one, key)[1]
-            stats, weight = metrics["stats"], one["weights"].sum()
-            nll, weights = nll + metrics["nll"] * weight, weights + weight
-            own = {"load": stats.load} | (stats.shares or {})
-            shares = {
-                name: shares.get(name, 0) + jax.lax.stop_gradient(share)
-                for name, share in own.items()
-            }
-            loss += value({name: share / (number + 1) for name, share in shares.items()}, stats) / 3
+            stats = metrics["stats"]
+            nll += metrics["nll"] * one["weights"].sum() / batch["weights"].sum()
+            own = stats.load if share == "load" else stats.shares[share]
+            so_far += jax.lax.stop_gradient(own)
+            mean = so_far / (number + 1)
+            loss += 4 * (mean * stats.mean_probability).sum(axis=1).mean() / 3
             alone += metrics[name] / 3
-        return nll / weights + 0.5 * loss, (loss, alone)
+        return nll + 0.5 * loss, (loss, alone)
 
     gradient, (balance, alone) = jax.jit(jax.grad(by_hand, has_aux=True))(state.params)
     _, metrics = jax.jit(make_train_step(config))(state, batch)
@@ -346,51 +311,44 @@ def test_routers_alone_in_the_first_steps():
     config, batch = shrunken("moe_aux", train={"router_steps": 2, "steps": 4}), batch_of()
     step, state = jax.jit(make_train_step(config)), new_state(config)
     for number in range(1, 5):
-        before, (state, _) = state.params, step(state, batch)
+        before, (state, _) = by_path(state.params), step(state, batch)
         ((_, moments),) = optax.tree.get_all_with_path(state.opt_state, "mu")
-        for path, old in jax.tree_util.tree_leaves_with_path(before):
-            new, moment = (tree_at(tree, path) for tree in (state.params, moments))
-            moves = number > 2 or path[-1].key == "w_router"
+        new, moments = by_path(state.params), by_path(moments)
+        for name, old in before.items():
+            moves = number > 2 or name.endswith("['w_router']")
             # The first step has learning rate 0.
-            assert np.array_equal(new, old) == (not moves or number == 1), (number, path)
-            assert np.any(moment) == moves, (number, path)
+            assert np.array_equal(new[name], old) == (not moves or number == 1), (number, name)
+            assert np.any(moments[name]) == moves, (number, name)
 
 
-@pytest.mark.parametrize("variant", ["aoe", "whole", "moe"])
-def test_what_scores_has_a_learning_rate_of_its_own(variant):
-    kind = "router" if variant == "moe" else "aoe"
-    experts = ExpertsConfig(kind, score_neurons=2 if variant == "whole" else None)
-    scored = {"aoe": "w_gate_down", "whole": "w_gate", "moe": "w_router"}[variant]
+@pytest.mark.parametrize(
+    ("scored", "experts"),
+    [
+        ("w_gate_down", ExpertsConfig("aoe")),
+        ("w_gate", ExpertsConfig("aoe", score_neurons=2)),
+        ("w_router", ExpertsConfig("router")),
+    ],
+)
+def test_what_scores_has_a_learning_rate_of_its_own(scored, experts):
     names = ("w_gate_down", "w_gate", "w_router", "w_up")
     params = of_experts(**{name: jnp.arange(1.0, 7).reshape(1, 2, 3) for name in names})
     params["dense_layers"] = {"experts": {"w_gate": jnp.ones((1, 2, 3))}}
     config = TrainConfig(warmup=0.0, weight_decay=0.5)
-    faster = dataclasses.replace(config, scoring_rate=3.0)
 
     def updates_of(config):
         optimizer = make_optimizer(config, experts)
-        updates = optimizer.update(params, optimizer.init(params), params)[0]
-        return updates["layers"]["experts"], updates["dense_layers"]
+        return optimizer.update(params, optimizer.init(params), params)[0]
 
-    (usual, usual_dense), (got, got_dense) = updates_of(config), updates_of(faster)
-    jax.tree.map(np.testing.assert_array_equal, got_dense, usual_dense)
-    for name in names:
-        factor = np.ones(3)
-        if name == scored:
-            factor[: 2 if variant == "whole" else 3] = 3
-        np.testing.assert_allclose(got[name], usual[name] * factor, rtol=1e-6)
-
-
-def tree_at(tree, path):
-    for key in path:
-        tree = tree[key.key]
-    return np.asarray(tree)
+    expected = updates_of(config)
+    factor = jnp.array([3, 3, 1 if scored == "w_gate" else 3])
+    expected["layers"]["experts"][scored] *= factor
+    got = updates_of(dataclasses.replace(config, scoring_rate=3.0))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), got, expected)
 
 
 def test_what_decays():
     params = jax.eval_shape(lambda: init_state(shrunken("aoe_r64"), 0)).params
-    flags = jax.tree_util.tree_leaves_with_path(decayed(params))
-    assert {jax.tree_util.keystr(path) for path, flag in flags if not flag} == {
+    assert {name for name, decays in by_path(decayed(params)).items() if not decays} == {
         "['embed']['embedding']",
         "['final_norm']['scale']",
         "['layers']['attention_norm']['scale']",

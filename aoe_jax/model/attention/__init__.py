@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
-from aoe_jax.model.attention.cudnn import check as check_cudnn
 from aoe_jax.sharding import target_device
 
 
@@ -93,6 +92,8 @@ def backend_for(device, dtype, head_width):
     if device.platform == "tpu":
         backend = "splash"
     elif device.platform == "gpu" and _is_ampere_or_later(device):
+        from aoe_jax.model.attention.cudnn import check as check_cudnn
+
         try:
             check_cudnn(dtype, head_width)
             backend = "cudnn"

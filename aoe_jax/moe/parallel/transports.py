@@ -29,23 +29,6 @@ from aoe_jax.moe.grouped_matmul.groups import permute
 ROW_BUFFER = 1.25
 
 
-def is_local(devices, fixed_k):
-    """Whether `Local` is the transport. `fixed_k`: every token has the same number of experts."""
-    return devices.total_size == 1 or (devices.size("expert") == 1 and fixed_k)
-
-
-def make_transport(devices, routing, experts, method, n_tokens):
-    """The transport of a layer for the `Routing` of this device's `n_tokens` tokens."""
-    choice = method.choice(experts)
-    per_token = (choice.per_token or experts.top_k) if choice else 1
-    if is_local(devices, routing.slots_per_token == per_token):
-        all_used = bool(choice and choice.is_fixed)
-        return Local(devices, experts.n_experts, all_used, experts.grouped_matmul)
-    share = n_tokens * devices.size("tensor") * per_token
-    transport = TRANSPORTS[devices.transport]
-    return transport(devices, experts.n_experts, routing.slots_per_token, share)
-
-
 def _with_buffer(rows):
     return max(8, math.ceil(ROW_BUFFER * rows / 8) * 8)
 

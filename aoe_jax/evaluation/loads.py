@@ -1,0 +1,88 @@
+"""Load of the experts as JSON, a table and a picture like the paper's Fig. 3.
+
+L layers, n experts. `load` is `LayerStats.load`: shares of the tokens.
+"""
+
+import numpy as np
+from tabulate import tabulate
+
+from aoe_jax.moe.load_balance import LayerStats
+from aoe_jax.training.load_statistics import layer_statistics, load_spread
+
+MAX_NUMBERS = 16  # a picture of more experts has colours alone
+
+
+def load_statistics(stats: LayerStats):
+    """The statistics of all layers as JSON values; `stats` are stacked over layers.
+
+    Returns a dictionary: `load` `[L][n]`, `load_entropy` and `confidence_entropy` `[L]` in nats,
+    `mean_score` `[L][n]` (norms or logits), and over all layers `load_spread`, `experts_per_token`
+    and `dead_experts` (chosen by no token). Where methods have them, also `dropped_share` `[L]`
+    (of the choices) and `live_experts` `[L]`.
+    """
+    load, live = np.asarray(stats.load), stats.live
+    of_layers = layer_statistics(load, live)
+    names = ("load", "confidence_entropy", "mean_score", "dropped_share")
+    found = {name: getattr(stats, name) for name in names}
+    found |= {name: of_layers.get(name) for name in ("load_entropy", "live_experts")}
+    lists = {name: np.asarray(a).tolist() for name, a in found.items() if a is not None}
+    return lists | {
+        "load_spread": float(load_spread(load, live)),
+        "experts_per_token": float(load.sum(axis=-1).mean()),
+        "dead_experts": int(of_layers["dead_experts"].sum()),
+    }
+
+
+def load_table(statistics):
+    """The statistics as text, a row a layer, with shares of its load and dropped choices in %."""
+    share = _share(statistics)
+    columns = {"layer": range(len(share)), "Ent_load": statistics["load_entropy"]}
+    columns["Ent_conf"] = statistics["confidence_entropy"]
+    if "dropped_share" in statistics:
+        columns["dropped"] = statistics["dropped_share"]
+    columns |= {f"E{i}": of_expert for i, of_expert in enumerate(share.T)}
+    formats = {"Ent_load": ".3f", "Ent_conf": ".3f", "dropped": ".2%"}
+    formats = [formats.get(name, ".1%") for name in columns]
+    return (
+        f"{tabulate(columns, 'keys', 'plain', floatfmt=formats)}\n"
+        f"Ent_load is at most {np.log(share.shape[1]):.3f}; "
+        f"load spread {statistics['load_spread']:.3f}; "
+        f"{statistics['experts_per_token']:.2f} experts per token; "
+        f"{statistics['dead_experts']} dead experts"
+    )
+
+
+def _share(statistics):
+    """`[L, n]`, each expert's share of its layer's load."""
+    load = np.array(statistics["load"])
+    return load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9)  # a layer may be inactive
+
+
+def draw_loads(panels, width=None):
+    """A matplotlib `Figure` of the shares of load with both entropies at the right, like the
+    paper's Fig. 3. `panels` are statistics by title. Up to 16 experts have numbers in percent.
+    """
+    from matplotlib.figure import Figure
+
+    n_layers, n_experts = (max(np.shape(s["load"])[i] for s in panels.values()) for i in (0, 1))
+    size = width or min(4 + 0.1 * n_experts, 12), len(panels) * (0.65 + 0.24 * n_layers)
+    figure = Figure(figsize=size, layout="constrained")
+    rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axes, (title, statistics) in zip(rows, panels.items(), strict=True):
+        share, options = _share(statistics), {"va": "center", "fontsize": 7}
+        n = share.shape[1]
+        axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=2 / n)
+        for (row, column), value in np.ndenumerate(share) if n <= MAX_NUMBERS else ():
+            colour = "white" if value < 1 / n else "black"
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", color=colour, **options)
+        of_load, of_choice = statistics["load_entropy"], statistics["confidence_entropy"]
+        for row, pair in enumerate(zip(of_load, of_choice, strict=True)):
+            axes.text(n - 0.3, row, "{:.2f}  {:.2f}".format(*pair), **options)
+        means = f"mean Ent_load {np.mean(of_load):.3f}, Ent_conf {np.mean(of_choice):.3f}"
+        means += f"; colours from 0 to {2 / n:.1%}"
+        axes.set_title(f"{title}\n{means}", loc="left", fontsize=8)
+        axes.set_yticks(range(len(share)), [f"layer {i}" for i in range(len(share))], fontsize=7)
+        axes.set_xticks([])
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+    return figure
