@@ -16,6 +16,7 @@ from tests.hasty import HASTY, xla_flags
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}
 assert len(jax.devices()) == 8
+_LEFT = pytest.StashKey[int]()  # the number of tests that this session leaves to the other tier
 # On several CPU devices, programs from the cache deadlock.
 jax.config.update("jax_enable_compilation_cache", False)
 os.environ["XLA_FLAGS"] = xla_flags(8, HASTY)  # the compiler for TPUs reads it later
@@ -30,6 +31,31 @@ def pytest_configure(config):
     if hasattr(config, "cache"):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
         os.environ["HF_MODULES_CACHE"] = str(config.cache.mkdir("transformers"))
+
+
+def pytest_deselected(items):
+    """Counts the tests of the other tier."""
+    stash = items[0].config.stash
+    stash[_LEFT] = stash.get(_LEFT, 0) + len(items)
+
+
+def pytest_collection_finish(session):
+    """Tells the controller of pytest-xdist how many tests the other tier has."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left"] = session.config.stash.get(_LEFT, 0)
+
+
+def pytest_testnodedown(node):
+    """Keeps what a worker has told; all workers tell the same."""
+    node.config.stash[_LEFT] = getattr(node, "workeroutput", {}).get("left", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Says that there is another tier."""
+    others = {"slow": "make test", "not slow": "make test-slow"}
+    other, left = others.get(config.getoption("markexpr")), config.stash.get(_LEFT, 0)
+    if other and left:
+        terminalreporter.write_line(f"`{other}` runs {left} further tests")
 
 
 def pytest_unconfigure(config):

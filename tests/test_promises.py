@@ -14,7 +14,17 @@ import time
 import pytest
 
 from tests import runs
-from tests.runs import EVERY, STEPS, dense_command, dense_run, last_line, patched, run, start
+from tests.runs import (
+    EVERY,
+    LOG_EVERY,
+    STEPS,
+    dense_command,
+    dense_run,
+    last_line,
+    patched,
+    run,
+    start,
+)
 
 
 @pytest.fixture
@@ -109,6 +119,7 @@ def test_two_runs_begin_in_one_workdir(workdir):
     while all(process.poll() is None for process in processes):
         time.sleep(0.05)
     winner = 0 if processes[0].poll() is None else 1
+    runs.wait_for(processes[winner], lambda: (runs.heartbeat(workdir)["step"] or 0) > LOG_EVERY)
     processes[winner].send_signal(signal.SIGTERM)
     outcomes = [runs.finish(process) for process in processes]
     status, _, stderr = outcomes[1 - winner]
@@ -118,7 +129,7 @@ def test_two_runs_begin_in_one_workdir(workdir):
     config = json.loads((workdir / "config.json").read_text())
     assert config["train"]["learning_rate"] == rates[winner]
     steps = [line["step"] for line in runs.read_metrics(workdir)[0]]
-    assert steps and steps == [*range(runs.LOG_EVERY, steps[-1] + 1, runs.LOG_EVERY)]
+    assert steps == [*range(LOG_EVERY, steps[-1] + 1, LOG_EVERY)]
 
 
 @pytest.mark.slow
@@ -171,7 +182,7 @@ def test_history_is_not_erased(workdir, tmp_path):
     assert f"going on from step {last}" in stderr
     (aside,) = (workdir / "set_aside").iterdir()
     assert (aside / "metrics.jsonl.whole").read_bytes() == before["metrics.jsonl"]
-    n_lines = last // runs.LOG_EVERY
+    n_lines = last // LOG_EVERY
     assert runs.untimed(workdir)[0][:n_lines] == runs.untimed(dense_run())[0][:n_lines]
 
     stderr = runs.succeed([*dense_command(workdir), "--start-over"])
@@ -277,5 +288,5 @@ def test_saves_by_the_clock(workdir):
     changes = {"checkpoint__every": 100, "checkpoint__every_minutes": 1e-6, "checkpoint__keep": 99}
     runs.succeed(dense_command(workdir, **changes))
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert steps == [*range(runs.LOG_EVERY, STEPS + 1, runs.LOG_EVERY)]
+    assert steps == [*range(LOG_EVERY, STEPS + 1, LOG_EVERY)]
     assert runs.same_end(workdir, dense_run())

@@ -118,6 +118,7 @@ class _OnDisk:
 class _InStore(_OnDisk):
     def __init__(self, folder):
         self._folder, self.token, self._ended = folder, secrets.token_hex(16), threading.Event()
+        self._renewer = threading.Thread(target=self._renew, daemon=True, name="renews the lease")
 
     def _content(self):
         fields = f"token={self.token}\nhost={socket.gethostname()}\npid={os.getpid()}\n"
@@ -129,7 +130,7 @@ class _InStore(_OnDisk):
             file.write_bytes(self._content())  # the last process that writes is the owner
             time.sleep(_SETTLE)
         if is_owner := token_of(self._folder) == self.token:
-            threading.Thread(target=self._renew, daemon=True, name="renews the lease").start()
+            self._renewer.start()
         return is_owner
 
     def _renew(self):
@@ -141,5 +142,6 @@ class _InStore(_OnDisk):
     def release(self):
         self._ended.set()
         with contextlib.suppress(Exception):
+            self._renewer.join(RENEW)  # it could write the file again after it was removed
             if token_of(self._folder) == self.token:
                 (self._folder / NAME).unlink()
