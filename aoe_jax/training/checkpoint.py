@@ -22,7 +22,7 @@ from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.distributed import all_agree, gathered, together
 from aoe_jax.errors import Failure, UserError
 from aoe_jax.storage import retry
-from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, misfit, or_none, read_regular
+from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, misfit, or_none, read_bytes
 from aoe_jax.storage.paths import is_remote, move, unused
 
 log = logging.getLogger(__name__)
@@ -333,7 +333,7 @@ def _read_alone(path, wanted):
 def read_beside(path):
     """The JSON of `beside_arrays` in the checkpoint `path`; raises `Damaged`."""
     with _as_damage():
-        beside = json.loads(read_regular(path / "run" / "metadata", _BESIDE_BYTES))
+        beside = json.loads(read_bytes(path / "run" / "metadata", _BESIDE_BYTES))
         if problem := misfit(beside, _BESIDE):
             raise Damaged(problem)
         if beside.pop("sha256") != _sha256(beside):
