@@ -1,4 +1,4 @@
-"""Shared by all commands: their flags, how they run and how they end."""
+"""All commands share this code: their flags, how they run and how they end."""
 
 import ast
 import atexit
@@ -33,7 +33,7 @@ _NO_CONFIG = (
     "--config is missing; name a Python file with get_config(), such as configs/tiny.py of the "
     "repository"
 )
-_BROKEN_PIPE = 128 + signal.SIGPIPE  # like programs that the signal ends
+_BROKEN_PIPE = 128 + signal.SIGPIPE  # as for a program that the signal ends
 _NOTES_OF_JAX = ("---", "For simplicity")
 _BOOLEANS = {"true": True, "false": False, "True": True, "False": False, "1": True, "0": False}
 _WANTED = {
@@ -45,7 +45,7 @@ _WANTED = {
 
 
 class _FieldParser(flags.ArgumentParser):
-    """Parses values of a field of one kind, or None where `has_none`."""
+    """Parses the values of a field of type `kind`, and None if `has_none`."""
 
     def __init__(self, kind, has_none):
         self.kind, self.has_none = kind, has_none
@@ -91,7 +91,7 @@ def define_mesh_flag():
 
 
 def parsed_config(flag, default=None):
-    """The checked `Config` of `--config`, or of the file `default`, and `--config.GROUP.FIELD`."""
+    """The checked `Config` of `--config` or of the file `default`, with `--config.GROUP.FIELD`."""
     from aoe_jax.config.run import Config
     from aoe_jax.methods import LAYERS
     from aoe_jax.storage.config_files import read_config
@@ -157,8 +157,8 @@ def refuse_empty(*of):
 def run(main):
     """Runs a command, and ends the program with its exit status."""
     ended_with = []
-    # The interpreter's end would abort where a C++ thread calls Python meanwhile. This comes after
-    # the handlers that libraries register while the command runs.
+    # The ending interpreter would abort if a C++ thread called Python meanwhile. This handler runs
+    # after those that libraries register while the command runs.
     atexit.register(lambda: ended_with and os._exit(ended_with[0]))
     signal.signal(signal.SIGTERM, _terminate)
     status, is_orderly = execute(main, sys.argv)
@@ -170,18 +170,18 @@ def run(main):
 
 
 def _terminate(number, frame):
-    signal.signal(number, signal.SIG_IGN)  # often a second one follows, which must not stop the end
+    signal.signal(number, signal.SIG_IGN)  # a second one often follows; it must not stop the end
     raise Terminated("terminated")
 
 
 def execute(main, argv):
     """Parses a command line, sets up logging and calls `main()`. Returns the exit status, and
-    whether the program ends in order, which it does not after a failure.
+    whether the interpreter may end normally, which is False after a failure.
 
     The last line on stderr says why it ends: a `Failure` with its exit status, a device without
     enough memory (2), a fault of a disk, a network or memory (5), a request to stop (`Stopped`), a
     pipe that nobody reads (141), or any other exception (1), whose traceback comes before. With
-    `--debug`, tracebacks of the others come too.
+    `--debug`, other exceptions have a traceback, too.
     """
     # After a mistake on the command line, FLAGS.debug is not parsed.
     debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(argv[1:])

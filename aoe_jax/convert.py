@@ -4,10 +4,10 @@
         --upcycle=moe|aoe --experts=N --top_k=K)
 
 The router of an MoE is dropped. `--score_neurons=S` moves the S neurons that predict the router's
-choices best to the front of each expert, and they score; `--d_low=R` factorises gates. `--upcycle`
-makes experts of the layers of a dense model: `conversion/upcycling.py` explains `--granularity` and
-`--noise`. With `--score_neurons`, with `--upcycle` of a model of a run, or with `--data`, the
-command reports the nll on held-out text before and after. Train the result with
+choices best to the front of each expert, where they give the score; `--d_low=R` factorises gates.
+`--upcycle` makes experts of the layers of a dense model: `conversion/upcycling.py` explains
+`--granularity` and `--noise`. With `--score_neurons`, with `--upcycle` of a model of a run, or with
+`--data`, the command reports the nll on held-out text before and after. Train the result with
 `train.py --config=configs/finetune.py:OUTPUT`.
 """
 

@@ -60,7 +60,7 @@ def start():
     if given or _DISTRIBUTED.value:
         _initialize()
     if _backend() == "cpu" and jax.device_count() > 1:
-        # Programs from the cache have lost the order of their collectives, and deadlock.
+        # Programs from the cache deadlock, because they have lost the order of their collectives.
         jax.config.update("jax_enable_compilation_cache", False)
         if jax.config.jax_compilation_cache_dir:
             log.warning("the compilation cache is off: it deadlocks on several CPU devices")
@@ -81,7 +81,7 @@ def _initialize():
     timer = threading.Timer(timeout, _give_up)  # JAX would abort without a clear message
     timer.daemon = True
     timer.start()
-    # An IP address or localhost: JAX listens only there; else at all addresses of the machine.
+    # Given an IP address or localhost, JAX listens only there, else at all of its addresses.
     bind = address if re.match(r"localhost:|[\d.]+:", address or "") else None
     settings = {"coordinator_bind_address": bind, "initialization_timeout": timeout + 60}
     try:
@@ -109,7 +109,7 @@ def _give_up():
 
 
 def agree(what, text):
-    """Waits for all processes; raises `UserError` if they have different texts."""
+    """Waits for all processes; raises `UserError` if `text` differs between them."""
     digests = gathered(zlib.crc32(text.encode()) % 2**31)
     differing = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
     if differing:
@@ -120,8 +120,8 @@ def agree(what, text):
 
 
 def see_the_same(value, read, what):
-    """Waits at most a minute until `read()` of every process returns `value`, an int that process 0
-    gives. Raises `UserError`, which begins with the place `what`, if a process does not see it.
+    """Waits at most a minute until `read()` returns the int `value` of process 0 in every process.
+    Raises `UserError`, whose message begins with `what`, if a process sees another value.
     """
     if jax.process_count() == 1:
         return
@@ -140,7 +140,7 @@ def see_the_same(value, read, what):
 @contextlib.contextmanager
 def together():
     """A context that waits for all processes, and fails in all if its body fails in one. The body
-    may not wait for other processes. The processes with the highest exit status raise their own
+    must not wait for other processes. The processes with the highest exit status raise their own
     exception, the others raise `FailedElsewhere`.
     """
     problem = None
@@ -151,7 +151,7 @@ def together():
     statuses = gathered(status_of(problem) if problem else 0)
     worst = max(statuses)
     if worst and len(statuses) > 1:
-        # If one ends at once, the exchange may fail in another; process 0 has JAX's service.
+        # If one ended at once, the exchange could fail in another. Process 0 runs JAX's service.
         time.sleep(_END_DELAY if jax.process_index() else 1.5 * _END_DELAY)
     if worst and statuses[jax.process_index()] == worst:
         raise problem
@@ -166,7 +166,7 @@ def all_agree(holds):
 
 
 def gathered(value):
-    """The int of every process."""
+    """Returns a list of the ints of all processes."""
     if jax.process_count() == 1:
         return [int(value)]
     return multihost_utils.process_allgather(np.int32(value)).reshape(-1).tolist()

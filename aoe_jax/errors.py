@@ -70,14 +70,14 @@ class Preempted(Stopped):
 
 
 class Terminated(Stopped):
-    """SIGTERM to a command without state: it removes unfinished output. Exit status of shells."""
+    """SIGTERM ended a command without state, which removes unfinished output."""
 
     status = 143
     others_go_on = True
 
 
 class Interrupted(Stopped):
-    """SIGINT (Ctrl-C), with the exit status of shells."""
+    """SIGINT (Ctrl-C) ended the program. The exit status is that of shells."""
 
     status = 130
 

@@ -6,8 +6,8 @@ The directory has `config.json` and safetensors, the tokenizer as `transformers`
 card (`README.md`), and the configuration of the run, so that `eval.py --workdir=OUTPUT` evaluates
 the model and `train.init_from` starts another run from it. The architecture is Mixtral, OLMoE,
 Qwen2-MoE, Qwen3-MoE, dots.llm1 or GLM-4.5 (for dense models Llama or Qwen3) if one of these can
-express the whole model, else our own (`aoe_jax/formats/architectures.py`), for AoE with classes for
-`transformers`.
+express the whole model. Otherwise it is our own (`aoe_jax/formats/architectures.py`), which for AoE
+includes classes for `transformers`.
 """
 
 from functools import partial

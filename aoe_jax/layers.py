@@ -119,18 +119,18 @@ class AoE(_Experts, kw_only=True):
 
         E_i(x) = (SiLU(gate_i(x)) * (x W_up_i)) W_down_i
 
-    In the paper's form the gate is factorised, `gate_i(x) = (x W_gate_down_i) W_gate_up_i`, and
-    `x W_gate_down_i`, of width `d_low`, scores. With `score_neurons=s` the gate is whole,
-    `gate_i(x) = x W_gate_i`, and its first s values score.
+    In the paper's form the gate is factorised, `gate_i(x) = (x W_gate_down_i) W_gate_up_i`, and the
+    values `x W_gate_down_i`, of width `d_low`, give the score. With `score_neurons=s` the gate is
+    whole, `gate_i(x) = x W_gate_i`, and its first s values give the score.
 
     Attributes:
-      n_experts: experts of the layer.
-      top_k: experts of a token.
+      n_experts: number of experts.
+      top_k: number of experts per token.
       d_ffn: width of a traditional expert with as many parameters; with whole gates the width of
         the experts.
       d_low: rank of a factorised gate; None: `d // 3`, d the width of the model.
-      score_neurons: None: factorised gates. A number: whole gates, of which this many values score.
-      score: "norm", the paper's, or "max": the largest of the values.
+      score_neurons: s for whole gates whose first s values give the score; None: factorised gates.
+      score: "norm", as in the paper, or "max", the largest of the values.
       d_wide: width of an expert with a factorised gate; None: by Eq. 5 from `d_ffn`.
       round_to: the width of Eq. 5 is rounded to a multiple of this.
       routing: the router; the default gives every token `top_k` experts, weighted by the softmax
@@ -139,8 +139,8 @@ class AoE(_Experts, kw_only=True):
       z_weight: weight of the z-loss in `Aux.loss`.
       dtype: the dtype of computation; None: that of the tokens. Parameters are float32.
       data: names of the mesh axes that tokens are split over, along their first axis.
-      fsdp: the same; these split parameters, too.
-      expert: the same; these split the experts.
+      fsdp: names of mesh axes that split the tokens likewise, and the parameters.
+      expert: names of mesh axes that split the tokens likewise, and the experts.
       tensor: names of the mesh axes that split the width of experts, and tokens along their second
         axis.
       transport: how tokens reach experts of other devices. "ring": each device receives all tokens
@@ -214,7 +214,7 @@ def _naming_arguments(layer):
 
 
 def _is_floating(dtype):
-    """Whether it is a floating-point type of at least 16 bits; smaller ones do not compute."""
+    """Whether it is a floating-point type of at least 16 bits; a layer cannot use smaller ones."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
 
 
@@ -226,7 +226,7 @@ def _check_tokens(x, token_weights):
         wanted = f"must be that of the tokens, {x.shape[:-1]}"
         raise ValueError(f"token_weights has the shape {jnp.shape(token_weights)}: it {wanted}")
     varies = getattr(jax.typeof(x), "manual_axis_type", None)
-    if varies is not None and varies.varying:  # grouped_matmul does not declare what varies
+    if varies is not None and varies.varying:  # grouped_matmul declares no varying axes
         raise ValueError("the jax.shard_map around the layer needs check_vma=False")
 
 

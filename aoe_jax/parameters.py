@@ -38,7 +38,7 @@ class Parameter:
     decays: bool = False
 
     def shape(self, sizes: dict[str, int]):
-        """The shape for sizes by axis letter; an axis may be a number itself."""
+        """The shape, given `{axis letter: size}`; an axis may also be a number."""
         axes = self.axes.split()
         return tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in axes)
 
@@ -94,7 +94,7 @@ ATTENTION = {
     "q_head_norm": vector("h", ones_init),
     "k_head_norm": vector("h", ones_init),
 }
-STACKS = ("dense_layers", "layers")  # the first parts of paths of stacked parameters
+STACKS = ("dense_layers", "layers")  # paths of parameters stacked over layers begin so
 EMBEDDING = Parameter("V d", ("vocab", "embed"), cast=True)
 DECODER = {
     "embed/embedding": EMBEDDING,
@@ -107,13 +107,13 @@ DECODER = {
 
 
 def shared_expert(experts):
-    """The parameters of the expert that all tokens use, by `ExpertsConfig`; {} without one."""
+    """The parameters of the expert of an `ExpertsConfig` that all tokens use; {} without one."""
     if not experts.d_shared:
         return {}
     return SHARED_EXPERT | (SHARED_SCALE if experts.shared_gate else {})
 
 
 def matrices_of(experts):
-    """The matrices of SwiGLU experts, by `ExpertsConfig`, in the order of drawing."""
+    """The matrices of the SwiGLU experts of an `ExpertsConfig`, in the order of initialisation."""
     gate = ("w_gate_down", "w_gate_up") if experts.low_rank else ("w_gate",)
     return {name: EXPERTS[name] for name in (*gate, "w_up", "w_down")}

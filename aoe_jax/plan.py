@@ -5,7 +5,7 @@
 The real train step is compiled for TPU slices, `--topology=GENERATION:SHAPE [--slices=N]`, with
 `libtpu` from its wheel, or for the GPUs of a node, `--topology=h100:8`, with JAX's CUDA wheels.
 `--config.GROUP.FIELD=VALUE` works like in training; `--json=FILE` writes the report. Exit status 3:
-it does not fit. `aoe_jax/planning/step_plan.py` says how the figures are computed.
+the run does not fit. `aoe_jax/planning/step_plan.py` says how the figures are computed.
 """
 
 from functools import partial

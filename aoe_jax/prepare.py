@@ -3,8 +3,7 @@
     python -m aoe_jax.prepare --input=GLOB --tokenizer=T --output=DIR
 
 The input is JSON lines (.jsonl, .ndjson, .json) or plain text (.txt), also with .gz or .zst, or
-Parquet. After a kill or a stop, the same command goes on where it was. `--check` finds damaged
-shards.
+Parquet. After a kill or a stop, the same command continues. `--check` finds damaged shards.
 """
 
 import logging

@@ -2,8 +2,8 @@
 
     python -m aoe_jax.probe --checkpoint=DIR [--text=FILE]
 
-The rank of an expert is by the norm of its activations at one node, such as `x W_gate`. The table
-has nll, accuracy on tasks, agreement with the router and time, beside the router and a random
+Experts are ranked by the norm of their activations at one node, such as `x W_gate`. The table has
+nll, accuracy on tasks, agreement with the router and time, also for the router and for a random
 choice, like the paper's Tables 1, 6 and 7. The command also writes `probe.json`.
 """
 

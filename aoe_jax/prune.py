@@ -4,8 +4,8 @@
 
 Experts with similar scores on the tokens of a corpus (`--data`, written like `data.name`) become
 one. `uncurl` (Sarkar et al. 2024, arXiv 2409.01483) merges clusters of similar experts,
-`frequency_merge` merges each into the most similar of the D experts with the largest loads, and
-`greedy` keeps these D alone; `aoe_jax/conversion/merging.py` has the details.
+`frequency_merge` merges each expert into the most similar of the D experts with the largest loads,
+and `greedy` keeps only these D; `aoe_jax/conversion/merging.py` has the details.
 
 The result is a model like that of `aoe_jax.export`, with `prune.json`; `train.init_from` continues
 its training.

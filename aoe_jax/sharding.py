@@ -35,7 +35,7 @@ RULES = {
 
 
 def target_device():
-    """The target of programs: the `AbstractDevice` of the mesh in context, or the first device."""
+    """The device to compile for: `AbstractDevice` of the mesh in context, or the first device."""
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
@@ -45,7 +45,7 @@ def count_slices(devices):
 
 
 def spec_of(*axes):
-    """The `PartitionSpec` of an array with these axes of `RULES`; None is an axis never split."""
+    """The `PartitionSpec` of an array with these axes of `RULES`; None: no split."""
     return PartitionSpec(*(axis and RULES[axis] for axis in axes))
 
 
@@ -79,8 +79,8 @@ class MeshAxes:
     def sizes(self, mesh):
         """The number of devices along each of `MESH_AXES`; 1 without a mesh.
 
-        Raises `ValueError` if the mesh lacks a name, or a name stands for two axes; or, inside a
-        `jax.shard_map`, where parameters are whole, if an axis splits them.
+        Raises `ValueError` if the mesh lacks a name, or a name stands for two axes. Inside a
+        `jax.shard_map` parameters are whole, so an axis that splits them is also an error.
         """
         if mesh.empty:
             return (1,) * len(MESH_AXES)
@@ -119,8 +119,8 @@ def fill_mesh(config, n_devices):
 
 
 def make_mesh(config, devices):
-    """The mesh of `config.mesh`, which has no -1, in the order of the devices' network, with slices
-    along `data`. Raises `UserError` if the slices or the network cannot be divided that way.
+    """The mesh of `config.mesh`, which has no -1. Devices are in the order of their network, slices
+    are along `data`. Raises `UserError` if the slices or the network cannot be divided that way.
     """
     shape = config.mesh.shape
     n_slices = count_slices(devices)
@@ -168,8 +168,8 @@ def with_shardings(abstract, shardings):
 
 
 def put_batch(sharding, batch, n_rows=None):
-    """A global batch from this host's arrays by name: all rows of the batch, or, if `n_rows` (the
-    number of all rows) is given, the rows of `rows_of_process`.
+    """A global batch from this host's arrays by name. They have all rows of the batch or, if
+    `n_rows` (the number of all rows) is given, the rows of `rows_of_process`.
     """
     shapes = {name: (n_rows or len(a), *a.shape[1:]) for name, a in batch.items()}
     with jax.transfer_guard("allow"):  # these transfers are intended

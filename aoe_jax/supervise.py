@@ -2,15 +2,15 @@
 
     python -m aoe_jax.supervise [--restarts=5] -- train.py --config=FILE --workdir=DIR ...
 
-The arguments after `--` go to Python, such as `train.py ...` or `-m aoe_jax.train ...`. The
-command is started again after a preemption, a hang, a lost process, a fault of the machine or an
-unforeseen error, and while another process owns the workdir; not after a mistake of the user (exit
-status 2), divergence (4) or Ctrl-C. It gives up after `--restarts` restarts without a new step.
+The arguments after `--` go to Python, such as `train.py ...` or `-m aoe_jax.train ...`. The command
+is started again after a preemption, a hang, a lost process, a fault of the machine or an unforeseen
+error, and while another process owns the workdir. It is not started again after a mistake of the
+user (exit status 2), divergence (4), Ctrl-C, or `--restarts` restarts without a new step.
 
-It passes SIGTERM, SIGINT and SIGHUP (as SIGTERM) on, and ends with the command. Attempts get
-`--start-over` and `--go-back` until the run has begun anew or gone back, and only the first gets
-`--take-over`. `WORKDIR/attempts/HOST.jsonl` has a line for every attempt. The exit status is 0 if
-the run has finished, else that of the last attempt.
+It passes SIGTERM, SIGINT and SIGHUP (as SIGTERM) on to the command, and ends when that ends.
+Attempts get `--start-over` and `--go-back` until the run has begun anew or gone back, and only the
+first gets `--take-over`. `WORKDIR/attempts/HOST.jsonl` has a line for every attempt. The exit
+status is 0 if the run has finished, else that of the last attempt.
 """
 
 import argparse
@@ -70,7 +70,7 @@ class Supervisor:
             self._process.send_signal(_PASSED_ON[number])  # no effect if it has ended
 
     def run(self, restarts: int, pause: float) -> int:
-        """Returns the exit status of the last attempt; that of signal N counts as 128 + N."""
+        """Returns the exit status of the last attempt; an end by signal N counts as 128 + N."""
         idle = 0
         for attempt in itertools.count(1):
             before, began = self._heartbeat(), time.time()
@@ -97,12 +97,12 @@ class Supervisor:
     def _attempt(self, number):
         arguments = [*self._rest, f"--workdir={self._flags.workdir}"]
         arguments += ["--take-over"] if self._flags.take_over and number == 1 else []
-        if self._files_of_run() == self._files:  # an attempt before has not moved them yet
+        if self._files_of_run() == self._files:  # no earlier attempt has moved them
             arguments += ["--start-over"] if self._flags.start_over else []
             arguments += [f"--go-back={self._flags.go_back}"] if self._flags.go_back else []
         # In its own session: a Ctrl-C in the terminal must reach it once, through this process.
         self._process = subprocess.Popen([sys.executable, *arguments], start_new_session=True)
-        if self._asked_to_stop.is_set():  # it came while the process was made
+        if self._asked_to_stop.is_set():  # a signal came while the process was made
             self._process.send_signal(signal.SIGTERM)
         status = self._process.wait()
         return status if status >= 0 else 128 - status

@@ -2,7 +2,7 @@
 
     python train.py --config=FILE[:VARIANT] --workdir=DIR [--config.train.steps=N ...]
 
-The same command continues after whatever stopped it. `--workdir` receives checkpoints,
+The same command continues a run that has stopped for any reason. `--workdir` receives checkpoints,
 `metrics.jsonl`, `summary.json` and the picture `training.png`.
 """
 

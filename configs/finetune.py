@@ -1,5 +1,5 @@
-"""Continues the training of a model: `--config=configs/finetune.py:DIR`, the directory of a model
-as safetensors.
+"""Continues the training of a model: `--config=configs/finetune.py:DIR`, where DIR has the model as
+safetensors.
 
 The groups `model`, `experts`, `routing` and `balance` and the tokenizer come from the model. Set
 corpus, steps and learning rate, and set `balance` if the model is from the Hugging Face hub.

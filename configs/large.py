@@ -3,9 +3,9 @@ expert axis.
 
 `aoe_64`, `aoe_whole_64`, `moe_64`: the shape of OLMoE (Muennighoff et al. 2024, arXiv 2409.02060),
 16 layers, d=2048, 8 of 64 experts of width 1024. `aoe_256`, `aoe_whole_256`, `moe_256`: 8 of 256
-experts of width 512. AoE has the total parameters of its twin, with r = d / 4, or with whole gates
-of which 16 neurons score. All are balanced without a loss. 4.2M tokens a step in micro-batches;
-name corpus and tokenizer on the command line.
+experts of width 512. AoE has the total parameters of the MoE, with r = d / 4, or with whole gates
+whose first 16 neurons give the score. All are balanced without a loss. A step has 4.2M tokens in
+micro-batches. Name corpus and tokenizer on the command line.
 """
 
 from aoe_jax.errors import UserError

@@ -1,5 +1,5 @@
-"""Other methods of the field: `--config=configs/methods.py:NAME` on AoE's norms (or AoE's experts),
-`NAME_router` on a router's logits (or traditional experts), if the method has both.
+"""Other methods of the field: `--config=configs/methods.py:NAME` uses AoE's norms (or AoE's
+experts), `NAME_router` a router's logits (or traditional experts), if the method has both.
 
 Sizes and data are those of `tiny.py`. docs/methods.md says what each method does.
 """
@@ -8,7 +8,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.storage.config_files import update_groups
 from configs import tiny
 
-AUX = {"aux_weight": 0.01, "aux_tokens": 1.0}  # L_aux from all tokens, as its authors have it
+AUX = {"aux_weight": 0.01, "aux_tokens": 1.0}  # L_aux from all tokens, as its authors compute it
 NO_LOSS = {"aux_weight": 0.0, "aux_tokens": 1.0}
 
 
@@ -45,7 +45,7 @@ VARIANTS = {
     "erc_router": ({"kind": "router"}, {"name": "erc"}, AUX),
     "uoe": ({"kind": "uoe"}, {"name": "uoe"}, NO_LOSS),
     **_variants("dynmoe", _DYNMOE, NO_LOSS),
-    # Logits are around 0, and an expert without tokens stays inactive: let most start active.
+    # Logits start near 0, and an expert without tokens stays inactive: most must start active.
     **_variants("routing_free", _ROUTING_FREE, NO_LOSS, router={"bias": -2.0}),
     **_variants("switch", _SWITCH, AUX, top_k=1),
     **_variants("gshard", {"name": "gshard"}, NO_LOSS),

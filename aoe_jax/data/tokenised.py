@@ -30,12 +30,12 @@ class TokenisedCorpus:
     train: dict[str, TokenStore]
     validation: dict[str, TokenStore]
     test: dict[str, TokenStore]
-    weights: tuple[Fraction, ...] | None  # shares of the tokens seen in training; None: by size
+    weights: tuple[Fraction, ...] | None  # shares of the training tokens; None: by size
     tokenizer: Path  # the tokenizer's file
 
     @property
     def identities(self) -> list[str]:
-        """For each source the name of its corpus with a hash of text, tokenizer and splits."""
+        """For each source the name of its corpus and a hash of its text, tokenizer and splits."""
         return [_identity(store.manifest) for store in self.train.values()]
 
 
@@ -44,7 +44,7 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
 
     Without `data.tokenizer`, all corpora use the tokenizer of the prepared stores. Raises
     `UserError` as `cached_token_stores` and `TokenStore` do, and if the prepared stores have
-    several tokenizers, or another than `data.tokenizer`.
+    different tokenizers, or not `data.tokenizer`.
     """
     what = f"data.name={data.name!r}: cannot be opened, or tokenised in data.cache={data.cache!r}"
     return patiently(what, partial(_open_at_once, data, vocab_size))
@@ -58,7 +58,7 @@ def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
         if source.name == "prepared":
             path = paths[source.label]
             if is_remote(path):
-                read_manifest(path)  # it is complete
+                read_manifest(path)  # raises if it is incomplete
             directories[source.label] = local_copy(path, cache)
     if directories:
         tokenizer = _shared_tokenizer(list(directories.values()), tokenizer, vocab_size)
@@ -89,8 +89,8 @@ def _path_of(source: SourceConfig, data: DataConfig):
 
 
 def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | None:
-    """The corpora with these `identities`, from the cache; None if it lacks one. No path of the
-    configuration is opened.
+    """The corpora with these `identities`, from the cache; None if the cache lacks one. No path of
+    a source is opened.
     """
     found = {}
     for manifest in _cache(data).glob("tokens/*/manifest.json"):
@@ -121,7 +121,7 @@ def _opened(data: DataConfig, directories: Mapping[str, Path]) -> TokenisedCorpu
 
 
 def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: int) -> str:
-    """The tokenizer's file of all prepared stores, which must be `given` if that is not None."""
+    """The file of the tokenizer that all prepared stores share; it must match a `given` one."""
     hashes = {}
     if given:
         what, wanted = f"data.tokenizer={given!r}: cannot be read", "; name a tokenizer's file"

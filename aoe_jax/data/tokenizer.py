@@ -35,23 +35,23 @@ _END_OF_TEXT_NAMES = (
     "[SEP]",
 )
 MOST_TOKENS = 2**24
-PIECE_CHARACTERS = 2**21  # the most that a tokenizer is given at once
-TRAINING_CHARACTERS = 2**24  # the first ones of a document train byte-level BPE
+PIECE_CHARACTERS = 2**21  # the longest text that is tokenised at once
+TRAINING_CHARACTERS = 2**24  # BPE is trained on so many of a document
 _TRAINING_PIECE = 2**16
 _AFTER_A_WORD = re.compile(r"(?<=\S)(?=[ \n])")
 
 
 def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cuts a text into pieces of at most `size` characters, before a blank or a line break that
-    follows a word, if there is one.
+    """Cuts a text into pieces of at most `size` characters, if possible before a space or a line
+    break that follows a word.
 
-    Libraries need up to a hundred times the memory of what they are given at once. Byte-level BPE
-    that splits text as GPT-2 does gives the same tokens for the pieces as for the whole, if every
-    piece has such a place. Other tokenizers may give one token more or other tokens at a cut.
+    Libraries need up to a hundred times the memory of the text that they encode at once. If every
+    cut is at such a place, byte-level BPE that splits text like GPT-2 gives the same tokens for the
+    pieces as for the whole. Other tokenizers may give one token more or other tokens at a cut.
     """
     start = 0
     while len(text) - start > size:
-        # Nearly always there is a place in the last thousand characters.
+        # The last thousand characters nearly always have such a place.
         for first in (max(start + size - 1000, start + 1), start + 1):
             cuts = [m.start() for m in _AFTER_A_WORD.finditer(text, first, start + size)]
             if cuts:
@@ -64,9 +64,9 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _refusing(problem: str, cure: str) -> Iterator[None]:
-    """Raises `UserError` where a library fails at a user's tokenizer: for every exception except
-    `MemoryError`, because the libraries have no type of their own for bad input. `tokenizers`
-    raises `Exception` itself, `sentencepiece` raises `RuntimeError` and others.
+    """Raises `UserError` if a library fails on a user's tokenizer: for every exception except
+    `MemoryError`, because the libraries have no exception type for bad input. `tokenizers` raises
+    `Exception` itself, `sentencepiece` raises `RuntimeError` and others.
     """
     try:
         yield
@@ -101,13 +101,13 @@ class Tokenizer:
 
     def __init__(self, content: bytes, threads: int | None):
         """Keeps the bytes of the file; see `load_tokenizer`."""
-        self._content, self._threads = content, threads or -1  # of SentencePiece: one for each core
+        self._content, self._threads = content, threads or -1  # SentencePiece: -1 is one per core
         self.sha256 = hashlib.sha256(content).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, uint32 `[tokens]`, without special tokens.
 
-        Give long texts in `pieces`. Raises `UserError` if the tokenizer fails.
+        Cut long texts into `pieces` first. Raises `UserError` if the tokenizer fails.
         """
         with _refusing("the tokenizer cannot encode a text", "use another one"):
             return self._encode(texts)
@@ -130,13 +130,13 @@ class HuggingFaceTokenizer(Tokenizer):
     file_name = "tokenizer.json"
 
     def __init__(self, content: str, threads: int | None = None):
-        """Raises `UserError` if there is no end-of-text token; errors of the library pass."""
+        """Raises `UserError` if there is no end-of-text token. The library may raise others."""
         super().__init__(content.encode(), threads)
         self._tokenizer = tokenizer = tokenizers.Tokenizer.from_str(content)
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        if hasattr(tokenizer.model, "dropout"):  # it drops merges at random
+        if hasattr(tokenizer.model, "dropout"):  # dropout skips merges at random
             tokenizer.model.dropout = None
         if threads == 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -145,7 +145,7 @@ class HuggingFaceTokenizer(Tokenizer):
         ends = [name for name in _END_OF_TEXT_NAMES if name in vocabulary]
         if not ends:
             raise UserError(f"has no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
-        # A vocabulary may have the name of another one as an ordinary token, such as the HTML </s>.
+        # An ordinary token may have another tokenizer's end-of-text name, such as </s> from HTML.
         added = tokenizer.get_added_tokens_decoder().values()
         special = {token.content for token in added if token.special}
         self.end_name = next((name for name in ends if name in special), ends[0])
@@ -160,8 +160,8 @@ class HuggingFaceTokenizer(Tokenizer):
         half = len(self.end_name) // 2
         start, rest = (re.escape(part) for part in (self.end_name[:half], self.end_name[half:]))
         for i, ids in enumerate(found):
-            # Some models turn the name of the end-of-text token into that token all the same; cut
-            # within the name, it is ordinary text.
+            # Some models still encode the name of the end-of-text token as that token; a cut within
+            # the name makes it ordinary text.
             if self.end_of_text in ids:
                 parts = re.split(f"(?<={start})(?={rest})", texts[i])
                 encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
@@ -178,7 +178,7 @@ class SentencePieceTokenizer(Tokenizer):
     file_name = "tokenizer.model"
 
     def __init__(self, model: bytes, threads: int | None = None):
-        """Raises `UserError` if there is no end-of-sentence piece; errors of the library pass."""
+        """Raises `UserError` if there is no end-of-sentence piece. The library may raise others."""
         if not model:
             raise RuntimeError("it is empty")
         super().__init__(model, threads)
@@ -219,7 +219,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     sample = (pieces(text[:TRAINING_CHARACTERS], _TRAINING_PIECE) for text in documents)
     texts = itertools.chain.from_iterable(sample)
-    # In another thread, so that signals are handled meanwhile.
+    # This trains in another thread, so that signals are handled meanwhile.
     ThreadPoolExecutor(1).submit(tokenizer.train_from_iterator, texts, trainer).result()
     return HuggingFaceTokenizer(tokenizer.to_str(pretty=True))
 

@@ -1,1 +1,1 @@
-"""All that touches disks and object stores: paths, files, retries, leases."""
+"""Access to disks and object stores: paths, files, retries, leases."""

@@ -27,7 +27,7 @@ def default_config():
 
 
 def update_groups(config, changes):
-    """Changes a `ConfigDict`: `{group: {field: value}}`. The group `routing` is replaced whole."""
+    """Sets `{group: {field: value}}` in a `ConfigDict`. The group `routing` is replaced whole."""
     if "routing" in changes:
         config.routing = ConfigDict()
     config.update(changes)
@@ -35,7 +35,7 @@ def update_groups(config, changes):
 
 def read_config(name: str) -> dict:
     """`{group: {field: value}}` of `FILE.py`, `FILE.py:VARIANT` or the `config.json` of a run, on a
-    disk or in a store; unchecked if it is of Python. Raises `UserError` if it cannot be read.
+    disk or in a store; a Python file is not checked. Raises `UserError` if it cannot be read.
     """
     scheme, slashes, rest = name.rpartition("://")
     file, _, variant = rest.partition(":")

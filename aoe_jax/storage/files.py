@@ -1,5 +1,5 @@
-"""Files on a disk or in a store: they are read within limits and by a schema, and written whole or
-not at all. Folders and locks.
+"""Files, folders and locks on a disk or in a store. Files are read with a size limit and a schema,
+and are written whole or not at all.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from aoe_jax.storage.retry import is_fault_of_write, patiently, reason, refusing
 
 log = logging.getLogger(__name__)
 
-_BYTES = 2**24  # the largest JSON file by default; when it is parsed, it takes 25x the memory
+_BYTES = 2**24  # the largest JSON file by default; parsing it takes 25x its size in memory
 _LINE_BYTES = 2**22  # the longest line of metrics
 
 
@@ -61,7 +61,7 @@ def open_file(path: Path | str):
 
 
 def read_bytes(path: Path | str, at_most: int) -> bytes:
-    """The bytes of a file; raises `OSError`, also if it has more than `at_most`."""
+    """The bytes of a file; raises `OSError` if it cannot be read or has more than `at_most`."""
     if size_and_version(path)[0] > at_most:
         raise OSError(errno.EINVAL, f"it has more than {at_most} bytes", str(path))
     return file_system(path).cat_file(os.fspath(path))
@@ -85,8 +85,8 @@ def read_json(
     cannot be read, has more than `at_most` bytes, or does not have the schema.
 
     A schema is a `Kind`; `[schema]`, a list of values of a schema; `{name: schema}`, an object with
-    at least these fields, where null stands for a missing one; or `{str: schema}`, an object with
-    any fields of a schema.
+    at least these fields, where a missing field counts as null; or `{str: schema}`, an object whose
+    values have a schema.
     """
     what = f"{path} cannot be read"
     try:
@@ -104,7 +104,7 @@ def read_json(
 
 
 def misfit(value, schema, name=""):
-    """Says how the first part that does not fit the schema is wrong; None if all parts fit."""
+    """Describes the first part that does not fit the schema; None if all parts fit."""
     if isinstance(schema, Kind):
         return None if schema.holds(value) else f"{name} is {shown(value)}, not {schema.words}"
     if not isinstance(value, type(schema)):
@@ -121,8 +121,8 @@ def misfit(value, schema, name=""):
 
 
 def read_metrics(path: Path):
-    """Yields the whole lines of a file of metrics that have a step; none without a file. All values
-    except `layers` are numbers or null. Raises `UserError` if it cannot be read.
+    """Yields the whole lines of a metrics file that have a step; nothing if there is no file. All
+    their values except `layers` are numbers or null. Raises `UserError` if it cannot be read.
     """
     if not path.exists():
         return
@@ -136,13 +136,13 @@ def read_metrics(path: Path):
 
 
 def write_json(path: Path, value, indent=2):
-    """`write_whole` for JSON, null for numbers that are not finite."""
+    """Writes JSON with `write_whole`; numbers that are not finite become null."""
     write_whole(path, (json.dumps(finite(value), indent=indent) + "\n").encode())
 
 
 def write_whole(path: Path, content: bytes):
     """Writes a file. A kill or a power cut leaves either the old file or the new one."""
-    if is_remote(path):  # it appears whole
+    if is_remote(path):  # an object appears whole
         path.write_bytes(content)
         return
     partial = path.with_name(path.name + ".partial")
@@ -176,13 +176,13 @@ def make_folder(folder: Path, flag: str):
     is_there = folder.exists() if is_remote(folder) else os.path.lexists(folder)
     if is_there and not folder.is_dir():
         raise UserError(f"--{flag}={folder} is a file or a broken link; name a folder")
-    if not is_remote(folder):  # a client would make the bucket
+    if not is_remote(folder):  # the client would make the bucket, too
         write_or_refuse(folder, flag, lambda: folder.mkdir(parents=True, exist_ok=True))
     return not is_there
 
 
 def write_or_refuse(folder, flag, write):
-    """Returns `write()`; raises `UserError` at once for what only the user can change."""
+    """Returns `write()`; raises `UserError` at once for an error that only the user can correct."""
 
     def attempt():
         try:
@@ -211,9 +211,9 @@ def write_report(file: Path, report: dict, flag):
 
 @contextlib.contextmanager
 def exclusive(lock_file: Path, flag="config.data.cache"):
-    """Waits for the lock, which a process holds until it ends; some network disks lock only the
-    processes of one host. Raises `UserError`, which names the `flag`, if its folder cannot be
-    written.
+    """A context that waits for the lock and holds it; the end of a process frees it, too. Some
+    network disks exclude only processes of the same host. Raises `UserError`, which names the
+    `flag`, if its folder cannot be written.
     """
 
     def acquire():
@@ -227,7 +227,7 @@ def exclusive(lock_file: Path, flag="config.data.cache"):
 @contextlib.contextmanager
 def new_folder(folder: Path):
     """Yields an empty folder, and moves it to `folder` at the end, unless another host has made
-    that before. After an exception it is removed.
+    `folder` meanwhile. After an exception it removes the folder.
     """
     partial = folder.with_name(f"{folder.name}.partial-{socket.gethostname()}")
     shutil.rmtree(partial, ignore_errors=True)  # a killed process of this host left it

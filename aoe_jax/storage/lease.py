@@ -1,7 +1,7 @@
 """A lease: one process owns a folder on a disk, also a network disk, or in an object store.
 
 The owner renews the file `owner.lease`. Another process takes over if the file stays unchanged for
-`STALE` seconds by its own clock; on a disk at once if the owner ran on this host and has ended.
+`STALE` seconds by its own clock, or at once if, on a disk, the owner ran on this host and ended.
 """
 
 import contextlib
@@ -25,15 +25,15 @@ from aoe_jax.storage.retry import patiently
 log = logging.getLogger(__name__)
 NAME = "owner.lease"
 RENEW, STALE = 5.0, 45.0  # seconds; all processes that share a folder need the same STALE
-_SETTLE = 1.0  # seconds after which only one of the processes that take over at once is the owner
+_SETTLE = 1.0  # seconds after which one of several processes that take over is the only owner
 _FIELD = re.compile(r"^(token|host|pid|renewed)=([!-~]{1,255})$", re.MULTILINE)
 
 
 @contextlib.contextmanager
 def leased(folder: Path, flag: str, take_over=False):
     """Owns a folder, and yields the lease; call its `check` before files are replaced. A missing
-    folder is made, and removed at the end if it is empty. Waits while another owner is silent,
-    except with `take_over`. Raises `InUse` if it renews its lease, else like `make_folder`.
+    folder is made, and removed at the end if it is empty. Without `take_over`, waits until another
+    owner's lease is stale. Raises `InUse` if it is renewed, and like `make_folder`.
     """
     is_new = make_folder(folder, flag) and not is_remote(folder)
     lease = (_InStore if is_remote(folder) else _OnDisk)(folder)
@@ -50,7 +50,7 @@ def leased(folder: Path, flag: str, take_over=False):
                     f"--{flag}={folder} is in use by {_owner(found)}. It may still be saving: "
                     f"start again once it has ended, use another --{flag}, or end it"
                 )
-            waited = time.monotonic() - since  # until the last look at the file, not until now
+            waited = time.monotonic() - since  # up to the last read of the file, not up to now
             time.sleep(RENEW / 10)
         if seen:
             log.warning(f"{folder} was taken over from {_owner(seen)}")
@@ -68,7 +68,7 @@ def token_of(folder: Path) -> str | None:
 
 
 def _read(folder):
-    """The fields of the file, and the time of its last change on a disk; None without a file."""
+    """The fields of the lease file and, on a disk, its modification time; None without a file."""
     with contextlib.suppress(FileNotFoundError):
         fields = _FIELD.findall(read_bytes(folder / NAME, 4096).decode("ascii", "replace"))
         changed = {} if is_remote(folder) else {"changed": os.stat(folder / NAME).st_mtime_ns}
@@ -142,6 +142,6 @@ class _InStore(_OnDisk):
     def release(self):
         self._ended.set()
         with contextlib.suppress(Exception):
-            self._renewer.join(RENEW)  # it could write the file again after it was removed
+            self._renewer.join(RENEW)  # it could write the file again after the removal
             if token_of(self._folder) == self.token:
                 (self._folder / NAME).unlink()

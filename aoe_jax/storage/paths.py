@@ -25,7 +25,7 @@ FILE_BYTES = 2**27  # the largest tokenizer's file; the largest ones on the hub 
 _REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "probe.json"}
 
 
-for _scheme in STORES:  # other hosts also write there
+for _scheme in STORES:  # a cached listing misses files of other hosts
     fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
 
 
@@ -82,8 +82,8 @@ def file_system(path):
 def find(pattern: str) -> dict:
     """The files that match a pattern of fsspec's `glob` (`**`: folders of any depth), on a disk or
     in a store, each with its `size_and_version`; None for a broken link. Names that begin with a
-    dot must be named. `**` does not follow links to folders. Raises `OSError` if a folder cannot be
-    listed.
+    dot match only a pattern with `/.`. `**` does not follow links to folders. Raises `OSError` if a
+    folder cannot be listed.
     """
     is_hidden_named = "/." in pattern
     if is_remote(pattern):
@@ -103,7 +103,7 @@ def find(pattern: str) -> dict:
 
 
 class _Disk(LocalFileSystem):
-    """Keeps the errors of folders that cannot be listed, which `glob` takes for empty ones."""
+    """Records errors of folders that cannot be listed; `glob` treats such folders as empty."""
 
     cachable = False
 
@@ -134,7 +134,7 @@ def _of_store(file):
 
 
 def create(path, content: bytes) -> bool:
-    """Makes an object in a store, on condition that there is none; False if it exists already."""
+    """Makes an object in a store if there is none; returns False if it exists already."""
     try:
         file_system(path).pipe_file(os.fspath(path), content, mode="create")
     except FileExistsError:
@@ -149,8 +149,8 @@ def unused(path):
 
 
 def move(source, target):
-    """Moves a file or folder, also to another disk; makes the folders above `target`. In a store,
-    file by file. Raises `UserError` if there is a file in the place of one of these folders.
+    """Moves a file or folder, also to another disk; makes the folders above `target`. In a store it
+    moves file by file. Raises `UserError` if a file is in the place of one of these folders.
     """
     if is_remote(source):
         file_system(source).mv(os.fspath(source), os.fspath(target), recursive=True)
@@ -224,7 +224,7 @@ class Mirror:
         return {path: size_and_version(path) for path in files}
 
     def upload(self, last=""):
-        """Copies new and changed files, those named `last` after the others; each appears whole."""
+        """Copies new and changed files, and files named `last` at the end; each appears whole."""
         for path, state in sorted(self._states().items(), key=lambda file: file[0].name == last):
             if self._known.get(path) != state:
                 target = self._remote / path.relative_to(self._local).as_posix()

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 retry_seconds = 60.0  # how long a call is repeated; commands set it to --retry_seconds
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 
-# Errors of the system that depend on the file or the arguments, so that repeating is useless.
+# System errors that depend on the file or the arguments, so that repeating is useless.
 _LASTING = {
     errno.ENOENT,
     errno.ENOTDIR,
@@ -30,7 +30,7 @@ _LASTING = {
     errno.EOPNOTSUPP,
     errno.ELOOP,
 }
-# tensorstore and XLA give errors of the system, and status codes of servers, as text.
+# tensorstore and XLA report system errors and status codes of servers as text.
 _STATUSES = "RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED"
 _AS_TEXT = re.compile(
     "|".join(
@@ -95,8 +95,8 @@ def fills_device(error: BaseException) -> bool:
 
 
 def is_of_network(error: BaseException) -> bool:
-    """Whether a server could not be reached or was overloaded, or a store refused access, as it
-    does when a token has expired; by the exception of its client.
+    """Whether a client's exception says that a server was unreachable or overloaded, or that a
+    store refused access, as it does when a token has expired.
     """
     of_store = str(getattr(error, "code", None) or getattr(error, "status", ""))
     answer = str(getattr(getattr(error, "response", None), "status_code", ""))
@@ -113,14 +113,14 @@ def lacks_credentials(error: BaseException) -> bool:
 
 
 def is_fault_of_write(error: BaseException) -> bool:
-    """Whether a fault prevented a write, and not what only the user can change."""
+    """Whether a fault prevented a write, not a cause that only the user can correct."""
     forbidden = (errno.EACCES, errno.EPERM, errno.EROFS)
     return is_fault(error) and getattr(error, "errno", None) not in forbidden
 
 
 def status_of(error: BaseException) -> int:
     """The exit status of a program that an exception ends. An exception of JAX needs its traceback,
-    so it is unforeseen even if a fault caused it.
+    so its status is 1 even if a fault caused it.
     """
     if isinstance(error, Failure):
         return error.status
@@ -141,7 +141,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def refusing(what, cure="", kinds=OSError):
-    """Raises `UserError` for exceptions of these kinds that no fault of the machine has caused."""
+    """Turns exceptions of these kinds into `UserError` unless a machine fault caused them."""
     try:
         yield
     except kinds as error:
@@ -151,8 +151,8 @@ def refusing(what, cure="", kinds=OSError):
 
 
 def patiently(what, call):
-    """Returns `call()`, repeated while faults prevent it; raises `MachineFault` when
-    `retry_seconds` have passed since the first one, and `UserError` at once for a missing
+    """Returns `call()`, which is repeated after each fault. Raises `MachineFault` when
+    `retry_seconds` have passed since the first fault, and `UserError` at once for a missing
     permission. Messages begin with `what`, such as "checkpoint 5 cannot be read".
     """
     deadline, pause = None, _FIRST_PAUSE
@@ -177,7 +177,7 @@ def patiently(what, call):
 
 class Tolerated:
     """A context for writing files that a run can do without: it suppresses exceptions, and logs the
-    first in a row.
+    first of several in a row.
     """
 
     def __init__(self, name):

@@ -1,6 +1,6 @@
 """Checkpoints of a run: the state, the position in the data and the progress, saved by Orbax.
 
-A checkpoint has arrays and, beside them, JSON that describes and checks them.
+A checkpoint has arrays and a JSON file with their shapes, dtypes and checksums.
 """
 
 import contextlib
@@ -44,14 +44,14 @@ _BESIDE_BYTES = 2**28
 
 @dataclass
 class Progress:
-    """The progress of a run. A checkpoint has it beside the state and the position in the data."""
+    """The progress of a run. Every checkpoint contains it."""
 
-    loss: float | None = None  # of the newest training step
+    loss: float | None = None  # loss of the newest training step
     nll: float | None = None
     validation: dict[str, float] | None = None  # metrics of this step, if it was validated
-    validated: bool = True  # False: the validation after this step is still to do
-    skipped_in_row: int = 0  # number of updates skipped directly before
-    compute_seconds: float = 0.0  # of all steps so far
+    validated: bool = True  # False if this step must still be validated
+    skipped_in_row: int = 0  # number of updates skipped in a row, up to this step
+    compute_seconds: float = 0.0  # summed over all steps so far
     metrics_bytes: int = 0  # size of metrics.jsonl
 
 
@@ -61,18 +61,18 @@ class Damaged(Failure):
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step):
-        # The training loop asks JAX's preemption service, which expects rising numbers.
+        # Only the training loop asks JAX's preemption service, because that expects rising numbers.
         return False
 
 
 class Checkpoints:
-    """The checkpoints `workdir/checkpoints/STEP`. They can be read at once, and saved after `open`.
+    """The checkpoints `workdir/checkpoints/STEP`. Only saving them needs `open`.
 
     `saved` is the step of the newest checkpoint that is known to be complete.
     """
 
     def __init__(self, workdir: Path):
-        """Touches no file. Raises `UserError` if Orbax does not write to the store of `workdir`."""
+        """Touches no file. Raises `UserError` if Orbax cannot write to the store of `workdir`."""
         if is_remote(workdir) and not str(workdir).startswith("gs://"):
             wanted = "checkpoints can be on a disk or in gs://BUCKET/..."
             raise UserError(f"--workdir={workdir}: {wanted}; a store of this kind can hold models")
@@ -91,7 +91,7 @@ class Checkpoints:
             return []
         if not self.directory.is_dir():
             raise UserError(f"{self.directory} is a file; move it away, and bring the folder back")
-        # Orbax reads other names as numbers, too, such as 007.
+        # Orbax also reads names such as 007 as numbers.
         found = ocp.utils.checkpoint_steps(self.directory)
         return [step for step in found if step < 2**31 and self._path(step).exists()]
 
@@ -135,8 +135,8 @@ class Checkpoints:
     def restore(self, step, like):
         """`(state, progress, position in the data)` of a step.
 
-        `like` is a `TrainState` of shapes, dtypes and shardings, over any mesh and number of
-        processes. Raises like `read_checkpoint`.
+        `like` is a `TrainState` of shapes, dtypes and shardings. The run that saved may have had
+        another mesh and number of processes. Raises like `read_checkpoint`.
         """
         arrays, beside = read_checkpoint(self._path(step), vars(like))
         progress = Progress(**{name: beside["progress"].get(name) for name in _PROGRESS})
@@ -207,7 +207,7 @@ class Checkpoints:
         self._manager = _Manager(self.directory, options=options)
 
     def should_preserve(self, checkpoints, *, context):
-        """Whether to keep each checkpoint, as a preservation policy of Orbax."""
+        """Whether Orbax keeps each checkpoint; this object is Orbax's preservation policy."""
         config, steps = self._config, [checkpoint.step for checkpoint in checkpoints]
         kept = {*steps[-config.keep :], *self._best_first(steps)[: config.keep_best]}
         if config.keep_every:
@@ -215,12 +215,12 @@ class Checkpoints:
         return [step in kept for step in steps]
 
     def save(self, step, state, position, progress: Progress, wait=False):
-        """Saves the state after `step` updates in the background; returns when it may be donated.
+        """Saves the state after `step` updates in the background; then the state may be donated.
 
-        `position` in the data is ready for JSON, the same in every process. With `wait`, or if the
-        save before this one failed, it returns when this one has succeeded. A single process
-        repeats a save for `retry_seconds`, then raises `MachineFault`; several processes wait for
-        each other, so a fault ends them.
+        `position` is the position in the data as JSON, the same in every process. With `wait`, or
+        if the previous save failed, it returns after this save has succeeded. A single process
+        repeats a failed save for `retry_seconds`, then raises `MachineFault`. Several processes
+        wait for each other, so a fault ends them all.
         """
         wait = self._finish() is not None or wait
         if step == self.saved:
@@ -272,7 +272,7 @@ class Checkpoints:
             manager.close()
 
     def has_failed(self):
-        """Whether the save in the background has failed; False in several processes."""
+        """Whether the save in the background has failed; always False with several processes."""
         ended = self._saving is not None and not self._manager.is_saving_in_progress()
         return jax.process_count() == 1 and ended and self._finish() is not None
 
@@ -287,9 +287,9 @@ class Checkpoints:
 def read_checkpoint(path, wanted):
     """`(arrays, JSON of `beside_arrays`)` of the checkpoint in the folder `path`.
 
-    Each process reads its own part. `wanted` is a tree of shapes, dtypes and shardings, over any
-    mesh and number of processes. Raises in every process or in none: `Damaged`; `UserError` if the
-    checkpoint is of another model; `MachineFault` if it cannot be read.
+    Each process reads its own part. `wanted` is a tree of shapes, dtypes and shardings, with any
+    mesh and number of processes. Either all processes raise or none: `Damaged`, `UserError` if the
+    checkpoint is of another model, or `MachineFault` if it cannot be read.
     """
     damage = None
     with together():
@@ -303,7 +303,7 @@ def read_checkpoint(path, wanted):
         raise damage or Damaged("another process cannot read it")
     found = checksums(arrays)
     differing = [name for name, value in found.items() if beside["arrays"][name][2] != value]
-    # Processes with other copies of an array may have read other values.
+    # Another process may have read other values of its copy of an array.
     if not all_agree(not differing):
         names = ", ".join(differing[:3]) or "in another process"
         raise Damaged(f"{names}: the values are not those that were saved")
@@ -343,8 +343,8 @@ def read_beside(path):
 
 @contextlib.contextmanager
 def _as_damage():
-    """Raises `Damaged` for exceptions that neither a fault nor this program has caused: Orbax and
-    tensorstore raise exceptions of many kinds for files that they cannot parse.
+    """Raises `Damaged` for exceptions that were not raised by a machine fault or by this program:
+    Orbax and tensorstore raise exceptions of many kinds for files that they cannot parse.
     """
     try:
         yield
@@ -381,17 +381,17 @@ def _sha256(value):
 
 
 def _by_path(tree):
-    """The leaves of a tree by their paths in text."""
+    """Returns `{path in the tree as text: leaf}`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def checksums(tree):
-    """Checksums of arrays of 8, 16 or 32 bits an element, by their paths in the tree.
+    """Returns `{path in the tree: checksum}` of arrays with 8, 16 or 32 bits per element.
 
     A checksum is the sum, modulo 2^32, of a hash of each element's bits and index. For a given
-    index the hash is one to one, so a change of one element always changes the sum. It depends
-    neither on the sharding nor on the process. The storage format has no checksum of its own.
+    index, different bits have different hashes, so a change of one element always changes the sum.
+    It is the same for every sharding and process. The storage format has no checksum.
     """
     arrays = _by_path(tree)
     leaves = list(arrays.values())
@@ -414,5 +414,5 @@ def _sum(a):
         index += jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= a.shape[axis]
     mixed = bits * (2 * index + 1) + index
-    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)  # as MurmurHash ends
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)  # like the last steps of MurmurHash
     return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)

@@ -1,12 +1,12 @@
-"""Published peaks of devices, for the model FLOPs utilisation (MFU), and memory in bytes."""
+"""Peak FLOPs of devices, for the model FLOPs utilisation (MFU), and their memory use in bytes."""
 
 import re
 from pathlib import Path
 
 import jax
 
-# Dense bfloat16 FLOPs per second of a chip, by `jax.Device.device_kind`. Names must match whole,
-# because other forms of a GPU have other peaks. `planning/hardware.py` names the sources.
+# Dense bfloat16 FLOPs per second of a chip, by `jax.Device.device_kind`. Names must match
+# exactly: other variants of a GPU have other peaks. `planning/hardware.py` names the sources.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -41,14 +41,14 @@ def count_chips(devices):
 
 
 def peak_flops_per_device(devices):
-    """Peak bfloat16 FLOPs per second of one of the devices, all of one kind; None if unknown."""
+    """Peak bfloat16 FLOPs per second of one device (all are of one kind); None if unknown."""
     peak = PEAK_FLOPS.get(devices[0].device_kind)
     return peak and peak * count_chips(devices) / len(devices)
 
 
 def process_memory():
-    """Bytes in use by this process and their peak: on the host (Linux only) and on its fullest
-    device (not counted on CPU).
+    """Current and peak memory of this process in bytes: on the host (Linux only) and on its fullest
+    device (not on CPU).
     """
     found = {}
     if _STATUS.exists():
@@ -63,8 +63,8 @@ def process_memory():
 
 
 def program_memory(state, step):
-    """Bytes on each device: `state_bytes`, and by the compiler's count for a step `argument_bytes`
-    (state and batch) and `temporary_bytes`.
+    """Bytes on each device: `state_bytes` and, as the compiler counts them for a step,
+    `argument_bytes` (state and batch) and `temporary_bytes`.
     """
     analysis = step.memory_analysis()
     return {

@@ -1,4 +1,4 @@
-"""Reports in `heartbeat.json` what a run does, and ends a process that hangs."""
+"""Writes the status of a run to `heartbeat.json`, and ends a process that hangs."""
 
 import contextlib
 import faulthandler
@@ -18,13 +18,13 @@ from aoe_jax.storage.paths import is_remote
 from aoe_jax.storage.retry import Tolerated
 
 _UNLIMITED = ("preparing", "compiling")  # statuses that may last longer than `train.hang_timeout`
-_LOOK = 0.2  # seconds between two looks at the heartbeat
+_LOOK = 0.2  # seconds between two checks of the heartbeat
 _REPORT_SECONDS = 15.0  # limit for writing the stacks, because the disk may hang too
 _ENDS = {Preempted: "preempted", Interrupted: "interrupted", DivergedError: "diverged"}
 
 
 class Heartbeat:
-    """A context in which `beat` notes what the run does.
+    """A context in which `beat` records the status of the run.
 
     If no beat comes for `timeout` seconds (0: no limit), the process writes the stacks of its
     threads to `workdir/hang/process_N.txt` and exits with the status of `Hang`. Time in which the
@@ -44,14 +44,14 @@ class Heartbeat:
         return self
 
     def begin(self, saved, began):
-        """Lets one process write from now on. `saved` is the step of the newest checkpoint, `began`
-        the time when the run first began.
+        """Starts writing the file; only one process calls this. `saved` is the step of the newest
+        checkpoint, `began` the time when the run first began.
         """
         self.saved, self._began = saved, began
 
     def beat(self, status, step=None):
-        """Notes a status and, if it has changed, the step. The file is written when the status
-        changes, otherwise at most once a second, or every ten seconds in an object store.
+        """Records a status and, if given, the step. The file is written when the status changes,
+        otherwise at most once a second, or every ten seconds in an object store.
         """
         self._step = self._step if step is None else step
         before, self._status, self._moved = self._status, status, time.monotonic()
@@ -65,7 +65,7 @@ class Heartbeat:
             write_json(self._workdir / "heartbeat.json", value)
 
     def __exit__(self, kind, error, trace):
-        # After a lost lease the folder may be that of another process.
+        # After a lost lease the folder may belong to another process.
         if error is not None and not isinstance(error, UserError | MachineFault):
             self.beat(_ENDS.get(kind, "failed"))
         if error is not None and self._step is not None:

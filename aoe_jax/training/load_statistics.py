@@ -1,11 +1,11 @@
-"""Load of the experts, on the host. L layers, n experts; `load` are shares of the tokens."""
+"""Load statistics for L layers of n experts; `load` is each expert's share of the tokens."""
 
 import numpy as np
 from scipy.special import entr
 
 
 def load_entropy(load):
-    """Ent_load (Eq. 7) of the shares of load, `[..., n] -> [...]` of NumPy; log n at most."""
+    """Ent_load (Eq. 7), the entropy of the normalised load: `[..., n] -> [...]`, at most log n."""
     share = np.asarray(load) / np.maximum(np.sum(load, axis=-1, keepdims=True), 1e-9)
     return entr(share).sum(axis=-1)
 
@@ -20,8 +20,8 @@ def layer_statistics(load, live=None):
     """Statistics of each layer `[L]` by name, from loads `[L, n]`.
 
     `load_entropy` is in nats; `load_max_over_mean` is 1 in perfect balance, and 0 in a layer where
-    no token has an expert; `dead_experts` have no token. `live_experts`, if experts are added and
-    removed, is their number; free slots do not count.
+    no token has an expert; `dead_experts` counts experts without a token. If experts are added and
+    removed, `live_experts` counts the present ones, and free slots are not dead.
     """
     n_live = load.shape[-1] if live is None else (live > 0).sum(axis=-1)
     is_dead = load == 0 if live is None else (load == 0) & (live > 0)

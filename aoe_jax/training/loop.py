@@ -1,4 +1,4 @@
-"""Training from start to end: one function, read from top to bottom."""
+"""Training from start to end, in one function that can be read from top to bottom."""
 
 import contextlib
 import json
@@ -36,15 +36,15 @@ class Now:
     """The variables of the loop."""
 
     step: int  # updates done
-    state: TrainState | None = None  # after them
-    batch: dict[str, Any] | None = None  # of the next step
+    state: TrainState | None = None  # state after these updates
+    batch: dict[str, Any] | None = None  # batch of the next step
     progress: Progress | None = None
     can_score: bool = False  # whether the evaluation step is compiled
     saved_at: float = field(default_factory=time.monotonic)  # the time of the newest save
 
 
 def every(n, call, last=None):
-    """A hook of the loop: `call()` after every n-th step (never for n=0) and after step `last`."""
+    """A hook that runs `call()` after every n-th step (never for n=0) and after step `last`."""
 
     def hook(step):
         if (n and step % n == 0) or step == last:
@@ -66,11 +66,11 @@ def train(
     Writes `config.json`, `data.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`,
     `checkpoints/`, the tokenizer and, at the end, `summary.json` and `training.png`. It also writes
     `profile/`, a trace of the steps `profile`, and `wandb/` if `wandb` is a project of Weights &
-    Biases. `start` are arguments of `RunFolder.open`. A run that is stopped at any moment and
-    started again ends in the same state, on CPU bit for bit.
+    Biases. `start` is passed on to `RunFolder.open`. A run that is stopped at any moment and
+    started again ends in the same state, bit for bit on CPU.
 
     Raises the exceptions of `errors.py`: `UserError` also if the run has finished, and `Stopped`
-    when a request to stop came and the state is saved.
+    when the state is saved after a request to stop.
     """
     started, is_main = time.perf_counter(), jax.process_index() == 0
     stop, given = stop or StopRequests(), config
@@ -95,7 +95,7 @@ def train(
         folder.check(config, corpus, saved_steps)
         now = Now(gathered(max(saved_steps, default=0))[0], progress=Progress())
 
-        # The state: restored, of a trained model, or drawn at random.
+        # The state: restored from a checkpoint, taken from a trained model, or drawn at random.
         split = sharding.batch_sharding(mesh)
         rows = sharding.rows_of_process(split, batch_size, jax.process_index())
         seed, mask = config.train.seed, config.data.loss_mask
@@ -106,7 +106,7 @@ def train(
             data.set_state(position)
             log.info(f"going on from step {now.step}")
         elif config.train.init_from:
-            from aoe_jax.training.starting import state_from_model  # needs all formats
+            from aoe_jax.training.starting import state_from_model  # imports all formats
 
             now.state = state_from_model(config, mesh, like, corpus.tokenizer)
         else:
@@ -118,7 +118,7 @@ def train(
         heartbeat.beat("compiling", now.step)
         lowered = step_function.lower(now.state, now.batch)
 
-        # From here on the run writes.
+        # From here on the run writes files.
         began = read_heartbeat(workdir)["began"] or time.time()
         metrics = Metrics(folder.on_disk, config, now.step, now.progress, began)
         held.enter_context(contextlib.closing(metrics))
@@ -170,7 +170,7 @@ def train(
         def save(wait=False):
             metrics.flush()
             if not wait and (now.step == steps or now.progress.skipped_in_row):
-                return  # the end of the run saves; the state before the skipped updates is saved
+                return  # the end of the run saves the last step; skipped steps are not saved
             heartbeat.beat("saving", now.step)
             with metrics.clock("checkpoint"):
                 with together():

@@ -1,7 +1,7 @@
 """The metrics of a run: loss, load of experts, speed, memory, and time by activity.
 
 Every `train.log_every` steps they go to the log, as one readable line, and to the writers of
-`writers.py`. Below, L is the number of layers and n that of experts.
+`writers.py`. Below, L is the number of layers and n the number of experts.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ log = logging.getLogger(__name__)
 
 # Suffixes of the names of measured metrics. Two runs of the same steps differ only in these.
 MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu", "goodput")
-_IN_SPEED = ("input", "checkpoint")  # clocks whose time counts in the speed, beside `compute`
+_IN_SPEED = ("input", "checkpoint")  # besides `compute`, the speed counts these clocks
 
 
 def layer_metrics(metrics):
     """Metrics of each layer `[L]` by name, from the host metrics of a step; {} for a dense model.
 
     They are the `layer_statistics`, `confidence_entropy` in nats, `mean_score` (the mean of AoE's
-    norms or a router's logits) and, with a capacity, `dropped_share` (of the choices).
+    norms or a router's logits) and, with a capacity, `dropped_share`, the share of dropped choices.
     """
     load = metrics["load"]
     if load.shape[-1] == 1:
@@ -49,21 +49,21 @@ def layer_metrics(metrics):
 class Metrics:
     """Measures a run and, in the first process, writes its metrics.
 
-    The time from `begin` on is split into `input` (the loop waits for the next batch),
-    `checkpoint` (the loop waits for a save) and `compute` (the rest). The speed leaves evaluation
-    out. MFU compares with the chip's peak in bfloat16, also if the run computes in float32.
+    The time from `begin` on is split into `input` (the loop waits for the next batch), `checkpoint`
+    (the loop waits for a save) and `compute` (the rest). The speed excludes evaluation. MFU is
+    relative to the chip's bfloat16 peak, even if the run computes in float32.
     """
 
     def __init__(self, folder: Path, config: Config, start_step, progress: Progress, began):
-        """Goes on after `start_step` updates with their `progress`, in a run that first began at
-        the time `began`. Writes nothing before `open`.
+        """Continues after `start_step` updates with their `progress`; the run first began at the
+        time `began`. Writes nothing before `open`.
         """
         self._config, self._folder, self._start_step = config, folder, start_step
         self._progress, self._began = progress, began
         self._writers, self._lines = {}, None
         self._unreported = None  # a step and its metrics, which are read while the next one runs
         self._program = {}
-        self._seconds = Counter()  # seconds of the run by clock; `compute` up to the newest line
+        self._seconds = Counter()  # seconds by clock; `compute` counts up to the newest line
         self._line_step, self._line_time = start_step, time.perf_counter()
         self._line_seconds, self._evaluated = Counter(), 0.0
         self._flops_per_token = training_flops_per_token(config)
@@ -100,7 +100,7 @@ class Metrics:
             self._seconds[name] += time.perf_counter() - started
 
     def begin(self, state, step):
-        """Starts the time that counts; takes the arguments of `program_memory`."""
+        """Starts the clocks of the run; the arguments are those of `program_memory`."""
         self._program = devices.program_memory(state, step)
         log.info(
             f"compiled the train step in {self._seconds['compile']:.1f} s; on each device the "
@@ -110,7 +110,7 @@ class Metrics:
         self._line_time, self._line_seconds = time.perf_counter(), self._seconds.copy()
 
     def step(self, step, metrics):
-        """Takes the metrics, on devices, of a step that was started; reports the step before."""
+        """Takes the metrics, on devices, of the step just started; reports the step before it."""
         self.flush()
         self._unreported = step, metrics
 
@@ -188,7 +188,7 @@ class Metrics:
         return n_steps, seconds
 
     def _goodput(self):
-        """The share of the run's time so far that computed steps which were not lost later."""
+        """The share of the run's time so far that was spent on steps that were not lost later."""
         useful = self._progress.compute_seconds
         return useful / max(time.time() - self._began, useful, 1e-9)
 

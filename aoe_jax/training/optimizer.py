@@ -16,12 +16,12 @@ def learning_rate_schedule(config: TrainConfig):
 
 
 def decayed(params):
-    """A tree of bools: which parameters decay, as they are declared in `aoe_jax.parameters`."""
+    """A tree of bools: whether each parameter decays, as declared in `aoe_jax.parameters`."""
     return path_aware_map(lambda path, _: declared("/".join(path)).decays, params)
 
 
 def no_routers(params):
-    """A tree of bools: which parameters do not belong to a router."""
+    """A tree of bools: False for the parameters of routers, True for all others."""
     return path_aware_map(lambda path, _: not path[-1].startswith("w_router"), params)
 
 
@@ -40,7 +40,7 @@ def scale_scoring(experts: ExpertsConfig, rate):
 
 
 def make_optimizer(config: TrainConfig, experts: ExpertsConfig):
-    """The optax optimiser; in the first `train.router_steps` steps it updates routers alone."""
+    """The optax optimiser; in the first `train.router_steps` steps it updates only routers."""
     schedule = learning_rate_schedule(config)
     steps = [
         optax.clip_by_global_norm(config.clip_norm),
@@ -51,7 +51,7 @@ def make_optimizer(config: TrainConfig, experts: ExpertsConfig):
     if config.router_steps:
         zero = optax.masked(optax.set_to_zero(), no_routers)
         frozen = optax.conditionally_transform(zero, lambda step: step < config.router_steps)
-        # First the gradients, so that norm and moments exclude them; last the updates, because
-        # weights decay without a gradient.
+        # Frozen gradients come first, so that norm and moments exclude them, and frozen updates
+        # last, because weights decay without a gradient.
         steps = [frozen, *steps, frozen]
     return optax.chain(*steps)

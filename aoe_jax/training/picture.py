@@ -16,7 +16,7 @@ _MAX_LEGEND = 8  # the most layers that a legend names
 
 def draw_run(lines, title):
     """A matplotlib `Figure` of the `lines` of a `metrics.jsonl`: the nll over steps and, except for
-    a dense model, the largest load of an expert over the mean load, by layer.
+    a dense model, for each layer the largest load of an expert divided by the mean load.
     """
     train = [line for line in lines if line.get("nll") is not None]
     validation = [line for line in lines if line.get("validation_nll") is not None]

@@ -13,8 +13,8 @@ log = logging.getLogger(__name__)
 
 
 def steps_to_trace(text, total_steps):
-    """The `range` of steps of a flag's value `STEP:N`. Raises `UserError` for another value, and if
-    the run ends before the last of them.
+    """Parses a flag's value `STEP:N` into a `range` of steps. Raises `UserError` for any other
+    value, and if the run ends before the last of these steps.
     """
     numbers = re.fullmatch(r"0*([1-9]\d{0,8}):0*([1-9]\d{0,8})", text, re.ASCII)
     wanted = "must be STEP:N, such as 20:3 for 3 steps from step 20 on; both at least 1"
@@ -26,10 +26,10 @@ def steps_to_trace(text, total_steps):
 
 
 def tracing(train_step, steps: range, folder: Path, next_step):
-    """`train_step` with a trace of the calls number `steps`, written to `folder`; its first call is
-    number `next_step`. Logs a warning and traces nothing if `steps` begin before that.
+    """Returns a `train_step` that traces the calls with numbers in `steps` into `folder`; its first
+    call is number `next_step`. If `steps` begin before that, it logs a warning and traces nothing.
 
-    The first traced step waits for all steps before it, and the last one until it is done.
+    The first traced step waits for all steps before it, and the last one waits for its own result.
     """
     if steps[0] < next_step:
         log.warning(f"--profile: the run is past step {steps[0]}; nothing is traced")

@@ -25,7 +25,7 @@ from aoe_jax.training.checkpoint import DAMAGED, Checkpoints
 
 log = logging.getLogger(__name__)
 
-_IDENTITY = ("config.json", "data.json")  # which run it is
+_IDENTITY = ("config.json", "data.json")  # these files identify the run
 # The files of a run, except its tokenizer. Checkpoints come before the files that record them, so
 # that an interrupted move never leaves a run that looks complete.
 _FILES = (
@@ -36,7 +36,7 @@ _FILES = (
 # Files that a run in an object store needs on a disk from its start.
 _ON_DISK = ("metrics.jsonl", "wandb.json")
 
-# Groups and fields that may change when a run continues, because a step computes the same.
+# Groups and fields that may change when a run continues, because steps do not depend on them.
 # `check_data` compares the content of `data.path` and `data.tokenizer`.
 FREE = {
     *("checkpoint", "mesh", "data.cache", "data.path", "data.tokenizer", "train.steps"),
@@ -57,10 +57,10 @@ class RunFolder:
         self._lease = self._mirror = None
 
     def open(self, held: contextlib.ExitStack, start_over=False, go_back=None, take_over=False):
-        """Takes the lease until `held` is closed; with `take_over`, from an owner that may still
-        run. Sets the files of the old run aside with `start_over`, and with `go_back` what is newer
+        """Holds the lease until `held` is closed; with `take_over`, even if its owner may still
+        run. With `start_over`, it sets the files of the old run aside, with `go_back` those newer
         than the checkpoint of that step. Raises `InUse` if another process has the lease, and
-        `UserError` if a process does not see it.
+        `UserError` if a process of this run does not see it.
         """
         workdir, is_main = self.workdir, jax.process_index() == 0
         with together():
@@ -123,7 +123,7 @@ def _number(token):
 
 
 def _fixed(config):
-    """The values by field that a run keeps; paths of corpora may change."""
+    """The values of the fields that must not change in a run; paths of corpora may change."""
     groups = config.to_dict()
     groups["data"] |= {"name": config.data.name_without_paths}
     fields = flatten_dict(groups, sep=".").items()
@@ -145,7 +145,7 @@ def check_config(workdir: Path, config: Config, has_begun=True):
 
 def check_history(workdir: Path, steps):
     """Raises `UserError` if checkpoints, `config.json` or `data.json` of the run are missing.
-    `steps` are the complete checkpoints; one that was set aside as damaged is not missing.
+    `steps` are the complete checkpoints; a checkpoint that was set aside as damaged is not missing.
     """
     if steps and (missing := [n for n in _IDENTITY if not (workdir / n).exists()]):
         raise UserError(

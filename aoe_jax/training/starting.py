@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) -> TrainState:
-    """The first state: float32 parameters and routing state of a model, the rest new.
+    """The first state: float32 parameters and routing state come from a model, the rest is new.
 
     `like` has the shapes of the state with their shardings, and `tokenizer` is the file of the
     corpora's tokenizer. Raises `UserError` if the model cannot be read, has another architecture or

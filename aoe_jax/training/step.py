@@ -24,12 +24,12 @@ class TrainState:
     step: jax.Array  # [] int32, steps done
     skipped: jax.Array  # [] int32, steps that updated nothing: loss or gradient was not finite
     params: dict
-    routing_state: dict  # `Method.state` of all layers, [L, ...] by name
+    routing_state: dict  # `{name: [L, ...]}`, `Method.state` of all layers
     opt_state: optax.OptState
 
 
 def init_state(config: Config, seed):
-    """The state before the first step. Jit it with output shardings: it may not fit one device."""
+    """The initial state. Jit it with output shardings, because it may not fit one device."""
     return first_state(config, initial_params(config, seed), initial_routing_state(config))
 
 
@@ -49,7 +49,7 @@ def train_step_on(mesh, config: Config):
 
 
 def new_state(config: Config, like: TrainState):
-    """The state before the first step, drawn at random, with the shardings of the shapes `like`."""
+    """A random state before the first step, with the shardings of `like`, a state of shapes."""
     shardings = jax.tree.map(lambda a: a.sharding, like)
     return jax.jit(lambda: init_state(config, config.train.seed), out_shardings=shardings)()
 
@@ -66,7 +66,7 @@ def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask):
 
 
 def features(decoder, params, routing_state, batch, document_mask, key=None):
-    """`(hidden [B, S, d], LayerStats)`; `key` is for the random numbers of layers in training."""
+    """`(hidden [B, S, d], LayerStats)`; in training, layers draw random numbers from `key`."""
     documents = batch["segment_ids"] if document_mask else None
     token_weights = (batch["segment_ids"] > 0).astype(jnp.float32)
     inputs = batch["inputs"], documents, token_weights, routing_state
@@ -85,8 +85,8 @@ def training_loss(
 ):
     """`(loss, metrics)`: the mean nll plus the balance losses and the losses of the method.
 
-    The mean is over the weight of the batch. For one of several micro-batches it is over
-    `total_weight`, and `so_far` is that entry of the metrics of the micro-batch before.
+    The nll is divided by the total weight of the batch or, for one of several micro-batches, by
+    `total_weight`. `so_far` is the entry of this name in the metrics of the previous micro-batch.
     """
     decoder, method = Decoder.from_config(config, training=True), config.routing
     total_weight = jnp.maximum(batch["weights"].sum() if total_weight is None else total_weight, 1)
@@ -119,7 +119,7 @@ def training_loss(
 def _with_shares_so_far(stats, before):
     """`(stats, sums)`: load and shares averaged over the micro-batches so far, and their sums.
 
-    Neither has a gradient. Qiu et al. 2025 (arXiv 2501.11873) balance the global batch in this way.
+    They have no gradient. Qiu et al. 2025 (arXiv 2501.11873) balance the global batch like this.
     """
     so_far = jnp.ones(()), {"load": stats.load, "shares": stats.shares}
     if before is None:
@@ -132,7 +132,7 @@ def make_train_step(config: Config):
     """`(state, batch) -> (state, metrics)`; gradients are means over all micro-batches.
 
     If the loss or the gradient is not finite, parameters, moments and the state of routing stay the
-    same; the step counts, also for the learning rate.
+    same; the step still counts, also for the learning rate.
     """
     optimizer = make_optimizer(config.train, config.experts)
     schedule = learning_rate_schedule(config.train)
@@ -146,7 +146,7 @@ def make_train_step(config: Config):
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
         def if_finite(new, old):
-            """The new values if the update counts; counters always go on."""
+            """The new values if `finite`, else the old ones; counters always advance."""
 
             def choose(n, o):
                 return jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.inexact) else n
@@ -182,9 +182,9 @@ def _mean_gradient(config, params, routing_state, batch, key):
         grads, metrics = gradient(params, routing_state, batch, key)
         del metrics["so_far"]
         return grads, metrics
-    # Every n-th sequence, so that each device has its share of each micro-batch.
+    # A micro-batch takes every n-th sequence, so that each device has its share of it.
     micro = jax.tree.map(lambda a: a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
-    # One mean weight, so that a target counts the same in every micro-batch.
+    # All micro-batches divide by the same weight, so that every target counts the same.
     mean_weight = batch["weights"].sum() / n_micro
     first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), micro)
     so_far = jax.eval_shape(loss, params, routing_state, first, key)[1]["so_far"]

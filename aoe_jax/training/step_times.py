@@ -1,7 +1,7 @@
 """Times of training steps that are repeated on one batch, measured in turn in one process.
 
-Every arm takes a few steps, then the next arm, round by round, because times of runs on a shared
-machine are hard to compare. On CPU, processor seconds are counted.
+In each round all arms take a few steps, one arm after the other, because times of separate runs on
+a shared machine are hard to compare. On CPU, processor seconds are counted.
 """
 
 import statistics
@@ -19,7 +19,7 @@ from aoe_jax.training.devices import program_memory
 from aoe_jax.training.step import new_state, train_step_on
 
 ROUNDS = 10
-STEPS = 3  # in a round; the first does not count, because the caches have data of another arm
+STEPS = 3  # per arm and round; the first is not timed: the caches have data of another arm
 
 
 def random_batch(config: Config):
@@ -39,8 +39,8 @@ class RepeatedStep:
     def __init__(self, config: Config, batch=None, folder: Path | None = None):
         """Compiles for all devices of all processes, on the mesh of the configuration.
 
-        `batch` is by default of random tokens. The state is that of the newest checkpoint in
-        `folder`, by default a new one. Raises `UserError` if the checkpoint cannot be read.
+        `batch` defaults to random tokens. The state is that of the newest checkpoint in `folder`,
+        or new without `folder`. Raises `UserError` if the checkpoint cannot be read.
         """
         config = fill_mesh(config, jax.device_count())
         self._mesh = make_mesh(config, jax.devices())
@@ -53,7 +53,7 @@ class RepeatedStep:
                 self._state, *_ = checkpoints.restore(checkpoints.find("newest"), like)
             else:
                 self._state = new_state(config, like)
-            # The same program as in training, which the compilation cache may have.
+            # Training compiles the same program, so the compilation cache may have it.
             self.program = step.lower(self._state, self._batch).compile()
         self.memory = program_memory(self._state, self.program)
 
@@ -64,7 +64,7 @@ class RepeatedStep:
 
 
 def seconds_in_turn(steps: Mapping[str, Callable], rounds=ROUNDS):
-    """The median seconds of several steps, functions without arguments, by name."""
+    """Returns `{name: median seconds}` of several steps, which are functions without arguments."""
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     seconds = {name: [] for name in steps}
     for _ in range(rounds):

@@ -11,11 +11,11 @@ from aoe_jax.errors import Interrupted, Preempted, Terminated
 
 
 class StopRequests:
-    """Notes the first SIGTERM or SIGINT, which the run reads between steps. A second one ends the
-    process at once, with the status of shells.
+    """Records the first SIGTERM or SIGINT; the run checks for it between steps. A second one ends
+    the process at once, with the status that shells use.
 
-    Once `jax.distributed` has started, JAX handles SIGTERM to any of the processes and stops all at
-    the same step; further SIGTERMs then do nothing.
+    Once `jax.distributed` has started, JAX handles a SIGTERM to any process and stops all processes
+    at the same step; further SIGTERMs then do nothing.
     """
 
     def __init__(self):
@@ -33,12 +33,12 @@ class StopRequests:
         self._signal = number
 
     def asked(self):
-        """Whether to stop now; all processes must ask at the same places of the program."""
+        """Whether to stop now; all processes must call it at the same places of the program."""
         if not jax.distributed.is_initialized():
             return self._signal is not None
         if self._signal is not None and not self._is_told:
             self._is_told = True
-            os.kill(os.getpid(), signal.SIGTERM)  # JAX takes it, and tells the others
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX handles it, and tells the other processes
         self._questions += 1
         is_asked = multihost_utils.reached_preemption_sync_point(self._questions)
         if is_asked and self._signal is None:

@@ -20,7 +20,7 @@ from aoe_jax.training.step import sequence_nll
 
 
 def perplexity(nll):
-    """`exp(nll)`; infinite if it exceeds a float."""
+    """`exp(nll)`, or infinity if that overflows."""
     with np.errstate(over="ignore"):
         return float(np.exp(nll))
 
@@ -46,11 +46,11 @@ class Evaluation:
 
     @property
     def bits_per_byte(self):
-        """Bits per byte of text; it compares models of different vocabularies."""
+        """Bits per byte of text, which can be compared between models of different vocabularies."""
         return self.nll_sum / math.log(2) / self.text_bytes
 
     def metrics(self):
-        """`nll` and `bits_per_byte`; with several sources also both of each, as `nll/SOURCE`."""
+        """`nll` and `bits_per_byte`; with several sources, also each `NAME/SOURCE`."""
         found = {"nll": self.nll, "bits_per_byte": self.bits_per_byte}
         for source, result in self.sources.items():
             found |= {f"{name}/{source}": value for name, value in result.metrics().items()}
@@ -67,7 +67,7 @@ class Evaluation:
 
 
 def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
-    """A jitted `(params, routing_state, batch) -> (nll sum, tokens, stats)`, on every device."""
+    """A jitted `(params, routing_state, batch) -> (nll sum, tokens, stats)`, replicated."""
     decoder = decoder.clone(balance=dataclasses.replace(decoder.balance, aux_tokens=1.0))
 
     def eval_step(params, routing_state, batch):
@@ -78,7 +78,7 @@ def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
 
 
 def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put, progress=False):
-    """The `Evaluation` of a split, whose `stores` are by source; every token counts once.
+    """The `Evaluation` of a split with `stores` `{source: store}`; every token counts once.
 
     `score(batch)` is a `compile_eval_step` with bound parameters and routing state. Batches have
     `batch_size` windows of `seq_len` tokens; `put` moves them from the host to the devices.

@@ -2,8 +2,8 @@
 
 `write(step, group, scalars, layers, experts)` takes the metrics of one step: `group` is `train` or
 `validation`, `scalars` maps names to numbers, `layers` names to arrays `[L]`, and `experts` names
-to arrays `[L, n]` (L layers, n experts). Only TensorBoard keeps the last, as histograms. `close()`
-writes what is left.
+to arrays `[L, n]` (L layers, n experts). Only TensorBoard writes `experts`, as histograms.
+`close()` writes all that is not written yet.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class JsonLines:
-    """One JSON object a line, null for numbers that are not finite.
+    """Writes one JSON object per line, with null for numbers that are not finite.
 
     A written line survives a kill of the process; lines that cannot be written are kept for the
     next write.
@@ -73,7 +73,7 @@ class JsonLines:
         self._flush()
 
     def _flush(self):
-        if self._failed:  # the write before may have left half a line
+        if self._failed:  # the previous write may have left half a line
             self._file.truncate(self._size)
         self._failed = True
         written = self._file.write(self._unwritten)
@@ -93,7 +93,7 @@ class JsonLines:
 
 
 def _shortest(values):
-    """Numbers with only the digits that identify a float32."""
+    """The values as numbers with only the digits that identify a float32."""
     if np.issubdtype(values.dtype, np.integer):
         return values.tolist()
     return [float(str(value)) for value in values.astype(np.float32)]
@@ -109,13 +109,13 @@ def _tags(group, scalars, layers):
 
 
 class TensorBoard:
-    """Event files. The first event hides later steps that a killed run has written."""
+    """Writes event files. The first event hides later steps that a killed run has written."""
 
     name = "tensorboard/"
 
     def __init__(self, folder: Path, start_step):
         folder.mkdir(parents=True, exist_ok=True)
-        # tensorboardX's SummaryWriter has a thread, for which a flush waits for ever after a fault.
+        # After a fault, a flush of tensorboardX's SummaryWriter would wait forever for its thread.
         self._events = EventsWriter(str(folder / "events"))
         self._add(start_step + 1, file_version="brain.Event:2")
         self._add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
@@ -125,7 +125,7 @@ class TensorBoard:
         self._events.flush()
 
     def write(self, step, group, scalars, layers, experts):
-        # One event for all takes a tenth of the time of one for each.
+        # One event for all values takes a tenth of the time of one event per value.
         values = [
             Summary.Value(tag=tag, simple_value=value)
             for tag, value in _tags(group, scalars, layers).items()
@@ -142,7 +142,7 @@ class TensorBoard:
 
 
 class Bar:
-    """The last line of a terminal: step, time left, loss and speed; the log is above it."""
+    """A progress bar below the log, on a terminal's last line: step, time left, loss, speed."""
 
     name = "the progress bar"
 
@@ -166,7 +166,7 @@ class Wandb:
     """A run at Weights & Biases, which continues under the id in `wandb.json`.
 
     Raises `UserError` if Weights & Biases refuses, for example without a login, and
-    `ConnectionError` if it cannot be reached. A run that was killed sends later steps again.
+    `ConnectionError` if it cannot be reached. After a kill, a run sends some steps again.
     """
 
     name = "wandb"
@@ -185,7 +185,7 @@ class Wandb:
                 name=workdir.absolute().name,
                 dir=str(workdir),
                 config=config,
-                # stdout and stderr stay as they are; `wandb sync` uploads what the limit leaves
+                # wandb must leave stdout alone; `wandb sync` uploads what the timeout cut off
                 settings=wandb.Settings(console="off", finish_timeout=60.0),
             )
         except wandb.Error as e:

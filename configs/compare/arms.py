@@ -1,6 +1,6 @@
 """The arms that most suites have.
 
-A size sets `d_ffn` of a traditional expert, and all arms have its total parameters.
+A size sets `d_ffn` of a traditional expert, and all arms have the total parameters of that MoE.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ BALANCE = {
     "free": ("loss-free", {"aux_weight": 0.0, "bias_rate": BIAS_RATE}),
     "none": ("no balancing", {"aux_weight": 0.0, "bias_rate": 0.0}),
 }
-# For a router L_aux of all tokens is free; for AoE the suite's base sets the share of tokens.
+# A router computes L_aux from all tokens for free; for AoE the suite's base sets the share.
 ALL_TOKENS = {"aux_tokens": 1.0}
 
 
@@ -85,7 +85,7 @@ def varied(arm, **groups):
 
 
 def at_learning_rate(rate, arm):
-    """Returns an arm with another peak learning rate, which falls to a 25th."""
+    """Returns an arm with another peak learning rate, which decays to a 25th of the peak."""
     train = {"learning_rate": rate, "final_learning_rate": rate / 25}
     return replace(varied(arm, train=train), label=arm.label)
 

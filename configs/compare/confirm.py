@@ -4,11 +4,11 @@
 Every size sees 20 tokens for each active parameter: 0.22, 0.8, 2.2 and 5.4 epochs of the embedded
 corpus. `screen.py` tries four scoring rates, and each arm has the rate with the lowest mean loss
 there: 0.1 for the published AoE, 0.3 for the other arms. Experts of `aoe_whole` have whole gates,
-and the norm of 16 neurons scores; in `aoe_one` the value of one neuron scores. At 149k, seeds 0 to
-2 repeat runs of `screen.py`; seeds 3 and 4 are new. All arms have the same best learning rate
-(`rates.py`); at larger sizes the rate is in inverse proportion to d_model. The larger two sizes
-leave out `aoe_one`. Arms without L_aux (`none`, and `free` with the loss-free bias) show how load
-balances without that loss.
+and their score is the norm of 16 neurons; in `aoe_one` it is the value of one neuron. At 149k,
+seeds 0 to 2 repeat runs of `screen.py`; seeds 3 and 4 are new. All arms have the same best learning
+rate (`rates.py`); at larger sizes the rate is in inverse proportion to d_model. The larger two
+sizes leave out `aoe_one`. Arms without L_aux (`none`, and `free` with the loss-free bias) show how
+load balances without that loss.
 """
 
 from aoe_jax.compare.suite import Size, Suite

@@ -1,7 +1,7 @@
 """The four arms of `confirm.py` with L_aux at 20M, 50M and 100M active parameters, for one GPU or
 more: `--suite=configs/compare/gpu.py --set=data.name=prepared --set=data.path=STORE`.
 
-Every size sees 20 tokens for each active parameter, 0.4B, 1B and 2.1B of them, so the embedded
+Every size sees 20 tokens for each active parameter (0.4B, 1B and 2.1B tokens), so the embedded
 corpus is too small: STORE is a token store of `python -m aoe_jax.prepare`, with at most 32,000
 tokens in its vocabulary. The widths and ranks of the published AoE are multiples of 64, as the GPU
 kernel of all arms requires: its rank is near d/3, and its experts have at most 3% more parameters.
@@ -47,7 +47,7 @@ def published_aoe():
 
 def get_suite():
     base = paper.get_config("moe_aux")
-    base.balance.aux_tokens = 0.125  # for AoE; a router's L_aux has all tokens
+    base.balance.aux_tokens = 0.125  # for AoE; a router's L_aux uses all tokens
     base.model.max_len = LENGTH
     base.data.seq_len = LENGTH
     base.train.update(

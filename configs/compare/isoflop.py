@@ -2,9 +2,9 @@
 
 The MoE spends 4e12 FLOPs at each of five sizes: few parameters and many tokens, or the reverse.
 That is 1.8 to 0.2 epochs of the embedded corpus. All arms of a size see the same tokens: AoE spends
-1.01x to 1.04x the MoE's FLOPs, and a dense model of equal active parameters the same. A dense model
-of equal total parameters would have other FLOPs. At the middle size each arm has its best learning
-rate (`rates.py`); at other sizes the rate is in inverse proportion to d_model.
+1.01x to 1.04x the MoE's FLOPs, and a dense model of equal active parameters spends the same as the
+MoE. A dense model of equal total parameters would have other FLOPs. At the middle size each arm has
+its best learning rate (`rates.py`); at other sizes the rate is in inverse proportion to d_model.
 """
 
 from dataclasses import replace

@@ -5,8 +5,8 @@ Arms are the variants of `configs/methods.py`. Arms with AoE are compared to AoE
 with a router to the router with top-k, and the router with top-k to AoE with top-k. All have the
 learning rate of `small.py`, the best for both AoE and the router; tuning each arm would take longer
 than all runs. Some arms have one expert per token: switch and smear have about half the expert
-FLOPs of the others, and thor, which passes every batch twice, has as many and twice the FLOPs of
-attention.
+FLOPs of the others, and thor, which processes every batch twice, has as many expert FLOPs as the
+others and twice their attention FLOPs.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite, Sweep
@@ -45,11 +45,11 @@ def get_suite():
     return Suite(
         name="methods",
         base=base_config(),
-        # Whole gates have suites of their own: `screen.py` and those after it.
+        # Whole gates have suites of their own: `screen.py` and `confirm.py`.
         arms={v: _arm(v) for v in methods.VARIANTS if v != "whole_gate"},
         sizes={"42k": Size(SMALLEST, seeds=3)},
         baseline="top_k",
-        # For methods with another number of experts a token.
+        # Step times for comparison with methods that use another number of experts per token.
         throughput={
             "chosen": Sweep(
                 "experts.top_k", (1, 2, 3, 4, 5, 6), SMALLEST, ("top_k", "top_k_router")

@@ -1,10 +1,10 @@
 """The arms that `confirm.py` has at all sizes, with other settings:
 `--suite=configs/compare/other.py`.
 
-Four core-hours, at the middle size of `small.py` and its learning rate: batches four times as
-large, 2 of 16 experts, and 8 of 64 and of 256 experts of a quarter of the width. AoE lacks the
-parameters of the router, 1.2% of all with 64 experts and 1.4% with 256. The report in
-`results/other` has a second corpus in addition, `manuals`.
+The suite takes four core-hours, at the middle size of `small.py` and its learning rate. It has
+batches four times as large, 2 of 16 experts, and 8 of 64 and of 256 experts of a quarter of the
+width. AoE lacks the parameters of the router, 1.2% of all with 64 experts and 1.4% with 256. The
+report in `results/other` also has a second corpus, `manuals`.
 """
 
 from dataclasses import replace

@@ -8,19 +8,19 @@ Arms are the variants of `configs/paper.py`. These commands tell whether an arm 
     python -m aoe_jax.plan --config=configs/paper.py:aoe_4b --topology=v5e:16x16 \
         --config.mesh.fsdp=16 --config.train.accumulate=4
 
-A run keeps a checkpoint every 2000 steps, for the analysis of routing, and the newest three: 13 in
-the end, of 9 GB each, or 48 GB at 4B.
+A run keeps a checkpoint every 2000 steps, for the analysis of routing, and the newest three. In the
+end these are 13 checkpoints of 9 GB each, or 48 GB at 4B.
 
 The corpus and the mesh must be given: `--set=data.name=... --set=data.tokenizer=...
 --set=mesh.fsdp=16`. On several hosts train each run by itself, `train.py --config=RUN.config.json
---workdir=RUN --distributed`, where RUN is `DIR/runs/SIZE/ARM/seed_0`: this command writes the file.
-Then the same command finds the runs trained, analyses their routing and reports.
+--workdir=RUN --distributed`, where RUN is `DIR/runs/SIZE/ARM/seed_0`: the suite's command writes
+this file. Started again after training, it analyses the routing of the runs and reports.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite
 from configs import paper
 
-# Its router has n r d parameters more, 2.6% of all.
+# The large router adds n r d parameters, 2.6% of all.
 UNMATCHED = ("moe_aux_large_router",)
 
 # Arms without L_aux are compared to each other, and so are arms with top-p.

@@ -1,4 +1,4 @@
-"""Which AoE is worth its cost: a screening at the middle size of `small.py`, five core-hours:
+"""A screening of AoE variants at the middle size of `small.py`, five core-hours:
 `--suite=configs/compare/screen.py`.
 
 Names say how an arm's experts are scored: by their low-rank activation (`d3`, the paper), or by

@@ -1,10 +1,10 @@
 """AoE against MoE and dense at three sizes, about 8 core-hours: `--suite=configs/compare/small.py`.
 
 The MoE and AoE arms have 42k, 149k and 418k active parameters without embeddings. Every size sees
-20 tokens for each of them: 0.22, 0.8 and 2.2 epochs of the embedded corpus. Dense arms have all
-parameters active, 3.2 times as many, and see the same tokens. At the smallest size, which also has
-two arms without balancing, each arm has its best learning rate (`rates.py`). At other sizes the
-rate is in inverse proportion to d_model.
+20 tokens for each active parameter: 0.22, 0.8 and 2.2 epochs of the embedded corpus. Dense arms
+have all parameters active, 3.2 times as many, and see the same tokens. At the smallest size, which
+also has two arms without balancing, each arm has its best learning rate (`rates.py`). At other
+sizes the rate is in inverse proportion to d_model.
 """
 
 from aoe_jax.compare.suite import Size, Suite
@@ -56,7 +56,7 @@ def wider(changes, seeds, arms):
 def base_config():
     """Returns the configuration that all runs share."""
     base = tiny.get_config()
-    base.model.vocab_size = 1024  # few embeddings beside so few parameters, and many tokens
+    base.model.vocab_size = 1024  # small embeddings for so few parameters, and more tokens
     base.train.update(learning_rate=2e-2, final_learning_rate=8e-4, log_every=10)
     return base
 

@@ -1,9 +1,9 @@
 """Cost of a training step against experts, K, r and tokens:
 `--suite=configs/compare/throughput.py`.
 
-AoE, the dropless MoE of equal total parameters, a dense model of equal total parameters, and one of
-equal active parameters. Nothing is trained. Steps of two layers of d=192 are timed, about an hour
-on two CPU cores.
+The suite compares AoE, the dropless MoE of equal total parameters, and dense models of equal total
+and of equal active parameters. It trains nothing. It times steps of two layers of d=192, which
+takes about an hour on two CPU cores.
 """
 
 from dataclasses import replace

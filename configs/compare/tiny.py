@@ -1,7 +1,7 @@
 """The smoke test of comparisons, minutes on two CPU cores: `--suite=configs/compare/tiny.py`.
 
-Two sizes, two seeds, on the embedded corpus, and steps of the smaller size against the number of
-experts. Training is far too short to say which arm is better.
+It trains two sizes with two seeds on the embedded corpus, and times steps of the smaller size
+against the number of experts. Training is far too short to say which arm is better.
 """
 
 from aoe_jax.compare.suite import Size, Suite, Sweep

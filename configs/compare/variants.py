@@ -1,10 +1,10 @@
 """Other MoE layers, other routers and the paper's ablations at the middle size of `small.py`, about
 four core-hours: `--suite=configs/compare/variants.py`.
 
-The dropless MoE and AoE against an MoE with the capacity of Switch and GShard, the ablations of the
-paper's Table 2, weights over all experts, and the routers of Table 3. AoE with a variant is
-compared to the MoE with the same variant. All arms have the learning rate that `small.py` gives the
-MoE and AoE with L_aux at this size.
+The suite compares the dropless MoE and AoE to an MoE with the capacity of Switch and GShard, the
+ablations of the paper's Table 2, weights over all experts, and the routers of Table 3. AoE with a
+variant is compared to the MoE with the same variant. All arms have the learning rate that
+`small.py` gives the MoE and AoE with L_aux at this size.
 """
 
 from dataclasses import replace
