@@ -115,7 +115,11 @@ MISTAKES = [
     ("a.jsonl", b'{"body": "x"}\n', r"--text_field='text': .*has no such field; it has \['body'\]"),
     ("a.jsonl", b'{"text": null}\n', "--text_field='text': .*has a NoneType there, not a text"),
     ("a.jsonl", b'{"text": ' + 9999 * b"[" + b"\n", r"is no JSON \(maximum recursion depth"),
-    ("a.json.gz", gzip.compress(b"x\n"), r"byte 0 of .*a\.json\.gz, decompressed, is no JSON"),
+    (
+        "a.json.gz",
+        gzip.compress(b"x\n", mtime=0),
+        r"byte 0 of .*a\.json\.gz, decompressed, is no JSON",
+    ),
     ("a.json.gz", gzip.compress(LINES)[:-20], r"a\.json\.gz cannot be read \(Truncated.*mend or"),
     ("a.jsonl.zst", zstd(LINES)[:-20], r"a\.jsonl\.zst cannot be read \(Truncated"),
     ("a.jsonl.gz", damaged(gzip.compress(LINES, mtime=0)), r"gz (cannot be read|, decompressed)"),

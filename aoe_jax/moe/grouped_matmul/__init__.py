@@ -5,30 +5,29 @@ Letters of shapes in this package: M rows, D contracted width, F output width, E
 
 import logging
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib import import_module
 
 import jax
 import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
-from aoe_jax.moe.grouped_matmul import mosaic_gpu
-from aoe_jax.moe.grouped_matmul.blocked import RowLayout, blocked_matmul, layout_matmul
+from aoe_jax.moe.grouped_matmul.blocked import RowLayout, layout_matmul
 from aoe_jax.moe.grouped_matmul.blocked import row_layout as blocked_row_layout
 from aoe_jax.moe.grouped_matmul.groups import WholeGroups, group_sizes_of
-from aoe_jax.moe.grouped_matmul.megablox import megablox_matmul
-from aoe_jax.moe.grouped_matmul.ragged import ragged_matmul
-from aoe_jax.moe.grouped_matmul.rowwise import rowwise_matmul
 from aoe_jax.sharding import target_device
 
 log = logging.getLogger(__name__)
 
-BACKENDS = {
-    "blocked": blocked_matmul,
-    "rowwise": rowwise_matmul,
-    "ragged": ragged_matmul,
-    "megablox": megablox_matmul,
-    "mosaic_gpu": mosaic_gpu.mosaic_gpu_matmul,
-}
+
+def _import_and_multiply(name, rows, weights, groups):
+    """Calls the function `NAME_matmul` of the module `NAME` in this package."""
+    module = import_module(f"{__name__}.{name}")
+    return getattr(module, f"{name}_matmul")(rows, weights, groups)
+
+
+_NAMES = ("blocked", "rowwise", "ragged", "megablox", "mosaic_gpu")
+BACKENDS = {name: partial(_import_and_multiply, name) for name in _NAMES}
 
 
 def grouped_matmul(
@@ -125,6 +124,8 @@ def _is_hopper(device):
 def _that_takes(backend, dtype, d, f):
     """The backend, or "blocked" with a warning if it does not take the dtype or the widths."""
     if backend == "mosaic_gpu":
+        from aoe_jax.moe.grouped_matmul import mosaic_gpu
+
         try:
             mosaic_gpu.check(dtype, d, f)
         except UserError as error:
