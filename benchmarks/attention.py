@@ -2,9 +2,9 @@
 
 `python -m benchmarks.attention [--topology=v5e:2x2] [--shapes=BxHxGxSxh,...] [--block=512]
 [--json=FILE]` with `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`), or with
-`--topology=h100:1` and JAX's CUDA wheels. Forward and backward pass in bfloat16, on one device.
-Traffic and likely time are those of `aoe_jax/planning/costs.py`; softmax and transposes inside the
-kernels, which run beside their products, are not in the time.
+`--topology=h100:1` and JAX's CUDA wheels. It compiles the forward and backward pass in bfloat16 for
+one device. Traffic and likely time are those of `aoe_jax/planning/costs.py`; the time leaves out
+softmax and transposes inside the kernels, which overlap with the kernels' products.
 """
 
 from absl import flags

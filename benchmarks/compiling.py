@@ -1,5 +1,5 @@
-"""Shared by the compile checks: attention, grouped products and stacked layers for a device that
-is not here.
+"""Helpers of the compile checks: they compile attention, grouped products and stacked layers for a
+device that is not here.
 
 M rows, D contracted width, F output width, E experts.
 """
@@ -45,7 +45,7 @@ def devices_of(generation):
 
 
 def compiled_attention(devices, backend, shape):
-    """Compiles attention for one device; `shape` is `(B, H, G, S, h)`. As `compile_and_read`."""
+    """Compiles attention at `shape = (B, H, G, S, h)`; returns the result of `compile_and_read`."""
     b, n_heads, n_kv, s, h = shape
     mesh = Mesh(np.array(devices[:1]), ("one",), axis_types=(AxisType.Auto,))
     *arrays, g = (
@@ -58,7 +58,7 @@ def compiled_attention(devices, backend, shape):
 
 
 def expert_shapes():
-    """The sorted `(D, F)` of every grouped product in configs/tiny.py and configs/paper.py."""
+    """Returns the sorted `(D, F)` of grouped products in configs/tiny.py and configs/paper.py."""
     shapes = set()
     for module in (tiny, paper):
         for variant in module.VARIANTS:
@@ -92,8 +92,8 @@ def lower_for(device, backend, m, d, f, n_experts, dtype, product=None):
 
 
 def megablox_tile_flops(m, d, f, n_experts, itemsize):
-    """FLOPs of whole tiles over the useful `6 M D F` at the worst group sizes: every group ends
-    within a tile, which is computed for both of its groups.
+    """Returns the FLOPs of whole tiles over the useful `6 M D F` for the worst group sizes, where
+    every group ends within a tile, so that this tile is computed for two groups.
     """
     total = 0
     for name, (tm, tk, tn) in tiles(m, d, f, n_experts, itemsize).items():
@@ -119,11 +119,11 @@ def unweighted_aux_loss(stats, balance):
 
 
 def lower_layers(device, config: Config, n_tokens):
-    """Lowers the gradient of `n_layers` scanned layers of experts, in parameters and tokens, for
-    one device of a topology.
+    """Lowers the gradient of `n_layers` scanned layers of experts with respect to parameters and
+    tokens, for one device of a topology.
 
-    Each is `x + experts(RMSNorm(x))`, in `model.dtype` over float32 parameters, with `model.remat`
-    and the balance loss.
+    A layer is `x + experts(RMSNorm(x))`, in `model.dtype` over float32 parameters, with
+    `model.remat` and the balance loss.
     """
     m, dtype, layer = config.model, jnp.dtype(config.model.dtype), experts_layer(config)
     norm = RMSNorm(dtype=dtype, use_scale=False)

@@ -1,10 +1,10 @@
-"""Bits per byte of a trained model beside those of `xz -9e` on the same held-out text.
+"""Compares the bits per byte of a trained model and of `xz -9e` on the same held-out text.
 
 `python -m benchmarks.compression --workdir=DIR [--json=FILE]`, after `python eval.py --workdir=DIR
 [--split=...]`.
 
-The compressor gets the same text as the model: the held-out split is charged with the bytes by
-which the train text grows when `xz` compresses both in one stream.
+The compressor gets the same texts as the model: the compressed size of the held-out split is the
+number of bytes that it adds when `xz` compresses it after the train text in one stream.
 """
 
 import lzma

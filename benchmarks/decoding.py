@@ -1,13 +1,13 @@
-"""Decoding: with a cache and without it, AoE beside router MoE, few and many experts, and
+"""Times decoding with and without a cache, for AoE and router MoE, few and many experts, and
 self-contrast.
 
 `python -m benchmarks.decoding [--length=512] [--batches=1,16] [--d_model=256] [--layers=4]
 [--repeats=7] [--json=FILE]`. Models have random weights in float32, a vocabulary of 4096, and 2 of
-8 or 8 of 64 experts (AoE with r = d/3 and r = d/12, of equal total parameters); a dense model has
-the total parameters of all, another the active ones. All are timed in turn. A step reads a token
-and finds the likeliest next one, with a cache of `--length` positions. `bytes` counts the weights
-that a token needs; `recomputing` and `contrasting` are the times without a cache and with
-self-contrast, over the time with a cache.
+8 or 8 of 64 experts (AoE with r = d/3 and r = d/12, of equal total parameters); one dense model is
+as wide as all experts together, another as wide as the chosen ones. All models are timed in turn. A
+step reads a token and finds the likeliest next one, with a cache of `--length` positions. `bytes`
+counts the weights that a token needs; `recomputing` and `contrasting` are the times without a cache
+and with self-contrast, over the time with a cache.
 """
 
 import jax
@@ -95,8 +95,8 @@ def recomputing(decoder, params, batch, length):
 
 
 def token_bytes(config):
-    """Counts bytes of float32 weights of a token: the active ones, the W_gate_down of all AoE
-    experts, and the table.
+    """Counts the bytes of the float32 weights that a token reads: the active ones, the W_gate_down
+    of all AoE experts, and the embedding table.
     """
     c, counts = config.experts, parameter_counts(config)
     idle = (c.n_experts - c.top_k) * c.score_width * config.model.d_model if c.kind == "aoe" else 0

@@ -4,14 +4,14 @@ on which chip, and with how many FLOPs and how much memory traffic.
 `python -m benchmarks.grouped_compile [--generations=v5e,h100,...] [--backends=blocked,...]
 [--dtypes=bfloat16,...] [--shapes=DxF,...|all] [--rows=32768] [--experts=8] [--json=FILE]`, for TPUs
 with `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`), for GPUs with the `jax[cuda13]`
-wheels (`pip install '.[cuda]'`). `--shapes=all` are those of the configurations. The backend that
-"auto" means for a chip and dtype has a star; if one of its products does not compile, or takes more
-than 1.3 (TPU) or 1.1 times (GPU) the useful FLOPs, the exit status is 1.
+wheels (`pip install '.[cuda]'`). `--shapes=all` takes the shapes of the configurations. A star
+marks the backend that "auto" selects for a chip and dtype; if one of its products does not compile,
+or takes more than 1.3 (TPU) or 1.1 times (GPU) the useful FLOPs, the exit status is 1.
 
 Each product is compiled alone, see `aoe_jax/planning/costs.py`. For TPU, a tile counts twice if two
 experts share it, and the padding of widths to tiles does not count; `blocked` is counted for
-balanced loads. Kernels of the package tokamax, where it is installed, are taken to do the useful
-FLOPs, and to read and write every array once.
+balanced loads. If the package tokamax is installed, its kernels are assumed to do the useful FLOPs,
+and to read or write every array once.
 """
 
 import importlib.util
@@ -42,7 +42,7 @@ _DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "of rows and weig
 _SHAPES = flags.DEFINE_list("shapes", ["768x3072"], "DxF of an expert's weights, or all")
 _ROWS = flags.DEFINE_integer("rows", 2 * 16384, "tokens times experts per token")
 _EXPERTS = flags.DEFINE_integer("experts", 8, "number of experts")
-# Of a default backend, over the useful ones; 64 experts share tiles of 1.25 times the rows.
+# Limits for a default backend, over useful FLOPs. 64 experts fill tiles of 1.25 times the rows.
 _MOST_FLOPS = {"tpu": 1.3, "gpu": 1.1}
 
 TOKAMAX = ("tokamax_mosaic", "tokamax_triton") if importlib.util.find_spec("tokamax") else ()
@@ -77,7 +77,7 @@ def _figure(device, backend, sizes, dtype, product):
     try:
         lowered = lower_for(device, backend, *sizes, dtype, product)
         compiled, text = hlo.compile_and_read(lowered)
-    except Exception as error:  # compilers and tokamax have their own kinds
+    except Exception as error:  # compilers and tokamax raise their own types
         return {"error": str(error)}
     operations = costs.Program(text, [*costs.KERNEL_COSTS, _tokamax_cost]).operations
     flops = sum(o.times * max(o.flops, o.occupied_flops) for o in operations)
@@ -89,7 +89,7 @@ def _figure(device, backend, sizes, dtype, product):
 
 
 def _in_own_process(*args):
-    """Calls `figures` in a process that a kernel which does not compile may end."""
+    """Calls `figures` in another process, which a kernel that does not compile may end."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(figures, *args).result()

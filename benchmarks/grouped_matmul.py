@@ -1,9 +1,9 @@
-"""`grouped_matmul`, forward and backward, beside one dense matmul of the same useful FLOPs.
+"""Times `grouped_matmul`, forward and backward, and one dense matmul of the same useful FLOPs.
 
 `python -m benchmarks.grouped_matmul [--shapes=4096x512x1024x8,...] [--backends=auto,ragged]
 [--dtype=float32] [--repeats=9] [--json=FILE]`; a shape is M rows, D contracted width, F output
 width, E experts. Group sizes are those of random choices. The dense matmul is timed in turn with
-the backends; forward+backward is the value and both gradients.
+the backends; forward+backward computes the value and both gradients.
 """
 
 import jax.numpy as jnp
@@ -37,8 +37,8 @@ def _inputs(m, d, f, n_experts, dtype):
 
 
 def _timed(product, rows, weights, g):
-    """Two functions without arguments, the product alone and with its gradients, and the temporary
-    memory of the second.
+    """Returns two functions without arguments, the product alone and with its gradients, and the
+    temporary memory of the second one.
     """
 
     _, forward = compiled(product, rows, weights)

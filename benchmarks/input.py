@@ -1,14 +1,14 @@
-"""The time that a training step of configs/tiny.py waits for its batch, on several corpora, with
-and without reading ahead.
+"""Measures how long a training step of configs/tiny.py waits for its batch, on several corpora,
+with and without reading ahead.
 
-`python -m benchmarks.input [--data=NAME] [--cache=DIR] [--steps=60] [--json=FILE]`. NAME is as
+`python -m benchmarks.input [--data=NAME] [--cache=DIR] [--steps=60] [--json=FILE]`. NAME is like
 `data.name`; without it the corpora are the embedded addresses and, as a folder of texts, the long
-descriptions of the installed packages, half of the tokens from each. They are tokenised before, and
+descriptions of the installed packages, half of the tokens from each. They are tokenised beforehand,
 packed and shuffled.
 
 The arms take real steps in turn. A wait is the time of `next(data)` and of moving the batch to the
-device. It begins only when the step has ended; in training it overlaps with the step, so this is
-the most that it can cost.
+device. It begins only when the step has ended; in training it overlaps with the step, so the
+measured wait is an upper bound of its cost.
 """
 
 import importlib.metadata

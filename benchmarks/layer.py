@@ -1,10 +1,10 @@
-"""One layer of experts, forward+backward: router MoE beside a dense SwiGLU of equal active FLOPs,
-and AoE beside the router MoE.
+"""Times one layer of experts, forward+backward: router MoE against a dense SwiGLU of equal active
+FLOPs, and AoE against the router MoE.
 
 `python -m benchmarks.layer [--tokens=4096] [--shapes=256x8x2x512,...] [--dtype=float32]
 [--repeats=9] [--json=FILE]`; a shape is d_model, n_experts, top_k, d_ffn. AoE has the same total
 parameters (Eq. 5) and d_low = d_model / 3. `useful` is the ratio of analytic FLOPs; `peak memory`
-is the arguments, results and temporaries of the compiled program, over those of the baseline.
+is that of arguments, results and temporaries of the program, over the baseline's.
 
 It also times each phase of the AoE layer alone, forward.
 """

@@ -1,10 +1,10 @@
-"""Our train step beside that of MaxText, both compiled for a TPU slice that is not here; and likely
-step times beside published ones.
+"""Compares our train step with MaxText's, both compiled for a TPU slice that is not here, and
+likely step times with published ones.
 
     python -m benchmarks.maxtext --python=VENV/bin/python --topology=v5e:4x4 [--json=FILE]
     python -m benchmarks.maxtext --python=VENV/bin/python --recipe=mixtral_8x7b_v5p [--json=FILE]
 
-Minutes for each program. The first form needs `libtpu` (`make .venv/libtpu`,
+Each program takes minutes. The first form needs `libtpu` (`make .venv/libtpu`,
 `PYTHONPATH=.venv/libtpu`). MaxText needs Python 3.12 or later and other versions than we do, so it
 has its own environment:
 
@@ -15,7 +15,7 @@ has its own environment:
         sympy tensorboardX tiktoken tokamax tqdm transformers
 
 The first form compares models of equal size: `configs/paper.py:moe_aux` and `aoe_r256_aux` with
-`SETTINGS`, and MaxText with `MODEL` and `BEST`. The second compiles a run whose step time is
+`SETTINGS`, and MaxText with `MODEL` and `BEST`. The second form compiles a run whose step time is
 published. Memory, traffic and time are computed by `planning/costs.py` for all programs alike.
 """
 
@@ -76,7 +76,7 @@ MODEL = {
 }
 
 
-# The fastest of what was tried: see docs/plans.md.
+# The fastest of the settings that were tried, see docs/plans.md.
 BEST = {
     "attention": "flash",
     "num_vocab_tiling": 16,
@@ -101,8 +101,8 @@ class Recipe:
 
 # The sources are in repositories of github.com/AI-Hypercomputer. Step times from MaxText's table of
 # models are in maxtext/docs/reference/models/tiering.md. Fields and XLA flags are those of the
-# source, less what only concerns running, and `xla_tpu_enable_async_collective_fusion`, which this
-# compiler refuses on other chips than v5e.
+# source, except those that only concern running and `xla_tpu_enable_async_collective_fusion`, which
+# this compiler accepts for v5e only.
 _OVERLAP = (
     "--xla_tpu_enable_data_parallel_all_reduce_opt=true "
     "--xla_tpu_data_parallel_opt_different_sized_ops=true "
@@ -197,9 +197,9 @@ _INSTALL = "the docstring of benchmarks/maxtext.py says how to install MaxText"
 
 
 def compile_maxtext(python, fields, xla_flags):
-    """Compiles a train step of MaxText, with `fields` of its `base.yml`, by the Python of an
-    environment that has it; returns the figures that `maxtext_compile.py` writes, and the optimised
-    HLO. Raises `UserError` if there is no such Python, no MaxText there, or MaxText failed.
+    """Compiles a train step of MaxText, with `fields` of its `base.yml`, by a Python that has
+    MaxText. Returns the figures that `maxtext_compile.py` writes, and the optimised HLO. Raises
+    `UserError` if there is no such Python, no MaxText there, or MaxText failed.
     """
     script = Path(__file__).with_name("maxtext_compile.py")
     of_tpu = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -256,8 +256,8 @@ def our_size(config):
 
 
 def check_sizes(name, size, reference):
-    """Describes parameters that differ by less than 0.1%; raises `UserError`, with both values, if
-    anything else differs.
+    """Returns the numbers of parameters in words; they may differ by 0.1%. Raises `UserError`, with
+    both values, if anything else differs.
     """
     close = ("parameters", "state_numbers")
     for field, value in size.items():
@@ -275,7 +275,7 @@ def _tiles(m, k, n, n_experts, itemsize):
 
 
 def _read(text, chip, shape):
-    """Returns `read_program` of a program of MaxText."""
+    """Returns the result of `read_program` for a program of MaxText."""
     grouped = partial(megablox_cost, tiles=_tiles)
     others = [cost for cost in KERNEL_COSTS if cost is not megablox_cost]
     return read_program(text, chip, shape, [grouped, *others])
@@ -369,7 +369,7 @@ def main():
     save(report)
 
 
-if __name__ == "__main__":  # only here, so that tests can import this beside other commands
+if __name__ == "__main__":  # flags are only here, so that tests can import this file
     flags.DEFINE_string("python", None, "the Python of an environment with MaxText")
     flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:4x4")
     flags.DEFINE_string("recipe", None, f"of {', '.join(RECIPES)}")

@@ -16,7 +16,7 @@ import jax
 import maxtext
 from maxtext.trainers.pre_train import train_compile
 
-# What decides the size of a model and of its step.
+# The fields that decide the size of a model and of its step.
 FIELDS = {
     "layers": "num_decoder_layers",
     "width": "emb_dim",

@@ -1,11 +1,11 @@
-"""A whole training step on one core: AoE and router MoE here, and Mixtral of the same shape in
+"""Times a whole training step on one core: our AoE and router MoE, and Mixtral of the same shape in
 `transformers` on torch.
 
 `python -m benchmarks.mixtral [--repeats=5] [--json=FILE]`, with `torch` and `transformers`
 installed beside this package. All take 16 sequences of 256 random tokens through 4 layers of d=256
 with 4 heads and 8 experts, 2 chosen, of width 512, with a vocabulary of 4096, L_aux (unless the arm
-says otherwise), clipping and AdamW, in float32. Mixtral runs eagerly. They are timed in turn, and
-so is one plain product in torch and in JAX, since a step consists mostly of products.
+says otherwise), clipping and AdamW, in float32. Mixtral runs eagerly. The models are timed in turn,
+and so is one matrix product in torch and in JAX, since a step consists mostly of matrix products.
 """
 
 import os
@@ -36,8 +36,8 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "timed steps of each model", lower
 
 
 def mixtral_step(config):
-    """A function that takes one training step of `transformers`' Mixtral in the shape of `config`,
-    and the versions of the packages in words.
+    """Returns a function that takes one training step of `transformers`' Mixtral in the shape of
+    `config`, and the versions of the packages in words.
     """
     torch, transformers, versions = torch_packages()
     m, c, t = config.model, config.experts, config.train
@@ -75,7 +75,7 @@ def mixtral_step(config):
 
 
 def products(config):
-    """Returns a plain product of tokens and a weight of one expert, in torch and in JAX."""
+    """Returns functions that compute 20 products of tokens and one weight, in torch and in JAX."""
     import torch
 
     d, f = config.model.d_model, config.experts.d_ffn

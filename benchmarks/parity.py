@@ -1,4 +1,4 @@
-"""Logits of imported models beside those of `transformers`.
+"""Compares the logits of imported models with those of `transformers`.
 
 `python -m benchmarks.parity [--json=FILE]` makes a tiny random model of every architecture that can
 be imported, saves it in every layout of its tensors in float32 and in bfloat16, and compares the
@@ -38,7 +38,7 @@ _SHAPE = {
     "pad_token_id": None,
 }
 _MOE = {**_SHAPE, "num_experts_per_tok": 2}
-_ROPE = {"rope_type": "default", "rope_theta": 100.0}  # not the default
+_ROPE = {"rope_type": "default", "rope_theta": 100.0}  # differs from the default
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 50.0,
@@ -131,8 +131,8 @@ MODELS = {
 
 
 def random_model(name, **changes):
-    """A model of `MODELS`; every parameter and selection bias is drawn with the standard deviation
-    0.3, norms too.
+    """A model of `MODELS`; every parameter, norms included, and every selection bias is drawn with
+    the standard deviation 0.3.
     """
     import torch
     import transformers
@@ -151,7 +151,7 @@ def random_model(name, **changes):
 
 
 def save(model, directory, layout):
-    """Saves a model of transformers; with a tensor for each expert, in many shards."""
+    """Saves a model of transformers; the layout "per expert" gets many shards."""
     size = "20KB" if layout == "per expert" else "5GB"
     model.save_pretrained(directory, save_original_format=LAYOUTS[layout], max_shard_size=size)
 

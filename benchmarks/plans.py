@@ -1,7 +1,7 @@
 """The table of plans in docs/plans.md: AoE beside its router twin, on machines that are not here.
 
 `python -m benchmarks.plans [--rows=NAME,...] [--json=FILE]`, with `libtpu` for TPUs and JAX's CUDA
-wheels for GPUs; minutes a row, of two cores. Each row is `python -m aoe_jax.plan
+wheels for GPUs; a row takes minutes on two cores. Each row is `python -m aoe_jax.plan
 --config=CONFIGURATION --topology=TOPOLOGY` with the fields in `ROWS` and `SHARED`.
 """
 
@@ -70,7 +70,7 @@ def plans_of(name):
 
 
 def cells(figure, twin=None):
-    """Returns the line of the table for a plan; `twin`: that of the MoE, for an AoE."""
+    """Returns the line of the table for a plan; `twin` is the plan of the MoE, for an AoE."""
     memory, traffic, step = compared = _compared(figure)
     mesh = (f"{name} {n}" for name, n in figure["mesh"].items() if name != "transport" and n > 1)
     network = figure["seconds_by_scope"].get("network", 0)

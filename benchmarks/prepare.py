@@ -1,9 +1,9 @@
-"""Data preparation: its rate on one core beside that of the tokenizer library alone, and gigabytes
-of text, prepared with kills on the way.
+"""Measures data preparation: its rate on one core and that of the tokenizer library alone, and the
+preparation of gigabytes of text that is killed on the way.
 
-`python -m benchmarks.prepare [--repeats=5] [--json=FILE]`: for each tokenizer, the units of work of
-a worker process (read and parse JSON lines, hash, tokenise, write, hash again) in turn with the
-library's encoding of the same texts alone, in MB of text a second.
+`python -m benchmarks.prepare [--repeats=5] [--json=FILE]`: for each tokenizer, times the units of
+work of a worker process (read and parse JSON lines, hash, tokenise, write, hash again) in turn with
+the library's encoding of the same texts alone, in MB of text per second.
 
 `python -m benchmarks.prepare --workdir=DIR --size=2e9 [--json=FILE]`: writes so many bytes of JSON
 lines into DIR and prepares them, once without a break, and once with two kills, continued each
@@ -155,13 +155,13 @@ def memory(pid):
     try:
         for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
             total += process.memory_full_info().pss
-    except psutil.Error:  # it has just ended
+    except psutil.Error:  # the process has just ended
         pass
     return total
 
 
 def large(root: Path, size, processes):
-    """Prepares `size` bytes of text twice, once with kills on the way; figures of both."""
+    """Prepares `size` bytes of text twice, once with kills on the way; returns the figures."""
     (root / "texts").mkdir(parents=True)
     count = write_texts(root / "texts", size)
     command = [sys.executable, "-m", "aoe_jax.prepare", f"--input={root}/texts/*.jsonl"]

@@ -1,5 +1,5 @@
 """A soak test: real training runs that are disturbed at random moments must end in the same state
-as one that is not, bit for bit.
+as an undisturbed run, bit for bit.
 
     python -m benchmarks.soak --workdir=DIR [--kills=50] [--terms=20]
     python -m benchmarks.soak --workdir=DIR --pod_size=2 [--events=20]
@@ -63,7 +63,7 @@ SETTINGS = {
     "checkpoint.every": 7,
     "checkpoint.keep": 3,
 }
-# The moment of a stop -> the most seconds from it to the signal.
+# The moment of a stop -> the longest delay of the signal after it, in seconds.
 MOMENTS = {"start": 6, "preparation": 1, "steps": 4, "save": 0.05}
 HANG_TIMEOUT = 30  # seconds; on a busy machine a restore alone may take half of it
 LONGEST = 20  # seconds from an event of several processes to the next
@@ -224,7 +224,7 @@ def soak(root: Path, kills, terms, seed, settings=None):
     for number in tqdm(signals, desc="stops", unit="stop"):
         moment = chance.choice([*MOMENTS])
         status = work.stop(run, moment, number, chance)
-        # Before the run handles SIGTERM, it ends the process as it ends any program or command.
+        # Until the run handles SIGTERM, the signal ends the process like any other program.
         early = number == signal.SIGTERM and moment == "start"
         allowed = {0, -signal.SIGKILL} | ({-signal.SIGTERM, Terminated.status} if early else set())
         if status not in allowed:
@@ -325,7 +325,7 @@ def soak_supervised(root: Path, n_processes, n_events, seed, settings=None):
         wanted = result(run.workdir)
         run = SupervisedRun(work, root / "run_0", n_processes)
         for _ in tqdm(range(n_events), desc="events", unit="event"):
-            if chance.random() < 0.5:  # in a step or a save, else wherever they are by then
+            if chance.random() < 0.5:  # in a step or a save, else at any moment
                 run.wait_for_steps()
             time.sleep(LONGEST * chance.random())
             if run.has_ended():
@@ -360,7 +360,7 @@ def main():
     report(figures)
 
 
-if __name__ == "__main__":  # only here, so that others can import this
+if __name__ == "__main__":  # flags are only here, so that others can import this
     flags.DEFINE_string("workdir", None, "a directory for the runs")
     flags.DEFINE_integer("kills", 50, "how often a process is killed", lower_bound=0)
     flags.DEFINE_integer("terms", 20, "how often a process is asked to stop", lower_bound=0)

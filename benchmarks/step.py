@@ -1,8 +1,8 @@
-"""A whole training step of AoE beside that of a router MoE of equal total parameters.
+"""Times a whole training step of AoE and of a router MoE of equal total parameters.
 
 `python -m benchmarks.step [--models=tiny,deep,sparse] [--repeats=7] [--json=FILE]`. `useful` is the
-ratio of the useful FLOPs of the two steps; `over` is the measured ratio of times over it. Tokens
-are random; all arms are timed in turn.
+ratio of the useful FLOPs of the two steps; `over` is the measured ratio of times divided by
+`useful`. Tokens are random; all arms are timed in turn.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ def main():
     report(figures)
 
 
-if __name__ == "__main__":  # only here, so that others can import this
+if __name__ == "__main__":  # flags are only here, so that others can import this
     flags.DEFINE_list("models", list(MODELS), f"of {', '.join(MODELS)}")
     flags.DEFINE_integer("repeats", 7, "timed steps of each model", lower_bound=1)
     run_benchmark(main, timed=True)

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: interleaved medians, configurations, flags, the machine in words."""
+"""Helpers of the benchmarks: interleaved medians, configurations, flags, the machine in words."""
 
 import functools
 import os
@@ -19,7 +19,7 @@ from aoe_jax.storage.config_files import update_groups
 from aoe_jax.storage.files import write_json
 from configs import tiny
 
-flags.disclaim_key_flags()  # what functions of this module define belongs to their callers
+flags.disclaim_key_flags()  # flags defined by functions here belong to their callers
 
 
 def compiled(function, *args):
@@ -59,8 +59,8 @@ def configuration(variant, *changes):
 
 
 def torch_packages():
-    """The modules torch, on one thread, and transformers, and their versions in words. Raises
-    `UserError` if one of them is not installed.
+    """Returns the modules torch, on one thread, and transformers, and their versions in words.
+    Raises `UserError` if one of them is not installed.
     """
     try:
         import torch
@@ -89,8 +89,8 @@ def check_names(flag, names, known):
 
 
 def parse_shapes(shapes, form, n_sizes=4):
-    """Shapes, such as `4096x512x1024x8`, as tuples; raises `UserError` if one is not of this
-    `form`, words that say what the sizes are.
+    """Shapes, such as `4096x512x1024x8`, as tuples; raises `UserError` if one does not have the
+    `form`, a description of the sizes.
     """
     found = []
     for shape in shapes:
@@ -105,8 +105,8 @@ def parse_shapes(shapes, form, n_sizes=4):
 def run_benchmark(main, timed=False):
     """Runs a benchmark as a command with the flag `--json`.
 
-    A timed one starts this process again with `ALLOCATOR`, unless GLIBC_TUNABLES is set. Else page
-    faults would dominate all times, those of the baseline too. `GLIBC_TUNABLES= python -m
+    A timed one starts this process again with `ALLOCATOR`, unless GLIBC_TUNABLES is set. Otherwise
+    page faults would dominate all times, the baseline's too. `GLIBC_TUNABLES= python -m
     benchmarks...` measures without it.
     """
     if timed and "GLIBC_TUNABLES" not in os.environ and sys.platform == "linux":
@@ -116,7 +116,7 @@ def run_benchmark(main, timed=False):
 
     @functools.wraps(main)  # --help shows its docstring
     def checked():
-        cli.file_to_write(flags.FLAGS["json"])  # a mistake is told before hours of work
+        cli.file_to_write(flags.FLAGS["json"])  # reports a wrong path before hours of work
         return main()
 
     cli.run(checked)

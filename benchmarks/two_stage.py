@@ -1,5 +1,5 @@
-"""The two-stage classifier of the paper's Appendix B: which expert serves a class that is added
-later? AoE beside a router MoE.
+"""The two-stage classifier of the paper's Appendix B, with AoE and with a router MoE: which expert
+serves a class that is added later?
 
 `python -m benchmarks.two_stage [--seeds=20] [--steps=1000] [--d_model=32] [--json=FILE]
 [--output=DIR]` prints a table. `--json` writes the figures of every seed, and `--output` draws the
@@ -273,7 +273,7 @@ def main():
             picture.savefig(folder / f"two_stage.{kind}", dpi=130)
 
 
-if __name__ == "__main__":  # only here, so that tests can import this beside other commands
+if __name__ == "__main__":  # flags are only here, so that tests can import this file
     flags.DEFINE_integer("seeds", 20, "how often each layer is trained")
     flags.DEFINE_integer("steps", 1000, "training steps of each stage")
     flags.DEFINE_integer(

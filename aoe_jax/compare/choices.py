@@ -1,8 +1,8 @@
 """Analyses which experts the layers of a run choose, checkpoint by checkpoint.
 
-Every checkpoint that the run has kept chooses experts for the same tokens, the first ones of the
+Every kept checkpoint of the run chooses experts for the same tokens, the first ones of the
 validation split. `RUN/routing.json` has load, entropies, dead experts, mean norms or logits, and
-the overlap of the choices with the final ones.
+the overlap with the choices of the last checkpoint.
 
 L layers, T tokens, n experts.
 """
@@ -30,11 +30,11 @@ from aoe_jax.training.validation import compile_eval_step
 
 LAYER_MEANS = ["load_entropy", "confidence_entropy", "max_violation"]
 LAYER_COLUMNS = [*LAYER_MEANS, "dead_experts", "overlap_with_final"]
-_MOST_BYTES = 2**28  # of routing.json: a hundred layers of 256 experts
+_MOST_BYTES = 2**28  # limit of routing.json: enough for a hundred layers of 256 experts
 
 
 def observing(decoder: Decoder):
-    """Returns a decoder whose statistics have the choices of its layers, `[T, n]` bool."""
+    """Returns a decoder whose statistics have each layer's choices as a record, `[T, n]` bool."""
 
     def observe(scores, slots, weights, ctx):
         n_tokens, n = scores.shape
@@ -47,7 +47,7 @@ def observing(decoder: Decoder):
 def overlap(chosen, final):
     """Returns the mean share `[L]` of a token's final experts that are also in `chosen`.
 
-    Both are `[L, T, n]` bool. The mean is over tokens with final experts; 1 without any.
+    Both are `[L, T, n]` bool. The mean is over tokens with final experts; it is 1 without any.
     """
     wanted, in_common = final.sum(axis=-1), (chosen & final).sum(axis=-1)
     shares = in_common / np.maximum(wanted, 1)  # 0 for tokens without experts
@@ -58,8 +58,8 @@ def overlap(chosen, final):
 def validation_batches(folder, config, size):
     """Yields the whole batches of `size` sequences of a run's validation split, on the host.
 
-    A split without a whole batch yields its one batch with padding. Raises `UserError` if the split
-    is not the one that the run had.
+    If the split has no whole batch, its only batch comes with padding. Raises `UserError` if the
+    split differs from the run's.
     """
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(folder, corpus)

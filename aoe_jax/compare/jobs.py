@@ -55,7 +55,7 @@ def last_line(log_file: Path):
 
 
 def read_outcome(output: Path):
-    """Returns `status` and `last_line` of the job that wrote an output; None if none ended."""
+    """Returns `status` and `last_line` of the job that wrote `output`; None if it has not ended."""
     file = beside(output, ".outcome.json")
     schema = {"status": NUMBER, "last_line": TEXT}
     return read_json(file, "remove it", schema) if file.exists() else None
@@ -79,9 +79,9 @@ class Machine:
     def here(cls, workdir: Path, n_jobs: int | None):
         """Describes this machine, and adds it to `machine.json` in the directory of a suite.
 
-        With other package versions or another commit it counts as another machine. `n_jobs` jobs
-        run at a time; None: one per core on CPU, else one. Raises `UserError` if JAX does not
-        start, or `n_jobs` is impossible here.
+        A change of package versions or of the commit makes it another machine. `n_jobs` is the
+        number of jobs that run at a time; None means one per core on CPU, else one. Raises
+        `UserError` if JAX does not start, or `n_jobs` is impossible here.
         """
         description = _describe()
         earlier = read_machines(workdir) if (workdir / "machine.json").exists() else []
@@ -97,8 +97,8 @@ class Machine:
     def run(self, jobs: list[Job]):
         """Runs jobs in order, one at a time in each slot.
 
-        A job that fails stops no other. SIGTERM and Ctrl-C end the call by `Preempted` and
-        `Interrupted`, after the running jobs were asked to stop and have ended.
+        A failed job does not stop the others. On SIGTERM or Ctrl-C, the call asks the running jobs
+        to stop, waits for their end, and raises `Preempted` or `Interrupted`.
         """
         waiting, free, running = list(jobs), list(self.slots), {}  # running: Job -> (Slot, Popen)
         n_ended, n_failed = 0, 0
@@ -148,7 +148,7 @@ def _start(job, slot, environment):
 def _succeeded(job, status):
     log_file = beside(job.output, ".log")
     line = last_line(log_file)
-    if status < 0:  # it had no chance to say why, as where memory ran out
+    if status < 0:  # it could not log a reason, for example without memory
         line = f"killed by signal {-status}, after: {line}"
     write_json(beside(job.output, ".outcome.json"), {"status": status, "last_line": line})
     if status:
@@ -167,7 +167,7 @@ def _describe():
     if answer.returncode:
         raise UserError(f"JAX does not start: {(answer.stderr.strip().splitlines() or [''])[-1]}")
     machine = json.loads(answer.stdout.splitlines()[-1])
-    del machine["allocator"]  # runs have their own
+    del machine["allocator"]  # runs set their own allocator
     cpuinfo = Path("/proc/cpuinfo")
     if machine["backend"] == "cpu" and cpuinfo.exists():
         model = re.search(r"^model name.*?:(.*)", cpuinfo.read_text(), re.MULTILINE)

@@ -3,8 +3,8 @@
     python -m aoe_jax.compare.measure --suite=FILE --workdir=DIR --point=NAME
 
 A point is a size of the suite, or a value of one of its sweeps. `aoe_jax.compare` starts a process
-for each point that is not measured yet. At a size the process analyses the choices of the finished
-runs, and times the steps of the trained models; at a value of a sweep, those of untrained models on
+for each point that is not measured yet. For a size, it analyses the choices of the finished runs
+and times steps of the trained models. For a sweep's value, it times steps of untrained models on
 random tokens. The arms take steps in turn. The results are in `DIR/measured/NAME.json`.
 """
 
@@ -36,7 +36,7 @@ def measured_file(workdir: Path, point):
 
 
 def sweep_point(name, value):
-    """Returns the name of the point of a value of a sweep."""
+    """Returns the name of the point for one value of a sweep."""
     return f"{name}_{value}"
 
 
@@ -47,7 +47,7 @@ def finished_runs(suite: Suite, workdir: Path, size):
 
 
 def configs_by_point(suite: Suite, workdir: Path):
-    """Returns `{name of the point: {arm: Config}}`; a size has the arms that have finished."""
+    """Returns `{name of the point: {arm: Config}}`; a size has only its finished arms."""
     found = {}
     for size in suite.sizes:
         firsts = _first_seeds(suite, workdir, size)
@@ -59,7 +59,7 @@ def configs_by_point(suite: Suite, workdir: Path):
 
 
 def _first_seeds(suite, workdir, size):
-    """Returns `{arm: (folder, Run)}`."""
+    """Returns `{arm: (folder, Run)}` of the first finished seed."""
     first = {}
     for folder, run in finished_runs(suite, workdir, size).items():
         first.setdefault(run.arm, (folder, run))
@@ -77,7 +77,7 @@ def read_point(workdir: Path, point, configs: Mapping[str, Config]):
     found = read_json(file, "remove it", {"configs": {str: {str: {}}}, "costs": {str: of_arm}})
     try:
         measured = {arm: Config.from_config_dict(c) for arm, c in found["configs"].items()}
-    except UserError:  # fields of another version
+    except UserError:  # another version wrote other fields
         return {}
     return found["costs"] if measured == configs else {}
 
@@ -85,9 +85,9 @@ def read_point(workdir: Path, point, configs: Mapping[str, Config]):
 def measure_suite(suite: Suite, workdir: Path, machine: Machine, suite_flags):
     """Measures the points that are not measured yet; raises like `Machine.run`.
 
-    One process runs at a time, so that they do not slow each other. Steps of trained models are
-    timed in turn on CPU only: elsewhere each run has the devices to itself, and all arms of a size
-    may not fit. `suite_flags` are the flags that name the suite.
+    One process runs at a time, so that processes do not slow each other. Steps of trained models
+    are timed in turn on CPU only: elsewhere each run has its devices to itself, and the arms of a
+    size may not fit into memory together. `suite_flags` are the flags that name the suite.
     """
     jobs, program = [], (sys.executable, "-m", "aoe_jax.compare.measure", *suite_flags)
     (workdir / "measured").mkdir(exist_ok=True)
@@ -114,7 +114,7 @@ def unanalysed(suite: Suite, workdir: Path, size):
 
 @contextlib.contextmanager
 def _noting(name, failed):
-    """Adds the name of what fails, such as for lack of memory or a damaged checkpoint."""
+    """Logs an exception of its body and adds `name` and the exception to `failed`."""
     try:
         yield
     except Exception as e:

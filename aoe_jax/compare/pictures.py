@@ -26,7 +26,7 @@ SETTINGS = {
     "ytick.labelsize": 8,
     "legend.fontsize": 8,
     "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # letters are not drawn as paths
     "svg.hashsalt": "aoe_jax",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -153,7 +153,7 @@ def differences(rows, styles):
 
 @drawn
 def against_setting(panels, styles, xlabel):
-    """Draws a panel for each frame by name; rows of a frame are settings, columns are arms."""
+    """Draws one panel for each `{name: frame}`; rows of a frame are settings, columns are arms."""
     figure, rows = _new(0.6 + 1.9 * len(panels), len(panels))
     for axes, (name, frame) in zip(rows, panels.items(), strict=True):
         for arm in frame:
@@ -207,7 +207,7 @@ def scores_through_training(choices, name, title):
         axes.set_ylabel(f"mean {name}")
     panels[-1].set_xlabel("step")
     figure.suptitle(title, x=0.02, ha="left", fontsize=9)
-    if n <= 16:  # a legend distinguishes that many
+    if n <= 16:  # more lines look alike in a legend
         options = {"title": "expert", "title_fontsize": 8, "handlelength": 1.6}
         figure.legend(handles=[*panels[0].lines], loc="outside right upper", **options)
     return figure
@@ -223,14 +223,14 @@ def through_training(routing, styles, name, ylabel):
         shares = 100 * values.index / values.index[-1]
         axes.plot(shares, values, marker="o", markersize=3, **styles[arm])
     axes.set(xlabel="share of the training, %", ylabel=ylabel)
-    if not routing[name].any():  # such as no dead experts at all
+    if not routing[name].any():  # all values are 0, such as dead experts
         axes.set_ylim(0, 1)
     _legend(figure, axes)
     return figure
 
 
 def save(figure, file):
-    """Saves a figure as PNG, the file that is named, and as SVG beside it."""
+    """Saves a figure as PNG in `file`, and as SVG beside it."""
     with matplotlib.rc_context(SETTINGS):
         figure.savefig(file, dpi=DPI)
         figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})

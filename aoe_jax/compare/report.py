@@ -1,7 +1,7 @@
 """The report of a suite: `report.md`, `report.html`, CSV files and pictures.
 
 The prose and most tables are in `templates/report.md.j2`, which reads `Results`; the HTML page is
-made from the Markdown. The functions here compute what takes the template more than a few lines.
+made from the Markdown. The functions here compute what would be too long for the template.
 """
 
 from base64 import b64encode

@@ -21,7 +21,7 @@ from aoe_jax.model.counts import experts_per_token, parameter_counts, training_f
 from aoe_jax.storage.files import read_metrics
 
 KEYS = ["size", "arm", "seed"]
-RUN_COLUMNS = [  # of runs.csv
+RUN_COLUMNS = [  # columns of runs.csv
     *KEYS,
     "state",  # finished | diverged | failed | unfinished
     "parameters",
@@ -32,13 +32,13 @@ RUN_COLUMNS = [  # of runs.csv
     "steps",
     "tokens",
     "flops",
-    "validation_nll",  # of the whole validation split after the last step, nats a token
+    "validation_nll",  # whole validation split after the last step, nats per token
     "validation_bits_per_byte",
     "load_entropy",  # at the end, mean over layers
-    "dropped_share",  # of the choices of training batches, for experts with a capacity
+    "dropped_share",  # share of choices dropped in training, for experts with a capacity
     "seconds_per_step",  # without compilation and validation
     "tokens_per_second",
-    "memory_bytes",  # that the compiler plans for a device: state and temporaries
+    "memory_bytes",  # per device, planned by the compiler: state and temporaries
 ]
 # Measurements of routing at the end of a run -> digits in the report.
 ROUTING_DIGITS = {
@@ -51,9 +51,9 @@ ROUTING_DIGITS = {
 }
 MORE_RUN_COLUMNS = [
     *ROUTING_DIGITS,
-    "seconds",  # of all training steps
-    "timed_in_turn",  # False: seconds are the run's own median
-    "last_line",  # of the log
+    "seconds",  # sum over all training steps
+    "timed_in_turn",  # False: seconds are the median of the run itself
+    "last_line",  # last line of the log
     "config",
     "choices",  # the content of routing.json, or NaN
 ]
@@ -128,7 +128,7 @@ class Results:
         return frame[frame["size"] == size].merge(self.finished_runs[KEYS])
 
     def is_comparable(self, size, arm):
-        """Whether an arm's losses compare with others: not if experts choose among later tokens."""
+        """Whether an arm's losses are comparable; not so if experts choose among later tokens."""
         return self.configs[size, arm].routing.name != "expert_choice"
 
     def mean(self, size, arm, column):
@@ -142,7 +142,7 @@ class Results:
     def budget(self, size, arms, kind):
         """Returns the least "flops" or "seconds" that arms of a size have spent.
 
-        NaN if an arm has not finished, or if its cost depends on the data.
+        The result is NaN if an arm has not finished, or if its cost depends on the data.
         """
         if any(experts_per_token(self.configs[size, arm]) is None for arm in arms):
             return math.nan
@@ -167,8 +167,8 @@ class Results:
     def difference(self, size, arm, kind="end"):
         """Returns the `Estimate` of an arm's nll minus that of its reference, seed by seed.
 
-        For the `kind` "flops" or "seconds" the budget is what the cheaper of the two has spent. The
-        estimate has no seeds if one of the two is not comparable.
+        For the `kind` "flops" or "seconds" the budget is the cost of the cheaper arm. The estimate
+        has no seeds if one of the two arms is not comparable.
         """
         arms = arm, self.suite.reference(arm)
         if not all(self.is_comparable(size, one) for one in arms):
@@ -188,8 +188,8 @@ class Results:
     def scaling(self, scale):
         """Fits a power law over sizes for each arm: `{arm: ({x: [nll of each seed]}, PowerLaw)}`.
 
-        x is a key of SCALES. Arms need two or more sizes, all at different x. The result is empty
-        if sizes differ in corpus or experts, or if they cost the baseline equal FLOPs.
+        x is a key of SCALES. An arm needs two or more sizes with different x. The result is empty
+        if sizes differ in corpus or experts, or if the baseline's FLOPs are equal at all sizes.
         """
         of_baseline = self.runs[self.runs["arm"] == self.suite.baseline].drop_duplicates("size")
         settings = {(c.data, c.experts.n_experts, c.experts.top_k) for c in of_baseline["config"]}
@@ -289,7 +289,7 @@ def _at_the_end(choices):
         return {}
     checkpoints, last = choices["checkpoints"], choices["checkpoints"][-1]
     found = {name: np.mean(last[name]) for name in LAYER_MEANS}
-    # Shares of tokens add up to a whole number but for rounding.
+    # Shares of tokens add up to a whole number, up to rounding.
     found["experts_per_token"] = round(float(np.sum(last["load"], axis=1).mean()), 6)
     found["dead_experts"] = np.sum(last["dead_experts"])
     found["settled_first"] = np.mean(checkpoints[0]["overlap_with_final"])

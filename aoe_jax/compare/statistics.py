@@ -8,17 +8,17 @@ import pandas as pd
 from scipy import stats
 
 CONFIDENCE = 0.95
-N_RESAMPLES = 500  # of a bootstrap
+N_RESAMPLES = 500  # bootstrap resamples
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, or over differences seed by seed."""
+    """A mean over seeds of values, or of paired differences."""
 
     value: float
     error: float  # the standard error; NaN for fewer than two values
     n: int
-    low: float  # of the interval of CONFIDENCE by Student's t; NaN for fewer than two values
+    low: float  # lower end of the CONFIDENCE interval, by Student's t; NaN if n is below 2
     high: float
 
     def text(self, digits=4):
@@ -52,7 +52,7 @@ def at(curve_x, curve_y, x):
 
 def number(value):
     """Writes a count with three digits and a unit, such as 1.02k."""
-    # The factor: 999.6 rounds to a thousand, and so is written with the next unit.
+    # The factor: 999.6 rounds to a thousand, so it needs the next unit.
     for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * unit:
             return f"{value / unit:.3g}{name}"
@@ -72,20 +72,20 @@ class PowerLaw:
 
     factor: float
     exponent: float
-    resampled: np.ndarray  # [2, B], both for bootstrap resamples of the seeds of each size
+    resampled: np.ndarray  # [2, B], factor and exponent of each bootstrap resample of the seeds
 
     def __call__(self, x):
         return self.factor * np.asarray(x, float) ** -self.exponent
 
     def band(self, x):
-        """Returns the middle CONFIDENCE of the resampled losses at `x`, `(low, high)`."""
+        """Returns `(low, high)`, the central CONFIDENCE interval of the resampled losses at `x`."""
         factor, exponent = self.resampled[:, :, None]
         return _middle(factor * np.atleast_1d(x).astype(float) ** -exponent)
 
     def interval(self):
         """Returns `(low, high)` of the exponent; NaN if no size has two seeds."""
         values = self.resampled[1]
-        if np.ptp(values) <= 1e-9 * np.abs(values).max():  # equal but for rounding
+        if np.ptp(values) <= 1e-9 * np.abs(values).max():  # equal up to rounding
             return math.nan, math.nan
         return tuple(_middle(values))
 

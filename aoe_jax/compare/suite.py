@@ -18,7 +18,7 @@ from aoe_jax.errors import UserError, naming
 from aoe_jax.model.counts import parameter_counts
 from aoe_jax.storage.config_files import call_in_file
 
-TOLERANCE = 0.01  # by which the total parameters of matched arms may differ
+TOLERANCE = 0.01  # largest relative difference in total parameters of matched arms
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Size:
     """A size at which arms are compared."""
 
     changes: Mapping  # group -> field -> value
-    seeds: int  # each sets the initial parameters and the order of the data
+    seeds: int  # how many; a seed sets the initial parameters and the order of the data
     arms: tuple[str, ...] | None = None  # None: all
     rate_factor: float = 1.0  # multiplies the learning rates of the base and the arms
 
@@ -87,7 +87,7 @@ class Suite:
     def __post_init__(self):
         """Checks names and values; `runs` and `swept` check configurations. Raises `UserError`."""
         self._require(self.sizes or self.throughput, "sizes", self.sizes, "must not be empty")
-        for name in (*self.arms, *self.sizes, *self.throughput):  # they name files
+        for name in (*self.arms, *self.sizes, *self.throughput):  # files have these names
             is_plain = re.fullmatch(r"[\w.+-]+", name)
             self._require(is_plain, "name", name, "must have letters, digits, . + - _ only")
         for name, size in self.sizes.items():
@@ -132,10 +132,10 @@ class Suite:
             return Config.from_config_dict(_changed(config.to_dict(), scaled))
 
     def runs(self):
-        """Returns all runs, size by size and seed by seed; the first seed is that of the base.
+        """Returns all runs, size by size and seed by seed; the first seed is `base.train.seed`.
 
-        Raises `UserError` if a configuration is invalid, arms of a size differ in their recipe, or
-        matched arms in total parameters.
+        Raises `UserError` if a configuration is invalid, if arms of a size differ in their recipe,
+        or if matched arms differ in total parameters.
         """
         runs, first_seed = [], self.base.train.seed
         for name, size in self.sizes.items():
@@ -180,7 +180,7 @@ class Suite:
 
 
 def _recipe(config):
-    """Returns the settings that all arms of a size share: data, and training without rates."""
+    """Returns the settings that all arms of a size share: data, and training except rates."""
     groups = config.to_dict()
     return {
         f"{group}.{name}": value
@@ -191,7 +191,7 @@ def _recipe(config):
 
 
 def _changed(groups, *changes):
-    """Returns group -> field -> value with changes; a named router replaces all of `routing`."""
+    """Returns `groups` with changes; a change of `routing.name` replaces the whole group."""
     groups = dict(groups)
     for change in changes:
         for name, values in change.items():
@@ -204,9 +204,9 @@ def _changed(groups, *changes):
 def load_suite(path: Path, settings=()) -> Suite:
     """Loads the suite of a Python file with `get_suite()`.
 
-    `settings` are `GROUP.FIELD=VALUE` for all runs, of fields that no arm sets, because labels may
-    name them; VALUE is JSON or a word. Raises `UserError` if the file, the suite or a setting is
-    invalid.
+    `settings` are `GROUP.FIELD=VALUE` for all runs; VALUE is JSON or a word. A field that an arm
+    sets is refused, because the arm's label may name its value. Raises `UserError` if the file, the
+    suite or a setting is invalid.
     """
     suite = call_in_file(f"--suite={path}", path, "get_suite")
     wanted = "get_suite() must return an aoe_jax.compare.suite.Suite"

@@ -76,7 +76,7 @@ def train_suite(suite: Suite, workdir: Path, machine: Machine):
         for run, folder in folders.items()
         if not (is_finished(folder, run) or has_diverged(folder))
     }
-    # One that fails again and again must not keep the others from their turn.
+    # Failed runs come last, so that a run that always fails does not delay the others.
     failed_last = sorted(left.items(), key=lambda item: bool(read_outcome(item[1])))
     jobs = []
     for run, folder in failed_last:

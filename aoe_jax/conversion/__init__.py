@@ -1,1 +1,1 @@
-"""Makes another model of a trained one: exported, an AoE of a router, upcycled, pruned."""
+"""Makes a new model from a trained one: exports, converts a router MoE to AoE, upcycles, prunes."""

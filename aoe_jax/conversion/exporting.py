@@ -54,5 +54,5 @@ def write_figures(directory: Path, source: Path, step, config: Config, command, 
 
 
 def in_words(nll):
-    """Negative log-likelihoods by name as text."""
+    """Formats negative log-likelihoods by name as text."""
     return "nll: " + ", ".join(f"{name} {value:.4f}" for name, value in nll.items())

@@ -44,11 +44,11 @@ def convert(
     The arguments are the flags of `aoe_jax.convert`. Raises `UserError` if the checkpoint or the
     text cannot be read, or the model cannot be converted.
 
-    Returns the content of `convert.json` in `output`: the form; of factors `energy_kept`, the share
-    of the squares of W_gate that they keep, for each expert and in the mean; with `score_neurons`
-    or `data`, on held-out text `nll`, `before` and `after`, and `agreement`, the share of the
-    router's experts that the scores choose as well: `mean`, `layers` and `chance`, that of a random
-    choice.
+    Returns the content of `convert.json` in `output`: the form; for factorised gates `energy_kept`,
+    the share of the sum of squares of W_gate that the factors keep, per expert and as a mean; with
+    `score_neurons` or `data`, the `nll` on held-out text, `before` and `after`, and the
+    `agreement`, the share of the router's experts that the scores also choose: `mean`, `layers`,
+    and `chance` for a random choice.
     """
     config = source_config(checkpoint)
     converted = _converted(config, d_low, score_neurons, score)
@@ -80,7 +80,7 @@ def convert(
             report["energy_kept"] = {"mean": float(np.mean(energy)), "layers": energy}
         if is_measured:
             before, observed = evaluation_on(model, held_out).nll, _observed(model, held_out)
-            del model, read, parameter  # before another one is loaded
+            del model, read, parameter  # frees memory for the next model
             model = load_model(directory, mesh=mesh)
             experts = model.params["layers"]["experts"]
             name = "w_gate_down" if score_neurons is None else "w_gate"
@@ -117,8 +117,8 @@ def _observed(model, batches):
 def _factorised(read, rank, energy):
     """A function for `write_model`, which factorises gates `[n, d, f]` by a truncated singular
     value decomposition `U S V^T` in float32: `w_gate_down = U_r S_r [n, d, r]` and
-    `w_gate_up = V_r^T [n, r, f]`. It appends to `energy` the shares of the squares that the factors
-    of a layer's experts keep. `|x w_gate_down|` is the norm of the kept part of `x w_gate`.
+    `w_gate_up = V_r^T [n, r, f]`. For each layer it appends to `energy` the shares of the sums of
+    squares that the experts' factors keep. `|x w_gate_down|` is the norm of the kept `x w_gate`.
     """
 
     @functools.lru_cache(maxsize=1)

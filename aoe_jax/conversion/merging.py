@@ -1,4 +1,4 @@
-"""Clusters of similar experts, the experts of a cluster merged into one, and models of these.
+"""Finds clusters of similar experts, merges each cluster into one expert, and builds the model.
 
 The methods, layer by layer, are UNCURL (Sarkar et al. 2024, arXiv 2409.01483) and baselines of its
 paper:
@@ -9,20 +9,20 @@ paper:
   by the permutation of hidden units that brings their weights nearest, and averaged with their
   loads as weights.
 - `frequency_merge`. The D experts with the largest loads are centres, and each other expert joins
-  the centre most similar to it by S; they are merged like above.
+  the centre most similar to it by S; they are merged as in `uncurl`.
 - `greedy`. The D experts with the largest loads stay, others are dropped.
 
-The scores of a router MoE are its logits, and its router is drawn anew, to be trained alone first
-(`train.router_steps`). Only `greedy` keeps the router's columns of its experts, which the paper
-does not mention. All layers get D experts, because layers are scanned and have equal shapes; the
-paper leaves out the first layer. Signs that w_up and w_down of a hidden unit could share are not
+The scores of a router MoE are its logits. The result has a new random router, to be trained alone
+first (`train.router_steps`); only `greedy` keeps the columns of its experts, which the paper does
+not mention. All layers get D experts, because layers are scanned and have equal shapes; the paper
+leaves out the first layer. A hidden unit's w_up and w_down could both change sign; signs are not
 aligned.
 
-AoE is not in the paper. Its scores are norms, far from 0, so cosines are of centred norms. The low
-rank of w_gate_down and w_gate_up is aligned too, by a rotation (Procrustes) in turn with the
-permutation, twice. An average has smaller norms than its members, so w_gate_down of a merged expert
-is scaled to the mean Frobenius norm of its members, and w_gate_up by the inverse, which keeps its
-output.
+AoE is not in the paper. Its scores are norms, far from 0, so cosines are of centred norms. The
+low-rank axis of w_gate_down and w_gate_up is aligned too, by a rotation (Procrustes); rotation and
+permutation are computed alternately, twice each. An average has smaller norms than its members, so
+w_gate_down of a merged expert is scaled to the mean Frobenius norm of its members, and w_gate_up by
+the inverse, which keeps its output.
 
 L layers, Z experts of each, D clusters, d model width. An expert is a dictionary of arrays:
 `w_up [d, f]`, `w_down [f, d]`, and `w_gate [d, f]` or, with a factorised gate, `w_gate_down [d, r]`
@@ -56,12 +56,12 @@ class Cluster:
     """Experts that are merged into one."""
 
     reference: int  # the member with the largest load, to which the others are aligned
-    members: tuple[int, ...]  # rising, with the reference
+    members: tuple[int, ...]  # in ascending order, with the reference
     weights: tuple[float, ...]  # the members' shares of the mean; they sum to 1
 
     @classmethod
     def of(cls, members, load):
-        """Weights members by `load [Z]`, how often each is chosen; equally if none ever is."""
+        """Weights members by `load [Z]`, how often each is chosen, or equally if none ever is."""
         members = tuple(sorted(map(int, members)))
         share = np.asarray(load, np.float64)[list(members)]
         if share.sum() == 0:
@@ -93,7 +93,7 @@ def uncurl(similarity, load, n_clusters, seed):
             warnings.simplefilter("ignore", ConvergenceWarning)  # equal experts are split below
             labels = spectral.fit_predict(similarity)
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    while len(groups) < n_clusters:  # equal experts are fewer points than clusters
+    while len(groups) < n_clusters:  # equal experts may give too few clusters
         largest = max(groups, key=len)
         groups = [group for group in groups if group is not largest] + [largest[:1], largest[1:]]
     return groups
@@ -154,7 +154,7 @@ def merge(weights: dict[str, np.ndarray], clusters: Sequence[Cluster]) -> dict[s
     """Averages the aligned experts of each cluster, weighted by how often they are chosen.
 
     The weights of a layer's experts, `[Z, ...]` by name, become `[D, ...]` in the same dtypes. A
-    cluster of one is its expert, bit for bit.
+    cluster of one expert gives this expert, bit for bit.
     """
     merged = [_average(weights, cluster) for cluster in clusters]
     return {name: np.stack([expert[name] for expert in merged]) for name in weights}
@@ -182,10 +182,10 @@ def _average(weights, cluster):
 def pruned_params(model: Model, moments: Moments, n_experts, method, seed=0):
     """The parameters of a model with D experts.
 
-    The host holds the experts of one layer, and the merged experts of all layers. `moments` are of
-    the model's scores, `n_experts` is D, at most Z, `method` a name of `METHODS`, and `seed` that
-    of k-means and of a new router. Returns the parameters on the model's mesh, and a list of
-    `Cluster`s for every layer.
+    The host holds the experts of one layer, and the merged experts of all layers. `moments` are
+    those of the model's scores, `n_experts` is D, at most Z, `method` is a name of `METHODS`, and
+    `seed` is for k-means and a new router. Returns the parameters on the model's mesh, and a list
+    of `Cluster`s for every layer.
     """
     experts = model.params["layers"]["experts"]
     weights = {name: a for name, a in experts.items() if name in EXPERT_WEIGHTS}

@@ -1,4 +1,4 @@
-"""The tokens of a corpus on which a trained model is observed, and its scores and choices there.
+"""Runs a trained model on tokens of a corpus and returns its scores and choices there.
 
 L layers, T tokens, Z experts, d model width.
 """
@@ -21,10 +21,10 @@ from aoe_jax.training.validation import evaluate_batches
 
 
 def calibration_batches(model: Model, directory: Path, data: str | None, n_tokens: int, seed: int):
-    """Lists of host batches: random ones of the train split, the first of each validation split.
+    """Returns two lists of host batches: random ones of train, the first of each validation split.
 
     Each split has `n_tokens`, rounded up to whole batches. `data` names corpora like `data.name`;
-    None: those of the run of `model` in `directory`. Raises `UserError` if they cannot be read.
+    None means those of the run of `model`. Raises `UserError` if they cannot be read.
     """
     corpus = corpus_of(model, directory, data)
     size, seq_len = model.batch_size, model.config.data.seq_len
@@ -83,7 +83,7 @@ class Moments(NamedTuple):
 
 
 def score_moments(model: Model, batches: Iterable[dict]) -> Moments:
-    """The `Moments` of a model's scores on host batches; the scores of one batch are in memory."""
+    """The `Moments` of a model's scores on host batches; memory holds one batch's scores."""
     tokens, total, gram, chosen = 0, 0, 0, 0
     for scores, is_chosen in observations(model, batches):
         scores = scores.astype(np.float64)

@@ -19,7 +19,7 @@ from aoe_jax.training.load_statistics import load_entropy
 
 log = logging.getLogger(__name__)
 
-PRUNABLE = ("top_k", "top_p", "sparsemixer", "erc", "capacity")  # routers whose scores alone decide
+PRUNABLE = ("top_k", "top_p", "sparsemixer", "erc", "capacity")  # routers that use scores alone
 
 
 def prune(
@@ -37,9 +37,9 @@ def prune(
     prints a table. The arguments are the flags of `aoe_jax.prune`.
 
     Returns the content of `prune.json` in `output`: `method`, `step`, the number of `tokens` that
-    scores are from, validation `nll` `before` and `after`, and `layers`, for each its `load` on
-    these tokens, its `load_entropy` and `load_entropy_after` in validation, and its `clusters`.
-    Raises `UserError` if model, data or number of experts are not supported.
+    were scored, validation `nll` `before` and `after`, and the list `layers` with each layer's
+    `load` on these tokens, `load_entropy` and `load_entropy_after` in validation, and `clusters`.
+    Raises `UserError` if the model, data or number of experts is not supported.
     """
     with new_directory(output) as directory:
         model = load_model(workdir, step, mesh)
@@ -111,7 +111,7 @@ def _pruned(config, n_experts):
 
 
 def prune_table(report):
-    """The report of `prune` as lines of text, a row a layer; experts are numbered from 0."""
+    """The report of `prune` as text, one row per layer; experts are numbered from 0."""
     rows = []
     for layer in report["layers"]:
         share = np.array(layer["load"]) / sum(layer["load"])

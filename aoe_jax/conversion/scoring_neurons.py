@@ -12,7 +12,7 @@ import numpy as np
 
 from aoe_jax.moe.scoring import SCORE_OF_CODE, scores_of_all
 
-# Name of a score -> (the score without neurons, the score with one more: score, its activation).
+# Name of a score -> (score without neurons, function (score, activation of a neuron) -> score).
 _GROWING = {
     "norm": (0.0, lambda score, gate: jnp.sqrt(score * score + gate * gate)),
     "max": (-jnp.inf, jnp.maximum),
@@ -23,11 +23,11 @@ _GROWING = {
 def telling_neurons(x, logits, chosen, w_gate, count, score):
     """Chooses the neurons of each expert whose score predicts the router's choices best.
 
-    Every expert in turn takes a neuron, until each has `count`. The first is that whose score
-    correlates best with the expert's logit, centred over experts. Each other one raises most the
-    log-likelihood of the router's choices under a softmax over the experts' scores,
-    `sum_ti chosen_ti log softmax(scores_t)_i`, which compares scores across experts. Memory holds
-    all gate pre-activations, `[n, T, f]` float32.
+    The experts take one neuron each in turn, until each has `count`. An expert's first neuron is
+    the one whose score correlates best with the expert's logit, centred over experts. Each further
+    neuron is the one that most increases the log-likelihood of the router's choices under a softmax
+    over the experts' scores, `sum_ti chosen_ti log softmax(scores_t)_i`, which compares scores
+    across experts. Memory holds all gate pre-activations, `[n, T, f]` float32.
 
     `x [T, d]`, `logits [T, n]` and `chosen [T, n]` are the router's inputs, logits and choices in a
     layer, and `w_gate` is `[n, d, f]`. `score` is "norm" or "max", and `count` at most f. Returns
@@ -70,11 +70,11 @@ def in_front(neurons, width):
 
 
 def agreement(observed, w_score, score):
-    """The share of the router's experts that other scores, with `w_score [L, n, d, r]`, choose too.
+    """The share of the router's experts that scores with `w_score [L, n, d, r]` choose too.
 
     `observed` has `logits [L, T, n]`, `chosen [L, T, n]` and `x [L, T, d]` of a model with a
-    router. A token takes as many experts by `score`, a name of `SCORE_OF_CODE`, as the router gives
-    it. Returns `(shares [L], share of a random choice)`.
+    router. `score` is a name of `SCORE_OF_CODE`; a token takes as many experts as with the router.
+    Returns `(shares [L], share of a random choice)`.
     """
     _, chosen, x = observed
     of_layers = [

@@ -4,16 +4,16 @@ layer (Sparse Upcycling, arXiv 2212.05055; fine-grained experts: arXiv 2410.0752
 N experts, granularity G, C = N / G copies, K experts per token, f width of the dense layer.
 
 **Experts.** The f neurons of a layer are divided among G pieces of f / G neurons, and each piece is
-copied C times: expert `c G + g` is copy c of piece g. A token gets a weighted mean of pieces, whose
-sum is the dense layer, so `w_down` is multiplied by G (the second paper scales all matrices).
+copied C times: expert `c G + g` is copy c of piece g. The dense layer is the sum of the pieces, but
+a token gets a weighted mean, so `w_down` is multiplied by G (the second paper scales all matrices).
 
-**Router of an MoE.** It is drawn with variance 1 / d for each copy, and the G experts of a copy
-share a column: a virtual group of the second paper. As G divides K, a token chooses whole copies.
+**Router of an MoE.** Each copy has a random column with variance 1 / d, which its G experts share:
+a virtual group of the second paper. As G divides K, a token chooses whole copies.
 
 **Scores of an AoE.** Gates are whole, and the first S neurons of an expert score. Neurons are
-ranked by the norm of their gate column and dealt out to the pieces in turn, and those of a piece in
-turn to its copies. So the neurons that score have similar norms in all experts, and no two experts
-score with the same ones. With G > 1 the chosen pieces need not make up a copy.
+ranked by the norm of their gate column and assigned to the pieces in turn; the first C S neurons of
+a piece are assigned to its copies in turn. So scoring neurons have similar norms in all experts,
+and no two experts share one. With G > 1 the chosen pieces need not make up a copy.
 
 **Noise.** Every matrix of every expert gets Gaussian noise, whose standard deviation is a share of
 the matrix's own; the noise of `w_down` is multiplied by G, too.
@@ -58,7 +58,7 @@ class Upcycling:
 
     def config(self, dense: Config) -> Config:
         """The configuration of the result, with the default balance losses. Raises `UserError` if
-        the model is not dense, or a number does not fit it or another number.
+        the model is not dense, or a setting does not fit it or another setting.
         """
         width, kind = dense.experts.d_ffn, dense.experts.kind
         require(kind == "dense", "experts.kind", kind, "only a dense model can be upcycled")
@@ -88,8 +88,7 @@ class Upcycling:
 
     def experts(self, layer: int, dense: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The parameters of a layer of experts by name, in the dtypes of the `dense` ones, which
-        are `w_gate [d, f]`, `w_up [d, f]` and `w_down [f, d]`. The number `layer` decides on noise
-        and router.
+        are `w_gate [d, f]`, `w_up [d, f]` and `w_down [f, d]`. Noise and router depend on `layer`.
         """
         order = self._order(dense["w_gate"])
         found = {}
@@ -146,7 +145,7 @@ def upcycle(
             before = evaluation_on(model, held_out).nll
         step, parameter = model.step, _upcycled(parameters_of(model.params)[1], form)
         write_result(directory, checkpoint, step, config, parameter)
-        del model, parameter  # before another one is loaded
+        del model, parameter  # frees memory for the next model
         if is_measured:
             after = evaluation_on(load_model(directory, mesh=mesh), held_out).nll
             report["nll"] = {"before": before, "after": after}

@@ -10,9 +10,9 @@ Nothing is trained. Two passes, each with a cache of its own, read the same text
 The next token is the likeliest by z, or drawn from softmax(z). The published settings are alpha =
 0.1, k = 2, and beta searched in 0.1, 0.3, ... 0.9 for each task.
 
-Our choices: ranks are by the scores that the model itself chooses by (router logits or AoE's norms,
-with the selection bias of loss-free balancing), and temperature, top-k and top-p apply to z. Ranks
-count from 1 here and on the command line, as in the paper, but from 0 in `config.routing.ranks`.
+Our choices: experts are ranked by the model's own scores (router logits or AoE's norms, with the
+bias of loss-free balancing), and temperature, top-k and top-p apply to z. Ranks count from 1 here
+and on the command line, as in the paper, but from 0 in `config.routing.ranks`.
 """
 
 import dataclasses
@@ -59,5 +59,5 @@ def strong_and_weak(decoder: Decoder, contrast: Contrast):
 def contrasted(strong, weak, contrast: Contrast):
     """The logits z `[..., V]` float32 of strong and weak logits; -inf for excluded tokens."""
     lowest = strong.max(axis=-1, keepdims=True) + jnp.log(contrast.alpha)
-    # With a difference, equal logits stay exactly as they are.
+    # This form with a difference leaves logits that are equal in both passes exactly unchanged.
     return jnp.where(strong >= lowest, strong + contrast.beta * (strong - weak), -jnp.inf)

@@ -28,8 +28,8 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
 
     The arguments are the flags of `eval.py`. Returns the content of `eval.json`: `split`, `data`
     (None: the run's corpora), `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte`,
-    `load_statistics` (None for a dense model) and `sources`, the scores of each of several. Raises
-    `UserError` if something cannot be read, `DivergedError` if a number is not finite.
+    `load_statistics` (None for a dense model) and `sources`, the scores of each of several corpora.
+    Raises `UserError` if something cannot be read, `DivergedError` if a number is not finite.
     """
     model = load_model(workdir, step, mesh)
     log_run(model.config)
@@ -40,11 +40,11 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
 
 
 def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **settings):
-    """Load statistics on a text file, or on the prompts of a task, between which attention does not
-    cross; the ends of texts count as tokens. The arguments are the flags of `eval.py`.
+    """Scores a text file or the prompts of a task, with load statistics. Attention does not cross
+    between texts, and the ends of texts count as tokens. The arguments are the flags of `eval.py`.
 
     Writes `text.json` and, for models with experts, `text.png`. The result is that of
-    `evaluate_workdir`, with `text` (the name) and `texts` (their number) for `split` and `data`.
+    `evaluate_workdir`, with `text` (the name) and `texts` (how many) instead of `split` and `data`.
     """
     if text.startswith("task:"):
         from aoe_jax.evaluation.tasks import load_tasks, prompts

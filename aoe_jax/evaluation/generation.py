@@ -1,4 +1,4 @@
-"""Text from a model: prompts are read at once, then tokens are drawn in a compiled loop.
+"""Generates text: the model reads prompts in one pass, then draws tokens in a compiled loop.
 
 B sequences, V vocabulary, N tokens of a chunk.
 """
@@ -27,7 +27,7 @@ LENGTH_MULTIPLE = 64  # prompts and caches are padded to it, so that few shapes 
 class Sampling:
     """Settings of the draw of the next token."""
 
-    temperature: float = 1.0  # of the softmax; 0: the likeliest token
+    temperature: float = 1.0  # temperature of the softmax; 0: the likeliest token
     top_k: int | None = None  # draw among this many likeliest tokens
     top_p: float | None = None  # draw among the fewest that reach this probability (1904.09751)
 
@@ -139,7 +139,7 @@ class Generator:
 
 
 def _begin(decoders, contrast, params, routing_state, tokens, lengths, rows, key, places):
-    """The state after the prompts, see `decoding.prefill`; a row's draws depend on its number."""
+    """Returns the state after the prompts, see `decoding.prefill`; each row has its own key."""
     results = [prefill(d, params, routing_state, tokens, lengths, places) for d in decoders]
     logits, caches = zip(*results, strict=True)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
@@ -149,8 +149,8 @@ def _begin(decoders, contrast, params, routing_state, tokens, lengths, rows, key
 def next_logits(decoders, contrast, params, routing_state, token, caches):
     """Reads a token of each sequence with one decoder, or with those of `strong_and_weak`.
 
-    `params` are those of `decoding.unstacked`, `token` is `[B]` int32, and every cache has a free
-    place. Returns logits `[B, V]` float32 of the next token, and the caches with this token.
+    `params` is the result of `decoding.unstacked`, `token` is `[B]` int32, and every cache has a
+    free place. Returns logits `[B, V]` float32 of the next token, and the caches with this token.
     """
     results = [
         extend(decoder, params, routing_state, token[:, None], cache)
@@ -165,9 +165,9 @@ def _joined(logits, contrast):
 
 
 def _decode(decoders, contrast, ends, params, routing_state, left, state, sampling, n_tokens):
-    """Draws up to N tokens: `(tokens [B, N] int32, -1 after the end, left, state)`.
+    """Draws up to N tokens; returns `(tokens [B, N] int32, -1 after the end, left, state)`.
 
-    `left [B]` int32 is how many tokens of each sequence may still come.
+    `left [B]` int32 is the number of tokens that each sequence may still get.
     """
 
     def is_needed(carry):
@@ -191,7 +191,7 @@ def _decode(decoders, contrast, ends, params, routing_state, left, state, sampli
 
 
 def continuations(model: Model, prompts, max_tokens, contrast=None, **settings):
-    """Yields the continuation of each prompt so far; characters with missing bytes are held back.
+    """Yields the continuation of each prompt so far, without an incomplete character at the end.
 
     `model` and `contrast` are those of `Generator`, the other arguments those of its `stream`.
     """

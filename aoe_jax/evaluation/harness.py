@@ -14,7 +14,7 @@ from aoe_jax.evaluation.generation import Generator, Sampling
 from aoe_jax.evaluation.log_likelihoods import Scorer
 
 GENERATED_TOGETHER = 16  # prompts of a batch
-_CHUNK = 16  # tokens that are generated before the ends of texts are looked for
+_CHUNK = 16  # tokens that are generated between two searches for ends of texts
 
 
 class HarnessModel(TemplateLM):
@@ -48,7 +48,7 @@ class HarnessModel(TemplateLM):
         context_tokens, tokens = super()._encode_pair(context, continuation)
         if tokens or not continuation:
             return context_tokens, tokens
-        # The context's last token contains the whole continuation: each is encoded by itself.
+        # The context's last token contains the whole continuation, so each is encoded alone.
         return context_tokens, self.tok_encode(continuation, add_special_tokens=False)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
@@ -100,7 +100,7 @@ class HarnessModel(TemplateLM):
             raise UserError(f"the task asks for {max_tokens} tokens; {length}")
         sampling = Sampling(temperature, **top) if do_sample and temperature else Sampling(0.0)
         until = [text for text in until if text]
-        longest = max((len(end.encode()) for end in until), default=0)  # in tokens at most
+        longest = max((len(end.encode()) for end in until), default=0)  # at most so many tokens
 
         def is_done(tokens):
             text = self._tokenizer.decode(tokens[-_CHUNK - longest :])

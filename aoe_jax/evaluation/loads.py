@@ -9,7 +9,7 @@ from tabulate import tabulate
 from aoe_jax.moe.load_balance import LayerStats
 from aoe_jax.training.load_statistics import layer_statistics, load_spread
 
-MAX_NUMBERS = 16  # a picture of more experts has colours alone
+MAX_NUMBERS = 16  # a picture of more experts has colours without numbers
 
 
 def load_statistics(stats: LayerStats):
@@ -34,7 +34,7 @@ def load_statistics(stats: LayerStats):
 
 
 def load_table(statistics):
-    """The statistics as text, a row a layer, with shares of its load and dropped choices in %."""
+    """The statistics as text, one row per layer, with load shares and dropped choices in %."""
     share = _share(statistics)
     columns = {"layer": range(len(share)), "Ent_load": statistics["load_entropy"]}
     columns["Ent_conf"] = statistics["confidence_entropy"]

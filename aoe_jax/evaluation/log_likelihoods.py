@@ -36,7 +36,7 @@ class Scorer:
         self._model, self._batch_tokens = model, batch_tokens
         causality = model.decoder.routing.causality(model.decoder.experts)
         self._shares_contexts = not causality.no_decoding
-        # A text's length need not be such that every device has the same share of its tokens.
+        # With aux_tokens=1, a text's length need not give every device an equal share of tokens.
         balance = dataclasses.replace(model.decoder.balance, aux_tokens=1.0)
         decoder = model.decoder.clone(balance=balance)
         compiled = partial(jax.jit, out_shardings=replicated(model.mesh))
@@ -47,7 +47,7 @@ class Scorer:
         """Scores pairs of token ids `(context, continuation)`; a context has at least one token.
 
         A text that exceeds the model's length loses its first tokens. A long context of several
-        requests is read once, if the model can be decoded by token.
+        requests is read once, if the model can be decoded token by token.
 
         Returns `(log-likelihood in nats, whether greedy decoding would give the continuation)` of
         each pair. Raises `UserError` if a continuation alone exceeds the model's length, or a
@@ -71,7 +71,7 @@ class Scorer:
         by_context = {}
         for number, (context, _) in enumerate(texts):
             by_context.setdefault(context, []).append(number)
-        # (N, S): [(tokens of the context, numbers)]; at (1, 0) [(tokens of the text, [number])].
+        # (N, S) -> [(context length, numbers of texts)]; (1, 0) -> [(text length, [number])].
         groups = {(1, 0): []}
         for context, numbers in by_context.items():
             lengths = [len(texts[number][1]) for number in numbers]
@@ -91,12 +91,12 @@ class Scorer:
                 yield numbers, self._run(program, params, arrays)[: len(numbers)]
 
     def _batches(self, groups, n, end):
-        """Batches `(numbers, padded length, rows)`, longest first; at most two sizes a length."""
+        """Yields `(numbers, padded length, rows)`, longest first; at most two `rows` per length."""
         groups = sorted(groups, key=lambda group: group[0], reverse=True)
         while groups:
             padded = self._rounded(groups[0][0])
             rows = max(1, self._batch_tokens // (n * (padded + end)))
-            rows = min(rows, 2 ** math.ceil(math.log2(len(groups))))  # the last groups are fewer
+            rows = min(rows, 2 ** math.ceil(math.log2(len(groups))))  # the last batch has fewer
             rows = multiple(rows, self._model.batch_shards)
             yield [number for _, numbers in groups[:rows] for number in numbers], padded, rows
             groups = groups[rows:]
@@ -133,7 +133,7 @@ def _texts_arrays(texts, rows, length):
 
 
 def _batch_arrays(texts, n_contexts, n, length, end):
-    """The batch of `_score_choices`, N texts a context, or of `_score_texts` if `end` is 0."""
+    """The batch for `_score_choices`, N texts per context, or for `_score_texts` if `end` is 0."""
     if not end:
         return _texts_arrays(texts, n_contexts, length)
     contexts, known = np.zeros((n_contexts, length), np.int32), np.zeros((n_contexts, length), bool)

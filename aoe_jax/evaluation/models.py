@@ -60,7 +60,7 @@ class Model:
     start: int  # the token before the first one of a text
     ends: list[int]  # the tokens that end a generated text
     prefix: list[int]  # tokens that the hub's tokenizer puts before every text
-    step: int | None  # of its training; None: unknown
+    step: int | None  # training step; None: unknown
 
     @property
     def batch_shards(self):
@@ -69,7 +69,7 @@ class Model:
 
     @property
     def batch_size(self):
-        """Sequences of a batch: those of a micro-batch of training."""
+        """Sequences per batch, as in a micro-batch of training."""
         return self.config.train.batch_size // self.config.train.accumulate
 
     def put(self, batch):
@@ -79,7 +79,7 @@ class Model:
         return sharding.put_batch(sharding.batch_sharding(self.mesh), batch | {"inputs": inputs})
 
     def eval_step(self, document_mask: bool):
-        """`compile_eval_step` with the parameters, a function of a batch on the devices."""
+        """Returns a function of a batch on the devices, `compile_eval_step` with the parameters."""
         step = compile_eval_step(self.decoder, document_mask, self.mesh)
         return partial(step, self.params, self.routing_state)
 
@@ -159,10 +159,10 @@ def load_model(directory: Path, step="newest", mesh=None):
 
 
 def corpus_of(model: Model, directory: Path, named: str | None = None):
-    """The `TokenisedCorpus` of a model: of the corpora `named` like `data.name`, else of its run.
+    """The `TokenisedCorpus` for a model: the corpora `named` like `data.name`, else its run's.
 
-    A model, unlike a run, may come from anywhere, so it cannot choose what is read: without names,
-    only the bundled corpus is opened, or corpora that were tokenised here before. Raises
+    A model, unlike a run, may come from anybody, so it cannot choose the files to read: without
+    `named`, only the bundled corpus, or corpora that were tokenised here before, are opened. Raises
     `UserError` if the corpus cannot be read, has changed since the run, or must be named.
     """
     data, vocab_size = model.config.data, model.config.model.vocab_size
@@ -194,9 +194,9 @@ def first_batches(model: Model, stores, n_tokens):
 def on_devices_here(config, axes=None):
     """The configuration of a model with a mesh of all devices here.
 
-    `axes` are the devices along some axes, such as `{"fsdp": 4}`, the rest along `data`; None: the
-    mesh of training or, where it does not fit, all devices along `data`. Batches may become larger,
-    so that the devices divide them. Raises `UserError` if the axes do not fit devices or model.
+    `axes` has the devices along some axes, such as `{"fsdp": 4}`; `data` gets the rest. None means
+    the mesh of training or, if it does not fit, all along `data`. Batches may become larger, so
+    that the devices divide them. Raises `UserError` if the axes do not fit devices or model.
     """
     n = jax.device_count()
     if axes is None:
@@ -214,7 +214,7 @@ def on_devices_here(config, axes=None):
     batch_size = multiple(config.train.batch_size // config.train.accumulate, rows)
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, unroll=1),  # unrolling excludes fsdp
+        model=dataclasses.replace(config.model, unroll=1),  # unrolled layers cannot use fsdp
         mesh=MeshConfig(**axes),
         train=dataclasses.replace(config.train, batch_size=batch_size, accumulate=1),
     )

@@ -1,7 +1,7 @@
 """Scores a router MoE whose experts are chosen by norms of their activations (`aoe_jax.probe`).
 
-All experts run up to a node, the norms there replace the router's logits, and the top K experts
-process the token (the paper's Tables 1, 6 and 7).
+All experts run up to a node of their computation, the norms there replace the router's logits, and
+the top K experts process the token (the paper's Tables 1, 6 and 7).
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def by_router(logits, weights, ctx):
 
 
 def by_chance(logits, weights, ctx):
-    """Random experts, others in each layer and for each token; the same on every mesh."""
+    """Random scores, different for each layer and token, and the same on every mesh."""
     # A number that differs between layers and not between devices.
     total = weights["w_router"].astype(jnp.float32).sum()
     key = jax.random.fold_in(jax.random.key(0), jax.lax.bitcast_convert_type(total, jnp.int32))
@@ -54,7 +54,7 @@ def by_norm(node, norm):
         devices = ctx.devices
         x = devices.gather(ctx.x, "expert")
 
-        def score(w):  # [T], by the matrices of an expert
+        def score(w):  # the matrices of one expert -> [T]
             gate, up = x @ w["w_gate"], x @ w["w_up"]
             hidden = jax.nn.silu(gate) * up
             at_nodes = gate, up, jax.nn.silu(gate), hidden, hidden @ w["w_down"]
@@ -74,7 +74,7 @@ def by_norm(node, norm):
 
 @dataclass(frozen=True)
 class ProbeRouter(Method):
-    """Top-k of other scores than the router's logits.
+    """Top-k routing by scores other than the router's logits.
 
     The record `agreement []` is the mean share of a token's experts that the router would choose.
     """
@@ -104,7 +104,7 @@ class ProbeRouter(Method):
         return by_token(expert, weight)._replace(records={"agreement": agreement / n_tokens})
 
 
-# Ways to choose experts, by node and norm in the table.
+# (node, norm) in the table -> the way to choose experts.
 PROBES = {("router", ""): by_router, ("random", ""): by_chance}
 PROBES |= {(node, norm): by_norm(node, norm) for node in NODES for norm in NORMS}
 # Weights of the chosen experts: the softmax of their scores (for the router: the model's own
@@ -197,7 +197,7 @@ def _run(model, choose, batches, score_tasks):
 
 
 def probe_table(report):
-    """The report of `probe_checkpoint` as lines of text, a row a probe and kind of weights."""
+    """The report of `probe_checkpoint` as text, one row for each probe and kind of weights."""
     rows = []
     for entry in report["probes"]:
         name = f"{entry['norm']} {entry['node']}".strip()

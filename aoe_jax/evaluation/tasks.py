@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval must not fork, which is not safe with JAX's threads
 
-# The paper's tasks: the folder of lm-eval that defines each (to read the index of all takes half a
-# minute), and the number of shots.
+# Task of the paper -> (the folder of lm-eval that defines it, number of shots). Reading lm-eval's
+# index of all tasks takes half a minute.
 _PAPER = {
     "arc_easy": ("arc", 0),
     "piqa": ("piqa", 0),
@@ -55,9 +55,9 @@ def load_tasks(names, fewshot=None, data: Path | None = None):
     """Loads tasks and their data sets, as `lm_eval.evaluator.evaluate` takes them.
 
     `names` are tasks, groups or tags of lm-eval. `fewshot` is the number of examples with answers
-    in each prompt; None: as in the paper for its tasks, for others as in lm-eval. `data` is a
+    in each prompt; None means the paper's number for its tasks, lm-eval's for others. `data` is a
     folder of JSON lines in `TASK/SPLIT.jsonl`, with the splits and fields of the hub's data sets,
-    such as `mnli/validation_matched.jsonl`. None: from the hub.
+    such as `mnli/validation_matched.jsonl`; None loads them from the hub.
 
     Raises `UserError` if a task is unknown, or its data set cannot be loaded or has other fields.
     """
@@ -70,7 +70,7 @@ def load_tasks(names, fewshot=None, data: Path | None = None):
         except Exception as e:  # data sets and templates fail in many ways
             raise UserError(f"--tasks={','.join(names)}: {_cause(e, data)}") from e
     if data:
-        loaded = {"tasks": loaded["tasks"]}  # without their groups of one, see _on_local_data
+        loaded = {"tasks": loaded["tasks"]}  # without the groups of _on_local_data
     for name, task in loaded["tasks"].items():
         _, default = _PAPER.get(name, (None, task.get_config("num_fewshot") or 0))
         shots = default if fewshot is None else fewshot
@@ -82,7 +82,7 @@ def load_tasks(names, fewshot=None, data: Path | None = None):
 
 
 def _index(names):
-    """lm-eval's index of its tasks, or a part of it with all of `names`."""
+    """lm-eval's index of its tasks, or a part of it that contains all `names`."""
     root = Path(lm_eval.tasks.__file__).parent
     if all(name in _PAPER for name in names):
         folders = [root / folder for folder in {_PAPER[name][0] for name in names}]
@@ -97,7 +97,7 @@ def _index(names):
 
 
 def _on_local_data(index, name, data):
-    """The task as a group of one, whose data set is a folder."""
+    """Returns a group with only this task, whose data set is read from a folder."""
     wanted = "is a group of tasks; with --tasks-data name single ones"
     require_flag(name in index.all_subtasks, "tasks", name, wanted)
     task = index.task_index[name].cfg
@@ -154,9 +154,9 @@ def prompts(tasks, limit=None):
 def score_model(model: Model, tasks, limit=None):
     """Scores a model on the first examples of loaded tasks.
 
-    `limit` is how many examples of each task; None: all. Returns `{task: {"fewshot", "examples",
-    "metrics": {metric: {"value", "stderr"}}}}`; a standard error is None where it is undefined, as
-    for a single example; shots and examples of groups are None.
+    `limit` is the number of examples of each task; None: all. Returns `{task: {"fewshot",
+    "examples", "metrics": {metric: {"value", "stderr"}}}}`; a standard error is None where it is
+    undefined, as for a single example; shots and examples of groups are None.
     """
     settings = {"limit": limit, "bootstrap_iters": _BOOTSTRAPS, "log_samples": False}
     with _quiet():
@@ -185,7 +185,7 @@ def _metrics(figures):
 
 
 def tasks_table(report):
-    """The report of `score_model` as lines of text, with the paper's mean if all are there."""
+    """The report of `score_model` as text, with the paper's mean if all its tasks are there."""
     rows = []
     for task, entry in report.items():
         head = [task, entry["fewshot"], entry["examples"]]
@@ -211,7 +211,7 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
     `models.load_model`, `Scorer` and, for tasks that generate text, `check_decodes` do.
     """
     file = workdir / "tasks.json"
-    _known(file)  # before it takes long
+    _known(file)  # a damaged file fails before the long work
     tasks = load_tasks(names, **settings)  # before the model, because that fails sooner
     model = load_model(workdir, step, mesh)
     if any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values()):

@@ -3,17 +3,17 @@
 **Tensors.** A row has the path of a parameter of the decoder, the name of the tensor, and the
 tensor's axes where they differ from the parameter's (`aoe_jax/parameters.py` declares these, with
 the letters of `aoe_jax/moe/__init__.py`). Parameters under `layers/` have a tensor for each layer,
-with `model.layers.N.` before the name; the layers under `dense_layers/` have the first numbers.
-With `{n}` in its name, each expert has a tensor. `Hh d` flattens H and h into one axis, H
-outermost. `f/0` and `f/1` are the first and the second half of an axis that holds two parameters.
-Where a parameter has several rows, a file may have any of them; the first is the one we write.
+with `model.layers.N.` before the name; the layers under `dense_layers/` are numbered first. A name
+with `{n}` means one tensor for each expert. `Hh d` flattens H and h into one axis, H outermost.
+`f/0` and `f/1` are the first and the second half of an axis that holds two parameters. If a
+parameter has several rows, a file may use any of them; we write the first.
 
-**The format `aoe`** stores models that no architecture of the Hugging Face hub can express. Where
-the classes in `huggingface/` compute the model, `config.json` has their fields, and they are copied
-beside it. Otherwise it has the groups `model`, `experts` and `routing`: the fields of `Config` that
-decide the results of the model. Tensors, and the state of routing in float32, have the names and
-axes that `aoe_jax.parameters` and the methods declare. A dense layer has the tensors of experts
-without the axis n, and dense layers before those of experts have the tensors of a Llama.
+**The format `aoe`** stores models that no architecture of the Hugging Face hub can express. If the
+classes in `huggingface/` can compute the model, `config.json` has their fields, and their files are
+copied beside it. Otherwise it has the groups `model`, `experts` and `routing`: the fields of
+`Config` that decide the results of the model. Tensors, and the state of routing in float32, have
+the names and axes that `aoe_jax.parameters` and the methods declare. Layers of a dense model have
+the tensors of experts without the axis n; dense layers in front of experts have those of a Llama.
 """
 
 import ast
@@ -97,7 +97,7 @@ _DENSE_LAYER = _table("""
     layers/experts/w_up              mlp.up_proj.weight                        f d
     layers/experts/w_down            mlp.down_proj.weight                      d f
 """)
-_DENSE_IN_FRONT = {  # dense layers before those of experts
+_DENSE_IN_FRONT = {  # dense layers in front of layers with experts
     f"dense_{path}": rows
     for path, rows in (_DECODER | _DENSE_LAYER).items()
     if path.startswith("layers/")
@@ -150,15 +150,15 @@ class Architecture(NamedTuple):
     class_name: str  # in transformers
     tensors: dict[str, list]  # see `_table`
     fields: dict[str, tuple]  # see `_fields`
-    only: dict[str, tuple] = _ONLY  # the values that are implemented, first that of a missing field
+    only: dict[str, tuple] = _ONLY  # implemented values; the first one is the default
     constants: dict[str, Any] = _ROUTER  # fields of `Config` common to all
-    rope_theta: float = 1e4  # where config.json has none
+    rope_theta: float = 1e4  # if config.json has none
     rope_types: tuple[str, ...] = ("default", "longrope")
-    rope_share: float = 1.0  # where config.json has no partial_rotary_factor
-    aliases: tuple[tuple[str, str], ...] = ()  # other names of fields, and the names here
+    rope_share: float = 1.0  # if config.json has no partial_rotary_factor
+    aliases: tuple[tuple[str, str], ...] = ()  # pairs (other name of a field, name here)
 
 
-_DEEPSEEK = Architecture(  # DeepSeek-V3 with usual attention
+_DEEPSEEK = Architecture(  # DeepSeek-V3 with standard attention
     "",
     tensors=_DECODER | _DENSE_IN_FRONT | _DEEPSEEK_EXPERTS,
     fields=_MOE
@@ -256,7 +256,7 @@ ARCHITECTURES = {
         only=_QWEN_ONLY,
         constants=_IS_DENSE | {"model.qk_norm": "head"},
     ),
-    OWN: Architecture(  # as `AoEConfig` in huggingface/ has it
+    OWN: Architecture(  # the fields of `AoEConfig` in huggingface/
         "AoEForCausalLM",
         tensors=_DECODER | _DENSE_IN_FRONT,
         fields=_MOE
@@ -285,15 +285,15 @@ ARCHITECTURES = {
 class Layout:
     """The mapping between a parameter of known shape and the tensors of a row of a table.
 
-    `whole` has `(0, size)` for every axis of the parameter (L: layers), `shape` is the shape of a
-    tensor, and `first` the name of the first one.
+    `whole` has `(0, size)` for every axis of the parameter (L: layers), `shape` is the shape of one
+    tensor, and `first` is the name of the first tensor.
     """
 
     def __init__(
         self, axes: str, shape: tuple[int, ...], name: str, stored: str = "", first_layer: int = 0
     ):
-        """`axes` are declared, `shape` includes the axis of layers, `name` and `stored` are the
-        row, and `first_layer` is the number of the parameter's first layer in files.
+        """`axes` are the declared axes, `shape` includes the axis of layers, `name` and `stored`
+        are the row's, and `first_layer` is the number of the parameter's first layer in files.
         """
         self._name, self._first_layer = name, first_layer
         axes, layers = axes.split(), ["L"] if "{L}" in name else []
@@ -301,7 +301,7 @@ class Layout:
         self.whole = {axis: (0, size) for axis, size in zip(axes, shape, strict=True)}
         self._named = [axis for axis in axes if f"{{{axis}}}" in name]
         self._axes = axes[len(self._named) :]
-        # For each axis of a tensor: the axes in it, which piece of it they are, and of how many.
+        # For each axis of a tensor: (parameter axes in it, index of their piece, number of pieces).
         self._groups = [([axis], 0, 1) for axis in self._axes]
         if stored:
             parts = [group.partition("/") for group in stored.split()]
@@ -314,8 +314,8 @@ class Layout:
         return math.prod(self.whole[axis][1] for axis in axes)
 
     def tensors(self, bounds: dict[str, tuple[int, int]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yields the names of the tensors that store the part of the parameter between `bounds`,
-        `(first, end)` by axis, and their index in the part.
+        """Yields `(name, index in the part)` of the tensors that store a part of the parameter;
+        `bounds` has its `(first, end)` by axis.
         """
         layers, experts = (range(*bounds[a]) if a in self._named else (0,) for a in ("L", "n"))
         for layer in layers:
@@ -325,7 +325,7 @@ class Layout:
                 yield self._name.format(L=layer + self._first_layer, n=expert), index
 
     def read(self, tensor: Stored, bounds: dict[str, tuple[int, int]]) -> np.ndarray:
-        """The share of a tensor in the part of the parameter between `bounds`."""
+        """Returns the elements of a tensor that belong to the part of the parameter in `bounds`."""
         slices = []
         for (outer, *inner), piece, _ in self._groups:
             offset, unit = piece * self._size([outer]), self._size(inner)
@@ -335,14 +335,14 @@ class Layout:
         return part.transpose([self._order.index(axis) for axis in self._axes])
 
     def to_file(self, part: np.ndarray):
-        """A whole tensor, from its part of the parameter."""
+        """Returns a whole tensor in the file's axes, from its part of the parameter."""
         return part.transpose([self._axes.index(axis) for axis in self._order]).reshape(self.shape)
 
 
 def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str, Layout]:
     """The `Layout` of every parameter and routing state, by path, in files with these `names`.
 
-    `shapes` has those of the whole model by path, with the axis of layers; arrays will do. A
+    `shapes` has an array or a `ShapeDtypeStruct` for every path, with the axis of layers. A
     parameter without a tensor among the names has the layout that we write. Raises `UserError` if
     the architecture has no such parameter.
     """

@@ -16,7 +16,7 @@ from aoe_jax.storage.files import COUNT, NUMBER
 
 log = logging.getLogger(__name__)
 
-WINDOW = 1024  # tokens of a window in scoring and training, if the model takes that many
+WINDOW = 1024  # default data.seq_len, unless the model's length is shorter
 _AUTO_MAP = {
     "AutoConfig": "configuration_aoe.AoEConfig",
     "AutoModel": "modeling_aoe.AoEModel",
@@ -32,7 +32,7 @@ def computed_fields(config: Config):
     fields = flatten_dict({name: groups[name] for name in ("model", "experts", "routing")}, sep=".")
     fields |= {"model.n_kv_heads": model.kv_heads, "model.head_dim": model.head_width}
     fields["experts.d_wide"] = experts.width(model.d_model)
-    # These decide how a model is computed, but not its results; d_wide follows from the last two.
+    # These fields change how a model is computed, not its results; the last two determine d_wide.
     unused = {"model.dtype", "model.remat", "model.unroll", "model.attention", "model.max_len"}
     unused |= {"experts.score_gradient", "experts.gradient_sums", "experts.grouped_matmul"}
     unused |= {"experts.d_ffn", "experts.round_to"}
@@ -149,8 +149,8 @@ def _check_attention(values, model):
 
 
 def _rotary_settings(values):
-    """The rotary settings by name, and `rope_type`: `rope_parameters`, as transformers 5 writes it,
-    or else `rope_scaling`; the rest, such as `rope_theta`, is from the other fields.
+    """The rotary settings by name, with `rope_type`. They are in `rope_parameters` (transformers 5)
+    or `rope_scaling`; others, such as `rope_theta`, are fields of their own.
     """
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     is_one = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
@@ -162,9 +162,9 @@ def _rotary_settings(values):
 def _rope_factors(values, model):
     """The rotary factors of the LongRoPE that `to_json` writes, or of Llama 3.1; else none.
 
-    In Llama 3.1, a frequency that turns fewer than `low_freq_factor` times in the length of
-    pretraining is divided by `factor`, one that turns more than `high_freq_factor` times by 1;
-    between them the reciprocal of the divisor is linear in the number of turns.
+    Llama 3.1 divides a frequency by `factor` if it turns fewer than `low_freq_factor` times within
+    the length of pretraining, and by 1 if it turns more than `high_freq_factor` times. In between,
+    the reciprocal of the divisor is linear in the number of turns.
     """
     rope = _rotary_settings(values)
     if rope["rope_type"] == "longrope":
@@ -192,8 +192,8 @@ def _rope_factors(values, model):
 def to_json(config: Config, routing_state=()):
     """`config.json` of a model with this `routing_state`, without its dtype and special tokens.
 
-    The architecture is the first in `ARCHITECTURES` that can express the whole model; the last is
-    an `aoe` that `transformers` loads. Else it is an `aoe` that only we load, and the log says why.
+    The architecture is the first in `ARCHITECTURES` that can express the whole model, the last one
+    being the `aoe` for `transformers`. Else only we can load it, and the log says why.
     """
     has_bias = "selection_bias" in routing_state
     wanted = computed_fields(config) | {"selection_bias": has_bias}
@@ -238,10 +238,10 @@ def _hub_json(config, model_type):
         fields["use_qk_norm"] = model.qk_norm == "head"
     fields |= {"hidden_act": "silu", "rope_theta": model.rope_base, "sliding_window": None}
     if model.rope_factors:
-        # Transformers 4 reads `rope_scaling` only. With it, `AutoTokenizer` fails for our own
-        # format without our classes.
+        # Transformers 4 reads only `rope_scaling`, but with this field and without our classes
+        # `AutoTokenizer` fails for our own format.
         fields["rope_parameters" if model_type == OWN else "rope_scaling"] = {
-            "rope_type": "longrope",  # every architecture has it
+            "rope_type": "longrope",  # every architecture supports it
             "short_factor": list(model.rope_factors),
             "long_factor": list(model.rope_factors),
             "factor": 1.0,

@@ -31,14 +31,14 @@ from aoe_jax.storage.retry import patiently
 
 log = logging.getLogger(__name__)
 
-RUN_FILE = "aoe_jax.json"  # of an exported model: {"step": number, "config": its run's}
+RUN_FILE = "aoe_jax.json"  # in exported models: {"step": number, "config": of the run}
 _RUN = {"step": or_none(COUNT), "config": {str: {}}}
 _WANTED = "name a directory with a model's config.json and safetensors files"
 _WITHOUT = "remove the file to load the model without it"
 
 
 def is_model(directory: Path) -> bool:
-    """Whether a directory holds a model, whose `config.json` has a `model_type`, not a run."""
+    """Whether a directory holds a model, not a run: its `config.json` has a `model_type`."""
     path = directory / "config.json"
     is_there = patiently(f"{path} cannot be read", path.exists)
     return is_there and "model_type" in read_json(path, _WANTED)
@@ -71,8 +71,8 @@ def read_config(directory: Path) -> Config:
     if (directory / RUN_FILE).exists():
         config = _config_of_run(directory / RUN_FILE, config)
     tokenizer = saved_tokenizer(directory)
-    # Somebody else may have written the paths in the configuration. Those of corpora appear in
-    # messages only, see `evaluation.models.corpus_of`.
+    # Somebody else may have written the paths in the configuration. The paths of corpora are used
+    # in messages only, see `evaluation.models.corpus_of`.
     own = {"tokenizer": str(tokenizer) if tokenizer.exists() else None, "cache": DataConfig.cache}
     data = dataclasses.replace(config.data, **own)
     # The run may have had the batch of a pod, and somebody else may have written the file.
@@ -108,7 +108,7 @@ def read_begin_token(directory: Path, vocab_size: int) -> int | None:
 
 def read_end_tokens(directory: Path) -> list[int]:
     """The tokens that end a generated text, by `generation_config.json` or else `config.json`;
-    empty if no file names one. Raises `UserError` if they are no numbers.
+    empty if no file names one. Raises `UserError` if they are not token numbers.
     """
     for path in (directory / "generation_config.json", directory / "config.json"):
         found = read_json(path, _WANTED).get("eos_token_id") if path.exists() else None
@@ -122,19 +122,19 @@ def read_end_tokens(directory: Path) -> list[int]:
 
 
 def parameter_shapes(config: Config):
-    """The shape of every parameter by its path, such as `layers/attention/q`; `[L, ...]` there."""
+    """Returns the shape of every parameter by path; `[L, ...]` for `layers/attention/q`."""
     return flatten_dict(jax.eval_shape(lambda: initial_params(config, 0)), sep="/")
 
 
 class ModelReader:
     """The parameters of a model in a directory, read piece by piece.
 
-    `parameters` has their shapes by path, and `routing_state` those of the routing state by name.
+    `parameters` has their shapes by path, and `routing_state` has the state's shapes by name.
     """
 
     def __init__(self, directory: Path, config: Config):
-        """Checks the names, shapes and dtypes of all tensors, and reads none. Raises `UserError` if
-        one is wrong or missing, and as `stored_tensors` does.
+        """Checks the names, shapes and dtypes of all tensors without reading them. Raises
+        `UserError` if one is wrong or missing, and as `stored_tensors` does.
         """
         self._directory, self._stored = directory, stored_tensors(directory)
         self.parameters, own = parameter_shapes(config), read_config(directory)
@@ -150,7 +150,7 @@ class ModelReader:
         self._layouts = find_layouts(values["model_type"], shapes, self._stored)
         # Like transformers, ignores an output table if the embeddings are tied.
         known = {"lm_head.weight"} if config.model.tie_embeddings else set()
-        if values.get("num_nextn_predict_layers"):  # its layer follows the last one
+        if values.get("num_nextn_predict_layers"):  # that layer follows the last layer
             last = f"model.layers.{n_dense + n_layers}."
             known |= {name for name in self._stored if name.startswith(last)}
             log.info("left out: the layer of multi-token prediction, %s", last.rstrip("."))
@@ -178,7 +178,7 @@ class ModelReader:
                 raise UserError(f"{self._stored[name].file}: {wanted}")
 
     def piece(self, path: str, index: Sequence[slice], dtype=None) -> np.ndarray:
-        """The part of a parameter that one slice per axis selects, in `dtype` or that of the file.
+        """The part of a parameter that one slice per axis selects, in `dtype` or the file's dtype.
         Raises `UserError` if a file cannot be read.
         """
         layout = self._layouts[path]
@@ -194,11 +194,11 @@ class ModelReader:
 
 
 def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
-    """`(params, routing_state)` of a model's decoder; the latter by name, float32 `[L, ...]`.
+    """Returns `(params, routing_state)` of a decoder; the state is float32 `[L, ...]` by name.
 
-    The host holds one parameter of all layers at a time, as far as it is on this host's devices.
-    `config` is the model's, with the mesh `mesh`. The parameters are in `dtype`, by default that of
-    the files. Raises `UserError`, see `ModelReader`.
+    The host holds one parameter of all layers at a time, only the part for its own devices.
+    `config` is the model's configuration with the mesh `mesh`. The parameters are in `dtype`, by
+    default that of the files. Raises `UserError`, see `ModelReader`.
     """
     reader = ModelReader(directory, config)
 

@@ -49,8 +49,8 @@ With `aoe_jax` (the last command in the root of its repository):
 
 
 def training(config: Config, workdir: Path, step: int) -> str:
-    """The section of a card about a run, with the figures in its `workdir` of this step and of the
-    run's corpora.
+    """The section of a card about a run, with those figures in `workdir` that belong to this step
+    and to the run's corpora.
     """
     rows = []
     if (workdir / "summary.json").exists():

@@ -16,7 +16,7 @@ from aoe_jax.storage.retry import patiently
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2_000_000_000
-_INDEX_BYTES = 2**26  # at most; the largest models of the hub have an index of 20 MB
+_INDEX_BYTES = 2**26  # limit; the largest models of the hub have an index of 20 MB
 _FILE = matching(re.compile(r"[^/\0-\x1f]+\.safetensors"), "the name of a safetensors file")
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -47,7 +47,7 @@ class Stored:
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
-    """The tensors of a directory by name: of `model.safetensors`, or the shards of its index.
+    """Returns the tensors of `model.safetensors` in a directory, or of its shards, by name.
 
     Reads the headers of all files, and no tensor. Raises `UserError` if a file is missing or
     damaged, or a tensor is not float32, float16 or bfloat16; `MachineFault` if a disk fails.
@@ -101,7 +101,7 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):
         save_file(shard, directory / f"{number}.partial", {"format": "pt"})
         total += sum(a.nbytes for a in shard.values())
         names.append(list(shard))
-        shard.clear()  # before the next one is read
+        shard.clear()  # frees memory before the next shard is read
     if len(names) == 1:
         (directory / "0.partial").rename(directory / SINGLE)
         return

@@ -14,7 +14,7 @@ from aoe_jax.storage.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-# Patterns of the tokenizer, its settings and chat templates, as models of the hub have them.
+# File patterns of the tokenizer, its settings and chat templates in models of the hub.
 _FILES = (
     "tokenizer*.json",
     "tokenizer.model",
@@ -64,8 +64,8 @@ def write_tokenizer(folder: Path, output: Path, max_len: int):
 def read_prefix(folder: Path, tokenizer, begin_token: int | None) -> list[int]:
     """The tokens that the tokenizer of a model puts before a text in `transformers`.
 
-    A `tokenizer.json` says so itself. A SentencePiece model has `begin_token`, if its
-    `tokenizer_config.json`, which must be readable, asks for it.
+    A `tokenizer.json` states them itself. A SentencePiece model puts `begin_token` there if its
+    `tokenizer_config.json` asks for it; that file must be readable.
     """
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return tokenizer.prefix

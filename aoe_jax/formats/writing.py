@@ -24,16 +24,16 @@ from aoe_jax.storage.files import sync, write_json
 from aoe_jax.storage.paths import Mirror, is_remote
 from aoe_jax.storage.retry import is_fault_of_write, patiently, reason
 
-_CLASSES = Path(__file__).with_name("huggingface")  # for transformers, in our own format
+_CLASSES = Path(__file__).with_name("huggingface")  # classes of our own format for transformers
 
 
 @contextlib.contextmanager
 def new_directory(output: Path) -> Iterator[Path]:
-    """A directory to write, renamed to `output` at the end, and removed after an exception.
+    """Yields a directory that is renamed to `output` at the end, or removed after an exception.
 
-    SIGKILL leaves it, hidden beside `output`. For an object store it is a temporary one on a disk,
-    whose files are copied at the end, `config.json` as the last. Raises `UserError` if `output`
-    exists or must not be written, and `MachineFault` if its disk fails.
+    After SIGKILL it stays, hidden beside `output`. For an object store it is a temporary directory
+    on a disk, whose files are uploaded at the end, `config.json` as the last. Raises `UserError` if
+    `output` exists or must not be written, and `MachineFault` if its disk fails.
     """
     if output.exists() if is_remote(output) else os.path.lexists(output):
         raise UserError(f"--output={output} exists already; name a new directory")
@@ -63,19 +63,19 @@ def new_directory(output: Path) -> Iterator[Path]:
 def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter: Callable):
     """Writes `config.json` and the tensors; memory holds one file and one parameter of a layer.
 
-    The `model_type` of `values`, the content of `config.json` without the dtype, decides the names
-    of the tensors. The classes that its `auto_map` names are copied, too. `shapes` has every
-    parameter by its path, with the axis of layers; arrays will do. `parameter(path, layer)` returns
-    the whole parameter of a layer, by its number in its stack, or one outside the layers (None).
-    The calls for a layer come together, in the order of `shapes`. Raises OSError or SafetensorError
-    if a file cannot be written.
+    `values` is the content of `config.json` without the dtype; its `model_type` decides the names
+    of the tensors, and the classes in its `auto_map` are copied too. `shapes` has an array or a
+    `ShapeDtypeStruct` for every path, with the axis of layers. `parameter(path, layer)` returns the
+    whole parameter of a layer, numbered within its stack, or one outside the layers (None). The
+    calls for a layer come together, in the order of `shapes`. Raises OSError or SafetensorError if
+    a file cannot be written.
     """
     layouts = find_layouts(values["model_type"], shapes)
-    stacks = {}  # the parameters of each stack of layers, or of None
+    stacks = {}  # stack of layers or None -> paths of its parameters
     for path in shapes:
         first = path.partition("/")[0]
         stacks.setdefault(first if first in STACKS else None, []).append(path)
-    parts = [(stacks[None], None)]  # parameters, and the number of their layer
+    parts = [(stacks[None], None)]  # (paths, number of the layer)
     for stack in filter(stacks.get, STACKS):
         parts += [(stacks[stack], layer) for layer in range(shapes[stacks[stack][0]].shape[0])]
 
@@ -101,7 +101,7 @@ def parameters_of(params: dict, routing_state=None, dtype: str | None = None):
     """`(shapes, parameter)` for `write_model`, from arrays on devices.
 
     `params` is the tree of the decoder's parameters, and `routing_state` has arrays `[L, ...]`
-    float32 by name. `dtype` is that of the parameters in the files; None: their own.
+    float32 by name. `dtype` is the dtype of parameters in the files; None keeps theirs.
     """
     arrays = flatten_dict(params, sep="/")
     dtypes = {path: dtype or a.dtype for path, a in arrays.items()}

@@ -1,1 +1,1 @@
-"""What a training step costs: plans for absent machines, and checks of the machine here."""
+"""The cost of a training step: plans for absent machines, and checks of this machine."""

@@ -6,7 +6,7 @@ from jax.extend import core as jax_core
 
 from aoe_jax.moe.parallel import transports
 
-# A device of n receives this times (n - 1) / n of the bytes of the larger of operand and result.
+# Each of n devices receives factor * (n - 1) / n * (bytes of the larger of operand and result).
 _RECEIVED = {
     "all_gather": 1,
     "reduce_scatter": 1,
@@ -17,16 +17,16 @@ _RECEIVED = {
 }
 # The compiler merges equal equations of these kinds.
 _MERGED = {"all_gather", "convert_element_type", "reshape", "squeeze", "transpose"}
-# The parts of these equations belong to the body around them.
+# The jaxprs inside these equations count as part of the enclosing body.
 _INLINE = {"closed_call", "custom_vjp_call", "jit", "pjit", "remat2", "checkpoint", "shard_map"}
 
 
 def each_collective(jaxpr, arguments=None, known=None):
-    """Yields `(equation, number of times that it runs)`, 0 within loops of unknown length.
+    """Yields `(equation, number of executions)`; the number is 0 in loops of unknown length.
 
     Two gathers of the same array with no barrier between them count once: the compiler merges them.
-    For a part of a program, `arguments` has an object for each argument, the same one for the same
-    array; `known` has the results of the equations of `_MERGED` in the body around the part.
+    For a jaxpr inside another, `arguments` has one object per argument, the same one for equal
+    arrays, and `known` has the results of the equations of `_MERGED` in the enclosing body.
     """
     known = {} if known is None else known
     values = dict(zip(jaxpr.invars, arguments or [object() for _ in jaxpr.invars], strict=True))
@@ -54,7 +54,7 @@ def each_collective(jaxpr, arguments=None, known=None):
 
 
 def _parts(eqn):
-    """Yields the jaxprs of an equation, with all branches of a condition."""
+    """Yields the jaxprs inside an equation, including all branches of a `cond`."""
     for value in eqn.params.values():
         for part in value if isinstance(value, list | tuple) else [value]:
             if isinstance(part, jax_core.ClosedJaxpr | jax_core.Jaxpr):
@@ -62,20 +62,19 @@ def _parts(eqn):
 
 
 def _inside(eqn, inputs):
-    """Returns the objects that represent the arguments of a part; None: new objects."""
+    """Returns `arguments` for a jaxpr inside an equation; None means new objects."""
     if eqn.primitive.name == "shard_map":  # the same array may be split in several ways
         specs = eqn.params["in_specs"]
         return [(value, str(spec)) for value, spec in zip(inputs, specs, strict=True)]
     if eqn.params.get("prevent_cse") and eqn.params.get("differentiated"):
-        return None  # behind a barrier
+        return None  # an optimization barrier is in between
     return inputs
 
 
 def collectives(jaxpr, sizes):
-    """Counts the collectives of a program by kind and mesh axes, whose `sizes` are given.
+    """Counts the collectives of a program by kind and mesh axes. `sizes` has the size of each axis.
 
-    Returns `{(kind, axes): [count, bytes that a device receives]}`, without loops of unknown
-    length.
+    Returns `{(kind, axes): [count, bytes received by a device]}`, without loops of unknown length.
     """
     total = {}
     for eqn, times in each_collective(jaxpr):

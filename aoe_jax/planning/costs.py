@@ -1,16 +1,16 @@
-"""The cost of a compiled program: memory traffic, FLOPs, cycles and collectives of each operation
-of its optimised HLO, with loops multiplied by their trip counts, and the likely time.
+"""The cost of a compiled program: memory traffic, FLOPs, cycles, collectives and likely time of
+each operation of its optimised HLO. Operations in loops are multiplied by the trip counts.
 
 XLA's `cost_analysis()` counts the body of a loop once and cannot look into Pallas kernels. Here:
 
 - Memory traffic is what an operation reads from and writes to HBM, with the padding of the layout.
-  Arrays that the compiler keeps in on-chip memory (`S(1)` on TPU) are left out. A slice reads what
-  it takes, and an update in place writes what it changes. An operation reads each array once.
-- FLOPs are those of matrix products and convolutions, two for each multiply-add, and what a kernel
-  states of itself. Cycles are the compiler's estimate, on TPU. Starting a kernel takes no time.
-- A loop of unknown length counts as zero trips: here, the further rounds of expert parallelism
-  (`moe/parallel/transports.py`), which balanced loads do not need. A condition counts as its branch
-  with the most FLOPs, of equals the one with the most traffic.
+  Arrays that the compiler keeps in on-chip memory (`S(1)` on TPU) are left out. A slice reads only
+  the elements taken, an in-place update writes only those changed, and each array is read once.
+- FLOPs count matrix products and convolutions, two for each multiply-add, and the FLOPs that a
+  kernel states. Cycles are the estimate of the TPU compiler. The launch of a kernel takes no time.
+- A loop of unknown length counts as zero trips. Such loops are the further rounds of expert
+  parallelism (`moe/parallel/transports.py`), which balanced loads do not need. A conditional counts
+  as the branch with the most FLOPs or, if FLOPs are equal, the most traffic.
 """
 
 import math
@@ -45,12 +45,12 @@ class Operation:
     times: float = 1
     hbm_bytes: float = 0.0  # per execution, as are the next fields
     flops: float = 0.0
-    # FLOPs of a busy matrix unit in the same time: more where a kernel leaves parts of it idle.
+    # FLOPs of a fully used matrix unit in the same time; above `flops` if parts are idle.
     occupied_flops: float = 0.0
     cycles: float | None = None
     collective: str | None = None
     sent_bytes: float = 0.0  # the larger of a collective's operand and result
-    group_size: int = 1  # devices that take part in it
+    group_size: int = 1  # devices that take part in the collective
     is_async: bool = False
     # The operations between the start of an asynchronous collective and its end; None: unknown.
     beside: tuple["Operation", ...] | None = None
@@ -59,9 +59,9 @@ class Operation:
 class Program:
     """A compiled program, from the text of `hlo.compile_and_read`.
 
-    `kernel_costs` are functions `(name, operands, results) -> (flops, traffic, occupied FLOPs)` of
-    `Array`s, which return None for unknown kernels. The name is the target of the custom call, on
-    TPU the name of the kernel.
+    A function of `kernel_costs` maps `(name, operands, results)` to `(flops, traffic, occupied
+    FLOPs)`, or to None for unknown kernels. The operands and results are `Array`s; the name is the
+    target of the custom call or, on TPU, the name of the kernel.
     """
 
     def __init__(self, text, kernel_costs=KERNEL_COSTS):
@@ -90,7 +90,7 @@ class Program:
         for i in instructions.values():
             if i.opcode.endswith("-done"):
                 if (k := started.get(i.operands[0])) is not None:
-                    # The same work hides one collective only: they share the links.
+                    # An operation hides only one collective, because collectives share the links.
                     beside = [n for n in range(k + 1, len(found)) if n not in hides]
                     hides.update(beside)
                     found[k] = replace(found[k], beside=tuple(found[n] for n in beside))
@@ -99,7 +99,7 @@ class Program:
                 started[i.name] = started.get(i.operands[0])
             if i.opcode in _FREE or i.target in _FREE_KERNELS:
                 continue
-            if i.opcode == "fusion-start":  # its result: operands, results, a context
+            if i.opcode == "fusion-start":  # the result has operands, results, a context
                 n = sum(len(instructions[name].arrays) for name in i.operands)
                 i = replace(i, opcode="fusion", arrays=i.arrays[n:-1])
             if i.opcode == "while":
@@ -155,7 +155,7 @@ class Program:
             result_bytes -= operand_bytes
         return replace(
             operation,
-            hbm_bytes=0.0,  # its time is that of the network
+            hbm_bytes=0.0,  # only network time counts
             collective=i.collective,
             sent_bytes=max(operand_bytes, result_bytes),
             group_size=self._group_size(i),
@@ -163,8 +163,8 @@ class Program:
         )
 
     def _collectives_of_fusion(self, i, times):
-        # A fusion starts a collective, or is a reduce-scatter as an all-reduce and a slice. Fusions
-        # that run beside a started one name it, too.
+        # A fusion may start a collective, or be a reduce-scatter made of an all-reduce and a slice.
+        # Fusions that only overlap with a started collective contain it too, with a `chain_id`.
         inside, found = self._fused(i), []
         is_async = any(x.target == "AsyncCollectiveStart" for x in inside.values())
         for x in inside.values():
@@ -178,7 +178,7 @@ class Program:
 
     def _group_size(self, i):
         if i.collective == "collective-permute":
-            return math.inf  # a device receives all that another sends
+            return math.inf  # a device receives everything that one other device sends
         if sizes := i.attribute(r"replica_groups=\[([\d,]+)\]"):  # [groups, devices of a group]
             return int(sizes.split(",")[-1])
         if group := i.attribute(r"replica_groups=\{\{([\d,]+)\}"):
@@ -219,7 +219,7 @@ class Program:
         return reads + self._written(i, known)
 
     def _read(self, user, index, whole):
-        """Returns the bytes that `user` reads of its operand `index`; `whole` are in HBM."""
+        """Returns the bytes that `user` reads of operand `index` with `whole` bytes in HBM."""
         if not whole:
             return 0.0
         if user.opcode in ("dynamic-slice", "slice", "gather") and index == 0:
@@ -236,7 +236,7 @@ class Program:
         return min(whole, self._read_inside(inside, parameter.name, whole))
 
     def _read_inside(self, inside, name, whole):
-        """Returns the bytes that a fusion reads of a parameter, by all of its uses."""
+        """Returns the bytes that a fusion reads of a parameter, summed over the uses."""
         total = 0.0
         for user in inside.values():
             for k, operand in enumerate(user.operands):
@@ -260,7 +260,7 @@ class Program:
         )
 
     def _written_by(self, part, inside, whole):
-        """Returns the bytes that a result writes: 0 if it is an argument, few for an update."""
+        """Returns the bytes written: 0 for an argument, only the changed ones for an update."""
         while part.opcode == "bitcast" and part.operands[0] in inside:
             part = inside[part.operands[0]]
         if part.opcode == "parameter" or part.collective or part.target in _ASYNC:
@@ -291,10 +291,10 @@ class Program:
 def likely_seconds(operation, chip, shape=()):
     """Returns the likely seconds of one run of an operation.
 
-    A collective takes the time of its bytes by ring algorithms over the links of its group, minus
-    the time of the work beside it; 0 if that work is unknown. Other operations take the compiler's
-    cycles or, without these, the larger of the times for FLOPs and for memory traffic at the peaks
-    of `chip`. `shape` is that of the slice, as in `Chip.group_bandwidth`.
+    A collective takes the time of a ring algorithm over the links of its group, minus the time of
+    the operations that overlap with it, or 0 if these are unknown. Other operations take the
+    compiler's cycles or, without cycles, the larger of the times for FLOPs and for memory traffic
+    at the peaks of `chip`. `shape` is the shape of the slice, see `Chip.group_bandwidth`.
     """
     if operation.collective:
         if operation.collective == "collective-permute":  # to a neighbour
@@ -343,7 +343,7 @@ def _branches(conditional):
 
 
 def _convolution_flops(i, known):
-    # Matrix products have this form on TPU. Padding counts nothing.
+    # On TPU, matrix products are convolutions. Products with padding are not counted.
     lhs, rhs = (known[name].arrays[0].dims for name in i.operands[:2])
     out, labels = i.arrays[0].dims, i.attribute(r"dim_labels=([\w?]+_[\w?]+->[\w?]+)")
     if not labels:
@@ -366,7 +366,7 @@ def _convolution_flops(i, known):
 
 
 def _valid_products(n_in, n_kernel, n_out, stride, padding, in_dilation, kernel_dilation):
-    """Counts pairs of kernel and output positions along one axis that meet an input element."""
+    """Counts pairs (output, kernel position) along one axis that read input, not padding."""
     positions = np.arange(n_out)[:, None] * stride + np.arange(n_kernel) * kernel_dilation - padding
     inside = (positions >= 0) & (positions <= (n_in - 1) * in_dilation)
     return int((inside & (positions % in_dilation == 0)).sum())

@@ -26,11 +26,11 @@ from aoe_jax.training.devices import peak_flops_per_device
 from aoe_jax.training.step_times import RepeatedStep
 
 STEPS = 10
-MAX_TOKENS = 16_384  # of a device in a step
+MAX_TOKENS = 16_384  # per device and step
 
 
 def examine(config: Config, show):
-    """Examines all devices of all processes with a configuration that is made to fit.
+    """Examines all devices of all processes with the configuration that `fitted` returns.
 
     `show` is called with each line of text as soon as a part is done. Returns the content of
     `--json`. Raises `UserError` for a setting that these devices do not allow.
@@ -60,7 +60,7 @@ def _add(report, verdict, show):
 
 
 def fitted(config: Config, n_devices):
-    """Returns the configuration in one micro-batch of at most `MAX_TOKENS` per device."""
+    """Returns the configuration with one micro-batch of at most `MAX_TOKENS` per device."""
     config = fill_mesh(config, n_devices)
     shards, train = math.prod(config.mesh.shape[:3]), config.train
     sequences = train.batch_size // train.accumulate // shards
@@ -70,18 +70,18 @@ def fitted(config: Config, n_devices):
 
 
 def _attempt(function, *args):
-    """Returns the result, or `{"error": last line of the exception}`; raises a user's mistake."""
+    """Returns the result or `{"error": last line of the exception}`; raises only `UserError`."""
     try:
         return function(*args)
     except UserError:
         raise
-    except Exception as e:  # compilers and runtimes have their own kinds
+    except Exception as e:  # compilers and runtimes raise their own types
         last = (str(e).strip().splitlines() or [""])[-1][:300]
         return {"error": f"{type(e).__name__}: {last}"}
 
 
 def choose_backends(config, device):
-    """Returns the backends of attention and of each grouped product with reasons."""
+    """Returns a dict `kernel`, `backend`, `why` for attention and for each grouped product."""
     m, dtype, chosen = config.model, jnp.dtype(config.model.dtype), config.experts.grouped_matmul
     name = attention_backend(device, dtype, m.head_width)
     why = _why(device, name == "blocks", partial(check_cudnn, dtype, m.head_width))
@@ -102,7 +102,7 @@ def choose_backends(config, device):
 
 
 def _why(device, is_plain, check):
-    """Returns why a backend is chosen; `check` raises the reason against a kernel for GPUs."""
+    """Returns why a backend is chosen; `check` raises `UserError` without a kernel for GPUs."""
     if is_plain and device.platform == "gpu":
         try:
             check()

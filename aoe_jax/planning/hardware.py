@@ -1,10 +1,10 @@
-"""Published peak figures of accelerators, and the devices of absent machines to compile for: TPU
-slices and the GPUs of one node.
+"""Published peaks of accelerators, and the devices of absent TPU slices and GPU nodes, for which
+programs can be compiled.
 
 Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.google.com/tpu/docs
 (peak compute, HBM, and one direction of the inter-chip bandwidth); the Google Cloud machine types
 (bandwidth between slices: a chip's share of its host's network card); the data sheets at nvidia.com
-(dense peaks, and one direction of NVLink, of PCIe for L4).
+(dense peaks, and one direction of NVLink or, for L4, of PCIe).
 """
 
 import importlib.util
@@ -37,25 +37,25 @@ class Chip:
     # other slices (or nodes).
     link_bandwidth: float
     slice_bandwidth: float
-    clock: float | None = None  # cycles per second of a TPU core, by its peak and its matrix units
+    clock: float | None = None  # cycles per second of a TPU core, from its peak and matrix units
     n_links: int = 1  # links of a chip; two in each dimension of a TPU slice
-    ring: int = 1  # chips in a dimension that closes to a ring, or a divisor of their number
+    ring: int = 1  # a dimension closes to a ring if its chips are a multiple of this
     devices: float = 1  # devices of a chip
 
     def part(self, share):
-        """Returns the peaks of a device that is a share of the chip."""
+        """Returns the peaks of a device that is the fraction `share` of the chip."""
         names = ("flops", "hbm_bytes", "hbm_bandwidth", "link_bandwidth", "slice_bandwidth")
         own = {name: share * getattr(self, name) for name in names}
         return replace(self, devices=self.devices / share, **own)
 
     def group_bandwidth(self, shape, n_devices):
-        """Returns bytes per second into a device from the others of a group, in a ring algorithm.
+        """Returns the bytes per second that a device receives in a ring algorithm over its group.
 
-        The group spans whole dimensions of the slice where it can, as the meshes of JAX do;
-        otherwise it is placed where it has most links. A whole dimension that closes to a ring
-        gives every chip two links; another dimension that it spans gives one, because a line has
-        ends. Devices of one chip are assumed to exchange data at the rate of all its links. `shape`
-        is the chips along each dimension of the slice; (): all links serve.
+        The group spans whole dimensions of the slice if possible, as JAX meshes do; otherwise it
+        takes the placement with the most links. A whole dimension that closes to a ring gives every
+        chip two links; any other dimension of the group gives one, because a line has ends. Devices
+        of one chip are assumed to exchange data at the rate of all its links. `shape` is the number
+        of chips along each dimension of the slice; () means that all links are used.
         """
         ways, n_chips = [], max(1, round(n_devices / self.devices))
         for order in itertools.permutations(shape):
@@ -84,7 +84,7 @@ CHIPS = {
     "b200": Chip(PEAK_FLOPS["NVIDIA B200"], 180e9, 7.7e12, 900e9, 50e9),
 }
 _PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which figures depend
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # figures depend on them
 
 
 def chip_part(generation, devices):
@@ -93,14 +93,14 @@ def chip_part(generation, devices):
 
 
 def slice_shape(devices):
-    """Returns chips along each dimension of a TPU slice; () for other devices."""
+    """Returns the number of chips along each dimension of a TPU slice; () for other devices."""
     if devices[0].platform != "tpu":
         return ()
     return tuple(max(sizes) + 1 for sizes in zip(*(d.coords for d in devices), strict=True))
 
 
 def machine():
-    """Describes this machine by name: devices, cores, versions, allocator settings."""
+    """Returns a dict about this machine: devices, cores, versions, allocator settings."""
     installed = {package.name: package.version for package in metadata.distributions()}
     return {
         "device": jax.devices()[0].device_kind,
@@ -114,7 +114,7 @@ def machine():
 
 
 def topology_devices(topology, n_slices=1):
-    """Returns `(generation, devices)` to compile for; other programs then run on CPU.
+    """Returns `(generation, devices)` to compile for; JAX runs other programs on CPU afterwards.
 
     `topology` is a slice, such as "v5e:16x16", or the GPUs of a node, such as "h100:8". Raises
     `UserError` for an unknown name or shape, or a compiler that is not installed.
@@ -138,7 +138,7 @@ def topology_devices(topology, n_slices=1):
         hint = "the compiler has no such slice"
     try:
         return generation, topologies.get_topology_desc(**options).devices
-    except Exception as e:  # the compilers have their own kinds
+    except Exception as e:  # the compilers raise their own types
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"--topology={topology}: {hint}: {reason}") from e
 
@@ -151,7 +151,7 @@ def _tpu_options(topology, n_slices):
     if n_slices > 1:
         options["num_slices"] = n_slices
     if topology.startswith("v4:"):
-        options["chip_config_name"] = "megacore"  # one device a chip, as on the real machine
+        options["chip_config_name"] = "megacore"  # one device per chip, as in reality
     return options
 
 

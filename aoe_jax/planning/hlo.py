@@ -91,7 +91,7 @@ class Instruction:
 
 
 def compile_and_read(lowered):
-    """Returns `(compiled program, its text)`; no text on CPU or from the compilation cache.
+    """Returns `(compiled program, text)`; text is None on CPU or from the compilation cache.
 
     The text is the compiler's dump: `compiled.as_text()` has no cycles on some versions of JAX, and
     fails on some programs.

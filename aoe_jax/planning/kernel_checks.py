@@ -1,14 +1,14 @@
-"""Kernels against plain references in float32, on all devices of a mesh at the same time.
+"""Checks kernels against plain float32 references, on all devices of a mesh at the same time.
 
-The error of an array is the largest of its blocks of 128 rows: the norm of the difference from the
-reference over the norm of the reference, or infinity if a number is not finite.
+The error of an array is the largest error of its blocks of 128 rows. A block's error is the norm of
+the difference from the reference over the norm of the reference, or infinity if not finite.
 
     tolerance = roundings * eps + sqrt(terms) * eps(float32)
 
-where eps is that of the dtype of computation, or of the shorter format in which a platform
-multiplies float32, and `terms` is the length of the longest sum. `roundings` counts roundings to
-this dtype in a forward pass: 1 in a grouped product (result), 2 in attention (probabilities,
-result), 4 in a layer (gate, up projection, their product, result).
+where eps is the machine epsilon of the compute dtype, or of the shorter format in which the
+platform multiplies float32, and `terms` is the length of the longest sum. `roundings` counts
+roundings to this dtype in a forward pass: 1 in a grouped product (result), 2 in attention
+(probabilities, result), 4 in a layer (gate, up projection, their product, result).
 """
 
 import dataclasses
@@ -31,21 +31,21 @@ from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.layer import ExpertsLayer, parameters_of
 from aoe_jax.sharding import MESH_AXES, replicated
 
-PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # of float32 operands: bfloat16 and TF32
+PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # float32 operands become bfloat16, TF32
 BLOCK = 128  # rows whose error is computed together, such as positions of a head
 LAYER_TOKENS, LAYER_EXPERTS = 2048, 8  # the reference computes all experts for all tokens
 
 
 class Case(NamedTuple):
-    """A kernel at one shape, and its reference: functions of arrays and of an input."""
+    """A kernel at one shape, and its reference; both take the arrays and an input's arguments."""
 
     kernel: str
     shape: str  # in words
-    arguments: dict  # the shapes of the arrays, which are drawn, by name
+    arguments: dict  # name of a random array -> its shape
     result: tuple  # its shape
     function: Callable
     reference: Callable
-    inputs: dict  # the further arguments of both, by name of the input
+    inputs: dict  # name of an input -> further arguments of both functions
     roundings: int
     terms: int
     is_collective: bool = False  # the function shares the work among the devices of the mesh
@@ -91,8 +91,8 @@ def exactly(function, dtype):
 def check(case: Case, mesh, dtype):
     """Computes a case for each of its inputs.
 
-    Returns a list of `{"input", "tolerance", "errors", "device", "passed"}`. `errors` has the
-    largest error of all devices by result; `device` is the one that has the largest of these.
+    Returns a list of `{"input", "tolerance", "errors", "device", "passed"}`. `errors` maps each
+    result to its largest error on any device; `device` has the largest of all.
     """
     eps = float(jnp.finfo(dtype).eps)
     if dtype == "float32":
@@ -130,15 +130,15 @@ def _relative_error(got, want):
         return jax.ops.segment_sum(jnp.square(a).sum(axis=1), block, n_blocks)
 
     norm = squares(want)
-    # Some kernels subtract: where a block is almost zero, they have rounding errors of the others.
-    # An array may be all zeros.
+    # Some kernels subtract, so a block near zero has rounding errors as large as those of other
+    # blocks. An array may be all zeros.
     floor = jnp.maximum(1e-2 * norm.mean(), jnp.finfo(jnp.float32).tiny)
     error = jnp.sqrt((squares(got - want) / jnp.maximum(norm, floor)).max())
     return jnp.where(jnp.isfinite(error), error, jnp.inf)
 
 
 def sequences_per_device(config: Config):
-    """Returns the sequences per device; devices along the tensor axis share theirs."""
+    """Returns the sequences per device; devices along the tensor axis share sequences."""
     return config.train.batch_size // math.prod(config.mesh.shape[:3])
 
 
@@ -216,7 +216,7 @@ def grouped_case(config: Config, backend, shape):
     def plain(rows, weights, sizes):
         expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(m), side="right")
 
-        @jax.checkpoint  # the rows of all experts would be kept
+        @jax.checkpoint  # otherwise masked rows of all experts are kept
         def product(number, w):
             return jnp.where((expert == number)[:, None], rows, 0) @ w
 
@@ -262,7 +262,7 @@ def layer_case(config: Config):
     declared = parameters_of(experts, layer.routing)
     of_experts = reference.aoe_experts if experts.low_rank else reference.router_experts
 
-    def scaled(weights):  # so that they keep the variance of tokens, by a power of two
+    def scaled(weights):  # by a power of two, so that products keep the tokens' variance
         return [w.astype(jnp.float32) * 2.0 ** round(-math.log2(w.shape[-2]) / 2) for w in weights]
 
     def apply(x, *weights):

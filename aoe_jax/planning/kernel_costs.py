@@ -1,4 +1,4 @@
-"""What kernels cost whose FLOPs and traffic a compiled program does not state.
+"""The costs of kernels whose FLOPs and traffic a compiled program does not state.
 
 Each function takes `(name, operands, results)` of a custom call and returns `(flops, traffic,
 occupied FLOPs)`, see `costs.Program`, or None for kernels of other kinds.
@@ -10,7 +10,7 @@ from aoe_jax.model.attention.splash import LANES
 from aoe_jax.moe.grouped_matmul.megablox import tiles
 from aoe_jax.moe.grouped_matmul.mosaic_gpu import blocks_at_once, width_block
 
-# Products of [block, block] by [block, h] for each pair of blocks.
+# Number of products [block, block] x [block, h] for each pair of blocks.
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
@@ -26,7 +26,7 @@ def splash_cost(name, operands, results):
         return None
     q, k, v, *others = (a for a in operands if len(a.dims) >= 3 and a.dtype[0] in "bf")
     *_, n_heads, length, width = q.dims
-    if length < LANES:  # heads narrower than that are transposed
+    if length < LANES:  # arrays with narrower heads are transposed
         length, width = width, length
     n_q, n_kv = operands[0].dims[-2:]
     n_met = sum(-(-n_kv * (i + 1) // n_q) for i in range(n_q))  # pairs of blocks
@@ -55,9 +55,9 @@ def cudnn_cost(name, operands, results):
 def megablox_cost(name, operands, results, tiles=tiles):
     """Returns the cost of a grouped product by Megablox with these `tiles`.
 
-    Weights are read once if the whole depth is in one tile, else again for each tile of rows; rows
-    once for each tile of the width. The kernel lists the tiles of rows by group; a tile that two
-    groups share is there, and is computed, twice.
+    Weights are read once if one tile has the whole depth, else once for each tile of rows. Rows are
+    read once for each tile of the width. The kernel lists the tiles of rows by group, so a tile
+    that two groups share is listed and computed twice.
     """
     if name not in ("gmm", "tgmm"):
         return None
@@ -65,7 +65,7 @@ def megablox_cost(name, operands, results, tiles=tiles):
     k, n = out.dims[1:] if name == "tgmm" else (lhs.dims[1], out.dims[1])
     m = math.prod(lhs.dims) // k
     n_groups, n_visits = offsets.dims[0] - 1, listed.dims[0]
-    product = "d_weights" if name == "tgmm" else "forward"  # d_rows is a forward one, transposed
+    product = "d_weights" if name == "tgmm" else "forward"  # d_rows is one, transposed
     itemsize = 2 if lhs.dtype == "bf16" else 4
     _, tk, tn = tiles(m, k, n, n_groups, itemsize)[product]
     rhs_reads = math.ceil(k / tk)
@@ -79,8 +79,8 @@ def megablox_cost(name, operands, results, tiles=tiles):
 def mosaic_gpu_cost(name, operands, results):
     """Returns the cost of a grouped product by Mosaic GPU.
 
-    Rows are read in every pass over them, for d_weights once, since the blocks of an expert advance
-    along its rows together.
+    Every pass over the width reads the rows. d_weights needs one pass, since the blocks of an
+    expert advance along its rows together.
     """
     matrices = [a for a in operands if len(a.dims) > 1]
     if not name.startswith("mosaic_gpu") or len(matrices) != 2:

@@ -2,16 +2,16 @@
 
 How the figures are computed:
 
-- Memory is the compiler's: arguments (state and batch), results and temporary memory, per device.
+- Memory is the compiler's figure per device: arguments (state and batch), results, temporaries.
 - FLOPs and memory traffic are those of the optimised program, see `aoe_jax/planning/costs.py`.
-- Collectives are those of the program before compilation, where all are explicit except sums of a
-  few scalars and of the gradients of norm scales. Bytes are what a device receives in a step, by
-  the usual ring algorithms. The collectives of the optimised program are listed, too, with the
-  larger of operand and result as bytes.
-- The step time is bounded by the slowest of arithmetic, HBM (state read and written once) and
-  network, each at its peak and perfectly overlapped: no run is faster.
-- The likely step time is the sum over operations: the compiler's own cycles, on TPU, or the time
-  that FLOPs and traffic take at the peaks, and collectives that no other work hides.
+- Collectives are counted before compilation, where all are explicit except sums of a few scalars
+  and of the gradients of norm scales. Their bytes are those that a device receives in a step with
+  the usual ring algorithms. The collectives of the optimised program are listed too; their bytes
+  are the larger of operand and result.
+- The lower bound of the step time is the longest of the times of arithmetic, HBM (state read and
+  written once) and network, each at its peak and perfectly overlapped.
+- The likely step time is a sum over operations: the compiler's cycles on TPU, or the time that
+  FLOPs and traffic take at the peaks, plus the time of collectives that no other work hides.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def plan(config: Config, generation, devices):
     if sharding.count_slices(devices) > 1:
         across = sum(entry["bytes"] for entry in found if "data" in entry["axes"])
     within = received.total() - across
-    if likely and across:  # the program counts it at the speed within a slice
+    if likely and across:  # so far counted at the speed within a slice
         likely["likely_step_seconds"] += across / chip.slice_bandwidth
         by_scope = likely["seconds_by_scope"]
         by_scope["network"] = by_scope.get("network", 0) + across / chip.slice_bandwidth
@@ -139,7 +139,7 @@ def _compile(traced):
 def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
     """Returns `flops` and the keys `LIKELY` of a step, from the text of `hlo.compile_and_read`.
 
-    `chip` is the `hardware.Chip` of a device, `shape` the chips along each dimension of the slice.
+    `chip` is the `hardware.Chip` of a device, `shape` the result of `hardware.slice_shape`.
     `seconds_at_peaks` ignores the compiler's cycles.
     """
     operations = Program(text, kernel_costs).operations

@@ -22,12 +22,12 @@ CHOICES = {"score": ("norm", "max"), "qk_norm": ("none", "all", "head")}
 class AoEConfig(MixtralConfig):
     """A decoder with the attention of Llama and Autonomy-of-Experts layers (arXiv 2501.13074).
 
-    Fields that Mixtral has too mean the same; `intermediate_size` is the width of an expert. A
+    Fields that Mixtral also has mean the same; `intermediate_size` is the width of an expert. A
     `partial_rotary_factor` is the share of the features of a head that rotate.
 
     Attributes:
-      score_neurons: None: gates are factorised, and their low-rank activations score. A number:
-        gates are whole, and this many of their first pre-activations score.
+      score_neurons: None: gates are factorised, and their low-rank activations give the score. A
+        number: gates are whole, and this many of their first pre-activations give the score.
       gate_rank: the rank of a factorised gate.
       score: "norm": an expert is scored by the L2 norm of its activations; "max": by the largest.
       norm_topk_prob: whether weights are the softmax over the chosen scores, or over all.
@@ -35,12 +35,12 @@ class AoEConfig(MixtralConfig):
       qk_norm: the RMSNorm of queries and keys: "none", "all" (over all heads together, as in OLMoE)
         or "head" (over each head by itself, as in Qwen3).
       attention_bias: whether the projections of attention have biases.
-      qkv_bias: whether those of queries, keys and values alone have biases.
+      qkv_bias: whether only the projections of queries, keys and values have biases.
       shared_expert_intermediate_size: the width of an expert that every token uses; 0: none.
-      shared_expert_gate: whether the sigmoid of a projection scales its output.
+      shared_expert_gate: whether the sigmoid of a projection scales this expert's output.
       first_k_dense_replace: how many layers at the front have a dense SwiGLU instead of experts;
         `num_hidden_layers` counts them, too.
-      dense_intermediate_size: the width of their SwiGLU.
+      dense_intermediate_size: the width of the dense SwiGLU.
     """
 
     model_type = "aoe"

@@ -32,15 +32,15 @@ SCORES = {"norm": partial(torch.linalg.vector_norm, dim=-1), "max": partial(torc
 
 
 def grouped_mm(rows, weights, sizes):
-    """The product of each group of rows with its own matrix: `rows [R, a]`, sorted by group,
-    `weights [n, a, b]`, `sizes [n]`, the rows of each group -> `[R, b]`.
+    """Multiplies each group of rows by its own matrix: `rows [R, a]`, sorted by group, times
+    `weights [n, a, b]` give `[R, b]`; `sizes [n]` has the number of rows of each group.
     """
     groups = zip(rows.split(sizes.tolist()), weights.unbind(), strict=True)
     return torch.cat([group @ w for group, w in groups])
 
 
 class AoEExperts(nn.Module):
-    """The experts of a layer: they score all tokens, and each processes those that chose it."""
+    """The experts of a layer: all score every token, and a token's top K experts process it."""
 
     def __init__(self, config: AoEConfig):
         super().__init__()
@@ -68,7 +68,7 @@ class AoEExperts(nn.Module):
         token = order // self.top_k
         sizes = torch.bincount(slot_expert, minlength=scores.shape[1])
         rows = x.index_select(0, token)
-        if self.score_neurons is None:  # the scores have computed x W_gate_down already
+        if self.score_neurons is None:  # x W_gate_down is already computed
             row_code = code.flatten(0, 1).index_select(0, token * scores.shape[1] + slot_expert)
             gate = grouped_mm(row_code, self.w_gate_up, sizes)
         else:
@@ -79,7 +79,7 @@ class AoEExperts(nn.Module):
         return torch.zeros_like(x).index_add(0, token, y.to(x.dtype)), scores
 
     def code_and_scores(self, x):
-        """The activations that score, `[T, n, r]`, and their scores, `[T, n]` float32."""
+        """Returns the scoring activations `[T, n, r]` and the scores `[T, n]` float32."""
         count = self.score_neurons
         w = self.w_gate_down if count is None else self.w_gate[..., :count]
         # In a narrow dtype, the largest activations of two experts often tie.
@@ -89,7 +89,7 @@ class AoEExperts(nn.Module):
 
 
 class AoEBlock(nn.Module):
-    """The layer of experts, with a bias that balances their load and a shared expert, if set."""
+    """The layer of experts, with an optional selection bias and an optional shared expert."""
 
     def __init__(self, config: AoEConfig):
         super().__init__()
@@ -125,14 +125,14 @@ class NormOverHeads(MixtralRMSNorm):
 
 
 def make_attention(config: AoEConfig, layer_idx: int):
-    """The attention of a layer, where a part of each head may rotate."""
+    """The attention of a layer, in which only a part of each head may rotate."""
     attention = Glm4MoeAttention(config, layer_idx)
     q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
     if config.qk_norm == "all":
         attention.q_norm = NormOverHeads(q.out_features, config.rms_norm_eps)
         attention.k_norm = NormOverHeads(k.out_features, config.rms_norm_eps)
     biased = [q, k, v] if config.qkv_bias else []
-    if config.attention_bias:  # GLM's q, k and v have biases then
+    if config.attention_bias:  # GLM's q, k and v already have biases
         biased.append(o)
     for projection in biased:
         projection.bias = nn.Parameter(torch.zeros(projection.out_features))
@@ -145,7 +145,7 @@ def make_norm(config: AoEConfig):
 
 
 class AoEDecoderLayer(MixtralDecoderLayer):
-    """Attention, and experts or a dense SwiGLU, behind a norm and added to the residual stream."""
+    """Attention, then experts or a dense SwiGLU, each with a pre-norm and a residual connection."""
 
     def __init__(self, config: AoEConfig, layer_idx: int):
         GradientCheckpointingLayer.__init__(self)  # without Mixtral's experts
