@@ -17,9 +17,9 @@ class BalanceConfig(Group):
     aux_weight: float = setting(0.01, at_least=0)  # alpha of L_aux (Eq. 2 and 6)
     # Weight of the loss Ent_conf (Eq. 8), for top-p; Huang et al. 2024 use 1e-4.
     entropy_weight: float = setting(0.0, at_least=0)
-    # The losses average the softmax over this share of the tokens: 1 / a whole number.
+    # Share of the tokens over which the losses average the softmax: 1 / a whole number.
     aux_tokens: float = setting(1.0, at_least=1e-9, at_most=1)
-    # L_aux averages f and P over these tokens. global: the batch of all devices (with
+    # Tokens over which L_aux averages f and P. global: the batch of all devices (with
     # train.accumulate, P over one micro-batch and f over all micro-batches so far). sequence: each
     # sequence separately.
     aux_batch: str = setting("global", choices=("global", "sequence"))
@@ -48,7 +48,7 @@ class BalanceConfig(Group):
             self.refuse("aux_tokens", f"with aux_batch='sequence', {wanted}")
 
     def refuse_losses(self, why, names=LOSSES):
-        """Raises a `UserError` if a weight of `names` is not 0; `why` is the method's reason."""
+        """Raises a `UserError` with the reason `why` if a loss weight in `names` is not 0."""
         for name in names:
             if getattr(self, name):
                 self.refuse(name, why)

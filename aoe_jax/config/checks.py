@@ -19,12 +19,12 @@ _BOUNDS = {
 
 
 def setting(default, *, choices=None, kinds=None, training_only=False, **bounds):
-    """A dataclass field and the values that are allowed.
+    """A dataclass field with its allowed values.
 
     Args:
       default: the default; if it is None, None is always allowed.
       choices: all allowed values.
-      kinds: the kinds of experts that use the field; with others it must keep its default.
+      kinds: values of `experts.kind` that use the field; with others it must keep its default.
       training_only: whether the field has no effect on a trained model.
       **bounds: bounds of a number, `NAME=LIMIT` with a NAME of `_BOUNDS`; LIMIT is a number or the
         name of another field of the group.
@@ -82,7 +82,7 @@ def require(condition, name, value, wanted):
 
 
 def misfit(value):
-    """Why a user's number or text is invalid, "must be ..."; None if it is valid."""
+    """The text "must be ..." for an invalid number or text of a user; None if it is valid."""
     if type(value) is int and abs(value) >= 2**31:
         return "must be smaller than 2**31"
     if type(value) is float and not math.isfinite(value):

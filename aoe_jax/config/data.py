@@ -10,7 +10,7 @@ from fractions import Fraction
 from aoe_jax.config.checks import Group, absolute_path, require, setting
 from aoe_jax.errors import shown
 
-# It bounds exponents, because Fraction computes 10**EXPONENT.
+# The pattern bounds exponents, because Fraction computes 10**EXPONENT.
 _WEIGHT = re.compile(r"[0-9]{0,30}\.?[0-9]{0,30}([eE][+-]?[0-9]{1,2})?|[0-9]{1,99}/[0-9]{1,99}")
 _FOLDERS = {"text": "folder of .txt files", "prepared": "folder of a token store"}
 
@@ -82,7 +82,7 @@ class DataConfig(Group):
 
     @property
     def sources(self):
-        """The corpora in order, each with its path; `SourceConfig`s."""
+        """The `SourceConfig`s of the corpora in order, each with its path."""
         sources = _parsed_sources(self.name)
         if self.path is not None:
             sources = [dataclasses.replace(sources[0], path=self.path)]

@@ -24,7 +24,7 @@ class ExpertsConfig(Group):
     # None: gates are factorised, and their low-rank activations give the score (the paper). A
     # number s: gates are whole, and their first s pre-activations give the score.
     score_neurons: int | None = setting(None, kinds=("aoe",), above=0, at_most="d_ffn")
-    # How the activations give a score: by their L2 norm, or by the largest of them.
+    # norm: the score is the L2 norm of the activations; max: it is the largest activation.
     score: str = setting("norm", choices=("norm", "max"), kinds=("aoe",))
     d_wide: int | None = setting(None, above=0)  # width with a factorised gate; None: Eq. 5
     round_to: int = setting(1, above=0)  # Eq. 5's width is rounded to the nearest multiple of it
@@ -43,7 +43,7 @@ class ExpertsConfig(Group):
     # Width of a shared expert, which every token uses in addition to the chosen ones; 0: none.
     d_shared: int = setting(0, kinds=_USUAL, at_least=0)
     shared_gate: bool = False  # sigmoid(x w) scales the output of that expert (Qwen2-MoE)
-    # About n r d parameters in the router (Table 2, row 4).
+    # A router with a hidden layer and about n r d parameters (Table 2, row 4).
     large_router: bool = setting(False, kinds=("router",))
 
     def __post_init__(self):
@@ -121,6 +121,6 @@ class ExpertsConfig(Group):
 
 
 def matched_width(d_model, d_ffn, d_low, round_to=1):
-    """Eq. 5: the width at which an AoE expert has the parameters of a traditional expert."""
+    """Eq. 5: the width at which an AoE expert has as many parameters as a traditional one."""
     exact = (3 * d_model * d_ffn - d_low * d_model) / (d_low + 2 * d_model)
     return math.floor(exact / round_to + 0.5) * round_to

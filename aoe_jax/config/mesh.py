@@ -11,7 +11,7 @@ class MeshConfig(Group):
 
     group = "mesh"
 
-    data: int = -1  # -1: all devices that the other axes leave
+    data: int = -1  # -1: the number of devices / the product of the other axes
     fsdp: int = setting(1, above=0)  # also splits parameters and optimiser state
     expert: int = setting(1, above=0)  # splits the experts
     tensor: int = setting(1, above=0)  # splits heads, the width of experts, and positions

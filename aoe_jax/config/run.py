@@ -1,4 +1,4 @@
-"""A whole run: all groups, checked one by one and together, from and to plain dicts."""
+"""The configuration of a run: all groups, their joint checks, and conversion from and to dicts."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ class Config:
 
     @classmethod
     def from_config_dict(cls, config):
-        """A `Config` of nested mappings. Raises `UserError` for any wrong field."""
+        """Builds a `Config` from nested mappings. Raises `UserError` for any wrong field."""
         classes = {f.name: f.type for f in dataclasses.fields(cls)}
         _refuse_unknown(config, classes)
         groups = {name: dict(values) for name, values in config.items()}
@@ -91,7 +91,7 @@ class Config:
 
 def field_types(methods=True):
     """The types of each field of each group: `{group: {field: (type, ...)}}`. The group `routing`
-    has the fields of all methods; without `methods` only `name`, and no method is imported.
+    has the fields of all methods; without `methods` it has only `name`, and no method is imported.
     """
     found = {f.name: _types(f.type) for f in dataclasses.fields(Config) if f.name != "routing"}
     found["routing"] = {"name": (str,)}

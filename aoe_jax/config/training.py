@@ -36,8 +36,8 @@ class TrainConfig(Group):
     hang_timeout: float = setting(1800.0, at_least=0)
     # Directory of a model whose parameters the run starts from; None: random parameters.
     init_from: str | None = None
-    # The first `router_steps` steps update only routers, for a new router of trained experts, as
-    # aoe_jax.prune draws it.
+    # The first `router_steps` steps update only routers: for trained experts with a new router from
+    # aoe_jax.prune.
     router_steps: int = setting(0, at_least=0)
 
     def __post_init__(self):

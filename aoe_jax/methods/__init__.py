@@ -1,9 +1,9 @@
-"""Other methods of the field than AoE and the top-k router, one per file: settings, code, formula.
+"""Methods other than AoE and the top-k router. Each file has one method's settings, formula, code.
 
 A method is a frozen dataclass that inherits from `Method` (`moe/routing.py`): a router,
-`(scores, weights, ctx) -> Routing`, or a layer of its own, `(x, weights, layer, ctx) -> (y,
-LayerStats)`. A run has one of them as `config.routing`. The tables say which class a name means;
-`find_method` imports it.
+`(scores, weights, ctx) -> Routing`, or a layer of its own,
+`(x, weights, layer, ctx) -> (y, LayerStats)`. A run has one of them as `config.routing`. The tables
+map names to classes, and `find_method` imports a class.
 """
 
 from importlib import import_module

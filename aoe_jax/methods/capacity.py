@@ -1,10 +1,10 @@
-"""`experts.kind="capacity"`: a router MoE whose experts take a fixed number of tokens at most, as
+"""`experts.kind="capacity"`: a router MoE whose experts take at most a fixed number of tokens, as
 in Flax since GShard (arXiv 2006.16668) and Switch (arXiv 2101.03961).
 
 Tokens form groups, one per sequence. In each group an expert has C places. All first choices are
 placed before any second choice, in the order of the tokens. If the expert is full, a choice is
-dropped and adds nothing to its token. Dispatch and combine are products with tensors over all
-tokens, experts and places, so every shape is fixed.
+dropped and adds nothing to its token. Dispatch and combine are products with arrays `[B, S, n, C]`,
+so every shape is fixed.
 
 NOT CAUSAL with more than one expert per token: the first choice of a later token takes the place of
 an earlier token's second choice. With one expert per token the layer is causal.
@@ -25,8 +25,8 @@ from aoe_jax.parameters import EXPERTS, ROUTER
 def assign_places(expert, n_experts, capacity):
     """Gives places to the choices of each group, first choices first, then in the order of tokens.
 
-    `expert [B, S, K]` int32 has the first choice first, and n for padding -> `[B, S, n]` int32 from
-    0 to C - 1, C if the expert is full or not chosen; and the number of dropped choices, `[]`.
+    `expert [B, S, K]` int32, first choice first, n for padding -> the place `[B, S, n]` int32, 0 to
+    C - 1, or C if the expert is full or not chosen; and the number of dropped choices `[]`.
     """
     n_groups, n_tokens, k = expert.shape
     chosen = jax.nn.one_hot(expert, n_experts, dtype=jnp.int32)
@@ -43,7 +43,7 @@ def experts_of_places(x, place, weight, capacity, w, devices):
     `[B, S, d]` -> `[B, S, d]`, zero for a token without a place. `w` are the matrices of this
     device's experts in the dtype of `x`.
     """
-    with jax.named_scope("dispatch"):  # 1 where a token has a place of an expert
+    with jax.named_scope("dispatch"):  # `dispatch` is 1 where a token has a place
         dispatch = (place[..., None] == jnp.arange(capacity)).astype(x.dtype)
         rows = devices.exchange(jnp.einsum("gtnc,gtd->ngcd", dispatch, x), 0, 1)
     with jax.named_scope("experts"):
@@ -83,7 +83,7 @@ class Capacity(FixedK):
             weight = (weight[..., None] * jax.nn.one_hot(expert, n)).sum(axis=2)
         with jax.named_scope("balance"):
             stats = layer.statistics(scores, routing, weights, ctx)
-            # Devices along tensor all have the same groups.
+            # All devices along tensor have the same groups.
             dropped = dropped / (ctx.top_k * devices.size("tensor"))
             dropped, n_tokens = devices.total((dropped, ctx.token_weights.sum()))
             stats = stats._replace(dropped_share=dropped / jnp.maximum(n_tokens, 1))
@@ -99,7 +99,7 @@ class Capacity(FixedK):
         return rematerialised(compute, devices)(x, place, weight, matrices), stats
 
     def places(self, n_tokens, experts):
-        """C, for sequences of `n_tokens`."""
+        """C, the number of places of an expert in a sequence of `n_tokens`."""
         factor = self.capacity_factor * experts.top_k
         return expert_capacity(n_tokens, experts.n_experts, factor)
 
@@ -122,8 +122,8 @@ class Capacity(FixedK):
         """Training FLOPs per token and layer beyond the useful ones.
 
         Experts compute all their places, also empty ones. Dispatch and combine are products over
-        all tokens, experts and places of a sequence: forward one each, backward one more of
-        dispatch and two of combine.
+        all tokens, experts and places of a sequence: forward one each, backward one more for
+        dispatch and two more for combine.
         """
         e, length, d = config.experts, config.data.seq_len, config.model.d_model
         places = e.n_experts * self.places(length, e)

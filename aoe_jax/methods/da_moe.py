@@ -2,15 +2,15 @@
 
     K[t] = ceil(importance[t] K_max), at least 1;  token t goes to its K[t] experts of highest score
 
-with the softmax over these scores as weights; K_max is `experts.top_k`. In DA-MoE attention weights
-give the importance of a token, without parameters of its own. The paper's formulas were not
+with the softmax over these scores as weights; K_max is `experts.top_k`. In DA-MoE the importance of
+a token comes from attention weights, without extra parameters. The paper's formulas were not
 available; these are this project's. The importance is `(N p - 1) / (N - 1)`, with p the largest
 attention probability of the token over the N tokens that it sees: 0 for uniform attention, 1 for
-attention to one token, and 0 for the first token of a document. Each head has an importance, from
-the queries and keys of the layer's attention, which costs one more product of them.
+attention to one token, and 0 for the first token of a document. Each head computes an importance
+from the layer's queries and keys, at the cost of one more product of them.
 
 K has no gradient. A layer reserves K_max slots per token and computes those in use. L_aux counts
-the experts in use. Causal.
+the experts in use. The method is causal.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def concentration(peaks, n_visible):
 
 def head_importance(q, k, visible):
     """The importance of each token by each head, see `Hooks.attention`: `[B, H, S]` float32 or
-    wider, without a gradient. One head after another: their scores are `[B, S, c]` each.
+    wider, without a gradient. It computes one head after another, with scores `[B, S, c]` each.
     """
     q, k = jax.lax.stop_gradient((q.swapaxes(0, 1), k.swapaxes(0, 1)))
     share, dtype = q.shape[0] // k.shape[0], jnp.promote_types(q.dtype, jnp.float32)
@@ -71,7 +71,7 @@ def best(scores, count, k_max):
 
 @dataclass(frozen=True)
 class DAMoE(Method):
-    """At most `experts.top_k` experts per token: more if its attention is on a single token."""
+    """At most `experts.top_k` experts per token: more if its attention is concentrated."""
 
     name = "da_moe"
     hooks = Hooks(attention=head_importance)

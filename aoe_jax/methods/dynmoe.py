@@ -10,25 +10,25 @@ The gate is 1 where the gap is above 0, with the gradient of the gap, so experts
 token get no gradient. In training a token may have no expert, and the layer adds nothing to it. In
 evaluation such a token goes to the expert of the highest score.
 
-The layer has n places, some of which hold an expert ("live"). In every `period_steps` steps, after
-`idle_steps` of them, `record_steps` are recorded: how often each expert takes a token (R_E), and
-the sum of the tokens that no expert takes (R_S). Then the experts that took no token are removed.
-If R_S is not zero, the first free place of the layer gets an expert. Its router column is
-R_S / ||R_S||, its threshold 0, and its matrices are those left in the place, which weight decay has
-shrunk.
+The layer has n places, some of which hold an expert ("live"). Every period of `period_steps` steps
+begins with `idle_steps` steps without recording. The next `record_steps` steps record how often
+each expert takes a token (R_E) and the sum of the tokens that no expert takes (R_S). Then the
+experts that took no token are removed. If R_S is not zero, the first free place of the layer gets
+an expert. Its router column is R_S / ||R_S|| and its threshold 0. It keeps the matrices that are in
+the place, which weight decay has shrunk.
 
 With a router the loss is the paper's: `||W' W - I||_F` over the normalised columns of live experts
 ("diversity") plus the mean length of all columns ("simplicity"), summed over layers as in the
 authors' code. Two more terms of their code (a balance loss of gates, and the mean of all gates) and
 its learned temperature are left out. Columns start nearly orthogonal; the paper's are orthogonal.
 
-The paper does not cover AoE. In this project's version the score is relative to the norm for a
-random direction (`relative_scores`), so it is around 0 like a cosine. There is no loss of columns.
+The paper does not cover AoE. In this project's version the score is the norm relative to that of a
+random direction (`relative_scores`), so it is around 0 like a cosine. There is no loss on columns.
 The scoring matrix of a new expert (`w_score`) is a matrix of rank one plus noise. The matrix of
-rank one maps R_S / ||R_S|| to the direction of R_S W, where W is the matrix that was left in the
-place; the noise is a tenth of W. The sum is scaled to the median length of live experts.
+rank one maps R_S / ||R_S|| to the direction of R_S W, where W is the matrix that is in the place;
+the noise is a tenth of W. The sum is scaled to the median length of live experts.
 
-Causal: each token is routed by itself. Costs n slots per token.
+The method is causal, because each token is routed by itself. It costs n slots per token.
 """
 
 import math
@@ -48,11 +48,11 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def relative_scores(scores, weights, ctx):
-    """Scores around 0 that depend neither on the length of tokens nor on that of weights.
+    """Scores around 0 that do not depend on the lengths of tokens and weights.
 
     With a router they are the cosines of tokens and columns. With AoE they are
-    `||x W_i|| sqrt(d) / (||x|| ||W_i||) - 1`, W_i the expert's `w_score`: the norm relative to that
-    of a random direction. They start with a standard deviation of `1 / sqrt(2 r)`.
+    `||x W_i|| sqrt(d) / (||x|| ||W_i||) - 1`, where W_i is the expert's `w_score`: the norm
+    relative to that of a random direction. They start with a standard deviation of `1 / sqrt(2 r)`.
 
     `scores [T, n]` are logits or norms; `weights` have `w_router [d, n]` or `w_score [n, d, r]`. A
     cosine is 0 and a relative norm -1 where the token or the weights are 0.
@@ -70,7 +70,7 @@ def _by_lengths(scores, x, weight_lengths):
 
 @jax.custom_jvp
 def straight_through_sign(gap):
-    """1 where `gap`, at least 0, is above 0, else 0; with the gradient of `gap`."""
+    """1 where `gap >= 0` is positive, else 0; its gradient is the gradient of `gap`."""
     return jnp.sign(gap)
 
 
@@ -84,14 +84,14 @@ def gates(scores, thresholds, temperature):
 
 
 def best_where_none(chosen, scores, live):
-    """Adds the best live expert of tokens without an expert to `chosen [T, n]` bool."""
+    """Adds the best live expert to `chosen [T, n]` bool for tokens without an expert."""
     best = jnp.argmax(jnp.where(live, scores, -jnp.inf), axis=1)
     alone = best[:, None] == jnp.arange(scores.shape[1])
     return jnp.where(chosen.any(axis=1, keepdims=True), chosen, alone)
 
 
 def diversity(w_router, live):
-    """The distance of live experts' columns from orthogonal: `[d, n]`, `[n]` bool -> `[]`."""
+    """`||W' W - I||_F` over live experts' normalised columns: `[d, n]`, `[n]` bool -> `[]`."""
     lengths = activation_norms(w_router.T)
     columns = w_router / jnp.where(lengths > 0, lengths, 1)
     products = jnp.matmul(columns.T, columns, precision=HIGHEST)

@@ -15,9 +15,9 @@ Formula, noise and weight 1 are the paper's; its alpha is 1, or 0.5 with 256 exp
 paper, the loss is added to the ordinary balance loss, in training only, and tokens are routed by R
 without noise. This project draws noise for each layer and micro-batch, and sums in float32. Causal.
 
-Costs 6 n^2 d f FLOPs per layer and micro-batch, plus 2 n^2 d f of a forward pass that is computed
-again in the backward pass. Every device of a mesh computes its own part of W_gate; devices along
-`data` compute the same. The largest array is `[n of a device, n, f]`.
+The loss costs 6 n^2 d f FLOPs per layer and micro-batch, plus 2 n^2 d f because the backward pass
+recomputes the norms. Every device of a mesh uses its own part of W_gate; devices along `data`
+repeat the same computation. The largest array is `[n of a device, n, f]`.
 """
 
 from dataclasses import dataclass
@@ -55,9 +55,9 @@ def coupling_loss(devices, w_router, w_gate, alpha, key):
 
 
 def _norms(devices, rows, w_gate):
-    """The norms a, `[n, n]`, on all devices."""
+    """The norms a_ij, `[n, n]`, of all experts on every device."""
     rows = devices.piece(rows, "fsdp", 1)
-    # One expert after another: a product with all would copy W_gate with d in front.
+    # One expert after another: a product with all would copy W_gate with d as the first axis.
     activations = devices.total(jax.lax.map(lambda w: rows @ w, w_gate), ("fsdp",))
     norms = activation_norms(activations)
     if devices.size("tensor") > 1:
@@ -80,7 +80,7 @@ class ERC(FixedK):
         routing = TopK(self.norm_topk_prob)(scores, weights, ctx)
         if not ctx.training:
             return routing
-        # It is computed here so that devices sum its gradient together with that of the layer.
+        # The loss is computed here so that devices sum its gradient together with the layer's.
         with jax.named_scope("coupling"):
             key = jax.random.fold_in(ctx.key(), 0)
             matrices = weights["w_router"], weights["w_gate"]

@@ -8,8 +8,8 @@
 where g is the softmax over all scores. The paper's Algorithm 1 is recalled from memory in two
 points: the gate in `2 w2` is the normalised one, and `w1` does not change where the second expert
 is not drawn. Evaluation with both experts is this project's choice. The loss is the paper's,
-`mean_i(f_i P_i)`, times n^2, the scale of Switch: 1 in perfect balance, n in collapse.
-Causal: a draw does not depend on other tokens.
+`mean_i(f_i P_i)`, times n^2, the scale of Switch: 1 in perfect balance, n in collapse. The method
+is causal, because a draw does not depend on other tokens.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class GShard(Method):
 
     name = "gshard"
 
-    # Weight of its balance loss of first choices, which is 1 in perfect balance.
+    # Weight of the balance loss of first choices; the loss is 1 in perfect balance.
     aux_weight: float = setting(0.01, at_least=0, training_only=True)
 
     def __call__(self, scores, weights, ctx):

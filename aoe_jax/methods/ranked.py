@@ -22,7 +22,7 @@ def ranked(scores, ranks, bias=None):
 
 @dataclass(frozen=True)
 class Ranked(FixedK):
-    """The experts of `experts.top_k` given ranks, with the selection bias of top-k."""
+    """Each token goes to its experts of `experts.top_k` ranks, with the selection bias of top-k."""
 
     name = "ranked"
     norm_topk_prob = True

@@ -11,14 +11,14 @@ layers together:
 
 So a token has K = `experts.top_k` experts a layer on average.
 
-It follows the paper. As in the authors' code, G below theta counts as 0 in the losses, and lambda
-is at most 1. Their code also learns a factor of each score, which the paper does not have. With AoE
-this is the published method without its initialisation: norms start near sqrt(r) here. Each
-micro-batch has its own mean_t(G). A router's logits in place of norms are this project's addition.
-Logits are around 0, so few pairs are active at b = 0, and an expert that is never active has no
-gradient and stays inactive: start b below 0.
+The method follows the paper. As in the authors' code, G below theta counts as 0 in the losses, and
+lambda is at most 1. Their code also learns a factor for each score, which the paper does not have.
+With AoE this is the published method without its initialisation: norms start near sqrt(r) here.
+Each micro-batch has its own mean_t(G). A router's logits in place of norms are this project's
+addition. Logits are around 0, so few pairs are active at b = 0, and an expert that is never active
+has no gradient and stays inactive: start b below 0.
 
-Causal. Costs n slots per token.
+The method is causal and costs n slots per token.
 """
 
 import math
@@ -42,9 +42,8 @@ class RoutingFree(Method):
     name = "routing_free"
 
     threshold: float = setting(1.0, at_least=0)  # theta
-    bias: float = setting(1e-6, training_only=True)  # the b that experts start from
-    # The lambda that training starts from.
-    multiplier: float = setting(1e-10, above=0, at_most=1, training_only=True)
+    bias: float = setting(1e-6, training_only=True)  # initial b
+    multiplier: float = setting(1e-10, above=0, at_most=1, training_only=True)  # initial lambda
     rate: float = setting(0.02, at_least=0, training_only=True)  # eta
     # mu: the part of the loss that balances experts; the rest balances tokens.
     expert_share: float = setting(0.5, at_least=0, at_most=1, training_only=True)

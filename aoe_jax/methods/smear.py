@@ -7,27 +7,27 @@ and one merged expert processes a whole sequence.
 Every expert has a gradient, and there is no balance loss. In training each p_i is dropped with the
 probability `expert_dropout`, and the others are normalised again.
 
-Scores are those of the authors' router: LayerNorm(v) times the router's weights, which a LayerNorm
-over d normalises for each expert, with a gain that starts at 0.01, so that p starts nearly uniform.
-(The bias of the second norm is left out: it would add the same to all experts.) With
-`experts.factorised_gate` experts are AoE's, and scores are the norms ||v W_gate_down_i||, this
-project's version for AoE.
+Scores are those of the authors' router: LayerNorm(v) times the router's weights. A second
+LayerNorm, over d, normalises the weights of each expert; its gain starts at 0.01, so p starts
+nearly uniform. (The bias of the second norm is left out: it would add the same to all experts.)
+With `experts.factorised_gate` the experts are AoE's, and scores are the norms ||v W_gate_down_i||,
+this project's version for AoE.
 
 In a decoder the mean over a whole sequence would depend on later tokens. So sequences are cut into
-segments of `segment` tokens, and the mean of a segment merges the expert of the NEXT segment, as in
-Lory (Zhong et al., arXiv 2405.03133): causal, in training and at inference. The first segment has
-uniform weights, this project's choice. With `segment=0` the mean is that of the sequence itself,
-for classifiers and encoders; a decoder refuses it.
+segments of `segment` tokens, and the mean of a segment decides p for the NEXT segment, as in Lory
+(Zhong et al., arXiv 2405.03133): causal, in training and at inference. In the first segment p is
+uniform, which is this project's choice. With `segment=0` v is the mean of the whole sequence, for
+classifiers and encoders; a decoder refuses it.
 
 The mean of matrices is not the mean of their functions: (W_gate_down, W_gate_up) and
 (W_gate_down Q, Q^T W_gate_up) are the same expert, but merge differently with others. So all
-experts start near each other: `own_share` of the variance of their matrices is their own, the rest
-is common to all. (The authors' code can start from equal experts; with 1 they are independent.)
+experts start near each other: `own_share` of their matrices' variance is their own, the rest is
+common. (The authors' code can start from equal experts; with `own_share=1` they are independent.)
 
-Merging costs 2 n |expert| FLOPs per segment, and memory for one merged expert per segment, unless
-`model.remat` is experts or layer.
+Merging costs 2 n |expert| FLOPs per segment. Unless `model.remat` is experts or layer, it also
+needs memory for one merged expert per segment.
 
-J segments of a sequence.
+J is the number of segments of a sequence.
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ def merging_weights(scores, causal):
 
 
 def drop_experts(p, kept):
-    """`p [..., n]` without the experts that are not `kept [..., n]` bool, normalised again."""
+    """`p [..., n]` restricted to the experts in `kept [..., n]` bool, and normalised again."""
     p = p * kept + DROPPED
     return p / p.sum(axis=-1, keepdims=True)
 
@@ -130,7 +130,7 @@ def merging_stats(scores, p, counts, total):
 
 
 def near_copies(own_share):
-    """Like `expert_init`, but only this share of the variance is an expert's own."""
+    """Like `expert_init`, but only `own_share` of the variance is drawn for each expert alone."""
 
     def init(key, shape, dtype=jnp.float32):
         common_key, own_key = jax.random.split(key)
@@ -144,12 +144,12 @@ def near_copies(own_share):
 
 @dataclass(frozen=True)
 class Smear(Unchosen):
-    """SMEAR. A sequence is the tokens along the axis before the last."""
+    """SMEAR. The axis before the last is the sequence."""
 
     name = "smear"
 
-    # Tokens that share an expert, merged by the segment before them; 0: the whole sequence shares
-    # an expert, merged by its own mean.
+    # Tokens that share a merged expert, whose p comes from the segment before them; 0: the whole
+    # sequence shares an expert, whose p comes from its own mean.
     segment: int = setting(64, at_least=0)
     # Probability in training that an expert is left out of a merged expert.
     expert_dropout: float = setting(0.1, at_least=0, below=1, training_only=True)

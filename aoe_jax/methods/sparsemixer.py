@@ -1,8 +1,8 @@
 """SparseMixer-v2 as Phi-3.5-MoE uses it once trained (GRIN, arXiv 2409.12136).
 
-The experts are those of top-k. The weight of the i-th expert is its softmax over near scores of the
-experts that are left after i - 1 choices. A score is near if it is smaller by at most `2 jitter`
-times the larger of both absolute values. Training, which samples experts, is not implemented.
+The experts are those of top-k. The weight of the i-th expert is a softmax over scores near its own,
+among the experts left after i - 1 choices. A score is near if it is smaller by at most `2 jitter`
+times the larger of the two absolute values. Training, which samples experts, is not implemented.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """`experts.kind="thor"`: THOR (Zuo et al., arXiv 2110.04260). Experts are drawn at random and
 trained to agree.
 
-In training every layer draws one expert, uniformly, for all tokens of a micro-batch. A step passes
-the batch twice, with different draws, and both passes have gradients:
+In training every layer draws one expert, uniformly, for all tokens of a micro-batch. A step makes
+two forward passes over the batch, with different draws and a gradient for both:
 
     L = CE(p1) + CE(p2) + alpha CR,   CR = (KL(p1 || p2) + KL(p2 || p1)) / 2
 
@@ -15,8 +15,8 @@ each layer, by a key made of `inference_seed`, the layer index and, for "token",
 draws are the same for all sequences, batches and meshes, and in decoding.
 
 It follows the authors' text and code, except: experts are in every layer rather than every second,
-and there is no label smoothing and no dropout. With `experts.factorised_gate` experts are AoE's:
-this is the random routing that AoE compares with. Costs two passes per training step.
+and there is no label smoothing and no dropout. With `experts.factorised_gate` the experts are
+AoE's: this is the random routing that AoE compares with. A training step costs two passes.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def draw_by_position(key, positions, n_experts):
 
 
 def drawn(devices, w, expert):
-    """The matrix of one expert, on whichever device it is: `w [n, a, b]` -> `[a, b]`."""
+    """The matrix of one expert, from the device that holds it: `w [n, a, b]` -> `[a, b]`."""
     first = devices.rank("expert") * w.shape[0]
     index = jnp.clip(expert - first, 0, w.shape[0] - 1)
     own = jax.lax.dynamic_index_in_dim(w, index, keepdims=False)
@@ -69,9 +69,9 @@ def consistent_cross_entropy(consistency, hidden, table, targets, weights):
     divergence. For the other arguments see `cross_entropy`.
 
     Returns:
-      `(loss, nll, divergence)`, weighted sums over tokens: `nll` is that of both passes together,
-      `divergence` the symmetric `(KL(p || q) + KL(q || p)) / 2` of their distributions, and `loss`
-      is `nll + consistency * divergence`. Only the loss has a gradient.
+      `(loss, nll, divergence)`, weighted sums over tokens: `nll` is the sum over both passes,
+      `divergence` is `(KL(p || q) + KL(q || p)) / 2` of their distributions, and `loss` is
+      `nll + consistency * divergence`. Only the loss has a gradient.
     """
     of_chunk = partial(_of_two_passes, consistency)
     return tuple(sums_over_chunks(of_chunk, 3, hidden, table, targets, weights))
@@ -92,7 +92,7 @@ def _of_two_passes(consistency, logits, targets, weights):
 
 @dataclass(frozen=True)
 class Thor(Unchosen):
-    """THOR. A sequence is the tokens along the axis before the last."""
+    """THOR. The axis before the last is the sequence."""
 
     name = "thor"
 

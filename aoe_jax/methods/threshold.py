@@ -10,11 +10,11 @@ In the first `warmup_steps` steps experts choose their k tokens (expert choice),
 causal.
 
 It follows the paper's text, except: there is no shared expert and no bound on the tokens of an
-expert, and the first threshold is that of the first batch. With micro-batches, experts choose
-within each in the warm-up, and thresholds move by the mean of their k-th largest scores.
-`weights="relative"` takes sigmoid(score - threshold), this project's addition for AoE: norms are
-positive, so sigmoid(score) would never be below 1/2. No balance loss is needed. Costs n slots per
-token.
+expert, and the first threshold is the k-th largest score of the first batch. With micro-batches,
+experts choose within each micro-batch in the warm-up, and thresholds move by the mean of the
+micro-batches' k-th largest scores. `weights="relative"` uses sigmoid(score - threshold), this
+project's addition for AoE: norms are positive, so sigmoid(score) would never be below 1/2. No
+balance loss is needed. The method costs n slots per token.
 """
 
 import math
@@ -49,7 +49,7 @@ class Threshold(Method):
     # Decay of the moving average that is an expert's threshold.
     decay: float = setting(0.999, at_least=0, below=1, training_only=True)
     warmup_steps: int = setting(4000, at_least=0, training_only=True)  # steps of expert choice
-    # sigmoid: the sigmoid of the score; relative: that of the score minus the threshold.
+    # sigmoid: sigmoid(score); relative: sigmoid(score - threshold).
     weights: str = setting("sigmoid", choices=("sigmoid", "relative"))
 
     def __call__(self, scores, weights, ctx):

@@ -1,26 +1,26 @@
 """`experts.kind="uoe"`: Union-of-Experts-style layers (after Wu, Lv et al., "Neurons in
 Mixture-of-Experts are Secretly Routers", OpenReview Ksgiup7ZNZ).
 
-The first s neurons of every expert are its routing neurons. All experts compute theirs for every
+The first s neurons of every expert are its routing neurons. Every expert computes them for every
 token:
 
     a_i = SiLU(x W_gate_i[:, :s]) * (x W_up_i[:, :s]),   score_i = ||a_i||
     y   = sum over all i of a_i W_down_i[:s]  +  sum over the chosen i of w_i (the rest of expert i)
 
 The sum of the routing neurons' outputs is a virtual shared expert. There is no router and no
-factorised gate; an expert has the parameters of a traditional one. Causal.
+factorised gate; an expert has the parameters of a traditional one. The layer is causal.
 
 Only abstracts and reviews of the paper were available. They describe routing neurons, the L2 norm
 of their activation (a review mentions SiLU), top-K, the virtual shared expert, and
 s = round(f / K), which a review quotes without a definition of K. This project assumes: K is the
 number of chosen experts; the activation is that of the whole SwiGLU; chosen experts add only the
 rest of their neurons, so that no neuron counts twice; weights are the softmax over the chosen
-norms. No balance loss is needed; the reviews say that balance is better without.
+norms. No balance loss is needed: the reviews say that the load is better balanced without one.
 
 A token costs `6 d (n s + K (f - s))` FLOPs forward. The backward pass keeps 3 n s numbers a token,
 or 2 n s with `model.remat="experts"`. On a mesh the routing neurons of a device process the tokens
-of all devices along `expert` and `tensor`. Both parts of an expert are split over `tensor`, so they
-are separate parameters.
+of all devices along `expert` and `tensor`. The two parts of an expert are separate parameters,
+because each is split over `tensor`.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ class UoE(Method):
 
     # Routing neurons of an expert; None: round(experts.d_ffn / experts.top_k).
     routing_neurons: int | None = None
-    p: float | None = setting(None, above=0, below=1)  # experts by top-p; None: by top-k
+    p: float | None = setting(None, above=0, below=1)  # p of top-p; None: top-k
     norm_topk_prob: bool = True  # see `TopK`
 
     @property
@@ -107,7 +107,7 @@ class UoE(Method):
 
     def parameters(self, experts):
         s = self.neurons(experts)
-        # Drawn as parts of one matrix of all neurons, whose fan-in is the whole width.
+        # Both parts are drawn as slices of one matrix, whose fan-in is the whole width.
         down_init = initializers.normal(experts.d_ffn**-0.5)
         found = {}
         for suffix, size, per_expert in ((SUFFIX, s, False), ("", experts.d_ffn - s, True)):

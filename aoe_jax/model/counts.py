@@ -79,7 +79,7 @@ def parameter_counts(config: Config):
     declared, active = _layer_parameters(config)
     shared = sum(size for parameter, size in declared if not parameter.per_expert)
     of_queries, of_keys = m.n_heads * m.head_width, m.kv_heads * m.head_width
-    features = of_queries + of_keys  # q and k; v and o have as many
+    features = of_queries + of_keys  # of q and k; v and o have the same number
     n_layers, of_dense = m.n_layers + m.n_dense_layers, _dense_layers(m)
     norms = (2 * n_layers + 1) * m.d_model
     of_qk_norm = {"none": 0, "all": features, "head": 2 * m.head_width}[m.qk_norm]
@@ -96,17 +96,17 @@ def parameter_counts(config: Config):
 
 
 def _dense_layers(model):
-    """The matrices of the dense layers before those of experts."""
+    """The number of parameters in the matrices of the dense layers."""
     return model.n_dense_layers * 3 * model.d_model * (model.d_dense or 0)
 
 
 def layer_flops_per_token(config: Config):
     """Useful matmul FLOPs per token of one layer of experts in training, per pass.
 
-    The backward pass takes twice the forward pass. But AoE's scoring of an expert that is not
-    chosen has a backward pass only for tokens with a gradient there: all with
-    `score_gradient="dense"`, the share `balance.aux_tokens` with a balance loss, otherwise none.
-    Under top-p, `top_k` experts are chosen. `kind="capacity"` counts like `kind="router"`;
+    The backward pass takes twice the FLOPs of the forward pass, with one exception. AoE's scoring
+    of experts that are not chosen has a backward pass for all tokens with `score_gradient="dense"`,
+    else for the share `balance.aux_tokens` with a balance loss, else for no token. Under top-p,
+    `top_k` experts are chosen. `kind="capacity"` counts like `kind="router"`;
     `Capacity.wasted_flops` counts the rest.
     """
     c = config.experts
@@ -133,7 +133,7 @@ def training_flops_per_token(config: Config):
     nothing.
     """
     m, counts = config.model, parameter_counts(config)
-    # Scores and values over half the positions on average.
+    # Each query attends to half the positions on average.
     of_scores = (m.n_layers + m.n_dense_layers) * m.n_heads * m.head_width * config.data.seq_len
     others = 6 * (counts.attention + counts.embedding + of_scores + _dense_layers(m))
     return config.routing.hooks.passes * (others + m.n_layers * layer_flops_per_token(config))

@@ -23,7 +23,7 @@ _ANY = ExpertsConfig(kind="router")  # no declaration depends on it
 
 
 _OF_LAYERS = EXPERTS | LARGE_ROUTER | ROUTER | SHARED_EXPERT | SHARED_SCALE
-# By path, those that need no method.
+# The parameters that are declared in `aoe_jax.parameters`, by path.
 _COMMON = DECODER | {f"layers/experts/{name}": p for name, p in _OF_LAYERS.items()}
 
 
@@ -32,7 +32,7 @@ def declared(path):
     """The `Parameter` at a path in the tree of parameters; None if no model has one there."""
     path_in_layer = path.removeprefix("dense_")
     name = path_in_layer.removeprefix("layers/experts/")
-    if path_in_layer != path:  # the dense layers before those of experts
+    if path_in_layer != path:  # the dense layers before the layers of experts
         of_experts = find_method("dense")().parameters(_ANY)
         return of_experts.get(name, DECODER.get(path_in_layer))
     if path in _COMMON:

@@ -152,11 +152,11 @@ class Decoder(nn.Module):
         token_weights: jax.Array | None = None,
         routing_state: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, LayerStats]:
-        """Everything but the output projection.
+        """Computes the hidden states before the output projection.
 
         Args:
           tokens: `[B, S]` int32.
-          segment_ids: `[B, S]` int32, the document of each token, to attend within; or None.
+          segment_ids: `[B, S]` int32 document numbers, or None; attention stays within a document.
           token_weights: `[B, S]`, 0 for padding, which counts in no statistic; None: all count.
           routing_state: `Method.state` of all layers, `[L, ...]` by name; None: the initial one.
 
@@ -200,5 +200,5 @@ def initial_routing_state(config: Config):
 
 
 def output_projection(params):
-    """The table `[V, d]` of the output projection, which may be that of the embedding."""
+    """The table `[V, d]` of the output projection, which may be the embedding table."""
     return params.get("output", params["embed"])["embedding"]

@@ -29,9 +29,9 @@ def sums_over_chunks(of_chunk, n_sums, hidden, table, targets, weights):
 
     The gradient is computed together with the loss, chunk by chunk, so that no logits are kept or
     computed twice. It is written by hand, because autodiff keeps more of a chunk and is slower. XLA
-    removes it from programs that do not use it.
+    removes it from programs that use only the sums.
 
-    `hidden` is `[T, d]` of each pass, and `of_chunk` is
+    `hidden` has one array `[T, d]` per pass, and `of_chunk` is
     `(logits of each pass, targets, weights) -> (sums, gradients of the loss by the logits)`.
     """
     return _forward(of_chunk, n_sums, hidden, table, targets, weights)[0]

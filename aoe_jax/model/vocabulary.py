@@ -29,25 +29,25 @@ def logits(hidden, table):
 
 
 def sum_over_tokens(function, hidden, table, targets, weights):
-    """A function of the output projection, summed over the tokens of all devices.
+    """Sums a function of the output projection over the tokens of all devices.
 
     Args:
       function: `(hidden [T, d], table [V, d], targets [T], weights [T]) -> []`, or several sums.
       hidden: `[B, S, d]`, or a tuple of such arrays, which the function then takes.
       targets, weights: `[B, S]`.
     """
-    # Devices are summed outside of `shard_map`: the derivative of a `psum` inside would be a `psum`
-    # that can deadlock on XLA:CPU with the collectives of the layers' loop.
+    # The sum over devices is outside of `shard_map`: inside, the derivative of a `psum` would be a
+    # `psum` that can deadlock on XLA:CPU with the collectives of the layers' loop.
     values, out_spec = (targets, weights), PartitionSpec(MESH_AXES)
     sums = _over_tokens(function, hidden, table, values, out_spec, lambda a, _: a[None])
     return jax.tree.map(jnp.sum, sums)
 
 
 def on_each_token(function, hidden, table, *values):
-    """A function of the output projection with a result per token, on the tokens of each device.
+    """Applies a function of the output projection with one result per token, on each device.
 
     `function(hidden [T, d], table [V, d], *values [T]) -> arrays [T]`; `values` are `[B, S]`, and
-    so are the arrays of the result, a tuple. Other arguments: see `sum_over_tokens`.
+    the result is a tuple of arrays `[B, S]`. Other arguments: see `sum_over_tokens`.
     """
     return _over_tokens(function, hidden, table, values, token_spec(2), jnp.reshape)
 

@@ -2,10 +2,10 @@
 
     scoring -> routing -> dispatch -> swiglu; load_balance computes statistics, layer calls all
 
-`reference` computes the same in plain loops, `grouped_matmul` multiplies rows by the weights of
-their experts, and `parallel` distributes rows over a mesh.
+`reference` computes the same layer in plain loops, `grouped_matmul` multiplies rows by the weights
+of their experts, and `parallel` distributes rows over a mesh.
 
-Letters of axes, the same in the whole package; shapes such as `[T, n]` consist of them:
+Axis letters in shapes such as `[T, n]`, with the same meaning in the whole package:
 
     T  tokens of a device           n  experts of a layer          L  layers
     B  sequences                    K  experts of a token          V  vocabulary

@@ -14,25 +14,25 @@ from aoe_jax.moe.grouped_matmul import row_layout
 from aoe_jax.moe.grouped_matmul.groups import NOWHERE, WholeGroups, permute
 from aoe_jax.moe.routing import Routing
 
-MAX_GATHERS = 16  # A sum over more slots than this is one gather: programs would grow otherwise.
+MAX_GATHERS = 16  # A sum over more slots than this uses one gather, to keep programs small.
 
 
 class Rows(NamedTuple):
-    """The order of slots as rows: by expert, or in the layout of a `grouped_matmul` backend.
+    """Maps slots to rows, sorted by expert or in the layout of a `grouped_matmul` backend.
 
-    An unused slot or a free position has the index `NOWHERE`, and its row is 0.
+    In a layout the index of unused slots and free positions is `NOWHERE`, and their rows are 0.
     """
 
     slot: jax.Array  # [R] int32, the slot of each row
     row: jax.Array  # [P] int32, the row of each slot
     token: jax.Array  # [R] int32, the token of each row
-    groups: jax.Array | tuple  # rows of each expert, as `grouped_matmul` takes them
+    groups: jax.Array | tuple  # the argument `groups` of `grouped_matmul`
 
 
 def sort_slots(expert, n_experts):
     """Sorts slots by expert, stably. `expert [P]` int32 is n for an unused slot.
 
-    Returns the slot of each row and the row of each slot, `[P]`, and the rows of each expert `[n]`.
+    Returns the slot of each row `[P]`, the row of each slot `[P]` and rows per expert `[n]`.
     """
     slots = jnp.arange(expert.shape[0], dtype=jnp.int32)
     _, slot = jax.lax.sort((expert, slots), num_keys=1, is_stable=True)
@@ -41,7 +41,7 @@ def sort_slots(expert, n_experts):
 
 
 def lay_out(routing, n_experts, all_used=False, backend="auto"):
-    """The `Rows` of a `Routing` for a backend; `all_used`: it has no unused slot."""
+    """Computes the `Rows` of a `Routing` for a backend; with `all_used` every slot is in use."""
     slot, row, group_sizes = sort_slots(routing.expert, n_experts)
     layout = row_layout(group_sizes, slot.shape[0], backend)
     if layout is None:
@@ -52,20 +52,20 @@ def lay_out(routing, n_experts, all_used=False, backend="auto"):
 
 
 class Local:
-    """The transport of a device that holds all experts: its rows are all its slots.
+    """The transport of a device that holds all experts: it computes the rows of all its slots.
 
-    Other transports cut the rows into rounds of limited size; here there is one. The methods of a
-    transport, in the order of their use:
+    Other transports split the rows into rounds of limited size; `Local` has one round. The methods
+    of a transport, in the order of their use:
 
         gather, gather_routing   tokens and routing of the devices that share experts
-        schedule, round          the slots of each round, and its rows; without a gradient
-        dispatch                 `[T, d]` -> rows `[R, d]`, and the rows of each expert
-        row_values               from slots to rows, `[P]` -> `[R]`
-        slot_values              from rows to slots, `[R]` -> `[P]`; 0 for slots without a row here
-        complete                 values of slots, `[P]`, with those of other devices added
+        schedule, round          the slots and rows of each round; without a gradient
+        dispatch                 `[T, d]` -> rows `[R, d]`, and `groups` for `grouped_matmul`
+        row_values               moves values from slots to rows, `[P]` -> `[R]`
+        slot_values              moves values to slots, `[R]` -> `[P]`; 0 for slots without a row
+        complete                 adds the values of slots `[P]` from other devices
         combine                  each token's rows, summed in float32 at least: `[R, d]` -> `[T, d]`
         further_rounds           `first` plus `function(schedule, number, args)` of later rounds
-        scatter                  the transpose of `gather`: outputs to the owners of the tokens
+        scatter                  the transpose of `gather`: sends outputs to their tokens' devices
     """
 
     def __init__(self, devices, n_experts, all_used=False, backend="auto"):
@@ -143,13 +143,13 @@ def _sum_slots(values, rows, slots_per_token):
     by_token = rows.row.reshape(-1, slots_per_token)
     if slots_per_token > MAX_GATHERS:
         return _take_by(values, by_token, rows).sum(axis=1, dtype=dtype).astype(values.dtype)
-    # Slot by slot: the gathers fuse with the sum, so no array of rows by slot is made.
+    # One gather per slot fuses with the sum, so no array `[T, K, d]` is made.
     slots = (_take_by(values, by_token[:, k], rows) for k in range(slots_per_token))
     return sum(a.astype(dtype) for a in slots).astype(values.dtype)
 
 
-# Dispatch and combine are each other's transpose. Autodiff would make scatter-adds of gathers,
-# which are slow everywhere.
+# Dispatch and combine are each other's transpose. Autodiff would turn the gathers into
+# scatter-adds, which are slow everywhere.
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _gather_tokens(x, rows, slots_per_token):
     return _take_by(x, rows.token, rows)

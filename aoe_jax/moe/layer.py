@@ -135,7 +135,7 @@ def apply_shared_expert(x, weights, layer, devices):
 
 
 def is_local(devices, fixed_k):
-    """Whether all rows of a device's tokens are its own, and as many as its slots (`fixed_k`)."""
+    """Whether each device can compute all rows of its tokens; a mesh also needs `fixed_k`."""
     return devices.total_size == 1 or (devices.size("expert") == 1 and fixed_k)
 
 
@@ -156,7 +156,7 @@ def make_transport(devices, routing, experts, method, n_tokens):
 def apply_experts(x, routing, weights, layer, ctx, code=None):
     """Dispatch, experts, combine: each token's sum of weighted expert outputs, `[T, d]`.
 
-    `weights` have the matrices of experts; `code [T, n, r]` are AoE's codes, if kept.
+    `weights` include the experts' matrices; `code [T, n, r]` are AoE's codes, if they were kept.
     """
     devices, declared = ctx.devices, layer.parameters
     with jax.named_scope("schedule"):
@@ -166,8 +166,8 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
     product = partial(grouped_matmul, backend=layer.experts.grouped_matmul)
 
     def rows_through_experts(x, slot_weight, weights, code):
-        # The backward pass repeats this function, so neither gathered weights nor cast copies of
-        # them are kept.
+        # The backward pass repeats this function, so gathered weights and their cast copies are not
+        # kept.
         with jax.named_scope("experts"):
             w = layer.gathered(weights, devices)
         with jax.named_scope("dispatch"):
@@ -203,7 +203,7 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
 
 
 def scores_of_round(transport, product, score, n_slots, schedule, number, args):
-    """AoE's scores `[P]` in a later round, 0 for other slots; `args` are tokens and `w_score`."""
+    """AoE's scores `[P]` in a later round, 0 for other slots; `args` is `(x, w_score)`."""
     x, w_score = args
     round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)
@@ -212,7 +212,7 @@ def scores_of_round(transport, product, score, n_slots, schedule, number, args):
 
 
 def outputs_of_round(transport, product, schedule, number, args):
-    """The outputs `[T, d]` of a later round; `args` are tokens, weights of slots and matrices."""
+    """The outputs `[T, d]` of a later round; `args` is `(x, slot weights [P], matrices)`."""
     x, slot_weight, w = args
     round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)
@@ -242,10 +242,10 @@ class ExpertsLayer(nn.Module):
     remat: str = "none"  # `model.remat`; for "layer" the caller wraps the layer in `jax.checkpoint`
     transport: str = "ring"  # `mesh.transport`
     training: bool = False  # whether methods behave as in training
-    # `(scores [T, n], routing, weights, ctx) -> arrays`, the record "observed" of the statistics.
+    # `(scores [T, n], routing, weights, ctx) -> arrays`, which become `stats.records["observed"]`.
     observe: Callable | None = None
-    # Names of the axes of the mesh; None: `sharding.MESH_AXES`. If they are given, parameters that
-    # are split are `nn.Partitioned`, for `nn.get_partition_spec`.
+    # Names of the axes of the mesh; None: `sharding.MESH_AXES`. With names, split parameters are
+    # `nn.Partitioned`, for `nn.get_partition_spec`.
     axes: MeshAxes | None = None
 
     @nn.compact
@@ -267,7 +267,7 @@ class ExpertsLayer(nn.Module):
           routing_state: `Method.state` of this layer; None: the state before training.
           captured: `[..., H]`, the result of the method's `Hooks.attention`.
           layer_index: the number of the layer in its model.
-          positions: `[...]` int32, in the sequences; None: 0, 1, ... along the axis before d.
+          positions: `[...]` int32, position in the sequence; None: 0, 1, ... on the axis before d.
 
         Returns:
           `(y [..., d], LayerStats)`, y in the dtype of computation. With sparse scoring the
@@ -340,7 +340,7 @@ class ExpertsLayer(nn.Module):
 
 
 def config_of_kind(kind, experts):
-    """`experts`, or the default of a kind. Raises ValueError if `experts.kind` is another."""
+    """`experts`, or the default config of a kind. Raises ValueError if `experts.kind` differs."""
     experts = ExpertsConfig(kind=kind) if experts is None else experts
     if experts.kind != kind:
         raise ValueError(f"ExpertsConfig(kind={experts.kind!r}): this layer needs kind={kind!r}")

@@ -1,6 +1,6 @@
 """Load balance: auxiliary losses, loss-free balancing, and the statistics of a layer's load.
 
-All in float32 at least. Functions of `[n]` also take stacked layers `[L, n]`.
+All values are float32 or wider. Functions of `[n]` also accept stacked layers `[L, n]`.
 """
 
 import math
@@ -18,10 +18,10 @@ class LayerStats(NamedTuple):
     confidence_entropy: jax.Array  # [], mean over tokens of Ent_conf (Eq. 8)
     mean_score: jax.Array  # [n], mean norm or logit of each expert (Fig. 4)
     score_spread: jax.Array  # [], mean over tokens of the standard deviation over experts
-    z_loss: jax.Array | None = None  # [], with `balance.z_weight`
+    z_loss: jax.Array | None = None  # [], None if `balance.z_weight` is 0
     sequence_loss: jax.Array | None = None  # [], in training with `balance.aux_batch="sequence"`
-    dropped_share: jax.Array | None = None  # [], share of the choices that a full expert dropped
-    # The next four are those of `routing.Routing`.
+    dropped_share: jax.Array | None = None  # [], share of the choices that full experts dropped
+    # The next four fields are copied from `routing.Routing`.
     records: dict[str, jax.Array] | None = None
     shares: dict[str, jax.Array] | None = None
     per_token: dict[str, jax.Array] | None = None
@@ -29,7 +29,7 @@ class LayerStats(NamedTuple):
 
 
 def statistics(scores, routing, balance, ctx):
-    """Computes `LayerStats` of a `Routing` by `Scores`: means over real tokens of all devices."""
+    """Computes the `LayerStats` of a `Routing` as means over the real tokens of all devices."""
     values, for_balance = jax.lax.stop_gradient(scores.values), scores.for_balance
     weights, n_experts = ctx.token_weights.astype(values.dtype), values.shape[1]
     chosen = routing.expert[:, None] == jnp.arange(n_experts)
@@ -79,7 +79,7 @@ def z_loss(scores, token_weights, total):
 
 
 def sequence_balance_loss(scores, routing, ctx, stride):
-    """The mean of `balance_loss` over sequences, each by itself, `[]`.
+    """The mean over sequences of the `balance_loss` of each sequence, `[]`.
 
     It is the micro-batch balance of Qiu et al. 2025 (arXiv 2501.11873) with one sequence per
     micro-batch, so it is the same on every mesh. `stride` (`BalanceConfig.aux_stride`) divides the
@@ -107,7 +107,7 @@ def sequence_balance_loss(scores, routing, ctx, stride):
     load = counts / jnp.maximum(n_tokens, 1)[:, None]
     mean_probability = probability / jnp.maximum(n_sampled, 1)[:, None]
     losses, is_real = balance_loss(load, mean_probability), (n_tokens > 0).astype(load.dtype)
-    # Devices along the tensor axis count the same sequences, which cancels in the quotient.
+    # Devices along tensor count the same sequences; this factor cancels in the quotient.
     loss, n_sequences = devices.total((losses.sum(), is_real.sum()))
     return loss / jnp.maximum(n_sequences, 1)
 
@@ -116,9 +116,9 @@ def updated_bias(bias, load, score_spread, rate):
     """Loss-free balancing (Wang et al. 2024, arXiv 2408.15664):
     `bias + rate * spread * sign(mean load - load)`.
 
-    The published rate, 0.001, is meant for scores in (0, 1). Norms and logits have a scale of their
-    own that training changes, so here the rate is relative to the spread of a token's scores.
-    `bias [L, n]`, `load [L, n]`, `score_spread [L]` -> `[L, n]`.
+    The published rate, 0.001, is meant for scores in (0, 1). Training changes the scale of norms
+    and logits, so here the rate is relative to the spread of a token's scores. `bias [L, n]`,
+    `load [L, n]`, `score_spread [L]` -> `[L, n]`.
     """
     direction = jnp.sign(load.mean(axis=-1, keepdims=True) - load)
     return bias + rate * score_spread[:, None] * direction

@@ -1,8 +1,8 @@
 """Algorithms 1 and 2 of Autonomy-of-Experts (arXiv 2501.13074) as plain loops: the specification of
 the fast implementations.
 
-Every expert processes every token, and a weight of zero drops the experts that are not chosen.
-Plain functions of plain arrays, in the dtype of their inputs (float64 included), differentiable:
+Every expert processes every token, and a weight of zero drops the experts that are not chosen. The
+functions take plain arrays, compute in their dtype (float64 included) and are differentiable:
 
     x        [T, d]      w_gate_down  [n, d, r]      w_up    [n, d, f]
     weights  [T, n]      w_gate_up    [n, r, f]      w_down  [n, f, d]
@@ -22,8 +22,8 @@ def l2_norm(c):
 def top_k_weights(p, top_k, norm_topk_prob=True):
     """Weights `[T, n]` of top-k by scores `p [T, n]`; ties go to the lower expert number.
 
-    `norm_topk_prob` takes the softmax over the K chosen scores (the paper); without it, the softmax
-    over all n, not normalised again (the authors' released code).
+    With `norm_topk_prob` weights are the softmax over the K chosen scores (the paper), otherwise
+    the softmax over all n scores, not normalised again (the authors' released code).
     """
 
     def weights_of_token(p):
@@ -35,7 +35,7 @@ def top_k_weights(p, top_k, norm_topk_prob=True):
 
 
 def aoe_scores(x, w_score, score=l2_norm):
-    """Scores `[T, n]` of experts by their own activations.
+    """Scores `[T, n]`: each expert is scored by its own activation.
 
     `w_score` is `w_gate_down`, or the first columns of whole gates, `w_gate[:, :, :s]`.
     """

@@ -21,17 +21,17 @@ from aoe_jax.moe.scoring import KEPT_ROUTING
 
 @dataclass(frozen=True)
 class Context:
-    """Further inputs of a method, in addition to scores and weights."""
+    """The inputs of a method besides scores and weights."""
 
-    devices: Any  # `parallel.collectives.Devices`: reaches the tokens of other devices
+    devices: Any  # `parallel.collectives.Devices`, for collectives between devices
     x: jax.Array  # [T, d], the tokens
     token_weights: jax.Array  # [T], 1 for a token that counts, 0 for padding
     top_k: int
     training: bool
-    state: dict[str, jax.Array] = field(default_factory=dict)  # of this layer, `Method.state`
+    state: dict[str, jax.Array] = field(default_factory=dict)  # `Method.state` of this layer
     rng: jax.Array | None = None  # the same on all devices; None outside training
     captured: jax.Array | None = None  # [T, H], the result of `Hooks.attention`
-    positions: jax.Array | None = None  # [T] int32, in their sequences
+    positions: jax.Array | None = None  # [T] int32, the position in the sequence
     layer_index: jax.Array | int = 0
 
     def key(self):
@@ -51,10 +51,10 @@ class Routing(NamedTuple):
     token: jax.Array  # [P] int32
     expert: jax.Array  # [P] int32
     weight: jax.Array  # [P] float32
-    slots_per_token: int | None  # None: slots are in no order
-    # Inputs of `Method.losses` and `Method.update`, equal on all devices, including gradients.
+    slots_per_token: int | None  # None: slots are unordered
+    # Inputs of `Method.losses` and `Method.update`, equal on all devices, as are their gradients.
     records: dict[str, jax.Array] | None = None
-    # Like `records`, but shares of the tokens: losses use their mean over the micro-batches so far.
+    # Like `records`, but shares of tokens; losses use their mean over the micro-batches so far.
     shares: dict[str, jax.Array] | None = None
     per_token: dict[str, jax.Array] | None = None  # [T] each, for `Method.losses`
     live: jax.Array | None = None  # [n], 1 where a place holds an expert; None: all do
@@ -76,7 +76,7 @@ class Choice:
 
     per_token: float | None = None  # mean number of experts of a token; None: the scores decide it
     is_fixed: bool = False  # whether every token has exactly this number
-    # Whether weights are the softmax over the chosen scores, so only these have a gradient.
+    # Whether weights are the softmax over the chosen scores; then only these have a gradient.
     is_normalised: bool = False
 
 
@@ -88,9 +88,9 @@ def one_pass(features, key, sum_over_targets):
 
 
 class Hooks(NamedTuple):
-    """Functions that a method replaces."""
+    """Functions that a method may replace."""
 
-    # The logits whose softmax is an expert's probability in balance losses: `[T, n] -> [T, n]`.
+    # Maps scores to the logits whose softmax the balance losses use: `[T, n] -> [T, n]`.
     balance_logits: Callable = lambda scores: scores
     # `(q [B, H, S, h], k [B, G, c, h], visible) -> [B, H, S]` from the rotated queries and keys of
     # the layer's attention; `visible` is a bool array that broadcasts to `[B, S, c]`. The router
@@ -98,14 +98,14 @@ class Hooks(NamedTuple):
     attention: Callable | None = None
     # The loss of a batch as sums over targets: `(features, key, sum_over_targets) -> (loss, nll,
     # further sums by name, LayerStats)`. `features` is `key -> (hidden [B, S, d], LayerStats)`, a
-    # forward pass, and `sum_over_targets` is `(hidden, function of hidden, table, targets and
-    # weights) -> sums`, where the default function is the cross-entropy.
+    # forward pass. `sum_over_targets` is `(hidden, function) -> sums`; `function` is as in
+    # `sum_over_tokens`, by default the cross-entropy.
     training_sums: Callable = one_pass
     passes: int = 1  # forward passes of `training_sums`
 
 
 class Method(Group):
-    """The base of routers and layers. A default means that the method lacks the feature."""
+    """The base of routers and layers. The defaults below mean that a method lacks the feature."""
 
     group = "routing"
     name: ClassVar[str]
@@ -116,7 +116,7 @@ class Method(Group):
         return Causality()
 
     def choice(self, experts) -> Choice | None:
-        """How tokens choose experts; None: they do not, a token has one drawn or merged expert."""
+        """How tokens choose experts; None: a token gets one drawn or merged expert instead."""
         return Choice()
 
     def parameters(self, experts) -> dict:
@@ -136,10 +136,10 @@ class Method(Group):
         return {}
 
     def update(self, config, state, stats, weights) -> tuple[dict, dict]:
-        """`(state, parameters that the method itself changes, by name)` after a step.
+        """Returns `(new state, parameters that the method itself changes, by name)` after a step.
 
-        The optimiser's moments stay as they are. Arguments are those of `losses`; `weights` are
-        those after the optimiser's update.
+        The optimiser's moments do not change. The arguments are those of `losses`, except that
+        `weights` are the parameters after the optimiser's update.
         """
         return state, {}
 
@@ -149,7 +149,7 @@ class Method(Group):
 
 
 def state_shapes(method, experts, balance, d):
-    """The shapes of `Method.state`, without arrays: a configuration must not start JAX."""
+    """The shapes of `Method.state`, without arrays because a configuration must not start JAX."""
     return jax.eval_shape(lambda: method.state(experts, balance, d))
 
 
@@ -212,7 +212,7 @@ class TopK(FixedK):
 
     name = "top_k"
 
-    norm_topk_prob: bool = True  # softmax over the chosen scores; False: over all, not normalised
+    norm_topk_prob: bool = True  # softmax over the chosen scores; False: over all scores
 
     def __call__(self, scores, weights, ctx):
         return top_k(scores, ctx.top_k, self.norm_topk_prob, ctx.state.get("selection_bias"))
@@ -220,7 +220,7 @@ class TopK(FixedK):
 
 @dataclass(frozen=True)
 class TopP(Method):
-    """Token choice of uneven size (Huang et al. 2024, arXiv 2403.07652).
+    """Token choice of a varying number of experts (Huang et al. 2024, arXiv 2403.07652).
 
     A token goes to its most probable experts until their total probability is above p. Weights are
     the softmax values, not normalised again.
@@ -266,7 +266,7 @@ class ExpertChoice(Method):
         return Routing(token.reshape(-1), expert.reshape(-1), weight.reshape(-1), None)
 
     def _tokens_of_experts(self, probability, token_weights):
-        """`[n, C]` int32, and bool: False where there are fewer than C real tokens to take."""
+        """The tokens of experts, `[n, C]` int32, and `[n, C]` bool, False for places left empty."""
         n_tokens, n_experts = probability.shape
         capacity = expert_capacity(n_tokens, n_experts, self.capacity_factor)
         is_real = token_weights > 0
@@ -289,5 +289,5 @@ class ExpertChoice(Method):
 
 
 def expert_capacity(n_tokens, n_experts, capacity_factor):
-    """Tokens that an expert takes, `ceil(T capacity_factor / n)`, at most T."""
+    """The number of tokens that an expert takes: `ceil(T capacity_factor / n)`, at most T."""
     return min(n_tokens, math.ceil(n_tokens * capacity_factor / n_experts))

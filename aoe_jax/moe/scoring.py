@@ -2,7 +2,7 @@
 
 With a router the score is its logit. With AoE it is the norm (or the largest value) of the expert's
 code: the low-rank activation of a factorised gate (Eq. 4, `x W_gate_down`), or the first s
-pre-activations of a whole gate (`x W_gate[:, :s]`). The matrix of codes is `w_score [n, d, r]`.
+pre-activations of a whole gate (`x W_gate[:, :s]`). `w_score [n, d, r]` maps a token to all codes.
 """
 
 from functools import partial
@@ -15,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from aoe_jax.parameters import EXPERTS
 
 FEW_TOKENS = 8
-# Rematerialisation keeps arrays of this name: a recomputed top-k may break ties the other way.
-# Scores have it too, since they are only [T, n] and cost a matmul to compute again.
+# Rematerialisation keeps arrays with this name, because a recomputed top-k may break ties
+# differently. Scores have the name too: they are only [T, n], and recomputing them costs a matmul.
 KEPT_ROUTING = "routing"
 
 
@@ -40,9 +40,9 @@ def aoe_scores(x, w, layer, devices, keeps_code):
     """AoE's `Scores` (Algorithm 2, Eq. 4) of tokens `x [T, d]`; `w` is `w_score`.
 
     If the weights of experts depend on the chosen scores alone (`layer.sparse_scoring`), the scores
-    have no gradient here: `apply_experts` computes those of chosen experts again. Otherwise, with
-    `keeps_code`, the codes of all experts are kept, as published. Without it (on a mesh or with
-    whole gates) the code of each row is computed again.
+    have no gradient here: `apply_experts` computes the chosen scores again, with a gradient.
+    Otherwise, with `keeps_code`, the codes of all experts are kept, as published. Without
+    `keeps_code` (on a mesh or with whole gates) the code of each row is computed again.
     """
     score, stride = SCORE_OF_CODE[layer.experts.score], layer.balance.aux_stride
     if layer.sparse_scoring:
@@ -63,7 +63,7 @@ def aoe_scores(x, w, layer, devices, keeps_code):
 
 def score_columns(weights, experts, devices):
     """`w_score [n, d, r]` of this device's experts. The tensor axis splits a whole gate by columns,
-    and its first device has the columns that score.
+    and its first device holds the scoring columns.
     """
     if experts.low_rank:
         return weights["w_gate_down"]
@@ -84,10 +84,10 @@ def router_scores(x, weights, stride):
 def codes_of_all(x, w_score, dtype=None):
     """AoE's activation cache `C = x [W_1 ... W_n]` (Eq. 4), as one matmul.
 
-    `x [T, d]`, `w_score [n, d, r]` of its dtype -> `[T, n, r]` in `dtype` (None: that of `x`).
+    `x [T, d]`, `w_score [n, d, r]` -> `[T, n, r]` in `dtype` (None: the dtype of both inputs).
 
     XLA copies `w_score` with d as the first axis for this matmul. For fewer than `FEW_TOKENS`
-    tokens the copy costs more than it saves, so they take one matmul per expert.
+    tokens the copy costs more than it saves, so each expert has its own matmul.
     """
     product = partial(jnp.einsum, preferred_element_type=dtype)
     if x.shape[0] < FEW_TOKENS:

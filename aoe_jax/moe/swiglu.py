@@ -23,7 +23,7 @@ def gate_pre_activations(rows, groups, w, code=None, product=grouped_matmul):
     """The gate before its SiLU: rows `[R, d]` -> `(gate [R, f], code [R, r])`.
 
     The code is the low-rank activation of a factorised gate (computed if it is not given), or None
-    for a whole gate. `groups` are the rows of each expert, as the `product` takes them. `w` has
+    for a whole gate. `groups` is an argument of `product`, see `grouped_matmul`. `w` has
     `w_gate [n, d, f]`, or AoE's `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`.
     """
     if "w_gate" in w:
@@ -50,7 +50,7 @@ def swiglu(rows, gate, row_weight, groups, w, product=grouped_matmul):
 
     `row_weight [R]`, float32, is the weight of a row's expert in the output of its token. It is
     applied before `W_down`, so its gradient needs no expert's output. `rows [R, d]` and
-    `gate [R, f]` are in expert order, and `groups` are the rows of each expert.
+    `gate [R, f]` are in expert order; for `groups` see `grouped_matmul`.
     """
     up = checkpoint_name(product(rows, w["w_up"], groups), KEPT_EXPERTS)
     return product(weighted_product(gate, up, row_weight), w["w_down"], groups)
@@ -77,9 +77,9 @@ def weighted_product(gate, up, weight):
     """`weight SiLU(gate) * up`: `[R, f]`, `[R, f]`, `[R]` -> `[R, f]` in the dtype of `up`; it is
     computed in float32 at least.
 
-    The derivative keeps only the arguments; autodiff would keep every elementwise step. In float32
-    throughout and with the barrier, XLA for TPU computes the derivative and the recomputed product
-    in one loop; otherwise in two loops that each read all arrays.
+    The derivative keeps only the arguments; autodiff would keep every elementwise step. With
+    float32 throughout and the barrier, XLA for TPU computes the derivative and the recomputed
+    product in one loop; otherwise it needs two loops that each read all arrays.
     """
     gate, wide_up, weight = _widened(gate, up, weight)
     return (jax.nn.silu(gate) * wide_up * weight).astype(up.dtype)
@@ -87,7 +87,7 @@ def weighted_product(gate, up, weight):
 
 def _weighted_product_backward(args, g):
     gate, up, weight, g = _widened(*args, g)
-    # XLA for GPU stores a float32 exponential in memory, but recomputes one of the gate's dtype.
+    # XLA for GPU stores an exponential in memory if it is float32 and recomputes narrower ones.
     narrow = args[0] if target_device().platform == "gpu" else gate
     sigmoid = jax.nn.sigmoid(narrow).astype(gate.dtype)
     silu = gate * sigmoid

@@ -1,4 +1,4 @@
-"""Causal softmax attention. One signature, one backend a file.
+"""Causal softmax attention by backends with the same signature, one per file.
 
     blocks     plain JAX, on every platform
     splash     TPU, by the Pallas kernels that come with JAX; interpreted on CPU
@@ -26,7 +26,7 @@ def _import_and_attend(name, *arrays):
 
 
 BACKENDS = {name: partial(_import_and_attend, name) for name in ("blocks", "splash", "cudnn")}
-PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}  # others: all
+PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}  # other backends run on all
 _WITHOUT_CUDNN = re.compile(r"\b(V100|T4|P100|P40|P4|K80|RTX 20\d0|GTX|TITAN|Quadro)\b")
 
 
@@ -44,10 +44,10 @@ def causal_attention(
 
     Args:
       q: `[B, H, S, h]`, floating-point.
-      k: `[B, G, S, h]` in the dtype of `q`, and so is `v`; G divides H.
-      segment_ids: `[B, S]` int32, the document of each position, to attend within; or None.
-      backend: of `BACKENDS`, or "auto": by the devices of the mesh in context (`jax.set_mesh`,
-        `jax.shard_map`), or of this process without a mesh.
+      k, v: `[B, G, S, h]` in the dtype of `q`; G divides H.
+      segment_ids: `[B, S]` int32 document numbers, or None; attention stays within a document.
+      backend: one of `BACKENDS`, or "auto": chosen by the devices of the mesh in context
+        (`jax.set_mesh`, `jax.shard_map`) or, without a mesh, of this process.
 
     Returns:
       `[B, H, S, h]`, dtype of `q`. Differentiable in q, k and v in reverse mode. Arrays
@@ -107,4 +107,4 @@ def _is_ampere_or_later(device):
     capability = getattr(device, "compute_capability", None)
     if capability is None:  # an AbstractDevice has only a name
         return not _WITHOUT_CUDNN.search(device.device_kind)
-    return str(capability)[0].isdigit() and float(capability) >= 8  # AMD's begin with gfx
+    return str(capability)[0].isdigit() and float(capability) >= 8  # AMD's names begin with gfx

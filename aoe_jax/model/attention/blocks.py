@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-MIN_BLOCK, MAX_BLOCKS = 64, 8  # queries of a block, blocks of a sequence
+MIN_BLOCK, MAX_BLOCKS = 64, 8  # queries per block, blocks per sequence
 # The name of the arrays that the backward pass needs beside q, k and v. All backends set it except
 # cuDNN's, whose arrays JAX hides.
 KEPT_ATTENTION = "attention"
 
 
 def blocks_attention(q, k, v, segment_ids=None):
-    """`causal_attention` in blocks of queries; shapes as there."""
+    """The backend "blocks" of `causal_attention`, with its arguments."""
     share = q.shape[1] // k.shape[1]
     if share > 1:
         k, v = (jnp.repeat(a, share, axis=1) for a in (k, v))
@@ -35,19 +35,19 @@ def _scores(q, k, segment_ids, first, end):
 
 
 def product(subscripts, a, b):
-    """`jnp.einsum` of two arrays, accumulated in float32 or wider and returned so."""
+    """`jnp.einsum` of two arrays, accumulated and returned in float32 or wider."""
     accumulator = jnp.promote_types(a.dtype, jnp.float32)
     return jnp.einsum(subscripts, a, b, preferred_element_type=accumulator)
 
 
 @jax.custom_vjp
 def _attention(q, k, v, segment_ids):
-    """`blocks_attention` with as many heads of keys and values as of queries.
+    """`blocks_attention` for equal numbers of query, key and value heads.
 
-    A block skips the keys after its last query, up to 44% of all products. Probabilities are
-    normalised after their product with the values, where there are fewer numbers to divide. The
-    backward pass computes them again from one number that is kept for each query (FlashAttention,
-    Dao et al. 2022, arXiv 2205.14135, section 3.1).
+    A block skips the keys after its last query, which saves up to 44% of all products.
+    Probabilities are normalised after their product with the values, where there are fewer numbers
+    to divide. The backward pass computes them again from one number that is kept for each query
+    (FlashAttention, Dao et al. 2022, arXiv 2205.14135, section 3.1).
     """
     return _attention_forward(q, k, v, segment_ids)[0]
 

@@ -28,14 +28,14 @@ def is_cudnn_forward(primitive, *_, **params):
 
 
 def cudnn_attention(q, k, v, segment_ids=None):
-    """`causal_attention` by cuDNN; shapes as there.
+    """The backend "cudnn" of `causal_attention`, with its arguments.
 
-    Documents are an explicit mask `[B, 1, S, S]`, which costs time and memory.
-    Raises the `UserError` of `check`.
+    With documents it uses an explicit mask `[B, 1, S, S]`, which costs time and memory. Raises the
+    `UserError` of `check`.
     """
     check(q.dtype, q.shape[-1])
     length = q.shape[2]
-    if length % 2:  # the kernel wants an even length; padding lies after all positions
+    if length % 2:  # the kernel needs an even length; no position attends to padding at the end
         q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, 1), (0, 0))) for a in (q, k, v))
     if length % 2 and segment_ids is not None:
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, 1)))

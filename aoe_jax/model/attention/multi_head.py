@@ -16,7 +16,7 @@ from aoe_jax.parameters import ATTENTION
 from aoe_jax.sharding import spec_of, target_device
 
 _CACHE = spec_of("batch", "heads", None, None)
-# The scales of norms by `ModelConfig.qk_norm`.
+# The names of the norms' scales for each `ModelConfig.qk_norm`.
 _QK_NORMS = {"none": [], "all": ["q_norm", "k_norm"], "head": ["q_head_norm", "k_head_norm"]}
 _OUTPUT = (token_spec(2, None), token_spec(2, None))  # output, and the results of `capture`
 
@@ -39,7 +39,7 @@ def rotary(x, cos, sin):
     """Rotates pairs of features by the angle of their position (Su et al. 2021, arXiv 2104.09864).
 
     `x [..., S, h]`, `cos` and `sin` `[..., S, m]` -> `[..., S, h]` in the dtype of `x`, computed in
-    float32 or wider. Feature i below m is paired with feature i + m. Features from 2 m on stay.
+    float32 or wider. Feature i < m is paired with feature i + m; features >= 2 m do not rotate.
     """
     width = 2 * cos.shape[-1]
     if width < x.shape[-1]:
@@ -133,9 +133,9 @@ class Attention(nn.Module):
     def __call__(self, x, segment_ids=None, with_cache=False):
         """Attends to earlier positions: `x [B, S, d]` -> `(y [B, S, d], captured, cache)`.
 
-        `segment_ids [B, S]` int32 are the documents of positions, to attend within; or None.
-        `captured [B, S, H]` are the results of `capture`; None without it. The cache is `(keys,
-        values)`, `[B, G, S, h]` each; None unless `with_cache`.
+        `segment_ids [B, S]` int32 are document numbers, or None; attention stays within a document.
+        `captured [B, S, H]` are the results of `capture`; None without it. The cache is
+        `(keys, values)`, `[B, G, S, h]` each; None unless `with_cache`.
         """
         attend = partial(self._attend, with_cache=with_cache)
         out_specs = (*_OUTPUT, (_CACHE, _CACHE) if with_cache else None)
@@ -144,8 +144,8 @@ class Attention(nn.Module):
     def extend(self, x, cache, n_past):
         """Attends to the positions of a cache and to earlier positions of `x`, which follow them.
 
-        `cache` is `(keys, values)`, `[B, G, c, h]` each, and `n_past [B]` int32 how many of its
-        positions are filled; S more must be free. Returns what `__call__` returns; the keys and
+        `cache` is `(keys, values)`, `[B, G, c, h]` each, and `n_past [B]` int32 is the number of
+        its filled positions; S more must be free. Returns what `__call__` returns; the keys and
         values of `x` are in the cache.
         """
         keys, values = cache
@@ -154,13 +154,13 @@ class Attention(nn.Module):
         return self._over_mesh(self._extend, out_specs, in_specs, x, keys, values, n_past)
 
     def _over_mesh(self, function, out_specs, in_specs, x, *args):
-        weights = dict(self.weights)  # Linen has frozen it
+        weights = dict(self.weights)  # a copy, because Linen freezes its own
         in_specs = (token_spec(2, None), *in_specs, weight_specs(ATTENTION, weights))
         run = over_mesh(function, in_specs, out_specs, remat=self.config.remat)
         return run(x, *args, weights)
 
     def _queries_keys_values(self, x, w, positions):
-        """`[B, H, S, h]` and twice `[B, G, S, h]`; `positions` are the rotary tables of `x`."""
+        """q `[B, H, S, h]`, k and v `[B, G, S, h]`; `positions` are the rotary tables of `x`."""
         q, k, v = (jnp.einsum("bsd,dhi->bhsi", x, w[name]) for name in ("q", "k", "v"))
         if "q_bias" in w:
             q, k, v = q + w["q_bias"][:, None], k + w["k_bias"][:, None], v + w["v_bias"][:, None]
@@ -192,7 +192,7 @@ class Attention(nn.Module):
         x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
         w = _gathered(devices, weights, x.dtype)
         position = n_past[:, None] + jnp.arange(x.shape[1])
-        # For all positions of the cache, by numpy in float64: sines of large angles need it.
+        # Tables of all cache positions by numpy in float64, which sines of large angles need.
         tables = rotary_tables(keys.shape[2], self.config)
         tables = (jnp.asarray(a, jnp.float32)[position][:, None] for a in tables)
         q, k, v = self._queries_keys_values(x, w, tables)

@@ -21,7 +21,7 @@ def splash_attention(q, k, v, segment_ids=None):
         raise UserError(f"attention backend='splash' with {q.dtype}: use {' or '.join(DTYPES)}")
     length = q.shape[2]
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    # Padding lies after all positions, so no position attends to it.
+    # Padding is after all positions, so no position attends to it.
     padding = -length % LANES
     q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, padding), (0, 0))) for a in (q, k, v))
     attend = _kernel(q.shape[1], length + padding, q.shape[-1])
@@ -43,7 +43,7 @@ def block_size(length):
 
 def _kernel(n_heads, length, width):
     size = block_size(length)
-    # Narrow heads have positions in their last axis, or they would be padded to LANES.
+    # Narrow heads use a layout with positions last; with features last they are padded to LANES.
     layout = kernels.QKVLayout.SEQ_MINOR if width < LANES else kernels.QKVLayout.HEAD_DIM_MINOR
     sizes = kernels.BlockSizes(
         block_q=size,

@@ -1,4 +1,4 @@
-"""Grouped matmul: multiplies rows in expert order by their experts' weights; a file per backend.
+"""Grouped matmul: multiplies rows in expert order by their experts' weights; one file per backend.
 
 Letters of shapes in this package: M rows, D contracted width, F output width, E experts.
 """
@@ -42,14 +42,14 @@ def grouped_matmul(
     Args:
       rows: `[M, D]`, floating-point; the first `groups[0]` rows belong to expert 0, and so on.
       weights: `[E, D, F]`, same dtype as `rows`.
-      groups: `[E]` int32, the rows of each expert, with a sum of at most M; or `WholeGroups`,
-        whose sum is M; or a `RowLayout` of `row_layout`: then rows and result are in that layout,
-        with zeros in positions without a row, and M is its length.
+      groups: `[E]` int32, the row count of each expert, with a sum of at most M; or `WholeGroups`,
+        whose sum is M; or a `RowLayout` from `row_layout`: then rows and result are in that layout,
+        M is its length, and positions without a row hold zeros.
       backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"rowwise"` (plain
         JAX, for fewer rows than experts), `"megablox"` (TPU; interpreted on CPU), `"mosaic_gpu"`
         (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense on most platforms: a baseline) or
-        `"auto"`: by the number of rows and by the devices of the mesh in context (`jax.set_mesh`,
-        `jax.shard_map`), or of this process without a mesh.
+        `"auto"`, which chooses by the number of rows and the devices: those of the mesh in context
+        (`jax.set_mesh`, `jax.shard_map`) or, without a mesh, of this process.
 
     Returns:
       `[M, F]`, dtype of `rows`, accumulated in float32 at least; rows past the last group are
@@ -90,7 +90,7 @@ def grouped_matmul(
 def backend_for(device, dtype, m, shape):
     """The backend that `"auto"` means on a device, for m rows and weights `[E, D, F]` (`shape`)."""
     backend = _that_takes(_default_backend(device), dtype, *shape[1:])
-    if backend == "blocked" and m < shape[0]:  # row by row, weights of idle experts are not read
+    if backend == "blocked" and m < shape[0]:  # rowwise reads no weights of idle experts
         backend = "rowwise"
     return backend
 

@@ -1,14 +1,14 @@
-"""Plain JAX, for any platform: the first B rows of every group in one batched matmul, the other
-rows block by block.
+"""Plain JAX, for any platform: one batched matmul multiplies the first B rows of every group, and a
+loop multiplies the other rows block by block.
 
 B is a little more than the mean group, so with balanced loads almost all rows go through the
 batched product. Rows are stored in E stretches of B positions, where that product reads and writes
-them. Further rows of larger groups fill positions that smaller groups leave free. There the batched
-product is wrong, and a loop of dynamic length overwrites it, one dense matmul per block of such
-rows. If less than half of the batched product would be useful, all rows go through the loop. So the
-work is at most about twice the useful work plus two blocks per group.
+them. Further rows of larger groups fill positions that smaller groups leave free. For these rows
+the batched product is wrong, and a loop of dynamic length overwrites it with one dense matmul per
+block. If less than half of the batched product would be useful, all rows go through the loop. So
+the work is at most about twice the useful work plus two blocks per group.
 
-B rows of a group's head, N = E B positions, S rows of a block; other letters: see `__init__.py`.
+B rows of a group's head (its first rows), N = E B positions, S rows of a block; see `__init__.py`.
 """
 
 import math
@@ -24,15 +24,15 @@ MAX_BLOCK = 128
 
 
 def blocked_matmul(rows, weights, groups):
-    """`grouped_matmul` of rows in expert order; shapes as there."""
+    """The backend "blocked" of `grouped_matmul`, with its arguments; rows are in expert order."""
     layout = row_layout(group_sizes_of(groups), rows.shape[0])
     out = layout_matmul(permute(rows, layout.row, layout.position), weights, layout)
     return permute(out, layout.position, layout.row)
 
 
 def _head_and_block(m, n_experts):
-    """`(B, S)`: B is the mean group plus 1.5 standard deviations of random choices, and S a power
-    of two between B / 8 and B / 4, within `ROW_MULTIPLE` and `MAX_BLOCK`.
+    """`(B, S)`: B is the mean group size plus 1.5 standard deviations of random choices, and S is a
+    power of two between B / 8 and B / 4, within `ROW_MULTIPLE` and `MAX_BLOCK`.
     """
     mean = m / n_experts
     head = math.ceil((mean + 1.5 * math.sqrt(mean)) / ROW_MULTIPLE) * ROW_MULTIPLE
@@ -48,7 +48,7 @@ class _Blocks(NamedTuple):
     count: jax.Array  # []
     expert: jax.Array  # [max blocks]
     stretch: jax.Array  # [max blocks], the stretch of positions that contains the block
-    # [max blocks], first position, moved back where the block would run past the last position.
+    # [max blocks], start of the slice that the loop reads: `first`, or less near the last position.
     start: jax.Array
     first: jax.Array  # [max blocks], first position that belongs to the block
     last: jax.Array  # [max blocks], one past the last position that belongs to the block
@@ -60,9 +60,9 @@ class RowLayout(NamedTuple):
     # [M] int32, the position of each row in expert order; NOWHERE for rows past the last group.
     position: jax.Array
     row: jax.Array  # [N] int32, the row at each position; NOWHERE where there is none
-    # [], whether the batched product is worth it; if not, no group has a head.
+    # [] bool, whether the batched product is used; if not, no group has a head.
     is_batched: jax.Array
-    blocks: _Blocks  # of the rows that are in no head
+    blocks: _Blocks  # blocks of the rows outside all heads
 
 
 def row_layout(group_sizes, m):
@@ -74,9 +74,9 @@ def row_layout(group_sizes, m):
     head = jnp.where(is_batched, head, 0)
     end = jnp.cumsum(group_sizes)
     start = end - group_sizes
-    # The i-th row that is in no head is in the i-th free position.
+    # The i-th row outside all heads is in the i-th free position.
     rest_end, free_end = jnp.cumsum(group_sizes - head), jnp.cumsum(size - head)
-    # Offsets from i to the row, by expert, and from i to the position, by stretch.
+    # Offsets: that row is i + to_row[expert], and its position is i + to_position[stretch].
     to_row = end - rest_end
     to_position = size * jnp.arange(1, n_experts + 1) - free_end
 
@@ -95,7 +95,7 @@ def row_layout(group_sizes, m):
     row = jnp.where(count < rest_end[-1], count + to_row[find(rest_end, count)], NOWHERE)
     row = jnp.where(within < head[stretch], start[stretch] + within, row)
 
-    # Runs of rows of one expert in positions of one stretch, each cut into blocks.
+    # A run is a range of these rows with one expert and one stretch. Each run is cut into blocks.
     run_end = jnp.minimum(jnp.sort(jnp.concatenate([rest_end, free_end])), rest_end[-1])
     run_start = jnp.concatenate([jnp.zeros_like(run_end[:1]), run_end[:-1]])
     per_run = (run_end - run_start + block_size - 1) // block_size
@@ -108,7 +108,7 @@ def row_layout(group_sizes, m):
     first, last = first + to_position[stretch], last + to_position[stretch]
     block_start = jnp.minimum(first, n_experts * size - block_size)
     blocks = _Blocks(block_end[-1], expert, stretch, block_start, first, last)
-    # Without the barrier XLA computes an index again for every element of the rows that it gathers.
+    # Without the barrier XLA recomputes the index for every element of the rows that it gathers.
     return jax.lax.optimization_barrier(RowLayout(position, row, is_batched, blocks))
 
 
@@ -130,7 +130,7 @@ def _add_block_products(out, rows, weights, layout, contracted):
 
 
 def _add_block_gradients(out, rows, g, layout):
-    """Adds gradients of blocks to `out [E, D, F]`, less what the batched product gave there."""
+    """Adds the blocks' gradients to `out [E, D, F]` and subtracts their batched product from it."""
     blocks, size = layout.blocks, _head_and_block(layout.position.shape[0], out.shape[0])[1]
     row = jnp.arange(size)[:, None]
 
@@ -151,12 +151,12 @@ def _add_block_gradients(out, rows, g, layout):
 
 @jax.custom_vjp
 def layout_matmul(rows, weights, layout):
-    """`[N, D] x [E, D, F] -> [N, F]`, by `RowLayout`; a position without a row must hold zeros."""
+    """`[N, D] x [E, D, F] -> [N, F]` in a `RowLayout`; positions without a row must hold zeros."""
     return _product(rows, weights, layout, 1)
 
 
 def _product(rows, weights, layout, contracted):
-    """`[N, D] x [E, D, F] -> [N, F]`; with `contracted=2` over the last axis of the weights."""
+    """`[N, D] x [E, D, F] -> [N, F]`; `contracted=2` contracts the weights' last axis."""
     n_experts, width = weights.shape[0], weights.shape[3 - contracted]
 
     def batched():
@@ -170,7 +170,7 @@ def _product(rows, weights, layout, contracted):
 
 
 def _gradient(rows, g, layout, n_experts):
-    """`[N, D], [N, F] -> [E, D, F]`."""
+    """The gradient of the weights: `[N, D], [N, F] -> [E, D, F]`."""
     out = jax.lax.cond(
         layout.is_batched,
         lambda: dot(_stretches(rows, n_experts), _stretches(g, n_experts), (1, 1), batch=(0,)),

@@ -1,4 +1,4 @@
-"""What backends share: group sizes, rows past the last group, products, and moved rows."""
+"""Helpers of all backends: group sizes, zeros past the last group, products, permutations."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class WholeGroups(NamedTuple):
 
 
 def group_sizes_of(groups):
-    """The sizes `[E]` int32 of `groups`: `WholeGroups`, or the sizes themselves."""
+    """The sizes `[E]` int32 of `groups`, which are `WholeGroups` or the sizes themselves."""
     return groups.sizes if isinstance(groups, WholeGroups) else groups
 
 
@@ -29,7 +29,7 @@ def zero_past_groups(rows, groups):
 
 
 def find(ends, index):
-    """The group of each `index [M]`, by the ends of groups `[E]`; past the end, the last group."""
+    """The group of each `index [M]`, given the groups' `ends [E]`; the last group past the end."""
     found = jnp.searchsorted(ends, index, side="right", method="compare_all")
     return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
 
@@ -47,8 +47,8 @@ def dot(a, b, contracted, batch=()):
 def permute(values, index, inverse):
     """`values[index]` along the first axis, `[M, ...] -> [N, ...]`; zero for an index out of range.
 
-    `index [N]` int32 has each number below M at most once. `inverse [M]` int32 says where each
-    element of `values` is in the result; it is out of range if the element is not there.
+    `index [N]` int32 contains each number below M at most once. `inverse [M]` int32 is the index of
+    each element of `values` in the result, out of range if the result lacks the element.
     """
     return values.at[index].get(mode="fill", fill_value=0)
 

@@ -8,9 +8,9 @@ fit. So this module defines the derivative by the kernels:
     d_rows     g [M, F]     x weights [E, D, F]^T -> [M, D]      gmm, transpose_rhs
     d_weights  rows [M, D]^T x g [M, F]           -> [E, D, F]   tgmm
 
-On CPU the kernels run in Pallas's interpreter: slow, for tests.
+On CPU the kernels run in Pallas's interpreter, which is slow and meant for tests.
 
-Tiles: tm of rows, tk and tn of the contracted and the output width.
+A tile has tm rows, tk elements of the contracted width and tn of the output width.
 """
 
 import importlib
@@ -25,18 +25,18 @@ from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
 
 DTYPES = ("bfloat16", "float32")
 LANES = 128  # a tile of a width is the whole width or a multiple of this
-SUBLANES = 16  # a tile of rows is a multiple of this; float32 would do with 8
+SUBLANES = 16  # a tile of rows is a multiple of this; float32 needs only 8
 MIN_ROWS, MAX_ROWS = 128, 512
-# The largest tile of a width, by bytes of an element; forward and d_rows may have larger ones.
+# The largest tile of a width, by bytes per element; forward and d_rows may have larger ones.
 MAX_WIDTH = {2: 1024, 4: 512}
-# Limit of a kernel's blocks; on the smallest generations the compiler gives a kernel 16 MiB.
+# Limit of a kernel's blocks. On the TPUs with the least VMEM the compiler gives a kernel 16 MiB.
 VMEM_BYTES = 14 * 2**20
 
 
 def megablox_matmul(rows, weights, groups):
-    """`grouped_matmul` by Megablox; shapes as there. TPU v4 and later; interpreted on CPU.
+    """The backend "megablox" of `grouped_matmul`, for TPU v4 and later; interpreted on CPU.
 
-    Any M, D, F and E will do. Rows are padded to whole tiles where no tile of at least `MIN_ROWS`
+    M, D, F and E are arbitrary. Rows are padded to whole tiles if no tile of at least `MIN_ROWS`
     divides M. Raises `UserError` for a dtype other than bfloat16 and float32.
     """
     if rows.dtype not in DTYPES:

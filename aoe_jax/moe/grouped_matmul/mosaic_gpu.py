@@ -23,11 +23,11 @@ WIDTH_BLOCK = 64  # D and F must be multiples of it: it is a row of shared memor
 ROW_BLOCKS = (128, 64)
 # Bytes of an expert's weights that blocks of rows share in the L2 cache, which has 50 MB.
 CACHED_BYTES = 16 * 2**20
-CONCURRENT_STEPS = 4  # in the pipeline; with blocks of 128 they use 160 of 227 KiB shared memory
+CONCURRENT_STEPS = 4  # pipeline steps; with blocks of 128 they use 160 of 227 KiB shared memory
 
 
 def mosaic_gpu_matmul(rows, weights, groups):
-    """`grouped_matmul` by Mosaic GPU, on Hopper only; see `check` for dtypes and widths."""
+    """The backend "mosaic_gpu" of `grouped_matmul`, on Hopper; see `check` for its limits."""
     check(rows.dtype, *weights.shape[1:])
     m = rows.shape[0]
     if m % ROW_BLOCKS[0]:
@@ -108,8 +108,8 @@ def _mosaic_gpu(rows, weights, groups):
 
 
 def _forward(rows, weights, groups):
-    # The kernel for d_weights masks rows past the last group by a product of one operand with zero,
-    # so a NaN remains. This mask fuses with the operations that compute the rows.
+    # The kernel for d_weights multiplies rows past the last group by zero, so a NaN remains. The
+    # mask here removes it and fuses with the operations that compute the rows.
     rows = zero_past_groups(rows, groups)
     return _mosaic_gpu(rows, weights, groups), (rows, weights, groups)
 

@@ -1,5 +1,5 @@
-"""`jax.lax.ragged_dot`: the baseline and the oracle. Dense (E times the useful FLOPs) on CPU and on
-most accelerators.
+"""`jax.lax.ragged_dot`: the baseline of benchmarks and oracle of tests. It is dense (E times the
+useful FLOPs) on CPU and on most accelerators.
 """
 
 import jax
@@ -9,7 +9,7 @@ from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
 
 
 def ragged_matmul(rows, weights, groups):
-    """`grouped_matmul` by `jax.lax.ragged_dot`; shapes as there."""
+    """The backend "ragged" of `grouped_matmul`, with its arguments."""
     accumulator = jnp.promote_types(rows.dtype, jnp.float32)
     # The results of ragged_dot past the last group are undefined: zero those rows before and after.
     rows, sizes = zero_past_groups(rows, groups), group_sizes_of(groups)

@@ -1,5 +1,5 @@
-"""Plain JAX for very few rows, as in decoding: row by row, so that only the weights of experts with
-a row are read.
+"""Plain JAX for very few rows, as in decoding: a loop over rows reads only the weights of experts
+that have a row.
 """
 
 import jax
@@ -9,7 +9,7 @@ from aoe_jax.moe.grouped_matmul.groups import dot, find, group_sizes_of
 
 
 def rowwise_matmul(rows, weights, groups):
-    """`grouped_matmul` of rows in expert order; shapes as there."""
+    """The backend "rowwise" of `grouped_matmul`, with its arguments; rows are in expert order."""
     return _rowwise(rows, weights, group_sizes_of(groups))
 
 

@@ -1,9 +1,9 @@
 """All collectives between the devices of a mesh.
 
 A layer runs inside one `jax.shard_map`. Every device owns T tokens: sequences are split over (data,
-fsdp, expert), positions over tensor. Expert weights are split over expert (which experts), tensor
-(their width) and fsdp (d_model, or the rank of W_gate_up), and are gathered over fsdp where they
-are used. `transports.py` sends rows to their experts.
+fsdp, expert), positions over tensor. Expert weights are split over expert (by expert), tensor (by
+width) and fsdp (by d_model, W_gate_up by rank), and are gathered over fsdp where they are used.
+`transports.py` sends rows to their experts.
 """
 
 import math
@@ -21,17 +21,17 @@ from aoe_jax.parameters import EXPERTS, Parameter
 from aoe_jax.sharding import AXES, MESH_AXES, RULES, MeshAxes, spec_of, target_device
 
 GATHERED_WEIGHT = "gathered_weight"
-RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p and v6e; it compiles neither for v5e nor for CPU
+RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p and v6e; it does not compile for v5e or CPU
 
 
 @dataclass(frozen=True)
 class Devices:
-    """A device of the mesh inside `jax.shard_map`, or the only one, and its collectives."""
+    """One device of a mesh inside `jax.shard_map`, or a single device, and its collectives."""
 
     sizes: tuple = (1, 1, 1, 1)  # along MESH_AXES
     transport: str = "ring"
     remat: str = "none"  # `model.remat`
-    shape: tuple = ()  # of the tokens that this device owns: sequences and positions, or `(T,)`
+    shape: tuple = ()  # of this device's tokens: (sequences, positions) or `(T,)`
     axes: MeshAxes = AXES
 
     def size(self, axis):
@@ -63,9 +63,9 @@ class Devices:
     def exchange_rows(self, rows, sent, received):
         """Sends `sent[e]` rows to device e of the expert axis and returns the rows received.
 
-        `rows [N R, d]` has a buffer of R rows for each device, and the result one buffer from each.
-        Only the first rows of a buffer are in use: `sent [N]` and `received [N]` int32. Platforms
-        with `ragged_all_to_all` send only these rows, others whole buffers.
+        `rows [N R, d]` has a buffer of R rows for each device, and the result has one from each
+        device. `sent [N]` and `received [N]` int32 count the rows in use, which are the first of a
+        buffer. Platforms with `ragged_all_to_all` send only these rows, others whole buffers.
         """
         if target_device().device_kind in RAGGED_PLATFORMS:
             return _ragged_exchange(rows, sent, received, self.axes.collective("expert"))
@@ -77,7 +77,7 @@ class Devices:
         return self.transport == "all_to_all" and self.size("expert") > 1
 
     def total(self, x, axes=MESH_AXES):
-        """The sum over all devices, or over those along some axes."""
+        """The sum over all mesh axes, or over the given ones."""
         names = self._names(axes)
         return jax.lax.psum(x, names) if names else x
 
@@ -104,8 +104,8 @@ class Devices:
     def gather_weight(self, parameter: Parameter, w, dtype=None, sum_dtype=None):
         """Gathers a weight over fsdp.
 
-        It is cast to `dtype` (None: its own) before it is sent. Its gradient is summed over the
-        devices in `sum_dtype` (None: its own).
+        It is cast to `dtype` (None: no cast) before it is sent. Its gradient is summed over the
+        devices in `sum_dtype` (None: the dtype of `w`).
         """
         dtype = dtype or w.dtype
         split = parameter.split[-w.ndim :]
@@ -117,7 +117,7 @@ class Devices:
         return checkpoint_name(gathered, GATHERED_WEIGHT)
 
     def gather_experts(self, parameter: Parameter, w, dtype):
-        """Like `gather_weight`, for the experts of all devices along the expert axis."""
+        """Gathers a weight over fsdp like `gather_weight`, and its experts over the expert axis."""
         if self.size("expert") == 1:
             return self.gather_weight(parameter, w, dtype)
         whole = self.gather_weight(parameter, w)
@@ -127,11 +127,11 @@ class Devices:
     def without_whole_weights(self, function, gathers_experts=False):
         """Wraps a function of arrays: its backward pass gathers weights again and keeps none.
 
-        A `jax.checkpoint` inside would follow the policy of this one, so parts that `function`
-        recomputes have custom derivatives. The backward pass of scanned layers is a loop of its
-        own, so no barrier (`prevent_cse`) is needed between the two gathers. With
-        `model.remat="layer"` the whole layer is recomputed already. `gathers_experts`: whether
-        `function` calls `gather_experts`.
+        An inner `jax.checkpoint` would follow the policy of this one, so parts of `function` that
+        recompute have custom derivatives. The backward pass of scanned layers is a separate loop,
+        so no barrier (`prevent_cse`) is needed between the two gathers. With `model.remat="layer"`
+        the whole layer is recomputed already. `gathers_experts`: whether `function` calls
+        `gather_experts`.
         """
         gathers_experts = self.sends_rows or (gathers_experts and self.size("expert") > 1)
         if self.remat == "layer" or (self.size("fsdp") == 1 and not gathers_experts):
@@ -141,9 +141,9 @@ class Devices:
     def score(self, function, x, w_score):
         """AoE's scores of this device's tokens by all experts: a tuple of arrays `[T or fewer, n]`.
 
-        Tokens are gathered over the expert axis, each device scores them for its own experts, and
-        the scores return. With `all_to_all`, the `w_score` of all experts are gathered instead if
-        they are smaller than the tokens. `function` computes the scores from tokens `[T, d]` and
+        Tokens are gathered over the expert axis, each device scores them for its own experts and
+        sends the scores back. With `all_to_all`, the `w_score` of all experts are gathered instead
+        if they are smaller than the tokens. `function` computes the scores from tokens `[T, d]` and
         `w_score [n, d, r]`; the argument `w_score` is this device's piece.
         """
 
@@ -241,12 +241,12 @@ def sum_gradients(g, axis, dimension, in_stages=None):
     """Sums `g` over a mesh axis of several devices and keeps this device's piece of `dimension`.
 
     The TPU compiler turns a `psum_scatter` over an axis that spans a slice of 16 chips or more into
-    an all-reduce, and one over a part of a slice into a native reduce-scatter. Two stages over
-    groups of about the square root of the axis are native reduce-scatters for all but small
-    gradients, and send half the bytes of the all-reduce.
+    an all-reduce, and one over a part of a slice into a native reduce-scatter. With two stages over
+    groups of about sqrt(axis size) devices, all but small gradients use native reduce-scatters,
+    which send half the bytes of the all-reduce.
 
-    `in_stages=None` sums in two stages on TPU, where the axis is the whole mesh, of 16 devices or
-    more.
+    `in_stages=None` sums in two stages on TPU if the axis is the whole mesh and has at least 16
+    devices.
     """
     n = jax.lax.axis_size(axis)
     scatter = partial(jax.lax.psum_scatter, axis_name=axis, scatter_dimension=dimension, tiled=True)
@@ -256,7 +256,7 @@ def sum_gradients(g, axis, dimension, in_stages=None):
         in_stages = n >= 16 and is_whole and target_device().platform == "tpu"
     if size == 1 or not in_stages:
         return scatter(g)
-    ranks = np.arange(n).reshape(-1, size)  # row by row, as the pieces are
+    ranks = np.arange(n).reshape(-1, size)  # row-major, like the pieces
     return scatter(scatter(g, axis_index_groups=ranks.T.tolist()), axis_index_groups=ranks.tolist())
 
 
@@ -284,8 +284,8 @@ _ragged_exchange.defvjp(
 
 
 def over_mesh(function, in_specs, out_specs, transport="ring", remat="none", axes=AXES):
-    """`function(devices, *args)` on every device of the mesh in context, with its pieces of `args`;
-    without a mesh, on whole arrays. Raises the ValueError of `MeshAxes.sizes`.
+    """Wraps `function(devices, *args)` to run on every device of the mesh in context, on its pieces
+    of `args`; without a mesh, on whole arrays. Raises ValueError, see `MeshAxes.sizes`.
 
     `in_specs` has a tree of `PartitionSpec` for each argument, see `token_spec` and `weight_specs`;
     `out_specs` is the tree of the result. A result that is not split must be equal on all devices.
@@ -314,7 +314,7 @@ def _is_spec(value):
 
 
 def _name_idle_axes(idle, spec):
-    """Adds the axes of size 1 to a spec, because gradients are summed over axes without a name."""
+    """Adds the axes of size 1 to a spec, because JAX sums gradients over axes that it omits."""
     entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
     named = {axis for entry in entries for axis in entry}
     rest = tuple(axis for axis in idle if axis not in named)

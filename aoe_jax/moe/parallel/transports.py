@@ -4,7 +4,7 @@
                outputs are summed and scattered back.
     Ring       Tokens are gathered over expert and tensor. Every device computes the rows of its own
                experts; outputs are summed and scattered back. A device receives (N - 1) T d numbers
-               and sends as many back, whatever is chosen.
+               and sends as many back, whichever experts are chosen.
     AllToAll   Each row goes to the device of its expert and back: about K T d numbers each way.
 
 No row is dropped, and memory is bounded: a device takes its rows in rounds of R rows, `ROW_BUFFER`
@@ -63,9 +63,9 @@ class _Rounds(Local):
     def further_rounds(self, first, function, schedule, args):
         """Adds `function(schedule, number, args)` of rounds 1 to `n_rounds - 1` to `first`.
 
-        The number of rounds is known only at run time, so they are a loop with a derivative of its
-        own: the backward pass computes each round again and keeps nothing of it. `function` closes
-        over no arrays; the arrays of `schedule` have no gradient, those of `args` have one.
+        The number of rounds is known only at run time, so the rounds are a loop with a custom
+        derivative: the backward pass recomputes each round and keeps nothing of it. `function` must
+        not close over arrays. Only the arrays of `args` have a gradient.
         """
         return (first + _further_rounds(function, schedule, args)).astype(first.dtype)
 
@@ -77,7 +77,7 @@ class _RingSchedule(NamedTuple):
 
 
 class Ring(_Rounds):
-    """Every device gets all tokens of its row of the mesh and computes its own experts' rows."""
+    """Gathers tokens over expert and tensor; every device computes the rows of its own experts."""
 
     def __init__(self, devices, n_experts, slots_per_token, share):
         super().__init__(devices, n_experts // devices.size("expert"))
@@ -123,7 +123,7 @@ class Ring(_Rounds):
         return jnp.zeros(n_slots, values.dtype).at[round[0]].set(values, mode="drop")
 
     def complete(self, values):
-        """Each slot's row is on one device of the expert axis."""
+        """Sums over the expert axis, because each slot has its row on one device."""
         return self.devices.total(values, ("expert",))
 
     def combine(self, rows, round, n_tokens):
@@ -135,16 +135,16 @@ class _AllToAllSchedule(NamedTuple):
     expert: jax.Array  # [P] int32, their experts
     start: jax.Array  # [N] int32, the first row for each device
     count: jax.Array  # [N] int32, the number of rows for each device
-    n_rounds: jax.Array  # [] int32, the most that any pair of devices needs; equal on all devices
+    n_rounds: jax.Array  # [] int32, the maximum over pairs of devices; equal on all devices
 
 
 class _AllToAllRound(NamedTuple):
-    slot: jax.Array  # [R] int32, the slot of each row that leaves, by device; P for none
-    order: jax.Array  # [R] int32, the expert order of the rows that arrive
-    inverse: jax.Array  # [R] int32, its inverse
+    slot: jax.Array  # [R] int32, the slot of each row to send, by device; P for no row
+    order: jax.Array  # [R] int32, sorts the received rows by expert
+    inverse: jax.Array  # [R] int32, the inverse of `order`
     group_sizes: jax.Array  # [n] int32
-    sent: jax.Array  # [N] int32, rows for each device
-    received: jax.Array  # [N] int32, rows from each device
+    sent: jax.Array  # [N] int32, row count sent to each device
+    received: jax.Array  # [N] int32, row count received from each device
 
 
 class AllToAll(_Rounds):
@@ -200,7 +200,7 @@ TRANSPORTS = {"ring": Ring, "all_to_all": AllToAll}
 
 
 def _loop(function, count, like):
-    """The sum of `function(number)`, in float32 at least."""
+    """The sum of `function(number)` for numbers from 1 to `count - 1`, in float32 at least."""
     zeros = jax.tree.map(
         lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)), like
     )
