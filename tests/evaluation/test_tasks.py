@@ -83,11 +83,24 @@ def test_unknown_tasks(data, monkeypatch):
         tasks.load_tasks(["glue"], data=data)
 
 
+_WITHOUT = """
+import runpy, sys
+class Hiding:
+    def __init__(self, finder): self.finder = finder
+    def __getattr__(self, name): return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        is_hidden = name.partition(".")[0] == {hidden!r}
+        return None if is_hidden else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Hiding, sys.meta_path)
+sys.argv = {arguments!r}
+runpy.run_path("eval.py", run_name="__main__")
+"""
+
+
 def evaluate(workdir, *arguments, hidden="torch"):
     """Runs `eval.py` as if a package were not installed."""
-    hide = f"import runpy, sys; sys.modules[{hidden!r}] = None"
-    argv = f"sys.argv = {['eval.py', f'--workdir={workdir}', *arguments]!r}"
-    return run(["-c", f"{hide}; {argv}; runpy.run_path('eval.py', run_name='__main__')"])
+    arguments = ["eval.py", f"--workdir={workdir}", *arguments]
+    return run(["-c", _WITHOUT.format(hidden=hidden, arguments=arguments)])
 
 
 @pytest.mark.slow
