@@ -315,5 +315,7 @@ def test_two_processes_of_which_one_hangs(tmp_path):
     command = dense_command(tmp_path / "run", train__hang_timeout=10, **DENSE_FSDP)
     fault = Fault(tmp_path, "HANG", "r", "/train" + SHARD)
     statuses, stderr = on_two_processes(command, fault, 1)
-    assert Hang.status in statuses, stderr  # JAX may end the second process before its report
-    assert (tmp_path / "run" / "hang" / "process_1.txt").exists()
+    # JAX may end one process as soon as the other has ended, before its report.
+    ended = [number for number, status in enumerate(statuses) if status == Hang.status]
+    assert ended, stderr
+    assert all((tmp_path / "run" / "hang" / f"process_{number}.txt").exists() for number in ended)
