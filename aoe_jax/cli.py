@@ -2,6 +2,7 @@
 
 import ast
 import atexit
+import functools
 import logging
 import os
 import signal
@@ -152,6 +153,14 @@ def refuse_empty(*of):
     for flag in of:
         if flag.present and not flag.value:
             raise UserError(f"--{flag.name}= names nothing; see --help")
+
+
+def command(main):
+    """The function of a console script that runs `main`; `python -m` of its module runs it now."""
+    script = functools.partial(run, main)
+    if main.__module__ == "__main__":
+        script()
+    return script
 
 
 def run(main):

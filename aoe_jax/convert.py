@@ -11,8 +11,6 @@ choices best to the front of each expert, where they give the score; `--d_low=R`
 `train.py --config=configs/finetune.py:OUTPUT`.
 """
 
-from functools import partial
-
 from absl import flags
 
 from aoe_jax import cli
@@ -72,7 +70,4 @@ def main():
     print(f"{summary}; wrote {output}")
 
 
-command = partial(cli.run, main)
-
-if __name__ == "__main__":
-    command()
+command = cli.command(main)

@@ -12,8 +12,6 @@ CPU and `configs/doctor.py` elsewhere. `--config.GROUP.FIELD=VALUE`, `--distribu
 `--coordinator` work like in training.
 """
 
-from functools import partial
-
 from absl import flags
 
 from aoe_jax import cli, distributed
@@ -44,7 +42,4 @@ def main():
     return 0 if report["passed"] else 1
 
 
-command = partial(cli.run, main)
-
-if __name__ == "__main__":
-    command()
+command = cli.command(main)

@@ -6,8 +6,6 @@ By default the model is scored on a held-out split, with `--tasks` on tasks of l
 `--text=FILE` shows the load of its experts on a text, `--text=task:NAME` on the prompts of a task.
 """
 
-from functools import partial
-
 from absl import flags
 
 from aoe_jax import cli, distributed
@@ -55,7 +53,4 @@ def main():
         evaluate_workdir(workdir, _SPLIT.value, **model, data=_CORPORA.value)
 
 
-command = partial(cli.run, main)
-
-if __name__ == "__main__":
-    command()
+command = cli.command(main)

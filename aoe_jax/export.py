@@ -10,8 +10,6 @@ express the whole model. Otherwise it is our own (`aoe_jax/formats/architectures
 includes classes for `transformers`.
 """
 
-from functools import partial
-
 from absl import flags
 
 from aoe_jax import cli
@@ -29,7 +27,4 @@ def main():
     export(workdir, output, _STEP.value, _DTYPE.value)
 
 
-command = partial(cli.run, main)
-
-if __name__ == "__main__":
-    command()
+command = cli.command(main)

@@ -7,7 +7,6 @@ the other. `--contrast=BETA` turns on self-contrast, see `evaluation/contrast.py
 """
 
 import sys
-from functools import partial
 
 from absl import flags
 
@@ -66,7 +65,4 @@ def main():
     sys.stdout.flush()
 
 
-command = partial(cli.run, main)
-
-if __name__ == "__main__":
-    command()
+command = cli.command(main)

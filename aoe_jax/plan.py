@@ -8,8 +8,6 @@ The real train step is compiled for TPU slices, `--topology=GENERATION:SHAPE [--
 the run does not fit. `aoe_jax/planning/step_plan.py` says how the figures are computed.
 """
 
-from functools import partial
-
 from absl import flags
 
 from aoe_jax import cli
@@ -33,7 +31,4 @@ def main():
     return 0 if report["fits"] else 3
 
 
-command = partial(cli.run, main)
-
-if __name__ == "__main__":
-    command()
+command = cli.command(main)

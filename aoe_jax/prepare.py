@@ -8,7 +8,6 @@ Parquet. After a kill or a stop, the same command continues. `--check` finds dam
 
 import logging
 import os
-from functools import partial
 
 from absl import flags
 
@@ -20,9 +19,7 @@ log = logging.getLogger("aoe_jax.prepare")  # not __name__, which is __main__
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-_INPUT = flags.DEFINE_multi_string(
-    "input", [], "a glob pattern of files, '**' for folders of any depth"
-)
+_INPUT = flags.DEFINE_multi_string("input", [], "a glob pattern; '**' is folders of any depth")
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer",
     None,
@@ -38,9 +35,7 @@ _VALIDATION = flags.DEFINE_float(
     "validation", Settings.validation, "share of the documents for validation"
 )
 _TEST = flags.DEFINE_float("test", Settings.test, "share of the documents for test")
-_PROCESSES = flags.DEFINE_integer(
-    "processes", _CORES, "processes that tokenise, a core each", lower_bound=1
-)
+_PROCESSES = flags.DEFINE_integer("processes", _CORES, "processes that tokenise, a core each", 1)
 _CHECK = flags.DEFINE_bool("check", False, "read the store whole, and name damaged shards")
 
 
@@ -62,7 +57,4 @@ def main():
         log.info("all shards are as they were written")
 
 
-command = partial(cli.run, main)
-
-if __name__ == "__main__":
-    command()
+command = cli.command(main)

@@ -7,8 +7,6 @@ nll, accuracy on tasks, agreement with the router and time, also for the router 
 choice, like the paper's Tables 1, 6 and 7. The command also writes `probe.json`.
 """
 
-from functools import partial
-
 from absl import flags
 
 from aoe_jax import cli, distributed
@@ -53,7 +51,4 @@ def main():
     )
 
 
-command = partial(cli.run, main)
-
-if __name__ == "__main__":
-    command()
+command = cli.command(main)

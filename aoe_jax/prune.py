@@ -11,8 +11,6 @@ The result is a model like that of `aoe_jax.export`, with `prune.json`; `train.i
 its training.
 """
 
-from functools import partial
-
 from absl import flags
 
 from aoe_jax import cli
@@ -47,7 +45,4 @@ def main():
     )
 
 
-command = partial(cli.run, main)
-
-if __name__ == "__main__":
-    command()
+command = cli.command(main)

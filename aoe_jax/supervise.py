@@ -138,17 +138,11 @@ def _split(command):
     return parser.parse_known_args(command)
 
 
-def main(command):
-    if not command:
-        raise UserError("name a command after --, such as -- train.py --config=... --workdir=...")
-    return Supervisor(command).run(_RESTARTS.value, _PAUSE.value)
-
-
 def command():
-    """Runs `main` with what follows `--` on the command line."""
+    """Supervises the command that follows `--` on the command line."""
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     sys.argv, rest = sys.argv[:at], sys.argv[at + 1 :]
-    cli.run(lambda: main(rest))
+    cli.run(lambda: Supervisor(rest).run(_RESTARTS.value, _PAUSE.value))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ The same command continues a run that has stopped for any reason. `--workdir` re
 """
 
 import shlex
-from functools import partial
 from importlib.util import find_spec
 
 from absl import flags
@@ -80,7 +79,4 @@ def _closing_words(workdir, summary):
     return "\n".join(f"{name:<9} {line}" for name, line in lines.items())
 
 
-command = partial(cli.run, main)
-
-if __name__ == "__main__":
-    command()
+command = cli.command(main)

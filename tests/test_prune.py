@@ -108,9 +108,8 @@ def test_a_pruned_model_is_pruned_again(tmp_path):
 
 
 LARGE = {"experts__kind": "router", "experts__large_router": True}
-OTHERS = {"routing__name": "threshold"}, {"experts__kind": "uoe"}
+OTHERS = {"routing__name": "threshold"}, {"experts__kind": "uoe"}, {"experts__kind": "dense"}
 REFUSED = [
-    ({"experts__kind": "dense"}, 2, "experts.kind='dense': a dense model has no experts"),
     *((changes, 2, "': pruning is not implemented; use a model with top_k") for changes in OTHERS),
     ({"experts__score_neurons": 4}, 2, "experts.score_neurons=4: merging reorders the neurons"),
     (LARGE, 2, "the width of a large router depends on its experts"),

@@ -11,7 +11,7 @@ import pytest
 
 from aoe_jax.errors import UserError
 from aoe_jax.storage import retry
-from aoe_jax.supervise import Supervisor, main
+from aoe_jax.supervise import Supervisor
 from tests.hasty import xla_flags
 from tests.runs import ROOT, dense_command, dense_run, heartbeat, same_end, wait_for
 
@@ -124,12 +124,12 @@ def test_the_last_workdir_counts():
     given = ["train.py", "--workdir=a", "--workdir", "b", "-workdir=c"]
     assert Supervisor(given)._workdir == Path("c") and Supervisor(given[:-1])._workdir == Path("b")
     for given, words in (
-        ([], "name a command after --"),
+        ([], "no --workdir"),
         (["train.py", "--config=x"], "no --workdir"),
         (["train.py", "--workdir=", "--config=x"], "no --workdir"),
     ):
         with pytest.raises(UserError, match=words):
-            main(given)
+            Supervisor(given)
 
 
 def started(*command):

@@ -12,8 +12,6 @@ again: `DIR/report.md`, `DIR/report.html` (one file), CSV files, and the picture
 Compares any two arms by the `runs.csv` of a report, such as that in `results/small`.
 """
 
-from functools import partial
-
 from absl import flags
 
 from aoe_jax import cli
@@ -70,7 +68,4 @@ def main():
         print(write_report(suite, workdir, " ".join(command)))
 
 
-command = partial(cli.run, main)
-
-if __name__ == "__main__":
-    command()
+command = cli.command(main)

@@ -88,7 +88,6 @@ def prune(
 def check_prunes(model: Model, n_experts, workdir):
     """Raises `UserError` if a model cannot be pruned to this number of experts."""
     e, router = model.config.experts, model.config.routing.name
-    require(e.kind != "dense", "experts.kind", e.kind, "a dense model has no experts to merge")
     wanted = f"pruning is not implemented; use a model with {', '.join(PRUNABLE)}"
     require(router in PRUNABLE, "routing.name", router, wanted)
     wanted = "merging reorders the neurons of experts; use factorised gates or a router"

@@ -11,16 +11,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from aoe_jax.data import SPLITS
-from aoe_jax.data.token_store import (
-    FORMAT_VERSION,
-    RECORD_TOKENS,
-    check_vocab_size,
-    file_sha256,
-    saved_tokenizer,
-    short_hash,
-    slug,
-)
+from aoe_jax.data import SPLITS, token_store
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, pieces, train_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.storage.files import exclusive, new_folder, sync, write_json
@@ -104,9 +95,9 @@ class _SplitWriter:
         in_order, end = iter(encoded), np.array([end_of_text], self._dtype)
         ids = [end if piece is None else next(in_order) for piece in self._pieces]
         tokens = np.concatenate([self._rest, *ids]).astype(self._dtype)
-        whole = len(tokens) - len(tokens) % RECORD_TOKENS
-        for start in range(0, whole, RECORD_TOKENS):
-            self._write(tokens[start : start + RECORD_TOKENS])
+        whole = len(tokens) - len(tokens) % token_store.RECORD_TOKENS
+        for start in range(0, whole, token_store.RECORD_TOKENS):
+            self._write(tokens[start : start + token_store.RECORD_TOKENS])
         self._rest = tokens[whole:]
         self._numbers["documents"] += len(self._pieces) - len(texts)
         self._numbers["bytes"] += sum(len(text.encode()) for text in texts)
@@ -121,7 +112,7 @@ class _SplitWriter:
         self._shard.write(tokens.tobytes())
         shards[-1]["tokens"] += len(tokens)
         self._numbers["tokens"] += len(tokens)
-        if shards[-1]["tokens"] == RECORDS_PER_SHARD * RECORD_TOKENS:
+        if shards[-1]["tokens"] == RECORDS_PER_SHARD * token_store.RECORD_TOKENS:
             self._finish_shard()
 
     def _finish_shard(self):
@@ -130,7 +121,7 @@ class _SplitWriter:
             self._shard, numbers = None, self._numbers["shards"][-1]
             path = self._folder / numbers["name"]
             sync(path)
-            numbers |= {"file_bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            numbers |= {"file_bytes": path.stat().st_size, "sha256": token_store.file_sha256(path)}
 
 
 def write_manifest(
@@ -140,7 +131,7 @@ def write_manifest(
     changes when the corpus does, and `splits` is the result of `write_splits`.
     """
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": token_store.FORMAT_VERSION,
         "corpus": corpus,
         "corpus_fingerprint": fingerprint,
         "tokenizer_sha256": tokenizer.sha256,
@@ -171,14 +162,14 @@ def cached_token_stores(
     """
     given = load_tokenizer(tokenizer) if tokenizer else None
     if given:
-        check_vocab_size(given.token_count, vocab_size)
+        token_store.check_vocab_size(given.token_count, vocab_size)
     spec = given.sha256 if given else f"byte-level BPE of {vocab_size} tokens"
     if not given and len(corpora) > 1:
         spec = [spec, [corpus.fingerprint for corpus in corpora]]
     directories = []
     for corpus in corpora:
-        key = short_hash([FORMAT_VERSION, corpus.fingerprint, spec])
-        directories.append(Path(cache, "tokens", f"{slug(corpus.name)}-{key}"))
+        key = token_store.short_hash([token_store.FORMAT_VERSION, corpus.fingerprint, spec])
+        directories.append(Path(cache, "tokens", f"{token_store.slug(corpus.name)}-{key}"))
     for corpus, directory in zip(corpora, directories, strict=True):
         if directory.exists():
             logger.info(f"token store: using {directory}")
@@ -187,7 +178,7 @@ def cached_token_stores(
             if not directory.exists():
                 started = time.monotonic()
                 if not given and (built := [folder for folder in directories if folder.exists()]):
-                    given = load_tokenizer(saved_tokenizer(built[0]))
+                    given = load_tokenizer(token_store.saved_tokenizer(built[0]))
                 if not given:
                     texts = (text for corpus in corpora for text in corpus.documents("train"))
                     given = train_tokenizer(texts, vocab_size)

@@ -28,16 +28,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from aoe_jax.config.checks import require_flag
-from aoe_jax.data import SPLITS
+from aoe_jax.data import SPLITS, token_store
 from aoe_jax.data.building import write_manifest, write_splits
 from aoe_jax.data.documents import Piece, documents, find_files, pieces_of
-from aoe_jax.data.token_store import (
-    PLAN_FILE,
-    SPLITS_SCHEMA,
-    file_sha256,
-    read_manifest,
-    saved_tokenizer,
-)
 from aoe_jax.data.tokenizer import (
     MOST_TOKENS,
     TRAINING_CHARACTERS,
@@ -74,7 +67,7 @@ _PLAN = {
     "files": [Kind("a file's path, size and version", _is_state)],
     "units": [{"size": COUNT, "pieces": [[COUNT]]}],  # a piece: number of the file, start, stop
 }
-_NOTE = {"splits": dict.fromkeys(SPLITS, SPLITS_SCHEMA), "fingerprint": TEXT}
+_NOTE = {"splits": dict.fromkeys(SPLITS, token_store.SPLITS_SCHEMA), "fingerprint": TEXT}
 
 
 @dataclass(frozen=True)
@@ -172,7 +165,7 @@ def check(output: Path) -> list[str]:
     """The names of the damaged or missing shards of a complete store. Raises `UserError` if it is
     incomplete, or its manifest or its tokenizer is damaged.
     """
-    manifest, file = read_manifest(output), saved_tokenizer(output)
+    manifest, file = token_store.read_manifest(output), token_store.saved_tokenizer(output)
     if load_tokenizer(file, setting="tokenizer").sha256 != manifest["tokenizer_sha256"]:
         raise UserError(f"{file} is not the tokenizer of this store; bring that file back")
     hashes = _hashes_of_shards(manifest).items()
@@ -182,7 +175,7 @@ def check(output: Path) -> list[str]:
 
 def _hash_of(shard: Path) -> str | None:
     with contextlib.suppress(OSError):  # it is missing, or no file
-        return patiently(f"{shard} cannot be read", lambda: file_sha256(shard))
+        return patiently(f"{shard} cannot be read", lambda: token_store.file_sha256(shard))
 
 
 def make_plan(files: Mapping, planned: dict) -> dict:
@@ -203,22 +196,23 @@ def make_plan(files: Mapping, planned: dict) -> dict:
 
 
 def _read_plan(output: Path) -> dict:
-    plan = read_json(output / PLAN_FILE, _OTHERWISE, _PLAN, _PLAN_BYTES)
+    plan = read_json(output / token_store.PLAN_FILE, _OTHERWISE, _PLAN, _PLAN_BYTES)
     for unit in plan["units"]:
         pieces = unit["pieces"]
         is_whole = pieces and all(len(p) == 3 and p[0] < len(plan["files"]) for p in pieces)
-        require_flag(is_whole, "output", output, f"its {PLAN_FILE} is damaged. {_OTHERWISE}")
+        wanted = f"its {token_store.PLAN_FILE} is damaged. {_OTHERWISE}"
+        require_flag(is_whole, "output", output, wanted)
     return plan
 
 
 def _claim(files: Mapping, planned: dict, output: Path) -> dict:
     """Returns the plan of `output`, a new one if needed; refuses one of other settings or files."""
-    if not (output / PLAN_FILE).exists():
-        names = {path.name for path in output.iterdir()} - {f"{PLAN_FILE}.partial"}
+    if not (output / token_store.PLAN_FILE).exists():
+        names = {path.name for path in output.iterdir()} - {f"{token_store.PLAN_FILE}.partial"}
         is_empty = all(name.startswith(NAME) for name in names)
         wanted = "is not empty, and holds no preparation; use another --output"
         require_flag(is_empty, "output", output, wanted)
-        write_json(output / PLAN_FILE, make_plan(files, planned), indent=None)
+        write_json(output / token_store.PLAN_FILE, make_plan(files, planned), indent=None)
     plan = _read_plan(output)
     for name, here in planned.items():
         other = f"holds a preparation of something else: {name} is {plan[name]!r} there, {here!r}"
@@ -234,8 +228,8 @@ def _claim(files: Mapping, planned: dict, output: Path) -> dict:
 
 def install_tokenizer(output: Path, plan: dict, settings: Settings) -> Tokenizer:
     """The tokenizer in `output`; if it is missing, it is trained or copied there first."""
-    if saved_tokenizer(output).exists():
-        return load_tokenizer(saved_tokenizer(output), setting="tokenizer")
+    if token_store.saved_tokenizer(output).exists():
+        return load_tokenizer(token_store.saved_tokenizer(output), setting="tokenizer")
     if not settings.bpe_size:
         tokenizer = load_tokenizer(settings.tokenizer)
     else:
@@ -331,7 +325,7 @@ def _write_at_once(output: Path, plan: dict, unit: int, tokenizer: Tokenizer):
 @functools.cache
 def _opened(output: Path) -> tuple[dict, Tokenizer]:
     """The plan and the tokenizer in `output`, read once by each process."""
-    return _read_plan(output), load_tokenizer(saved_tokenizer(output), threads=1)
+    return _read_plan(output), load_tokenizer(token_store.saved_tokenizer(output), threads=1)
 
 
 def _documents(plan: dict, unit: int, fingerprint) -> Iterator[tuple[str, str]]:

@@ -8,16 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from aoe_jax.config.data import DataConfig, SourceConfig
-from aoe_jax.data import SPLITS
-from aoe_jax.data.token_store import (
-    TokenStore,
-    check_vocab_size,
-    file_sha256,
-    read_manifest,
-    saved_tokenizer,
-    short_hash,
-    slug,
-)
+from aoe_jax.data import SPLITS, token_store
+from aoe_jax.data.token_store import TokenStore
 from aoe_jax.errors import UserError
 from aoe_jax.storage.paths import is_remote, local_copy, parsed_path
 from aoe_jax.storage.retry import patiently, refusing
@@ -58,7 +50,7 @@ def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
         if source.name == "prepared":
             path = paths[source.label]
             if is_remote(path):
-                read_manifest(path)  # raises if it is incomplete
+                token_store.read_manifest(path)  # raises if it is incomplete
             directories[source.label] = local_copy(path, cache)
     if directories:
         tokenizer = _shared_tokenizer(list(directories.values()), tokenizer, vocab_size)
@@ -95,7 +87,7 @@ def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | 
     found = {}
     for manifest in _cache(data).glob("tokens/*/manifest.json"):
         with contextlib.suppress(UserError):
-            found[_identity(read_manifest(manifest.parent))] = manifest.parent
+            found[_identity(token_store.read_manifest(manifest.parent))] = manifest.parent
     if len(data.sources) != len(identities) or not found.keys() >= {*identities}:
         return None
     labels = [source.label for source in data.sources]
@@ -105,7 +97,7 @@ def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | 
 def _identity(manifest: dict) -> str:
     tokens = [manifest["splits"][split]["tokens"] for split in SPLITS]
     content = [manifest["corpus_fingerprint"], manifest["tokenizer_sha256"], tokens]
-    return f"{slug(manifest['corpus'])}-{short_hash(content)}"
+    return f"{token_store.slug(manifest['corpus'])}-{token_store.short_hash(content)}"
 
 
 def _opened(data: DataConfig, directories: Mapping[str, Path]) -> TokenisedCorpus:
@@ -115,7 +107,7 @@ def _opened(data: DataConfig, directories: Mapping[str, Path]) -> TokenisedCorpu
         split: {label: TokenStore(directories[label], split) for label in labels}
         for split in SPLITS
     }
-    tokenizer = saved_tokenizer(directories[labels[0]])
+    tokenizer = token_store.saved_tokenizer(directories[labels[0]])
     weights = None if None in weights else weights
     return TokenisedCorpus(**stores, weights=weights, tokenizer=tokenizer)
 
@@ -127,14 +119,14 @@ def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: in
         what, wanted = f"data.tokenizer={given!r}: cannot be read", "; name a tokenizer's file"
         with refusing(what, wanted):
             file = parsed_path(given, "data.tokenizer", in_store=True)
-            hashes[f"data.tokenizer={given!r}"] = file_sha256(file)
+            hashes[f"data.tokenizer={given!r}"] = token_store.file_sha256(file)
     for directory in directories:
         if not (directory / "manifest.json").is_file():
             raise UserError(
                 f"data.name: 'prepared' names {directory}, which is no token store; correct the "
                 "path, or make one with `python -m aoe_jax.prepare`"
             )
-        manifest = read_manifest(directory)
+        manifest = token_store.read_manifest(directory)
         hashes[str(directory)] = manifest["tokenizer_sha256"]
     if len(set(hashes.values())) > 1:
         named = "; ".join(f"{name} has {sha256[:12]}" for name, sha256 in hashes.items())
@@ -142,5 +134,5 @@ def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: in
             f"data.name: all corpora must have the same tokenizer, but {named}. Prepare them again "
             "with one tokenizer"
         )
-    check_vocab_size(manifest["vocab_size"], vocab_size)
-    return given or str(saved_tokenizer(directories[0]))
+    token_store.check_vocab_size(manifest["vocab_size"], vocab_size)
+    return given or str(token_store.saved_tokenizer(directories[0]))

@@ -24,16 +24,8 @@ from aoe_jax.storage.paths import FILE_BYTES, parsed_path
 from aoe_jax.storage.retry import patiently, refusing
 
 END_OF_TEXT = "<|endoftext|>"
-_END_OF_TEXT_NAMES = (
-    END_OF_TEXT,
-    "</s>",
-    "<|end_of_text|>",
-    "<eos>",
-    "<|eos|>",
-    "[EOS]",
-    "<｜end▁of▁sentence｜>",
-    "[SEP]",
-)
+_END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
+_END_OF_TEXT_NAMES += ("<｜end▁of▁sentence｜>", "[SEP]")
 MOST_TOKENS = 2**24
 PIECE_CHARACTERS = 2**21  # the longest text that is tokenised at once
 TRAINING_CHARACTERS = 2**24  # BPE is trained on so many of a document
@@ -83,21 +75,14 @@ def _refusing(problem: str, cure: str) -> Iterator[None]:
 class Tokenizer:
     """Turns documents into token ids and back. In a document, the name of a special token is
     ordinary text.
-
-    Attributes:
-        file_name: the name of its file, `tokenizer.json` or `tokenizer.model`.
-        end_of_text: id of the token that separates documents.
-        end_name: the name of that token.
-        token_count: the largest token id plus one, the smallest `vocab_size` of a model.
-        sha256: the hash of the file, which identifies the tokenizer.
-        prefix: ids of the special tokens that the file puts before each text, such as `<s>`.
     """
 
-    file_name: ClassVar[str]
-    end_of_text: int
-    end_name: str
-    token_count: int
-    prefix: list[int]
+    file_name: ClassVar[str]  # the name of its file, `tokenizer.json` or `tokenizer.model`
+    end_of_text: int  # id of the token that separates documents
+    end_name: str  # the name of that token
+    token_count: int  # the largest token id plus one, the smallest `vocab_size` of a model
+    sha256: str  # the hash of the file, which identifies the tokenizer
+    prefix: list[int]  # ids of special tokens that the file puts before each text, such as `<s>`
 
     def __init__(self, content: bytes, threads: int | None):
         """Keeps the bytes of the file; see `load_tokenizer`."""

@@ -72,11 +72,8 @@ class Generator:
 
     def generate(self, prompts, max_tokens, **settings) -> list[list[int]]:
         """The whole continuations of prompts; the arguments are those of `stream`."""
-        continuations = [[] for _ in prompts]
-        for chunk in self.stream(prompts, max_tokens, **settings):
-            for continuation, tokens in zip(continuations, chunk, strict=True):
-                continuation.extend(tokens)
-        return continuations
+        so_far = [[[] for _ in prompts], *self.stream(prompts, max_tokens, **settings)]
+        return so_far[-1]
 
     def stream(
         self,
@@ -87,7 +84,7 @@ class Generator:
         chunk: int = 16,
         is_done: Callable[[list[int]], bool] | None = None,
     ) -> Iterator[list[list[int]]]:
-        """Continues prompts, lists of token ids, as one batch, and yields the next tokens of each.
+        """Continues prompts, lists of token ids, as one batch; yields the tokens of each so far.
 
         A continuation ends before one of `Model.ends`, after `max_tokens`, or where
         `is_done(continuation so far)` is true after a `chunk` of tokens. Draws depend on the seed,
@@ -98,14 +95,14 @@ class Generator:
             return
         longest = self._model.config.model.max_len
         for number, prompt in enumerate(prompts):
-            if not prompt:
-                wanted = f"begin a text with the token {self._model.start}"
-                raise UserError(f"prompt {number} is empty; {wanted}")
             if len(prompt) + max_tokens > longest:
                 raise UserError(
                     f"prompt {number} has {len(prompt)} tokens; with {max_tokens} more it is "
                     f"longer than the model's length, model.max_len={longest}"
                 )
+            if not prompt:
+                wanted = f"begin a text with the token {self._model.start}"
+                raise UserError(f"prompt {number} is empty; {wanted}")
         # Rows are added so that few shapes are compiled, and the mesh divides the batch.
         n_rows = 2 ** math.ceil(math.log2(len(prompts)))
         n_rows = multiple(n_rows, self._model.batch_shards)
@@ -125,10 +122,9 @@ class Generator:
             left = self._put(left)
             with jax.set_mesh(self._model.mesh):
                 drawn, left, state = self._decode(*weights, left, state, **settings)
-            new = [row[row >= 0].tolist() for row in np.asarray(drawn)[: len(prompts)]]
-            for row, more in zip(so_far, new, strict=True):
-                row.extend(more)
-            yield new
+            for row, more in zip(so_far, np.asarray(drawn), strict=False):
+                row += more[more >= 0].tolist()
+            yield so_far
             left = np.array(left)
             if is_done:
                 left[: len(prompts)] *= [not is_done(row) for row in so_far]
@@ -199,8 +195,7 @@ def continuations(model: Model, prompts, max_tokens, contrast=None, **settings):
     rows = [[model.start, *tokens.tolist()] for tokens in tokenizer.encode(prompts)]
     # Some tokenizers drop the blank before the first word, so the prompt is decoded too.
     heads = [tokenizer.decode(row) for row in rows]
-    for new in Generator(model, contrast).stream(list(map(list, rows)), max_tokens, **settings):
-        for row, tokens in zip(rows, new, strict=True):
-            row.extend(tokens)
-        pairs = zip(heads, map(tokenizer.decode, rows), strict=True)
+    for so_far in Generator(model, contrast).stream(rows, max_tokens, **settings):
+        texts = (tokenizer.decode(row + tokens) for row, tokens in zip(rows, so_far, strict=True))
+        pairs = zip(heads, texts, strict=True)
         yield [text.removeprefix(head).rstrip("\N{REPLACEMENT CHARACTER}") for head, text in pairs]

@@ -95,9 +95,6 @@ class HarnessModel(TemplateLM):
             known = "until, max_gen_toks, do_sample, temperature, top_k and top_p"
             raise UserError(f"the task asks to generate with {settings}; known are {known}")
         kept = self.max_length - max_tokens
-        if kept < 1:
-            length = f"model.max_len={self.max_length} must be larger than that"
-            raise UserError(f"the task asks for {max_tokens} tokens; {length}")
         sampling = Sampling(temperature, **top) if do_sample and temperature else Sampling(0.0)
         until = [text for text in until if text]
         longest = max((len(end.encode()) for end in until), default=0)  # at most so many tokens

@@ -26,14 +26,7 @@ from aoe_jax.data.token_store import saved_tokenizer
 from aoe_jax.data.tokenised import open_corpus, opened_before
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from aoe_jax.errors import DivergedError, UserError, naming, shown
-from aoe_jax.formats.loading import (
-    is_model,
-    load_params,
-    read_begin_token,
-    read_config,
-    read_end_tokens,
-    read_step,
-)
+from aoe_jax.formats import loading
 from aoe_jax.formats.tokenizer_files import read_prefix
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.model.decoding import unstacked
@@ -97,13 +90,9 @@ def multiple(number, divisor):
 
 def source_config(directory: Path) -> Config:
     """The configuration of a training run or of a model, not fitted to the devices here."""
-    if is_model(directory):
-        return read_config(directory)
-    path = directory / "config.json"
-    if not path.exists():
-        wanted = "name the directory of a training run or of a model"
-        raise UserError(f"{path} cannot be read (no such file); {wanted}")
-    return read_run_config(path)
+    if loading.is_model(directory):
+        return loading.read_config(directory)
+    return read_run_config(directory / "config.json")
 
 
 def load_model(directory: Path, step="newest", mesh=None):
@@ -114,10 +103,10 @@ def load_model(directory: Path, step="newest", mesh=None):
     there is no such model, it cannot be read, or the mesh does not fit, and `DivergedError` if a
     parameter is not finite.
     """
-    if is_remote(directory) and is_model(directory):
+    if is_remote(directory) and loading.is_model(directory):
         directory = local_copy(directory)
     config = on_devices_here(source_config(directory), mesh_axes(mesh))
-    devices, has_run = sharding.make_mesh(config, jax.devices()), not is_model(directory)
+    devices, has_run = sharding.make_mesh(config, jax.devices()), not loading.is_model(directory)
     setting = f"the tokenizer of the {'run' if has_run else 'model'}"
     tokenizer = load_tokenizer(saved_tokenizer(directory), setting=setting)
     if tokenizer.token_count > config.model.vocab_size:
@@ -134,15 +123,15 @@ def load_model(directory: Path, step="newest", mesh=None):
             _, state = train_step_on(devices, config)
             params, routing_state = checkpoints.restore_model(step, state)
     else:
-        there = read_step(directory)
+        there = loading.read_step(directory)
         if step not in ("newest", str(there) if there is not None else None):
             of_step = "" if there is None else f", of step {there}"
             raise UserError(f"--step={step}: {directory} is a single model{of_step}")
         step = there
-        params, routing_state = load_params(directory, config, devices)
-        begin = read_begin_token(directory, config.model.vocab_size)
+        params, routing_state = loading.load_params(directory, config, devices)
+        begin = loading.read_begin_token(directory, config.model.vocab_size)
         start = start if begin is None else begin
-        named = read_end_tokens(directory)
+        named = loading.read_end_tokens(directory)
         ends = [token for token in named if token < config.model.vocab_size] or ends
         prefix = read_prefix(directory, tokenizer, begin)
     are_finite = partial(jax.tree.map, lambda a: jnp.isfinite(a).all())
@@ -170,7 +159,7 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
         with naming(f"--data={named}"):
             own = {"path": None, "tokenizer": str(saved_tokenizer(directory))}
             return open_corpus(dataclasses.replace(data, name=named, **own), vocab_size)
-    if is_model(directory) and (data.name != "sotu" or data.path is not None):
+    if loading.is_model(directory) and (data.name != "sotu" or data.path is not None):
         if corpus := opened_before(data, read_identities(directory)):
             return corpus
         sources = ", ".join(f"{s.name}@{s.path}" if s.path else s.name for s in data.sources)

@@ -15,14 +15,8 @@ from aoe_jax.storage.files import read_json, write_json
 log = logging.getLogger(__name__)
 
 # File patterns of the tokenizer, its settings and chat templates in models of the hub.
-_FILES = (
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.*",
-)
+_FILES = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+_FILES += ("generation_config.json", "chat_template.*")
 
 
 def write_tokenizer(folder: Path, output: Path, max_len: int):

@@ -15,21 +15,9 @@ retry_seconds = 60.0  # how long a call is repeated; commands set it to --retry_
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 
 # System errors that depend on the file or the arguments, so that repeating is useless.
-_LASTING = {
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.EINVAL,
-    errno.ERANGE,
-    errno.EDOM,
-    errno.ENAMETOOLONG,
-    errno.EXDEV,
-    errno.EPIPE,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-    errno.ELOOP,
-}
+_LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.ERANGE}
+_LASTING |= {errno.EDOM, errno.ENAMETOOLONG, errno.EXDEV, errno.EPIPE, errno.ENOSYS}
+_LASTING |= {errno.EOPNOTSUPP, errno.ELOOP}
 # tensorstore and XLA report system errors and status codes of servers as text.
 _STATUSES = "RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED"
 _AS_TEXT = re.compile(
