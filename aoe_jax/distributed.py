@@ -27,9 +27,7 @@ _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, for processes started one by one"
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "how many processes, with --coordinator", 1)
-_PROCESS = flags.DEFINE_integer(
-    "process", None, "the number of this process, from 0, with --coordinator", lower_bound=0
-)
+_PROCESS = flags.DEFINE_integer("process", None, "process number from 0, with --coordinator", 0)
 _JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "seconds to wait for other processes", 1)
 _END_DELAY = 1.0  # seconds that a process waits after all have agreed to end
 

@@ -27,9 +27,7 @@ _ALPHA = flags.DEFINE_float(
     "alpha", 0.1, "with --contrast: a token's least relative probability", 0.0, 1.0
 )
 _STRONG_K = flags.DEFINE_integer("strong_k", None, "with --contrast: K of the strong pass", 1)
-_WEAK_RANK = flags.DEFINE_integer(
-    "weak_rank", 2, "with --contrast: rank of the weak pass's expert", 1
-)
+_WEAK_RANK = flags.DEFINE_integer("weak_rank", 2, "with --contrast: rank of the weak expert", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "of the draws", 0)
 
 

@@ -138,11 +138,15 @@ def _split(command):
     return parser.parse_known_args(command)
 
 
+def main(command):
+    return Supervisor(command).run(_RESTARTS.value, _PAUSE.value)
+
+
 def command():
-    """Supervises the command that follows `--` on the command line."""
+    """Runs `main` with the command that follows `--` on the command line."""
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     sys.argv, rest = sys.argv[:at], sys.argv[at + 1 :]
-    cli.run(lambda: Supervisor(rest).run(_RESTARTS.value, _PAUSE.value))
+    cli.run(lambda: main(rest))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ from aoe_jax.compare.suite import load_suite
 from aoe_jax.config.checks import require_flag
 from aoe_jax.storage.lease import leased
 
-_SUITE = flags.DEFINE_string(
-    "suite", None, "a file with get_suite(), such as configs/compare/tiny.py"
-)
+_SUITE = flags.DEFINE_string("suite", None, "file of a suite, such as configs/compare/tiny.py")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "a directory for runs and report; one with runs goes on from them"
 )

@@ -92,7 +92,11 @@ def source_config(directory: Path) -> Config:
     """The configuration of a training run or of a model, not fitted to the devices here."""
     if loading.is_model(directory):
         return loading.read_config(directory)
-    return read_run_config(directory / "config.json")
+    path = directory / "config.json"
+    if not path.exists():
+        wanted = "name the directory of a training run or of a model"
+        raise UserError(f"{path} cannot be read (no such file); {wanted}")
+    return read_run_config(path)
 
 
 def load_model(directory: Path, step="newest", mesh=None):
