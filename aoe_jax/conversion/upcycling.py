@@ -7,9 +7,8 @@ N experts, granularity G, C = N / G copies, K experts per token, f width of the 
 copied C times: expert `c G + g` is copy c of piece g. A dense layer computes the sum of the pieces,
 an MoE layer a weighted mean, so `w_down` is multiplied by G (the second paper scales all matrices).
 
-**Router of an MoE.** Each copy gets a random router column with variance 1 / d, and its G experts
-have equal columns (a virtual group of the second paper). As G divides K, a token is routed to all
-experts of a copy or to none.
+**Router of an MoE.** The G experts of a copy have the same random column with variance 1 / d (a
+virtual group of the second paper). As G divides K, a token is routed to all of them or to none.
 
 **Scores of an AoE.** Gates are not factorised, and the score of an expert is computed from its
 first S neurons. Neurons are sorted by the norm of their gate column and assigned to the pieces in

@@ -96,6 +96,7 @@ class TextTokens:
     """The tokens `EOT text1 EOT text2 ... EOT` in memory, with the methods of a token store."""
 
     def __init__(self, texts, tokenizer):
+        """Tokenises the texts."""
         self.end_of_text = tokenizer.end_of_text
         self.text_bytes = sum(len(text.encode()) for text in texts)
         end = np.array([self.end_of_text], np.int32)
