@@ -162,7 +162,7 @@ def rival(folder, refused):
 
 @everywhere
 def test_two_processes_that_want_a_folder(folder, tmp_path):
-    """The folder's owner is a third host, which does not renew its lease."""
+    """The folder's owner is a third host, which no longer renews its lease."""
     elsewhere(folder, duration=6.0)
     processes = [rival(folder, tmp_path / "refused") for _ in range(2)]
     outcomes = [process.communicate(timeout=120)[0].strip() for process in processes]
