@@ -89,7 +89,7 @@ def test_what_is_started_again(tmp_path, plan, status, count, caplog):
     ("flags", "given"), [(["--go-back", "2"], "--go-back=2"), (["--start_over"], "--start-over")]
 )
 def test_files_are_moved_once(tmp_path, flags, given):
-    """Restarts repeat the flag until an attempt has moved the files, also after a late save."""
+    """Restarts repeat the flag until files are moved, also if an older process saves meanwhile."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "heartbeat.json").write_text('{"status": "finished", "saved": 3}')
     plan = [(5, "silent", 0), (5, "failed", 1), (5, "moves", 0), (0, "finished", 1)]

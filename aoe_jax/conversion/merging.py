@@ -128,8 +128,8 @@ def aligned(reference, expert):
     """Permutes and rotates `expert` to be nearest to `reference`; its function does not change.
 
     The permutation of hidden units solves the assignment problem for w_gate_up or w_gate, w_up and
-    w_down. The rotation Q of a low rank, `(w_gate_down Q, Q^T w_gate_up)`, which keeps the norms
-    `|x w_gate_down|`, solves the orthogonal Procrustes problem for both factors together.
+    w_down. The rotation Q changes a factorised gate to `w_gate_down Q` and `Q^T w_gate_up`, with
+    unchanged norms `|x w_gate_down|`. Q solves the Procrustes problem for both factors together.
     """
     expert, low_rank = dict(expert), "w_gate_down" in expert
     by_column = ("w_gate_up" if low_rank else "w_gate", "w_up")

@@ -44,8 +44,8 @@ def evaluation_on(model: Model, batches):
 def observations(model: Model, batches: Iterable[dict], with_inputs=False):
     """Yields `(scores, chosen)` as host arrays for each host batch, without padding tokens.
 
-    `scores [L, T, Z]` float32 are norms or router logits without a selection bias; `chosen
-    [L, T, Z]` bool are choices with it. `with_inputs` adds the inputs `x [L, T, d]` of the experts.
+    `scores [L, T, Z]` float32 are norms or router logits. `chosen [L, T, Z]` bool includes the
+    effect of a selection bias. `with_inputs` adds the inputs `x [L, T, d]` of the experts.
     """
 
     def observe(scores, routing, weights, ctx):

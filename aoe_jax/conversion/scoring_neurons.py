@@ -21,7 +21,7 @@ _GROWING = {
 
 @partial(jax.jit, static_argnames=("count", "score"))
 def telling_neurons(x, logits, chosen, w_gate, count, score):
-    """Chooses the neurons of each expert whose score predicts the router's choices best.
+    """Chooses `count` neurons per expert so that their scores predict the router's choices best.
 
     One neuron is added to each expert in turn, until each has `count`. An expert's first neuron is
     the one whose score correlates best with the expert's logit, centred over experts. Each further
@@ -70,11 +70,11 @@ def in_front(neurons, width):
 
 
 def agreement(observed, w_score, score):
-    """Computes which share of the router's choices scores by `w_score [L, n, d, r]` choose too.
+    """Computes the share of the router's choices that would also be made by scores of neurons.
 
-    `observed` has `logits [L, T, n]`, `chosen [L, T, n]` and `x [L, T, d]` of a router MoE. `score`
-    is a name of `SCORE_OF_CODE`. The number of experts of a token is that of the router. Returns
-    `(shares [L], expected share of a random choice)`.
+    `observed` has `logits [L, T, n]`, `chosen [L, T, n]` and `x [L, T, d]` of a router MoE. The
+    score `score` of `SCORE_OF_CODE` is computed from `w_score [L, n, d, r]`. A token gets as many
+    experts as with the router. Returns `(shares [L], expected share of a random choice)`.
     """
     _, chosen, x = observed
     of_layers = [

@@ -37,7 +37,7 @@ class Contrast:
 
 def strong_and_weak(decoder: Decoder, contrast: Contrast):
     """Returns the decoders of the two passes; both use the parameters of `decoder`. Raises
-    `UserError` if this is no AoE or router MoE with top-k or top-p, or the settings do not fit it.
+    `UserError` if the model is no AoE or router MoE with top-k or top-p, or K or ranks do not fit.
     """
     experts, k, rank = decoder.experts, contrast.strong_k, contrast.weak_rank
     wanted = "--contrast needs ranks of experts; use a model of kind aoe or router"

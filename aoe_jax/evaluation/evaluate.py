@@ -111,7 +111,7 @@ class TextTokens:
         return len(self._tokens)
 
     def read(self, start, stop):
-        """Tokens `[start, stop)`, int32."""
+        """Returns the tokens `[start, stop)`, int32."""
         return self._tokens[start:stop]
 
 

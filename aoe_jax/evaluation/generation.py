@@ -29,7 +29,7 @@ class Sampling:
 
     temperature: float = 1.0  # divides the logits; 0: always the likeliest token
     top_k: int | None = None  # draw only among the k likeliest tokens; None: all
-    top_p: float | None = None  # draw only among the fewest tokens with probability p (1904.09751)
+    top_p: float | None = None  # nucleus sampling with this probability mass (1904.09751)
 
 
 def draw(logits, keys, sampling: Sampling):

@@ -21,7 +21,7 @@ class HarnessModel(TemplateLM):
     """Implements lm-eval's model class; every process gets all requests and returns all results."""
 
     def __init__(self, model):
-        """Raises `UserError` as `Scorer` does."""
+        """Raises `UserError` if the model cannot score a text by itself."""
         super().__init__()
         self._model, self._tokenizer = model, model.tokenizer
         self._scorer, self._generator = Scorer(model), None
@@ -69,7 +69,7 @@ class HarnessModel(TemplateLM):
         """Returns the continuation of each context, cut before the first of its `until` strings.
 
         The first tokens of a context that is too long are dropped. Draws are the same in every run.
-        Raises `UserError` if a task asks for `model.max_len` tokens or more, or has other settings.
+        Raises `UserError` if a task wants `model.max_len` tokens or more, or has unknown settings.
         """
         arguments = [request.args for request in requests]
         ordered = Collator(
@@ -100,7 +100,7 @@ class HarnessModel(TemplateLM):
             raise UserError(f"the task asks for {max_tokens} tokens; {length}")
         sampling = Sampling(temperature, **top) if do_sample and temperature else Sampling(0.0)
         until = [text for text in until if text]
-        longest = max((len(end.encode()) for end in until), default=0)  # bytes, at least its tokens
+        longest = max((len(end.encode()) for end in until), default=0)  # bytes >= number of tokens
 
         def is_done(tokens):
             text = self._tokenizer.decode(tokens[-_CHUNK - longest :])

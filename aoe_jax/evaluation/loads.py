@@ -55,7 +55,7 @@ def load_table(statistics):
 def _share(statistics):
     """`[L, n]`, each expert's share of its layer's load."""
     load = np.array(statistics["load"])
-    return load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9)  # no load: inactive
+    return load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9)  # inactive layers: load 0
 
 
 def draw_loads(panels, width=None):

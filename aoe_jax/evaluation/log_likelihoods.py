@@ -22,7 +22,7 @@ from aoe_jax.model.loss import target_log_probs
 from aoe_jax.model.vocabulary import on_each_token
 from aoe_jax.sharding import batch_sharding, put_batch, replicated
 
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 8192  # approximate number of tokens in a batch
 SHORTEST = 16  # minimum number of positions in a batch
 SHORTEST_SHARED = 32  # tokens; a longer context is processed once for all of its continuations
 
@@ -31,7 +31,7 @@ class Scorer:
     """Computes log-likelihoods of continuations; keeps one compiled program for each shape."""
 
     def __init__(self, model: Model, batch_tokens=BATCH_TOKENS):
-        """A batch has about `batch_tokens` tokens. Raises `UserError` like `check_decodes`."""
+        """Raises `UserError` if scores of a text depend on padding, other texts or later tokens."""
         check_decodes(model.decoder, by_token=False)
         self._model, self._batch_tokens = model, batch_tokens
         causality = model.decoder.routing.causality(model.decoder.experts)
@@ -91,12 +91,12 @@ class Scorer:
                 yield numbers, self._run(program, params, arrays)[: len(numbers)]
 
     def _batches(self, groups, n, end):
-        """Yields `(indices of texts, padded length, rows)`, longest first; few different shapes."""
+        """Yields `(indices of texts, padded length, rows)`, the longest texts first."""
         groups = sorted(groups, key=lambda group: group[0], reverse=True)
         while groups:
             padded = self._rounded(groups[0][0])
             rows = max(1, self._batch_tokens // (n * (padded + end)))
-            rows = min(rows, 2 ** math.ceil(math.log2(len(groups))))  # less padding at the end
+            rows = min(rows, 2 ** math.ceil(math.log2(len(groups))))  # fewer rows at the end
             rows = multiple(rows, self._model.batch_shards)
             yield [number for _, numbers in groups[:rows] for number in numbers], padded, rows
             groups = groups[rows:]
@@ -162,7 +162,7 @@ def _score_choices(decoder, params, routing_state, batch):
     """Processes each context once, then computes the results of `_score_texts`, here `[C N]`.
 
     `batch` has `contexts [C, P]` int32 without their last tokens, `known [C, P]` bool (false for
-    padding), and `inputs` (they begin with the last tokens), `targets` and `wanted` `[C N, S]`.
+    padding), and `inputs`, `targets` and `wanted` `[C N, S]`, which begin with these last tokens.
     """
     n_contexts, length = batch["contexts"].shape
     n_rows, end = batch["inputs"].shape

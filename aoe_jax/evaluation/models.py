@@ -1,4 +1,4 @@
-"""A trained model, ready for use."""
+"""Loads trained models with their tokenizers, and opens the corpora to evaluate them on."""
 
 import contextlib
 import dataclasses
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Model:
-    """A model on the devices of all processes of this run."""
+    """A trained model with its tokenizer, on the devices of all processes."""
 
     config: Config  # `config.mesh` has the sizes of `mesh`
     decoder: Decoder
@@ -73,7 +73,7 @@ class Model:
         return self.config.train.batch_size // self.config.train.accumulate
 
     def put(self, batch):
-        """Puts a batch of a corpus on the devices; replaces end-of-text tokens in it by `start`."""
+        """Puts a batch on the devices; in its `inputs`, `start` replaces end-of-text tokens."""
         is_end = batch["inputs"] == self.tokenizer.end_of_text
         inputs = np.where(is_end, np.int32(self.start), batch["inputs"])
         return sharding.put_batch(sharding.batch_sharding(self.mesh), batch | {"inputs": inputs})
@@ -195,8 +195,8 @@ def on_devices_here(config, axes=None):
     """Returns the configuration with a mesh of all devices of this run.
 
     `axes` has the sizes of some axes, such as `{"fsdp": 4}`; `data` gets the other devices. None
-    means the mesh of training; if it does not fit, `data` is changed or gets all devices. Batches
-    may grow to a multiple of the devices. Raises `UserError` if the axes do not fit.
+    means the mesh of training; if it does not fit, `data` is changed or gets all devices. The batch
+    size may grow, so that the devices divide it. Raises `UserError` if `axes` do not fit.
     """
     n = jax.device_count()
     if axes is None:

@@ -65,7 +65,7 @@ def by_norm(node, norm):
             name: devices.gather_weight(EXPERTS[name], weights[name], x.dtype)
             for name in ("w_gate", "w_up", "w_down")
         }
-        # One expert after another, because the activations of all experts need too much memory.
+        # Experts run one after another, because the activations of all need too much memory.
         scores = jax.lax.map(score, whole)
         return devices.exchange(scores.T, split=0, concatenate=1)
 

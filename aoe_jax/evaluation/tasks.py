@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval must not fork: JAX's threads make it unsafe
 
-# Task of the paper -> (folder of lm-eval that defines it, number of shots). The folder is known,
+# Task of the paper -> (folder of lm-eval that defines it, number of shots). The folder is given,
 # because reading lm-eval's index of all tasks takes half a minute.
 _PAPER = {
     "arc_easy": ("arc", 0),

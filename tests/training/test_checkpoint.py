@@ -140,7 +140,7 @@ NLLS = {1: 5.0, 2: 1.0, 3: 4.0, 4: 2.0, 5: 3.0, 6: 6.0, 7: 7.0}
     ],
 )
 def test_what_is_kept(tmp_path, config, nlls, kept):
-    """A run that is restarted after step 3 keeps the same checkpoints."""
+    """The restart of the run after step 3 does not change which checkpoints are kept."""
     write(tmp_path, range(1, 4), nlls, every=1, **config)
     write(tmp_path, range(4, 8), nlls, every=1, **config)
     assert step_folders(tmp_path) == list(kept)
