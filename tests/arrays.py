@@ -13,18 +13,18 @@ from aoe_jax.sharding import MESH_AXES
 
 
 def mesh_of(*sizes):
-    """The mesh of eight devices with these sizes of `MESH_AXES`."""
+    """Returns the mesh of eight devices whose axes `MESH_AXES` have these sizes."""
     return Mesh(np.reshape(jax.devices(), sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 class Device(SimpleNamespace):
-    """A device that is not here, by `platform`, `device_kind` and `compute_capability`."""
+    """An imitated device with `platform`, `device_kind` and `compute_capability`."""
 
     __hash__ = object.__hash__
 
 
 def normal(seed, shape, dtype=float):
-    """Normally distributed numbers; float is the widest type that JAX has enabled."""
+    """Normally distributed numbers; `float` means float64 if it is enabled in JAX, else float32."""
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
@@ -48,7 +48,7 @@ def assert_finite(tree):
 
 
 def operations(function, *args):
-    """The equations of a function's jaxpr, those of inner jaxprs included."""
+    """Lists the equations of a function's jaxpr, including those of inner jaxprs."""
 
     def walk(jaxpr):
         for eqn in jaxpr.eqns:

@@ -1,4 +1,4 @@
-"""The command lines of the documentation, and a parser that runs none of them."""
+"""Finds the command lines in the documentation, and parses them without running them."""
 
 import re
 import runpy
@@ -13,11 +13,11 @@ from aoe_jax import cli
 from tests.in_process import module_of, other_flags_hidden
 
 _COMMAND = re.compile(r"\bpython (?:-m )?([\w.]+|\w+/\w+\.py)(?= |$|\")([^#|;\"]*)")
-_MADE_FROM_FILES = re.compile(r"configs/finetune\.py.*|.*\.json")  # of a user
+_MADE_FROM_FILES = re.compile(r"configs/finetune\.py.*|.*\.json")  # files that a user makes
 
 
 def code_of(page):
-    """The lines of code in Markdown: of blocks without a language, and inline."""
+    """Yields the lines of code in Markdown: blocks without a language, and inline code."""
     for token in MarkdownIt().enable("table").parse(page):
         if token.type == "code_block":
             yield from token.content.replace("\\\n", " ").splitlines()
@@ -27,7 +27,7 @@ def code_of(page):
 
 
 def commands_of(page):
-    """The commands in Markdown, `(program, arguments)`; a supervised one counts as two."""
+    """Yields `(program, arguments)` of commands in Markdown, two for a supervised command."""
     for line in code_of(page):
         for program, arguments in _COMMAND.findall(line):
             own, _, supervised = arguments.partition(" -- ")
@@ -38,19 +38,19 @@ def commands_of(page):
 
 
 def _values(arguments):
-    """The arguments of a line, without "..." and with a number for each placeholder."""
+    """Splits a line into arguments; drops "..." and replaces placeholders by the number 1."""
     given = [argument for argument in shlex.split(arguments) if "..." not in argument]
     return [re.sub(r"=[A-Z]+$", "=1", argument) for argument in given]
 
 
 def check(program, lines):
     """Parses lines of arguments with the flags of a program, and checks their configurations.
-    Raises `UserError` if one has a mistake.
+    Raises `UserError` if a line has a mistake.
     """
     with pytest.MonkeyPatch.context() as patch, other_flags_hidden():
         patch.setattr(cli, "run", lambda main: _parse(program, lines))
-        patch.setattr("sys.argv", [program, *lines])  # flags are defined by what it names
-        patch.delitem(sys.modules, module_of(program), raising=False)  # runpy warns otherwise
+        patch.setattr("sys.argv", [program, *lines])  # it decides which flags are defined
+        patch.delitem(sys.modules, module_of(program), raising=False)  # avoids a warning
         runpy.run_module(module_of(program), run_name="__main__")
 
 

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test, and compilation in haste."""
+"""Every test runs with eight virtual CPU devices, and XLA compiles with few optimisations."""
 
 import os
 import shutil
@@ -12,19 +12,19 @@ from aoe_jax.moe import grouped_matmul
 from aoe_jax.moe.parallel import transports
 from tests.hasty import HASTY, xla_flags
 
-# A shell may have it ignored, and the processes that tests start would inherit that.
+# A shell may ignore SIGINT, and the processes that tests start would ignore it too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}
 assert len(jax.devices()) == 8
-_LEFT = pytest.StashKey[int]()  # the number of tests that this session leaves to the other tier
+_LEFT = pytest.StashKey[int]()  # number of tests that only the other tier runs
 # On several CPU devices, programs from the cache deadlock.
 jax.config.update("jax_enable_compilation_cache", False)
-os.environ["XLA_FLAGS"] = xla_flags(8, HASTY)  # the compiler for TPUs reads it later
+os.environ["XLA_FLAGS"] = xla_flags(8, HASTY)  # the TPU compiler accepts only these flags
 
 
 def pytest_configure(config):
-    """Makes the folder of `tests.runs.scratch`. Programs that processes of tests compile, and the
-    code of models that transformers loads, are kept for later sessions, until `--cache-clear`.
+    """Makes the folder of `tests.runs.scratch`. The cache of pytest keeps the programs that started
+    processes compile, and model code that transformers loads, until `--cache-clear` is used.
     """
     if not hasattr(config, "workerinput"):  # workers of pytest-xdist inherit the variable
         os.environ["AOE_JAX_SCRATCH"] = tempfile.mkdtemp(prefix="aoe_jax_tests_")
@@ -46,12 +46,12 @@ def pytest_collection_finish(session):
 
 
 def pytest_testnodedown(node):
-    """Keeps what a worker has told; all workers tell the same."""
+    """Stores the number of tests that a worker has sent; all workers send the same number."""
     node.config.stash[_LEFT] = getattr(node, "workeroutput", {}).get("left", 0)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Says that there is another tier."""
+    """Prints the command that runs the tests of the other tier."""
     others = {"slow": "make test", "not slow": "make test-slow"}
     other, left = others.get(config.getoption("markexpr")), config.stash.get(_LEFT, 0)
     if other and left:
@@ -72,15 +72,15 @@ def x64():
 
 @pytest.fixture
 def ragged(monkeypatch):
-    """Products by `jax.lax.ragged_dot`: programs that compile in less than half the time, where the
-    backend is no matter.
+    """Computes grouped products with `jax.lax.ragged_dot`, which compiles in less than half the
+    time. It is for tests that do not depend on the backend.
     """
     monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "ragged")
 
 
 @pytest.fixture
 def first_round_only(monkeypatch):
-    """Programs without the further rounds of expert parallelism."""
+    """Compiles programs without the further rounds of expert parallelism."""
     monkeypatch.setattr(transports._Rounds, "further_rounds", lambda self, first, *_: first)
     jax.clear_caches()  # programs that were traced before have further rounds
     yield
@@ -89,8 +89,8 @@ def first_round_only(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_one_module():
-    """What a module has compiled goes with it: few programs are those of another module, and all of
-    them are gigabytes.
+    """Clears JAX's caches after each module, because the programs of all modules need gigabytes,
+    and modules share few of them.
     """
     yield
     jax.clear_caches()

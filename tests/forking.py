@@ -1,4 +1,4 @@
-"""Runs Python commands in forked processes: a server imports the libraries once, for all of them.
+"""Runs Python commands in processes that are forked from a server, which imports libraries once.
 
 The server starts neither a thread nor a JAX backend; its children may start both.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Modules of aoe_jax are not among them: every command imports those itself, in its own order.
+# The server imports no modules of aoe_jax, because every command must import them itself.
 LIBRARIES = [
     "absl.app",
     "array_record.python.array_record_module",
@@ -44,9 +44,9 @@ LIBRARIES = [
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.02",
-    "GLIBC_TUNABLES": "glibc.malloc.arena_max=1",  # else every benchmark starts itself again
+    "GLIBC_TUNABLES": "glibc.malloc.arena_max=1",  # without it, benchmarks restart themselves
 }
-# A forked command may set these only: libraries have read the others when they were imported.
+# A forked command may set only these, because libraries read other variables when imported.
 OWN_VARIABLES = {"XLA_FLAGS", "PYTEST_CURRENT_TEST", "FAULT"}
 
 
@@ -54,7 +54,7 @@ class Forked:
     """A command in a forked process, with the methods of `subprocess.Popen` that tests use."""
 
     def __init__(self, requests, command, environment, stderr=None):
-        """Sends the request to the server and waits until the process is there."""
+        """Sends the request to the server and waits until the process has started."""
         self.args, self.returncode = command, None
         self._stdout = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._stderr = None if stderr else tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -103,9 +103,9 @@ class Forked:
 
 @functools.cache
 def _server(preload):
-    """Starts a server and returns its socket and environment; it ends with this process.
+    """Starts a server and returns its socket and environment. The server ends with this process.
 
-    `preload` is the shared library that comes before those of the system, "" for none.
+    `preload` is a shared library for LD_PRELOAD, or "" for none.
     """
     requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = os.environ | ENVIRONMENT | ({"LD_PRELOAD": preload} if preload else {})
@@ -131,9 +131,9 @@ def _server(preload):
 def start(command, forked=True, stderr=None, **variables):
     """Starts a Python command line, such as `["train.py", ...]`, in the root of the repository.
 
-    It becomes a process of its own, not a forked one, if `forked` is false or if `variables` sets
-    more than `OWN_VARIABLES`. Either way it has the methods of `subprocess.Popen`. `stderr` is an
-    open file for its stderr.
+    A new interpreter runs it instead of a forked process if `forked` is false, or if `variables`
+    sets other variables than `OWN_VARIABLES`. The result has the methods of `subprocess.Popen` in
+    both cases. `stderr` is an open file for the stderr of the command.
     """
     environment = os.environ | ENVIRONMENT | variables
     if forked:
@@ -157,7 +157,7 @@ def _serve(requests):
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors leave no zombies
     while True:
         request, files, _, _ = socket.recv_fds(requests, 1 << 20, 3)
-        if not request:  # the client has ended, so all that it started must end
+        if not request:  # the client has ended, so its processes are killed
             os.killpg(0, signal.SIGKILL)
         if os.fork() == 0:
             requests.close()
@@ -185,7 +185,7 @@ def _supervise(command, environment, reports, stdout, stderr):
 
 
 def _become(command):
-    """Runs a command line as Python does."""
+    """Runs a command line in this process like a new Python interpreter."""
     first, *sys.argv = command
     if first == "-m":
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -201,5 +201,5 @@ def _become(command):
 if __name__ == "__main__":
     for library in LIBRARIES:
         importlib.import_module(library)
-    gc.freeze()  # else the first collection in a child copies all of their memory
+    gc.freeze()  # otherwise the first garbage collection in a child copies all memory
     _become(_serve(socket.socket(fileno=int(sys.argv[1]))))

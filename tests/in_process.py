@@ -21,7 +21,7 @@ def execute(command):
     name = arguments.pop(0) if program == "-m" else program
     files = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
     with (
-        mock.patch.object(sys, "argv", command),  # flags are defined by what it names
+        mock.patch.object(sys, "argv", command),  # it decides which flags are defined
         fresh(name) as module,
         logging_restored(),
         contextlib.redirect_stdout(files[0]),
@@ -54,7 +54,7 @@ def fresh(program):
 
 @contextlib.contextmanager
 def other_flags_hidden():
-    """A context in which a command may define its flags, whatever other commands have defined."""
+    """A context in which a command may define flags that other commands have defined before."""
     known = {flag: flags.FLAGS[flag] for flag in flags.FLAGS}
     overridable = {flag: held.allow_override for flag, held in known.items()}
     for held in known.values():
@@ -89,7 +89,7 @@ def logging_restored():
 
 def call(module, *arguments):
     """Parses a command line with the flags of a command's module, and returns what its `main`
-    returns. Raises what the command would print as its last line.
+    returns. Raises the exceptions of which the command would print a line.
     """
     argv = [module, *arguments]
     with mock.patch.object(sys, "argv", argv), fresh(module) as command, logging_restored():

@@ -1,6 +1,6 @@
 """A server with the part of Google Cloud Storage's JSON API that gcsfs and tensorstore use.
 
-It checks preconditions on generations, on which ownership rests, and answers an error on request.
+It checks preconditions on generations, which leases need, and can refuse requests for a while.
 """
 
 import base64
@@ -28,16 +28,16 @@ class Store(ThreadingHTTPServer):
         super().__init__(("localhost", 0), _Handler)
         self.objects, self.lock = {}, threading.Lock()
         self.generations, self.uploads = itertools.count(1_000_000), {}
-        self.fails_until = 0.0  # on the monotonic clock
-        self.failure = 503  # the status until then
-        self.failed = 0  # requests that were answered by it
+        self.fails_until = 0.0  # time of the monotonic clock; before it, all requests fail
+        self.failure = 503  # HTTP status of requests that fail
+        self.failed = 0  # number of requests that have failed
 
     def handle_error(self, request, client_address):
-        """Says nothing of clients that hang up, as killed ones do."""
+        """Prints nothing if a client closes its connection, for example because it is killed."""
 
     @property
     def variables(self):
-        """The environment in which programs use this store."""
+        """The environment variables with which programs use this store."""
         url = f"http://localhost:{self.server_port}"
         return {
             "STORAGE_EMULATOR_HOST": url,
@@ -57,7 +57,7 @@ def object_store():
 
 
 class _Refused(Exception):
-    """An answer that is an error: the status."""
+    """Its argument is the HTTP status of an answer that is an error."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.server.objects[name]
 
     def _check(self, name):
-        """Refuses what the preconditions of the request forbid."""
+        """Raises `_Refused` if the preconditions of the request do not hold."""
         generation = self.server.objects.get(name, (b"", 0))[1]
         if int(self.query.get("ifGenerationMatch", generation)) != generation:
             raise _Refused(412)

@@ -1,4 +1,4 @@
-"""Runs of several processes."""
+"""Starts training runs of several processes."""
 
 import contextlib
 import random
@@ -7,14 +7,14 @@ import socket
 from tests.hasty import xla_flags
 from tests.runs import DENSE, finish, scratch, shared, start, train_command
 
-# Two devices a process where there are two processes.
+# For two processes with two devices each.
 MESH = {"mesh__data": 2, "mesh__expert": 2}
-# For tests of what does not depend on the model: one device a process, and each saves its share.
+# For tests that do not depend on the model: each process has one device and saves half the state.
 DENSE_FSDP = DENSE | {"train__eval_every": 0, "mesh__fsdp": 2}
 
 
 def free_port():
-    """A port that the system gives nobody who does not name it."""
+    """Returns a free port that the system does not give to programs that ask for any port."""
     for port in random.sample(range(20_000, 32_000), 100):
         with contextlib.suppress(OSError), socket.create_server(("localhost", port)):
             return port

@@ -1,8 +1,8 @@
 """Shows that methods can be removed: `python -m tests.removable [METHOD ...]`, by default all.
 
 For each method it copies the repository without the method's file, its registry line, its variants
-in `configs/methods.py` and its tests, and then runs what must not depend on it: the import of every
-module but commands, the check of every other variant, and training steps of AoE and of a router.
+in `configs/methods.py` and its tests. Then it imports every module that is not a command, checks
+every other variant, and runs training steps of AoE and of a router MoE.
 """
 
 import re
@@ -17,7 +17,7 @@ from tests.test_imports import CODE
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("aoe_jax", "configs", "tests", "pyproject.toml")
-# Shipped configurations have the dense baseline, and self-contrast is made of `ranked`.
+# Not removable: shipped configurations use the dense baseline, and self-contrast uses `ranked`.
 NEEDED = ("dense", "ranked")
 METHODS = {
     name: method.__module__.rpartition(".")[2]
@@ -63,7 +63,7 @@ def _is_variant(line, name):
 
 
 def check(name):
-    """Removes a method in a copy and runs what is left; it must not depend on the method."""
+    """Removes a method in a copy of the repository, and checks that the other code still works."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for part in COPIED:

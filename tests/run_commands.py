@@ -2,8 +2,8 @@
 
     python -m tests.run_commands
 
-in a folder where runs of 20 steps stand for those that the pages train. It prints how each command
-ended; the exit status is 1 if one failed.
+in a folder with runs of 20 steps, which replace the runs that the pages train. It prints the exit
+status of each command; its own exit status is 1 if a command failed.
 """
 
 import os
@@ -26,7 +26,7 @@ CHEAP = (
     "aoe_jax.generate",
     "aoe_jax.prune",
 )
-# A placeholder, data that is elsewhere, or flags without the command that they belong to.
+# Arguments with a placeholder, with data that the repository lacks, or with parts left out.
 ELSEWHERE = re.compile(r"=[A-Z]+\b|/my/|=arc_easy|task:|gs://|\.\.\.")
 AS_THEY_ARE = (
     ("aoe_jax", ""),
@@ -42,20 +42,20 @@ PREPARATION = [
 
 
 def is_cheap(program, arguments):
-    """Whether a command runs here in about a minute; programs are also named without a command."""
+    """Whether a command needs about a minute; a program without any flag is no command."""
     is_whole = "--" in arguments and not ELSEWHERE.search(arguments)
     return (program, arguments) in AS_THEY_ARE or (program in CHEAP and is_whole)
 
 
 def commands():
-    """`(program, arguments)` in the order of the pages, each once."""
+    """Lists the different `(program, arguments)` in the order of the pages."""
     found = [command for page in PAGES for command in commands_of(page.read_text())]
     return list(dict.fromkeys(command for command in found if is_cheap(*command)))
 
 
 def run(folder, program, arguments):
     """Whether a command ends with status 0 in `folder`."""
-    for output in re.findall(r"--output=(\S+)", arguments):  # of another page
+    for output in re.findall(r"--output=(\S+)", arguments):  # another page may have made it
         shutil.rmtree(folder / output, ignore_errors=True)
     module = [program] if program.endswith(".py") else ["-m", program]
     command = [sys.executable, *module, *shlex.split(arguments)]

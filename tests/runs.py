@@ -1,5 +1,5 @@
-"""Tiny runs for the end-to-end tests: a folder of texts, settings, command lines as a user types
-them, and what runs leave behind.
+"""Tiny runs for the end-to-end tests: a folder of texts, settings, command lines of users, and
+functions that read the files of runs.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from tests.settings import config_of
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY, LOG_EVERY = 24, 3, 2
 WORDS = "the of state union war peace congress law great people army year"
-FOR_TPUS = {"aoe_jax.plan", "benchmarks.attention", "benchmarks.grouped_compile"}  # may compile
+FOR_TPUS = {"aoe_jax.plan", "benchmarks.attention", "benchmarks.grouped_compile"}  # for TPUs
 
 _GROUPS = {
     "model": {"n_layers": 2, "n_heads": 2, "d_model": 32, "vocab_size": 512, "max_len": 64}
@@ -45,7 +45,7 @@ _GROUPS = {
 }
 SETTINGS = {f"{group}.{name}": v for group, values in _GROUPS.items() for name, v in values.items()}
 
-# Half the time of a run, for tests of what does not depend on the model.
+# Halves the time of a run, for tests that do not depend on the model.
 DENSE = {"model__n_layers": 1, "experts__kind": "dense"}
 
 
@@ -69,14 +69,14 @@ def shared(build):
 
 
 def scratch(name):
-    """A folder that all workers share, and that lasts as long as the test session."""
+    """Returns a folder that all workers share; it is deleted after the test session."""
     folder = Path(os.environ["AOE_JAX_SCRATCH"]) / name
     folder.mkdir(exist_ok=True)
     return folder
 
 
 def write_texts(folder, count=40, seed=0):
-    """Documents of three to six hundred words, so shorter and longer than a sequence."""
+    """Writes documents of 3 to 600 words: some are shorter and some longer than a sequence."""
     choice, words = random.Random(seed), WORDS.split()
     for i in range(count):
         length = choice.choice([3, 20, 100, 600])
@@ -97,7 +97,7 @@ def settings(**changes):
 
 
 def tiny_config(**changes):
-    """The same as a `Config`."""
+    """Returns the `Config` of `settings`."""
     return config_of(settings(**changes))
 
 
@@ -120,7 +120,7 @@ def patched(code, workdir, **changes):
 
 
 def fine_tuned(directory, workdir, **changes):
-    """The command line that goes on from a model."""
+    """Returns a command line that trains a model further."""
     data = tiny_config().data
     overrides = {f"data.{name}": getattr(data, name) for name in ("name", "path", "cache")}
     overrides |= {"data.seq_len": 32, "train.steps": 4, "train.warmup": 0.0, "train.log_every": 1}
@@ -155,7 +155,7 @@ def succeed(command):
 
 
 def wait_for(process, condition):
-    """Waits until `condition()` holds; fails if the process ends before."""
+    """Waits until `condition()` is true; fails if the process ends before."""
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()[1]
@@ -164,7 +164,7 @@ def wait_for(process, condition):
 
 
 def kill_when(process, condition):
-    """Kills a process at a random moment soon after `condition()` holds."""
+    """Kills a process at a random moment soon after `condition()` is true."""
     wait_for(process, condition)
     time.sleep(random.uniform(0, 0.02))
     process.kill()
@@ -172,19 +172,19 @@ def kill_when(process, condition):
 
 
 def last_line(stderr):
-    """Why a command ended."""
+    """Returns the last line of a command's stderr, which says why it ended."""
     return stderr.strip().splitlines()[-1]
 
 
 def is_unforeseen(stderr):
-    """Whether a traceback is one of this program. Orbax and tensorstore print their own when the
-    reads or writes of a failed save or restore are collected.
+    """Whether this program printed a traceback. Orbax and tensorstore may print other tracebacks
+    after a failed save or restore.
     """
     return "Traceback" in stderr and "aoe_jax/cli.py" in stderr
 
 
 def heartbeat(workdir):
-    """The content of `heartbeat.json`, with None for its fields before it is there."""
+    """Returns the content of `heartbeat.json`; if it does not exist yet, its fields are None."""
     path = workdir / "heartbeat.json"
     return json.loads(path.read_text()) if path.exists() else {"status": None, "step": None}
 
@@ -201,8 +201,8 @@ def corpus_store():
 
 
 def as_read_from(directory, config):
-    """The configuration of a model that was exported with this one: it keeps no paths but its own
-    tokenizer, names of corpora for messages alone, and of the training only the size of a batch.
+    """Returns the configuration that is read from a model that was exported with `config`: its only
+    path is its own tokenizer, and its only setting of training is the batch size.
     """
     own = {"cache": DataConfig.cache, "tokenizer": str(directory / "tokenizer.json")}
     data = dataclasses.replace(config.data, **own)
@@ -212,8 +212,8 @@ def as_read_from(directory, config):
 
 @shared
 def mixture():
-    """Settings of a run over two corpora with both masks: a prepared store of the texts, and a
-    folder of other texts.
+    """Settings of a run on two corpora, with document mask and loss mask. One corpus is a prepared
+    token store of the texts, and the other is a folder of other texts.
     """
     other = write_texts(scratch("others"), count=20, seed=1)
     store = shutil.copytree(corpus_store(), scratch("stores") / "mine")
@@ -289,7 +289,7 @@ def losses(workdir):
 
 
 def computed(line):
-    """A line of `metrics.jsonl` without what differs between two equal runs."""
+    """Returns a line of `metrics.jsonl` without measured times, which differ in every run."""
     return {name: value for name, value in line.items() if not name.endswith(MEASURED)}
 
 
@@ -299,15 +299,15 @@ def untimed(workdir):
 
 
 def same_end(workdir, whole):
-    """Whether two runs ended alike, bit for bit, and reported alike on their way."""
+    """Whether the final and all other metrics of two runs are bit-identical, except for times."""
     texts = [(path / "summary.json").read_text() for path in (workdir, whole)]
     one, other = (json.loads(text)["metrics"] for text in texts)
     return one == other and untimed(workdir) == untimed(whole)
 
 
 def raw_checkpoint(workdir, step):
-    """Every array of a checkpoint by its path, without the library's own code; and what is saved
-    beside them.
+    """Reads a checkpoint without code of `aoe_jax`. Returns every array by its path, and the data
+    that is saved beside the arrays.
     """
     folder = workdir / "checkpoints" / str(step)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -321,8 +321,8 @@ def raw_checkpoint(workdir, step):
 
 
 def read_events(workdir):
-    """The values of the TensorBoard files: `{(tag, step): value}`, as TensorBoard's own
-    messages.
+    """Reads the values of the TensorBoard files as `{(tag, step): value}`. A value is a message of
+    TensorBoard's protocol.
     """
     found = {}
     for path in sorted((workdir / "tensorboard").iterdir()):
@@ -336,14 +336,14 @@ def read_events(workdir):
 
 
 def contents(folder):
-    """Every file below a folder with its bytes."""
+    """Returns the bytes of every file below a folder by its path."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def truncate_state(workdir):
-    """Leaves one byte of every file that holds arrays of the newest checkpoint: how Orbax spreads
-    the arrays over files differs from run to run.
+    """Cuts every file with arrays of the newest checkpoint to one byte. It cuts all files, because
+    Orbax distributes arrays over files differently in each run.
     """
     newest = max((workdir / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
     paths = [path for path in (newest / "state").rglob("d/*") if path.is_file()]

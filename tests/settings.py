@@ -6,7 +6,7 @@ from aoe_jax.storage.config_files import default_config
 
 
 def config_of(settings):
-    """The `Config` of flat settings; `routing.name` may be left out for top-k and for a layer."""
+    """The `Config` of flat settings; `routing.name` is optional for top-k and for layer methods."""
     config, routing = default_config(), {}
     for name, value in settings.items():
         if name.startswith("routing."):

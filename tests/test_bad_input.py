@@ -27,12 +27,12 @@ CONFIG = "--config=configs/tiny.py"
 
 @dataclass
 class Mistake:
-    """A command line and words of its message; `{workdir}` and `{here}` are folders of its own."""
+    """A command line and words of its message. `{workdir}` and `{here}` are two new folders."""
 
     command: list
     words: list
     prepare: callable = lambda workdir, here: None
-    changes: dict = field(default_factory=dict)  # of a training with the settings of `tests.runs`
+    changes: dict = field(default_factory=dict)  # changes of the settings of `tests.runs`
 
 
 def flags(*arguments):
@@ -43,7 +43,7 @@ def with_file(name, text):
     return lambda workdir, here: (here / name).write_text(text)
 
 
-# The first word is what is given in a command line of train.py, and stands in the message.
+# (arguments of train.py, words of the message, ...).
 GIVEN = [
     ("--config.experts.top_k=9", "config.experts.top_k=9", "n_experts=8"),
     (
@@ -77,7 +77,7 @@ GIVEN = [
     ("--coordinator=here --processes=2 --process=0", "--coordinator=here", "HOST:PORT"),
     ("--coordinator=localhost:99999 --processes=2 --process=0", "with a port below 65536"),
 ]
-FILES = [  # the content of a configuration file and words of the message
+FILES = [  # (content of a configuration file, words of the message)
     ("x = 1\nx = (\n", "SyntaxError", "line 2"),
     ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError", "line 2"),
     ("import sys\ndef get_config():\n    sys.exit('no corpus')\n", "called sys.exit('no corpus')"),
@@ -142,7 +142,7 @@ def finished_and_truncated(workdir, here):
 
 
 def finished_and_truncated_alone(workdir, here):
-    """Where there is another one, training goes on from that."""
+    """Leaves only the truncated checkpoint, because training continues from any other one."""
     finished_and_truncated(workdir, here)
     for path in (workdir / "checkpoints").iterdir():
         if path.name != str(STEPS):
@@ -266,13 +266,13 @@ RUNS = {
 MISTAKES = COMMAND_LINE | RUNS
 
 
-AS_A_USER = {"--distributed", "unknown data set"}  # these start a process of their own
+AS_A_USER = {"--distributed", "unknown data set"}  # these run in a new process
 DEVICES = jax.devices()
 
 
 @contextlib.contextmanager
 def one_device():
-    """JAX as it is in a process of one device."""
+    """Makes JAX report a single device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jax.device_count", lambda: 1)
         patch.setattr("jax.devices", lambda *_: DEVICES[:1])

@@ -1,5 +1,5 @@
-"""How commands parse their flags, how they end, their list and their help; other tests run every
-command.
+"""Tests how commands parse flags, how they end, the list of commands, and their help. Other tests
+run every command.
 """
 
 import errno
@@ -45,7 +45,7 @@ def noted(error):
 
 FULL = "No space left on device"
 FILLED = "RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes."
-ENDS = {  # exception -> exit status, last line on stderr, has a traceback, ends in order
+ENDS = {  # name -> exception, exit status, last line on stderr, has a traceback, ends in order
     "a mistake": (UserError("bad"), 2, "error: bad", False, False),
     "of the disk": (OSError(errno.EIO, "I/O error"), 5, "error: [Errno 5] I/O", False, False),
     "a full disk": (OSError(errno.ENOSPC, FULL), 5, f"error: [Errno 28] {FULL}", False, False),
@@ -99,7 +99,7 @@ def test_a_device_without_enough_memory(flag, words, monkeypatch):
     assert words in cli._end_of(JaxRuntimeError(FILLED))[1]
 
 
-# Prints; half a model is written when SIGTERM comes, and a second one follows.
+# Prints, or receives two SIGTERMs while a model is written.
 PROGRAM = """
 import os, signal, sys, threading, time
 from pathlib import Path
@@ -210,7 +210,7 @@ def test_help(module, about):
 
 @pytest.mark.slow
 def test_a_wheel_trains_in_any_folder(tmp_path):
-    """With a configuration of one's own, that imports a file beside it."""
+    """The user's own configuration imports another file from its folder."""
     source, installed, own = tmp_path / "source", tmp_path / "installed", tmp_path / "own"
     source.mkdir()
     own.mkdir()

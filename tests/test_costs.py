@@ -1,4 +1,4 @@
-"""Costs of optimised programs for TPU and GPU, against counts by hand."""
+"""Compares costs of optimised programs for TPUs and GPUs with counts by hand."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from aoe_jax.sharding import replicated
 
 
 def operations(function, *shapes):
-    """The operations of `function` as compiled for a TPU."""
+    """Compiles `function` for a TPU and returns the operations of the program."""
     _, devices = topology_devices("v5e:2x2")
     mesh = Mesh(np.array(devices[:1]), ("one",), axis_types=(AxisType.Auto,))
     here = replicated(mesh)
@@ -32,7 +32,9 @@ def total(found, name):
 
 @pytest.mark.slow
 def test_loops_and_conditions():
-    """Loops count by their length, or not at all; a condition as its branch with most FLOPs."""
+    """A loop counts once per iteration, or as 0 if the number of iterations is unknown. A condition
+    counts as its branch with most FLOPs.
+    """
 
     def five(x, w):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
@@ -47,7 +49,7 @@ def test_loops_and_conditions():
     product = 2 * 2048 * 1024 * 1024
     found = operations(five, x, w)
     assert total(found, "flops") == 5 * product
-    # Read once from main memory: the weights of each product, and x; written at the end.
+    # At least x and the weights of each product are read once, and the result is written once.
     least = 2 * (5 * 1024 * 1024 + 2 * 2048 * 1024)
     assert least <= total(found, "hbm_bytes") < 3 * least
     assert total(operations(unknown, x, w, n), "flops") == 0
@@ -72,7 +74,7 @@ def test_a_slice_reads_what_it_takes_and_an_update_writes_what_it_changes():
 
     found = operations(in_loop, ((64, 1024, 1024), jnp.float32), ((1024, 1024), jnp.float32))
     one = 4 * 1024 * 1024
-    copy = 2 * 64 * one  # of the argument, which may not be overwritten
+    copy = 2 * 64 * one  # the argument must not be overwritten
     assert 3 * 2 * one <= total(found, "hbm_bytes") <= copy + 3 * 4 * one
 
 
@@ -91,7 +93,7 @@ def test_grouped_products_count_by_their_tiles(d):
     assert len(kernels) == 3 and total(kernels, "flops") == 3 * 2 * m * d * f
     rows, weights, out = 2 * m * d, 2 * n_experts * d * f, 2 * m * f
     least = 3 * (rows + weights + out)
-    # Such a depth is cut into tiles, so weights are read for every tile of rows.
+    # The depth 16384 is divided into tiles, so that weights are read for every tile of rows.
     assert (total(kernels, "hbm_bytes") > 1.5 * least) == (d == 16384)
 
 
@@ -155,15 +157,15 @@ def test_collectives_count_once_and_by_their_kind():
         "all-reduce.4": ("reduce-scatter", size, 16, False),
     }
     assert [o.name for o in found["one"].beside if not o.collective] == ["work"]
-    assert found["two"].beside == ()  # the same work hides one collective only
-    assert found["copy-start"].hbm_bytes == size  # into on-chip memory
+    assert found["two"].beside == ()  # the same work can hide only one collective
+    assert found["copy-start"].hbm_bytes == size  # it copies to on-chip memory
     unknown = COLLECTIVES.replace("replica_groups={}", "devices=all")
     with pytest.raises(ValueError, match="all-reduce.4 names its devices in an unknown way"):
         _ = costs.Program(unknown).operations
 
 
-# Instructions as in programs for GPUs of JAX 0.10 and 0.12; `%tuple#index` is the short form of an
-# element of a tuple.
+# These instructions are from GPU programs of JAX 0.10 and 0.12. `%tuple#index` is an element of a
+# tuple.
 GPU = """HloModule step, is_scheduled=true, replica_count=1, num_partitions=8
 
 %reduce (g: f32[128,256]) -> f32[16,256] {
@@ -253,14 +255,14 @@ def test_programs_for_gpus():
     assert found["next"].hbm_bytes == 3 * 4
     known = GPU.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
     assert {o.times for o in costs.Program(known).operations} == {1, 7}
-    pairs = 2 * 4 * 256 * 257 / 2  # of positions that attend and are attended to
+    pairs = 2 * 4 * 256 * 257 / 2  # pairs of query and key positions
     assert (found["attend"].times, found["attend"].flops) == (3, 2 * 2 * pairs * 64)
     assert (found["back"].times, found["back"].flops) == (3, 5 * 2 * pairs * 64)
     rows, weights, out = 2 * 1024 * 128, 2 * 2 * 128 * 256, 2 * 1024 * 256
     assert found["out"].flops == found["grads"].flops == 2 * 1024 * 128 * 256
     assert found["out"].hbm_bytes == found["grads"].hbm_bytes == rows + weights + out
-    assert found["taken"].hbm_bytes == 2 * 2 * 64 * 128 + 4  # one of the stack, and its number
-    assert found["scattered"].hbm_bytes == 4 * 8 + 3 * 2 * 8 * 128  # places; rows there and back
+    assert found["taken"].hbm_bytes == 2 * 2 * 64 * 128 + 4  # a matrix and its index
+    assert found["scattered"].hbm_bytes == 4 * 8 + 3 * 2 * 8 * 128  # indices; rows read and written
 
 
 def test_work_beside_a_collective_hides_its_time():
@@ -272,20 +274,20 @@ def test_work_beside_a_collective_hides_its_time():
     work = rows.hbm_bytes / chip.hbm_bandwidth
     assert 0 < work < network
     assert costs.likely_seconds(gather, chip) == pytest.approx(network - work)
-    # Nothing hides this one; it sends what the gather does.
+    # No work hides the reduce-scatter; it sends as many bytes as the gather.
     assert costs.likely_seconds(found["reduce_scatter"], chip) == pytest.approx(network)
 
 
 def test_kernels_count_by_the_blocks_of_their_operands():
-    """Blocks of other sizes than ours: 2 by 4 blocks of scores, tiles of 512 rows."""
+    """The block sizes differ from our settings: 2 by 4 blocks of scores, tiles of 512 rows."""
     q = hlo.Array("bf16", (1, 2, 2048, 128), "{3,2,1,0}")
     mask = hlo.Array("s8", (1, 2, 4), "{2,1,0}")
     flops, traffic, _ = kernel_costs.splash_cost("splash_mha_fwd", [mask, mask, q, q, q], [q])
-    met = 2 + 4  # of 8 pairs of blocks
+    met = 2 + 4  # of 8 pairs of blocks are computed
     assert flops == 2 * 2 * 2 * 2048**2 * 128 * met / 8
-    assert traffic == q.bytes * (2 + 2 * met / 4)  # q and y once, k and v in parts
+    assert traffic == q.bytes * (2 + 2 * met / 4)  # q and y once; k and v per computed block
     _, traffic, _ = kernel_costs.splash_cost("splash_mha_dkv", [mask, mask, q, q, q, q], [q, q])
-    # k, v and their gradients once, q and dy in parts
+    # k, v and their gradients once; q and dy per computed block
     assert traffic == q.bytes * (4 + 2 * met / 2)
 
     def product(d, f, n_experts):
@@ -299,7 +301,7 @@ def test_kernels_count_by_the_blocks_of_their_operands():
     assert flops == 2 * 8192 * 1024 * 512 and occupied == flops * 19 / 16
     assert traffic == rows.bytes + weights.bytes + out.bytes
 
-    # Wide experts read rows once for each pass over 16 of 112 blocks of 1 MiB.
+    # With wide experts, rows are read once for each pass over 16 of the 112 weight blocks of 1 MiB.
     rows, weights, out = product(4096, 14336, 8)
     flops, traffic, _ = kernel_costs.mosaic_gpu_cost("mosaic_gpu_v2", [rows, weights], [out])
     assert flops == 2 * 8192 * 4096 * 14336
@@ -318,7 +320,7 @@ def test_likely_seconds():
     assert milliseconds(**work) == 1 and milliseconds(cycles=3e6, **work) == 2
     sums = {"collective": "all-reduce", "sent_bytes": 200e6, "group_size": 2}
     assert milliseconds(**sums) == 1 and milliseconds(is_async=True, **sums) == 0
-    assert milliseconds((4, 4), **sums) == 4  # one of four links
+    assert milliseconds((4, 4), **sums) == 4  # it uses one of four links
     moved = {"collective": "collective-permute", "sent_bytes": 50e6, "group_size": np.inf}
     assert milliseconds((4, 4), **moved) == 1
 

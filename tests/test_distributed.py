@@ -1,4 +1,4 @@
-"""Several processes: how they join, agree and fail together."""
+"""Tests how several processes connect, agree on values, and fail together."""
 
 from types import SimpleNamespace
 
@@ -32,7 +32,7 @@ def test_a_process_that_never_joins(tmp_path, numbers):
 
 @pytest.fixture
 def two(monkeypatch):
-    """Process 0 of two; the list has what the other one says next, None for the same."""
+    """Imitates process 0 of two. The list has the next values of process 1, None for equal ones."""
     says = []
 
     def gathered(value):

@@ -1,6 +1,6 @@
-"""What the documentation names exists, its commands parse, and its Python code runs.
+"""Names in the documentation exist, its commands can be parsed, and its Python code runs.
 
-`python -m tests.run_commands` runs the cheap ones of its commands.
+`python -m tests.run_commands` runs the commands that need little time.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ PYTHON = {
 
 
 def commands_of_all_pages():
-    """`{program: its lines of arguments}`."""
+    """Returns `{program: lines of arguments}`."""
     found = {}
     for page in PAGES:
         for program, arguments in commands_of(page.read_text()):
@@ -56,7 +56,7 @@ def links_of(page):
 
 
 def test_names_of_the_walk_exist():
-    """Every `name` of docs/architecture.md is defined in the package, every file is there."""
+    """Every `name` in docs/architecture.md is defined in the package, and every file exists."""
     text = (ROOT / "docs/architecture.md").read_text()
     assert len(text.partition("## Rooms")[0].splitlines()) <= 60
     code = "\n".join(path.read_text() for path in ROOT.glob("aoe_jax/**/*.py"))
@@ -71,7 +71,7 @@ def test_names_of_the_walk_exist():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_resolve(page):
-    """`make docs` also checks anchors."""
+    """Links to files exist; only `make docs` checks anchors too."""
     for target in links_of(page):
         assert target.exists(), target
 
@@ -100,7 +100,7 @@ def test_commands_name_files_that_exist(page):
 @pytest.mark.slow
 @pytest.mark.parametrize("program", COMMANDS)
 def test_commands_parse(program):
-    """By the flags of the program, and a configuration by its own checks; nothing is run."""
+    """The program's flags parse each line, and configurations are checked; no command is run."""
     if not any(COMMANDS[program]):
         is_there = (ROOT / program).exists() or importlib.util.find_spec(program)
         assert is_there, program
@@ -118,7 +118,7 @@ def test_a_wrong_command_does_not_parse():
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PYTHON)
 def test_code_runs(page, ragged):
-    """All blocks of a page, one after the other; all arrays that they make are finite."""
+    """All blocks of a page run one after the other, and all arrays that they make are finite."""
     names = {"__name__": page}
     for block in PYTHON[page]:
         exec(compile(block, page, "exec"), names)
@@ -128,7 +128,7 @@ def test_code_runs(page, ragged):
 
 
 def test_comments_document_fields():
-    """In the API reference."""
+    """The API reference shows the comments of fields as documentation."""
     extensions = griffe.load_extensions(ROOT / "docs/comments_as_docstrings.py")
     with griffe.temporary_visited_module(FIELDS, extensions=extensions) as module:
         fields = module["Group"].attributes.values()

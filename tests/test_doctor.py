@@ -1,4 +1,4 @@
-"""The examination of a machine: all of its parts on a mesh, and kernels that are wrong."""
+"""The examination of a machine: all checks on a mesh, and the detection of wrong kernels."""
 
 import dataclasses
 import json
@@ -76,7 +76,7 @@ def small(**changes):
 
 
 def judged(config, n_devices=1):
-    """The verdicts on the kernels of a configuration by name, of several cases the last."""
+    """Returns the verdicts on a configuration's kernels by name; the last one if a name repeats."""
     config = fitted(config, n_devices)
     mesh = make_mesh(config, jax.devices()[:n_devices])
     with jax.set_mesh(mesh):
@@ -97,7 +97,7 @@ def wrong_on_one_device(kernel):
 
 
 def wrong_gradient(kernel):
-    """Right values; the gradient of the first argument is off by a factor."""
+    """Returns a kernel with right values, but the first argument's gradient is 2% too large."""
 
     def call(first, *others):
         return kernel(1.02 * first - jax.lax.stop_gradient(0.02 * first), *others)
@@ -138,7 +138,7 @@ def test_wrong_attention_is_named_with_its_fallback(monkeypatch, breakage, dtype
 
 
 def without_d_k_at_the_end(kernel):
-    """The last 128 keys of one head have no gradient."""
+    """Returns a kernel in which the last 128 keys of one head have no gradient."""
 
     def call(q, k, v, segment_ids):
         is_lost = jnp.zeros(k.shape, bool).at[0, -1, -128:].set(True)
@@ -160,7 +160,7 @@ def without_one_row(kernel):
 
 
 def checked(config, case_of):
-    """Whether a case passes on one device, by input."""
+    """Checks a case on one device; returns whether it passes, for each input."""
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
         results = kernel_checks.check(case_of(config), mesh, config.model.dtype)
@@ -188,7 +188,7 @@ def test_an_error_in_a_small_part_of_an_array_fails(monkeypatch, dtype):
         assert [*found.values()] == 3 * [passes]
 
 
-ONE = {"experts__n_experts": 1, "experts__top_k": 1}  # whose scores have no gradient
+ONE = {"experts__n_experts": 1, "experts__top_k": 1}  # its scores have no gradient
 WHOLE = {"experts__score_neurons": 4, "experts__score": "max", "model__dtype": "bfloat16"}
 
 
@@ -197,7 +197,7 @@ def test_special_layers_and_empty_groups_pass():
     for changes in (ONE, ONE | {"experts__kind": "router"}, WHOLE):
         found = checked(fitted(small(**changes), 1), kernel_checks.layer_case)
         assert found == {"all experts": True}
-    # Of 8 groups one is empty, where backend "blocked" subtracts what it added.
+    # One of 8 groups is empty; for it, backend "blocked" subtracts the numbers that it has added.
     config, shape = fitted(small(data__seq_len=256), 1), (8, 128, 32)
     found = checked(config, lambda config: kernel_checks.grouped_case(config, "blocked", shape))
     assert all(found.values())
@@ -266,7 +266,7 @@ def test_reasons_of_plain_backends():
 
 
 def test_a_step_fits_a_device():
-    """The paper's batch of 2,048 sequences is cut to 16,384 tokens a device."""
+    """The paper's batch of 2,048 sequences is reduced to 16,384 tokens per device."""
     config = fitted(Config.from_config_dict(accelerators.get_config()), 4)
     assert config.mesh.data == 4 and config.tokens_per_step == 4 * 16_384
     assert fitted(small(), 8).train.batch_size == 8

@@ -1,4 +1,4 @@
-"""The table and files of eval.py; its nll is that of the plain definition."""
+"""The table and files of eval.py. Its nll equals the nll by definition."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from tests.runs import STEPS, contents, finished_run, kind_run, run, scratch, sh
 
 @shared
 def evaluated():
-    """`(workdir, stdout, eval.json)` on the default split, that for tests."""
+    """Evaluates the default split, the test split; returns `(workdir, stdout, eval.json)`."""
     workdir = shutil.copytree(finished_run(), scratch("evaluated") / "run")
     status, stdout, stderr = run(["eval.py", f"--workdir={workdir}"])
     assert status == 0, stderr
@@ -74,7 +74,7 @@ def test_only_its_own_files_are_written():
 
 
 def test_nll_is_exact(ragged):
-    """Window after window of the stream, unpadded and unbatched, from the logits, in float64."""
+    """The expected nll is computed from logits in float64, one window at a time without padding."""
     workdir, _, report = evaluated()
     config = Config.from_config_dict(json.loads((workdir / "config.json").read_text()))
     (store,) = open_corpus(config.data, config.model.vocab_size).test.values()
@@ -87,7 +87,7 @@ def test_nll_is_exact(ragged):
         chosen = logits[np.arange(len(window) - 1), window[1:]]
         total += (scipy.special.logsumexp(logits, axis=1) - chosen).sum()
     assert report["tokens"] == len(tokens) - 1
-    assert report["tokens"] % (length * config.train.batch_size)  # so the last batch is padded
+    assert report["tokens"] % (length * config.train.batch_size)  # the last batch is padded
     np.testing.assert_allclose(report["nll"], total / (len(tokens) - 1), rtol=1e-5)
     bits = total / math.log(2) / store.text_bytes
     np.testing.assert_allclose(report["bits_per_byte"], bits, rtol=1e-5)
@@ -106,7 +106,7 @@ def test_dropped_choices_are_in_the_table(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_compression_benchmark(tmp_path):
-    """The benchmark repeats the model's figure and computes the compressor's from the same text."""
+    """The benchmark reports the bits per byte of eval.py, and those of xz for the same text."""
     workdir = shutil.copytree(finished_run(), tmp_path / "run")
     bits = evaluate_workdir(workdir, "validation")["bits_per_byte"]
     flags = [f"--workdir={workdir}", f"--json={tmp_path}/figures.json"]

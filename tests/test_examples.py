@@ -46,12 +46,12 @@ def test_vision():
 
 
 def test_add_a_method():
-    """About half of the experts are above the mean."""
+    """About half of the 8 experts have a score above the mean."""
     assert all(3 < found < 5 for found in add_a_method.experts_per_token().values())
 
 
 def test_notebook(monkeypatch):
-    """It runs, and its figures are those of a run of all cells, in order."""
+    """The notebook runs, and its committed outputs are from a run of all cells in order."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     committed = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert committed == list(range(1, len(committed) + 1))

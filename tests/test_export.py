@@ -1,4 +1,4 @@
-"""A run becomes a model, which is converted, evaluated and trained by the command line."""
+"""A run is exported as a model, and commands convert, evaluate and train the model."""
 
 import json
 import shutil
@@ -38,8 +38,8 @@ pytestmark = pytest.mark.usefixtures("ragged")
 
 @shared
 def exported():
-    """The directories of exported models, `{kind: directory}`, and `converted`, the AoE made of the
-    router's.
+    """Returns `{kind: directory}` of exported models. `converted` is the AoE that is made from the
+    router MoE.
     """
     runs = {"aoe": finished_run(), "router": kind_run("router")[0]}
     found = {kind: scratch("exported") / kind for kind in (*runs, "converted")}
@@ -68,7 +68,7 @@ def test_files():
 
 
 def test_model_cards(tmp_path):
-    """They have the figures of the run and its corpora, or the conversion, and how to load it."""
+    """Model cards have results of the run or the conversion, the corpora, and code for loading."""
     for data, is_told in ((None, True), ("text@/elsewhere", False)):
         write_json(tmp_path / "eval.json", {"split": "test", "data": data, "step": 2, "nll": 1.25})
         assert ("1.2500" in training(tiny_config(), tmp_path, 2)) == is_told
@@ -91,7 +91,7 @@ def test_a_model_is_that_of_its_run():
 
 
 def test_a_model_does_not_choose_the_size_of_a_batch(tmp_path):
-    """It does not choose the mesh either: somebody else may have written its file."""
+    """A model does not choose the mesh either, because a stranger may have written its files."""
     directory = shutil.copytree(exported()["aoe"], tmp_path / "model")
     values = json.loads((directory / "aoe_jax.json").read_text())
     values["config"]["train"] |= {"batch_size": 2**25, "accumulate": 1}
@@ -104,13 +104,13 @@ def test_a_model_does_not_choose_the_size_of_a_batch(tmp_path):
 
 
 def test_a_corpus_that_was_tokenised_here_is_found(monkeypatch, tmp_path):
-    """The identity in data.json finds it; that file names no path."""
+    """The corpus is found by the identity in data.json, which contains no path."""
     monkeypatch.setattr(DataConfig, "cache", tiny_config().data.cache)
     directory = shutil.copytree(exported()["aoe"], tmp_path / "m")
     model = load_model(directory)
     found = corpus_of(model, directory)
     assert found.identities == json.loads((directory / "data.json").read_text())["token_stores"]
-    assert found.tokenizer.parent.parent == corpus_store().parent  # it may be there twice
+    assert found.tokenizer.parent.parent == corpus_store().parent  # there may be two copies
     (directory / "data.json").write_text('{"token_stores": ["text-0123456789abcdef"]}')
     with pytest.raises(UserError, match="which cannot choose what is read here"):
         corpus_of(model, directory)

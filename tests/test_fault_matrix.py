@@ -1,4 +1,4 @@
-"""Faults and hangs below Python, in real processes: which, at which place, and what follows."""
+"""Faults and hangs of file operations, injected below Python into real processes."""
 
 import errno
 import re
@@ -16,12 +16,12 @@ from tests.runs import STEPS, contents, dense_command, dense_run, last_line, sam
 
 pytestmark = pytest.mark.slow
 
-LASTS = 0.7  # seconds of a fault that passes: the second try fails too
+LASTS = 0.7  # seconds that a temporary fault lasts, so long that the second try fails too
 
 
 @runs.shared
 def faulty_disk():
-    """The library that makes a disk fail."""
+    """Compiles the library that makes file operations fail, and returns its path."""
     library = runs.scratch("faulty") / "faulty_disk.so"
     source = runs.ROOT / "tests" / "faulty_disk.c"
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
@@ -29,7 +29,7 @@ def faulty_disk():
 
 
 class Fault:
-    """A fault of some operations on paths with a part; it holds until `end`."""
+    """Makes some operations fail on paths that contain `part`, until `end` is called."""
 
     def __init__(self, tmp_path, code, operations, part):
         self._flag = tmp_path / "fails"
@@ -42,14 +42,14 @@ class Fault:
         self._flag.unlink()
 
     def lasting(self, command, status=MachineFault.status):
-        """Runs a command, which ends with this status; returns `(stdout, stderr)`."""
+        """Runs a command, which must end with this status; returns `(stdout, stderr)`."""
         process = start([*command, "--retry_seconds=1"], **self.variables)
         returned, stdout, stderr = runs.finish(process)
         assert returned == status and not runs.is_unforeseen(stderr), stderr
         return stdout, stderr
 
     def passing(self, command, seen="next try in"):
-        """Runs a command, which succeeds; the fault ends some time after it has logged `seen`."""
+        """Runs a command, which must succeed; the fault ends soon after the command logs `seen`."""
         path = self._flag.with_name("stderr")
         with path.open("w") as stderr:
             process = start([*command, "--retry_seconds=60"], stderr=stderr, **self.variables)
@@ -60,13 +60,13 @@ class Fault:
 
 
 def stopped_run(folder):
-    """A run that has a step left: `(workdir, the command that goes on)`."""
+    """Copies a run that has one step left; returns `(workdir, command that continues it)`."""
     return shutil.copytree(dense_run(), folder), dense_command(folder, train__steps=STEPS + 1)
 
 
 STATE = f"checkpoints/{STEPS}/"
 SHARD = "-00000.array_record"
-READS = [  # error, operations, part of the path
+READS = [  # (error, operations, part of the path)
     ("EIO", "o", "run/config.json"),
     ("ESTALE", "o", "run/heartbeat.json"),
     ("ENOTCONN", "or", STATE + "state"),
@@ -93,12 +93,12 @@ def ids(*cases):
 
 @pytest.mark.parametrize("case", **ids(*READS))
 def test_reads_that_fail(tmp_path, case):
-    """A lasting fault ends the run and changes no file; the next run goes on."""
+    """A lasting fault ends the run and changes no file; the next run continues."""
     workdir, command = stopped_run(tmp_path / "run")
     fault, before = Fault(tmp_path, *case), contents(workdir)
     fault.lasting(command)
     assert contents(workdir) == before
-    if case != READS[0] and case[2] != SHARD:  # the files are as before: one next run is enough
+    if case != READS[0] and case[2] != SHARD:  # files are unchanged: test one next run
         return
     fault.end()
     assert f"going on from step {STEPS}" in runs.succeed(command)
@@ -111,8 +111,8 @@ PASSING += [("w", "run/metrics.jsonl")]
 
 @pytest.mark.parametrize("case", **ids(*PASSING))
 def test_faults_that_pass(tmp_path, case):
-    """When a checkpoint, the first batch, a save and the metrics are read or written."""
-    workdir, whole = tmp_path / "run", dense_run()  # so that the store of tokens is complete
+    """A run survives temporary faults of checkpoints, the first batch, saves and metrics."""
+    workdir, whole = tmp_path / "run", dense_run()  # makes the token store too
     if STATE in case:
         shutil.copytree(whole, workdir)
         (workdir / "summary.json").unlink()
@@ -122,7 +122,7 @@ def test_faults_that_pass(tmp_path, case):
 
 @pytest.mark.parametrize("case", **ids(*WRITES))
 def test_writes_that_fail(tmp_path, case):
-    """A lasting fault ends the run; later it ends like a run without interruptions."""
+    """A lasting fault ends the run. When the fault is over, the same command completes the run."""
     command, fault = dense_command(tmp_path / "run"), Fault(tmp_path, *case)
     assert "the same command goes on" in last_line(fault.lasting(command)[1])
     fault.end()
@@ -162,7 +162,7 @@ def exporting(folder):
     ],
 )
 def test_other_commands_that_fail(tmp_path, command, case):
-    """They change no file, and a disk that fails is not taken for damage."""
+    """Other commands change no file, and do not report a disk fault as damaged files."""
     command, fault = command(tmp_path / "files"), Fault(tmp_path, *case)
     before = contents(tmp_path / "files")
     assert "damaged" not in fault.lasting(command)[1]
@@ -185,13 +185,13 @@ def training_on_texts(folder):
     ],
 )
 def test_places_that_fail_for_a_while(tmp_path, command, case):
-    """They are not taken for paths that do not exist."""
+    """Paths on a disk that fails for a while are not treated as missing paths."""
     command = command(tmp_path)
     Fault(tmp_path, *case).passing(command)
 
 
 def test_an_evaluation_that_cannot_be_written(tmp_path):
-    """It is printed whole, and a read-only disk is a mistake."""
+    """All results are printed, and a read-only disk counts as a mistake of the user."""
     workdir = shutil.copytree(runs.finished_run(), tmp_path / "run")
     fault = Fault(tmp_path, "EROFS", "c", "eval.json")
     stdout, stderr = fault.lasting(["eval.py", f"--workdir={workdir}"], status=2)
@@ -223,7 +223,7 @@ def preparing(folder):
     ],
 )
 def test_texts_that_cannot_be_tokenised(tmp_path, command, case):
-    """For good, or for a while."""
+    """A lasting fault ends the command; a temporary fault does not."""
     (command, result), fault = command(tmp_path), Fault(tmp_path, *case)
     _, stderr = fault.lasting(command)
     is_run = result == "run/summary.json"
@@ -248,8 +248,8 @@ def test_texts_that_cannot_be_tokenised(tmp_path, command, case):
     ],
 )
 def test_a_disk_that_hangs(tmp_path, operation, file, when):
-    """When the lease is taken, the first validation or a checkpoint is read, and when prepared data
-    or a first model is opened.
+    """The disk hangs when the lease is acquired, the first validation or a checkpoint is read, or
+    prepared data or a model to train further is opened.
     """
     workdir, settings = tmp_path / "run", {"train__hang_timeout": 5}
     if "state" in file:
@@ -272,7 +272,7 @@ def test_a_disk_that_hangs(tmp_path, operation, file, when):
 
 
 def on_two_processes(command, fault, process):
-    """`(statuses, stderr)` of two processes; the one with this number has the fault."""
+    """Runs two processes, of which `process` has the fault; returns `(statuses, stderr)`."""
     flags = [f"--coordinator=localhost:{free_port()}", "--processes=2", "--retry_seconds=1"]
     processes = []
     for number in range(2):
@@ -287,7 +287,7 @@ def on_two_processes(command, fault, process):
     [(("EIO", "or", STATE + "state"), 1), (("ENOTCONN", "o", "run/config.json"), 0)],
 )
 def test_two_processes_of_which_one_cannot_begin(tmp_path, case, process):
-    """Both end, with the same status; nothing is touched."""
+    """Both processes end with the same status, and no file is changed."""
     workdir, command = stopped_run(tmp_path / "run")
     fault, before = Fault(tmp_path, *case), contents(workdir)
     statuses, stderr = on_two_processes(command, fault, process)
@@ -298,7 +298,7 @@ def test_two_processes_of_which_one_cannot_begin(tmp_path, case, process):
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_two_processes_of_which_one_cannot_write(tmp_path, process):
-    """Both end; later the run ends like one without interruptions."""
+    """Both processes end; later the run continues and ends like an uninterrupted run."""
     whole, settings = two_dense_processes(), {"checkpoint__timeout": 20, **DENSE_FSDP}
     command = dense_command(tmp_path / "run", **settings)
     fault = Fault(tmp_path, "EIO", "w", "checkpoints/")
@@ -310,7 +310,7 @@ def test_two_processes_of_which_one_cannot_write(tmp_path, process):
 
 
 def test_two_processes_of_which_one_hangs(tmp_path):
-    """One of two processes has no data, the other waits for it in a collective."""
+    """One of two processes hangs without data, and the other waits for it in a collective."""
     two_dense_processes()
     command = dense_command(tmp_path / "run", train__hang_timeout=10, **DENSE_FSDP)
     fault = Fault(tmp_path, "HANG", "r", "/train" + SHARD)

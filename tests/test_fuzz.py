@@ -1,4 +1,4 @@
-"""Files that somebody else may have made, mutated at random: every reader succeeds or raises
+"""Random mutations of files that a stranger may have made. Every reader succeeds or raises
 `UserError`, and nothing is written outside the folder of the files.
 """
 
@@ -60,7 +60,7 @@ VALUES = [
 
 
 def write_models(folder: Path):
-    """A model in one file, as `aoe_jax.export` writes it, and a Mixtral in shards."""
+    """Writes a model in one file in the format of `aoe_jax.export`, and a Mixtral in shards."""
     changes = {"experts__n_experts": 2, "model__n_layers": 1, "data__seq_len": 16}
     for name, kind in (("aoe", "aoe"), ("mixtral", "router")):
         config = make_config(experts__kind=kind, **changes)
@@ -106,7 +106,7 @@ def read_documents(file: Path):
 
 
 def make_files(folder: Path):
-    """Makes all files; returns a configuration, its corpora and a call that prepares its store."""
+    """Makes all files; returns a configuration, its corpora and a function that makes a store."""
     write_models(folder)
     texts, store, workdir = (folder / name for name in ("texts", "store", "run"))
     write_everything(texts)
@@ -124,7 +124,7 @@ def make_files(folder: Path):
     return config, corpus, lambda: prepare(inputs, settings, store, 1)
 
 
-# The path of a file, and what reads it, given that path and what `make_files` returns.
+# Path of a file -> function that reads it; its arguments are the path and `make_files`' result.
 READERS = {
     "aoe/config.json": lambda file, made: read_model(file.parent),
     "mixtral/config.json": lambda file, made: read_model(file.parent),
@@ -146,7 +146,7 @@ READERS = {
 
 
 def mutated(content: bytes, choice: random.Random) -> bytes:
-    """The content with one to three changes: of JSON in it, or of its bytes."""
+    """Makes one to three random changes, either to JSON in the content or to its bytes."""
     head, tail = b"", b""
     if content[8:10] == b'{"':  # safetensors
         size = int.from_bytes(content[:8], "little")
@@ -196,7 +196,7 @@ def _containers(value, depth=0):
 
 
 def _keys(parent):
-    # Long lists, such as merges, would have nearly all changes.
+    # Without this limit, nearly all changes would be in long lists, such as merges.
     return list(parent)[:40] if isinstance(parent, dict) else range(min(len(parent), 10))
 
 
@@ -220,7 +220,7 @@ def _changed_bytes(content, choice):
 
 
 class Watch:
-    """Notes what is written outside a folder, while it is active."""
+    """Records all writes outside a folder while it is active."""
 
     def __init__(self, folder: Path):
         self._folder, self.active, self.found = str(folder), False, []
@@ -238,7 +238,7 @@ class Watch:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The folder of the files, what `make_files` returns, and a `Watch`."""
+    """Returns the folder of the files, the result of `make_files`, and a `Watch`."""
     folder = tmp_path_factory.mktemp("fuzz")
     return folder, make_files(folder), Watch(folder)
 
@@ -274,7 +274,7 @@ def test_readers_succeed_or_name_the_mistake(files, name):
             finally:
                 watch.active = False
     assert not watch.found
-    # Lines of metrics that cannot be read are left out.
+    # The reader of metrics skips invalid lines instead of raising an exception.
     assert (refused > 0) == (name != "run/metrics.jsonl")
 
 

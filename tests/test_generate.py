@@ -29,7 +29,7 @@ def test_texts_are_continued():
 
 @pytest.mark.slow
 def test_texts_only_grow():
-    """The last chunk gives the text that one chunk of all tokens gives."""
+    """Each text continues the text before, and the last texts are those of one large chunk."""
     model = load_model(finished_run())
     parts = list(continuations(model, ["the state of", ""], 20, chunk=3))
     for a, b in itertools.pairwise(parts):

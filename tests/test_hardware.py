@@ -1,4 +1,4 @@
-"""Peaks of chips by the names of their devices in JAX."""
+"""Finds the peak FLOP/s of chips by the names of their devices in JAX."""
 
 import jax
 import pytest
@@ -13,7 +13,7 @@ TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 @pytest.mark.slow  # needs the compiler for TPUs
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_peaks_of_tpus_by_the_names_of_their_devices(topology):
-    """A v7x chip shows as two devices, which have half of its peak each."""
+    """JAX shows a v7x chip as two devices, and each has half of the chip's peak."""
     generation, devices = topology_devices(topology)
     n_devices = 8 if generation == "tpu7x" else 4
     assert (len(devices), count_chips(devices)) == (n_devices, 4)

@@ -1,4 +1,4 @@
-"""The wall: the library imports no room beyond it and no I/O; rooms import only rooms below."""
+"""The library imports no other folder of the package and no I/O; folders import only lower ones."""
 
 import ast
 import os
@@ -13,7 +13,7 @@ from aoe_jax.__main__ import commands
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "aoe_jax"
 LIBRARY = {"moe", "methods", "model", "config", "layers", "parameters", "sharding", "errors"}
-# From below to above; a file imports from its own room and from those before it.
+# Folders of the package in order. A file may import from its own group and from earlier groups.
 ROOMS = (
     LIBRARY | {"__init__"},
     {"storage"},
@@ -44,12 +44,12 @@ def module_of(file):
 
 
 def room_of(module):
-    """A room, or a module at the top of the package."""
+    """Returns the folder of a module, or the name of a module outside folders."""
     return [*module.split("."), "__init__"][1]
 
 
 def imports_of(file):
-    """The modules that a file imports, with those in functions."""
+    """Yields the modules that a file imports, also within functions."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -62,7 +62,7 @@ def imports_of(file):
 
 
 def arrows():
-    """`(file's module, imported module)` within the package."""
+    """Lists `(importing module, imported module)` within the package."""
     return [
         (module_of(file), name)
         for file in files()
@@ -137,7 +137,7 @@ for module in (methods, paper, tiny):
     ("code", "status"), [(CODE, 0), ("import jax; jax.numpy.zeros(1)", 1)], ids=["all", "a backend"]
 )
 def test_no_backend_is_started(code, status):
-    """Neither imports nor configurations start one: `jax.distributed.initialize` comes first."""
+    """Imports and configurations start no JAX backend, so `jax.distributed.initialize` can run."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

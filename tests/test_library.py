@@ -38,7 +38,7 @@ LAYERS = {
 
 @dataclass(frozen=True)
 class WithLoss(TopK):
-    """Top-k with a loss of its own, in training alone."""
+    """Top-k routing with an additional loss, which is used only in training."""
 
     def losses(self, stats, state, weights):
         return {"size": (0.5, jnp.square(weights["w_router"]).sum())}
@@ -55,7 +55,7 @@ def drawn(layer, x=X):
 
 
 def evaluate(layer, variables, x=X):
-    """Output, loss, metrics and gradients."""
+    """Computes gradients, and output, loss and metrics."""
 
     def loss(variables, x):
         y, aux = layer.apply(variables, x)
@@ -96,14 +96,14 @@ def test_defaults_are_the_reference(kind, x64):
         y = reference_layer(kind, w, x)
         return (y**2).sum(), y
 
-    # Without the auxiliary loss the two have the same gradients.
+    # Without the auxiliary loss, layer and reference have the same gradients.
     got, want = (jax.jit(jax.grad(f, (0, 1), has_aux=True))(w, x) for f in (of_layer, of_reference))
     assert_close(got, want, 1e-9)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_auxiliary_loss(kind):
-    """It is the formula of the paper, has a gradient to what scores, and is sown once."""
+    """It is the paper's formula, has a gradient for the scoring weights, and is sown once."""
     layer = LAYERS[kind].clone(aux_weight=0.5, z_weight=0.25)
     variables = drawn(layer)
     assert set(variables) == {"params"}
@@ -185,7 +185,7 @@ def test_scan_over_split_layers():
 
 @pytest.mark.slow
 def test_nnx_on_a_mesh():
-    """Variables say how they are split; results are those of one device."""
+    """Variables have partition specs, and results equal those of one device."""
     with jax.set_mesh(mesh_of((4, 2))):
         module = LAYERS["moe"].clone(expert="a", tensor="b")
         layer = nnx.bridge.ToNNX(module, rngs=jax.random.key(1)).lazy_init(X)
@@ -214,7 +214,7 @@ AXES[2:] = [pytest.param(*case, marks=pytest.mark.slow) for case in AXES[2:]]
 
 @pytest.mark.parametrize("kind,axes", AXES, ids=str)
 def test_axes_of_other_names(kind, axes):
-    """As on one device: values, gradients, metrics. Parameters say how they are split."""
+    """Values, gradients and metrics equal those of one device. Parameters have partition specs."""
     layer = LAYERS[kind]
     want = evaluate(layer, drawn(layer))
     layer, mesh = layer.clone(**axes), mesh_of((2, 2, 2))
@@ -230,7 +230,7 @@ def test_axes_of_other_names(kind, axes):
 
 @pytest.mark.slow
 def test_explicit_axes():
-    """On a mesh as `jax.make_mesh` makes it by default."""
+    """Layers work on meshes with explicit axes, the default of `jax.make_mesh`."""
     layer = LAYERS["aoe"]
     want = evaluate(layer, drawn(layer))
     layer, mesh = layer.clone(fsdp="a", expert="b"), mesh_of((2, 2, 2), AxisType.Explicit)
@@ -288,7 +288,7 @@ REFUSED = [
     ({"tensor": "b", "score_neurons": 9}, "score_neurons=9: must be at most d_ffn"),
     ({"fsdp": "a", "d_low": 6}, "fsdp='a': its 4 devices must divide d_low, 6"),
 ]
-# The shape of tokens without their width.
+# (changes of a layer, shape of the tokens without their width, words of the message).
 REFUSED_SHAPES = [
     ({"data": "a"}, (6, 4), "x has the shape .*first axis must be a multiple of the 4 devices"),
     ({"tensor": "b"}, (8, 3), "tensor='b': it must divide the second axis of x"),
@@ -326,7 +326,7 @@ def test_layers_and_their_kinds():
 
 
 def test_routers_in_training():
-    """A router's own loss is part of `aux.loss`; a router that cannot be trained refuses."""
+    """A method's own loss is part of `aux.loss`; methods that cannot be trained raise errors."""
     layer = MoE(**SIZES, routing=WithLoss(), aux_weight=0.0)
     variables = drawn(layer)
     assert layer.apply(variables, X)[1].loss == 0
@@ -340,7 +340,7 @@ def test_routers_in_training():
 
 
 def test_remat():
-    """`training` may be static, as the last positional argument; gradients stay the same."""
+    """`training` may be a static positional argument, and remat does not change gradients."""
     variables = drawn(LAYERS["aoe"])
     remat = nn.remat(AoE, static_argnums=(3,))(**SIZES, d_wide=16)
 
@@ -352,7 +352,7 @@ def test_remat():
 
 
 def test_public_names():
-    """The package and the documentation have the same names, and all can be imported."""
+    """The documentation has all public names of the package, and all can be imported."""
     root = Path(aoe_jax.__file__).parent
     assert (root / "py.typed").exists()
     assert all(callable(getattr(aoe_jax, name)) for name in aoe_jax.__all__)

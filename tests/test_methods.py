@@ -1,5 +1,5 @@
-"""What holds for every method of `configs/methods.py`: causal, the same on a mesh, and resumed bit
-for bit.
+"""Every method of `configs/methods.py` is causal, computes the same results on a mesh, and resumes
+with bit-identical results.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ SMALL = {
     "data": {"seq_len": LENGTH},
     "train": {"steps": STEPS, "batch_size": BATCH, "warmup": 1 / STEPS, "learning_rate": 1e-2},
 }
-# Smaller settings, with which changes that usually take many steps happen within four.
+# Smaller settings, so that changes that usually need many steps happen within four steps.
 SOONER = {
     "threshold": {"warmup_steps": 2, "decay": 0.5},
-    # An update after step 3.
+    # The number of experts is updated after step 3.
     "dynmoe": {"initial_experts": 2, "period_steps": 3, "idle_steps": 1, "record_steps": 2},
     "routing_free": {"threshold": 1.5, "multiplier": 0.1, "rate": 0.5},
     "smear": {"segment": 4},
@@ -72,7 +72,7 @@ def batches():
 
 
 class Run:
-    """Steps of a method on a mesh."""
+    """Runs training steps of a method on a mesh."""
 
     def __init__(self, config, devices):
         self.mesh = make_mesh(config, devices)
@@ -88,7 +88,7 @@ class Run:
         return jax.device_put(state, self.shardings)
 
     def take(self, state, batches):
-        """`(state, losses)`."""
+        """Runs one step per batch; returns `(state, losses)`."""
         losses = []
         with jax.set_mesh(self.mesh):
             for batch in batches:
@@ -97,7 +97,7 @@ class Run:
         return state, losses
 
 
-# The fast tier has both forms of AoE, and methods with hooks or records; tests/methods/ has the
+# The fast tier tests both forms of AoE, and methods with hooks or records. tests/methods/ tests the
 # layers of all methods.
 FAST = ("top_k", "whole_gate", "da_moe", "thor", "sigmoid_top_k_router", "routing_free")
 VARIANTS = [
@@ -108,14 +108,14 @@ VARIANTS = [
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request):
-    """Each variant runs all tests before the next, so only its own programs are kept."""
+    """All tests of a variant run before the next variant, so JAX's caches are cleared after it."""
     yield request.param
     jax.clear_caches()
 
 
 @lru_cache(maxsize=1)
 def alone(variant):
-    """`(Run, first state, [state after each half], losses)` on one device."""
+    """Trains on one device; returns `(Run, first state, states after each half, losses)`."""
     config = dataclasses.replace(configuration(variant), mesh=MeshConfig(data=1))
     run = Run(config, jax.devices()[:1])
     first = jax.device_get(jax.jit(lambda: init_state(config, 0))())
@@ -136,8 +136,8 @@ GOLDENS = Path(__file__).with_name("goldens.json")
 
 
 def test_losses_are_those_that_were_recorded(ragged, variant):
-    """Four steps on one device. To record them anew: `RENEW_GOLDENS=1 pytest
-    tests/test_methods.py -k recorded -p no:xdist`.
+    """Compares the losses of four steps on one device. To record new losses, run
+    `RENEW_GOLDENS=1 pytest tests/test_methods.py -k recorded -p no:xdist`.
     """
     losses, goldens = alone(variant)[3], json.loads(GOLDENS.read_text())
     if os.environ.get("RENEW_GOLDENS"):
@@ -159,7 +159,7 @@ def mesh_of(variant):
 
 @pytest.mark.slow
 def test_the_same_on_a_mesh(ragged, variant):
-    """A mesh gives the losses, parameters and state of one device."""
+    """Losses, parameters and state on a mesh equal those on one device."""
     _, first, (_, want), losses = alone(variant)
     run = on_a_mesh(variant)
     state, found = run.take(run.put(first), batches())
@@ -168,16 +168,16 @@ def test_the_same_on_a_mesh(ragged, variant):
     state, want = jax.device_get((state, want))
     near = partial(assert_allclose, rtol=1e-4, atol=1e-5)
     jax.tree.map(near, state.routing_state, want.routing_state)
-    # A gradient near 0 has either sign, and an update of full size.
+    # Gradients near 0 may differ in sign, but their updates have full size.
     jax.tree.map(partial(assert_allclose, atol=1e-2), state.params, want.params)
-    # The moments of AdamW: its updates would hide a factor that is wrong.
+    # The moments are compared too, because AdamW's updates do not show a wrong constant factor.
     for a, b in zip(*map(jax.tree.leaves, (state.opt_state, want.opt_state)), strict=True):
         assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.abs(b).max())
 
 
 @pytest.mark.slow
 def test_resumed_bit_for_bit(ragged, tmp_path, variant):
-    """A run that is resumed half-way ends in the same state, and its checkpoint loads on a mesh."""
+    """A resumed run ends in the same state, and its checkpoint can be restored on a mesh."""
     run, _, (half, want), losses = alone(variant)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.open(CheckpointConfig())
@@ -193,7 +193,7 @@ def test_resumed_bit_for_bit(ragged, tmp_path, variant):
     assert_equal(jax.device_get(state), jax.device_get(want))
 
 
-# In training these have the logits of evaluation. All other methods are tested in both.
+# These have equal logits in training and evaluation. Other methods are tested in both modes.
 SAME_IN_TRAINING = (
     "top_k top_p expert_choice erc uoe routing_free switch da_moe whole_gate z_loss "
     "sequence_balance loss_free sigmoid_top_k"
@@ -202,9 +202,9 @@ SAME_IN_TRAINING = (
 
 @pytest.mark.slow
 def test_no_token_depends_on_later_ones(ragged, variant):
-    """Neither by value nor by gradient. Every position has its own token, so its embedding is used
-    nowhere else. Methods that are not causal before some step are tested after it; the test detects
-    methods that are never causal.
+    """Values and gradients do not depend on later tokens. Every position has its own token, so each
+    embedding is used once. Methods that become causal at some step are tested after this step, and
+    for methods that are never causal the test must find a dependence.
     """
     config = configuration(variant, tied=False)
     trained = alone(variant)[2][1]

@@ -1,4 +1,4 @@
-"""Whole runs over two corpora: shares and scores by source, evaluated, and on two processes."""
+"""Whole runs on two corpora: the shares and results of each, evaluation, and two processes."""
 
 import json
 import re

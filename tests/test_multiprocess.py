@@ -1,5 +1,5 @@
-"""Real processes on CPU: the curve of one, and checkpoints that go from four to two to one and to
-other meshes.
+"""Training on several CPU processes has the loss curve of one process. Checkpoints can be restored
+on fewer processes and other meshes.
 """
 
 import json
@@ -17,8 +17,8 @@ from tests.runs import EVERY, STEPS, finish, finished_run, losses, succeed, trai
 
 pytestmark = pytest.mark.slow
 
-# JAX notices after 100 s that a process has been killed, and within 1 s a SIGTERM, in which the run
-# must not end.
+# By default, JAX needs 100 s to detect a killed process, so the time is reduced. It needs up to 1 s
+# to detect a SIGTERM, so steps are slowed down to keep the run from ending before.
 NOTICES_SOON = """
 import functools
 import time
@@ -37,12 +37,12 @@ def test_two_processes_train_as_one_does():
     workdir, stderr = processes.two_processes()
     np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)
     assert "2 processes, 4 devices" in stderr[0]
-    assert not any("step" in text for text in stderr[1:])  # the first alone reports
+    assert not any("step" in text for text in stderr[1:])  # only the first process reports
 
 
 def test_evaluation_on_other_devices_than_training(tmp_path):
-    """A run of four devices on one, and a run of one on eight, whose batches they do not divide;
-    these without a cache.
+    """A run on four devices is evaluated on one, and a run on one device on eight, which do not
+    divide its batches. Only one device uses the compilation cache.
     """
     reports = []
     for trained, n_devices in ((processes.two_processes()[0], 1), (finished_run(), 8)):
@@ -54,14 +54,14 @@ def test_evaluation_on_other_devices_than_training(tmp_path):
         assert any(cache.glob("*")) == (n_devices == 1)
         reports.append(json.loads((workdir / "eval.json").read_text()))
     assert reports[0]["tokens"] == reports[1]["tokens"]
-    # The same model, but for rounding.
+    # Both models are equal except for rounding.
     np.testing.assert_allclose(reports[0]["nll"], reports[1]["nll"], rtol=1e-4)
 
 
 def test_from_four_processes_to_two_to_one(tmp_path):
-    """And from mesh (2, 1, 2, 1) to (1, 4, 1, 1) to a single device: the curve of one process."""
+    """The mesh changes from (2, 1, 2, 1) to (1, 4, 1, 1) to one device, the loss curve does not."""
     moved, alone = tmp_path / "moved", tmp_path / "alone"
-    rate = runs.SETTINGS["train.learning_rate"]  # at every step, however many there are to be
+    rate = runs.SETTINGS["train.learning_rate"]  # constant, whatever the number of steps
     constant = {"train__warmup": 0, "train__final_learning_rate": rate, "train__eval_every": 0}
     succeed(train_command(alone, train__steps=10, **constant))
     train_on(moved, 4, train__steps=4, **MESH, **constant)
@@ -78,7 +78,7 @@ def newest(workdir):
 
 
 def stop_one(workdir, number, after):
-    """Sends a signal to process 1 of two once there is a checkpoint: `(statuses, stderr)`."""
+    """Signals process 1 of two when a checkpoint is saved; returns `(statuses, stderr)`."""
     pair = processes.start_on(workdir, 2, 2, program=("-c", NOTICES_SOON), **DENSE_FSDP)
     wait_for(pair[1], lambda: runs.saved(workdir, after))
     pair[1].send_signal(number)
@@ -87,8 +87,8 @@ def stop_one(workdir, number, after):
 
 
 def test_one_process_of_two_is_stopped(tmp_path):
-    """SIGTERM or Ctrl-C to one has both save and end; SIGKILL of one ends the other; the run goes
-    on along the same curve.
+    """After SIGTERM or Ctrl-C to one process, both save and end. After SIGKILL of one, the other
+    process ends too. The run continues with the same loss curve.
     """
     stops = ((signal.SIGTERM, (0, 0), "preempted"), (signal.SIGINT, (0, 130), "interrupted"))
     after = EVERY
@@ -101,7 +101,7 @@ def test_one_process_of_two_is_stopped(tmp_path):
         after = step // EVERY * EVERY + EVERY
     statuses, stderr = stop_one(tmp_path, signal.SIGKILL, after)
     assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, 2), stderr
-    # Either the lost connection is noticed here, or JAX's service ends the process.
+    # Either this process detects the lost connection, or JAX's service ends it.
     assert re.search("start all processes again: they go on from the new|another task", stderr[0])
     train_on(tmp_path, 2, 2, **DENSE_FSDP)
     np.testing.assert_allclose(losses(tmp_path), losses(processes.two_dense_processes()), rtol=1e-5)

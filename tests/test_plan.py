@@ -1,4 +1,4 @@
-"""Plans for absent machines: figures, refusals, and the collectives of programs."""
+"""Plans for machines without using them: estimates, errors, and the collectives of programs."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ from tests.in_process import call
 
 
 def configuration(kind="aoe", mesh=(1, 1, 1, 1), transport="ring", **experts):
-    """Every size is another, so that a shape says what it is."""
+    """All sizes are different, so that the shape of an array identifies it."""
     config = default_config()
     config.model.update(n_layers=3, n_heads=8, d_model=160, vocab_size=1031, max_len=64)
     config.model.update(dtype="bfloat16", remat="layer")
@@ -45,11 +45,11 @@ def traced(config, devices):
         return step.trace(state, batch), mesh
 
 
-# Numbers of an array say what it is.
+# Sizes of arrays, which identify them.
 TOKENS = 32 * 64 * 160
-ROWS = 8 * 120  # that a device takes in a round, with all_to_all
-SLOTS = 32 * 64 * 3  # of all tokens
-SCORES = 32 * 64 * 16 // 8  # of all tokens, by the experts of a device
+ROWS = 8 * 120  # rows that a device receives in a round of all_to_all
+SLOTS = 32 * 64 * 3  # (token, expert) pairs of all tokens
+SCORES = 32 * 64 * 16 // 8  # scores of all tokens for the experts of one device
 W_DOWN, W_UP = 16 * 160 * 48, 16 * 48 * 232
 W_P, W_G = 16 * 160 * 232, 16 * 160 * 224  # w_down is as large as w_up
 ROUTER, ATTENTION, TABLE = 160 * 16, 160 * 160, 1031 * 160
@@ -57,16 +57,16 @@ ROUTER, ATTENTION, TABLE = 160 * 16, 160 * 160, 1031 * 160
 DATA, FSDP = ((8, 1, 1, 1), "ring"), ((1, 8, 1, 1), "ring")
 RING, ALL_TO_ALL = ((1, 1, 8, 1), "ring"), ((1, 1, 8, 1), "all_to_all")
 
-# What moves in a layer, forward and backward, where the backward pass computes the layer again (all
-# but the scores).
+# Collectives of a layer in the forward and backward pass. The backward pass recomputes the layer,
+# except for the scores.
 SUMS = {("psum", ATTENTION): 4}  # gradients of q, k, v and o
 IN_A_LAYER = {
     ("aoe", *DATA): SUMS | {("psum", W_DOWN): 1, ("psum", W_UP): 1, ("psum", W_P): 2},
     ("router", *DATA): SUMS | {("psum", ROUTER): 1, ("psum", W_G): 3},
     ("aoe", *FSDP): {
-        # Forward, and again backward: no gathered weight is kept.
+        # Weights are gathered in the forward pass, and again in the backward pass.
         ("all_gather", ATTENTION): 4 * 2,
-        ("all_gather", W_DOWN): 2,  # for the scores and for the rows
+        ("all_gather", W_DOWN): 2,  # once for scores, once for rows
         ("all_gather", W_UP): 2,
         ("all_gather", W_P): 2 * 2,  # w_up and w_down
         ("reduce_scatter", ATTENTION): 4,
@@ -83,16 +83,16 @@ IN_A_LAYER = {
     },
     ("aoe", *RING): SUMS
     | {
-        # For scores and rows; backward for the rows, and the outputs' gradient.
+        # Forward: tokens for scores and rows. Backward: tokens for rows, and output gradients.
         ("all_gather", TOKENS): 3,
         ("reduce_scatter", TOKENS): 2,  # outputs, and the tokens' gradient
-        ("all_to_all", SCORES): 2,  # scores, and those of the balance loss
+        ("all_to_all", SCORES): 2,  # for the choice, and for the balance loss
         ("all_gather", SLOTS): 2,  # the chosen experts, forward and backward
-        ("psum", SLOTS): 3,  # norms of the chosen: forward, backward, and their gradient
+        ("psum", SLOTS): 3,  # norms of chosen experts (forward, backward), and gradient
     },
     ("router", *RING): SUMS
     | {
-        ("all_gather", TOKENS): 3,  # for the rows; backward again, and the outputs' gradient
+        ("all_gather", TOKENS): 3,  # rows (forward, backward), and output gradients
         ("reduce_scatter", TOKENS): 2,
         ("all_gather", SLOTS): 4,  # the chosen experts and their weights, forward and backward
         ("reduce_scatter", SLOTS): 1,  # the weights' gradient
@@ -100,21 +100,21 @@ IN_A_LAYER = {
     },
     ("aoe", *ALL_TO_ALL): SUMS
     | {
-        ("all_gather", W_DOWN): 1,  # for the scores: it is smaller than the tokens
-        # Rows there and back; backward there again, and the gradients of both.
+        ("all_gather", W_DOWN): 1,  # for the scores, because it is smaller than the tokens
+        # Rows are sent and returned, sent again in the backward pass, and both have gradients.
         ("all_to_all", ROWS * 160): 5,
-        # Expert, norm and weight of each row; backward again, and the gradients of norm and weight.
+        # Expert, norm and weight of each row, twice, and the gradients of norm and weight.
         ("all_to_all", ROWS): 8,
     },
     ("router", *ALL_TO_ALL): SUMS
     | {
         ("all_to_all", ROWS * 160): 5,
-        # Expert and weight of each row; backward again, and the weights' gradient.
+        # Expert and weight of each row, twice, and the gradient of the weight.
         ("all_to_all", ROWS): 5,
         ("psum", ROUTER): 1,
     },
 }
-# In a step: the embedding is looked up, and tokens are scored by it.
+# Collectives of a step outside layers: the embedding table is used for inputs and for logits.
 IN_A_STEP = {key: {("psum", TABLE): 2} for key in (DATA, RING, ALL_TO_ALL)}
 IN_A_STEP[FSDP] = {("all_gather", TABLE): 1, ("reduce_scatter", TABLE): 2}
 
@@ -125,8 +125,8 @@ def larger_side(eqn):
 
 @pytest.mark.parametrize("case", IN_A_LAYER, ids=str)
 def test_what_moves(case, ragged):
-    """Every collective of the program, but for statistics and scalars, which have no more than n
-    numbers.
+    """Compares all collectives of the program, except for statistics and scalars, which have at
+    most n numbers.
     """
     kind, mesh, transport = case
     program, _ = traced(configuration(kind, mesh, transport), jax.devices())
@@ -143,7 +143,7 @@ def test_what_moves(case, ragged):
     assert in_further_rounds == (rows if transport == "all_to_all" else set())
 
 
-# What the compiler for TPUs merges beyond that: equal exchanges, and two sums that are added.
+# Collectives that the TPU compiler merges: equal exchanges, and two sums that are then added.
 MERGED = {
     ("aoe", *RING): {("all_to_all", SCORES): 1, ("psum", TABLE): 1},
     ("aoe", *ALL_TO_ALL): {("psum", TABLE): 1},
@@ -152,7 +152,7 @@ MERGED = {
 NORMS = {("psum", 160): 3}  # gradients of norm scales: attention, experts, final
 ADDED = dict.fromkeys(MERGED, NORMS) | {
     ("aoe", *FSDP): NORMS | {("psum", TABLE): 1}
-}  # summed, and then cut
+}  # all-reduced, then sliced
 HLO_NAMES = {"psum": "all-reduce", "all_gather": "all-gather"}
 HLO_NAMES |= {"reduce_scatter": "reduce-scatter", "all_to_all": "all-to-all"}
 
@@ -161,7 +161,7 @@ HLO_NAMES |= {"reduce_scatter": "reduce-scatter", "all_to_all": "all-to-all"}
 @pytest.mark.parametrize("case", MERGED, ids=str)
 def test_what_moves_on_a_tpu(case, first_round_only):
     """The compiled program without further rounds has no other collectives, and the compiler merges
-    what `plan` counts as merged. The body of a loop counts once, a tuple element by element.
+    those that `plan` counts as merged. Loop bodies count once, and elements of tuples separately.
     """
     kind, mesh, transport = case
     _, devices = topology_devices("v5e:2x4")
@@ -169,8 +169,8 @@ def test_what_moves_on_a_tpu(case, first_round_only):
     found, sizes = {}, Counter()
     for instructions in hlo.parse(program.lower().compile().as_text())[0].values():
         for i in filter(lambda i: i.collective, instructions.values()):
-            assert not i.opcode.endswith("-start"), i  # its result would hold the operand too
-            # One that runs beside other work is written down at every stop.
+            assert not i.opcode.endswith("-start"), i  # its result would include the operand
+            # An asynchronous collective is listed once for each of its stages.
             found[i.attribute('chain_id="([0-9]+)"') or i.name] = i
     for i in found.values():
         for array in i.arrays:
@@ -185,12 +185,12 @@ def test_what_moves_on_a_tpu(case, first_round_only):
 
 @pytest.mark.slow
 def test_a_step_reduce_scatters_gradients_of_experts_over_a_whole_slice():
-    """In two stages of 4 chips; a single one over all 16 would compile to an all-reduce."""
+    """It uses two stages of 4 chips, because one over 16 chips would compile to an all-reduce."""
     _, devices = topology_devices("v5e:4x4")
     program, _ = traced(configuration("router", (1, 16, 1, 1)), devices)
     operations = costs.Program(program.lower().compile().as_text()).operations
     found = Counter((o.collective, o.group_size, o.sent_bytes) for o in operations if o.collective)
-    size = 4 * 16 * 160 * 256  # bytes of a weight in float32; 224 columns are laid out as 256
+    size = 4 * 16 * 160 * 256  # bytes of a float32 weight; 224 columns are padded to 256
     assert found["reduce-scatter", 4, size] == found["reduce-scatter", 4, size / 4] == 3
     assert all(sent < size / 2 for kind, _, sent in found if kind == "all-reduce")
 
@@ -217,7 +217,7 @@ def test_collectives_of_loops_count_as_often_as_they_run():
 
 
 def planned(tmp_path, *arguments):
-    """The exit status and the report of a plan for four chips."""
+    """Plans for four chips; returns the exit status and the report."""
     file = tmp_path / "report.json"
     status = call("aoe_jax.plan", "--topology=v5e:2x2", f"--json={file}", *arguments)
     return status, read_json(file)
@@ -233,7 +233,7 @@ def test_a_plan_for_four_chips(tmp_path, capsys):
     stdout, memory = capsys.readouterr().out, report["memory_bytes"]
     assert "all_gather" in stdout and stdout.endswith("\nfits\n")
     assert memory["state"] + memory["temp"] <= memory["total"] * 1.01 < report["hbm_bytes"]
-    # The backward pass computes layers again.
+    # Compiled FLOPs are more than useful FLOPs, because the backward pass recomputes layers.
     assert 1.1 < report["flops"]["compiled"] / report["flops"]["useful"] < 1.6
     assert report["hbm_traffic_bytes"] > 2 * memory["state"]  # it is read and written
     scopes, likely = report["seconds_by_scope"], report["likely_step_seconds"]
@@ -247,12 +247,12 @@ def test_a_plan_for_four_chips(tmp_path, capsys):
     gathers = [entry for entry in compiled if entry["kind"] == "all-gather"]
     (traced,) = (entry for entry in report["collectives"] if entry["kind"] == "all_gather")
     assert sum(entry["count"] for entry in gathers) == traced["count"]
-    # Of two devices, each receives half of the result.
+    # Each of two devices receives half of the result from the other device.
     assert sum(entry["bytes"] for entry in gathers) >= 2 * traced["bytes"]
 
 
 def test_the_arithmetic_of_a_plan(monkeypatch):
-    """The step is only traced, for the chips of a v5e."""
+    """The step is traced but not compiled, for a v5e."""
     monkeypatch.setattr(step_plan, "_compile", lambda traced: (1e9, None, None))
     config = fill_mesh(configuration(mesh=(-1, 2, 1, 1)), 8)
     chip = CHIPS["v5e"]
@@ -260,7 +260,7 @@ def test_the_arithmetic_of_a_plan(monkeypatch):
     assert not report["fits"] and report["devices"] == 8
     assert report["mesh"] == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1, "transport": "ring"}
     memory, useful = report["memory_bytes"], report["flops"]["useful"]
-    # Parameters and two moments, in float32, of which every array but norms is halved.
+    # float32 parameters and two moments; two devices share every array except norm scales.
     assert memory["state"] == pytest.approx(12 * report["parameters"] / 2, rel=0.01)
     assert useful == 32 * 64 * training_flops_per_token(config) / 8
     assert report["seconds"] == {
@@ -290,7 +290,7 @@ def test_a_run_that_does_not_fit_ends_with_status_3(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(-1, 8, 1, 1), (-1, 4, 2, 1), (-1, 1, 1, 4), (-1, 2, 2, 4)])
 def test_the_hosts_of_a_slice_read_whole_batches(mesh):
-    """However the network lays out a mesh, and though the rows of a host need not be neighbours."""
+    """This is true for every mesh, although the rows of a host need not be adjacent."""
     _, devices = topology_devices("v5e:4x4")
     config = fill_mesh(dataclasses.replace(configuration(), mesh=MeshConfig(*mesh)), len(devices))
     sharding = batch_sharding(make_mesh(config, devices))

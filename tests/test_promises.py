@@ -1,7 +1,7 @@
-"""The ten promises of docs/training.md, in real processes; more faults are in the second tier.
+"""The ten promises of docs/training.md, in real processes; the slow tests have more faults.
 
-Elsewhere: a kill (1) in `test_train.py`, the supervisor (8) in `test_supervise.py`, mistakes (9) in
-`test_bad_input.py`, files of others (10) in `test_fuzz.py` and `data/test_prepare.py`.
+Other files test a kill (1, `test_train.py`), the supervisor (8, `test_supervise.py`), mistakes (9,
+`test_bad_input.py`), and files of strangers (10, `test_fuzz.py` and `data/test_prepare.py`).
 """
 
 import json
@@ -33,7 +33,7 @@ def workdir(tmp_path):
 
 
 def ends_as_ever(workdir):
-    """Continues a run, which must end as one without interruptions; returns its stderr."""
+    """Continues a run, which must end like an uninterrupted run; returns its stderr."""
     stderr = runs.succeed(dense_command(workdir))
     assert runs.same_end(workdir, dense_run())
     return stderr
@@ -58,7 +58,7 @@ def test_asked_to_stop_while_training(workdir, number, status, word):
     assert runs.heartbeat(workdir)["status"] == "finished"
 
 
-# The signal comes in the middle of a validation.
+# The signal is sent in the middle of a validation.
 STOPPED_VALIDATION = """
 import os, signal
 from aoe_jax.training import validation
@@ -75,7 +75,7 @@ validation.eval_batches = interrupted
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True])
 def test_asked_to_stop_while_validating(workdir, last):
-    """The interrupted validation is repeated, also if it is the last."""
+    """The interrupted validation is repeated, also if it is the last one of the run."""
     lines = f"open({str(workdir / 'metrics.jsonl')!r})"
     condition = f"sum('validation_nll' in line for line in {lines}) == {2 if last else 0}"
     status, _, stderr = run(patched(STOPPED_VALIDATION.format(condition=condition), workdir))
@@ -103,7 +103,7 @@ SECOND_INTERRUPT = pytest.param(signal.SIGINT, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, SECOND_INTERRUPT])
 def test_a_second_request_to_stop_ends_at_once(workdir, number):
-    """The save of the first one, which never ends, is given up."""
+    """The save after the first request never ends; the second request cancels it."""
     process = start(patched(SLOW_SAVES.format(seconds=3600), workdir))
     for status in ("training", "saving"):
         runs.wait_for(process, lambda status=status: runs.heartbeat(workdir)["status"] == status)
@@ -112,7 +112,7 @@ def test_a_second_request_to_stop_ends_at_once(workdir, number):
 
 
 def test_two_runs_begin_in_one_workdir(workdir):
-    """Neither finds the folder at its start: one of them trains, the other changes nothing."""
+    """The workdir does not exist when both start. One run trains, the other changes nothing."""
     endless, rates = {"train__steps": 10**6, "train__eval_every": 0}, (0.003, 0.01)
     commands = [dense_command(workdir, train__learning_rate=rate, **endless) for rate in rates]
     processes = [start(command) for command in commands]
@@ -134,7 +134,7 @@ def test_two_runs_begin_in_one_workdir(workdir):
 
 @pytest.mark.slow
 def test_an_owner_that_is_suspended(workdir):
-    """Another process takes the run over; the first one stops when it goes on."""
+    """Another process takes over the run, and the suspended process ends when it is resumed."""
     settings = {"train__steps": 10**6, "train__log_every": 1}
     first = start([*dense_command(workdir, **settings), "--retry_seconds=1"])
     runs.wait_for(first, lambda: runs.heartbeat(workdir)["status"] == "training")
@@ -160,7 +160,7 @@ def test_damaged_newest_checkpoint(workdir):
 
 
 def test_history_is_not_erased(workdir, tmp_path):
-    """A run whose checkpoints are gone stops, until its user says how to begin."""
+    """A run without its checkpoints is refused, until a flag of the user says how to start."""
     shutil.copytree(dense_run(), workdir)
     shutil.move(workdir / "checkpoints", tmp_path / "checkpoints")
     before, last = runs.contents(workdir), STEPS - EVERY
@@ -191,7 +191,7 @@ def test_history_is_not_erased(workdir, tmp_path):
 
 
 def test_a_run_that_ends_where_it_goes_back_to(workdir):
-    """The last step, which was never validated, is validated now."""
+    """The step that it goes back to is validated, because it was not validated before."""
     last = STEPS - EVERY
     shutil.copytree(dense_run(), workdir)
     runs.succeed([*dense_command(workdir, train__steps=last), f"--go-back={last}"])
@@ -228,7 +228,7 @@ loop.evaluate = read_that_hangs
 
 
 def test_a_hang(workdir):
-    """It hangs in its first validation, after the checkpoint of step 9."""
+    """The run hangs in its first validation, after the checkpoint of step 9."""
     status, _, stderr = run(patched(HANG, workdir, train__hang_timeout=3))
     assert status == 6 and "(validating, after step 10) made no progress" in last_line(stderr)
     assert "read_that_hangs" in (workdir / "hang" / "process_0.txt").read_text()
@@ -252,7 +252,7 @@ loop.train_batches = lambda *arguments: Poisoned(batches(*arguments))
 
 
 def test_batch_that_is_not_finite(workdir, tmp_path):
-    """It updates nothing, is counted and named; a kill in between changes none of this."""
+    """It updates nothing, and is counted and logged. A kill between such batches has no effect."""
     whole, code = tmp_path / "whole", POISONED.format(bad="(5, 6, 13)")
     stderr = runs.succeed(patched(code, whole))
     assert "step 5 skipped: loss nan, gradient norm nan; its batch has the sequences 16" in stderr
@@ -279,12 +279,12 @@ def test_run_that_cannot_get_on(workdir):
         assert ("going on from step 8" in stderr) == again and "Traceback" not in stderr
         assert runs.heartbeat(workdir)["status"] == "diverged"
         assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"4", "8"}
-    runs.succeed(dense_command(workdir, **changes))  # with better data it goes on
+    runs.succeed(dense_command(workdir, **changes))  # it continues with valid data
 
 
 @pytest.mark.slow
 def test_saves_by_the_clock(workdir):
-    """They change nothing of what is computed."""
+    """Saves after a time interval do not change the results of a run."""
     changes = {"checkpoint__every": 100, "checkpoint__every_minutes": 1e-6, "checkpoint__keep": 99}
     runs.succeed(dense_command(workdir, **changes))
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())

@@ -1,4 +1,4 @@
-"""A run becomes a model with fewer experts, which is evaluated, trained and pruned again."""
+"""A run is pruned to a model with fewer experts, which is evaluated, trained and pruned again."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("ragged")
 
 @shared
 def pruned():
-    """`(directory, stdout)` of a run of 4 experts pruned to 3."""
+    """Prunes a run from 4 experts to 3; returns `(directory, stdout)`."""
     directory = scratch("pruned") / "aoe"
     command = ["-m", "aoe_jax.prune", f"--workdir={finished_run()}", f"--output={directory}"]
     status, stdout, stderr = run([*command, "--experts=3"])
@@ -79,7 +79,7 @@ def test_a_pruned_model_is_evaluated(tmp_path):
 
 @pytest.mark.slow
 def test_a_router_is_trained_alone(tmp_path):
-    """All other parameters are bit for bit those of the pruned model."""
+    """All other parameters are bit-identical to those of the pruned model."""
     directory, router = tmp_path / "model", kind_run("router")[0]
     prune(router, directory, 3, "frequency_merge", n_tokens=2000)
     assert json.loads((directory / "config.json").read_text())["model_type"] == "mixtral"

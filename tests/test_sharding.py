@@ -1,4 +1,4 @@
-"""Rules from logical axes to the mesh, and on which devices a batch is."""
+"""Rules that map logical axes to the mesh, and the devices of each row of a batch."""
 
 import dataclasses
 

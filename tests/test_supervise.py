@@ -1,4 +1,4 @@
-"""The supervisor, over commands that end in every way, and over a real run that is killed."""
+"""The supervisor restarts commands that end in different ways, and a real run that is killed."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from aoe_jax.supervise import Supervisor
 from tests.hasty import xla_flags
 from tests.runs import ROOT, dense_command, dense_run, heartbeat, same_end, wait_for
 
-# Ends each attempt as told: exit status, status of the heartbeat, steps that it adds.
+# Each attempt ends with its (exit status, status of the heartbeat, number of new steps).
 SCRIPT = """
 import json, os, pathlib, signal, sys, time
 plan = json.loads(sys.argv[1])
@@ -78,7 +78,7 @@ def attempts(workdir):
 def test_what_is_started_again(tmp_path, plan, status, count, caplog):
     assert Supervisor(command(tmp_path, plan)).run(restarts=2, pause=0.01) == status
     lines = attempts(tmp_path / "run")
-    done = [plan[min(i, len(plan) - 1)] for i in range(count)]  # the last is repeated
+    done = [plan[min(i, len(plan) - 1)] for i in range(count)]  # the last entry is repeated
     codes = [status if status >= 0 else 128 - status for status, _, _ in done]
     assert [line["exit_status"] for line in lines] == codes
     assert lines[-1]["saved"] == sum(steps for _, _, steps in done)
@@ -89,7 +89,7 @@ def test_what_is_started_again(tmp_path, plan, status, count, caplog):
     ("flags", "given"), [(["--go-back", "2"], "--go-back=2"), (["--start_over"], "--start-over")]
 )
 def test_files_are_moved_once(tmp_path, flags, given):
-    """An attempt that fails before has not moved them, also if the former process still saves."""
+    """Restarts repeat the flag until files are moved, also if an older process saves meanwhile."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "heartbeat.json").write_text('{"status": "finished", "saved": 3}')
     plan = [(5, "silent", 0), (5, "failed", 1), (5, "moves", 0), (0, "finished", 1)]
@@ -133,7 +133,7 @@ def test_the_last_workdir_counts():
 
 
 def started(*command):
-    """A process of the supervisor."""
+    """Starts the supervisor of a command in a process."""
     program = [sys.executable, "-m", "aoe_jax.supervise", "--pause=0.1", "--", *command]
     environment = os.environ | {"XLA_FLAGS": xla_flags()}
     return subprocess.Popen(program, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)

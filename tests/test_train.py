@@ -1,5 +1,5 @@
-"""Whole training runs: what they leave behind, and that a killed one ends as if it had not been
-killed.
+"""Whole training runs: the files that they write, and that a killed run continues and ends like an
+uninterrupted run.
 """
 
 import json
@@ -58,15 +58,15 @@ def test_what_a_run_leaves_behind():
     assert timing.keys() == SPEED | SPLIT | others | {"total_seconds"}
     parts = [timing[name] for name in SPLIT | others]
     assert all(seconds > 0 for seconds in parts) and sum(parts) < timing["total_seconds"]
-    for name in SPLIT:  # nothing of it falls between two lines
+    for name in SPLIT:  # each second is in exactly one line
         assert timing[name] == pytest.approx(sum(line[name] for line in lines), rel=1e-6)
     assert memory.keys() == HOST | {"state_bytes", "argument_bytes", "temporary_bytes"}
     assert memory["state_bytes"] == pytest.approx(3 * 4 * parameters, rel=0.02)
 
 
 def test_killed_run_ends_as_an_uninterrupted_one(tmp_path):
-    """It is killed before its first step, and so may get another seed, and again after a
-    checkpoint.
+    """It is killed before its first step, so that the seed may still change. Later it is killed
+    again after a checkpoint.
     """
     whole, killed = runs.whole_run(2), tmp_path / "run"
     command = train_command(killed, train__accumulate=2)
@@ -114,8 +114,8 @@ def test_run_killed_between_its_last_checkpoint_and_its_summary(tmp_path):
 
 
 def test_finished_run_goes_on_with_more_steps(tmp_path):
-    """Its texts may have moved, the cache may be another, and layers may be unrolled: none of these
-    changes the result.
+    """The texts may be in another folder, the cache may be another one, and layers may be unrolled.
+    None of these changes the result.
     """
     workdir, steps = shutil.copytree(finished_run(), tmp_path / "run"), STEPS + 4
     before = (workdir / "metrics.jsonl").read_text()
@@ -140,7 +140,7 @@ def test_other_kinds_train(kind):
     for line in lines:
         loss = line["nll"] + balance.aux_weight * line["aux_loss"]
         np.testing.assert_allclose(line["loss"], loss, rtol=1e-6)
-        if kind != "dense":  # the capacity factor of expert choice is 2
+        if kind != "dense":  # also expert choice: its capacity factor is 2
             np.testing.assert_allclose(line["experts_per_token"], 2, rtol=1e-6)
         if kind == "capacity":
             by_layer = line["layers"]["dropped_share"]

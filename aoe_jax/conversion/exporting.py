@@ -1,4 +1,4 @@
-"""Writes the models of runs, and the results of commands, as safetensors and `config.json`."""
+"""Writes models of runs, and models made by commands, as safetensors and `config.json`."""
 
 import logging
 from pathlib import Path
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 def export(workdir: Path, output: Path, step="newest", dtype="float32"):
-    """Writes the model of a checkpoint to `output`, which appears only once it is complete.
+    """Writes the model of a checkpoint to `output`, which does not exist before it is complete.
 
-    `step` is "newest", "best" or a number; `dtype` is that of the tensors. Raises `UserError` if
-    the run cannot be read or has no such step, and as `new_directory` does.
+    `step` is "newest", "best" or a number; `dtype` is that of the parameters. Raises `UserError` if
+    the run cannot be read, has no such step, or `output` exists already or cannot be written.
     """
     config = read_run_config(workdir / "config.json")
     with new_directory(output) as directory:
@@ -33,9 +33,9 @@ def export(workdir: Path, output: Path, step="newest", dtype="float32"):
 
 
 def write_result(directory: Path, source: Path, step, config: Config, parameter, state=None):
-    """Writes a model that was made from the one in `source`, with the tokenizer and the run there.
-    `step` is the run's, or None, `parameter` a function for `write_model`, and `state` the routing
-    state by name.
+    """Writes a model that was made from `source`, and copies the tokenizer and the run's settings
+    from `source`. `step` is the training step or None, `parameter` is a function for `write_model`,
+    and `state` has the routing state by name.
     """
     state = state or {}
     values = to_json(config, state) | write_tokenizer(source, directory, config.model.max_len)
@@ -45,7 +45,7 @@ def write_result(directory: Path, source: Path, step, config: Config, parameter,
 
 
 def write_figures(directory: Path, source: Path, step, config: Config, command, report, result):
-    """Writes the figures of the `command` that made a model, and a model card with its `result`."""
+    """Writes `report` to `COMMAND.json`, and a model card with the `command` and its `result`."""
     write_json(directory / f"{command}.json", report)
     of_step = "" if step is None else f" (step {step:,})"
     made = f"`python -m aoe_jax.{command}` made this model of `{source.absolute().name}`{of_step}"

@@ -1,5 +1,5 @@
-"""Converts a router MoE into an AoE: drops the router, and factorises gates or moves the neurons
-that score to the front.
+"""Converts a router MoE into an AoE: drops the router, and either factorises the gates or moves the
+scoring neurons of each expert to the front.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 CONVERTIBLE = ("top_k", "top_p", "expert_choice", "ranked", "sparsemixer", "erc")
 _GATE = "layers/experts/w_gate"
 _FACTORS = ("layers/experts/w_gate_down", "layers/experts/w_gate_up")
-# The matrices of an expert, with the axis of its neurons among their last two.
+# Matrices of an expert -> the axis of its neurons, counted from the end.
 _NEURONS = {_GATE: -1, "layers/experts/w_up": -1, "layers/experts/w_down": -2}
 
 
@@ -39,16 +39,16 @@ def convert(
     seed=0,
     mesh=None,
 ):
-    """Writes the AoE of a router MoE to `output`, which appears only once it is complete.
+    """Writes the AoE of a router MoE to `output`, which does not exist before it is complete.
 
     The arguments are the flags of `aoe_jax.convert`. Raises `UserError` if the checkpoint or the
-    text cannot be read, or the model cannot be converted.
+    corpus cannot be read, or the model cannot be converted.
 
-    Returns the content of `convert.json` in `output`: the form; for factorised gates `energy_kept`,
-    the share of the sum of squares of W_gate that the factors keep, per expert and as a mean; with
-    `score_neurons` or `data`, the `nll` on held-out text, `before` and `after`, and the
-    `agreement`, the share of the router's experts that the scores also choose: `mean`, `layers`,
-    and `chance` for a random choice.
+    Returns the content of `convert.json` in `output`, which begins with the settings. Factorised
+    gates add `energy_kept`, the share of the sum of squares of W_gate that the factors keep, per
+    expert and as a mean. `score_neurons` or `data` adds the `nll` on held-out text, `before` and
+    `after`, and `agreement`, the share of the router's choices that the scores choose too, as
+    `mean`, `layers`, and `chance` for a random choice.
     """
     config = source_config(checkpoint)
     converted = _converted(config, d_low, score_neurons, score)
@@ -109,16 +109,16 @@ def convert_summary(report):
 
 
 def _observed(model, batches):
-    """The `observations` of all batches: logits, choices and inputs."""
+    """Concatenates the `observations` of all batches: logits, choices and inputs."""
     of_batches = zip(*observations(model, batches, with_inputs=True), strict=True)
     return tuple(np.concatenate(arrays, axis=1) for arrays in of_batches)
 
 
 def _factorised(read, rank, energy):
-    """A function for `write_model`, which factorises gates `[n, d, f]` by a truncated singular
-    value decomposition `U S V^T` in float32: `w_gate_down = U_r S_r [n, d, r]` and
-    `w_gate_up = V_r^T [n, r, f]`. For each layer it appends to `energy` the shares of the sums of
-    squares that the experts' factors keep. `|x w_gate_down|` is the norm of the kept `x w_gate`.
+    """Returns a function for `write_model`, which factorises gates `[n, d, f]` by a truncated
+    singular value decomposition `U S V^T` in float32: `w_gate_down = U_r S_r [n, d, r]` and
+    `w_gate_up = V_r^T [n, r, f]`, so that `|x w_gate_down| = |x w_gate_down w_gate_up|`. For each
+    layer it appends to `energy` the shares of the sums of squares that the experts' factors keep.
     """
 
     @functools.lru_cache(maxsize=1)
@@ -138,7 +138,7 @@ def _factorised(read, rank, energy):
 
 
 def _reordered(read, observed, count, score):
-    """A function for `write_model`, which puts the neurons that score in front."""
+    """Returns a function for `write_model`, which puts the scoring neurons of each expert first."""
 
     @functools.lru_cache(maxsize=1)
     def order(layer):  # [n, f]

@@ -1,30 +1,30 @@
 """Finds clusters of similar experts, merges each cluster into one expert, and builds the model.
 
-The methods, layer by layer, are UNCURL (Sarkar et al. 2024, arXiv 2409.01483) and baselines of its
-paper:
+Each layer is processed alone. The methods are UNCURL (Sarkar et al. 2024, arXiv 2409.01483) and two
+baselines of its paper:
 
-- `uncurl`. With `H [tokens, Z]` the scores of Z experts and `S = (1 + cosine of columns of H) / 2`,
-  spectral clustering of S gives D clusters (symmetric normalised Laplacian and k-means; the paper
-  leaves the Laplacian open). The experts of a cluster are aligned to the one with the largest load,
-  by the permutation of hidden units that brings their weights nearest, and averaged with their
-  loads as weights.
-- `frequency_merge`. The D experts with the largest loads are centres, and each other expert joins
-  the centre most similar to it by S; they are merged as in `uncurl`.
-- `greedy`. The D experts with the largest loads stay, others are dropped.
+- `uncurl`. `H [tokens, Z]` has the scores of Z experts, and `S = (1 + cosine of columns of H) / 2`.
+  Spectral clustering of S computes D clusters (symmetric normalised Laplacian and k-means; the
+  paper does not name the Laplacian). In each cluster, the hidden units of the experts are permuted
+  so that their weights are nearest to those of the expert with the largest load. Then the experts
+  are averaged, with their loads as weights.
+- `frequency_merge`. The D experts with the largest loads are cluster centres, and each other expert
+  is assigned to the centre with the largest S. Clusters are averaged with the rule of `uncurl`.
+- `greedy`. The D experts with the largest loads are kept unchanged, the others are dropped.
 
-The scores of a router MoE are its logits. The result has a new random router, to be trained alone
-first (`train.router_steps`); only `greedy` keeps the columns of its experts, which the paper does
-not mention. All layers get D experts, because layers are scanned and have equal shapes; the paper
-leaves out the first layer. A hidden unit's w_up and w_down could both change sign; signs are not
-aligned.
+The scores of a router MoE are its logits. `greedy` keeps the router columns of its experts, which
+the paper does not mention. The other methods make a random router, which must be trained alone
+first (`train.router_steps`). All layers get D experts, because layers are scanned and have equal
+shapes; the paper does not prune the first layer. Negating a hidden unit's w_up and w_down keeps its
+output, but signs are not aligned.
 
-AoE is not in the paper. Its scores are norms, far from 0, so cosines are of centred norms. The
-low-rank axis of w_gate_down and w_gate_up is aligned too, by a rotation (Procrustes); rotation and
-permutation are computed alternately, twice each. An average has smaller norms than its members, so
-w_gate_down of a merged expert is scaled to the mean Frobenius norm of its members, and w_gate_up by
-the inverse, which keeps its output.
+The paper does not treat AoE. AoE's scores are norms, whose means are far from 0, so cosines are
+computed from centred norms. The low-rank axis of w_gate_down and w_gate_up is aligned too, by a
+rotation (Procrustes); rotation and permutation are computed alternately, twice each. An average has
+smaller norms than its members. So w_gate_down of a merged expert is scaled to the mean Frobenius
+norm of its members, and w_gate_up is divided by the same factor, which keeps their product.
 
-L layers, Z experts of each, D clusters, d model width. An expert is a dictionary of arrays:
+L layers, Z experts in each layer, D clusters, d model width. An expert is a dictionary of arrays:
 `w_up [d, f]`, `w_down [f, d]`, and `w_gate [d, f]` or, with a factorised gate, `w_gate_down [d, r]`
 and `w_gate_up [r, f]`.
 """
@@ -56,12 +56,12 @@ class Cluster:
     """Experts that are merged into one."""
 
     reference: int  # the member with the largest load, to which the others are aligned
-    members: tuple[int, ...]  # in ascending order, with the reference
-    weights: tuple[float, ...]  # the members' shares of the mean; they sum to 1
+    members: tuple[int, ...]  # in ascending order, including the reference
+    weights: tuple[float, ...]  # weights of the members in the mean; they sum to 1
 
     @classmethod
     def of(cls, members, load):
-        """Weights members by `load [Z]`, how often each is chosen, or equally if none ever is."""
+        """Returns a cluster with weights from `load [Z]`, equal ones if all members have load 0."""
         members = tuple(sorted(map(int, members)))
         share = np.asarray(load, np.float64)[list(members)]
         if share.sum() == 0:
@@ -71,9 +71,9 @@ class Cluster:
 
 
 def similarity(moments: np.ndarray) -> np.ndarray:
-    """`(1 + cosine) / 2` of the scores of every two experts, from their second moments.
+    """Computes `(1 + cosine) / 2` `[Z, Z]` for every two experts from second moments of scores.
 
-    Both are `[Z, Z]`. An expert whose scores are all 0 has cosine 0 with the others, 1 with itself.
+    If all scores of an expert are 0, its cosine is 0 with the other experts and 1 with itself.
     """
     length = np.sqrt(np.diagonal(moments))
     scale = np.divide(1, length, out=np.zeros_like(length), where=length > 0)
@@ -93,19 +93,19 @@ def uncurl(similarity, load, n_clusters, seed):
             warnings.simplefilter("ignore", ConvergenceWarning)  # equal experts are split below
             labels = spectral.fit_predict(similarity)
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    while len(groups) < n_clusters:  # equal experts may give too few clusters
+    while len(groups) < n_clusters:  # with equal experts, k-means may find too few clusters
         largest = max(groups, key=len)
         groups = [group for group in groups if group is not largest] + [largest[:1], largest[1:]]
     return groups
 
 
 def greedy(similarity, load, n_clusters, seed):
-    """The D experts with the largest load stay as they are, and the others are dropped."""
+    """Keeps the D experts with the largest loads unchanged, and drops the others."""
     return np.argsort(-np.asarray(load), kind="stable")[:n_clusters, None]
 
 
 def frequency_merge(similarity, load, n_clusters, seed):
-    """Each of the D experts with the largest load is joined by the experts most similar to it."""
+    """Assigns each expert to the most similar one of the D experts with the largest loads."""
     centres = greedy(similarity, load, n_clusters, seed)[:, 0]
     nearest = centres[np.argmax(similarity[:, centres], axis=1)]
     nearest[centres] = centres
@@ -118,18 +118,18 @@ METHODS = {"uncurl": uncurl, "frequency_merge": frequency_merge, "greedy": greed
 
 
 def find_clusters(method, similarity, load, n_clusters, seed=0):
-    """The D `Cluster`s of a layer by one of `METHODS`, in the order of their references."""
+    """Computes D `Cluster`s of a layer with one of `METHODS`, in the order of their references."""
     groups = METHODS[method](similarity, load, n_clusters, seed)
     clusters = [Cluster.of(group, load) for group in groups]
     return sorted(clusters, key=lambda cluster: cluster.reference)
 
 
 def aligned(reference, expert):
-    """The form of `expert` that is nearest to `reference`; it computes the same function.
+    """Permutes and rotates `expert` to be nearest to `reference`; its function does not change.
 
     The permutation of hidden units solves the assignment problem for w_gate_up or w_gate, w_up and
-    w_down. The rotation Q of a low rank, `(w_gate_down Q, Q^T w_gate_up)`, which keeps the norms
-    `|x w_gate_down|`, solves the orthogonal Procrustes problem for both factors together.
+    w_down. The rotation Q changes a factorised gate to `w_gate_down Q` and `Q^T w_gate_up`, with
+    unchanged norms `|x w_gate_down|`. Q solves the Procrustes problem for both factors together.
     """
     expert, low_rank = dict(expert), "w_gate_down" in expert
     by_column = ("w_gate_up" if low_rank else "w_gate", "w_up")
@@ -153,8 +153,8 @@ def aligned(reference, expert):
 def merge(weights: dict[str, np.ndarray], clusters: Sequence[Cluster]) -> dict[str, np.ndarray]:
     """Averages the aligned experts of each cluster, weighted by how often they are chosen.
 
-    The weights of a layer's experts, `[Z, ...]` by name, become `[D, ...]` in the same dtypes. A
-    cluster of one expert gives this expert, bit for bit.
+    `weights` are arrays `[Z, ...]` by name, and the results `[D, ...]` have the same dtypes. The
+    only expert of a cluster stays bit-identical.
     """
     merged = [_average(weights, cluster) for cluster in clusters]
     return {name: np.stack([expert[name] for expert in merged]) for name in weights}
@@ -180,12 +180,12 @@ def _average(weights, cluster):
 
 
 def pruned_params(model: Model, moments: Moments, n_experts, method, seed=0):
-    """The parameters of a model with D experts.
+    """Computes the parameters of a model with D experts.
 
-    The host holds the experts of one layer, and the merged experts of all layers. `moments` are
-    those of the model's scores, `n_experts` is D, at most Z, `method` is a name of `METHODS`, and
-    `seed` is for k-means and a new router. Returns the parameters on the model's mesh, and a list
-    of `Cluster`s for every layer.
+    `moments` are those of the model's scores, `n_experts` is D, at most Z, `method` is a name of
+    `METHODS`, and `seed` is for k-means and a new router. Returns the parameters on the model's
+    mesh, and a list of `Cluster`s for every layer. Host memory must have space for all experts of
+    one layer and the merged experts of all layers.
     """
     experts = model.params["layers"]["experts"]
     weights = {name: a for name, a in experts.items() if name in EXPERT_WEIGHTS}

@@ -1,4 +1,4 @@
-"""Runs a trained model on tokens of a corpus and returns its scores and choices there.
+"""Runs a trained model on a corpus and collects the scores and the choices of experts.
 
 L layers, T tokens, Z experts, d model width.
 """
@@ -21,10 +21,10 @@ from aoe_jax.training.validation import evaluate_batches
 
 
 def calibration_batches(model: Model, directory: Path, data: str | None, n_tokens: int, seed: int):
-    """Returns two lists of host batches: random ones of train, the first of each validation split.
+    """Returns a list of random train batches, and a list of the first validation batches.
 
-    Each split has `n_tokens`, rounded up to whole batches. `data` names corpora like `data.name`;
-    None means those of the run of `model`. Raises `UserError` if they cannot be read.
+    Train and each validation split have `n_tokens` tokens, rounded up to whole batches. `data` is
+    written like `data.name`; None means the run's corpora. Raises `UserError` as `corpus_of` does.
     """
     corpus = corpus_of(model, directory, data)
     size, seq_len = model.batch_size, model.config.data.seq_len
@@ -42,10 +42,10 @@ def evaluation_on(model: Model, batches):
 
 
 def observations(model: Model, batches: Iterable[dict], with_inputs=False):
-    """Yields `(scores, chosen)` of the tokens of each host batch without padding, on the host.
+    """Yields `(scores, chosen)` as host arrays for each host batch, without padding tokens.
 
-    `scores [L, T, Z]` float32 are norms or router logits, and `chosen [L, T, Z]` bool depends on a
-    selection bias too. `with_inputs` adds the inputs `x [L, T, d]` of the layers of experts.
+    `scores [L, T, Z]` float32 are norms or router logits. `chosen [L, T, Z]` bool includes the
+    effect of a selection bias. `with_inputs` adds the inputs `x [L, T, d]` of the experts.
     """
 
     def observe(scores, routing, weights, ctx):
@@ -74,7 +74,7 @@ class Moments(NamedTuple):
     tokens: int
     mean: np.ndarray  # [L, Z]
     gram: np.ndarray  # [L, Z, Z], sums over tokens of products of two experts' scores
-    load: np.ndarray  # [L, Z], the share of the tokens that chose each expert
+    load: np.ndarray  # [L, Z], the share of the tokens routed to each expert
 
     @property
     def scatter(self):
@@ -83,7 +83,7 @@ class Moments(NamedTuple):
 
 
 def score_moments(model: Model, batches: Iterable[dict]) -> Moments:
-    """The `Moments` of a model's scores on host batches; memory holds one batch's scores."""
+    """Computes the `Moments` of a model's scores; memory contains the scores of one batch only."""
     tokens, total, gram, chosen = 0, 0, 0, 0
     for scores, is_chosen in observations(model, batches):
         scores = scores.astype(np.float64)

@@ -1,4 +1,4 @@
-"""Prunes a trained model to fewer experts, see `aoe_jax.prune`."""
+"""Prunes a trained model to fewer experts, for the command `aoe_jax.prune`."""
 
 import dataclasses
 import logging
@@ -19,7 +19,7 @@ from aoe_jax.training.load_statistics import load_entropy
 
 log = logging.getLogger(__name__)
 
-PRUNABLE = ("top_k", "top_p", "sparsemixer", "erc", "capacity")  # routers that use scores alone
+PRUNABLE = ("top_k", "top_p", "sparsemixer", "erc", "capacity")  # these use only the scores
 
 
 def prune(
@@ -33,11 +33,11 @@ def prune(
     step="newest",
     mesh=None,
 ):
-    """Writes a model with fewer experts to `output`, which appears only once it is complete, and
-    prints a table. The arguments are the flags of `aoe_jax.prune`.
+    """Writes a model with fewer experts to `output`, which does not exist before it is complete.
+    Prints a table. The arguments are the flags of `aoe_jax.prune`.
 
-    Returns the content of `prune.json` in `output`: `method`, `step`, the number of `tokens` that
-    were scored, validation `nll` `before` and `after`, and the list `layers` with each layer's
+    Returns the content of `prune.json` in `output`: `method`, `step`, the number of `tokens` for
+    which scores were computed, validation `nll` `before` and `after`, and the list `layers` with
     `load` on these tokens, `load_entropy` and `load_entropy_after` in validation, and `clusters`.
     Raises `UserError` if the model, data or number of experts is not supported.
     """
@@ -65,7 +65,7 @@ def prune(
         nll = {"before": before.nll, "after": after.nll}
         report = {"method": method, "step": model.step, "tokens": moments.tokens}
         report |= {"nll": nll, "layers": layers}
-        # The mesh of the run may not divide D.
+        # The mesh is reset, because the mesh of the run may not divide the new number of experts.
         config = dataclasses.replace(_pruned(source_config(workdir), n_experts), mesh=MeshConfig())
         write_result(directory, workdir, model.step, config, parameters_of(params)[1])
         counts = f"{model.config.experts.n_experts} experts of a layer became {n_experts}"

@@ -1,7 +1,7 @@
-"""Finds neurons of a router's experts that score a token like the router.
+"""Finds neurons of a router MoE's experts whose activations predict the router's choices.
 
 L layers, T tokens, n experts, d model width, f expert width. A neuron of an expert is a column of
-w_gate and w_up and a row of w_down, so the order of neurons leaves its function unchanged.
+w_gate and w_up and a row of w_down, so an expert's function does not depend on their order.
 """
 
 from functools import partial
@@ -12,7 +12,7 @@ import numpy as np
 
 from aoe_jax.moe.scoring import SCORE_OF_CODE, scores_of_all
 
-# Name of a score -> (score without neurons, function (score, activation of a neuron) -> score).
+# Name of a score -> (score of no neurons, function that adds one neuron's activation to a score).
 _GROWING = {
     "norm": (0.0, lambda score, gate: jnp.sqrt(score * score + gate * gate)),
     "max": (-jnp.inf, jnp.maximum),
@@ -21,13 +21,13 @@ _GROWING = {
 
 @partial(jax.jit, static_argnames=("count", "score"))
 def telling_neurons(x, logits, chosen, w_gate, count, score):
-    """Chooses the neurons of each expert whose score predicts the router's choices best.
+    """Chooses `count` neurons per expert so that their scores predict the router's choices best.
 
-    The experts take one neuron each in turn, until each has `count`. An expert's first neuron is
+    One neuron is added to each expert in turn, until each has `count`. An expert's first neuron is
     the one whose score correlates best with the expert's logit, centred over experts. Each further
     neuron is the one that most increases the log-likelihood of the router's choices under a softmax
     over the experts' scores, `sum_ti chosen_ti log softmax(scores_t)_i`, which compares scores
-    across experts. Memory holds all gate pre-activations, `[n, T, f]` float32.
+    across experts. All gate pre-activations, `[n, T, f]` float32, are in memory at once.
 
     `x [T, d]`, `logits [T, n]` and `chosen [T, n]` are the router's inputs, logits and choices in a
     layer, and `w_gate` is `[n, d, f]`. `score` is "norm" or "max", and `count` at most f. Returns
@@ -65,16 +65,16 @@ def telling_neurons(x, logits, chosen, w_gate, count, score):
 
 
 def in_front(neurons, width):
-    """The order of an expert's neurons with `neurons [count]` in front: `[width]`."""
+    """Returns the order `[width]` of an expert's neurons that begins with `neurons [count]`."""
     return np.concatenate([neurons, np.setdiff1d(np.arange(width), neurons)])
 
 
 def agreement(observed, w_score, score):
-    """The share of the router's experts that scores with `w_score [L, n, d, r]` choose too.
+    """Computes the share of the router's choices that would also be made by scores of neurons.
 
-    `observed` has `logits [L, T, n]`, `chosen [L, T, n]` and `x [L, T, d]` of a model with a
-    router. `score` is a name of `SCORE_OF_CODE`; a token takes as many experts as with the router.
-    Returns `(shares [L], share of a random choice)`.
+    `observed` has `logits [L, T, n]`, `chosen [L, T, n]` and `x [L, T, d]` of a router MoE. The
+    score `score` of `SCORE_OF_CODE` is computed from `w_score [L, n, d, r]`. A token gets as many
+    experts as with the router. Returns `(shares [L], expected share of a random choice)`.
     """
     _, chosen, x = observed
     of_layers = [

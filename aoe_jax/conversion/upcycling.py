@@ -3,22 +3,23 @@ layer (Sparse Upcycling, arXiv 2212.05055; fine-grained experts: arXiv 2410.0752
 
 N experts, granularity G, C = N / G copies, K experts per token, f width of the dense layer.
 
-**Experts.** The f neurons of a layer are divided among G pieces of f / G neurons, and each piece is
-copied C times: expert `c G + g` is copy c of piece g. The dense layer is the sum of the pieces, but
-a token gets a weighted mean, so `w_down` is multiplied by G (the second paper scales all matrices).
+**Experts.** The f neurons of a layer are divided into G pieces of f / G neurons, and each piece is
+copied C times: expert `c G + g` is copy c of piece g. A dense layer computes the sum of the pieces,
+an MoE layer a weighted mean, so `w_down` is multiplied by G (the second paper scales all matrices).
 
-**Router of an MoE.** Each copy has a random column with variance 1 / d, which its G experts share:
-a virtual group of the second paper. As G divides K, a token chooses whole copies.
+**Router of an MoE.** The G experts of a copy have the same random column with variance 1 / d (a
+virtual group of the second paper). As G divides K, a token is routed to all of them or to none.
 
-**Scores of an AoE.** Gates are whole, and the first S neurons of an expert score. Neurons are
-ranked by the norm of their gate column and assigned to the pieces in turn; the first C S neurons of
-a piece are assigned to its copies in turn. So scoring neurons have similar norms in all experts,
-and no two experts share one. With G > 1 the chosen pieces need not make up a copy.
+**Scores of an AoE.** Gates are not factorised, and the score of an expert is computed from its
+first S neurons. Neurons are sorted by the norm of their gate column and assigned to the pieces in
+turn. The first C S neurons of a piece are its scoring neurons, and are assigned to its copies in
+turn. So scoring neurons have similar norms in all experts, and no two experts have the same one.
+With G > 1, the experts that a token is routed to need not be all pieces of a copy.
 
-**Noise.** Every matrix of every expert gets Gaussian noise, whose standard deviation is a share of
-the matrix's own; the noise of `w_down` is multiplied by G, too.
+**Noise.** Gaussian noise is added to every matrix of every expert. Its standard deviation is
+`noise` times that of the dense matrix; the noise of `w_down` is multiplied by G, too.
 
-Without noise, the outputs of the MoE, and of the AoE with G = 1, are exactly the dense model's.
+Without noise, the MoE, and the AoE with G = 1, compute exactly the outputs of the dense model.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ _NEURONS = {"w_gate": 1, "w_up": 1, "w_down": 0}  # the axis of neurons in a den
 
 @dataclasses.dataclass(frozen=True)
 class Upcycling:
-    """The form of the result; see the module."""
+    """Settings of upcycling, explained in the module's docstring."""
 
     kind: str  # moe | aoe
     n_experts: int
@@ -57,8 +58,8 @@ class Upcycling:
     seed: int = 0  # for the router and the noise
 
     def config(self, dense: Config) -> Config:
-        """The configuration of the result, with the default balance losses. Raises `UserError` if
-        the model is not dense, or a setting does not fit it or another setting.
+        """Returns the configuration of the result, with the default balance losses. Raises
+        `UserError` if the model is not dense, or a setting does not fit the model or the others.
         """
         width, kind = dense.experts.d_ffn, dense.experts.kind
         require(kind == "dense", "experts.kind", kind, "only a dense model can be upcycled")
@@ -87,8 +88,8 @@ class Upcycling:
         )
 
     def experts(self, layer: int, dense: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The parameters of a layer of experts by name, in the dtypes of the `dense` ones, which
-        are `w_gate [d, f]`, `w_up [d, f]` and `w_down [f, d]`. Noise and router depend on `layer`.
+        """Returns the parameters of a layer of experts by name, in the dtypes of `dense`, which has
+        `w_gate [d, f]`, `w_up [d, f]` and `w_down [f, d]`. `layer` seeds the noise and the router.
         """
         order = self._order(dense["w_gate"])
         found = {}
@@ -110,7 +111,7 @@ class Upcycling:
         return found
 
     def _order(self, w_gate):
-        """The neurons of each expert, `[N, f / G]`."""
+        """Returns the indices of the dense neurons of each expert, `[N, f / G]`."""
         n_copies, g = self.n_experts // self.granularity, self.granularity
         ranked = np.argsort(-np.square(w_gate.astype(np.float32)).sum(axis=0), kind="stable")
         in_pieces = [ranked[piece::g] for piece in range(g)]
@@ -127,12 +128,12 @@ def upcycle(
     n_tokens: int = 8192,
     mesh: str | None = None,
 ):
-    """Writes the upcycled model to `output`, which appears only once it is complete.
+    """Writes the upcycled model to `output`, which does not exist before all files are complete.
 
-    `checkpoint` is a model, or the workdir of a run, whose newest step is taken. Parameters keep
-    their dtypes. Returns the content of `convert.json` in `output`: the fields of `form`, and, if
-    `data` is given or the model is from a run, `nll` on `n_tokens` tokens of each validation split,
-    `before` and `after`. Raises `UserError` if something cannot be read or a number does not fit.
+    `checkpoint` is the directory of a model or of a run, whose newest checkpoint is loaded. Dtypes
+    do not change. Returns the content of `convert.json` in `output`: the fields of `form`, and, if
+    `data` is given or the model is from a run, `nll` `before` and `after`, on `n_tokens` tokens of
+    each validation split. Raises `UserError` if a file cannot be read or `form` does not fit.
     """
     config = form.config(source_config(checkpoint))
     is_measured = is_of_run(checkpoint) or data is not None
@@ -162,7 +163,7 @@ def upcycle_summary(report):
 
 
 def _upcycled(read, form):
-    """A function for `write_model`; it holds the experts of one layer."""
+    """Returns a function for `write_model`; it caches the experts of one layer."""
 
     @functools.lru_cache(maxsize=1)
     def experts(layer):

@@ -1,1 +1,1 @@
-"""Uses trained models: loads them, scores splits, texts and tasks, generates, probes routers."""
+"""Loads trained models, evaluates them on splits, texts and tasks, and generates text."""

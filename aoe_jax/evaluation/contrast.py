@@ -1,18 +1,18 @@
-"""Self-contrast: a model against itself with badly chosen experts (SCMoE, arXiv 2405.14507).
+"""Self-contrast: decodes from the difference of two passes of one model (SCMoE, arXiv 2405.14507).
 
-Nothing is trained. Two passes, each with a cache of its own, read the same text:
+It needs no training. Both passes process the same text, each with its own key-value cache:
 
-    strong   the model as it is, or with another K
-    weak     each token goes only to its expert of rank k, with weight 1, in all layers
+    strong   the unchanged model, or the model with another number K of experts per token
+    weak     in all layers, each token is routed only to its expert of rank k, with weight 1
 
     z = (1 + beta) z_strong - beta z_weak   where z_strong >= log(alpha) + max z_strong, else -inf
 
-The next token is the likeliest by z, or drawn from softmax(z). The published settings are alpha =
-0.1, k = 2, and beta searched in 0.1, 0.3, ... 0.9 for each task.
+The next token has the largest z, or is drawn from softmax(z). The published settings are alpha =
+0.1, k = 2, and for each task the best beta of 0.1, 0.3, ... 0.9.
 
-Our choices: experts are ranked by the model's own scores (router logits or AoE's norms, with the
-bias of loss-free balancing), and temperature, top-k and top-p apply to z. Ranks count from 1 here
-and on the command line, as in the paper, but from 0 in `config.routing.ranks`.
+This implementation ranks experts by the model's own scores (router logits or AoE's norms, plus the
+bias of loss-free balancing), and applies temperature, top-k and top-p to z. Ranks start at 1 in
+this module and on the command line, as in the paper, but at 0 in `config.routing.ranks`.
 """
 
 import dataclasses
@@ -29,15 +29,15 @@ from aoe_jax.model.decoder import Decoder
 class Contrast:
     """Settings of self-contrast."""
 
-    beta: float  # 0: the strong pass alone
-    alpha: float = 0.1  # the least probability of a token, relative to the likeliest; 0 to 1
-    strong_k: int | None = None  # experts per token of the strong pass; None: the model's choice
-    weak_rank: int = 2  # rank of the expert of the weak pass; 1 has the highest score
+    beta: float  # weight of the difference of the logits; 0: the weak pass has no effect
+    alpha: float = 0.1  # minimum probability of a token / largest probability; 0 to 1
+    strong_k: int | None = None  # experts per token in the strong pass; None: unchanged
+    weak_rank: int = 2  # rank of the only expert in the weak pass; 1: the highest score
 
 
 def strong_and_weak(decoder: Decoder, contrast: Contrast):
-    """The decoders of the two passes; both take the parameters of `decoder`. Raises `UserError` if
-    the selection has no ranks, there are too few experts, or K is set for a selection without K.
+    """Returns the decoders of the two passes; both use the parameters of `decoder`. Raises
+    `UserError` if the model is no AoE or router MoE with top-k or top-p, or K or ranks do not fit.
     """
     experts, k, rank = decoder.experts, contrast.strong_k, contrast.weak_rank
     wanted = "--contrast needs ranks of experts; use a model of kind aoe or router"
@@ -57,7 +57,7 @@ def strong_and_weak(decoder: Decoder, contrast: Contrast):
 
 
 def contrasted(strong, weak, contrast: Contrast):
-    """The logits z `[..., V]` float32 of strong and weak logits; -inf for excluded tokens."""
+    """Computes z `[..., V]` float32 from the logits of both passes; excluded tokens get -inf."""
     lowest = strong.max(axis=-1, keepdims=True) + jnp.log(contrast.alpha)
-    # This form with a difference leaves logits that are equal in both passes exactly unchanged.
+    # The difference is computed first, so that equal logits of both passes stay exactly unchanged.
     return jnp.where(strong >= lowest, strong + contrast.beta * (strong - weak), -jnp.inf)

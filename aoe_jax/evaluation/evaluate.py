@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 
 def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data=None):
-    """Scores a checkpoint on a held-out split: prints a table, writes `eval.json` and `load.png`.
+    """Evaluates a checkpoint on a split; prints a table, writes `eval.json` and `load.png`.
 
     The arguments are the flags of `eval.py`. Returns the content of `eval.json`: `split`, `data`
     (None: the run's corpora), `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte`,
-    `load_statistics` (None for a dense model) and `sources`, the scores of each of several corpora.
-    Raises `UserError` if something cannot be read, `DivergedError` if a number is not finite.
+    `load_statistics` (None for a dense model) and `sources` (results of each of several corpora).
+    Raises `UserError` if a file cannot be read, `DivergedError` if weights or nll are not finite.
     """
     model = load_model(workdir, step, mesh)
     log_run(model.config)
@@ -40,11 +40,11 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
 
 
 def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **settings):
-    """Scores a text file or the prompts of a task, with load statistics. Attention does not cross
-    between texts, and the ends of texts count as tokens. The arguments are the flags of `eval.py`.
+    """Evaluates a checkpoint on a text file or on the prompts of a task. No text attends to another
+    text, and end-of-text tokens are scored too. The arguments are the flags of `eval.py`.
 
-    Writes `text.json` and, for models with experts, `text.png`. The result is that of
-    `evaluate_workdir`, with `text` (the name) and `texts` (how many) instead of `split` and `data`.
+    Writes `text.json` and, for models with experts, `text.png`. Returns what `evaluate_workdir`
+    returns, but `text` and `texts` (the number of texts) replace `split` and `data`.
     """
     if text.startswith("task:"):
         from aoe_jax.evaluation.tasks import load_tasks, prompts
@@ -93,7 +93,7 @@ def _scores(result):
 
 
 class TextTokens:
-    """Texts as a split of a token store, in memory: `EOT text1 EOT text2 ... EOT`."""
+    """The tokens `EOT text1 EOT text2 ... EOT` in memory, with the methods of a token store."""
 
     def __init__(self, texts, tokenizer):
         """Tokenises the texts."""
@@ -111,7 +111,7 @@ class TextTokens:
         return len(self._tokens)
 
     def read(self, start, stop):
-        """Tokens `[start, stop)`, int32."""
+        """Returns the tokens `[start, stop)`, int32."""
         return self._tokens[start:stop]
 
 

@@ -1,6 +1,6 @@
-"""Generates text: the model reads prompts in one pass, then draws tokens in a compiled loop.
+"""Generates text: processes the prompts in one pass, then draws tokens in a compiled loop.
 
-B sequences, V vocabulary, N tokens of a chunk.
+B sequences, V vocabulary size, N tokens of a chunk.
 """
 
 import math
@@ -20,16 +20,16 @@ from aoe_jax.evaluation.models import Model, multiple
 from aoe_jax.model.decoding import Cache, check_decodes, extend, output_logits, prefill
 from aoe_jax.sharding import replicated, spec_of
 
-LENGTH_MULTIPLE = 64  # prompts and caches are padded to it, so that few shapes are compiled
+LENGTH_MULTIPLE = 64  # prompts and caches are padded to a multiple of it, to compile few shapes
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of the draw of the next token."""
+    """Settings for drawing the next token."""
 
-    temperature: float = 1.0  # temperature of the softmax; 0: the likeliest token
-    top_k: int | None = None  # draw among this many likeliest tokens
-    top_p: float | None = None  # draw among the fewest that reach this probability (1904.09751)
+    temperature: float = 1.0  # divides the logits; 0: always the likeliest token
+    top_k: int | None = None  # draw only among the k likeliest tokens; None: all
+    top_p: float | None = None  # nucleus sampling with this probability mass (1904.09751)
 
 
 def draw(logits, keys, sampling: Sampling):
@@ -47,16 +47,16 @@ def draw(logits, keys, sampling: Sampling):
 
 
 class _State(NamedTuple):
-    logits: jax.Array  # [B, V] float32, of the next token
-    caches: tuple[Cache, ...]  # one for each decoder, all of equal lengths
-    keys: jax.Array  # [B], for the draws of each sequence
+    logits: jax.Array  # [B, V] float32, the logits of the next token
+    caches: tuple[Cache, ...]  # one for each decoder; all have equal lengths
+    keys: jax.Array  # [B], one random key for each sequence
 
 
 class Generator:
-    """Continues texts."""
+    """Continues prompts with tokens that a model generates."""
 
     def __init__(self, model: Model, contrast: Contrast | None = None):
-        """Raises `UserError` if the model cannot be decoded token by token, or contrasted."""
+        """Raises `UserError` if the model does not support incremental decoding or `contrast`."""
         check_decodes(model.decoder)
         self._model = model
         decoders = (model.decoder,)
@@ -71,7 +71,7 @@ class Generator:
         )
 
     def generate(self, prompts, max_tokens, **settings) -> list[list[int]]:
-        """The whole continuations of prompts; the arguments are those of `stream`."""
+        """Returns the complete continuations of prompts; the arguments are those of `stream`."""
         so_far = [[[] for _ in prompts], *self.stream(prompts, max_tokens, **settings)]
         return so_far[-1]
 
@@ -84,12 +84,12 @@ class Generator:
         chunk: int = 16,
         is_done: Callable[[list[int]], bool] | None = None,
     ) -> Iterator[list[list[int]]]:
-        """Continues prompts, lists of token ids, as one batch; yields the tokens of each so far.
+        """Continues a batch of lists of token ids; yields the tokens of each text so far.
 
-        A continuation ends before one of `Model.ends`, after `max_tokens`, or where
-        `is_done(continuation so far)` is true after a `chunk` of tokens. Draws depend on the seed,
-        the prompt and its place among the prompts, not on the other prompts. Raises `UserError` if
-        a prompt is empty, or it and its tokens exceed the model's length.
+        A continuation ends before a token of `Model.ends`, after `max_tokens` tokens, or after a
+        chunk for which `is_done(continuation so far)` is true. Draws depend on the seed, the prompt
+        and its index in `prompts`, but not on the other prompts. Raises `UserError` if a prompt is
+        empty, or if a prompt and `max_tokens` together exceed `model.max_len`.
         """
         if not prompts:
             return
@@ -103,7 +103,7 @@ class Generator:
             if not prompt:
                 wanted = f"begin a text with the token {self._model.start}"
                 raise UserError(f"prompt {number} is empty; {wanted}")
-        # Rows are added so that few shapes are compiled, and the mesh divides the batch.
+        # Padding rows keep the number of compiled shapes small and make the mesh divide the batch.
         n_rows = 2 ** math.ceil(math.log2(len(prompts)))
         n_rows = multiple(n_rows, self._model.batch_shards)
         lengths, left = np.ones(n_rows, np.int32), np.zeros(n_rows, np.int32)
@@ -135,7 +135,7 @@ class Generator:
 
 
 def _begin(decoders, contrast, params, routing_state, tokens, lengths, rows, key, places):
-    """Returns the state after the prompts, see `decoding.prefill`; each row has its own key."""
+    """Fills the caches with the prompts and returns the state; each row gets its own key."""
     results = [prefill(d, params, routing_state, tokens, lengths, places) for d in decoders]
     logits, caches = zip(*results, strict=True)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
@@ -143,10 +143,10 @@ def _begin(decoders, contrast, params, routing_state, tokens, lengths, rows, key
 
 
 def next_logits(decoders, contrast, params, routing_state, token, caches):
-    """Reads a token of each sequence with one decoder, or with those of `strong_and_weak`.
+    """Processes one token of each sequence with one decoder, or with the two of `strong_and_weak`.
 
-    `params` is the result of `decoding.unstacked`, `token` is `[B]` int32, and every cache has a
-    free place. Returns logits `[B, V]` float32 of the next token, and the caches with this token.
+    `params` is the result of `decoding.unstacked`, `token` is `[B]` int32, and no cache is full.
+    Returns the logits `[B, V]` float32 of the next token, and the caches extended by `token`.
     """
     results = [
         extend(decoder, params, routing_state, token[:, None], cache)
@@ -161,9 +161,8 @@ def _joined(logits, contrast):
 
 
 def _decode(decoders, contrast, ends, params, routing_state, left, state, sampling, n_tokens):
-    """Draws up to N tokens; returns `(tokens [B, N] int32, -1 after the end, left, state)`.
-
-    `left [B]` int32 is the number of tokens that each sequence may still get.
+    """Draws up to N tokens per sequence. Returns `tokens [B, N]` int32, which are -1 after the end,
+    `left [B]` int32, the number of tokens that each sequence may still get, and the state.
     """
 
     def is_needed(carry):
@@ -187,13 +186,13 @@ def _decode(decoders, contrast, ends, params, routing_state, left, state, sampli
 
 
 def continuations(model: Model, prompts, max_tokens, contrast=None, **settings):
-    """Yields the continuation of each prompt so far, without an incomplete character at the end.
+    """After each chunk, yields the continuations so far as texts, without incomplete characters.
 
-    `model` and `contrast` are those of `Generator`, the other arguments those of its `stream`.
+    `model` and `contrast` are passed to `Generator`, and the other arguments to its `stream`.
     """
     tokenizer = model.tokenizer
     rows = [[model.start, *tokens.tolist()] for tokens in tokenizer.encode(prompts)]
-    # Some tokenizers drop the blank before the first word, so the prompt is decoded too.
+    # Prompt and continuation are decoded together, because some tokenizers drop a leading blank.
     heads = [tokenizer.decode(row) for row in rows]
     for so_far in Generator(model, contrast).stream(rows, max_tokens, **settings):
         texts = (tokenizer.decode(row + tokens) for row, tokens in zip(rows, so_far, strict=True))

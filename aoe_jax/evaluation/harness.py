@@ -1,6 +1,6 @@
-"""A model for EleutherAI's lm-eval; needs the package `lm-eval`, and no torch.
+"""Adapts a model to EleutherAI's lm-eval. This needs the package `lm-eval`, but not torch.
 
-Texts become tokens by the rules of lm-eval's `hf` backend, so that log-likelihoods are the same.
+The tokenisation follows lm-eval's `hf` backend, so that both compute the same log-likelihoods.
 """
 
 import jax
@@ -13,15 +13,15 @@ from aoe_jax.errors import UserError
 from aoe_jax.evaluation.generation import Generator, Sampling
 from aoe_jax.evaluation.log_likelihoods import Scorer
 
-GENERATED_TOGETHER = 16  # prompts of a batch
-_CHUNK = 16  # tokens that are generated between two searches for ends of texts
+GENERATED_TOGETHER = 16  # prompts per batch
+_CHUNK = 16  # tokens generated between two searches for the `until` strings
 
 
 class HarnessModel(TemplateLM):
-    """lm-eval's interface to a model; every process gets all requests and returns all results."""
+    """Implements lm-eval's model class; every process gets all requests and returns all results."""
 
     def __init__(self, model):
-        """Raises `UserError` as `Scorer` does."""
+        """Raises `UserError` if the model cannot score a text by itself."""
         super().__init__()
         self._model, self._tokenizer = model, model.tokenizer
         self._scorer, self._generator = Scorer(model), None
@@ -39,7 +39,7 @@ class HarnessModel(TemplateLM):
         return self._model.config.model.max_len
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
-        """The tokens of a text; the tokenizer's special tokens come first, unless switched off."""
+        """Tokenises a text and puts `Model.prefix` first, unless `add_special_tokens` is False."""
         (tokens,) = self._tokenizer.encode([string])
         prefix = [] if add_special_tokens is False else self._model.prefix
         return [*prefix, *tokens.tolist()]
@@ -48,7 +48,7 @@ class HarnessModel(TemplateLM):
         context_tokens, tokens = super()._encode_pair(context, continuation)
         if tokens or not continuation:
             return context_tokens, tokens
-        # The context's last token contains the whole continuation, so each is encoded alone.
+        # The continuation adds no token to the context's tokens, so it is encoded alone.
         return context_tokens, self.tok_encode(continuation, add_special_tokens=False)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
@@ -56,7 +56,7 @@ class HarnessModel(TemplateLM):
         return self._scorer(pairs)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        windows = []  # for each text, pairs (context, continuation) that cover its tokens once
+        windows = []  # for each text, (context, continuation) pairs that score each token once
         for request in requests:
             tokens, settings = self.tok_encode(*request.args), (self.max_length, 1)
             rolling = get_rolling_token_windows(tokens, self.prefix_token_id, *settings)
@@ -66,10 +66,10 @@ class HarnessModel(TemplateLM):
         return [sum(next(scores)[0] for _ in of_text) for of_text in windows]
 
     def generate_until(self, requests, disable_tqdm=False):
-        """The continuation of each context, which ends before one of its `until` strings.
+        """Returns the continuation of each context, cut before the first of its `until` strings.
 
-        A context that is too long loses its first tokens. Draws are the same in every run. Raises
-        `UserError` if a task asks for more tokens than the model takes, or for unknown settings.
+        The first tokens of a context that is too long are dropped. Draws are the same in every run.
+        Raises `UserError` if a task wants `model.max_len` tokens or more, or has unknown settings.
         """
         arguments = [request.args for request in requests]
         ordered = Collator(
@@ -97,7 +97,7 @@ class HarnessModel(TemplateLM):
         kept = self.max_length - max_tokens
         sampling = Sampling(temperature, **top) if do_sample and temperature else Sampling(0.0)
         until = [text for text in until if text]
-        longest = max((len(end.encode()) for end in until), default=0)  # at most so many tokens
+        longest = max((len(end.encode()) for end in until), default=0)  # bytes >= number of tokens
 
         def is_done(tokens):
             text = self._tokenizer.decode(tokens[-_CHUNK - longest :])

@@ -1,6 +1,6 @@
-"""Load of the experts as JSON, a table and a picture like the paper's Fig. 3.
+"""Reports the load of experts as JSON values, a table, and a picture like the paper's Fig. 3.
 
-L layers, n experts. `load` is `LayerStats.load`: shares of the tokens.
+L layers, n experts. `load` is `LayerStats.load`, the share of tokens routed to each expert.
 """
 
 import numpy as np
@@ -9,16 +9,16 @@ from tabulate import tabulate
 from aoe_jax.moe.load_balance import LayerStats
 from aoe_jax.training.load_statistics import layer_statistics, load_spread
 
-MAX_NUMBERS = 16  # a picture of more experts has colours without numbers
+MAX_NUMBERS = 16  # with more experts, a picture shows colours but no numbers
 
 
 def load_statistics(stats: LayerStats):
-    """The statistics of all layers as JSON values; `stats` are stacked over layers.
+    """Returns the load statistics of all layers as JSON values; `stats` are stacked over layers.
 
-    Returns a dictionary: `load` `[L][n]`, `load_entropy` and `confidence_entropy` `[L]` in nats,
-    `mean_score` `[L][n]` (norms or logits), and over all layers `load_spread`, `experts_per_token`
-    and `dead_experts` (chosen by no token). Where methods have them, also `dropped_share` `[L]`
-    (of the choices) and `live_experts` `[L]`.
+    The dictionary has `load` `[L][n]`, `load_entropy` and `confidence_entropy` `[L]` in nats,
+    `mean_score` `[L][n]` (norms or logits), and for all layers together `load_spread`,
+    `experts_per_token` and `dead_experts` (chosen by no token). If the method computes them, it
+    also has `dropped_share` `[L]` (the share of choices that are dropped) and `live_experts` `[L]`.
     """
     load, live = np.asarray(stats.load), stats.live
     of_layers = layer_statistics(load, live)
@@ -55,12 +55,12 @@ def load_table(statistics):
 def _share(statistics):
     """`[L, n]`, each expert's share of its layer's load."""
     load = np.array(statistics["load"])
-    return load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9)  # a layer may be inactive
+    return load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9)  # inactive layers: load 0
 
 
 def draw_loads(panels, width=None):
-    """A matplotlib `Figure` of the shares of load with both entropies at the right, like the
-    paper's Fig. 3. `panels` are statistics by title. Up to 16 experts have numbers in percent.
+    """Draws load shares, with both entropies at the right, like the paper's Fig. 3. Returns a
+    matplotlib `Figure`. `panels` maps titles to results of `load_statistics`.
     """
     from matplotlib.figure import Figure
 

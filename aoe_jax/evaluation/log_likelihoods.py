@@ -1,4 +1,4 @@
-"""Log-likelihoods of token sequences after their contexts, batched by length, on any mesh.
+"""Computes log-likelihoods of continuations of contexts, batched by length, on any mesh.
 
 B rows of a batch, S positions, C contexts of a batch, N continuations of each, P positions of
 contexts.
@@ -22,21 +22,21 @@ from aoe_jax.model.loss import target_log_probs
 from aoe_jax.model.vocabulary import on_each_token
 from aoe_jax.sharding import batch_sharding, put_batch, replicated
 
-BATCH_TOKENS = 8192
-SHORTEST = 16  # minimum positions of a batch
-SHORTEST_SHARED = 32  # a longer context is read once for all of its continuations
+BATCH_TOKENS = 8192  # approximate number of tokens in a batch
+SHORTEST = 16  # minimum number of positions in a batch
+SHORTEST_SHARED = 32  # tokens; a longer context is processed once for all of its continuations
 
 
 class Scorer:
-    """Scores continuations of contexts; keeps the compiled programs, one for each shape."""
+    """Computes log-likelihoods of continuations; keeps one compiled program for each shape."""
 
     def __init__(self, model: Model, batch_tokens=BATCH_TOKENS):
-        """`batch_tokens` is the approximate size of a batch. Raises as `check_decodes` does."""
+        """Raises `UserError` if scores of a text depend on padding, other texts or later tokens."""
         check_decodes(model.decoder, by_token=False)
         self._model, self._batch_tokens = model, batch_tokens
         causality = model.decoder.routing.causality(model.decoder.experts)
         self._shares_contexts = not causality.no_decoding
-        # With aux_tokens=1, a text's length need not give every device an equal share of tokens.
+        # aux_tokens=1 allows text lengths that do not divide evenly among the devices.
         balance = dataclasses.replace(model.decoder.balance, aux_tokens=1.0)
         decoder = model.decoder.clone(balance=balance)
         compiled = partial(jax.jit, out_shardings=replicated(model.mesh))
@@ -46,11 +46,11 @@ class Scorer:
     def __call__(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]):
         """Scores pairs of token ids `(context, continuation)`; a context has at least one token.
 
-        A text that exceeds the model's length loses its first tokens. A long context of several
-        requests is read once, if the model can be decoded token by token.
+        The first tokens of a text that exceeds `model.max_len` are dropped. A long context that
+        several requests share is processed once, if the model supports incremental decoding.
 
-        Returns `(log-likelihood in nats, whether greedy decoding would give the continuation)` of
-        each pair. Raises `UserError` if a continuation alone exceeds the model's length, or a
+        Returns `(log-likelihood in nats, whether greedy decoding generates the continuation)` for
+        each pair. Raises `UserError` if a continuation alone exceeds `model.max_len`, or a
         log-likelihood is not finite.
         """
         max_len, texts, results = self._model.config.model.max_len, [], {}
@@ -71,7 +71,7 @@ class Scorer:
         by_context = {}
         for number, (context, _) in enumerate(texts):
             by_context.setdefault(context, []).append(number)
-        # (N, S) -> [(context length, numbers of texts)]; (1, 0) -> [(text length, [number])].
+        # (N, S) -> [(context length, its texts' indices)]; (1, 0) -> [(text length, [its index])].
         groups = {(1, 0): []}
         for context, numbers in by_context.items():
             lengths = [len(texts[number][1]) for number in numbers]
@@ -91,18 +91,18 @@ class Scorer:
                 yield numbers, self._run(program, params, arrays)[: len(numbers)]
 
     def _batches(self, groups, n, end):
-        """Yields `(numbers, padded length, rows)`, longest first; at most two `rows` per length."""
+        """Yields `(indices of texts, padded length, rows)`, the longest texts first."""
         groups = sorted(groups, key=lambda group: group[0], reverse=True)
         while groups:
             padded = self._rounded(groups[0][0])
             rows = max(1, self._batch_tokens // (n * (padded + end)))
-            rows = min(rows, 2 ** math.ceil(math.log2(len(groups))))  # the last batch has fewer
+            rows = min(rows, 2 ** math.ceil(math.log2(len(groups))))  # fewer rows at the end
             rows = multiple(rows, self._model.batch_shards)
             yield [number for _, numbers in groups[:rows] for number in numbers], padded, rows
             groups = groups[rows:]
 
     def _rounded(self, length):
-        """Rounds a length up to 16, 32, 48, 64, 96, 128, ... or the model's own."""
+        """Rounds a length up to 16, 32, 48, 64, 96, 128, ..., but at most to `model.max_len`."""
         power = 2 ** math.ceil(math.log2(max(length, SHORTEST)))
         padded = power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power
         padded = min(padded, self._model.config.model.max_len)
@@ -133,7 +133,7 @@ def _texts_arrays(texts, rows, length):
 
 
 def _batch_arrays(texts, n_contexts, n, length, end):
-    """The batch for `_score_choices`, N texts per context, or for `_score_texts` if `end` is 0."""
+    """Makes the batch of `_score_texts` if `end` is 0, else of `_score_choices` (N per context)."""
     if not end:
         return _texts_arrays(texts, n_contexts, length)
     contexts, known = np.zeros((n_contexts, length), np.int32), np.zeros((n_contexts, length), bool)
@@ -146,10 +146,10 @@ def _batch_arrays(texts, n_contexts, n, length, end):
 
 
 def _score_texts(decoder, params, routing_state, batch):
-    """Scores targets of whole texts: `(log-likelihood float32, greedy bool)`, `[B]`.
+    """Computes `(log-likelihood float32, is greedy bool)`, both `[B]`, of targets of whole texts.
 
-    A batch has `inputs` and `targets` `[B, S]` int32, and `[B, S]` bool `real`, false for padding
-    of inputs, and `wanted`, true for targets to score.
+    `batch` has `inputs` and `targets` `[B, S]` int32, `real` `[B, S]` bool, which is false for
+    padding in `inputs`, and `wanted` `[B, S]` bool, which is true for targets to score.
     """
     real = batch["real"].astype(jnp.float32)
     hidden, _ = decoder.apply(
@@ -159,10 +159,10 @@ def _score_texts(decoder, params, routing_state, batch):
 
 
 def _score_choices(decoder, params, routing_state, batch):
-    """Reads contexts once, then scores each of their continuations as `_score_texts` does, `[C N]`.
+    """Processes each context once, then computes the results of `_score_texts`, here `[C N]`.
 
-    A batch has `contexts [C, P]` int32 without their last tokens, `known [C, P]` bool, false for
-    padding, and `inputs`, `targets` and `wanted` `[C N, S]` from the last token of a context on.
+    `batch` has `contexts [C, P]` int32 without their last tokens, `known [C, P]` bool (false for
+    padding), and `inputs`, `targets` and `wanted` `[C N, S]`, which begin with these last tokens.
     """
     n_contexts, length = batch["contexts"].shape
     n_rows, end = batch["inputs"].shape

@@ -1,4 +1,4 @@
-"""A trained model, ready for use."""
+"""Loads trained models with their tokenizers, and opens the corpora to evaluate them on."""
 
 import contextlib
 import dataclasses
@@ -42,15 +42,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Model:
-    """A model on the devices of all processes of this run."""
+    """A trained model with its tokenizer, on the devices of all processes."""
 
-    config: Config  # its mesh is that of `mesh`
+    config: Config  # `config.mesh` has the sizes of `mesh`
     decoder: Decoder
     mesh: Mesh
-    params: dict  # of the decoder, stacked over layers; float32, or the dtype of a model's files
-    routing_state: dict[str, jax.Array]  # of the selection method, [L, ...] by name
+    params: dict  # stacked over layers; float32 from a run, else in the dtype of the model's files
+    routing_state: dict[str, jax.Array]  # arrays [L, ...] of the selection method by name
     tokenizer: Tokenizer
-    start: int  # the token before the first one of a text
+    start: int  # the token in front of every text
     ends: list[int]  # the tokens that end a generated text
     prefix: list[int]  # tokens that the hub's tokenizer puts before every text
     step: int | None  # training step; None: unknown
@@ -62,23 +62,23 @@ class Model:
 
     @property
     def batch_size(self):
-        """Sequences per batch, as in a micro-batch of training."""
+        """Sequences per batch: the size of a micro-batch of `config`."""
         return self.config.train.batch_size // self.config.train.accumulate
 
     def put(self, batch):
-        """Puts windows of a corpus on the devices, with `start` in place of end-of-text tokens."""
+        """Puts a batch on the devices; in its `inputs`, `start` replaces end-of-text tokens."""
         is_end = batch["inputs"] == self.tokenizer.end_of_text
         inputs = np.where(is_end, np.int32(self.start), batch["inputs"])
         return sharding.put_batch(sharding.batch_sharding(self.mesh), batch | {"inputs": inputs})
 
     def eval_step(self, document_mask: bool):
-        """Returns a function of a batch on the devices, `compile_eval_step` with the parameters."""
+        """Returns a compiled function that evaluates the model on a batch from `put`."""
         step = compile_eval_step(self.decoder, document_mask, self.mesh)
         return partial(step, self.params, self.routing_state)
 
     @functools.cached_property
     def by_layer(self):
-        """A copy of the parameters for decoding with a cache, `decoding.unstacked`."""
+        """A copy of the parameters for decoding with a cache, made by `decoding.unstacked`."""
         with jax.set_mesh(self.mesh):
             return unstacked(self.decoder, self.params, self.mesh)
 
@@ -89,7 +89,7 @@ def multiple(number, divisor):
 
 
 def source_config(directory: Path) -> Config:
-    """The configuration of a training run or of a model, not fitted to the devices here."""
+    """Reads the configuration of a run or of a model; its mesh may not fit this machine."""
     if loading.is_model(directory):
         return loading.read_config(directory)
     path = directory / "config.json"
@@ -100,11 +100,11 @@ def source_config(directory: Path) -> Config:
 
 
 def load_model(directory: Path, step="newest", mesh=None):
-    """Loads the `Model` in the workdir of a run, or in the directory of a model.
+    """Loads a `Model` from the workdir of a run or from the directory of a model.
 
-    `step` is a checkpoint of a run: "newest", "best" or a number of steps. `mesh` says how the
-    devices share the model, such as "fsdp=4"; None: see `on_devices_here`. Raises `UserError` if
-    there is no such model, it cannot be read, or the mesh does not fit, and `DivergedError` if a
+    `step` names a checkpoint of a run: "newest", "best" or a number of steps. `mesh` is a text such
+    as "fsdp=4"; None means the mesh of training, if it fits. Raises `UserError` if the model or the
+    step does not exist or cannot be read, or the mesh does not fit, and `DivergedError` if a
     parameter is not finite.
     """
     if is_remote(directory) and loading.is_model(directory):
@@ -152,11 +152,11 @@ def load_model(directory: Path, step="newest", mesh=None):
 
 
 def corpus_of(model: Model, directory: Path, named: str | None = None):
-    """The `TokenisedCorpus` for a model: the corpora `named` like `data.name`, else its run's.
+    """Opens the `TokenisedCorpus` for a model: the corpora `named`, else those of its training run.
 
-    A model, unlike a run, may come from anybody, so it cannot choose the files to read: without
-    `named`, only the bundled corpus, or corpora that were tokenised here before, are opened. Raises
-    `UserError` if the corpus cannot be read, has changed since the run, or must be named.
+    `named` is written like `data.name`. A model may come from a stranger, so without `named` it can
+    only open the bundled corpus and corpora that were tokenised on this machine before. Raises
+    `UserError` if a corpus cannot be read, has changed since the run, or may not be opened.
     """
     data, vocab_size = model.config.data, model.config.model.vocab_size
     if named is not None:
@@ -177,7 +177,7 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
 
 
 def first_batches(model: Model, stores, n_tokens):
-    """Host batches of the first `n_tokens` tokens of each store, rounded up to whole batches."""
+    """Returns host batches with the first `n_tokens` of each store, rounded up to whole batches."""
     size, seq_len = model.batch_size, model.config.data.seq_len
     n = -(-n_tokens // (size * seq_len))
     of_stores = [itertools.islice(eval_batches(store, seq_len, size), n) for store in stores]
@@ -185,11 +185,11 @@ def first_batches(model: Model, stores, n_tokens):
 
 
 def on_devices_here(config, axes=None):
-    """The configuration of a model with a mesh of all devices here.
+    """Returns the configuration with a mesh of all devices of this run.
 
-    `axes` has the devices along some axes, such as `{"fsdp": 4}`; `data` gets the rest. None means
-    the mesh of training or, if it does not fit, all along `data`. Batches may become larger, so
-    that the devices divide them. Raises `UserError` if the axes do not fit devices or model.
+    `axes` has the sizes of some axes, such as `{"fsdp": 4}`; `data` gets the other devices. None
+    means the mesh of training; if it does not fit, `data` is changed or gets all devices. The batch
+    size may grow, so that the devices divide it. Raises `UserError` if `axes` do not fit.
     """
     n = jax.device_count()
     if axes is None:
@@ -215,7 +215,7 @@ def on_devices_here(config, axes=None):
 
 
 def mesh_axes(text):
-    """Parses `--mesh`, such as `fsdp=4,expert=2`, if it is given. Raises `UserError`."""
+    """Parses `--mesh`, such as `fsdp=4,expert=2`; None stays None. Raises `UserError`."""
     if text is None:
         return None
     form = re.compile(rf"({'|'.join(sharding.MESH_AXES)})=([1-9][0-9]{{0,8}})")

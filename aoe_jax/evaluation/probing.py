@@ -1,7 +1,7 @@
-"""Scores a router MoE whose experts are chosen by norms of their activations (`aoe_jax.probe`).
+"""Evaluates a router MoE that chooses experts by norms of their activations (`aoe_jax.probe`).
 
-All experts run up to a node of their computation, the norms there replace the router's logits, and
-the top K experts process the token (the paper's Tables 1, 6 and 7).
+All experts compute one node of their formula, such as `x w_gate`. The norms of these activations
+replace the router's logits, and the top K experts process the token (the paper's Tables 1, 6, 7).
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from aoe_jax.storage.paths import parsed_path
 from aoe_jax.training.step_times import seconds_in_turn
 from aoe_jax.training.validation import evaluate_batches
 
-# Nodes of an expert, and orders of norms. Wg and Wp of the paper are w_gate and w_up.
+# Nodes of an expert's computation, and norms. The paper's Wg and Wp are w_gate and w_up.
 NODES = ("x Wg", "x Wp", "SiLU(x Wg)", "SiLU(x Wg) * x Wp", "output")
 NORMS = {"L1": 1, "L2": 2, "Linf": jnp.inf}
 
@@ -34,13 +34,13 @@ NORMS = {"L1": 1, "L2": 2, "Linf": jnp.inf}
 
 
 def by_router(logits, weights, ctx):
-    """The model's own choice."""
+    """Returns the router's logits, so that the experts are those of the unchanged model."""
     return logits
 
 
 def by_chance(logits, weights, ctx):
-    """Random scores, different for each layer and token, and the same on every mesh."""
-    # A number that differs between layers and not between devices.
+    """Returns random scores, different for each layer and token, and the same on every mesh."""
+    # The seed is computed from router weights, which differ between layers but not devices.
     total = weights["w_router"].astype(jnp.float32).sum()
     key = jax.random.fold_in(jax.random.key(0), jax.lax.bitcast_convert_type(total, jnp.int32))
     shape = (logits.shape[0] * ctx.devices.total_size, logits.shape[1])
@@ -48,7 +48,7 @@ def by_chance(logits, weights, ctx):
 
 
 def by_norm(node, norm):
-    """Ranks experts by a norm (of `NORMS`) of their activations at a node (of `NODES`)."""
+    """Returns a choice by a norm (of `NORMS`) of experts' activations at a node (of `NODES`)."""
 
     def choose(logits, weights, ctx):
         devices = ctx.devices
@@ -65,7 +65,7 @@ def by_norm(node, norm):
             name: devices.gather_weight(EXPERTS[name], weights[name], x.dtype)
             for name in ("w_gate", "w_up", "w_down")
         }
-        # One expert after another: all activations would be the largest array of the model.
+        # Experts run one after another, because the activations of all need too much memory.
         scores = jax.lax.map(score, whole)
         return devices.exchange(scores.T, split=0, concatenate=1)
 
@@ -74,15 +74,15 @@ def by_norm(node, norm):
 
 @dataclass(frozen=True)
 class ProbeRouter(Method):
-    """Top-k routing by scores other than the router's logits.
+    """Top-k routing by the scores that `choose` computes.
 
-    The record `agreement []` is the mean share of a token's experts that the router would choose.
+    The record `agreement []` is the mean share of a token's experts that the router chooses too.
     """
 
     name = "probe"
 
     choose: Callable = by_router
-    equal_weights: bool = False  # 1 / K each; False: the softmax over the chosen scores
+    equal_weights: bool = False  # True: expert weights 1 / K; False: softmax of the chosen scores
 
     def choice(self, experts):
         return Choice(experts.top_k, is_fixed=True)
@@ -104,16 +104,16 @@ class ProbeRouter(Method):
         return by_token(expert, weight)._replace(records={"agreement": agreement / n_tokens})
 
 
-# (node, norm) in the table -> the way to choose experts.
+# (node, norm) of a row of the table -> function that scores the experts.
 PROBES = {("router", ""): by_router, ("random", ""): by_chance}
 PROBES |= {(node, norm): by_norm(node, norm) for node in NODES for norm in NORMS}
-# Weights of the chosen experts: the softmax of their scores (for the router: the model's own
-# weights), or equal.
+# The weights of the chosen experts are the softmax of their scores (for the router: the weights of
+# the unchanged model), or they are equal.
 WEIGHTS = ("softmax", "equal")
 
 
 def check_probes(model: Model):
-    """Raises `UserError` if a model's router cannot be dropped, or its mesh splits experts."""
+    """Raises `UserError` if the model's router cannot be replaced, or its mesh splits experts."""
     config, e = model.config, model.config.experts
     settings = (e.kind, config.routing.name, e.factorised_gate, e.large_router)
     wanted = "a probe drops a router; use a model with a plain one and routing.name='top_k'"
@@ -138,16 +138,16 @@ def probe_checkpoint(
     limit=None,
     **settings,
 ):
-    """Probes a model: prints a table, writes `probe.json`, and returns its content.
+    """Runs all `PROBES` of a model, prints a table, writes `probe.json`, and returns its content.
 
-    The arguments are the flags of `aoe_jax.probe`; the settings are those of `tasks.load_tasks`.
-    The content is `step`, `tokens` and a list of `probes` with `node`, `norm`, `agreement` (the
-    share of the chosen experts that the router would have chosen), `seconds_per_token`, `time`
-    (relative to the router's), and `nll` and `tasks` for each of `WEIGHTS`.
+    The arguments are the flags of `aoe_jax.probe`; `settings` are passed to `tasks.load_tasks`. The
+    content is `step`, `tokens` and the list `probes`. Each probe has `node`, `norm`, `agreement`
+    (the share of the chosen experts that the router chooses too), `seconds_per_token`, `time`
+    (relative to the router's time), and `nll` and `tasks` for each of `WEIGHTS`.
     """
     make_folder(output, "output")
     score_tasks = None
-    if tasks:  # loaded before the model, because that fails sooner
+    if tasks:  # loaded before the model, so that a wrong name fails early
         from aoe_jax.evaluation import tasks as of_lm_eval  # needs lm-eval
 
         loaded = of_lm_eval.load_tasks(tasks, **settings)
@@ -177,7 +177,7 @@ def probe_checkpoint(
 
 
 def _run(model, choose, batches, score_tasks):
-    """The entry of a probe in the report, and a function that runs the model on the first batch."""
+    """Returns the report's entry for a probe, and a function that runs it on the first batch."""
     entry, timed = {"nll": {}, "tasks": {}}, None
     for weights in WEIGHTS if choose is not by_chance else ("equal",):
         probed, is_unchanged = model, choose is by_router and weights == "softmax"

@@ -1,7 +1,7 @@
-"""Scores models on tasks of EleutherAI's lm-eval.
+"""Evaluates models on tasks of EleutherAI's lm-eval.
 
-Prompts, splits and metrics are those of lm-eval's own definitions. Data sets come from the hub or
-from a folder, see `load_tasks`.
+Prompts, splits and metrics are those of lm-eval's task definitions. Data sets are loaded from the
+Hugging Face hub or from a folder of JSON lines.
 """
 
 import io
@@ -33,10 +33,10 @@ from aoe_jax.storage.files import read_json, write_report
 
 log = logging.getLogger(__name__)
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
-os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval must not fork, which is not safe with JAX's threads
+os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval must not fork: JAX's threads make it unsafe
 
-# Task of the paper -> (the folder of lm-eval that defines it, number of shots). Reading lm-eval's
-# index of all tasks takes half a minute.
+# Task of the paper -> (folder of lm-eval that defines it, number of shots). The folder is given,
+# because reading lm-eval's index of all tasks takes half a minute.
 _PAPER = {
     "arc_easy": ("arc", 0),
     "piqa": ("piqa", 0),
@@ -46,18 +46,18 @@ _PAPER = {
     **dict.fromkeys(("mnli", "qnli", "sst2", "mrpc", "qqp"), ("glue", 3)),
 }
 PAPER_TASKS = tuple(_PAPER)
-AVERAGED = PAPER_TASKS[:8]  # the AVG of the paper's Tables 2, 3 and 5
-_BOOTSTRAPS = 1000  # for standard errors without a formula, such as that of F1
-_SHOTS_SEED = 1234  # lm-eval's own
+AVERAGED = PAPER_TASKS[:8]  # their mean is AVG in the paper's Tables 2, 3 and 5
+_BOOTSTRAPS = 1000  # resamples, for standard errors without a formula, such as that of F1
+_SHOTS_SEED = 1234  # lm-eval's default
 
 
 def load_tasks(names, fewshot=None, data: Path | None = None):
-    """Loads tasks and their data sets, as `lm_eval.evaluator.evaluate` takes them.
+    """Loads tasks and their data sets for `lm_eval.evaluator.evaluate`.
 
     `names` are tasks, groups or tags of lm-eval. `fewshot` is the number of examples with answers
-    in each prompt; None means the paper's number for its tasks, lm-eval's for others. `data` is a
-    folder of JSON lines in `TASK/SPLIT.jsonl`, with the splits and fields of the hub's data sets,
-    such as `mnli/validation_matched.jsonl`; None loads them from the hub.
+    in each prompt; None means the paper's number for tasks of the paper, and lm-eval's number for
+    other tasks. `data` is a folder of files `TASK/SPLIT.jsonl` with the splits and fields of the
+    hub's data sets, such as `mnli/validation_matched.jsonl`; None loads data sets from the hub.
 
     Raises `UserError` if a task is unknown, or its data set cannot be loaded or has other fields.
     """
@@ -82,7 +82,7 @@ def load_tasks(names, fewshot=None, data: Path | None = None):
 
 
 def _index(names):
-    """lm-eval's index of its tasks, or a part of it that contains all `names`."""
+    """Returns lm-eval's index of all tasks, or a smaller index that contains all `names`."""
     root = Path(lm_eval.tasks.__file__).parent
     if all(name in _PAPER for name in names):
         folders = [root / folder for folder in {_PAPER[name][0] for name in names}]
@@ -97,7 +97,7 @@ def _index(names):
 
 
 def _on_local_data(index, name, data):
-    """Returns a group with only this task, whose data set is read from a folder."""
+    """Returns a group of lm-eval with only this task, which loads its data set from `data`."""
     wanted = "is a group of tasks; with --tasks-data name single ones"
     require_flag(name in index.all_subtasks, "tasks", name, wanted)
     task = index.task_index[name].cfg
@@ -142,7 +142,7 @@ def _quiet():
 
 
 def prompts(tasks, limit=None):
-    """A list of all prompts of loaded tasks, each once; `limit` is that of `score_model`."""
+    """Returns the prompts of the first `limit` examples of each task, without duplicates."""
     texts = {}
     with _quiet():
         for task in tasks["tasks"].values():
@@ -152,11 +152,11 @@ def prompts(tasks, limit=None):
 
 
 def score_model(model: Model, tasks, limit=None):
-    """Scores a model on the first examples of loaded tasks.
+    """Evaluates a model on the first `limit` examples of each task (None: all examples).
 
-    `limit` is the number of examples of each task; None: all. Returns `{task: {"fewshot",
-    "examples", "metrics": {metric: {"value", "stderr"}}}}`; a standard error is None where it is
-    undefined, as for a single example; shots and examples of groups are None.
+    Returns `{task: {"fewshot", "examples", "metrics": {metric: {"value", "stderr"}}}}`. A standard
+    error is None if it is undefined, for example with a single example. `fewshot` and `examples`
+    may be None for groups of tasks.
     """
     settings = {"limit": limit, "bootstrap_iters": _BOOTSTRAPS, "log_samples": False}
     with _quiet():
@@ -185,7 +185,7 @@ def _metrics(figures):
 
 
 def tasks_table(report):
-    """The report of `score_model` as text, with the paper's mean if all its tasks are there."""
+    """The report of `score_model` as text, with the paper's AVG if all tasks of AVG were run."""
     rows = []
     for task, entry in report.items():
         head = [task, entry["fewshot"], entry["examples"]]
@@ -204,15 +204,15 @@ def tasks_table(report):
 
 
 def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, **settings):
-    """Scores a checkpoint on tasks, prints a table, and returns what `score_model` returns.
+    """Evaluates a checkpoint on tasks, prints a table, and returns what `score_model` returns.
 
-    Each task is entered in `tasks.json`, which keeps the results of others. The arguments are those
-    of `models.load_model`, `score_model` and `load_tasks`. Raises `UserError` as `load_tasks`,
-    `models.load_model`, `Scorer` and, for tasks that generate text, `check_decodes` do.
+    Writes the results to `tasks.json`, which keeps the results of other tasks. The arguments are
+    passed to `models.load_model`, `score_model` and `load_tasks`. Raises `UserError` if a task or
+    the model cannot be loaded, or if the model's method does not support a task.
     """
     file = workdir / "tasks.json"
-    _known(file)  # a damaged file fails before the long work
-    tasks = load_tasks(names, **settings)  # before the model, because that fails sooner
+    _known(file)  # raises before the long work if the file is damaged
+    tasks = load_tasks(names, **settings)  # before the model, so that a wrong name fails early
     model = load_model(workdir, step, mesh)
     if any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values()):
         check_decodes(model.decoder)
@@ -221,7 +221,7 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
         print(tasks_table(report))
         about = {"step": model.step, "limit": limit}
         entries = {name: about | entry for name, entry in report.items()}
-        # Read again: another command may have entered other tasks meanwhile.
+        # The file is read again, because another command may have added other tasks meanwhile.
         write_report(file, _known(file) | entries, "workdir")
     return report
 

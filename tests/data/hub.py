@@ -16,7 +16,7 @@ PATH = "data/train-00000-of-00001.parquet"
 
 
 def parquet():
-    """The one file of the data set."""
+    """Returns the content of the data set's only file."""
     file = io.BytesIO()
     pyarrow.parquet.write_table(
         pyarrow.table({"text": POEMS, "line": list(range(len(POEMS)))}), file
@@ -66,7 +66,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def hub():
-    """The address of a running hub."""
+    """Runs a hub and yields its address."""
     server = http.server.ThreadingHTTPServer(("localhost", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

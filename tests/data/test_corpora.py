@@ -17,7 +17,7 @@ from tests.runs import ROOT
 
 
 class OnlyTrain(tfds.core.GeneratorBasedBuilder):
-    """A data set with a train split of 45 documents, which may fail to be prepared."""
+    """A data set with only a train split of 45 documents; its preparation can be made to fail."""
 
     VERSION = tfds.core.Version("1.0.0")
     split, failures = "train", ()
@@ -91,7 +91,7 @@ def test_sotu_needs_neither_tensorflow_nor_pandas(tmp_path):
 
 
 def test_text_folder_has_every_file_once(text_folder, tmp_path, caplog):
-    """Links to files are followed, those to folders are not; empty files are named."""
+    """Links to files are followed, links to folders are not; a message names empty files."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/linked.txt").write_text("linked words")
     (text_folder / "one.txt").symlink_to(tmp_path / "elsewhere/linked.txt")
@@ -129,7 +129,7 @@ def test_fingerprint_follows_names_and_contents(text_folder, tmp_path):
     assert fingerprint(copy) == original
     (copy / "00.txt").rename(copy / "renamed.txt")
     assert fingerprint(copy) != original
-    (text_folder / "00.txt").write_text("Document 1: end.")  # as long as before
+    (text_folder / "00.txt").write_text("Document 1: end.")  # the length does not change
     assert fingerprint(text_folder) != original
 
 
@@ -153,7 +153,7 @@ def test_text_folder_mistakes(tmp_path, files, words):
 
 
 def test_a_text_that_changes_before_it_is_read_is_noticed(text_folder):
-    """Otherwise the new text would be kept in the cache as the one before."""
+    """Otherwise the cache would store the new text under the fingerprint of the old text."""
     corpus = load_corpus("text", str(text_folder), "unused")
     for file in text_folder.rglob("*.txt"):
         file.write_text("other words")
@@ -248,7 +248,7 @@ except UserError as error:
 
 
 def load_from_hub(name, cache, endpoint, before=""):
-    """The output of `LOAD` in another process, for which `endpoint` is the hub."""
+    """Runs `LOAD` in another process with the hub at `endpoint`, and returns its output."""
     environment = os.environ | {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": f"{cache}/hf",

@@ -21,7 +21,7 @@ from tests.data.texts import (
 
 
 def read(path, piece_bytes=2**30, field="text"):
-    """The documents of a file piece by piece."""
+    """Returns a list of documents for each piece of a file."""
     pieces = [piece for piece, _ in pieces_of(path, path.stat().st_size, piece_bytes)]
     return [list(documents(piece, field)) for piece in pieces]
 
@@ -78,7 +78,7 @@ def test_text_is_one_document(tmp_path, name):
     ],
 )
 def test_special_contents(tmp_path, name, content, expected):
-    """Empty files, and half of a surrogate pair, which is no text."""
+    """Among the cases are empty files, and half of a surrogate pair, which is not valid text."""
     (tmp_path / name).write_bytes(content)
     assert read(tmp_path / name) == [expected]
 
@@ -168,7 +168,7 @@ def test_files_that_are_no_input(tmp_path, name):
 
 
 def test_a_line_is_read_once_and_has_a_longest_length(tmp_path, monkeypatch):
-    """Pieces within a long line have no document, and read no further than their ends."""
+    """A piece that begins and ends within a line has no document, and only its bytes are read."""
     monkeypatch.setattr(data_documents, "DOCUMENT_BYTES", 1000)
     line = json_lines(["x" * 900])
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'{"text": "b"}')

@@ -1,4 +1,4 @@
-"""Several corpora: the order of their windows, their one tokenizer, and the identity of a run."""
+"""Runs on several corpora: the order of windows, the shared tokenizer, and the run's identity."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ SEQ_LEN, BATCH_SIZE = 16, 6
 
 
 def write_documents(folder, letters, count=12, length=400):
-    """Writes documents of one alphabet, by which a window shows its corpus."""
+    """Writes documents of these letters, so that the letters of a window show its corpus."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for i in range(count):
@@ -58,7 +58,7 @@ def batches_of(corpus, weights="as configured", rows=None):
 def sources_of(corpus, batch):
     """The name of the source of each row of a batch."""
     ids = {name: set(store.read(0, len(store)).tolist()) for name, store in corpus.train.items()}
-    shared = set.intersection(*ids.values())  # end of text
+    shared = set.intersection(*ids.values())  # the end-of-text token
     return [
         next(name for name in ids if set(row) - shared <= ids[name])
         for row in batch["inputs"].tolist()
@@ -123,7 +123,7 @@ def test_without_weights_one_pass_is_one_over_every_source(folders):
 
 
 def test_sources_of_one_size_are_in_different_orders(folders):
-    """With one seed for all, two corpora of one size would be read in the same order."""
+    """If all corpora had the same seed, two corpora of equal size would have the same order."""
     copy = folders["cache"].parent / "copy"
     shutil.copytree(folders["large"], copy)
     corpus = corpus_of(folders | {"copy": copy}, "text@{large}, text@{copy}")
@@ -218,7 +218,7 @@ def test_prepared_stores_that_do_not_fit(folders, name, tokenizer, vocab_size, w
 
 
 def test_damaged_shard_ends_the_batches_where_they_come_upon_it(folders, corpus):
-    """Once the shard is whole again, they go on as if nothing had been."""
+    """After the shard is repaired, the batches continue as if there had been no damage."""
     expected = [batch["inputs"] for batch in itertools.islice(batches_of(corpus), 100)]
     shard = corpus.tokenizer.parent / "train-00000.array_record"
     whole, batches = shard.read_bytes(), iter(batches_of(corpus))

@@ -95,7 +95,7 @@ def test_loss_mask_weighs_first_tokens_of_documents_with_zero(byte_store):
 
 
 def test_batches_of_one_corpus_are_what_they_always_were(byte_store):
-    """Bit for bit; otherwise a run would continue with other batches."""
+    """They must be bit-identical, because otherwise old runs would continue with other batches."""
     batches = take(batches_of(byte_store(*(f"{n} words. " * n for n in range(40))), 64, 8, 3), 50)
     digest = hashlib.sha256()
     for batch in batches:
@@ -119,7 +119,7 @@ def test_each_epoch_has_every_window_in_another_order(byte_store):
 
 @pytest.mark.parametrize("position", [0, 7, 50])
 def test_resume_from_an_orbax_checkpoint(validation, tmp_path, position):
-    """Also past an epoch."""
+    """The positions include one after the first epoch."""
     assert len(PackedWindows(validation, 2000)) < 4 * 50
     iterator = iter(batches_of(validation, 2000, 4, seed=3))
     take(iterator, position)

@@ -1,4 +1,4 @@
-"""Token stores of files: their content, which no interruption changes."""
+"""Token stores made from files: their content is the same after any interruption."""
 
 import dataclasses
 import importlib.resources
@@ -26,20 +26,20 @@ LLAMA = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch):
-    """Makes several units of work of these inputs."""
+    """Reduces the size of a unit of work, so that these inputs have several units."""
     monkeypatch.setattr(preparation, "_UNIT_BYTES", (4000, 8000))
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """`(glob pattern, documents in order)`."""
+    """Writes files; returns `(glob pattern, documents in order)`."""
     folder = tmp_path_factory.mktemp("files") / "in"
     return str(folder / "**"), write_everything(folder)
 
 
 @pytest.fixture(scope="module")
 def whole(inputs, tmp_path_factory):
-    """A store that was made in one go by two processes."""
+    """A token store that two processes made without an interruption."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "_UNIT_BYTES", (4000, 8000))
         return prepared(inputs, tmp_path_factory.mktemp("stores") / "store", processes=2)
@@ -57,7 +57,7 @@ def stored(directory, split):
 
 
 def files_of(store):
-    """The files that must be the same however a store was made."""
+    """Returns the files that must be equal in all stores of the same documents."""
     return {name: content for name, content in contents(store).items() if name != "plan.json"}
 
 
@@ -99,7 +99,7 @@ def test_documents_that_come_twice_are_in_one_split(tmp_path):
 
 
 def interrupted(inputs, output, monkeypatch, when):
-    """Prepares; calls `when(units written)` after each unit, which may raise."""
+    """Prepares a store, and calls `when(units written)`, which may raise, after each unit."""
 
     def watched(futures):
         when(0)

@@ -60,7 +60,7 @@ def whole(folder, tmp_path_factory):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_or_stopped_it_goes_on_where_it_was(folder, whole, tmp_path, number):
-    """The processes that it began end with it."""
+    """The worker processes end with the command, and the same command completes the store."""
     output = tmp_path / "store"
     process = start(*flags_of(folder, output))
     while not list((output / "units").glob("*.json")):
@@ -83,7 +83,7 @@ def test_killed_or_stopped_it_goes_on_where_it_was(folder, whole, tmp_path, numb
 
 @pytest.mark.slow
 def test_long_document_takes_bounded_memory(tmp_path):
-    """A library would need up to a hundred times the memory of a text that it gets at once."""
+    """Given the whole text, a tokenizer library needs up to a hundred times the text's memory."""
     (tmp_path / "many.jsonl").write_bytes(json_lines(texts(300)))
     (tmp_path / "long.txt").write_text("the state of the Union, 1790 " * 700_000)
     flags = [f"--input={tmp_path}/*.*", *FLAGS, f"--output={tmp_path / 'store'}", "--processes=1"]

@@ -152,7 +152,7 @@ def built(tmp_path_factory):
 
 SHARD = "test-00000.array_record"
 FEW = {"splits.test.tokens": 10**6, "splits.test.shards.0.tokens": 10**6 - 1}
-DAMAGES = [  # the content of a shard, or fields of the manifest or its text; words of the message
+DAMAGES = [  # (content of a shard, fields of the manifest or its text, words of the message)
     (bytes(100), {}, rf"{SHARD} has 100 bytes instead of \d+"),
     (0, {}, rf"{SHARD} cannot be read"),
     (None, {}, rf"{SHARD} is missing"),
@@ -192,7 +192,7 @@ def test_damaged_stores(built, tmp_path, shard, manifest, words):
 
 
 def test_few_files_are_open_at_a_time(tmp_path):
-    """With more shards than a process may open, some are closed again."""
+    """If there are more shards than a process may open, it closes some of them again."""
     code = """
 import resource, sys
 from pathlib import Path

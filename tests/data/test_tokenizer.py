@@ -32,7 +32,7 @@ def encode(tokenizer, text):
 
 
 def test_trained_tokenizer(tmp_path):
-    """It has the size asked for and every byte; training repeats itself."""
+    """It has the requested size and a token for every byte; training is deterministic."""
     tokenizer = train_tokenizer(TEXTS, 262)
     assert tokenizer.token_count == 262 and tokenizer.end_of_text == 0 and tokenizer.prefix == []
     assert tokenizer.decode(encode(tokenizer, STRANGE)) == STRANGE
@@ -42,11 +42,11 @@ def test_trained_tokenizer(tmp_path):
     assert encode(loaded, STRANGE) == encode(tokenizer, STRANGE)
     assert loaded.sha256 == tokenizer.sha256 == train_tokenizer(TEXTS, 262).sha256
     assert loaded.sha256 != train_tokenizer(TEXTS, 263).sha256
-    assert 257 < train_tokenizer(TEXTS, 4096).token_count < 300  # there are no more pairs
+    assert 257 < train_tokenizer(TEXTS, 4096).token_count < 300  # no more pairs exist
 
 
 def test_training_does_not_hold_up_signals():
-    """The library works in another thread; it does not look for signals."""
+    """The library trains in another thread, because it does not check for signals."""
     handled = threading.Event()
 
     def documents():
@@ -68,7 +68,7 @@ def test_training_does_not_hold_up_signals():
 
 
 def trained(tmp_path, change=lambda spec: None, vocab_size=2000):
-    """A tokenizer.json trained on two addresses, changed."""
+    """Trains a tokenizer.json on two addresses, changes it, and returns its path."""
     train_tokenizer([file.read_text() for file in speech_files()[-2:]], vocab_size).save(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     change(spec)
@@ -125,7 +125,7 @@ def test_end_of_text(vocabulary, special, end_of_text, token_count):
 
 
 def test_any_hugging_face_tokenizer(tmp_path):
-    """Unigram with a metaspace, as T5 has it."""
+    """The example is a unigram model with a metaspace, the kind of T5's tokenizer."""
     pieces = [("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in "abcdefgh")]
     tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=1))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -142,7 +142,7 @@ def test_any_hugging_face_tokenizer(tmp_path):
 
 @pytest.fixture(scope="session")
 def llama_model():
-    """The 32,000 pieces of the Llama family, as mistral-common ships them."""
+    """The file in mistral-common with the 32,000 pieces of the Llama family."""
     return importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
 
 
@@ -194,7 +194,7 @@ def test_files_that_are_no_tokenizers(tmp_path, content):
 
 
 def test_special_tokens_before_each_text(tmp_path):
-    """The tokenizer knows them, but texts do not get them."""
+    """The tokenizer knows these tokens, but does not add them when it encodes a text."""
     plain, file = train_tokenizer(TEXTS, 262), tmp_path / "changed.json"
     plain.save(tmp_path)
     changed = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -207,7 +207,7 @@ def test_special_tokens_before_each_text(tmp_path):
 
 
 def test_pieces_of_a_text_have_its_tokens(tmp_path):
-    """Where every piece ends with a word; any tokenizer gives the text back."""
+    """The tokens of pieces that end with a word are those of the text. All tokens decode to it."""
     choice = random.Random(0)
     parts = [*" \n\t.1'\x1c\u2003好", "  ", " \n", "\r\n", "'s", "Ab"]
     tokenizer = load_tokenizer(trained(tmp_path, vocab_size=600))

@@ -1,4 +1,4 @@
-"""Documents in files of every format, and in token stores."""
+"""Writes documents to files of every format, and reads documents from token stores."""
 
 import gzip
 import itertools
@@ -17,7 +17,7 @@ SPACED = ["war\n", "peace\t", "  law", "\r\n"]
 
 
 def texts(count, seed=0, longest=60):
-    """Documents of up to `longest` words, no two alike."""
+    """Returns different documents of up to `longest` words."""
     choice = random.Random(seed)
     return [
         f"{seed}-{i}: " + " ".join(choice.choices(WORDS + SPACED, k=choice.randint(1, longest)))
@@ -26,7 +26,7 @@ def texts(count, seed=0, longest=60):
 
 
 def json_lines(documents, field="text", end="\n"):
-    """One JSON object a line, with and without escapes."""
+    """Returns one JSON object per line; every second line has escapes."""
     lines = [
         json.dumps({"id": i, field: text}, ensure_ascii=i % 2 == 0)
         for i, text in enumerate(documents)
@@ -80,7 +80,7 @@ def corpus_of(*documents):
 
 
 def stored_documents(directory, split):
-    """Token lists between the end-of-text tokens of a stream, which must begin and end with one."""
+    """Token lists of a store's documents; the stream must begin and end with end-of-text tokens."""
     store = TokenStore(directory, split)
     stream = store.read(0, len(store))
     ends = np.flatnonzero(stream == store.end_of_text)

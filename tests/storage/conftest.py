@@ -1,4 +1,4 @@
-"""Servers of object stores on this machine, and a folder on a disk or in one of them."""
+"""Servers of object stores on this machine, and a folder on a disk or in an object store."""
 
 import contextlib
 import logging
@@ -13,14 +13,14 @@ from tests.object_store import object_store
 
 @pytest.fixture(scope="session")
 def store_server():
-    """A server of Google Cloud Storage. etils keeps a store's address as long as the process is."""
+    """Runs one Google Cloud Storage server per session, because etils caches its address."""
     with object_store() as store:
         yield store
 
 
 @pytest.fixture(scope="session")
 def s3_server():
-    """A server of S3: the variables of the environment in which programs use it."""
+    """Runs a server of S3 and yields the environment variables with which programs use it."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="localhost", port=0)
     server.start()
@@ -58,7 +58,7 @@ def in_environment(variables):
 
 @pytest.fixture
 def folder(request, tmp_path):
-    """A folder for each test, in Google's store unless a test is parametrised by `place`."""
+    """A new folder for each test, in the GCS store unless a test is parametrised by `folder`."""
     place = getattr(request, "param", "gs")
     if place == "disk":
         return tmp_path / "run"

@@ -43,7 +43,7 @@ def test_mistakes(tmp_path, content, message):
 
 
 def test_an_error_without_a_number(tmp_path, monkeypatch):
-    """As clients of object stores raise it."""
+    """Clients of object stores raise OSErrors without an errno."""
 
     def fail(path, at_most):
         raise FileNotFoundError("bucket/value.json")
@@ -92,7 +92,7 @@ def names(folder):
 
 
 def test_a_new_folder_appears_whole(tmp_path, monkeypatch):
-    """The first host to finish makes it; what a killed process of this host left is removed."""
+    """The first host that finishes makes the folder. Files of killed processes are removed."""
     left = tmp_path / f"store.partial-{socket.gethostname()}"
     left.mkdir()
     (left / "shard").touch()

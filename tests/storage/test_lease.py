@@ -1,5 +1,5 @@
-"""Owners of a folder, on a disk and in a store: processes of this host, of other hosts, and several
-that come at once.
+"""Ownership of a folder on a disk or in an object store. The owners are processes of this host, of
+other hosts, and several processes that start at the same time.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def hasty(monkeypatch):
 
 
 def elsewhere(folder, host="tpu-3", token="aa", duration=1.0):
-    """Makes the file of an owner on another host."""
+    """Writes the lease file of an owner on another host."""
     if not is_remote(folder):
         folder.mkdir(exist_ok=True)
         (folder / NAME).unlink(missing_ok=True)
@@ -46,7 +46,7 @@ def test_one_owner_of_a_folder(folder):
         with pytest.raises(InUse, match=words), leased(folder, "workdir"):
             pass
         owner.check()
-        if is_remote(folder):  # else it could renew just after the other process has looked
+        if is_remote(folder):  # it must not renew the lease after the other process has read it
             owner._ended.set()
         with leased(folder, "workdir", take_over=True) as other:
             other.check()
@@ -90,7 +90,7 @@ def test_an_owner_on_another_host_that_is_silent(folder, caplog):
         assert time.monotonic() - started >= 1.0
         if is_remote(folder):
             owner._ended.set()
-        elsewhere(folder, host="tpu-4", token="bb")  # a third takes over
+        elsewhere(folder, host="tpu-4", token="bb")  # a third process takes over
         with pytest.raises(UserError, match="was taken over by process 11 on tpu-4"):
             owner.check()
     assert "belongs to process 11 on tpu-3; this process takes over if it does not" in caplog.text
@@ -100,7 +100,7 @@ def test_an_owner_on_another_host_that_is_silent(folder, caplog):
 
 @pytest.mark.parametrize(("content", "take_over"), [("", False), ("{", True), ("\0" * 99, True)])
 def test_a_file_that_is_no_lease(tmp_path, content, take_over):
-    """Nothing in it is executed; its owner counts as silent."""
+    """Nothing in the file is executed, and its owner is treated as dead."""
     (tmp_path / NAME).write_text(content)
     with leased(tmp_path, "workdir", take_over) as owner:
         owner.check()
@@ -132,7 +132,7 @@ def test_a_disk_that_is_no_longer_there(tmp_path, monkeypatch):
             owner.check()
 
 
-# Owns the folder until another process has been refused.
+# This program owns the folder until another process has been refused.
 RIVAL = """
 import pathlib, sys, time
 from aoe_jax.errors import InUse
@@ -162,7 +162,7 @@ def rival(folder, refused):
 
 @everywhere
 def test_two_processes_that_want_a_folder(folder, tmp_path):
-    """It belongs to a third host, which is silent."""
+    """The folder's owner is a third host, which no longer renews its lease."""
     elsewhere(folder, duration=6.0)
     processes = [rival(folder, tmp_path / "refused") for _ in range(2)]
     outcomes = [process.communicate(timeout=120)[0].strip() for process in processes]
@@ -171,7 +171,7 @@ def test_two_processes_that_want_a_folder(folder, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_an_owner_on_this_host_that_is_killed_or_stopped(tmp_path, monkeypatch, number):
-    """After a kill the next one does not wait. A stopped one notices when it goes on."""
+    """After a kill, the next owner does not wait. A stopped owner notices when it resumes."""
     folder = tmp_path / "run"
     with rival(folder, tmp_path / "refused") as process:
         while token_of(folder) is None:

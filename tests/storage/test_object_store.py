@@ -1,4 +1,4 @@
-"""Runs and models in an object store: a server on this machine."""
+"""Runs and models in an object store, which is a server on this machine."""
 
 import contextlib
 import gzip
@@ -89,7 +89,7 @@ def test_what_is_no_path(text, in_store, words):
 
 @pytest.mark.slow
 def test_s3_without_credentials(tmp_path):
-    """A run is refused before the store is asked; a model cannot be read."""
+    """A run is refused before any request to the store; an evaluation cannot read its model."""
     wanted = "checkpoints can be on a disk or in gs://BUCKET/"
     nothing = {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
     evaluate = ["-m", "aoe_jax.eval", "--workdir=s3://b/x"]
@@ -125,7 +125,7 @@ def test_a_bucket_that_does_not_exist(folder):
     words = f"--workdir={scheme}://bukcet/run: there is no bucket {scheme}://bukcet$"
     with pytest.raises(UserError, match=words), leased(other, "workdir"):
         pass
-    assert scheme == "gs" or not file_system(other).exists("bukcet")  # and none is made
+    assert scheme == "gs" or not file_system(other).exists("bukcet")  # no bucket is made
 
 
 @pytest.mark.parametrize("name", ["../escaped", "sub/../../escaped", "/tmp/escaped"])
@@ -187,14 +187,14 @@ def test_a_server_that_cannot_be_reached(s3, monkeypatch):
 
 @s3_slow
 def test_a_prepared_corpus(folder, tmp_path):
-    """It has the same shards as on a disk, and is read from a copy."""
+    """The corpus has the same shards as on a disk, and training reads a local copy of it."""
     settings = Settings("bpe:300", validation=0.2, test=0.2)
     texts, local = [f"{corpus_folder()}/*.txt"], tmp_path / folder.name
     for output in (folder, local):
         prepare(texts, settings, output, 1)
     found, wanted = contents(fetched(folder, tmp_path / "fetched")), contents(local)
     assert found == wanted and "manifest.json" in found
-    prepare(texts, settings, folder, 1)  # it is complete
+    prepare(texts, settings, folder, 1)  # does nothing: it is complete
     assert check(folder) == []
 
     data = DataConfig(name=f"prepared@{folder}", cache=str(tmp_path / "cache"))
@@ -226,7 +226,7 @@ def test_a_corpus_from_texts_in_a_store(folder, tmp_path):
         prepare([f"{place}/**/*.txt", f"{place}/lines.*"], settings, output, 2)
     disk, remote = map(contents, stores)
     assert disk.pop("plan.json") != remote.pop("plan.json")
-    assert disk.pop("manifest.json") != remote.pop("manifest.json")  # the name of the store
+    assert disk.pop("manifest.json") != remote.pop("manifest.json")  # it has the name of the store
     assert disk == remote and any(name.startswith("train-") for name in disk)
     (folder / "lines.jsonl.gz").write_bytes(gzip.compress(lines[0].encode()))
     with pytest.raises(UserError, match=r"lines\.jsonl\.gz is new, gone or changed since the"):
@@ -246,7 +246,7 @@ def test_a_configuration_in_a_store(folder):
 
 @pytest.mark.slow
 def test_a_model_in_s3(s3):
-    """A training run cannot be there."""
+    """A model can be in S3, but a training run cannot."""
     folder = parsed_path("s3://bucket/model", "--output", in_store=True)
     export(finished_run(), folder)
     model = load_model(folder)
@@ -257,7 +257,7 @@ def test_a_model_in_s3(s3):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
-    """Also while the store answers 503."""
+    """The run continues, although the store answers 503 for a while."""
     command = train_command(folder)
     process = start(command, forked=False, **store.variables)
     prefix = f"{folder}".removeprefix("gs://bucket/")
@@ -274,7 +274,7 @@ def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
         time.sleep(0.01)
     store.fails_until = time.monotonic() + 3
     status, _, stderr = finish(process)
-    assert store.failed > failed  # the clients of the store have tried again
+    assert store.failed > failed  # clients retry
     assert status == 0 and "going on from step" in stderr, stderr
     assert same_end(fetched(folder, tmp_path / "run"), finished_run())
     assert NAME not in names(folder)
@@ -282,7 +282,7 @@ def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
 
 @pytest.mark.slow
 def test_everything_in_a_store(folder, store, tmp_path):
-    """The script for users: prepare, train, stop, go on, evaluate, export, generate."""
+    """Runs the script for users: prepare, train, stop, continue, evaluate, export, generate."""
     changes = DENSE | {"data__name": None, "data__path": None, "train__steps": 400}
     fields = settings(data__cache=tmp_path, **changes)
     fields |= {"train.log_every": 20, "train.eval_every": 0, "checkpoint.every": 200}

@@ -1,4 +1,4 @@
-"""Which exceptions are faults of a machine, and which show damage or a mistake."""
+"""Exceptions that are faults of a machine, and exceptions that show damage or a mistake."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from aoe_jax.storage.retry import Tolerated, is_fault, patiently, reason
 
 
 def caused_by(cause):
-    """A library's own exception with a cause."""
+    """Returns an exception of a library that was raised from `cause`."""
     try:
         raise ValueError("cannot read") from cause
     except ValueError as e:
@@ -25,7 +25,7 @@ def caused_by(cause):
 
 
 def answer(status):
-    """What `requests` raises after such an answer of a server."""
+    """Returns the exception that `requests` raises for an answer with this status."""
     response = requests.Response()
     response.status_code = status
     return requests.HTTPError(f"answer {status}", response=response)

@@ -1,4 +1,4 @@
-"""Checkpoints of a small state."""
+"""Saves and restores checkpoints of a small state."""
 
 import dataclasses
 import errno
@@ -25,7 +25,7 @@ from aoe_jax.training.step import TrainState
 from tests.runs import contents
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-SIZE = 200_000  # large enough to be still in writing when the next step begins
+SIZE = 200_000  # so large that it is still being written when the next step begins
 
 
 def batches():
@@ -33,7 +33,7 @@ def batches():
 
 
 def state_of(value):
-    """`state_of(0)` plus a value; the kernel is of random numbers, which do not compress."""
+    """Returns `state_of(0)` plus a value; the kernel has random numbers, which do not compress."""
 
     def full(*shape, dtype=jnp.float32):
         return jnp.full(shape, value, dtype)
@@ -87,8 +87,8 @@ def progress_after(step):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Five steps, each donating its state to the next while it is saved; and the batch that follows
-    each step.
+    """Runs five steps. The state of each step is saved while it is donated to the next step.
+    Returns the workdir, and the batch that follows each step.
     """
     workdir = tmp_path_factory.mktemp("saved")
     checkpoints = opened(workdir, every=2, keep=3)
@@ -111,7 +111,7 @@ def workdir(saved, tmp_path):
 
 @pytest.mark.parametrize("number", [3, 4, 5])
 def test_state_may_be_donated_while_it_is_saved(saved, workdir, number):
-    """Position and progress are restored with it."""
+    """The position in the data and the progress are restored with the state."""
     for newer in range(number + 1, 6):
         shutil.rmtree(workdir / "checkpoints" / str(newer))
     data = batches()
@@ -140,7 +140,7 @@ NLLS = {1: 5.0, 2: 1.0, 3: 4.0, 4: 2.0, 5: 3.0, 6: 6.0, 7: 7.0}
     ],
 )
 def test_what_is_kept(tmp_path, config, nlls, kept):
-    """Also by a run that was started again after step 3."""
+    """The restart of the run after step 3 does not change which checkpoints are kept."""
     write(tmp_path, range(1, 4), nlls, every=1, **config)
     write(tmp_path, range(4, 8), nlls, every=1, **config)
     assert step_folders(tmp_path) == list(kept)
@@ -163,7 +163,7 @@ def test_which_checkpoint_a_user_names(tmp_path):
 
 
 def test_what_a_kill_leaves(workdir):
-    """Half-written checkpoints are ignored and deleted; a half-deleted old one does no harm."""
+    """Half-written checkpoints are ignored and deleted; half-deleted old ones cause no error."""
     folder = workdir / "checkpoints"
     for half in ("6.orbax-checkpoint-tmp", "6.orbax-checkpoint-tmp-1700000000"):
         shutil.copytree(folder / "5", folder / half)
@@ -194,15 +194,15 @@ DAMAGE = {
 
 @pytest.fixture
 def failing_reads():
-    """Collects the reads that Orbax leaves unfinished after a failed one, whose complaints would
-    otherwise appear in a later test.
+    """Collects garbage after the test. After a failed read, Orbax leaves other reads unfinished,
+    whose warnings would otherwise appear in a later test.
     """
     yield
     gc.collect()
 
 
 def unread(test):
-    """Marks a test with failing reads; the command line hides the complaints too."""
+    """Marks a test with failing reads and hides the warnings of unfinished reads."""
     test = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")(test)
     return pytest.mark.usefixtures("failing_reads")(test)
 
@@ -210,8 +210,8 @@ def unread(test):
 @unread
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoint_is_set_aside(saved, tmp_path, damage, caplog):
-    """Whichever file is damaged, the restored state is one that was saved, in this checkpoint or in
-    the one before.
+    """If any single file is damaged, the restored state is the saved state of this checkpoint or of
+    the checkpoint before.
     """
     newest = saved[0] / "checkpoints" / "5"
     names = [path.relative_to(saved[0]) for path in newest.rglob("*") if path.is_file()]
@@ -232,11 +232,11 @@ def test_damaged_checkpoint_is_set_aside(saved, tmp_path, damage, caplog):
             assert step_folders(workdir) == ["3", "4"]
         else:
             assert step == 5 and not (workdir / "damaged_checkpoints").exists()
-    assert aside >= 3  # of some files, such as the names of processes, nothing is needed
+    assert aside >= 3  # some files, such as the names of processes, are not needed
 
 
 def signed(**changes):
-    """Changes `run/metadata` and its hash, as somebody else can do it; None removes a part."""
+    """Changes `run/metadata` and makes its hash match again; None removes an entry."""
 
     def change(text):
         run = json.loads(text) | changes
@@ -290,11 +290,11 @@ PATIENT = r"checkpoints/5 cannot be read \(.*\); it was tried for 1 s"
         (OSError(errno.EMFILE, "Too many open files"), MachineFault, PATIENT),
         (OSError("Forbidden: https://storage.googleapis.com/b/x\nno"), MachineFault, PATIENT),
         (MemoryError(), MachineFault, PATIENT),
-        (jax.errors.JaxRuntimeError(FULL_DEVICE), ValueError, "cannot read"),  # not tried again
+        (jax.errors.JaxRuntimeError(FULL_DEVICE), ValueError, "cannot read"),  # no second try
     ],
 )
 def test_a_fault_of_the_machine_is_no_damage(workdir, monkeypatch, fault, kind, words):
-    """Nothing is set aside: with more memory or another disk, the newest checkpoint is readable."""
+    """No checkpoint is set aside, because it is readable with more memory or another disk."""
     before = contents(workdir)
 
     def fail(*_, **__):
@@ -361,7 +361,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 def failing_saves(monkeypatch, count):
-    """The first saves raise `FULL`."""
+    """Makes the first `count` saves raise `FULL`."""
     real, left = ocp.CheckpointManager.save, [FULL] * count
 
     def fail(self, *args, **options):
@@ -381,7 +381,7 @@ def test_a_save_is_repeated(tmp_path, monkeypatch, caplog):
 
 
 def test_saves_that_fail(tmp_path, monkeypatch, caplog):
-    """Older checkpoints stay, and a later save may succeed."""
+    """Older checkpoints are kept, and a later save succeeds."""
     checkpoints = opened(tmp_path, every=1, keep=1)
     save(checkpoints, 1, wait=True)
     monkeypatch.setattr(retry, "retry_seconds", 0.1)
@@ -399,7 +399,7 @@ def test_saves_that_fail(tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         patch.setattr(ocp.CheckpointManager, "wait_until_finished", fail)
         patch.setattr(ocp.CheckpointManager, "is_saving_in_progress", lambda self: False)
-        assert checkpoints.has_failed()  # the one in the background
+        assert checkpoints.has_failed()  # the save in the background
     assert "checkpoints/3 cannot be saved: No space left on device" in caplog.text
     save(checkpoints, 4, wait=True)
     assert checkpoints.saved == 4

@@ -1,4 +1,4 @@
-"""Memory compared with other counts: of arrays, parameters, psutil, and the system."""
+"""Compares reported memory with the sizes of arrays and parameters, psutil, and the system."""
 
 import json
 import subprocess
@@ -18,8 +18,8 @@ from tests.runs import ROOT, tiny_config
 
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_memory_of_a_device(fsdp, ragged):
-    """Parameters and two moments of four bytes each, split over `fsdp`, and little else; the
-    arguments also have the batch.
+    """The state is little more than the parameters and two moments, four bytes each, split over
+    `fsdp`. The arguments include the batch too.
     """
     config = tiny_config(mesh__fsdp=fsdp, train__batch_size=8, data__document_mask=True)
     step = RepeatedStep(config)
@@ -34,11 +34,11 @@ def test_memory_of_a_device(fsdp, ragged):
 
 
 def test_process_memory():
-    """The two counts are taken one after the other, so they differ a little."""
+    """The two functions measure one after the other, so their results differ a little."""
     grown = np.ones(10**8 // 8)
     memory, process = process_memory(), psutil.Process().memory_info()
     assert memory["host_memory_bytes"] == pytest.approx(process.rss, rel=0.02)
-    # JAX does not count the memory of CPUs.
+    # JAX does not report the memory of CPU devices.
     assert memory.keys() == {"host_memory_bytes", "host_memory_peak_bytes"}
     peak = memory["host_memory_peak_bytes"]
     assert peak >= memory["host_memory_bytes"] > grown.nbytes
@@ -65,8 +65,8 @@ print(json.dumps([step.memory["temporary_bytes"], max(taken[1:])]))
 
 
 def test_temporary_memory_is_what_a_step_takes():
-    """The peak of a process in a later step over its memory before, for half a gigabyte; the first
-    step also takes memory that the process keeps.
+    """The temporary memory, about half a gigabyte, is the peak of the process in a step minus its
+    memory before. The first step is left out, because it also allocates memory that stays.
     """
     variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": HASTY, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", STEP_TAKES]

@@ -1,4 +1,4 @@
-"""The heartbeat, and when it ends a process; `tests/test_fault_matrix.py` has real hangs."""
+"""The heartbeat, and when it ends a process. `tests/test_fault_matrix.py` tests real hangs."""
 
 import json
 import threading
@@ -18,14 +18,14 @@ def content(workdir):
 def test_heartbeat(tmp_path):
     heartbeat = Heartbeat(tmp_path, 0)
     heartbeat.beat("training", 3)
-    assert not (tmp_path / "heartbeat.json").exists()  # the folder is not ours yet
+    assert not (tmp_path / "heartbeat.json").exists()  # this process does not own the folder yet
     heartbeat.begin(2, began=7.0)
     heartbeat.beat("training", 4)
     first = content(tmp_path)
     named = {name: first[name] for name in ("status", "step", "saved", "began")}
     assert named == {"status": "training", "step": 4, "saved": 2, "began": 7.0}
     assert first.keys() - named.keys() == {"time", "host", "pid"}
-    heartbeat.beat("training", 5)  # within a second
+    heartbeat.beat("training", 5)  # less than a second later
     assert content(tmp_path) == first
     heartbeat.beat("saving")
     assert (content(tmp_path)["status"], content(tmp_path)["step"]) == ("saving", 5)
@@ -43,7 +43,7 @@ def test_a_run_that_fails(tmp_path):
 
 @pytest.fixture
 def ended(monkeypatch):
-    """The statuses with which the process would have ended."""
+    """Records the exit statuses with which the process would have ended."""
     statuses = []
 
     def end(status):
@@ -63,7 +63,7 @@ def until(holds):
 
 @pytest.mark.parametrize("can_report", [True, False])
 def test_a_hang_ends_the_process(tmp_path, ended, capsys, can_report):
-    """It writes where it hangs, if it can; preparing data and compiling have no limit."""
+    """The process writes where it hangs, if it can. Preparing data and compiling have no limit."""
     if not can_report:
         (tmp_path / "hang").touch()
     with Heartbeat(tmp_path, 0.5) as heartbeat:

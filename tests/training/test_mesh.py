@@ -1,4 +1,4 @@
-"""Training over meshes of eight devices: the loss curve of one device."""
+"""Training on meshes of eight devices has the same loss curve as training on one device."""
 
 import dataclasses
 from functools import cache
@@ -45,13 +45,13 @@ def batches():
 
 @cache
 def first_state(kind):
-    """Made on one device, whatever mesh it is for."""
+    """Returns the first state, computed on one device, so that it is the same for all meshes."""
     config = configuration(kind)
     return jax.device_get(jax.jit(lambda: init_state(config, 0))())
 
 
 def curve(config, devices):
-    """`(metrics of every step, stacked; final parameters)`."""
+    """Trains, and returns `(metrics of all steps, stacked; final parameters)`."""
     mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh):
         step, like = train_step_on(mesh, config)
@@ -70,8 +70,8 @@ def alone(kind):
     return curve(dataclasses.replace(config, mesh=MeshConfig(data=1)), jax.devices()[:1])
 
 
-# Each kind with either transport: tests/moe/test_parallel.py has more meshes, layer by layer,
-# and runs of several processes in tests/test_multiprocess.py have (2, 1, 4, 1) and (1, 8, 1, 1).
+# Every kind is tested with both transports. tests/moe/test_parallel.py tests single layers on more
+# meshes, and tests/test_multiprocess.py trains on meshes (2, 1, 4, 1) and (1, 8, 1, 1).
 CASES = [
     ("aoe", (8, 1, 1, 1), "ring"),
     ("aoe", (2, 2, 2, 1), "ring"),
@@ -94,8 +94,8 @@ def test_the_loss_curve_is_that_of_one_device(kind, shape, transport, ragged):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_curve_is_worth_comparing(kind, ragged):
-    """It falls, the balance loss counts, and some expert has more rows than the buffer of a
-    transport: rounds follow.
+    """The loss decreases, it includes the balance loss, and some expert has more rows than the
+    buffer of a transport, so that further rounds run.
     """
     metrics, _ = alone(kind)
     assert metrics["loss"][-1] < metrics["loss"][0] - 0.5

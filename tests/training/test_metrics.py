@@ -21,7 +21,7 @@ from aoe_jax.training.validation import Evaluation
 from tests.runs import computed, read_events, tiny_config
 
 LAYERS, EXPERTS = 2, 4
-TOKENS = 4 * 32  # of a step of `tiny_config`
+TOKENS = 4 * 32  # tokens per step of `tiny_config`
 SCALARS = ("loss", "nll", "aux_loss", "grad_norm", "update_norm", "param_norm", "learning_rate")
 SPLIT = ("input_seconds", "checkpoint_seconds", "compute_seconds")
 
@@ -109,14 +109,14 @@ def test_lines_and_events_hold_the_metrics(metrics, tmp_path, caplog):
 
 @pytest.fixture
 def clock(metrics, monkeypatch):
-    """Time that passes only by `time.sleep`."""
+    """Replaces the clock of the metrics by one that advances only in `time.sleep`."""
     now = [metrics._line_time]
     monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.append(now.pop() + seconds))
 
 
 def test_time_is_split_and_gives_the_speed(metrics, clock, tmp_path):
-    """Evaluation counts in no speed."""
+    """The time of evaluation is not part of any speed."""
     for name, seconds in {"input": 0.2, "checkpoint": 0.1, "evaluation": 0.4}.items():
         with metrics.clock(name):
             time.sleep(seconds)
@@ -150,14 +150,14 @@ def test_time_is_split_and_gives_the_speed(metrics, clock, tmp_path):
 
 
 def test_goodput_counts_the_steps_that_are_kept(tmp_path):
-    """Over all starts: the first computes steps 1 to 4, of which a kill loses two."""
+    """All starts count. The first start computes steps 1 to 4, and a kill loses steps 3 and 4."""
     began, progress = time.time() - 10, None
     for start_step in (0, 2):
         metrics, kept = opened(tmp_path, start_step, progress, began), None
         for step in (start_step + 2, start_step + 4):
             time.sleep(0.2)
             report(metrics, step, metrics_of(step))
-            if kept is None:  # the state of the checkpoint of this step
+            if kept is None:  # the progress that the checkpoint of this step saves
                 metrics.sync()
                 kept = dataclasses.replace(metrics._progress)
         share = metrics.summary(step, 9.0)["timing"]["goodput"]
@@ -170,7 +170,7 @@ def test_goodput_counts_the_steps_that_are_kept(tmp_path):
 
 
 def test_when_lines_are_written(metrics, tmp_path):
-    """A step is reported while the next one runs, and none after the lease is lost."""
+    """A step is reported while the next step runs, and no step is reported after a lost lease."""
 
     def lost():
         raise ValueError("taken over")
@@ -198,7 +198,7 @@ def test_a_run_that_is_lost_is_reported(metrics, tmp_path):
 
 
 def test_skipped_steps_in_a_row_end_the_run(metrics, caplog):
-    """Also those before a stop of the run, which the progress has."""
+    """The number includes skipped steps before a restart, which are stored in the progress."""
     metrics._progress.skipped_in_row = 9
     for step, finite in ((4, True), (5, False), *((step, False) for step in range(6, 14))):
         report(metrics, step, metrics_of(step) | {"finite": np.bool_(finite)})

@@ -1,4 +1,4 @@
-"""The picture of a run: what it draws, and that a run survives without it."""
+"""The picture of a run: what it shows, and that a run continues if it cannot be drawn."""
 
 import json
 
@@ -30,21 +30,21 @@ def test_it_has_the_losses_and_loads_of_the_run():
 
 
 def test_a_steep_beginning_does_not_hide_the_rest():
-    """A single step is a point; layers may be many."""
+    """A single step is drawn as a point, and there may be many layers."""
     for n_steps, n_layers in ((1, 1), (100, 40)):
         layers = {"load_max_over_mean": [1.5] * n_layers}
         lines = [
             {"step": i, "nll": 2 + 100 * (i == 1), "layers": layers} for i in range(1, n_steps + 1)
         ]
         loss, load = draw_run(lines, "title").axes
-        *drawn, _ = load.lines  # the last is that of balance
+        *drawn, _ = load.lines  # the last line marks perfect balance
         assert len(drawn) == n_layers and (n_steps == 1 or loss.get_ylim()[1] < 3)
         markers = {line.get_marker() for line in (loss.lines[0], *drawn)}
         assert markers == {"o" if n_steps == 1 else "None"}
 
 
 def test_losses_that_are_missing(tmp_path):
-    """A run whose only loss is not finite, and one that has logged nothing."""
+    """A picture is drawn if the only loss is not finite, and if the run has logged nothing."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "nll": null}\n')
     for name in ("metrics.jsonl", "none.jsonl"):
         write_picture(tmp_path / name, tmp_path / "picture.png", "title")

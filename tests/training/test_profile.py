@@ -23,28 +23,28 @@ def test_values_that_are_refused(text):
 
 
 def test_run_that_goes_on_behind_its_window(caplog):
-    """The same command continues a run that was stopped."""
+    """The command that continues a stopped run has the same `--profile` as before."""
     assert steps_to_trace("7:4", 10) == range(7, 11)
     assert tracing(max, steps_to_trace("6:3", 10), None, 7) is max
     assert "--profile: the run is past step 6; nothing is traced" in caplog.text
 
 
 def test_trace_of_a_run(tmp_path):
-    """Two steps of four; the program in it names the parts of a model, forward and backward."""
-    workdir, kind = tmp_path / "run", KINDS["aoe, over all"]  # one whose scores have a gradient
+    """It has two of four steps; its program names the parts of a model, forward and backward."""
+    workdir, kind = tmp_path / "run", KINDS["aoe, over all"]  # its scores have a gradient
     changes = {"train__steps": 4, "train__eval_every": 0, "checkpoint__every": 100, **kind}
     status, _, stderr = run([*train_command(workdir, **changes), "--profile=2:2"])
     assert status == 0, stderr
     assert "wrote a trace of steps 2 to 3" in stderr
-    (shown,) = (workdir / "profile").rglob("*.trace.json.gz")  # what a trace viewer shows
+    (shown,) = (workdir / "profile").rglob("*.trace.json.gz")  # a trace viewer reads it
     events = json.loads(gzip.decompress(shown.read_bytes()))["traceEvents"]
     steps = [event["args"]["step_num"] for event in events if event.get("name") == "train"]
     assert steps == ["2", "3"]
-    # The wait for the second of them.
+    # The only wait for input is the one before the second step.
     assert len([event for event in events if event.get("name") == "input"]) == 1
     assert any("hlo_op" in event.get("args", {}) for event in events)
 
-    (file,) = (workdir / "profile").rglob("*.xplane.pb")  # with the program
+    (file,) = (workdir / "profile").rglob("*.xplane.pb")  # it includes the program
     names = set(re.findall(rb"jit\(train_step\)/[ -~]*", file.read_bytes()))
     for part in PARTS:
         found = [name for name in names if re.search(rf"[/(]{part}[/)]".encode(), name)]

@@ -1,4 +1,4 @@
-"""The configuration and data that a workdir belongs to, and how its files are set aside."""
+"""Checks of a workdir's configuration and data, and how files of a workdir are set aside."""
 
 import json
 from resource import RLIMIT_FSIZE, getrlimit, setrlimit
@@ -22,7 +22,7 @@ from tests.runs import contents
 
 
 def corpus_of(folder, *texts):
-    """Each text is a source of its own: the same document in every split."""
+    """Makes a corpus with one source per text; every split of a source has only this text."""
     data = [f"text@{folder / text}" for text in texts]
     for text in texts:
         (folder / text).mkdir(exist_ok=True)
@@ -38,14 +38,14 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def workdir(tmp_path, corpus):
-    """A workdir of the default configuration and its corpus."""
+    """A workdir that was claimed with the default configuration and `corpus`."""
     (tmp_path / "run").mkdir()
     RunFolder(tmp_path / "run").claim(Config(), corpus)
     return tmp_path / "run"
 
 
 def record(workdir, step):
-    """Files of a finished run whose last checkpoint is of a step."""
+    """Writes the files of a finished run whose last checkpoint is that of `step`."""
     (workdir / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": 1.0}) + "\n")
     (workdir / "heartbeat.json").write_text(json.dumps({"saved": step}))
     (workdir / "summary.json").write_text(json.dumps({"metrics": {"step": step}}))
@@ -69,7 +69,7 @@ def test_claimed_workdir(workdir, corpus, tmp_path):
     assert contents(workdir).keys() == {"config.json", "data.json", "tokenizer.json"}
     check_config(workdir, Config())
     check_data(workdir, corpus)
-    check_data(workdir, corpus_of(tmp_path / "cache", "some text"))  # the same text elsewhere
+    check_data(workdir, corpus_of(tmp_path / "cache", "some text"))  # same text, other folder
     words = r"token store text-[0-9a-f]{16}, this is text-[0-9a-f]{16}.*data\.path"
     for others in (["other text"], ["some text", "other text"]):
         with pytest.raises(UserError, match=words):
@@ -106,7 +106,7 @@ def test_histories_that_are_incomplete(workdir):
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """Each `set_aside` is interrupted after its first move."""
+    """Returns a `set_aside` that is interrupted after its first move."""
 
     def move_one(source, target):
         move(source, target)
@@ -121,7 +121,7 @@ def interrupted(monkeypatch):
 
 
 def test_a_move_that_was_interrupted(workdir, interrupted):
-    """After each move the rest is refused or is a new run, because checkpoints move first."""
+    """After each move, the other files are refused or form a new run: checkpoints move first."""
     make_checkpoints(workdir, 3)
     record(workdir, 3)
     for _ in range(len([*workdir.iterdir()]) - 1):
@@ -133,7 +133,7 @@ def test_a_move_that_was_interrupted(workdir, interrupted):
 
 
 def test_going_back_that_was_interrupted(workdir, interrupted):
-    """The run refuses to continue; the same command goes back."""
+    """The run refuses to continue; repeating the interrupted command completes the going back."""
     make_checkpoints(workdir, 3, 6, 9)
     (workdir / "heartbeat.json").write_text(json.dumps({"saved": 9}))
     interrupted(workdir, 3)
@@ -177,7 +177,7 @@ def test_a_tokenizer_that_is_half_written_leaves_the_old_one(workdir, corpus):
 
 
 def test_other_configurations_are_refused(workdir, corpus):
-    """Except for what a step does not depend on."""
+    """Settings that do not change the computation of a step may differ."""
     before = contents(workdir)
     free = {"steps": 2000, "log_every": 3, "eval_every": 7, "max_skipped": 2}
     data = {"cache": "/elsewhere", "path": "/elsewhere"}

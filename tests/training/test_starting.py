@@ -59,7 +59,7 @@ HUB = ("olmoe", "qwen2_moe", "qwen3_moe", "dots1", "llama", "qwen3")
 
 @pytest.mark.parametrize("architecture", HUB)
 def test_models_of_the_hub_train_on(architecture, tokenizer):
-    """A step lowers the loss of its batch, which is that of the model."""
+    """The first loss is that of the hub's model, and a step lowers the loss of the same batch."""
     folders, logits = hub_models()[architecture]
     config = finetune.get_config(str(folders["fused"]))
     config.model.dtype = "float32"
@@ -82,13 +82,13 @@ def test_models_of_the_hub_train_on(architecture, tokenizer):
 
 
 def test_what_may_differ(tmp_path, tokenizer, caplog):
-    """Experts may be chosen in another way, and a tokenizer may add other tokens to texts."""
+    """The choice of experts and the special tokens that a tokenizer adds to texts may differ."""
     directory, *_ = written(tmp_path, tiny_config())
     with_a_first_token(directory)
     with caplog.at_level("WARNING"):
         state = first_state(directory, tokenizer, experts__top_k=3, balance__bias_rate=0.01)
     assert "config.experts.top_k is 2 there, 3 here" in caplog.text
-    assert not np.any(state.routing_state["selection_bias"])  # the model has none
+    assert not np.any(state.routing_state["selection_bias"])  # the model has no bias
 
 
 def with_another_tokenizer(directory):
@@ -104,7 +104,7 @@ def without_weights(directory):
 
 
 BIAS, ROUTER = {"balance__bias_rate": 0.01}, {"experts__kind": "router"}
-MISTAKES = [  # settings of the model and of the run, a change of the files, words of the error
+MISTAKES = [  # (settings of the model, settings of the run, change of files, words of the error)
     ({}, {"experts__d_ffn": 64}, None, "is another model: config.experts.d_wide is"),
     ({}, ROUTER, None, "config.experts.kind is 'aoe' there, 'router' here"),
     (BIAS, {}, None, "selection bias, which this run cannot use; set routing.name and"),

@@ -1,4 +1,4 @@
-"""The train step: every configuration of the paper in small, the optimiser, and gradient
+"""The train step: small versions of all configurations of the paper, the optimiser, and gradient
 accumulation.
 """
 
@@ -49,8 +49,8 @@ def new_state(config):
 
 
 def shrunken(variant, **changes):
-    """A small twin of a configuration of the paper, its rank in proportion; with changes of groups,
-    `group={field: value}`.
+    """Returns a small version of a configuration of the paper. `d_low` is reduced in proportion to
+    `d_model`. `changes` are `group={field: value}`.
     """
     config = paper.get_config(variant)
     d_low = max(4, round(config.experts.d_low * 32 / config.model.d_model))
@@ -63,14 +63,14 @@ def shrunken(variant, **changes):
     return Config.from_config_dict(settings)
 
 
-# Their small twins are those of other variants, but for a rank.
+# Their small versions are those of other variants, except for `d_low`.
 ALIKE = ("aoe_r128", "aoe_r256", "aoe_r512", "moe_4b", "aoe_4b")
 ALIKE += ("aoe_r128_aux", "aoe_r256_aux", "aoe_r512_aux")
 
 
 @pytest.mark.parametrize("variant", [name for name in paper.VARIANTS if name not in ALIKE])
 def test_every_program_of_the_paper_trains(variant):
-    """Three steps; every gradient is finite and every parameter receives one."""
+    """In three steps, every gradient is finite, and every parameter has a nonzero gradient."""
     config = shrunken(variant)
     state, batch, losses = new_state(config), batch_of(), []
     step = jax.jit(make_train_step(config))
@@ -79,9 +79,9 @@ def test_every_program_of_the_paper_trains(variant):
         losses.append(float(metrics["loss"]))
         if t == 0:
             assert metrics["finite"] and float(metrics["grad_norm"]) > 0
-            # The first moment is proportional to the gradient.
+            # After one step, the first moment is proportional to the gradient.
             ((_, gradient),) = optax.tree.get_all_with_path(state.opt_state, "mu")
-    # Tokens that do not occur in the batch have output gradients only.
+    # Embeddings are left out: tokens that do not occur in the batch have no input gradients.
     del gradient["embed"]
     for name, moment in by_path(gradient).items():
         n_axes = 2 if "experts']['w_" in name and "router" not in name else 1  # layer, expert
@@ -93,7 +93,7 @@ def test_every_program_of_the_paper_trains(variant):
 
 @pytest.mark.parametrize("variant", paper.VARIANTS)
 def test_every_configuration_of_the_paper_is_traced(variant):
-    """In its real sizes, where a step gives back what it takes."""
+    """At full size, the state after a step has the shapes and dtypes of the state before."""
     config = Config.from_config_dict(paper.get_config(variant))
     state = jax.eval_shape(lambda: init_state(config, 0))
     batch = abstract_batch(config, config.train.batch_size)
@@ -104,7 +104,7 @@ def test_every_configuration_of_the_paper_is_traced(variant):
 
 
 def test_losses_are_weighted_as_configured():
-    """The gradient is the same however AoE scores."""
+    """The gradient is the same for both values of `score_gradient`."""
     batch, params, found = batch_of(), new_state(shrunken("aoe_r64_aux")).params, []
     balance = {"aux_weight": 0.5, "entropy_weight": 0.125, "z_weight": 0.25}
     plain = shrunken("aoe_r64_aux", balance=dict.fromkeys(balance, 0.0))
@@ -122,7 +122,7 @@ def test_losses_are_weighted_as_configured():
         np.testing.assert_allclose(metrics["loss"], metrics["nll"] + weighted, rtol=1e-5)
         of_batch = balance_loss(metrics["load"], metrics["stats"].mean_probability).mean()
         np.testing.assert_allclose(plain["aux_loss"], of_batch, rtol=1e-5)
-        # K in perfect balance, 4 in collapse; each sequence is less even than all together.
+        # The loss is K in perfect balance and 4 in collapse, and larger for single sequences.
         assert 2 < float(of_batch) < float(metrics["aux_loss"]) < 4
         assert float(metrics["z_loss"]) > np.log(4) ** 2  # norms are never negative
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), *found)
@@ -139,7 +139,7 @@ def loss_free(variant, accumulate=1):
 
 @pytest.mark.parametrize("variant", ["aoe_r64", "aoe_r64_aux", "moe_aux"])
 def test_loss_free_balancing(variant):
-    """The load of a step changes the bias of the next one, in units of the spread of scores."""
+    """The load of a step changes the bias of the next step, in units of the spread of scores."""
     _, step, state = loss_free(variant)
     batch = batch_of()
     np.testing.assert_array_equal(state.routing_state["selection_bias"], np.zeros((2, 4)))
@@ -156,8 +156,8 @@ def test_loss_free_balancing(variant):
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_step_that_is_not_finite_updates_nothing(accumulate):
-    """The loss is NaN, or it is finite but the norm of a gradient of 1e20 in float32 is not. The
-    step counts, for the schedule too, and the next one updates again.
+    """The loss is NaN, or the loss is finite, but the float32 norm of a gradient of 1e20 is not.
+    The step is counted, also for the schedule, and the next step updates parameters again.
     """
     config, step, state = loss_free("aoe_r64", accumulate)
     batch = batch_of()
@@ -186,7 +186,7 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
 
 
 def masked_batch():
-    """Uneven weights: the first of four sequences counts in the loss by one target alone."""
+    """A batch with uneven weights: only one target of the first sequence counts in the loss."""
     weights = np.ones((4, 24), np.float32)
     weights[0, 1:] = 0
     weights[2, ::3] = 0
@@ -195,7 +195,7 @@ def masked_batch():
 
 @pytest.mark.parametrize("router", ["top_k", "expert_choice"])
 def test_masked_targets_are_no_padding(router):
-    """They count in the statistics and in expert choice as others do, but not in the loss."""
+    """They count in the statistics and in expert choice like other targets, but not in the loss."""
     config = dataclasses.replace(shrunken("aoe_r64_aux"), routing=find_method(router)())
     params = new_state(config).params
     whole, masked = batch_of(), masked_batch()
@@ -212,7 +212,7 @@ def test_masked_targets_are_no_padding(router):
     assert not np.allclose(padded["load"], plain["load"], rtol=1e-3)
 
 
-# router -> the name of a balance loss, the group of its weight, and the shares that it has.
+# router -> the balance loss, the group with its weight, and the routing statistic that it uses.
 RUNNING = {
     "top_k": ("aux_loss", "balance", "load"),
     "gshard": ("first_choice_loss", "routing", "first_choices"),
@@ -221,8 +221,8 @@ RUNNING = {
 
 @pytest.mark.parametrize("router", RUNNING)
 def test_balance_is_of_all_micro_batches_so_far(router):
-    """Losses have the load, or the first choices, of the micro-batches up to their own; by hand,
-    with gradients.
+    """The loss of a micro-batch uses the load, or the first choices, of all micro-batches up to it.
+    Values and gradients are compared with a computation by hand.
     """
     name, group, share = RUNNING[router]
     train = {"accumulate": 3, "batch_size": 6}
@@ -260,7 +260,7 @@ def test_balance_is_of_all_micro_batches_so_far(router):
 
 @pytest.mark.parametrize("batch", [batch_of, masked_batch])
 def test_accumulation_is_the_mean_over_micro_batches(batch):
-    """Every target counts the same, whatever the weights."""
+    """All targets count equally, also if micro-batches have different numbers of targets."""
     results = []
     for accumulate in (1, 4):
         _, step, state = loss_free("aoe_r64", accumulate)
@@ -279,8 +279,8 @@ def of_experts(**weights):
 
 
 def test_optimiser_is_the_papers():
-    """Clip by global norm, then Adam with betas (0.9, 0.95) and decoupled decay on matrices only,
-    by hand.
+    """Updates equal a computation by hand: clipping by the global norm, then Adam with betas
+    (0.9, 0.95) and decoupled decay on matrices only.
     """
     rates = {"learning_rate": 0.1, "final_learning_rate": 0.01}
     config = TrainConfig(steps=10, warmup=0.0, weight_decay=0.5, **rates)
@@ -307,7 +307,7 @@ def test_optimiser_is_the_papers():
 
 
 def test_routers_alone_in_the_first_steps():
-    """The others stay bit for bit, and their moments start after these steps."""
+    """Other parameters stay bit-identical, and their moments start after these steps."""
     config, batch = shrunken("moe_aux", train={"router_steps": 2, "steps": 4}), batch_of()
     step, state = jax.jit(make_train_step(config)), new_state(config)
     for number in range(1, 5):

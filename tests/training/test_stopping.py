@@ -1,4 +1,4 @@
-"""Stops of several processes, without processes; `tests/test_promises.py` has real signals."""
+"""Stops of several imitated processes. `tests/test_promises.py` sends signals to real processes."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from aoe_jax.training.stopping import StopRequests
 
 
 def test_several_processes_stop_at_the_same_step(monkeypatch):
-    """JAX takes the signal, and says at which question all of them stop."""
+    """JAX receives the signal, and tells all processes at which question they stop."""
     handlers, sent, reached = {}, [], "reached_preemption_sync_point"
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)

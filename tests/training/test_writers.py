@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard files, read back without the writer; Weights & Biases offline."""
+"""Reads metrics.jsonl and TensorBoard files without our writers; tests Weights & Biases offline."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path, caplog):
     writer.write(6, "train", {"loss": 6}, {}, {})
     writer.close()
     with path.open("a") as file:
-        file.write('{"step": 8, "lo')  # the half line of a killed run
+        file.write('{"step": 8, "lo')  # an incomplete line of a killed run
     kept = path.read_text().splitlines()[:2]
     with caplog.at_level("INFO"):
         writer = JsonLines(path, size)
@@ -42,7 +42,7 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path, caplog):
 
 @pytest.mark.parametrize(("kept", "size"), [("", 12), ('tep": 2}\n', 12), ('{"step": 2}\nx', 13)])
 def test_lines_that_are_lost(tmp_path, kept, size):
-    """A file that is shorter than at the checkpoint, or in which it ends within a line."""
+    """The file is shorter than at the checkpoint, or the checkpoint's size is within a line."""
     path = tmp_path / "metrics.jsonl"
     path.write_text(kept)
     with pytest.raises(UserError, match=r"metrics.jsonl has lost lines: .* or --start-over begins"):
@@ -65,7 +65,7 @@ def test_a_write_that_is_short_loses_nothing(tmp_path):
 
 
 def test_numbers_keep_their_precision(tmp_path):
-    """A line is on the disk at once."""
+    """A line can be read immediately after it is written."""
     values = np.random.default_rng(0).lognormal(0, 20, 500).astype(np.float32)
     writer = JsonLines(tmp_path / "metrics.jsonl", 0)
     writer.write(1, "train", {"nll": float(values[0])}, LAYERS | {"norm": values}, {})
@@ -86,7 +86,7 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
 
 
 def test_wandb_that_cannot_be_reached(tmp_path, monkeypatch, caplog):
-    """A run goes on without it, but a mistake of the user is said."""
+    """A run continues without Weights & Biases, but a mistake of the user is an error."""
     import wandb  # slow
 
     def refuse(**_):
@@ -104,7 +104,7 @@ def test_wandb_that_cannot_be_reached(tmp_path, monkeypatch, caplog):
 
 
 def test_wandb_offline(tmp_path):
-    """A run that continues is the same run there, and has the figures of metrics.jsonl."""
+    """A continued run is the same run in Weights & Biases, with the numbers of metrics.jsonl."""
     workdir = shutil.copytree(finished_run(), tmp_path / "run")
     logged = len(read_metrics(workdir)[0])
     for steps in (26, 28):
