@@ -1,10 +1,10 @@
 """`experts.kind="capacity"`: a router MoE with expert capacity and token dropping, after GShard
 (arXiv 2006.16668) and Switch (arXiv 2101.03961).
 
-Each sequence is one group of tokens. In a group an expert has C places, one per token. Places are
-assigned to all first choices before any second choice, in the order of the tokens. If the expert
-has no free place, the choice is dropped and adds nothing to its token. Dispatch and combine are
-products with arrays `[B, S, n, C]`, so every shape is fixed.
+Each sequence is one group of tokens. In a group an expert has C places for tokens. All first
+choices get places before any second choice, in the order of the tokens. A choice of a full expert
+is dropped and adds nothing to its token. Dispatch and combine are products with arrays
+`[B, S, n, C]`, so every shape is fixed.
 
 NOT CAUSAL with more than one expert per token: the first choice of a later token may get the place
 that an earlier token's second choice needs. With one expert per token the layer is causal.
@@ -25,9 +25,8 @@ from aoe_jax.parameters import EXPERTS, ROUTER
 def assign_places(expert, n_experts, capacity):
     """Assigns places to the choices of each group: all first choices first, in the order of tokens.
 
-    `expert [B, S, K]` int32 are each token's choices, the first choice first, n for padding.
-    Returns the places `[B, S, n]` int32, from 0 to C - 1, or C if the expert is full or not chosen;
-    and the number of dropped choices `[]`.
+    `expert [B, S, K]` int32, first choice first, n for padding -> the places `[B, S, n]` int32, 0
+    to C - 1, or C if the expert is full or not chosen; and the number of dropped choices `[]`.
     """
     n_groups, n_tokens, k = expert.shape
     chosen = jax.nn.one_hot(expert, n_experts, dtype=jnp.int32)

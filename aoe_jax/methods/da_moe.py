@@ -1,5 +1,4 @@
-"""The number of experts of a token depends on attention, after DA-MoE (Aghdam et al. 2024, arXiv
-2409.06669).
+"""Number of experts by attention, after DA-MoE (Aghdam et al. 2024, arXiv 2409.06669).
 
     K[t] = ceil(importance[t] K_max), at least 1;  token t uses its K[t] experts of highest score
 

@@ -1,5 +1,5 @@
-"""DynMoE (Guo et al., arXiv 2405.14297): a token is routed to any number of experts, and training adds
-and removes experts.
+"""DynMoE (Guo et al., arXiv 2405.14297): tokens are routed to any number of experts, and training
+adds and removes experts.
 
     score c[t, i]: the cosine of token t and router column i
     gap[t, i] = ReLU(sigmoid(tau c[t, i]) - sigmoid(tau G[i]))
@@ -20,13 +20,13 @@ are those already stored at the place, which weight decay has shrunk.
 With a router the loss is the paper's: `||W' W - I||_F` over the normalised columns of live experts
 ("diversity") plus the mean length of all columns ("simplicity"), summed over layers as in the
 authors' code. Two more terms of their code (a balance loss of gates, and the mean of all gates) and
-its learned temperature are left out. Initial columns are nearly orthogonal; in the paper exactly.
+its learned temperature are left out. Initial columns are nearly orthogonal; the paper's are exact.
 
-The paper does not cover AoE. In this project's version the score is the norm divided by the norm for a
-random direction, minus 1 (`relative_scores`), so it is around 0 like a cosine. There is no loss on
-columns. The scoring matrix of a new expert (`w_score`) is a matrix of rank one plus noise. The
-matrix of rank one maps R_S / ||R_S|| to the direction of R_S W, where W is the old matrix at the
-place. The noise is W scaled to a tenth. The sum is scaled to the median norm of live experts.
+The paper does not cover AoE. This project's score is the norm divided by the norm of a random
+direction, minus 1 (`relative_scores`), so it is around 0 like a cosine. No loss is on columns. The
+scoring matrix of a new expert (`w_score`) is a matrix of rank one plus noise. The matrix of rank
+one maps R_S / ||R_S|| to the direction of R_S W, where W is the old matrix at the place. The noise
+is W scaled to a tenth of its norm. The sum is scaled to the median norm of live experts.
 
 The method is causal, because each token is routed by itself. It costs n slots per token.
 """
@@ -153,7 +153,7 @@ class DynMoE(Method):
     initial_experts: int | None = setting(None, above=0, training_only=True)
     period_steps: int = setting(900, above=0, training_only=True)
     idle_steps: int = setting(300, at_least=0, training_only=True)
-    record_steps: int = setting(300, at_least=0, training_only=True)  # 0: no expert is added or removed
+    record_steps: int = setting(300, at_least=0, training_only=True)  # 0: no changes
 
     def __call__(self, scores, weights, ctx):
         scores = relative_scores(scores, weights, ctx)

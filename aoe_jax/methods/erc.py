@@ -67,7 +67,7 @@ def _norms(devices, rows, w_gate):
 
 @dataclass(frozen=True)
 class ERC(FixedK):
-    """Top-k routing with the coupling loss, and with the selection bias of top-k. Causal."""
+    """Top-k routing with the coupling loss, and with the selection bias of top-k. It is causal."""
 
     name = "erc"
 

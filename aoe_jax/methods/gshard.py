@@ -5,8 +5,8 @@
     evaluation: y = w1 E_e1(x) + w2 E_e2(x)
     loss = aux_weight n sum_i f_i P_i,  f_i share of tokens whose first choice is i, P_i mean g_i
 
-where g is the softmax over all scores. Two points of the paper's Algorithm 1 are written
-from memory: w2 in `2 w2` is the normalised weight, and w1 does not change if the second expert is
+Here g is the softmax over all scores. Two points of the paper's Algorithm 1 are written from
+memory: w2 in `2 w2` is the normalised weight, and w1 does not change if the second expert is
 not drawn. That evaluation uses both experts is this project's choice. The loss is the paper's
 `mean_i(f_i P_i)` times n^2, the scale of Switch: 1 in perfect balance, n if all tokens choose one
 expert. The method is causal, because a draw does not depend on other tokens.

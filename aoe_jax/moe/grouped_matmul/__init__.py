@@ -88,7 +88,7 @@ def grouped_matmul(
 
 
 def backend_for(device, dtype, m, shape):
-    """The backend that `"auto"` selects on a device for m rows and weights of `shape` `[E, D, F]`."""
+    """The backend that `"auto"` selects on a device for m rows and weights of shape `[E, D, F]`."""
     backend = _that_takes(_default_backend(device), dtype, *shape[1:])
     if backend == "blocked" and m < shape[0]:  # rowwise loads no weights of unused experts
         backend = "rowwise"
