@@ -72,11 +72,11 @@ class Group:
             object.__setattr__(self, field, absolute_path(path))
 
     def check(self, config):
-        """Refuses values that do not fit the other groups of a `Config`."""
+        """Raises a `UserError` for values that do not fit the other groups of a `Config`."""
 
 
 def require(condition, name, value, wanted):
-    """Refuses a value of a field `GROUP.FIELD` unless the condition holds."""
+    """Raises a `UserError` for a field `GROUP.FIELD` unless the condition is true."""
     if not condition:
         raise UserError(f"config.{name}={shown(value)}: {wanted}")
 
@@ -93,7 +93,7 @@ def misfit(value):
 
 
 def require_choice(name, value, choices):
-    """Refuses a value that is not one of the choices."""
+    """Raises a `UserError` for a value that is not one of the choices."""
     require(value in choices, name, value, f"choose one of {', '.join(map(str, choices))}")
 
 
@@ -103,7 +103,7 @@ def absolute_path(path):
 
 
 def require_flag(condition, name, value, wanted):
-    """Refuses the value of a command-line flag unless the condition holds."""
+    """Raises a `UserError` for a command-line flag unless the condition is true."""
     if not condition:
         raise UserError(f"--{name}={value}: {wanted}")
 

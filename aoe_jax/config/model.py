@@ -26,8 +26,8 @@ class ModelConfig(Group):
     remat: str = setting("none", choices=("none", "experts", "layer"))
     # The backend of `model/attention/`; auto: chosen by platform, dtype and head width.
     attention: str = setting("auto", choices=("auto", "blocks", "splash", "cudnn"))
-    # Layers per step of the scan over layers. Unrolled layers need fewer copies of arrays for the
-    # backward pass, which are slow on CPU, but take longer to compile.
+    # Layers per step of the scan over layers. A scan copies arrays for the backward pass, which is
+    # slow on CPU. Unrolled layers need longer compilation but fewer copies.
     unroll: int = setting(1, above=0)
     # The fields below are needed for checkpoints of other projects.
 

@@ -2,9 +2,9 @@
 (arXiv 2006.16668) and Switch (arXiv 2101.03961).
 
 Each sequence is one group of tokens. In a group an expert has C places for tokens. All first
-choices get places before any second choice, in the order of the tokens. A choice of a full expert
-is dropped and adds nothing to its token. Dispatch and combine are products with arrays
-`[B, S, n, C]`, so every shape is fixed.
+choices get places before any second choice, in the order of the tokens. If no place is
+free, the choice is dropped and adds nothing to its token's output. Dispatch and combine are
+products with arrays `[B, S, n, C]`, so all shapes are fixed.
 
 NOT CAUSAL with more than one expert per token: the first choice of a later token may get the place
 that an earlier token's second choice needs. With one expert per token the layer is causal.
@@ -25,8 +25,8 @@ from aoe_jax.parameters import EXPERTS, ROUTER
 def assign_places(expert, n_experts, capacity):
     """Assigns places to the choices of each group: all first choices first, in the order of tokens.
 
-    `expert [B, S, K]` int32, first choice first, n for padding -> the places `[B, S, n]` int32, 0
-    to C - 1, or C if the expert is full or not chosen; and the number of dropped choices `[]`.
+    `expert [B, S, K]` int32 has the first choices first, and n for padding. Returns the places
+    `[B, S, n]` int32 (C if an expert is full or not chosen), and the number of dropped choices.
     """
     n_groups, n_tokens, k = expert.shape
     chosen = jax.nn.one_hot(expert, n_experts, dtype=jnp.int32)
@@ -38,7 +38,7 @@ def assign_places(expert, n_experts, capacity):
 
 
 def experts_of_places(x, place, weight, capacity, w, devices):
-    """SwiGLU experts on the tokens that have a place, weighted by `weight [B, S, n]`.
+    """Sums expert outputs over the places of each token, weighted by `weight [B, S, n]`.
 
     `[B, S, d]` -> `[B, S, d]`, zero for a token without a place. `w` are the matrices of this
     device's experts in the dtype of `x`.

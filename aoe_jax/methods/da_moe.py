@@ -37,7 +37,7 @@ def concentration(peaks, n_visible):
 
 
 def head_importance(q, k, visible):
-    """The importance of each token by each head, see `Hooks.attention`: `[B, H, S]` float32 or
+    """The importance of each token in each head, for `Hooks.attention`: `[B, H, S]` float32 or
     wider, without a gradient. Heads are computed one by one, so only one `[B, S, c]` is in memory.
     """
     q, k = jax.lax.stop_gradient((q.swapaxes(0, 1), k.swapaxes(0, 1)))

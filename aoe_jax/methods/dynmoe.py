@@ -3,12 +3,12 @@ adds and removes experts.
 
     score c[t, i]: the cosine of token t and router column i
     gap[t, i] = ReLU(sigmoid(tau c[t, i]) - sigmoid(tau G[i]))
-    token t goes to expert i where gap > 0;  weight = 1 / (the number of its experts)
+    expert i processes token t if gap > 0;  weight = 1 / (the number of the token's experts)
 
-The threshold G[i] is a parameter that starts at 0, where about half of the experts are chosen. The
-gate is 1 where the gap is above 0, with the gradient of the gap, so an expert gets no gradient from
-tokens that are not routed to it. In training a token may have no expert, and the layer adds nothing
-to it. In evaluation such a token is routed to the expert of the highest score.
+The threshold G[i] is a parameter with initial value 0, so at first about half of the experts are
+chosen. The gate is 1 where the gap is above 0, with the gradient of the gap, so an expert gets no
+gradient from tokens that it does not process. In training, the layer's output is 0 for a token
+without an expert. In evaluation such a token is routed to the expert of the highest score.
 
 The layer has parameters for n experts (places); experts in use are "live". Every period of
 `period_steps` steps begins with `idle_steps` steps without recording. The next `record_steps` steps
@@ -20,15 +20,15 @@ are those already stored at the place, which weight decay has shrunk.
 With a router the loss is the paper's: `||W' W - I||_F` over the normalised columns of live experts
 ("diversity") plus the mean length of all columns ("simplicity"), summed over layers as in the
 authors' code. Two more terms of their code (a balance loss of gates, and the mean of all gates) and
-its learned temperature are left out. Initial columns are nearly orthogonal; the paper's are exact.
+its learned temperature are left out. Initial columns are almost orthogonal, the paper's exactly.
 
-The paper does not cover AoE. This project's score is the norm divided by the norm of a random
-direction, minus 1 (`relative_scores`), so it is around 0 like a cosine. No loss is on columns. The
-scoring matrix of a new expert (`w_score`) is a matrix of rank one plus noise. The matrix of rank
-one maps R_S / ||R_S|| to the direction of R_S W, where W is the old matrix at the place. The noise
-is W scaled to a tenth of its norm. The sum is scaled to the median norm of live experts.
+The paper does not cover AoE. For AoE this project divides the norm by the norm that a random
+direction has on average and subtracts 1 (`relative_scores`), so scores are around 0 like a cosine.
+There is no loss on columns. The scoring matrix of a new expert (`w_score`) is a matrix of rank one
+plus noise. The former maps R_S / ||R_S|| to the direction of R_S W, where W is the old matrix at
+the place; the noise is W with a tenth of that norm. The sum gets the median norm of live experts.
 
-The method is causal, because each token is routed by itself. It costs n slots per token.
+The method is causal, because each token is routed independently. It needs n slots per token.
 """
 
 import math
@@ -191,8 +191,8 @@ class DynMoE(Method):
         }
 
     def update(self, config, state, stats, weights):
-        # The optimiser's moments of a new expert need no reset: its place has had no gradient from
-        # tokens for `record_steps` steps (a router's column only the one from `simplicity`).
+        # The optimiser's moments of a new expert need no reset, because its place has had no
+        # gradient from tokens for `record_steps` steps (a router column has that of `simplicity`).
         step = state["updates"][0] % self.period_steps - self.idle_steps
         is_recorded = (step >= 0) & (step < self.record_steps)
         is_due = is_recorded & (step == self.record_steps - 1)

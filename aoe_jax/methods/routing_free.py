@@ -11,7 +11,7 @@ use means over the experts of all layers together:
 
 So the mean number of experts per token and layer approaches K = `experts.top_k`.
 
-The method follows the paper. From the authors' code are two details: G below theta counts as 0 in
+The method follows the paper. Two details come from the authors' code: G below theta counts as 0 in
 the losses, and lambda is at most 1. The factor that their code learns for each score is left out.
 AoE with this router is the published method except for its initialisation: norms start near
 sqrt(r). Each micro-batch has its own mean_t(G). A router's logits instead of norms are this

@@ -14,7 +14,7 @@ With `experts.factorised_gate` the experts are AoE's, and scores are the norms |
 this is the project's version for AoE.
 
 In a decoder the mean over a whole sequence would depend on later tokens. So sequences are cut into
-segments of `segment` tokens, and p is computed from the mean of the segment BEFORE (Lory, Zhong et
+segments of `segment` tokens, and the mean of the PREVIOUS segment determines p (Lory, Zhong et
 al., arXiv 2405.03133). This is causal in training and at inference. In the first segment p is
 uniform, which is this project's choice. With `segment=0` v is the mean of the whole sequence, for
 classifiers and encoders; a decoder refuses it.
@@ -22,7 +22,7 @@ classifiers and encoders; a decoder refuses it.
 A merged expert does not compute the mean of the experts: (W_gate_down, W_gate_up) and
 (W_gate_down Q, Q^T W_gate_up) are the same expert, but merge differently with others. So initial
 experts are near each other: a fraction `own_share` of the variance of their matrices is their own,
-the rest is common. (The authors' code can start from equal experts; 1 makes them independent.)
+the rest is common. (The authors' code can start from equal experts.) With 1 they are independent.
 
 Merging costs 2 n |expert| FLOPs per segment; |expert| is the size of an expert. Unless
 `model.remat` is experts or layer, it also needs memory for one merged expert per segment.

@@ -12,7 +12,7 @@ is the probability of the draw.
 
 At inference every token (`inference="token"`) or every sequence ("sequence") draws an expert in
 each layer, by a key made of `inference_seed`, the layer index and, for "token", the position. So
-draws are the same for all sequences, batches and meshes, and in decoding.
+draws do not depend on the text, the batch, the mesh or the use of a cache.
 
 The method follows the authors' text and code, except that experts are in every layer, not in every
 second, and that there is no label smoothing and no dropout. With `experts.factorised_gate` the
@@ -66,7 +66,7 @@ def consistent_cross_entropy(consistency, hidden, table, targets, weights):
     """The cross-entropy of two passes, and the divergence of their predictions.
 
     `hidden` has two arrays `[T, d]`, one per pass, and `consistency` is the weight of the
-    divergence. For the other arguments see `cross_entropy`.
+    divergence. The others are those of `cross_entropy`.
 
     Returns:
       `(loss, nll, divergence)`, weighted sums over tokens: `nll` is the sum over both passes,

@@ -4,7 +4,7 @@ for which its score is above the expert's threshold.
     token t is routed to expert i if score[t, i] > c[i];  weight = sigmoid(score[t, i])
     c[i] <- decay c[i] + (1 - decay) (the k-th largest score of expert i in the batch),  k = T K / n
 
-A step uses the thresholds from before that step, so the experts of a token do not depend on other
+Each step uses thresholds from earlier steps, so the experts of a token do not depend on other
 tokens: routing is causal. A token may have any number of experts, K = `experts.top_k` on average.
 In the first `warmup_steps` steps experts choose their k tokens (expert choice), which is not
 causal.

@@ -106,8 +106,8 @@ def layer_flops_per_token(config: Config):
     The backward pass needs twice the FLOPs of the forward pass, except for AoE's scores of experts
     that are not chosen. They have a backward pass for all tokens with `score_gradient="dense"`,
     otherwise for the fraction `balance.aux_tokens` of the tokens if there is a balance loss, else
-    for no token. Under top-p, `top_k` experts count as chosen. `kind="capacity"` counts like
-    `kind="router"`; `Capacity.wasted_flops` counts its other FLOPs.
+    for no token. Under top-p, `top_k` experts count as chosen. For `kind="capacity"` these are the
+    FLOPs of `kind="router"`; `Capacity.wasted_flops` counts the others.
     """
     c = config.experts
     declared, active = _layer_parameters(config)
@@ -127,7 +127,7 @@ def layer_flops_per_token(config: Config):
 
 
 def training_flops_per_token(config: Config):
-    """Useful matmul FLOPs per token of a training step; see `layer_flops_per_token`.
+    """Useful matmul FLOPs per token of a training step, with those of `layer_flops_per_token`.
 
     Causal attention counts the lower triangle only; norms, softmax and the embedding look-up are
     not counted.

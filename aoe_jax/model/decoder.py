@@ -95,7 +95,7 @@ class Decoder(nn.Module):
     """The language model: embedding, layers of attention and experts, output projection.
 
     Attributes:
-      training: whether layers behave as in training.
+      training: whether layers draw at random and record losses, as training needs.
       observe: the field of `moe.layer.ExpertsLayer`, for the layers of experts.
     """
 
@@ -178,7 +178,7 @@ class Decoder(nn.Module):
         token_weights: jax.Array | None = None,
         routing_state: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, LayerStats]:
-        """`features`, but logits `[B, S, V]` float32 instead of the hidden states."""
+        """Returns logits `[B, S, V]` float32 and `LayerStats`; see `features` for the arguments."""
         hidden, stats = self.features(tokens, segment_ids, token_weights, routing_state)
         table = (self.embed if self.model.tie_embeddings else self.output).embedding
         return logits(hidden, table), stats

@@ -31,7 +31,7 @@ class Scores(NamedTuple):
 
     @classmethod
     def of(cls, values, stride, code=None):
-        """Scores with a gradient; rematerialisation keeps them, see `KEPT_ROUTING`."""
+        """Scores with a gradient; rematerialisation keeps them by the name `KEPT_ROUTING`."""
         kept = checkpoint_name(values, KEPT_ROUTING)
         return cls(kept, checkpoint_name(values[::stride], KEPT_ROUTING), code)
 
@@ -74,7 +74,7 @@ def router_scores(x, weights, stride):
     """The `Scores` of a router for tokens `x [T, d]`: its logits (Algorithm 1).
 
     The "large router" ablation (Table 2, row 4) computes `SiLU(x W_hidden) W_router`. The paper
-    gives only its parameter count, about `n r d`; one hidden layer is this project's choice.
+    states only its parameter count, about `n r d`; one hidden layer is this project's choice.
     """
     if "w_router_hidden" in weights:
         x = jax.nn.silu(router_logits(x, weights["w_router_hidden"]))

@@ -79,7 +79,7 @@ def weighted_product(gate, up, weight):
 
     The derivative keeps only the arguments; autodiff would keep all intermediate results. With
     float32 throughout and the barrier, XLA for TPU computes the derivative and the recomputed
-    product in one loop; otherwise it needs two loops that each read all arrays.
+    product in one loop; otherwise it needs two loops that each load all arrays.
     """
     gate, wide_up, weight = _widened(gate, up, weight)
     return (jax.nn.silu(gate) * wide_up * weight).astype(up.dtype)

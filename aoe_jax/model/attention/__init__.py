@@ -1,11 +1,11 @@
 """Causal softmax attention by backends with the same signature, one per file.
 
-    blocks     plain JAX, on every platform
-    splash     TPU, by the Pallas kernels that come with JAX; interpreted on CPU
-    cudnn      GPU from Ampere on, by cuDNN
-    reference  the whole matrix of scores, for tests
+    blocks     plain JAX, for all platforms
+    splash     JAX's Pallas kernels for TPU; interpreted on CPU
+    cudnn      cuDNN, for NVIDIA GPUs from Ampere on
+    reference  computes the whole matrix of scores; for tests
 
-Letters in shapes: see `aoe_jax/moe/__init__.py`.
+`aoe_jax/moe/__init__.py` lists the letters in shapes.
 """
 
 import logging

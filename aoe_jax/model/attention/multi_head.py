@@ -57,8 +57,8 @@ def rotary(x, cos, sin):
 def rotary_by_product(x, cos, sin):
     """Computes `rotary` with a matrix that swaps the halves of a head.
 
-    On a TPU this is faster than moving parts of its 128 lanes, which goes through HBM; the product
-    fuses with the operations around it.
+    On a TPU the product is faster than moving parts of its 128 lanes, which needs HBM, because the
+    product fuses with the operations around it.
     """
     half = x.shape[-1] // 2
     swap = np.zeros((2 * half, 2 * half), np.float32)

@@ -4,12 +4,10 @@ loop multiplies the other rows block by block.
 B is a little more than the mean group size, so with balanced loads the batched matmul computes
 almost all rows. It multiplies E stretches of B positions, stretch e by the weights of expert e. A
 group's head, its first B rows, is stored in the group's stretch. Other rows of large groups are
-stored at positions that small groups leave free, where the batched product is wrong. A loop of
-dynamic length overwrites these products with one dense matmul per block. If less than half of the
+stored at free positions of any stretch, where the batched product is wrong. A loop of dynamic
+length overwrites these products with one dense matmul per block of S rows. If less than half of the
 batched product would be useful, the loop computes all rows. So the work is at most about twice the
-useful work plus two blocks per group.
-
-Letters in addition to those of `__init__.py`: N = E B positions, S rows of a block.
+useful work plus two blocks per group. The number of positions is N = E B; see `__init__.py`.
 """
 
 import math

@@ -27,7 +27,7 @@ CONCURRENT_STEPS = 4  # pipeline steps; with blocks of 128 they use 160 of 227 K
 
 
 def mosaic_gpu_matmul(rows, weights, groups):
-    """The backend "mosaic_gpu" of `grouped_matmul`, for Hopper. Raises `UserError`, see `check`."""
+    """The backend "mosaic_gpu" of `grouped_matmul`, for Hopper; `check` may raise `UserError`."""
     check(rows.dtype, *weights.shape[1:])
     m = rows.shape[0]
     if m % ROW_BLOCKS[0]:

@@ -287,7 +287,7 @@ def over_mesh(function, in_specs, out_specs, transport="ring", remat="none", axe
     """Wraps `function(devices, *args)` to run on every device of the mesh in context, on its shards
     of `args`; without a mesh it runs on whole arrays. Raises the ValueError of `MeshAxes.sizes`.
 
-    `in_specs` has a tree of `PartitionSpec` for each argument, see `token_spec` and `weight_specs`;
+    `in_specs` has a tree of `PartitionSpec` for each argument (`token_spec`, `weight_specs`), and
     `out_specs` is the tree of the result. A result that is not split must be equal on all devices.
     """
     mesh = jax.sharding.get_abstract_mesh()

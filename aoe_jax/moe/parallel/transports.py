@@ -13,7 +13,7 @@ the load is uneven, further rounds follow. They keep nothing for the backward pa
 them again. So memory for about two rounds is enough, even if all tokens choose the experts of one
 device.
 
-N devices along expert; other letters in shapes: see `aoe_jax/moe/__init__.py`.
+N is the number of devices along expert; `aoe_jax/moe/__init__.py` lists all letters in shapes.
 """
 
 import math
@@ -58,7 +58,7 @@ _add_rows.defvjp(
 
 
 class _Rounds(Local):
-    """Transports with rounds. `share` is the number of a device's rows under perfect balance."""
+    """Transports with rounds. `share` is the number of rows per device under perfect balance."""
 
     def further_rounds(self, first, function, schedule, args):
         """Adds `function(schedule, number, args)` of rounds 1 to `n_rounds - 1` to `first`.
