@@ -60,5 +60,5 @@ class BalanceConfig(Group):
 
     @property
     def has_loss(self):
-        """Whether a loss of this group has a weight above 0, so that scores have its gradient."""
+        """Whether a loss of this group has a weight above 0, so scores get a gradient from it."""
         return self.aux_weight > 0 or self.entropy_weight > 0 or self.z_weight > 0

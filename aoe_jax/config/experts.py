@@ -1,4 +1,4 @@
-"""The group `experts`: kind, number and size of the experts of a layer. Eq. 5 is their width."""
+"""The group `experts`: kind, number and size of the experts of a layer. Eq. 5 is for the width."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ class ExpertsConfig(Group):
     score_neurons: int | None = setting(None, kinds=("aoe",), above=0, at_most="d_ffn")
     # norm: the score is the L2 norm of these activations; max: it is the largest of them.
     score: str = setting("norm", choices=("norm", "max"), kinds=("aoe",))
-    d_wide: int | None = setting(None, above=0)  # width of such an expert; None: Eq. 5
+    d_wide: int | None = setting(None, above=0)  # width with a factorised gate; None: Eq. 5
     round_to: int = setting(1, above=0)  # the width by Eq. 5 is rounded to a multiple of this
     # sparse: only the scores of chosen experts have a gradient (with a balance loss also all scores
     # of a fraction balance.aux_tokens of the tokens), and only the activations of chosen experts
@@ -108,7 +108,7 @@ class ExpertsConfig(Group):
         return self.score_neurons or self.d_low
 
     def width(self, d_model):
-        """Hidden width of an expert: `d_ffn`, or with a factorised gate `d_wide` or Eq. 5."""
+        """Hidden width of an expert: `d_ffn`; with a factorised gate `d_wide`, else Eq. 5."""
         if not self.low_rank:
             return self.d_ffn
         return self.d_wide or matched_width(d_model, self.d_ffn, self.d_low, self.round_to)

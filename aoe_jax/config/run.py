@@ -91,7 +91,7 @@ class Config:
 
 def field_types(methods=True):
     """The types of each field of each group: `{group: {field: (type, ...)}}`. The group `routing`
-    has the fields of all methods, or only `name`, without an import, if `methods` is False.
+    has the fields of all methods. If `methods` is False it has only `name`; no method is imported.
     """
     found = {f.name: _types(f.type) for f in dataclasses.fields(Config) if f.name != "routing"}
     found["routing"] = {"name": (str,)}

@@ -64,13 +64,13 @@ class TrainConfig(Group):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Group):
-    """When checkpoints are saved. A checkpoint is kept if any of the `keep` fields selects it."""
+    """When to save checkpoints, and which to keep: all that at least one `keep` field selects."""
 
     group = "checkpoint"
 
     # Steps between two checkpoints; a run also saves at its end, and when it is stopped.
     every: int = setting(500, above=0)
-    # A logged step also saves one if the newest is at least this many minutes old; 0: never.
+    # Logged steps also save a checkpoint if the newest is at least this many minutes old; 0: never.
     every_minutes: float = setting(0.0, at_least=0)
     # Seconds after which a save in the background counts as failed.
     timeout: float = setting(1200.0, at_least=1, at_most=10**6)

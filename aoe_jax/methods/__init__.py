@@ -1,4 +1,4 @@
-"""Methods other than AoE and the top-k router. Each file describes and implements one.
+"""Methods other than AoE and the top-k router. Each file describes and implements one method.
 
 A method is a frozen dataclass that inherits from `Method` (`moe/routing.py`). A router is called as
 `(scores, weights, ctx) -> Routing`, a layer as `(x, weights, layer, ctx) -> (y, LayerStats)`. A run

@@ -1,4 +1,4 @@
-"""Number of experts by attention, after DA-MoE (Aghdam et al. 2024, arXiv 2409.06669).
+"""Attention sets the number of experts per token (DA-MoE, Aghdam et al. 2024, arXiv 2409.06669).
 
     K[t] = ceil(importance[t] K_max), at least 1;  token t uses its K[t] experts of highest score
 
@@ -76,7 +76,7 @@ class DAMoE(Method):
     name = "da_moe"
     hooks = Hooks(attention=head_importance)
 
-    reduce: str = setting("mean", choices=tuple(REDUCE))  # over the importances of heads
+    reduce: str = setting("mean", choices=tuple(REDUCE))  # combines the importances of heads
 
     def __call__(self, scores, weights, ctx):
         if ctx.captured is None:

@@ -7,15 +7,15 @@ adds and removes experts.
 
 The threshold G[i] is a parameter with initial value 0, so at first about half of the experts are
 chosen. The gate is 1 where the gap is above 0, with the gradient of the gap, so an expert gets no
-gradient from tokens that it does not process. In training, the layer's output is 0 for a token
-without an expert. In evaluation such a token is routed to the expert of the highest score.
+gradient from tokens that it does not process. In training the output of a token without
+an expert is 0; in evaluation it is routed to the expert of the highest score.
 
 The layer has parameters for n experts (places); experts in use are "live". Every period of
 `period_steps` steps begins with `idle_steps` steps without recording. The next `record_steps` steps
 record how often each expert is chosen (R_E) and the sum of the tokens without an expert (R_S). Then
 experts that were never chosen are removed. If R_S is not zero, an expert is added at the first free
 place of the layer. Its router column is R_S / ||R_S|| and its threshold is 0. Its other matrices
-are those already stored at the place, which weight decay has shrunk.
+are those stored at the place, which weight decay has shrunk.
 
 With a router the loss is the paper's: `||W' W - I||_F` over the normalised columns of live experts
 ("diversity") plus the mean length of all columns ("simplicity"), summed over layers as in the
@@ -25,8 +25,8 @@ its learned temperature are left out. Initial columns are almost orthogonal, the
 The paper does not cover AoE. For AoE this project divides the norm by the norm that a random
 direction has on average and subtracts 1 (`relative_scores`), so scores are around 0 like a cosine.
 There is no loss on columns. The scoring matrix of a new expert (`w_score`) is a matrix of rank one
-plus noise. The former maps R_S / ||R_S|| to the direction of R_S W, where W is the old matrix at
-the place; the noise is W with a tenth of that norm. The sum gets the median norm of live experts.
+plus noise. The former has norm 1 and maps R_S / ||R_S|| to the direction of R_S W, where W is the
+old matrix at the place; the noise is W scaled to norm 0.1. The sum is scaled to the median norm.
 
 The method is causal, because each token is routed independently. It needs n slots per token.
 """
@@ -51,8 +51,8 @@ def relative_scores(scores, weights, ctx):
     """Scores around 0 that do not depend on the lengths of tokens and weights.
 
     With a router they are the cosines of tokens and columns. With AoE they are
-    `||x W_i|| sqrt(d) / (||x|| ||W_i||) - 1`, where W_i is the expert's `w_score`: 0 for the norm
-    of a random direction. Their initial standard deviation is `1 / sqrt(2 r)`.
+    `||x W_i|| sqrt(d) / (||x|| ||W_i||) - 1`, where W_i is the expert's `w_score`: 0 if the norm
+    is that of a random direction. Their initial standard deviation is `1 / sqrt(2 r)`.
 
     `scores [T, n]` are logits or norms; `weights` have `w_router [d, n]` or `w_score [n, d, r]`. A
     cosine is 0 and a relative norm -1 where the token or the weights are 0.
@@ -153,7 +153,7 @@ class DynMoE(Method):
     initial_experts: int | None = setting(None, above=0, training_only=True)
     period_steps: int = setting(900, above=0, training_only=True)
     idle_steps: int = setting(300, at_least=0, training_only=True)
-    record_steps: int = setting(300, at_least=0, training_only=True)  # 0: no changes
+    record_steps: int = setting(300, at_least=0, training_only=True)  # 0: experts stay the same
 
     def __call__(self, scores, weights, ctx):
         scores = relative_scores(scores, weights, ctx)

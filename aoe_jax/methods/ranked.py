@@ -1,4 +1,4 @@
-"""Routes tokens to the experts of given ranks, for `aoe_jax/evaluation/contrast.py`."""
+"""Routes tokens to experts of given ranks, for self-contrast (`aoe_jax/evaluation/contrast.py`)."""
 
 from dataclasses import dataclass
 

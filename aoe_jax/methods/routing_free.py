@@ -15,7 +15,7 @@ The method follows the paper. Two details come from the authors' code: G below t
 the losses, and lambda is at most 1. The factor that their code learns for each score is left out.
 AoE with this router is the published method except for its initialisation: norms start near
 sqrt(r). Each micro-batch has its own mean_t(G). A router's logits instead of norms are this
-project's addition. Logits are around 0, so start b below 0: otherwise few pairs are active, and an
+project's addition. Logits are around 0, so start with b below 0: else few pairs are active, and an
 expert that is never active has no gradient and stays inactive.
 
 The method is causal and needs n slots per token.
@@ -45,7 +45,7 @@ class RoutingFree(Method):
     bias: float = setting(1e-6, training_only=True)  # initial b
     multiplier: float = setting(1e-10, above=0, at_most=1, training_only=True)  # initial lambda
     rate: float = setting(0.02, at_least=0, training_only=True)  # eta
-    # mu: the weight of the term that balances experts; 1 - mu is that of the balance of tokens.
+    # mu: the weight of the term that balances experts; the other term, 1 - mu, balances tokens.
     expert_share: float = setting(0.5, at_least=0, at_most=1, training_only=True)
 
     def __call__(self, scores, weights, ctx):

@@ -22,7 +22,7 @@ classifiers and encoders; a decoder refuses it.
 A merged expert does not compute the mean of the experts: (W_gate_down, W_gate_up) and
 (W_gate_down Q, Q^T W_gate_up) are the same expert, but merge differently with others. So initial
 experts are near each other: a fraction `own_share` of the variance of their matrices is their own,
-the rest is common. (The authors' code can start from equal experts.) With 1 they are independent.
+the rest is common; 1 makes them independent. (The authors' code can start from equal experts.)
 
 Merging costs 2 n |expert| FLOPs per segment; |expert| is the size of an expert. Unless
 `model.remat` is experts or layer, it also needs memory for one merged expert per segment.
@@ -49,7 +49,7 @@ from aoe_jax.moe.scoring import scores_of_all
 from aoe_jax.moe.swiglu import KEPT_EXPERTS, single_expert
 from aoe_jax.parameters import Parameter, expert_init, matrices_of, ones_init, vector, zeros_init
 
-ROUTER_SCALE = 0.01  # initial standard deviation of the router's weights; gain of norm
+ROUTER_SCALE = 0.01  # initial deviation of the router's weights, and gain of their LayerNorm
 NORM_EPS = 1e-5
 DROPPED = 1e-10  # weight of a dropped expert; if all are dropped, weights are uniform
 HIGHEST = jax.lax.Precision.HIGHEST

@@ -1,9 +1,9 @@
 """Inference of SparseMixer-v2, for trained models such as Phi-3.5-MoE (GRIN, arXiv 2409.12136).
 
-The experts are top-k's. The weight of the i-th expert is a softmax over the experts that are left
-after i - 1 choices and have scores near its own. A score is near if it is smaller by
-at most `2 jitter` times the larger of the two absolute values. Training, which
-samples experts, is not implemented.
+The experts are those of top-k. The weight of the i-th expert is a softmax over the experts that are
+left after i - 1 choices and have scores near its own. A score is near if it is smaller by at most
+`2 jitter` times the larger of the two absolute values. Training samples experts; it is not
+implemented.
 """
 
 from dataclasses import dataclass

@@ -66,7 +66,7 @@ def consistent_cross_entropy(consistency, hidden, table, targets, weights):
     """The cross-entropy of two passes, and the divergence of their predictions.
 
     `hidden` has two arrays `[T, d]`, one per pass, and `consistency` is the weight of the
-    divergence. The others are those of `cross_entropy`.
+    divergence. The other arguments are those of `cross_entropy`.
 
     Returns:
       `(loss, nll, divergence)`, weighted sums over tokens: `nll` is the sum over both passes,

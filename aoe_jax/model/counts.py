@@ -127,7 +127,7 @@ def layer_flops_per_token(config: Config):
 
 
 def training_flops_per_token(config: Config):
-    """Useful matmul FLOPs per token of a training step, with those of `layer_flops_per_token`.
+    """Useful matmul FLOPs per token of a training step, counted by `layer_flops_per_token`.
 
     Causal attention counts the lower triangle only; norms, softmax and the embedding look-up are
     not counted.

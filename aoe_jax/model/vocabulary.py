@@ -47,7 +47,7 @@ def on_each_token(function, hidden, table, *values):
     """Applies a function of the output projection with one result per token, on each device.
 
     `function(hidden [T, d], table [V, d], *values [T]) -> arrays [T]`; `values` are `[B, S]`, and
-    the result is a tuple of arrays `[B, S]`. `sum_over_tokens` describes the others.
+    the result is a tuple of arrays `[B, S]`. `sum_over_tokens` describes other arguments.
     """
     return _over_tokens(function, hidden, table, values, token_spec(2), jnp.reshape)
 

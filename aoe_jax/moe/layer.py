@@ -135,7 +135,7 @@ def apply_shared_expert(x, weights, layer, devices):
 
 
 def is_local(devices, fixed_k):
-    """Whether a device has all experts; on a mesh every token must also have K (`fixed_k`)."""
+    """Whether a device has all experts; on a mesh each token must also have K (`fixed_k`)."""
     return devices.total_size == 1 or (devices.size("expert") == 1 and fixed_k)
 
 

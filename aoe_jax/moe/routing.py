@@ -116,7 +116,7 @@ class Method(Group):
         return Causality()
 
     def choice(self, experts) -> Choice | None:
-        """How tokens choose experts; None: they do not, as one expert is drawn or merged."""
+        """How tokens choose experts; None: tokens do not choose (one drawn or merged expert)."""
         return Choice()
 
     def parameters(self, experts) -> dict:

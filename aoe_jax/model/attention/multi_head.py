@@ -24,8 +24,8 @@ _OUTPUT = (token_spec(2, None), token_spec(2, None))  # of the output and the `c
 def rotary_tables(length, config: ModelConfig):
     """Cosines and sines of the rotary angles of positions 0, 1, ...
 
-    `[length, m]` float64, where m is half of `ModelConfig.rope_width`. They are numpy arrays, so
-    they are constants of a program; XLA would compute them again for every sequence and head.
+    `[length, m]` float64, where m is half of `ModelConfig.rope_width`. They are numpy arrays and so
+    program constants; otherwise XLA would compute them again for every sequence and head.
     """
     half = config.rope_width // 2
     frequencies = config.rope_base ** (-np.arange(half) / half)

@@ -95,7 +95,7 @@ def _depth_and_width(m, k, n, n_experts, itemsize):
         return math.ceil(n / tn) * m * k + k * n * (n_experts if tk == k else m / tm)
 
     tiles = [(width_tile(k, limit), width_tile(n, limit))]
-    # A large depth that is no multiple of 128 would need memory for masked copies.
+    # A large depth that is no multiple of 128 is split, because masked copies would need memory.
     counts = range(1, math.ceil(n / LANES) + 1) if k <= limit or k % LANES == 0 else ()
     for count in counts:
         tn = n if count == 1 else _round_up(math.ceil(n / count), LANES)

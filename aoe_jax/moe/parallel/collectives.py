@@ -64,8 +64,8 @@ class Devices:
         """Sends `sent[e]` rows to device e of the expert axis and returns the rows received.
 
         `rows [N R, d]` contains a buffer of R rows for each device, and the result one from each
-        device. Only the first rows of a buffer are used: `sent [N]` and `received [N]` int32 are
-        their numbers. Only platforms with `ragged_all_to_all` do not send the unused rows.
+        device. The first rows of a buffer are used: `sent [N]` and `received [N]` int32 are their
+        numbers. Platforms with `ragged_all_to_all` send only used rows, others whole buffers.
         """
         if target_device().device_kind in RAGGED_PLATFORMS:
             return _ragged_exchange(rows, sent, received, self.axes.collective("expert"))

@@ -8,7 +8,7 @@
     AllToAll   Each row is sent to the device of its expert and back: about K T d numbers each way.
 
 No row is dropped, and memory is bounded: a device computes its rows in rounds of R rows,
-`ROW_BUFFER` times its number of rows under perfect balance. JAX differentiates the first round. If
+`ROW_BUFFER` times its number of rows under perfect balance. Autodiff applies to the first round. If
 the load is uneven, further rounds follow. They keep nothing for the backward pass, which computes
 them again. So memory for about two rounds is enough, even if all tokens choose the experts of one
 device.
