@@ -58,7 +58,7 @@ def parameters_of(experts, routing):
     if experts.kind != "router":
         return own
     router = LARGE_ROUTER if experts.large_router else ROUTER
-    # In a router MoE the gates are drawn after the other matrices.
+    # In a router MoE the gates are drawn after `w_up` and `w_down`.
     return router | {name: matrices[name] for name in ("w_up", "w_down")} | matrices | own
 
 
