@@ -1,5 +1,5 @@
-"""The configuration of a run: frozen dataclasses, a file per group of `--config.GROUP.FIELD=VALUE`.
+"""The configuration of a run: one frozen dataclass for each group of settings.
 
-A file of `configs/` returns an `ml_collections.ConfigDict`. `storage.config_files` reads it, and
-`run.Config.from_config_dict` checks it: first every group alone, then all groups together.
+A flag `--config.GROUP.FIELD=VALUE` sets a field. A file of `configs/` returns a `ConfigDict`, which
+`run.Config.from_config_dict` checks: first every group alone, then all groups together.
 """

@@ -10,24 +10,24 @@ LOSSES = ("aux_weight", "entropy_weight", "z_weight")
 
 @dataclass(frozen=True)
 class BalanceConfig(Group):
-    """Auxiliary losses (means over layers, added to the loss) and loss-free balancing."""
+    """Weights of auxiliary losses (means over layers), and the rate of loss-free balancing."""
 
     group = "balance"
 
     aux_weight: float = setting(0.01, at_least=0)  # alpha of L_aux (Eq. 2 and 6)
     # Weight of the loss Ent_conf (Eq. 8), for top-p; Huang et al. 2024 use 1e-4.
     entropy_weight: float = setting(0.0, at_least=0)
-    # Share of the tokens over which the losses average the softmax: 1 / a whole number.
+    # Fraction of the tokens whose softmax the losses average: 1 / a whole number.
     aux_tokens: float = setting(1.0, at_least=1e-9, at_most=1)
-    # Tokens over which L_aux averages f and P. global: the batch of all devices (with
-    # train.accumulate, P over one micro-batch and f over all micro-batches so far). sequence: each
-    # sequence separately.
+    # The tokens over which L_aux averages f and P. global: the batch of all devices; with
+    # train.accumulate, P is averaged over one micro-batch and f over all micro-batches so far.
+    # sequence: each sequence separately.
     aux_batch: str = setting("global", choices=("global", "sequence"))
     # Weight of the z-loss, the mean square of log sum exp of the scores; 1e-3 is usual for logits.
     z_weight: float = setting(0.0, at_least=0)
-    # Loss-free balancing (Wang et al. 2024): a step changes an expert's selection bias by this rate
-    # times the standard deviation of a token's scores (with routing.name="sigmoid_top_k" by the
-    # rate itself); 0: there is no bias.
+    # Loss-free balancing (Wang et al. 2024): each step changes an expert's selection bias by this
+    # rate times the standard deviation of a token's scores, or by the rate itself if routing.name
+    # is "sigmoid_top_k". 0: no loss-free balancing.
     bias_rate: float = setting(0.0, at_least=0)
 
     def __post_init__(self):
@@ -55,10 +55,10 @@ class BalanceConfig(Group):
 
     @property
     def aux_stride(self):
-        """Balance losses use every `aux_stride`-th token."""
+        """Balance losses use the scores of every `aux_stride`-th token only."""
         return round(1 / self.aux_tokens)
 
     @property
     def has_loss(self):
-        """Whether a balance loss sends a gradient to the scores."""
+        """Whether a loss of this group has a weight above 0, so scores get a gradient from it."""
         return self.aux_weight > 0 or self.entropy_weight > 0 or self.z_weight > 0

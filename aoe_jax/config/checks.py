@@ -1,4 +1,4 @@
-"""Checks of values. A `UserError` names the field or flag, its value and a right value."""
+"""Checks of settings. The `UserError` names the field or flag, its value and allowed values."""
 
 import dataclasses
 import math
@@ -22,19 +22,19 @@ def setting(default, *, choices=None, kinds=None, training_only=False, **bounds)
     """A dataclass field with its allowed values.
 
     Args:
-      default: the default; if it is None, None is always allowed.
+      default: the default value; if it is None, `bounds` do not apply to None.
       choices: all allowed values.
-      kinds: values of `experts.kind` that use the field; with others it must keep its default.
-      training_only: whether the field has no effect on a trained model.
-      **bounds: bounds of a number, `NAME=LIMIT` with a NAME of `_BOUNDS`; LIMIT is a number or the
-        name of another field of the group.
+      kinds: values of `experts.kind` that use the field; for other kinds it must keep its default.
+      training_only: whether the field affects only training, not the use of a trained model.
+      **bounds: bounds of a number, `NAME=LIMIT`. NAME is a key of `_BOUNDS`; LIMIT is a number or
+        the name of another field of the group.
     """
     metadata = {"choices": choices, "kinds": kinds, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata | {"training_only": training_only})
 
 
 class Group:
-    """The base of a configuration's groups: frozen dataclasses that check their fields."""
+    """The base class of configuration groups: frozen dataclasses that check their fields."""
 
     group: ClassVar[str]
 
@@ -58,11 +58,11 @@ class Group:
                 self.refuse(field.name, f"must be {' and '.join(wanted)}")
 
     def refuse(self, field, wanted):
-        """Raises a `UserError` for a field; `wanted` describes a right value."""
+        """Raises a `UserError` for a field; `wanted` describes the allowed values."""
         require(False, f"{self.group}.{field}", getattr(self, field), wanted)
 
     def make_absolute(self, field):
-        """Makes a field's path absolute, see `absolute_path`; refuses an empty path."""
+        """Makes the path in a field absolute; refuses an empty path or an unknown `~` directory."""
         path = getattr(self, field)
         if path is not None:
             if not path.strip():
@@ -72,17 +72,17 @@ class Group:
             object.__setattr__(self, field, absolute_path(path))
 
     def check(self, config):
-        """Refuses values that do not fit the other groups of a `Config`."""
+        """Raises a `UserError` for values that do not fit the other groups of a `Config`."""
 
 
 def require(condition, name, value, wanted):
-    """Refuses a value of a field `GROUP.FIELD` unless the condition holds."""
+    """Raises a `UserError` for a field `GROUP.FIELD` unless the condition is true."""
     if not condition:
         raise UserError(f"config.{name}={shown(value)}: {wanted}")
 
 
 def misfit(value):
-    """The text "must be ..." for an invalid number or text of a user; None if it is valid."""
+    """Returns "must be ..." if a number or a text from the user is invalid, else None."""
     if type(value) is int and abs(value) >= 2**31:
         return "must be smaller than 2**31"
     if type(value) is float and not math.isfinite(value):
@@ -93,7 +93,7 @@ def misfit(value):
 
 
 def require_choice(name, value, choices):
-    """Refuses a value that is not one of the choices."""
+    """Raises a `UserError` for a value that is not one of the choices."""
     require(value in choices, name, value, f"choose one of {', '.join(map(str, choices))}")
 
 
@@ -103,13 +103,13 @@ def absolute_path(path):
 
 
 def require_flag(condition, name, value, wanted):
-    """Refuses the value of a command-line flag unless the condition holds."""
+    """Raises a `UserError` for a command-line flag unless the condition is true."""
     if not condition:
         raise UserError(f"--{name}={value}: {wanted}")
 
 
 def differences(there, here):
-    """A sentence for each field whose values differ in two configurations `{field: value}`."""
+    """Returns `{field: sentence}` for the fields that differ between two dicts `{field: value}`."""
     return {
         name: f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
         for name in sorted(there.keys() | here.keys())

@@ -10,7 +10,7 @@ from fractions import Fraction
 from aoe_jax.config.checks import Group, absolute_path, require, setting
 from aoe_jax.errors import shown
 
-# The pattern bounds exponents, because Fraction computes 10**EXPONENT.
+# An exponent has at most two digits, because Fraction computes 10**EXPONENT exactly.
 _WEIGHT = re.compile(r"[0-9]{0,30}\.?[0-9]{0,30}([eE][+-]?[0-9]{1,2})?|[0-9]{1,99}/[0-9]{1,99}")
 _FOLDERS = {"text": "folder of .txt files", "prepared": "folder of a token store"}
 
@@ -20,9 +20,9 @@ class SourceConfig:
     """One corpus of `data.name`."""
 
     label: str  # the name in metrics, different for each source of a run
-    name: str  # sotu | text | prepared | any TFDS name
+    name: str  # sotu | text | prepared | huggingface:OWNER/NAME | any TFDS name
     path: str | None
-    # Share of the tokens in training, relative to the weights of the other corpora.
+    # Fraction of training tokens = weight / (sum of all weights); None: by the size of the corpus.
     weight: Fraction | None
 
     def __str__(self):
@@ -39,24 +39,24 @@ class DataConfig(Group):
     """The corpora and how they are cut into sequences.
 
     `name` is one corpus, or several in a mixture: `SOURCE[=WEIGHT], SOURCE[=WEIGHT], ...`, where
-    SOURCE is `NAME` or `NAME@PATH`. Either all have a weight or none has one. Without weights a
-    corpus counts by its size, so one pass over the mixture is one pass over every corpus.
+    SOURCE is `NAME` or `NAME@PATH`. Either all have a weight or none has one. Without weights each
+    corpus is used in proportion to its size: one pass over the mixture is one pass over each.
     """
 
     group = "data"
 
     # sotu | text | prepared | huggingface:OWNER/NAME | any TFDS name, or a mixture of them
     name: str = "sotu"
-    # text: a folder of .txt files; prepared: a token store, also in an object store; TFDS: its
-    # data_dir. In a mixture each corpus has its own path, NAME@PATH.
+    # text: folder of .txt files; prepared: token store, on disk or in an object store; TFDS: its
+    # data_dir. For a mixture leave it at None, and write NAME@PATH for each corpus in `name`.
     path: str | None = None
     cache: str = "~/.cache/aoe_jax"  # a folder for token stores and downloaded data sets
     # A Hugging Face tokenizer.json or a SentencePiece model; None: the tokenizer of the token
     # stores, or byte-level BPE that is trained on the train splits.
     tokenizer: str | None = None
-    text_field: str = "text"  # the feature of a TFDS data set that holds the text
+    text_field: str = "text"  # the feature of a TFDS data set that contains the text
     seq_len: int = setting(256, above=0)  # tokens of a sequence in training and validation
-    document_mask: bool = False  # attend within a document only
+    document_mask: bool = False  # tokens attend only to tokens of their own document
     # Whether the first token of a document, which has no context, is left out of the training loss.
     loss_mask: bool = False
 
@@ -98,13 +98,13 @@ class DataConfig(Group):
 
     @property
     def name_without_paths(self):
-        """`name` without paths, which stays the same when a corpus moves."""
+        """`name` without paths, so that it stays the same after a corpus is moved."""
         sources = _parsed_sources(self.name)
         return ", ".join(str(dataclasses.replace(source, path=None)) for source in sources)
 
 
 def _parsed_sources(name):
-    """The corpora that `data.name` names, without labels."""
+    """The `SourceConfig` of each corpus in a `data.name`, with an empty label."""
 
     def check(condition, wanted):
         require(condition, "data.name", name, wanted)
@@ -130,7 +130,7 @@ def _parsed_sources(name):
 
 
 def _parsed_weight(text):
-    """The number from 1e-15 to 1e15 in a text; None if there is no such number."""
+    """Parses a number from 1e-15 to 1e15 as a `Fraction`; None if the text is no such number."""
     try:
         weight = Fraction(text) if _WEIGHT.fullmatch(text) else 0
     except (ValueError, ZeroDivisionError):

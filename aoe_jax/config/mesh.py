@@ -7,16 +7,16 @@ from aoe_jax.config.checks import Group, setting
 
 @dataclass(frozen=True)
 class MeshConfig(Group):
-    """The number of devices along each mesh axis, and how tokens reach their experts."""
+    """The number of devices along each mesh axis, and how tokens are sent to their experts."""
 
     group = "mesh"
 
     data: int = -1  # -1: the number of devices / the product of the other axes
-    fsdp: int = setting(1, above=0)  # also splits parameters and optimiser state
+    fsdp: int = setting(1, above=0)  # splits parameters and optimiser state, and the batch
     expert: int = setting(1, above=0)  # splits the experts
     tensor: int = setting(1, above=0)  # splits heads, the width of experts, and positions
-    # ring: devices along the expert axis exchange all their tokens; all_to_all: tokens go only to
-    # the devices of their experts.
+    # ring: each device along the expert axis gathers the tokens of all devices along it;
+    # all_to_all: each token is sent only to the devices of its experts.
     transport: str = setting("ring", choices=("ring", "all_to_all"))
 
     def __post_init__(self):
@@ -29,7 +29,7 @@ class MeshConfig(Group):
 
     @property
     def shape(self):
-        """The sizes of `sharding.MESH_AXES`."""
+        """The sizes of the mesh axes, in the order of `sharding.MESH_AXES`."""
         return self.data, self.fsdp, self.expert, self.tensor
 
     def check(self, config):

@@ -8,43 +8,43 @@ from aoe_jax.config.checks import Group, setting
 
 @dataclass(frozen=True)
 class ModelConfig(Group):
-    """The decoder. `vocab_size` is also the size of a vocabulary that is trained on the corpus."""
+    """The decoder. A tokenizer that is trained on the corpus also has `vocab_size` tokens."""
 
     group = "model"
 
-    n_layers: int = setting(4, above=0)  # layers of experts; all layers of a dense model
+    n_layers: int = setting(4, above=0)  # number of layers, without those of n_dense_layers
     n_heads: int = setting(4, above=0)  # attention heads
     d_model: int = setting(128, above=0, at_most=2**20)  # width of the residual stream (d)
     vocab_size: int = setting(4096, above=0)
-    max_len: int = setting(2048, above=0)  # longest sequence, prompt and continuation together
+    max_len: int = setting(2048, above=0)  # tokens of the longest sequence, prompt included
     tie_embeddings: bool = True  # the output projection is the embedding table
     # dtype of the computation; parameters, logits and loss are float32.
     dtype: str = setting("bfloat16", choices=("float32", "bfloat16"))
-    # Recomputation in the backward pass. experts: everything inside the experts except x W_up and
-    # x W_gate (AoE: the low-rank activation instead of x W_gate); layer: everything except a
-    # layer's input, its scores, its routing and the output of attention.
+    # What the backward pass recomputes. experts: everything inside the experts except x W_up and
+    # x W_gate (AoE: except x W_up and the low-rank activation). layer: everything except the input
+    # of each layer, its scores, its routing and the output of attention.
     remat: str = setting("none", choices=("none", "experts", "layer"))
-    # The backend of `model/attention/`; auto: by platform.
+    # The backend of `model/attention/`; auto: chosen by platform, dtype and head width.
     attention: str = setting("auto", choices=("auto", "blocks", "splash", "cudnn"))
     # Layers per step of the scan over layers. A scan copies arrays for the backward pass, which is
-    # slow on CPU; unrolled layers take longer to compile.
+    # slow on CPU. Unrolled layers need longer compilation but fewer copies.
     unroll: int = setting(1, above=0)
-    # For checkpoints of other projects:
+    # The fields below are needed for checkpoints of other projects.
 
     # Width of a head; None: d_model / n_heads.
     head_dim: int | None = setting(None, above=0, at_most=2**20)
-    # Heads of keys and values; None: n_heads.
+    # Number of heads of keys and values; None: n_heads.
     n_kv_heads: int | None = setting(None, above=0, divides="n_heads")
     rope_base: float = setting(10_000.0, above=0)  # base of the rotary frequencies
-    rope_share: float = setting(1.0, above=0, at_most=1)  # share of a head's features that rotate
+    rope_share: float = setting(1.0, above=0, at_most=1)  # fraction of head features that rotate
     rope_factors: tuple = ()  # one divisor per rotary frequency (Llama 3.1); (): none
     norm_eps: float = setting(1e-6, above=0)  # epsilon of the RMSNorms
-    # An RMSNorm of queries and of keys: over all heads together (OLMoE), or over each head by
-    # itself, with one scale for all heads (Qwen3).
+    # RMSNorm of queries and of keys. all: over all heads together (OLMoE); head: over each head
+    # separately, with the same scales for all heads (Qwen3).
     qk_norm: str = setting("none", choices=("none", "all", "head"))
     attention_bias: bool = False  # whether q, k, v and o have biases
-    qkv_bias: bool = False  # whether q, k and v alone have biases
-    # Layers before the layers of experts, with a dense SwiGLU of width d_dense (DeepSeek-V3).
+    qkv_bias: bool = False  # whether q, k and v have biases, but not o
+    # Number of layers with a dense SwiGLU of width d_dense before those of experts (DeepSeek-V3).
     n_dense_layers: int = setting(0, at_least=0)
     d_dense: int | None = setting(None, above=0)
 
@@ -93,5 +93,5 @@ class ModelConfig(Group):
 
     @property
     def kv_heads(self):
-        """Heads of keys and values."""
+        """The number of heads of keys and values."""
         return self.n_kv_heads or self.n_heads

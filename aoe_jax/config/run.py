@@ -38,10 +38,10 @@ RENAMED = {
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run.
+    """The configuration of a whole run.
 
-    `routing` is the router of `experts.kind` "aoe" or "router"; for any other kind it is the layer
-    itself, with its settings. A run holds the settings of this one method only.
+    `routing` is the router if `experts.kind` is "aoe" or "router". For any other kind it is the
+    layer of `aoe_jax/methods/` with this name. It contains the settings of this one method only.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -56,7 +56,7 @@ class Config:
     def __post_init__(self):
         kind = self.experts.kind
         require_choice("experts.kind", kind, ("aoe", "router", *LAYERS))
-        if kind in LAYERS and self.routing == TopK():  # the default: nothing was chosen
+        if kind in LAYERS and self.routing == TopK():  # replace the default
             object.__setattr__(self, "routing", find_method(kind)())
         choices = (kind,) if kind in LAYERS else tuple(ROUTERS)
         require_choice("routing.name", self.routing.name, choices)
@@ -83,7 +83,7 @@ class Config:
         return cls(**{name: _build(classes[name], values) for name, values in groups.items()})
 
     def to_dict(self):
-        """A nested dict for JSON, with lists for tuples."""
+        """A nested dict for JSON; tuples become lists."""
         groups = dataclasses.asdict(self)
         groups["routing"] = {"name": self.routing.name} | groups["routing"]
         return json.loads(json.dumps(groups))
@@ -91,7 +91,7 @@ class Config:
 
 def field_types(methods=True):
     """The types of each field of each group: `{group: {field: (type, ...)}}`. The group `routing`
-    has the fields of all methods; without `methods` it has only `name`, and no method is imported.
+    has the fields of all methods. If `methods` is False it has only `name`; no method is imported.
     """
     found = {f.name: _types(f.type) for f in dataclasses.fields(Config) if f.name != "routing"}
     found["routing"] = {"name": (str,)}

@@ -7,37 +7,37 @@ from aoe_jax.config.checks import Group, setting
 
 @dataclass(frozen=True)
 class TrainConfig(Group):
-    """Optimiser, schedule (AdamW, linear warm-up, cosine) and reporting."""
+    """AdamW, the schedule of the learning rate (linear warm-up, then cosine decay), and logging."""
 
     group = "train"
 
     steps: int = setting(1000, above=0)
     # Sequences per step, over all processes and accumulated micro-batches.
     batch_size: int = setting(16, above=0)
-    learning_rate: float = setting(3e-3, above=0)  # peak
-    # Linear warm-up of the learning rate, as a share of the steps.
+    learning_rate: float = setting(3e-3, above=0)  # the peak, at the end of the warm-up
+    # Linear warm-up of the learning rate, as a fraction of the steps.
     warmup: float = setting(0.1, at_least=0, below=1)
     final_learning_rate: float = setting(3e-4, at_least=0, at_most="learning_rate")
-    # Multiplies the learning rate, and with it the weight decay, of the matrices that score: a
-    # router, AoE's W_gate_down, or the scoring columns of whole gates.
+    # Factor of the learning rate, and so of the weight decay, for the matrices that compute scores:
+    # a router, AoE's W_gate_down, or the scoring columns of whole gates.
     scoring_rate: float = setting(1.0, above=0)
-    weight_decay: float = setting(0.1, at_least=0)  # on matrices; not on norm scales and embeddings
-    clip_norm: float = setting(1.0, above=0)  # the largest global gradient norm
+    weight_decay: float = setting(0.1, at_least=0)  # only for matrices, except embeddings
+    clip_norm: float = setting(1.0, above=0)  # limit of the global norm of the gradient
     # Micro-batches per step.
     accumulate: int = setting(1, above=0, divides="batch_size")
     seed: int = setting(0, at_least=0)
     log_every: int = setting(20, above=0)
-    eval_every: int = setting(0, at_least=0)  # 0: at the end only
+    eval_every: int = setting(0, at_least=0)  # steps between validations; 0: only at the end
     # The run stops after this many updates in a row were skipped because they were not finite.
     max_skipped: int = setting(10, above=0)
     # After this many seconds without progress (a step, a validation batch, a save, a restore, the
-    # acquisition or release of the workdir) the run ends with status 6; 0: never. Compilation does
-    # not count.
+    # acquisition or release of the workdir) the run ends with status 6; 0: never. The time of
+    # compilation is not counted.
     hang_timeout: float = setting(1800.0, at_least=0)
-    # Directory of a model whose parameters the run starts from; None: random parameters.
+    # Directory of a model whose parameters initialise the run; None: random parameters.
     init_from: str | None = None
-    # The first `router_steps` steps update only routers: for trained experts with a new router from
-    # aoe_jax.prune.
+    # The first `router_steps` steps update only routers. This is for models from aoe_jax.prune,
+    # whose experts are trained and whose router is new.
     router_steps: int = setting(0, at_least=0)
 
     def __post_init__(self):
@@ -64,13 +64,13 @@ class TrainConfig(Group):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Group):
-    """When to save checkpoints, and which to keep. A checkpoint is kept if any field says so."""
+    """When to save checkpoints, and which to keep: all that at least one `keep` field selects."""
 
     group = "checkpoint"
 
     # Steps between two checkpoints; a run also saves at its end, and when it is stopped.
     every: int = setting(500, above=0)
-    # A logged step saves a checkpoint if the newest is this many minutes old; 0: never.
+    # Logged steps also save a checkpoint if the newest is at least this many minutes old; 0: never.
     every_minutes: float = setting(0.0, at_least=0)
     # Seconds after which a save in the background counts as failed.
     timeout: float = setting(1200.0, at_least=1, at_most=10**6)

@@ -1,9 +1,9 @@
-"""Methods other than AoE and the top-k router. Each file has one method's settings, formula, code.
+"""Methods other than AoE and the top-k router. Each file describes and implements one method.
 
-A method is a frozen dataclass that inherits from `Method` (`moe/routing.py`): a router,
-`(scores, weights, ctx) -> Routing`, or a layer of its own,
-`(x, weights, layer, ctx) -> (y, LayerStats)`. A run has one of them as `config.routing`. The tables
-map names to classes, and `find_method` imports a class.
+A method is a frozen dataclass that inherits from `Method` (`moe/routing.py`). A router is called as
+`(scores, weights, ctx) -> Routing`, a layer as `(x, weights, layer, ctx) -> (y, LayerStats)`. A run
+uses one method, `config.routing`. The tables below map names to classes, and `find_method` imports
+a class.
 """
 
 from importlib import import_module

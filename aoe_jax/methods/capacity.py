@@ -1,13 +1,13 @@
-"""`experts.kind="capacity"`: a router MoE whose experts take at most a fixed number of tokens, as
-in Flax since GShard (arXiv 2006.16668) and Switch (arXiv 2101.03961).
+"""`experts.kind="capacity"`: a router MoE with expert capacity and token dropping, after GShard
+(arXiv 2006.16668) and Switch (arXiv 2101.03961).
 
-Tokens form groups, one per sequence. In each group an expert has C places. All first choices are
-placed before any second choice, in the order of the tokens. If the expert is full, a choice is
-dropped and adds nothing to its token. Dispatch and combine are products with arrays `[B, S, n, C]`,
-so every shape is fixed.
+Each sequence is one group of tokens. In a group an expert has C places for tokens. All first
+choices get places before any second choice, in the order of the tokens. If no place is
+free, the choice is dropped and adds nothing to its token's output. Dispatch and combine are
+products with arrays `[B, S, n, C]`, so all shapes are fixed.
 
-NOT CAUSAL with more than one expert per token: the first choice of a later token takes the place of
-an earlier token's second choice. With one expert per token the layer is causal.
+NOT CAUSAL with more than one expert per token: the first choice of a later token may get the place
+that an earlier token's second choice needs. With one expert per token the layer is causal.
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ from aoe_jax.parameters import EXPERTS, ROUTER
 
 
 def assign_places(expert, n_experts, capacity):
-    """Gives places to the choices of each group, first choices first, then in the order of tokens.
+    """Assigns places to the choices of each group: all first choices first, in the order of tokens.
 
-    `expert [B, S, K]` int32, first choice first, n for padding -> the place `[B, S, n]` int32, 0 to
-    C - 1, or C if the expert is full or not chosen; and the number of dropped choices `[]`.
+    `expert [B, S, K]` int32 has the first choices first, and n for padding. Returns the places
+    `[B, S, n]` int32 (C if an expert is full or not chosen), and the number of dropped choices.
     """
     n_groups, n_tokens, k = expert.shape
     chosen = jax.nn.one_hot(expert, n_experts, dtype=jnp.int32)
@@ -38,7 +38,7 @@ def assign_places(expert, n_experts, capacity):
 
 
 def experts_of_places(x, place, weight, capacity, w, devices):
-    """SwiGLU experts on the tokens that have a place, weighted by `weight [B, S, n]`.
+    """Sums expert outputs over the places of each token, weighted by `weight [B, S, n]`.
 
     `[B, S, d]` -> `[B, S, d]`, zero for a token without a place. `w` are the matrices of this
     device's experts in the dtype of `x`.
@@ -56,16 +56,16 @@ def experts_of_places(x, place, weight, capacity, w, devices):
 
 @dataclass(frozen=True)
 class Capacity(FixedK):
-    """A top-k router whose experts have C = capacity_factor K S / n places in a sequence.
+    """A top-k router whose experts have C = capacity_factor K S / n places per sequence.
 
-    Statistics, balance losses and the selection bias count the router's choices before any is
-    dropped; `dropped_share` is the share of the choices that are dropped.
+    Statistics, balance losses and the selection bias are computed from the choices before any is
+    dropped. `dropped_share` is the fraction of the choices that are dropped.
     """
 
     name = "capacity"
 
     capacity_factor: float = setting(2.0, above=0)
-    norm_topk_prob: bool = True  # see `TopK`
+    norm_topk_prob: bool = True  # softmax over the chosen scores; False: over all scores
 
     def __call__(self, x, weights, layer, ctx):
         n, devices = layer.experts.n_experts, ctx.devices
@@ -75,7 +75,7 @@ class Capacity(FixedK):
             bias = ctx.state.get("selection_bias")
             routing = top_k(scores.values, ctx.top_k, self.norm_topk_prob, bias)
             expert, weight = (a.reshape(-1, ctx.top_k) for a in (routing.expert, routing.weight))
-            is_real = ctx.token_weights[:, None] > 0  # padding takes no place
+            is_real = ctx.token_weights[:, None] > 0  # padding gets no place
             expert = jnp.where(is_real, expert, n)
             expert, weight = map(devices.whole_sequences, (expert, weight))
             capacity = self.places(expert.shape[1], layer.experts)
@@ -83,7 +83,7 @@ class Capacity(FixedK):
             weight = (weight[..., None] * jax.nn.one_hot(expert, n)).sum(axis=2)
         with jax.named_scope("balance"):
             stats = layer.statistics(scores, routing, weights, ctx)
-            # All devices along tensor have the same groups.
+            # Divided by the number of devices along tensor, because they count the same groups.
             dropped = dropped / (ctx.top_k * devices.size("tensor"))
             dropped, n_tokens = devices.total((dropped, ctx.token_weights.sum()))
             stats = stats._replace(dropped_share=dropped / jnp.maximum(n_tokens, 1))
@@ -121,9 +121,9 @@ class Capacity(FixedK):
     def wasted_flops(self, config):
         """Training FLOPs per token and layer beyond the useful ones.
 
-        Experts compute all their places, also empty ones. Dispatch and combine are products over
-        all tokens, experts and places of a sequence: forward one each, backward one more for
-        dispatch and two more for combine.
+        Experts also compute empty places. Dispatch and combine are products over all tokens,
+        experts and places of a sequence. The forward pass computes one product for each, the
+        backward pass one for dispatch and two for combine.
         """
         e, length, d = config.experts, config.data.seq_len, config.model.d_model
         places = e.n_experts * self.places(length, e)

@@ -1,16 +1,16 @@
-"""Experts per token from attention, in the manner of DA-MoE (Aghdam et al. 2024, arXiv 2409.06669).
+"""Attention sets the number of experts per token (DA-MoE, Aghdam et al. 2024, arXiv 2409.06669).
 
-    K[t] = ceil(importance[t] K_max), at least 1;  token t goes to its K[t] experts of highest score
+    K[t] = ceil(importance[t] K_max), at least 1;  token t uses its K[t] experts of highest score
 
-with the softmax over these scores as weights; K_max is `experts.top_k`. In DA-MoE the importance of
-a token comes from attention weights, without extra parameters. The paper's formulas were not
-available; these are this project's. The importance is `(N p - 1) / (N - 1)`, with p the largest
-attention probability of the token over the N tokens that it sees: 0 for uniform attention, 1 for
-attention to one token, and 0 for the first token of a document. Each head computes an importance
-from the layer's queries and keys, at the cost of one more product of them.
+Weights are the softmax over these scores; K_max is `experts.top_k`. In DA-MoE the importance of a
+token is computed from attention weights, without extra parameters. The paper's formulas were not
+available, so the formulas below are this project's. The importance is `(N p - 1) / (N - 1)`, where
+p is the largest attention probability of the token over the N tokens that it attends to. It is 0
+for uniform attention, 1 for attention to one token, and 0 for the first token of a document. Each
+head computes an importance, with one more product of the layer's queries and keys.
 
-K has no gradient. A layer reserves K_max slots per token and computes those in use. L_aux counts
-the experts in use. The method is causal.
+K[t] has no gradient. A layer reserves K_max slots per token and computes only the used slots. L_aux
+counts only used slots. The method is causal.
 """
 
 from dataclasses import dataclass
@@ -29,16 +29,16 @@ REDUCE = {"mean": jnp.mean, "max": jnp.max}
 def concentration(peaks, n_visible):
     """How concentrated the attention of a query is: 0 if it is uniform, 1 if it is on one key.
 
-    `peaks [...]` are the largest probabilities and `n_visible`, which broadcasts to them, is N, the
-    number of keys that a query attends to -> `(N peak - 1) / (N - 1)`, `[...]`; 0 where N is 1.
+    `peaks [...]` are the largest probabilities. `n_visible`, which broadcasts to `peaks`, is N, the
+    number of keys that a query attends to. Returns `(N peak - 1) / (N - 1)`; 0 where N is 1.
     """
     n = jnp.asarray(n_visible, peaks.dtype)
     return jnp.where(n > 1, jnp.clip((n * peaks - 1) / jnp.maximum(n - 1, 1), 0, 1), 0)
 
 
 def head_importance(q, k, visible):
-    """The importance of each token by each head, see `Hooks.attention`: `[B, H, S]` float32 or
-    wider, without a gradient. It computes one head after another, with scores `[B, S, c]` each.
+    """The importance of each token in each head, for `Hooks.attention`: `[B, H, S]` float32 or
+    wider, without a gradient. Heads are computed one by one, so only one `[B, S, c]` is in memory.
     """
     q, k = jax.lax.stop_gradient((q.swapaxes(0, 1), k.swapaxes(0, 1)))
     share, dtype = q.shape[0] // k.shape[0], jnp.promote_types(q.dtype, jnp.float32)
@@ -57,7 +57,7 @@ def experts_of(importance, k_max):
 
 
 def best(scores, count, k_max):
-    """Token choice of the `count [T]` experts of highest score, with softmax weights.
+    """Routes each token to its `count [T]` experts of highest score, with softmax weights.
 
     `scores [T, n]`, `count` from 1 to `k_max` -> a `Routing` with `P = T k_max`.
     """
@@ -76,7 +76,7 @@ class DAMoE(Method):
     name = "da_moe"
     hooks = Hooks(attention=head_importance)
 
-    reduce: str = setting("mean", choices=tuple(REDUCE))  # how heads are combined
+    reduce: str = setting("mean", choices=tuple(REDUCE))  # combines the importances of heads
 
     def __call__(self, scores, weights, ctx):
         if ctx.captured is None:

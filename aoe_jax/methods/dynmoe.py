@@ -1,34 +1,34 @@
-"""DynMoE (Guo et al., arXiv 2405.14297): tokens go to any number of experts, and experts are added
-and removed.
+"""DynMoE (Guo et al., arXiv 2405.14297): tokens are routed to any number of experts, and training
+adds and removes experts.
 
-    score c[t, i]: the cosine of token and router column
+    score c[t, i]: the cosine of token t and router column i
     gap[t, i] = ReLU(sigmoid(tau c[t, i]) - sigmoid(tau G[i]))
-    token t goes to expert i where gap > 0;  weight = 1 / (the number of its experts)
+    expert i processes token t if gap > 0;  weight = 1 / (the number of the token's experts)
 
-G, an expert's threshold, is a parameter that starts at 0: then half of the experts take a token.
-The gate is 1 where the gap is above 0, with the gradient of the gap, so experts that do not take a
-token get no gradient. In training a token may have no expert, and the layer adds nothing to it. In
-evaluation such a token goes to the expert of the highest score.
+The threshold G[i] is a parameter with initial value 0, so at first about half of the experts are
+chosen. The gate is 1 where the gap is above 0, with the gradient of the gap, so an expert gets no
+gradient from tokens that it does not process. In training the output of a token without
+an expert is 0; in evaluation it is routed to the expert of the highest score.
 
-The layer has n places, some of which hold an expert ("live"). Every period of `period_steps` steps
-begins with `idle_steps` steps without recording. The next `record_steps` steps record how often
-each expert takes a token (R_E) and the sum of the tokens that no expert takes (R_S). Then the
-experts that took no token are removed. If R_S is not zero, the first free place of the layer gets
-an expert. Its router column is R_S / ||R_S|| and its threshold 0. It keeps the matrices that are in
-the place, which weight decay has shrunk.
+The layer has parameters for n experts (places); experts in use are "live". Every period of
+`period_steps` steps begins with `idle_steps` steps without recording. The next `record_steps` steps
+record how often each expert is chosen (R_E) and the sum of the tokens without an expert (R_S). Then
+experts that were never chosen are removed. If R_S is not zero, an expert is added at the first free
+place of the layer. Its router column is R_S / ||R_S|| and its threshold is 0. Its other matrices
+are those stored at the place, which weight decay has shrunk.
 
 With a router the loss is the paper's: `||W' W - I||_F` over the normalised columns of live experts
 ("diversity") plus the mean length of all columns ("simplicity"), summed over layers as in the
 authors' code. Two more terms of their code (a balance loss of gates, and the mean of all gates) and
-its learned temperature are left out. Columns start nearly orthogonal; the paper's are orthogonal.
+its learned temperature are left out. Initial columns are almost orthogonal, the paper's exactly.
 
-The paper does not cover AoE. In this project's version the score is the norm relative to that of a
-random direction (`relative_scores`), so it is around 0 like a cosine. There is no loss on columns.
-The scoring matrix of a new expert (`w_score`) is a matrix of rank one plus noise. The matrix of
-rank one maps R_S / ||R_S|| to the direction of R_S W, where W is the matrix that is in the place;
-the noise is a tenth of W. The sum is scaled to the median length of live experts.
+The paper does not cover AoE. For AoE this project divides the norm by the norm that a random
+direction has on average and subtracts 1 (`relative_scores`), so scores are around 0 like a cosine.
+There is no loss on columns. The scoring matrix of a new expert (`w_score`) is a matrix of rank one
+plus noise. The former has norm 1 and maps R_S / ||R_S|| to the direction of R_S W, where W is the
+old matrix at the place; the noise is W scaled to norm 0.1. The sum is scaled to the median norm.
 
-The method is causal, because each token is routed by itself. It costs n slots per token.
+The method is causal, because each token is routed independently. It needs n slots per token.
 """
 
 import math
@@ -51,8 +51,8 @@ def relative_scores(scores, weights, ctx):
     """Scores around 0 that do not depend on the lengths of tokens and weights.
 
     With a router they are the cosines of tokens and columns. With AoE they are
-    `||x W_i|| sqrt(d) / (||x|| ||W_i||) - 1`, where W_i is the expert's `w_score`: the norm
-    relative to that of a random direction. They start with a standard deviation of `1 / sqrt(2 r)`.
+    `||x W_i|| sqrt(d) / (||x|| ||W_i||) - 1`, where W_i is the expert's `w_score`: 0 if the norm
+    is that of a random direction. Their initial standard deviation is `1 / sqrt(2 r)`.
 
     `scores [T, n]` are logits or norms; `weights` have `w_router [d, n]` or `w_score [n, d, r]`. A
     cosine is 0 and a relative norm -1 where the token or the weights are 0.
@@ -70,7 +70,7 @@ def _by_lengths(scores, x, weight_lengths):
 
 @jax.custom_jvp
 def straight_through_sign(gap):
-    """1 where `gap >= 0` is positive, else 0; its gradient is the gradient of `gap`."""
+    """1 where `gap`, which is never negative, is above 0, else 0; with the gradient of `gap`."""
     return jnp.sign(gap)
 
 
@@ -78,7 +78,7 @@ straight_through_sign.defjvps(lambda tangent, _, gap: tangent)
 
 
 def gates(scores, thresholds, temperature):
-    """1, with a gradient, where an expert takes a token, else 0: `[T, n]`, `[n]` -> `[T, n]`."""
+    """1, with a gradient, where an expert is chosen, else 0: `[T, n]`, `[n]` -> `[T, n]`."""
     gap = jax.nn.sigmoid(temperature * scores) - jax.nn.sigmoid(temperature * thresholds)
     return straight_through_sign(jax.nn.relu(gap))
 
@@ -115,7 +115,7 @@ def updated_pool(live, fired, unclaimed):
 
 
 def w_score_with_added(w_score, live, added, unclaimed):
-    """`w_score [L, n, d, r]` with new experts at `added [L, n]`; `live` is before the update."""
+    """`w_score [L, n, d, r]` with new experts at `added [L, n]`; `live` before the update."""
     direction = _directions(unclaimed)
     image = _directions(jnp.einsum("ld,lndr->lnr", direction, w_score))
     lengths = _lengths(w_score)
@@ -140,16 +140,16 @@ def _lengths(matrices):
 class DynMoE(Method):
     """DynMoE; `experts.n_experts` is the number of places.
 
-    Parameter `firing_threshold [n]`, G. State: `live [n]`, R_E `fired [n]`, R_S `unclaimed [d]`,
-    and `updates []`, the steps so far.
+    The parameter `firing_threshold [n]` is G. The state is `live [n]`, `fired [n]` (R_E),
+    `unclaimed [d]` (R_S) and `updates []`, the number of steps so far.
     """
 
     name = "dynmoe"
 
     temperature: float = setting(1.0, above=0)  # tau
-    # Weight of diversity and simplicity, for a router.
+    # Weight of the losses `diversity` and `simplicity`, which only a router has.
     loss_weight: float = setting(0.01, at_least=0, training_only=True)
-    # Live experts before training; None: all places.
+    # Number of live experts at the start of training; None: all n.
     initial_experts: int | None = setting(None, above=0, training_only=True)
     period_steps: int = setting(900, above=0, training_only=True)
     idle_steps: int = setting(300, at_least=0, training_only=True)
@@ -191,8 +191,8 @@ class DynMoE(Method):
         }
 
     def update(self, config, state, stats, weights):
-        # A new expert keeps the optimiser's moments of its place, which has had no gradient from
-        # tokens for at least `record_steps` steps; a router's column has one from `simplicity`.
+        # The optimiser's moments of a new expert need no reset, because its place has had no
+        # gradient from tokens for `record_steps` steps (a router column has that of `simplicity`).
         step = state["updates"][0] % self.period_steps - self.idle_steps
         is_recorded = (step >= 0) & (step < self.record_steps)
         is_due = is_recorded & (step == self.record_steps - 1)

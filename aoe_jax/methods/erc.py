@@ -13,11 +13,11 @@ tokens. The gradient flows through R and W_gate, not through eps.
 
 Formula, noise and weight 1 are the paper's; its alpha is 1, or 0.5 with 256 experts. As in the
 paper, the loss is added to the ordinary balance loss, in training only, and tokens are routed by R
-without noise. This project draws noise for each layer and micro-batch, and sums in float32. Causal.
+without noise. This project draws noise for each layer and micro-batch, and sums in float32.
 
 The loss costs 6 n^2 d f FLOPs per layer and micro-batch, plus 2 n^2 d f because the backward pass
-recomputes the norms. Every device of a mesh uses its own part of W_gate; devices along `data`
-repeat the same computation. The largest array is `[n of a device, n, f]`.
+recomputes the norms. Every device of a mesh uses its own shard of W_gate; devices along
+`data` repeat the same computation. The largest array is `[n of a device, n, f]`.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from aoe_jax.moe.scoring import activation_norms, safe_root
 
 
 def with_noise(rows, key):
-    """`R~` from the columns R of the router as rows, `[n, d]`; eps has no gradient."""
+    """`R~ [n, d]` from the router's columns R as `rows [n, d]`; eps has no gradient."""
     constant = jax.lax.stop_gradient(rows)
     distances = jnp.linalg.norm(constant[:, None] - constant[None], axis=-1)
     nearest = jnp.min(jnp.where(jnp.eye(len(rows), dtype=bool), jnp.inf, distances), axis=1)
@@ -45,7 +45,7 @@ def coupling_loss(devices, w_router, w_gate, alpha, key):
     """The loss of one layer, `[]` float32, the same on all devices.
 
     `w_router [d, n]` and the `key` of the noise are the same on all devices; `w_gate [n, d, f]` is
-    this device's piece. Both matrices are float32.
+    this device's shard. Both matrices are float32.
     """
     norms = jax.checkpoint(partial(_norms, devices), prevent_cse=False)
     a, n = norms(with_noise(w_router.T, key), w_gate), w_router.shape[1]
@@ -55,9 +55,9 @@ def coupling_loss(devices, w_router, w_gate, alpha, key):
 
 
 def _norms(devices, rows, w_gate):
-    """The norms a_ij, `[n, n]`, of all experts on every device."""
+    """The norms a_ij of all experts, `[n, n]`, equal on all devices."""
     rows = devices.piece(rows, "fsdp", 1)
-    # One expert after another: a product with all would copy W_gate with d as the first axis.
+    # One expert after another, because a product with all would copy W_gate with d as first axis.
     activations = devices.total(jax.lax.map(lambda w: rows @ w, w_gate), ("fsdp",))
     norms = activation_norms(activations)
     if devices.size("tensor") > 1:
@@ -67,20 +67,20 @@ def _norms(devices, rows, w_gate):
 
 @dataclass(frozen=True)
 class ERC(FixedK):
-    """Top-k of a router with the coupling loss, and with the selection bias of top-k."""
+    """Top-k routing with the coupling loss, and with the selection bias of top-k. It is causal."""
 
     name = "erc"
 
     weight: float = setting(1.0, above=0, training_only=True)  # weight of the loss
-    # An activation a_ij or a_ji adds to the loss only above this share of a_ii.
+    # The norms a_ij and a_ji add to the loss only where they are above alpha a_ii.
     alpha: float = setting(1.0, at_least=0, training_only=True)
-    norm_topk_prob: bool = True  # see `TopK`
+    norm_topk_prob: bool = True  # softmax over the chosen scores; False: over all scores
 
     def __call__(self, scores, weights, ctx):
         routing = TopK(self.norm_topk_prob)(scores, weights, ctx)
         if not ctx.training:
             return routing
-        # The loss is computed here so that devices sum its gradient together with the layer's.
+        # Computed in the layer, so that devices sum its gradient with the layer's gradients.
         with jax.named_scope("coupling"):
             key = jax.random.fold_in(ctx.key(), 0)
             matrices = weights["w_router"], weights["w_gate"]

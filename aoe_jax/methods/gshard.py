@@ -3,13 +3,13 @@
     e1, e2 = the two experts of highest score;  w1, w2 = softmax over their two scores
     training:   y = w1 E_e1(x) + [u < 2 w2] w2 E_e2(x),  u uniform in [0, 1), drawn for every token
     evaluation: y = w1 E_e1(x) + w2 E_e2(x)
-    loss = aux_weight n sum_i f_i P_i,  f_i share of tokens whose first choice is i, P_i mean g_i
+    loss = aux_weight n sum_i f_i P_i,  f_i fraction of tokens with first choice i, P_i mean of g_i
 
-where g is the softmax over all scores. The paper's Algorithm 1 is recalled from memory in two
-points: the gate in `2 w2` is the normalised one, and `w1` does not change where the second expert
-is not drawn. Evaluation with both experts is this project's choice. The loss is the paper's,
-`mean_i(f_i P_i)`, times n^2, the scale of Switch: 1 in perfect balance, n in collapse. The method
-is causal, because a draw does not depend on other tokens.
+Here g is the softmax over all scores. Two points of the paper's Algorithm 1 are written from
+memory: w2 in `2 w2` is the normalised weight, and w1 does not change if the second expert is
+not drawn. That evaluation uses both experts is this project's choice. The loss is the paper's
+`mean_i(f_i P_i)` times n^2, the scale of Switch: 1 in perfect balance, n if all tokens choose one
+expert. The method is causal, because a draw does not depend on other tokens.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Token choice by rank, for self-contrast; see `aoe_jax/evaluation/contrast.py`."""
+"""Routes tokens to experts of given ranks, for self-contrast (`aoe_jax/evaluation/contrast.py`)."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from aoe_jax.moe.routing import FixedK, best_experts, by_token
 
 
 def ranked(scores, ranks, bias=None):
-    """Each token goes to the experts whose `scores [T, n]` have these ranks; `P = T len(ranks)`.
+    """Routes each token to the experts whose `scores [T, n]` have these ranks; `P = T len(ranks)`.
 
-    `ranks` are different numbers from 0, the highest score, to n - 1; of equal scores the lower
-    expert number comes first. Weights are the softmax over the chosen scores, so a single expert
+    `ranks` are different numbers from 0, the highest score, to n - 1; in ties the lower expert
+    number is first. Weights are the softmax over the chosen scores, so a single expert
     has weight 1. A `bias [n]` is added to the scores for the choice only.
     """
     by_rank = best_experts(scores, max(ranks) + 1, bias)
@@ -22,7 +22,7 @@ def ranked(scores, ranks, bias=None):
 
 @dataclass(frozen=True)
 class Ranked(FixedK):
-    """Each token goes to its experts of `experts.top_k` ranks, with the selection bias of top-k."""
+    """Routes each token to its experts of these `ranks`, with the selection bias of top-k."""
 
     name = "ranked"
     norm_topk_prob = True

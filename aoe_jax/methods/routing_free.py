@@ -1,24 +1,24 @@
-"""Routing-Free MoE (Liu et al., arXiv 2604.00801): every expert decides by itself whether it takes
-a token.
+"""Routing-Free MoE (Liu et al., arXiv 2604.00801): every expert decides by itself which tokens it
+processes.
 
-    G[t, i] = ReLU(score[t, i] - b[i]);  token t goes to expert i where G >= theta, with weight G
+    G[t, i] = ReLU(score[t, i] - b[i]);  expert i processes token t if G >= theta, with weight G
 
-b is a parameter. f[t, i] is 1 where G >= theta and 0 elsewhere. With means over the experts of all
-layers together:
+b is a parameter. f[t, i] is 1 where G >= theta and 0 elsewhere. The loss L and the update of lambda
+use means over the experts of all layers together:
 
     L = lambda (mu mean_i(mean_t(f) mean_t(G)) + (1 - mu) mean_t(mean_i(f) mean_i(G)))
     after each step  lambda <- lambda (1 + eta)^sign(share of active pairs - K / n),  at most 1
 
-So a token has K = `experts.top_k` experts a layer on average.
+So the mean number of experts per token and layer approaches K = `experts.top_k`.
 
-The method follows the paper. As in the authors' code, G below theta counts as 0 in the losses, and
-lambda is at most 1. Their code also learns a factor for each score, which the paper does not have.
-With AoE this is the published method without its initialisation: norms start near sqrt(r) here.
-Each micro-batch has its own mean_t(G). A router's logits in place of norms are this project's
-addition. Logits are around 0, so few pairs are active at b = 0, and an expert that is never active
-has no gradient and stays inactive: start b below 0.
+The method follows the paper. Two details come from the authors' code: G below theta counts as 0 in
+the losses, and lambda is at most 1. The factor that their code learns for each score is left out.
+AoE with this router is the published method except for its initialisation: norms start near
+sqrt(r). Each micro-batch has its own mean_t(G). A router's logits instead of norms are this
+project's addition. Logits are around 0, so start with b below 0: else few pairs are active, and an
+expert that is never active has no gradient and stays inactive.
 
-The method is causal and costs n slots per token.
+The method is causal and needs n slots per token.
 """
 
 import math
@@ -37,7 +37,7 @@ from aoe_jax.parameters import vector
 
 @dataclass(frozen=True)
 class RoutingFree(Method):
-    """Routing-Free MoE; parameter `score_bias [n]`, b; state `multiplier []`, lambda."""
+    """Routing-Free MoE. The parameter `score_bias [n]` is b, the state `multiplier []` lambda."""
 
     name = "routing_free"
 
@@ -45,7 +45,7 @@ class RoutingFree(Method):
     bias: float = setting(1e-6, training_only=True)  # initial b
     multiplier: float = setting(1e-10, above=0, at_most=1, training_only=True)  # initial lambda
     rate: float = setting(0.02, at_least=0, training_only=True)  # eta
-    # mu: the part of the loss that balances experts; the rest balances tokens.
+    # mu: the weight of the term that balances experts; the other term, 1 - mu, balances tokens.
     expert_share: float = setting(0.5, at_least=0, at_most=1, training_only=True)
 
     def __call__(self, scores, weights, ctx):
@@ -74,7 +74,7 @@ class RoutingFree(Method):
         return {"multiplier": jnp.full((), self.multiplier, jnp.float32)}
 
     def losses(self, stats, state, weights):
-        # Means over tokens `[L, n]`, and over the experts of a layer `[L, B, S]`.
+        # Means over tokens are `[L, n]`; means over the experts of a layer are `[L, B, S]`.
         by_expert = stats.load * stats.records["gates"]
         means, token_weights = stats.per_token, stats.per_token["weight"][0]
         by_token = means["active"].mean(axis=0) * means["gates"].mean(axis=0) * token_weights

@@ -1,11 +1,11 @@
 """The router of DeepSeek-V3 (arXiv 2412.19437, Sec. 2.1.2), which dots.llm1 and GLM-4.5 use too.
 
     s[t, i] = sigmoid(logit[t, i]);  ranked[t, i] = s[t, i] + b[i]
-    token t goes to the K experts of highest ranked[t, i] in its G best groups
+    token t is routed to the K experts of highest ranked[t, i] in its G best groups
     weight of a chosen expert = scale s[t, i] / (sum of s[t, j] over the chosen j)
 
-All groups have the same number of neighbouring experts; the best groups have the highest sums of
-their two highest `ranked`. With `norm_topk_prob=False` the weight is `scale s[t, i]`. The selection
+Groups are equal ranges of consecutive experts; the best groups have the highest sums of their two
+highest `ranked`. With `norm_topk_prob=False` the weight is `scale s[t, i]`. The selection
 bias b has no gradient. With `balance.bias_rate` a step adds this rate to b for experts below the
 mean load and subtracts it for experts above it (loss-free balancing with the published rate,
 because scores are in (0, 1)). In L_aux, P is the mean of `s[t, i] / sum_j s[t, j]`; with
@@ -32,15 +32,15 @@ def in_best_groups(ranked, n_groups, groups_per_token):
 
 @dataclass(frozen=True)
 class SigmoidTopK(FixedK):
-    """Top-k of sigmoid scores, in groups; state `selection_bias [n]`."""
+    """Top-k of sigmoid scores, in groups. The state is `selection_bias [n]`."""
 
     name = "sigmoid_top_k"
     hooks = Hooks(balance_logits=jax.nn.log_sigmoid)
 
     norm_topk_prob: bool = True  # weights of a token sum to `scale`
     scale: float = setting(1.0, above=0)  # factor of all weights (routed_scaling_factor)
-    n_groups: int = setting(1, above=0)  # groups of experts
-    # Number of groups in which a token may have experts.
+    n_groups: int = setting(1, above=0)  # number of groups of experts
+    # G, the number of groups from which a token's experts are chosen.
     groups_per_token: int = setting(1, above=0, at_most="n_groups")
 
     def __call__(self, scores, weights, ctx):

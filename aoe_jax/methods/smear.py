@@ -9,23 +9,23 @@ probability `expert_dropout`, and the others are normalised again.
 
 Scores are those of the authors' router: LayerNorm(v) times the router's weights. A second
 LayerNorm, over d, normalises the weights of each expert; its gain starts at 0.01, so p starts
-nearly uniform. (The bias of the second norm is left out: it would add the same to all experts.)
-With `experts.factorised_gate` the experts are AoE's, and scores are the norms ||v W_gate_down_i||,
-this project's version for AoE.
+nearly uniform. (The second norm has no bias, because it would add the same to all scores.)
+With `experts.factorised_gate` the experts are AoE's, and scores are the norms ||v W_gate_down_i||;
+this is the project's version for AoE.
 
 In a decoder the mean over a whole sequence would depend on later tokens. So sequences are cut into
-segments of `segment` tokens, and the mean of a segment decides p for the NEXT segment, as in Lory
-(Zhong et al., arXiv 2405.03133): causal, in training and at inference. In the first segment p is
+segments of `segment` tokens, and the mean of the PREVIOUS segment determines p (Lory, Zhong et
+al., arXiv 2405.03133). This is causal in training and at inference. In the first segment p is
 uniform, which is this project's choice. With `segment=0` v is the mean of the whole sequence, for
 classifiers and encoders; a decoder refuses it.
 
-The mean of matrices is not the mean of their functions: (W_gate_down, W_gate_up) and
-(W_gate_down Q, Q^T W_gate_up) are the same expert, but merge differently with others. So all
-experts start near each other: `own_share` of their matrices' variance is their own, the rest is
-common. (The authors' code can start from equal experts; with `own_share=1` they are independent.)
+A merged expert does not compute the mean of the experts: (W_gate_down, W_gate_up) and
+(W_gate_down Q, Q^T W_gate_up) are the same expert, but merge differently with others. So initial
+experts are near each other: a fraction `own_share` of the variance of their matrices is their own,
+the rest is common; 1 makes them independent. (The authors' code can start from equal experts.)
 
-Merging costs 2 n |expert| FLOPs per segment. Unless `model.remat` is experts or layer, it also
-needs memory for one merged expert per segment.
+Merging costs 2 n |expert| FLOPs per segment; |expert| is the size of an expert. Unless
+`model.remat` is experts or layer, it also needs memory for one merged expert per segment.
 
 J is the number of segments of a sequence.
 """
@@ -49,7 +49,7 @@ from aoe_jax.moe.scoring import scores_of_all
 from aoe_jax.moe.swiglu import KEPT_EXPERTS, single_expert
 from aoe_jax.parameters import Parameter, expert_init, matrices_of, ones_init, vector, zeros_init
 
-ROUTER_SCALE = 0.01  # initial scale of the router's weights, and gain of their norm
+ROUTER_SCALE = 0.01  # initial deviation of the router's weights, and gain of their LayerNorm
 NORM_EPS = 1e-5
 DROPPED = 1e-10  # weight of a dropped expert; if all are dropped, weights are uniform
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -113,9 +113,9 @@ def merge(p, weights):
 
 
 def merging_stats(scores, p, counts, total):
-    """The statistics of a layer; an expert's load is its mean share in the merged experts.
+    """The statistics of a layer; an expert's load is its mean weight p in merged experts.
 
-    `scores` and `p` are `[B, J, n]`, and `counts [B, J]` are the real tokens of the segments.
+    `scores` and `p` are `[B, J, n]`, and `counts [B, J]` are the numbers of real tokens.
     """
     scores, p = jax.lax.stop_gradient((scores, p))
     entropy = jax.scipy.special.entr(p).sum(axis=-1)
@@ -130,7 +130,7 @@ def merging_stats(scores, p, counts, total):
 
 
 def near_copies(own_share):
-    """Like `expert_init`, but only `own_share` of the variance is drawn for each expert alone."""
+    """Initialises like `expert_init`; only `own_share` of the variance differs between experts."""
 
     def init(key, shape, dtype=jnp.float32):
         common_key, own_key = jax.random.split(key)
@@ -144,16 +144,16 @@ def near_copies(own_share):
 
 @dataclass(frozen=True)
 class Smear(Unchosen):
-    """SMEAR. The axis before the last is the sequence."""
+    """SMEAR. The second to last axis of the layer's input is the sequence."""
 
     name = "smear"
 
-    # Tokens that share a merged expert, whose p comes from the segment before them; 0: the whole
-    # sequence shares an expert, whose p comes from its own mean.
+    # Tokens of a segment, which use one merged expert; p is computed from the segment before. 0: a
+    # whole sequence uses one merged expert, and p is computed from its own mean.
     segment: int = setting(64, at_least=0)
     # Probability in training that an expert is left out of a merged expert.
     expert_dropout: float = setting(0.1, at_least=0, below=1, training_only=True)
-    # Share of the initial variance of an expert's matrices that is its own.
+    # Fraction of the initial variance of an expert's matrices that is not common to all experts.
     own_share: float = setting(0.5, above=0, at_most=1, training_only=True)
 
     def __call__(self, x, weights, layer, ctx):
@@ -195,7 +195,7 @@ class Smear(Unchosen):
         return y, merging_stats(scores, p, token_weights.sum(axis=-1), devices.total)
 
     def _kept(self, ctx, shape, n_experts):
-        """Whether a segment of this device keeps each expert, `[B, J, n]`; None: all are kept."""
+        """`[B, J, n]` bool, the experts that a device's segments keep; None: all are kept."""
         if not ctx.training:
             return None
         n_sequences, n_segments = shape

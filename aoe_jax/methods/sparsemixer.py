@@ -1,8 +1,9 @@
-"""SparseMixer-v2 as Phi-3.5-MoE uses it once trained (GRIN, arXiv 2409.12136).
+"""Inference of SparseMixer-v2, for trained models such as Phi-3.5-MoE (GRIN, arXiv 2409.12136).
 
-The experts are those of top-k. The weight of the i-th expert is a softmax over scores near its own,
-among the experts left after i - 1 choices. A score is near if it is smaller by at most `2 jitter`
-times the larger of the two absolute values. Training, which samples experts, is not implemented.
+The experts are those of top-k. The weight of the i-th expert is a softmax over the experts that are
+left after i - 1 choices and have scores near its own. A score is near if it is smaller by at most
+`2 jitter` times the larger of the two absolute values. Training samples experts; it is not
+implemented.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ def sparsemixer_weights(scores, expert, jitter):
     weights, left = [], scores
     for chosen in expert.T:
         best = jnp.take_along_axis(scores, chosen[:, None], axis=1)
-        # Where both scores are zero, 0 / 0 compares as near.
+        # If both scores are zero, 0 / 0 is NaN, which compares as near.
         is_far = (best - scores) / jnp.maximum(jnp.abs(scores), best) > 2 * jitter
         probability = jax.nn.softmax(jnp.where(is_far, -jnp.inf, left))
         weights.append(jnp.take_along_axis(probability, chosen[:, None], axis=1))

@@ -2,21 +2,21 @@
 trained to agree.
 
 In training every layer draws one expert, uniformly, for all tokens of a micro-batch. A step makes
-two forward passes over the batch, with different draws and a gradient for both:
+two forward passes over the batch with different draws; both passes have a gradient:
 
     L = CE(p1) + CE(p2) + alpha CR,   CR = (KL(p1 || p2) + KL(p2 || p1)) / 2
 
-summed over targets and divided by their weight; alpha is `consistency_weight`. The reported `nll`
-is the mean of both passes. There is no router and no balance loss: the load in the statistics is
-the probability of the draw.
+L is summed over targets and divided by their weight; alpha is `consistency_weight`. The reported
+`nll` is the mean of both passes. There is no router and no balance loss: the load in the statistics
+is the probability of the draw.
 
 At inference every token (`inference="token"`) or every sequence ("sequence") draws an expert in
 each layer, by a key made of `inference_seed`, the layer index and, for "token", the position. So
-draws are the same for all sequences, batches and meshes, and in decoding.
+draws do not depend on the text, the batch, the mesh or the use of a cache.
 
-It follows the authors' text and code, except: experts are in every layer rather than every second,
-and there is no label smoothing and no dropout. With `experts.factorised_gate` the experts are
-AoE's: this is the random routing that AoE compares with. A training step costs two passes.
+The method follows the authors' text and code, except that experts are in every layer, not in every
+second, and that there is no label smoothing and no dropout. With `experts.factorised_gate` the
+experts are AoE's; the AoE paper compares with this random routing. A step costs two passes.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def draw_by_position(key, positions, n_experts):
 
 
 def drawn(devices, w, expert):
-    """The matrix of one expert, from the device that holds it: `w [n, a, b]` -> `[a, b]`."""
+    """The matrix of one expert, from the device that stores it: `w [n, a, b]` -> `[a, b]`."""
     first = devices.rank("expert") * w.shape[0]
     index = jnp.clip(expert - first, 0, w.shape[0] - 1)
     own = jax.lax.dynamic_index_in_dim(w, index, keepdims=False)
@@ -66,7 +66,7 @@ def consistent_cross_entropy(consistency, hidden, table, targets, weights):
     """The cross-entropy of two passes, and the divergence of their predictions.
 
     `hidden` has two arrays `[T, d]`, one per pass, and `consistency` is the weight of the
-    divergence. For the other arguments see `cross_entropy`.
+    divergence. The other arguments are those of `cross_entropy`.
 
     Returns:
       `(loss, nll, divergence)`, weighted sums over tokens: `nll` is the sum over both passes,
@@ -92,7 +92,7 @@ def _of_two_passes(consistency, logits, targets, weights):
 
 @dataclass(frozen=True)
 class Thor(Unchosen):
-    """THOR. The axis before the last is the sequence."""
+    """THOR. The second to last axis of the layer's input is the sequence."""
 
     name = "thor"
 
@@ -136,7 +136,7 @@ class Thor(Unchosen):
 
 
 def _stats_of_draws(n_experts):
-    """The statistics of a random draw: its probabilities as load, and no scores."""
+    """The statistics of a random draw: load is its probabilities, and scores are 0."""
     chance, nothing = jnp.full(n_experts, 1 / n_experts), jnp.zeros(n_experts)
     entropy = jnp.float32(np.log(n_experts))
     return LayerStats(chance, chance, entropy, nothing, jnp.zeros(()))

@@ -1,20 +1,20 @@
-"""Expert Threshold routing (Sun et al., arXiv 2603.11535): a token goes to every expert whose
-threshold its score exceeds.
+"""Expert Threshold routing (Sun et al., arXiv 2603.11535): a token is routed to every expert
+for which its score is above the expert's threshold.
 
-    token t goes to expert i where score[t, i] > c[i];  weight = sigmoid(score[t, i])
+    token t is routed to expert i if score[t, i] > c[i];  weight = sigmoid(score[t, i])
     c[i] <- decay c[i] + (1 - decay) (the k-th largest score of expert i in the batch),  k = T K / n
 
-A step uses the thresholds from before that step, so the experts of a token do not depend on other
+Each step uses thresholds from earlier steps, so the experts of a token do not depend on other
 tokens: routing is causal. A token may have any number of experts, K = `experts.top_k` on average.
 In the first `warmup_steps` steps experts choose their k tokens (expert choice), which is not
 causal.
 
-It follows the paper's text, except: there is no shared expert and no bound on the tokens of an
-expert, and the first threshold is the k-th largest score of the first batch. With micro-batches,
-experts choose within each micro-batch in the warm-up, and thresholds move by the mean of the
-micro-batches' k-th largest scores. `weights="relative"` uses sigmoid(score - threshold), this
-project's addition for AoE: norms are positive, so sigmoid(score) would never be below 1/2. No
-balance loss is needed. The method costs n slots per token.
+The method follows the paper's text, with these exceptions. There is no shared expert and no bound
+on the tokens of an expert. The first threshold is the k-th largest score of the first batch. With
+micro-batches, experts choose within each micro-batch in the warm-up, and thresholds are updated by
+the mean of the micro-batches' k-th largest scores. `weights="relative"`, an addition for AoE, uses
+sigmoid(score - threshold): norms are positive, so sigmoid(score) would never be below 1/2. No
+balance loss is needed. The method needs n slots per token.
 """
 
 import math
@@ -42,11 +42,11 @@ def kth_largest(scores, token_weights, share):
 
 @dataclass(frozen=True)
 class Threshold(Method):
-    """Expert Threshold; state `threshold [n]`, and `updates []`, the steps that it has seen."""
+    """Expert Threshold. The state is `threshold [n]` and `updates []`, the number of updates."""
 
     name = "threshold"
 
-    # Decay of the moving average that is an expert's threshold.
+    # Decay of the moving average that updates an expert's threshold.
     decay: float = setting(0.999, at_least=0, below=1, training_only=True)
     warmup_steps: int = setting(4000, at_least=0, training_only=True)  # steps of expert choice
     # sigmoid: sigmoid(score); relative: sigmoid(score - threshold).

@@ -4,7 +4,7 @@ from aoe_jax.moe.routing import Method
 
 
 class Unchosen(Method):
-    """The base of layers whose tokens choose no experts."""
+    """The base class of layers in which tokens do not choose experts."""
 
     def choice(self, experts):
         return None

@@ -8,7 +8,7 @@ token:
     y   = sum over all i of a_i W_down_i[:s]  +  sum over the chosen i of w_i (the rest of expert i)
 
 The sum of the routing neurons' outputs is a virtual shared expert. There is no router and no
-factorised gate; an expert has the parameters of a traditional one. The layer is causal.
+factorised gate; an expert has as many parameters as a traditional one. The layer is causal.
 
 Only abstracts and reviews of the paper were available. They describe routing neurons, the L2 norm
 of their activation (a review mentions SiLU), top-K, the virtual shared expert, and
@@ -46,7 +46,7 @@ def routing_neurons(layer, devices, x, weights):
     """The scores and outputs of the routing neurons of all experts.
 
     `x [T, d]` -> the norms `[T, n]`, float32 at least, and the virtual shared expert's output
-    `[T, d]`. `weights` are this device's pieces of `w_gate_route` and `w_up_route`, `[n, d, s]`,
+    `[T, d]`. `weights` are this device's shards of `w_gate_route` and `w_up_route`, `[n, d, s]`,
     and of `w_down_route [n, s, d]`.
     """
     with jax.named_scope("score"):
@@ -71,18 +71,18 @@ def routing_neurons(layer, devices, x, weights):
 
 @dataclass(frozen=True)
 class UoE(Method):
-    """Whole experts whose first neurons score them."""
+    """Whole experts; the score of each is computed from its first neurons."""
 
     name = "uoe"
 
     # Routing neurons of an expert; None: round(experts.d_ffn / experts.top_k).
     routing_neurons: int | None = None
     p: float | None = setting(None, above=0, below=1)  # p of top-p; None: top-k
-    norm_topk_prob: bool = True  # see `TopK`
+    norm_topk_prob: bool = True  # softmax over the chosen scores; False: over all scores
 
     @property
     def router(self):
-        """How experts are chosen by their scores."""
+        """The router that chooses experts by their scores."""
         return TopK(self.norm_topk_prob) if self.p is None else TopP(self.p)
 
     def __call__(self, x, weights, layer, ctx):
@@ -107,7 +107,7 @@ class UoE(Method):
 
     def parameters(self, experts):
         s = self.neurons(experts)
-        # Both parts are drawn as slices of one matrix, whose fan-in is the whole width.
+        # Both parts are initialised as slices of one matrix, so W_down's fan-in is the whole width.
         down_init = initializers.normal(experts.d_ffn**-0.5)
         found = {}
         for suffix, size, per_expert in ((SUFFIX, s, False), ("", experts.d_ffn - s, True)):

@@ -17,19 +17,19 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ParameterCounts:
     """Parameters by the paper's conventions: a shared embedding table counts once in the total
-    (732M for its small models), and as input and output among the active parameters (247M).
+    (732M for its small models), and twice, as input and as output, in the active ones (247M).
     """
 
     experts: int  # experts and routers of all layers, and the matrices of dense layers
-    active_experts: int  # the part that one token uses
+    active_experts: int  # those of `experts` that one token uses
     attention: int
     norms: int  # norms and biases
     embedding: int  # one embedding table
-    n_tables: int  # tables held: 1 where input and output share one
+    n_tables: int  # number of embedding tables: 1 if input and output use the same
 
     @property
     def total(self):
-        """All parameters held; a shared table is counted once."""
+        """All parameters; a shared table is counted once."""
         return self.experts + self.attention + self.norms + self.n_tables * self.embedding
 
     @property
@@ -62,7 +62,7 @@ def experts_per_token(config: Config):
 
 def _layer_parameters(config):
     """`[(Parameter, its size)]` of a layer, and the size of the experts of one token. AoE's
-    W_gate_down belongs to the expert, so experts of both kinds are equal in size (by Eq. 5).
+    W_gate_down belongs to the expert, so AoE and traditional experts have equal size (Eq. 5).
     """
     c = config.experts
     sizes = c.sizes(config.model.d_model)
@@ -74,7 +74,7 @@ def _layer_parameters(config):
 
 
 def parameter_counts(config: Config):
-    """Counts the parameters of the decoder; under top-p, `top_k` experts are active."""
+    """Counts the parameters of the decoder; if the number of experts varies, `top_k` are active."""
     m = config.model
     declared, active = _layer_parameters(config)
     shared = sum(size for parameter, size in declared if not parameter.per_expert)
@@ -103,11 +103,11 @@ def _dense_layers(model):
 def layer_flops_per_token(config: Config):
     """Useful matmul FLOPs per token of one layer of experts in training, per pass.
 
-    The backward pass takes twice the FLOPs of the forward pass, with one exception. AoE's scoring
-    of experts that are not chosen has a backward pass for all tokens with `score_gradient="dense"`,
-    else for the share `balance.aux_tokens` with a balance loss, else for no token. Under top-p,
-    `top_k` experts are chosen. `kind="capacity"` counts like `kind="router"`;
-    `Capacity.wasted_flops` counts the rest.
+    The backward pass needs twice the FLOPs of the forward pass, except for AoE's scores of experts
+    that are not chosen. They have a backward pass for all tokens with `score_gradient="dense"`,
+    otherwise for the fraction `balance.aux_tokens` of the tokens if there is a balance loss, else
+    for no token. Under top-p, `top_k` experts count as chosen. For `kind="capacity"` these are the
+    FLOPs of `kind="router"`; `Capacity.wasted_flops` counts the others.
     """
     c = config.experts
     declared, active = _layer_parameters(config)
@@ -127,10 +127,10 @@ def layer_flops_per_token(config: Config):
 
 
 def training_flops_per_token(config: Config):
-    """Useful matmul FLOPs per token of a training step; see `layer_flops_per_token`.
+    """Useful matmul FLOPs per token of a training step, counted by `layer_flops_per_token`.
 
-    Causal attention counts the lower triangle only; norms, softmax and the embedding look-up count
-    nothing.
+    Causal attention counts the lower triangle only; norms, softmax and the embedding look-up are
+    not counted.
     """
     m, counts = config.model, parameter_counts(config)
     # Each query attends to half the positions on average.
@@ -140,7 +140,7 @@ def training_flops_per_token(config: Config):
 
 
 def log_run(config: Config):
-    """Logs the mesh, parameters and FLOPs of a run, and warns if its losses are not causal."""
+    """Logs the mesh, parameters and FLOPs of a run, and warns if the method is not causal."""
     routing = config.routing
     if jax.device_count() > 1:
         axes = [f"{axis} {getattr(config.mesh, axis)}" for axis in MESH_AXES]

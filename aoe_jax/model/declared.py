@@ -1,4 +1,4 @@
-"""All parameters that models have, and how a train state is split over the mesh."""
+"""The declarations of all parameters of models, and the sharding of a train state on a mesh."""
 
 import re
 from functools import cache
@@ -19,7 +19,7 @@ from aoe_jax.parameters import (
 )
 from aoe_jax.sharding import replicated, spec_of
 
-_ANY = ExpertsConfig(kind="router")  # no declaration depends on it
+_ANY = ExpertsConfig(kind="router")  # any kind, because splits do not depend on it
 
 
 _OF_LAYERS = EXPERTS | LARGE_ROUTER | ROUTER | SHARED_EXPERT | SHARED_SCALE

@@ -1,4 +1,4 @@
-"""Llama-style decoder: layers of causal attention and experts, each after a norm, in a scan. The
+"""A Llama-style decoder: a scan over layers of causal attention and experts, each after a norm. The
 first layers may be dense.
 """
 
@@ -27,7 +27,7 @@ RMSNorm = nn.remat(nn.RMSNorm, prevent_cse=False)
 
 
 def make_norm(c: ModelConfig):
-    """The norm before attention, experts and output projection, as a module."""
+    """Makes the module of a norm before attention, experts or the output projection."""
     return RMSNorm(epsilon=c.norm_eps, dtype=jnp.dtype(c.dtype))
 
 
@@ -72,7 +72,7 @@ class DecoderLayer(nn.Module):
     def decode(self, x, past, routing_state, layer_index):
         """`x [B, S, d]` -> `([B, S, d], (keys, values))`.
 
-        `past` is `(cache, n_past)`, see `Attention.extend`; None at the beginning of a text.
+        `past` is the `(cache, n_past)` of `Attention.extend`; None at the beginning of a text.
         """
         attend, positions = partial(self.attention, with_cache=True), None
         if past is not None:
@@ -95,8 +95,8 @@ class Decoder(nn.Module):
     """The language model: embedding, layers of attention and experts, output projection.
 
     Attributes:
-      training: whether layers behave as in training.
-      observe: see `moe.layer.ExpertsLayer`.
+      training: whether layers draw at random and record losses, as training needs.
+      observe: the field of `moe.layer.ExpertsLayer`, for the layers of experts.
     """
 
     model: ModelConfig
@@ -178,7 +178,7 @@ class Decoder(nn.Module):
         token_weights: jax.Array | None = None,
         routing_state: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, LayerStats]:
-        """Logits `[B, S, V]` float32, and `LayerStats` stacked over layers; see `features`."""
+        """Returns logits `[B, S, V]` float32 and `LayerStats`; see `features` for the arguments."""
         hidden, stats = self.features(tokens, segment_ids, token_weights, routing_state)
         table = (self.embed if self.model.tie_embeddings else self.output).embedding
         return logits(hidden, table), stats
@@ -186,7 +186,7 @@ class Decoder(nn.Module):
 
 def initial_params(config: Config, seed):
     """The parameters before the first step."""
-    # The mesh divides this shape evenly.
+    # The shape of a micro-batch, because the mesh divides it evenly.
     shape = (config.train.batch_size // config.train.accumulate, config.data.seq_len)
     decoder = Decoder.from_config(config)
     return decoder.init(jax.random.key(seed), jnp.zeros(shape, jnp.int32))["params"]

@@ -1,7 +1,7 @@
 """Incremental decoding with a cache of keys and values.
 
-Layers are unrolled, and each has weights of its own instead of a slice of stacked weights: a step
-of a scan would copy the weights of all experts, although a few tokens use only some.
+Each layer has arrays of its own instead of slices of stacked weights, and no scan is used: a step
+of a scan would copy the weights of all experts of a layer, although few tokens use only some.
 """
 
 from typing import NamedTuple
@@ -44,7 +44,7 @@ def unstacked(decoder: Decoder, params, mesh):
     """A copy of the parameters for decoding, with `layer_0`, `layer_1`, ... instead of "layers" and
     `dense_layer_0`, ... instead of "dense_layers".
 
-    Parameters that every use would cast are stored in the dtype of computation.
+    Parameters that are always cast before use are stored in the dtype of computation.
     """
     dtype = jnp.dtype(decoder.model.dtype)
 
@@ -74,7 +74,7 @@ def prefill(decoder: Decoder, params, routing_state, tokens, length, n_positions
     Args:
       params: the result of `unstacked`.
       routing_state: `Method.state` of all layers, `[L, ...]` by name, or None without state.
-      tokens: `[B, S]` int32; those past a sequence's length have no effect.
+      tokens: `[B, S]` int32; tokens past the length of their sequence have no effect.
       length: `[B]` int32, from 1 to S.
       n_positions: c, the positions of the cache, at least S.
 
@@ -96,8 +96,8 @@ def prefill(decoder: Decoder, params, routing_state, tokens, length, n_positions
 def extend(decoder: Decoder, params, routing_state, tokens, cache):
     """Runs the model on the next S tokens of sequences; the `Cache` must have S free positions.
 
-    `tokens [B, S]` int32 -> `(hidden, cache)`: `[B, S, d]` after the last norm, the input of
-    `output_logits`, and the cache with the new positions. For other arguments see `prefill`.
+    `tokens [B, S]` int32 -> `(hidden [B, S, d], cache)`: the output of the last norm, for
+    `output_logits`, and the cache with the new positions. `prefill` describes the other arguments.
     """
     n_tokens = tokens.shape[1]
     x, layers = _through_layers(decoder, params, routing_state, tokens, cache)
@@ -111,7 +111,7 @@ def output_logits(params, hidden):
 
 def _through_layers(d, params, routing_state, tokens, cache):
     """`[B, S, d]` after the last norm, and the cache's `layers` with the new positions."""
-    # Padded so that the devices along `tensor` divide S.
+    # Padded so that the number of devices along `tensor` divides S.
     devices = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % devices)))
     x, layers = embed(params["embed"]["embedding"], tokens, jnp.dtype(d.model.dtype)), []

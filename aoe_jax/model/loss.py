@@ -29,7 +29,7 @@ def sums_over_chunks(of_chunk, n_sums, hidden, table, targets, weights):
 
     The gradient is computed together with the loss, chunk by chunk, so that no logits are kept or
     computed twice. It is written by hand, because autodiff keeps more of a chunk and is slower. XLA
-    removes it from programs that use only the sums.
+    removes the gradient from programs that use only the sums.
 
     `hidden` has one array `[T, d]` per pass, and `of_chunk` is
     `(logits of each pass, targets, weights) -> (sums, gradients of the loss by the logits)`.
@@ -81,10 +81,10 @@ def _of_one_pass(logits, targets, weights):
 
 
 def target_log_probs(hidden, table, targets, wanted):
-    """The log-probability of each wanted target, and whether it is the likeliest token.
+    """The log-probability of each wanted target, and whether the target is the likeliest token.
 
-    Only chunks with tokens that are `wanted [T]` compute logits. For the other arguments see
-    `cross_entropy`.
+    Only chunks with tokens that are `wanted [T]` compute logits. The other arguments are those
+    of `cross_entropy`.
 
     Returns:
       `(log_prob, is_best)`: `[T]` float32, 0 where not wanted; and `[T]` bool, true where not

@@ -12,7 +12,7 @@ _TABLE = spec_of(*EMBEDDING.split)
 
 
 def embed(table, tokens, dtype):
-    """`table [V, d]`, `tokens [B, S]` -> `[B, S, d]` in `dtype`, split like the layers' tokens."""
+    """`table [V, d]`, `tokens [B, S]` -> `[B, S, d]` in `dtype`, sharded by `token_spec`."""
 
     def local(devices, table, tokens):
         return jnp.take(devices.gather_weight(EMBEDDING, table).astype(dtype), tokens, axis=0)
@@ -33,7 +33,7 @@ def sum_over_tokens(function, hidden, table, targets, weights):
 
     Args:
       function: `(hidden [T, d], table [V, d], targets [T], weights [T]) -> []`, or several sums.
-      hidden: `[B, S, d]`, or a tuple of such arrays, which the function then takes.
+      hidden: `[B, S, d]`, or a tuple of such arrays, which is passed to `function`.
       targets, weights: `[B, S]`.
     """
     # The sum over devices is outside of `shard_map`: inside, the derivative of a `psum` would be a
@@ -47,7 +47,7 @@ def on_each_token(function, hidden, table, *values):
     """Applies a function of the output projection with one result per token, on each device.
 
     `function(hidden [T, d], table [V, d], *values [T]) -> arrays [T]`; `values` are `[B, S]`, and
-    the result is a tuple of arrays `[B, S]`. Other arguments: see `sum_over_tokens`.
+    the result is a tuple of arrays `[B, S]`. `sum_over_tokens` describes other arguments.
     """
     return _over_tokens(function, hidden, table, values, token_spec(2), jnp.reshape)
 

@@ -1,4 +1,4 @@
-"""The common path of a mixture-of-experts layer. The files follow a token:
+"""The common path of a mixture-of-experts layer. The files in the order of computation:
 
     scoring -> routing -> dispatch -> swiglu; load_balance computes statistics, layer calls all
 
@@ -8,12 +8,12 @@ of their experts, and `parallel` distributes rows over a mesh.
 Axis letters in shapes such as `[T, n]`, with the same meaning in the whole package:
 
     T  tokens of a device           n  experts of a layer          L  layers
-    B  sequences                    K  experts of a token          V  vocabulary
-    S  positions of a sequence      P  slots: choices of experts   H  heads of queries
+    B  sequences                    K  experts per token           V  vocabulary
+    S  positions of a sequence      P  slots: token-expert pairs   H  heads of queries
     d  model width                  R  rows: tokens by expert      G  heads of keys and values
     f  width of an expert           r  rank of a factorised gate   h  width of a head
     m  hidden width of a router     s  routing neurons             c  positions of a cache
-    u  width of a shared expert     N  devices along expert        C  places of an expert
+    u  width of a shared expert     N  devices along expert        C  capacity of an expert
 
-The package `grouped_matmul` has its own letters.
+The package `grouped_matmul` uses other letters.
 """

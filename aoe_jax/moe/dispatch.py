@@ -1,7 +1,7 @@
-"""Dispatch and combine: from tokens to rows in expert order, and from rows back to tokens.
+"""Dispatch gathers tokens into rows in expert order; combine sums the rows of each token.
 
-`Local` is the transport of a device that holds all experts. The transports of meshes, with the same
-methods, are in `parallel/transports.py`.
+`Local` is the transport of a device that stores all experts. The transports of meshes have the same
+methods and are in `parallel/transports.py`.
 """
 
 from functools import partial
@@ -14,13 +14,14 @@ from aoe_jax.moe.grouped_matmul import row_layout
 from aoe_jax.moe.grouped_matmul.groups import NOWHERE, WholeGroups, permute
 from aoe_jax.moe.routing import Routing
 
-MAX_GATHERS = 16  # A sum over more slots than this uses one gather, to keep programs small.
+MAX_GATHERS = 16  # If a token has more slots, one gather loads all, to keep programs small.
 
 
 class Rows(NamedTuple):
-    """Maps slots to rows, sorted by expert or in the layout of a `grouped_matmul` backend.
+    """Maps slots to rows, in expert order or in the layout of a `grouped_matmul` backend.
 
-    In a layout the index of unused slots and free positions is `NOWHERE`, and their rows are 0.
+    In a layout, `row` is `NOWHERE` for an unused slot; `slot` and `token` are `NOWHERE` for a
+    position without a row, which contains zeros.
     """
 
     slot: jax.Array  # [R] int32, the slot of each row
@@ -41,7 +42,7 @@ def sort_slots(expert, n_experts):
 
 
 def lay_out(routing, n_experts, all_used=False, backend="auto"):
-    """Computes the `Rows` of a `Routing` for a backend; with `all_used` every slot is in use."""
+    """Computes the `Rows` of a `Routing` for a backend; `all_used`: every slot is in use."""
     slot, row, group_sizes = sort_slots(routing.expert, n_experts)
     layout = row_layout(group_sizes, slot.shape[0], backend)
     if layout is None:
@@ -52,19 +53,18 @@ def lay_out(routing, n_experts, all_used=False, backend="auto"):
 
 
 class Local:
-    """The transport of a device that holds all experts: it computes the rows of all its slots.
+    """The transport of a device that stores all experts: it computes the rows of all its slots.
 
     Other transports split the rows into rounds of limited size; `Local` has one round. The methods
     of a transport, in the order of their use:
-
-        gather, gather_routing   tokens and routing of the devices that share experts
-        schedule, round          the slots and rows of each round; without a gradient
+        gather, gather_routing   collect tokens and routing from the devices that split the experts
+        schedule, round          compute the slots and rows of each round, without a gradient
         dispatch                 `[T, d]` -> rows `[R, d]`, and `groups` for `grouped_matmul`
         row_values               moves values from slots to rows, `[P]` -> `[R]`
         slot_values              moves values to slots, `[R]` -> `[P]`; 0 for slots without a row
         complete                 adds the values of slots `[P]` from other devices
-        combine                  each token's rows, summed in float32 at least: `[R, d]` -> `[T, d]`
-        further_rounds           `first` plus `function(schedule, number, args)` of later rounds
+        combine                  sums each token's rows in float32 at least: `[R, d]` -> `[T, d]`
+        further_rounds           adds `function(schedule, number, args)` of later rounds to `first`
         scatter                  the transpose of `gather`: sends outputs to their tokens' devices
     """
 
@@ -121,7 +121,7 @@ class Local:
 
 
 def take_code(code, round):
-    """The low-rank activation of each row by its own expert: `code [T, n, r]` -> `[R, r]`."""
+    """Selects the low-rank activation of each row for its expert: `code [T, n, r]` -> `[R, r]`."""
     routing, rows = round
     expert = _take(routing.expert, rows.slot, code.shape[1])
     return code.at[rows.token, expert].get(mode="fill", fill_value=0)
@@ -132,7 +132,7 @@ def _take(values, index, fill=0):
 
 
 def _take_by(values, index, rows):
-    """`values[index]` by an index of `Rows`; zeros where the index is `NOWHERE`."""
+    """`values[index]` for an index array of `Rows`; zeros where the index is `NOWHERE`."""
     if isinstance(rows.groups, WholeGroups):  # then no index is `NOWHERE`
         return values.at[index].get(mode="promise_in_bounds")
     return _take(values, index)
@@ -149,7 +149,7 @@ def _sum_slots(values, rows, slots_per_token):
 
 
 # Dispatch and combine are each other's transpose. Autodiff would turn the gathers into
-# scatter-adds, which are slow everywhere.
+# scatter-adds, which are slow on all platforms.
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _gather_tokens(x, rows, slots_per_token):
     return _take_by(x, rows.token, rows)

@@ -1,4 +1,4 @@
-"""The layer of experts: `moe_block` computes it, and a Linen module holds its parameters."""
+"""The layer of experts: `moe_block` computes it; the Linen module declares its parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,10 +31,10 @@ from aoe_jax.sharding import AXES, MeshAxes, spec_of
 
 
 def moe_block(x, weights, layer, ctx):
-    """A layer of experts on one device, or inside `jax.shard_map` on each device of a mesh.
+    """Computes a layer on one device, or inside `jax.shard_map` on each device of a mesh.
 
     `x [T, d]` in the dtype of computation -> `(y [T, d], LayerStats)`. `weights` are float32
-    parameters by name, on a mesh this device's pieces; `layer` is a `Layer`, `ctx` a `Context`.
+    parameters by name, on a mesh this device's shards; `layer` is a `Layer`, `ctx` a `Context`.
     """
     with jax.named_scope("score"):
         if layer.experts.kind == "aoe":
@@ -58,7 +58,7 @@ def parameters_of(experts, routing):
     if experts.kind != "router":
         return own
     router = LARGE_ROUTER if experts.large_router else ROUTER
-    # Here the gates are drawn last.
+    # In a router MoE the gates are drawn after `w_up` and `w_down`.
     return router | {name: matrices[name] for name in ("w_up", "w_down")} | matrices | own
 
 
@@ -70,7 +70,7 @@ class Layer:
     router: Method  # `config.routing`
     balance: BalanceConfig
     dtype: Any  # dtype of computation
-    observe: Callable | None = None  # see `ExpertsLayer`
+    observe: Callable | None = None  # the field of `ExpertsLayer`
 
     @cached_property
     def parameters(self):
@@ -135,7 +135,7 @@ def apply_shared_expert(x, weights, layer, devices):
 
 
 def is_local(devices, fixed_k):
-    """Whether each device can compute all rows of its tokens; a mesh also needs `fixed_k`."""
+    """Whether a device has all experts; on a mesh each token must also have K (`fixed_k`)."""
     return devices.total_size == 1 or (devices.size("expert") == 1 and fixed_k)
 
 
@@ -156,7 +156,7 @@ def make_transport(devices, routing, experts, method, n_tokens):
 def apply_experts(x, routing, weights, layer, ctx, code=None):
     """Dispatch, experts, combine: each token's sum of weighted expert outputs, `[T, d]`.
 
-    `weights` include the experts' matrices; `code [T, n, r]` are AoE's codes, if they were kept.
+    `weights` include the experts' matrices; `code [T, n, r]` are AoE's codes; None: not kept.
     """
     devices, declared = ctx.devices, layer.parameters
     with jax.named_scope("schedule"):
@@ -178,7 +178,7 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
             row_code = None if code is None else take_code(code, first)
             gate, row_code = gate_pre_activations(rows, groups, w, row_code, product)
             if layer.sparse_scoring:
-                # The scores that chose the experts have no gradient; these have one.
+                # The scores that chose the experts have no gradient; the scores below have one.
                 gate, scores = layer.row_scores(gate, row_code, devices)
                 n_slots, score = routing.expert.shape[0], layer.experts.score
                 scores = transport.slot_values(scores, first, n_slots)
@@ -203,7 +203,7 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
 
 
 def scores_of_round(transport, product, score, n_slots, schedule, number, args):
-    """AoE's scores `[P]` in a later round, 0 for other slots; `args` is `(x, w_score)`."""
+    """AoE's scores `[P]` in a later round, 0 outside this round; `args` is `(x, w_score)`."""
     x, w_score = args
     round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)
@@ -222,7 +222,7 @@ def outputs_of_round(transport, product, schedule, number, args):
 
 
 def rematerialised(function, devices, gathers_experts=False):
-    """Wraps a function of arrays so that its backward pass follows `model.remat`."""
+    """Wraps a function of arrays so that its backward pass recomputes what `model.remat` says."""
     if devices.remat == "experts":
         policy = jax.checkpoint_policies.save_only_these_names(KEPT_EXPERTS)
         return jax.checkpoint(function, policy=policy)
@@ -232,7 +232,7 @@ def rematerialised(function, devices, gathers_experts=False):
 class ExpertsLayer(nn.Module):
     """A layer of experts of any kind: AoE, router, or a method of `aoe_jax/methods/`.
 
-    Tokens have any leading shape. Parameters are float32; computation is in `dtype`.
+    Tokens may have any leading shape. Parameters are float32; computation is in `dtype`.
     """
 
     experts: ExpertsConfig = ExpertsConfig()
@@ -241,8 +241,8 @@ class ExpertsLayer(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"  # `model.remat`; for "layer" the caller wraps the layer in `jax.checkpoint`
     transport: str = "ring"  # `mesh.transport`
-    training: bool = False  # whether methods behave as in training
-    # `(scores [T, n], routing, weights, ctx) -> arrays`, which become `stats.records["observed"]`.
+    training: bool = False  # in training methods may draw at random and record losses
+    # `(scores [T, n], routing, weights, ctx) -> arrays`; `stats.records["observed"]` stores them.
     observe: Callable | None = None
     # Names of the axes of the mesh; None: `sharding.MESH_AXES`. With names, split parameters are
     # `nn.Partitioned`, for `nn.get_partition_spec`.
@@ -271,7 +271,7 @@ class ExpertsLayer(nn.Module):
 
         Returns:
           `(y [..., d], LayerStats)`, y in the dtype of computation. With sparse scoring the
-          statistics have a gradient only where `balance` has a loss.
+          statistics have a gradient only if `balance` has a loss.
         """
         method, d = self.routing, x.shape[-1]
         function = moe_block if self.experts.kind in ("aoe", "router") else method
@@ -340,7 +340,7 @@ class ExpertsLayer(nn.Module):
 
 
 def config_of_kind(kind, experts):
-    """`experts`, or the default config of a kind. Raises ValueError if `experts.kind` differs."""
+    """`experts`, or the default config if it is None. Raises ValueError if its kind differs."""
     experts = ExpertsConfig(kind=kind) if experts is None else experts
     if experts.kind != kind:
         raise ValueError(f"ExpertsConfig(kind={experts.kind!r}): this layer needs kind={kind!r}")
@@ -348,7 +348,7 @@ def config_of_kind(kind, experts):
 
 
 def AoELayer(experts: ExpertsConfig | None = None, **settings: Any) -> ExpertsLayer:
-    """An `ExpertsLayer` of AoE (Algorithm 2); `aoe_jax.AoE` takes plain arguments instead."""
+    """An `ExpertsLayer` of AoE (Algorithm 2); `aoe_jax.AoE` is the same with plain arguments."""
     return ExpertsLayer(config_of_kind("aoe", experts), **settings)
 
 

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 
 
 class LayerStats(NamedTuple):
-    """Statistics of a layer over a batch. Only inputs of losses have gradients."""
+    """Statistics of a layer over a batch. Only fields that losses use have gradients."""
 
-    load: jax.Array  # [n], f of Eq. 2: share of the tokens that choose each expert; its sum is K
+    load: jax.Array  # [n], f of Eq. 2: fraction of tokens routed to each expert; the sum is K
     mean_probability: jax.Array  # [n], P of Eq. 2: mean over tokens of the softmax over all scores
     confidence_entropy: jax.Array  # [], mean over tokens of Ent_conf (Eq. 8)
     mean_score: jax.Array  # [n], mean norm or logit of each expert (Fig. 4)
     score_spread: jax.Array  # [], mean over tokens of the standard deviation over experts
     z_loss: jax.Array | None = None  # [], None if `balance.z_weight` is 0
     sequence_loss: jax.Array | None = None  # [], in training with `balance.aux_batch="sequence"`
-    dropped_share: jax.Array | None = None  # [], share of the choices that full experts dropped
+    dropped_share: jax.Array | None = None  # [], fraction of choices dropped (full experts)
     # The next four fields are copied from `routing.Routing`.
     records: dict[str, jax.Array] | None = None
     shares: dict[str, jax.Array] | None = None
@@ -71,7 +71,7 @@ def balance_loss(load, mean_probability):
 def z_loss(scores, token_weights, total):
     """The mean over tokens of `(log sum_i exp(score_i))^2` (ST-MoE, Zoph et al. 2022, arXiv
     2202.08906), which keeps router logits small. With AoE it shrinks all norms.
-    `scores [T, n]`, `token_weights [T]` -> `[]`; `total` adds up sums from all devices.
+    `scores [T, n]`, `token_weights [T]` -> `[]`; `total` sums over all devices.
     """
     square = jnp.square(jax.nn.logsumexp(scores, axis=1))
     loss, n_tokens = total((jnp.sum(square * token_weights), token_weights.sum()))
@@ -83,7 +83,7 @@ def sequence_balance_loss(scores, routing, ctx, stride):
 
     It is the micro-batch balance of Qiu et al. 2025 (arXiv 2501.11873) with one sequence per
     micro-batch, so it is the same on every mesh. `stride` (`BalanceConfig.aux_stride`) divides the
-    sequence length. Raises ValueError for tokens `[T, d]` on a mesh, whose sequences are unknown.
+    sequence length. Raises ValueError for tokens `[T, d]` on a mesh: their sequences are unknown.
     """
     devices = ctx.devices
     devices.check_sequences()
@@ -107,7 +107,7 @@ def sequence_balance_loss(scores, routing, ctx, stride):
     load = counts / jnp.maximum(n_tokens, 1)[:, None]
     mean_probability = probability / jnp.maximum(n_sampled, 1)[:, None]
     losses, is_real = balance_loss(load, mean_probability), (n_tokens > 0).astype(load.dtype)
-    # Devices along tensor count the same sequences; this factor cancels in the quotient.
+    # Devices along tensor count the same sequences, but this factor cancels in the quotient.
     loss, n_sequences = devices.total((losses.sum(), is_real.sum()))
     return loss / jnp.maximum(n_sequences, 1)
 
@@ -117,7 +117,7 @@ def updated_bias(bias, load, score_spread, rate):
     `bias + rate * spread * sign(mean load - load)`.
 
     The published rate, 0.001, is meant for scores in (0, 1). Training changes the scale of norms
-    and logits, so here the rate is relative to the spread of a token's scores. `bias [L, n]`,
+    and logits, so this function multiplies the rate by the spread of scores. `bias [L, n]`,
     `load [L, n]`, `score_spread [L]` -> `[L, n]`.
     """
     direction = jnp.sign(load.mean(axis=-1, keepdims=True) - load)

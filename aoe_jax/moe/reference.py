@@ -1,8 +1,8 @@
 """Algorithms 1 and 2 of Autonomy-of-Experts (arXiv 2501.13074) as plain loops: the specification of
 the fast implementations.
 
-Every expert processes every token, and a weight of zero drops the experts that are not chosen. The
-functions take plain arrays, compute in their dtype (float64 included) and are differentiable:
+Every expert processes every token; the weight of an expert that is not chosen is zero. The
+functions compute in the dtype of their arguments (float64 included) and are differentiable:
 
     x        [T, d]      w_gate_down  [n, d, r]      w_up    [n, d, f]
     weights  [T, n]      w_gate_up    [n, r, f]      w_down  [n, f, d]
@@ -20,7 +20,7 @@ def l2_norm(c):
 
 
 def top_k_weights(p, top_k, norm_topk_prob=True):
-    """Weights `[T, n]` of top-k by scores `p [T, n]`; ties go to the lower expert number.
+    """Weights `[T, n]` of top-k by scores `p [T, n]`; in ties the lower expert number wins.
 
     With `norm_topk_prob` weights are the softmax over the K chosen scores (the paper), otherwise
     the softmax over all n scores, not normalised again (the authors' released code).
@@ -35,7 +35,7 @@ def top_k_weights(p, top_k, norm_topk_prob=True):
 
 
 def aoe_scores(x, w_score, score=l2_norm):
-    """Scores `[T, n]`: each expert is scored by its own activation.
+    """Scores `[T, n]`: the score of an expert is computed from its own activation.
 
     `w_score` is `w_gate_down`, or the first columns of whole gates, `w_gate[:, :, :s]`.
     """

@@ -1,8 +1,8 @@
 """Routing: from scores `[T, n]` to the experts of each token and their weights.
 
 A router is a frozen dataclass of its own settings with `__call__(scores, weights, ctx) -> Routing`.
-Scores may be norms or logits. The paper's three routers are here; `aoe_jax/methods/` has others.
-`Method` lists what a router, or a layer of `aoe_jax/methods/`, may define in addition.
+Scores may be norms or logits. This file contains the paper's three routers, `aoe_jax/methods/` the
+others. `Method` lists what a router or a layer may define in addition to `__call__`.
 """
 
 import math
@@ -35,29 +35,29 @@ class Context:
     layer_index: jax.Array | int = 0
 
     def key(self):
-        """The random key of this layer and step. Raises ValueError if the layer got none."""
+        """The random key of this layer and step. Raises ValueError if `rng` is None."""
         if self.rng is None:
             raise ValueError("this layer draws at random in training: pass rngs={'experts': key}")
         return self.rng
 
 
 class Routing(NamedTuple):
-    """The experts of each token and their weights, as P flat slots.
+    """The experts of each token and their weights: each of P slots is one token-expert pair.
 
-    With token choice all tokens have the same number of slots, `slots_per_token`, and slots are in
-    the order of tokens. An unused slot has expert n and weight 0.
+    If tokens choose experts, every token has `slots_per_token` slots, and slots are in the order of
+    tokens. An unused slot has expert n and weight 0.
     """
 
     token: jax.Array  # [P] int32
     expert: jax.Array  # [P] int32
     weight: jax.Array  # [P] float32
     slots_per_token: int | None  # None: slots are unordered
-    # Inputs of `Method.losses` and `Method.update`, equal on all devices, as are their gradients.
+    # Inputs of `Method.losses` and `Method.update`; all devices have equal values and gradients.
     records: dict[str, jax.Array] | None = None
-    # Like `records`, but shares of tokens; losses use their mean over the micro-batches so far.
+    # Also inputs, but fractions of tokens: losses use their mean over the micro-batches so far.
     shares: dict[str, jax.Array] | None = None
     per_token: dict[str, jax.Array] | None = None  # [T] each, for `Method.losses`
-    live: jax.Array | None = None  # [n], 1 where a place holds an expert; None: all do
+    live: jax.Array | None = None  # [n], 1 for a live expert, else 0; None: all are live
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class Choice:
 
     per_token: float | None = None  # mean number of experts of a token; None: the scores decide it
     is_fixed: bool = False  # whether every token has exactly this number
-    # Whether weights are the softmax over the chosen scores; then only these have a gradient.
+    # Whether weights are the softmax over the chosen scores, so no other score has a gradient.
     is_normalised: bool = False
 
 
 def one_pass(features, key, sum_over_targets):
-    """The usual loss of a batch: the cross-entropy of one forward pass, see `Hooks`."""
+    """The default of `Hooks.training_sums`: the cross-entropy of one forward pass."""
     hidden, stats = features(key)
     nll = sum_over_targets(hidden)
     return nll, nll, {}, stats
@@ -96,16 +96,16 @@ class Hooks(NamedTuple):
     # the layer's attention; `visible` is a bool array that broadcasts to `[B, S, c]`. The router
     # gets the result as `Context.captured`.
     attention: Callable | None = None
-    # The loss of a batch as sums over targets: `(features, key, sum_over_targets) -> (loss, nll,
-    # further sums by name, LayerStats)`. `features` is `key -> (hidden [B, S, d], LayerStats)`, a
-    # forward pass. `sum_over_targets` is `(hidden, function) -> sums`; `function` is as in
-    # `sum_over_tokens`, by default the cross-entropy.
+    # Computes sums over the targets of a batch: `(features, key, sum_over_targets) -> (loss, nll,
+    # further sums by name, LayerStats)`. `features(key) -> (hidden [B, S, d], LayerStats)` is a
+    # forward pass. `sum_over_targets(hidden, function) -> sums` calls `sum_over_tokens` with this
+    # function, by default the cross-entropy.
     training_sums: Callable = one_pass
-    passes: int = 1  # forward passes of `training_sums`
+    passes: int = 1  # number of forward passes in `training_sums`
 
 
 class Method(Group):
-    """The base of routers and layers. The defaults below mean that a method lacks the feature."""
+    """The base class of routers and layers. By default a method has none of the features below."""
 
     group = "routing"
     name: ClassVar[str]
@@ -116,7 +116,7 @@ class Method(Group):
         return Causality()
 
     def choice(self, experts) -> Choice | None:
-        """How tokens choose experts; None: a token gets one drawn or merged expert instead."""
+        """How tokens choose experts; None: tokens do not choose (one drawn or merged expert)."""
         return Choice()
 
     def parameters(self, experts) -> dict:
@@ -128,7 +128,7 @@ class Method(Group):
         return {}
 
     def losses(self, stats, state, weights) -> dict[str, tuple]:
-        """Further losses of the whole model, name -> `(weight, value)`; the value is reported.
+        """Further losses of the whole model, name -> `(weight, value)`; the value is logged.
 
         `stats` (`LayerStats`), `state` (before the step) and `weights` (the layers' parameters by
         name) are stacked over layers.
@@ -144,12 +144,12 @@ class Method(Group):
         return state, {}
 
     def flops(self, config) -> float | None:
-        """Training FLOPs per token without experts; None: 6 per weight that every token uses."""
+        """Training FLOPs per token outside the experts; None: 6 per weight that all tokens use."""
         return None
 
 
 def state_shapes(method, experts, balance, d):
-    """The shapes of `Method.state`, without arrays because a configuration must not start JAX."""
+    """The shapes of `Method.state`; makes no arrays, because checks must not start JAX devices."""
     return jax.eval_shape(lambda: method.state(experts, balance, d))
 
 
@@ -168,13 +168,13 @@ def by_mask(chosen, weight):
 
 
 def best_experts(scores, k, bias=None):
-    """The k experts of highest score plus bias, the lower number first in ties: `[T, k]`."""
+    """The k experts of highest score plus bias, `[T, k]`; in ties the lower number is first."""
     ranked = jax.lax.stop_gradient(scores if bias is None else scores + bias)
     return checkpoint_name(jax.lax.top_k(ranked, k)[1], KEPT_ROUTING)
 
 
 def top_k(scores, k, norm_topk_prob=True, bias=None):
-    """Token choice of the k best experts by `scores [T, n]` (Algorithms 1 and 2), with `P = T k`.
+    """Routes tokens to the k experts of highest `scores [T, n]` (Algorithms 1 and 2); `P = T k`.
 
     Weights are the softmax over the k chosen scores (the paper). Without `norm_topk_prob` they are
     the softmax over all n scores, not normalised again (the authors' released code). A `bias [n]`
@@ -187,9 +187,9 @@ def top_k(scores, k, norm_topk_prob=True, bias=None):
 
 
 class FixedK(Method):
-    """The base of routers that give every token `experts.top_k` experts.
+    """The base class of routers that route every token to `experts.top_k` experts.
 
-    With `balance.bias_rate`, a bias (state `selection_bias [n]`) balances their load.
+    With `balance.bias_rate`, a bias (state `selection_bias [n]`) balances the load.
     """
 
     norm_topk_prob = False  # whether weights are the softmax over the chosen scores
@@ -208,7 +208,7 @@ class FixedK(Method):
 
 @dataclass(frozen=True)
 class TopK(FixedK):
-    """Every token goes to the `experts.top_k` experts of highest score: the paper's router."""
+    """Routes every token to the `experts.top_k` experts of highest score: the paper's router."""
 
     name = "top_k"
 
@@ -222,8 +222,8 @@ class TopK(FixedK):
 class TopP(Method):
     """Token choice of a varying number of experts (Huang et al. 2024, arXiv 2403.07652).
 
-    A token goes to its most probable experts until their total probability is above p. Weights are
-    the softmax values, not normalised again.
+    A token is routed to its most probable experts, as few as have a total probability above p.
+    Weights are the softmax values, not normalised again.
     """
 
     name = "top_p"
@@ -242,10 +242,10 @@ class TopP(Method):
 
 @dataclass(frozen=True)
 class ExpertChoice(Method):
-    """Every expert takes the C tokens that score it highest (Zhou et al. 2022, arXiv 2202.09368).
+    """Every expert chooses its C tokens of highest score (Zhou et al. 2022, arXiv 2202.09368).
 
     C is the number of tokens of the batch times `capacity_factor / n`, rounded up. Weights are the
-    softmax over experts, not normalised again. Padding is never taken and does not count for C.
+    softmax over experts, not normalised again. Padding is never chosen and does not count for C.
     """
 
     name = "expert_choice"
@@ -266,7 +266,7 @@ class ExpertChoice(Method):
         return Routing(token.reshape(-1), expert.reshape(-1), weight.reshape(-1), None)
 
     def _tokens_of_experts(self, probability, token_weights):
-        """The tokens of experts, `[n, C]` int32, and `[n, C]` bool, False for places left empty."""
+        """The tokens that experts choose, `[n, C]` int32, and which are valid, `[n, C]` bool."""
         n_tokens, n_experts = probability.shape
         capacity = expert_capacity(n_tokens, n_experts, self.capacity_factor)
         is_real = token_weights > 0
@@ -289,5 +289,5 @@ class ExpertChoice(Method):
 
 
 def expert_capacity(n_tokens, n_experts, capacity_factor):
-    """The number of tokens that an expert takes: `ceil(T capacity_factor / n)`, at most T."""
+    """The largest number of tokens of an expert: `ceil(T capacity_factor / n)`, at most T."""
     return min(n_tokens, math.ceil(n_tokens * capacity_factor / n_experts))

@@ -24,14 +24,14 @@ class Scores(NamedTuple):
     """The scores of a layer's tokens."""
 
     values: jax.Array  # [T, n] float32 at least
-    # [ceil(T / stride), n], the scores of every stride-th token, with the gradient of the balance
-    # losses; stride is `BalanceConfig.aux_stride`.
+    # [ceil(T / stride), n], the scores of every stride-th token, through which balance losses
+    # have a gradient; stride is `BalanceConfig.aux_stride`.
     for_balance: jax.Array
     code: jax.Array | None = None  # [T, n, r], the codes of factorised gates, if experts use them
 
     @classmethod
     def of(cls, values, stride, code=None):
-        """Scores with a gradient; rematerialisation keeps them, see `KEPT_ROUTING`."""
+        """Scores with a gradient; rematerialisation keeps them by the name `KEPT_ROUTING`."""
         kept = checkpoint_name(values, KEPT_ROUTING)
         return cls(kept, checkpoint_name(values[::stride], KEPT_ROUTING), code)
 
@@ -41,7 +41,7 @@ def aoe_scores(x, w, layer, devices, keeps_code):
 
     If the weights of experts depend on the chosen scores alone (`layer.sparse_scoring`), the scores
     have no gradient here: `apply_experts` computes the chosen scores again, with a gradient.
-    Otherwise, with `keeps_code`, the codes of all experts are kept, as published. Without
+    Otherwise, with `keeps_code`, the codes of all experts are kept (the paper). Without
     `keeps_code` (on a mesh or with whole gates) the code of each row is computed again.
     """
     score, stride = SCORE_OF_CODE[layer.experts.score], layer.balance.aux_stride
@@ -62,8 +62,8 @@ def aoe_scores(x, w, layer, devices, keeps_code):
 
 
 def score_columns(weights, experts, devices):
-    """`w_score [n, d, r]` of this device's experts. The tensor axis splits a whole gate by columns,
-    and its first device holds the scoring columns.
+    """`w_score [n, d, r]` of this device's experts. The tensor axis splits a whole gate by columns;
+    the first device along it stores the scoring columns and broadcasts them.
     """
     if experts.low_rank:
         return weights["w_gate_down"]
@@ -74,7 +74,7 @@ def router_scores(x, weights, stride):
     """The `Scores` of a router for tokens `x [T, d]`: its logits (Algorithm 1).
 
     The "large router" ablation (Table 2, row 4) computes `SiLU(x W_hidden) W_router`. The paper
-    gives only its parameter count, about `n r d`; one hidden layer is this project's reading.
+    states only its parameter count, about `n r d`; one hidden layer is this project's choice.
     """
     if "w_router_hidden" in weights:
         x = jax.nn.silu(router_logits(x, weights["w_router_hidden"]))
@@ -136,8 +136,8 @@ SCORE_OF_CODE = {"norm": activation_norms, "max": largest}
 
 def scores_of_all(x, w_score, score=activation_norms):
     """The scores of all experts: `x [T, d]`, `w_score [n, d, r]` of any dtype -> `[T, n]`."""
-    # In bfloat16 the largest activations of two experts are often equal, and the tie would favour
-    # the lower expert. Norms are hardly ever equal.
+    # `largest` needs float32: in bfloat16 the largest activations of two experts are often equal,
+    # and ties would favour the lower expert. Norms are hardly ever equal.
     dtype = jnp.promote_types(x.dtype, jnp.float32) if score is largest else None
     return score(codes_of_all(x, w_score.astype(x.dtype), dtype))
 

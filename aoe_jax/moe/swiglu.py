@@ -1,4 +1,4 @@
-"""SwiGLU experts on rows sorted by expert, by `grouped_matmul`, without router or mesh.
+"""SwiGLU experts on rows in expert order, by `grouped_matmul`, without routing or collectives.
 
     E_i(x) = (SiLU(gate_i(x)) * (x W_up_i)) W_down_i
 
@@ -22,9 +22,9 @@ KEPT_EXPERTS = "experts"
 def gate_pre_activations(rows, groups, w, code=None, product=grouped_matmul):
     """The gate before its SiLU: rows `[R, d]` -> `(gate [R, f], code [R, r])`.
 
-    The code is the low-rank activation of a factorised gate (computed if it is not given), or None
-    for a whole gate. `groups` is an argument of `product`, see `grouped_matmul`. `w` has
-    `w_gate [n, d, f]`, or AoE's `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`.
+    `code` is the low-rank activation of a factorised gate, computed if the argument is None; for a
+    whole gate it is None. `groups` is the argument of `grouped_matmul`. `w` contains `w_gate
+    [n, d, f]`, or AoE's `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`.
     """
     if "w_gate" in w:
         return checkpoint_name(product(rows, w["w_gate"], groups), KEPT_EXPERTS), None
@@ -35,7 +35,7 @@ def gate_pre_activations(rows, groups, w, code=None, product=grouped_matmul):
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def first_neurons(gate, count):
-    """`(gate, gate[:, :count])`; autodiff would pad the second's gradient to the whole width."""
+    """`(gate, gate[:, :count])`; autodiff would pad the slice's gradient to the whole width."""
     return gate, gate[:, :count]
 
 
@@ -49,15 +49,15 @@ def swiglu(rows, gate, row_weight, groups, w, product=grouped_matmul):
     """`(weight SiLU(gate) * (x W_up)) W_down` of each row: `[R, d]`; zero for rows of no expert.
 
     `row_weight [R]`, float32, is the weight of a row's expert in the output of its token. It is
-    applied before `W_down`, so its gradient needs no expert's output. `rows [R, d]` and
-    `gate [R, f]` are in expert order; for `groups` see `grouped_matmul`.
+    applied before `W_down`, so that its gradient needs no output of an expert. `rows [R, d]` and
+    `gate [R, f]` are in expert order; `groups` is the argument of `grouped_matmul`.
     """
     up = checkpoint_name(product(rows, w["w_up"], groups), KEPT_EXPERTS)
     return product(weighted_product(gate, up, row_weight), w["w_down"], groups)
 
 
 def single_expert(x, w):
-    """One expert on all tokens, or several on their own tokens: `x [..., T, d]` -> `[..., T, d]`.
+    """One expert, or several on their own tokens each: `x [..., T, d]` -> `[..., T, d]`.
 
     The matrices `w` have the dtype and the leading axes of `x`.
     """
@@ -77,9 +77,9 @@ def weighted_product(gate, up, weight):
     """`weight SiLU(gate) * up`: `[R, f]`, `[R, f]`, `[R]` -> `[R, f]` in the dtype of `up`; it is
     computed in float32 at least.
 
-    The derivative keeps only the arguments; autodiff would keep every elementwise step. With
+    The derivative keeps only the arguments; autodiff would keep all intermediate results. With
     float32 throughout and the barrier, XLA for TPU computes the derivative and the recomputed
-    product in one loop; otherwise it needs two loops that each read all arrays.
+    product in one loop; otherwise it needs two loops that each load all arrays.
     """
     gate, wide_up, weight = _widened(gate, up, weight)
     return (jax.nn.silu(gate) * wide_up * weight).astype(up.dtype)
@@ -87,7 +87,7 @@ def weighted_product(gate, up, weight):
 
 def _weighted_product_backward(args, g):
     gate, up, weight, g = _widened(*args, g)
-    # XLA for GPU stores an exponential in memory if it is float32 and recomputes narrower ones.
+    # Narrow on GPU, because XLA for GPU would store a float32 exponential in memory.
     narrow = args[0] if target_device().platform == "gpu" else gate
     sigmoid = jax.nn.sigmoid(narrow).astype(gate.dtype)
     silu = gate * sigmoid

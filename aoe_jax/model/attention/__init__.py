@@ -1,11 +1,11 @@
 """Causal softmax attention by backends with the same signature, one per file.
 
-    blocks     plain JAX, on every platform
-    splash     TPU, by the Pallas kernels that come with JAX; interpreted on CPU
-    cudnn      GPU from Ampere on, by cuDNN
-    reference  the whole matrix of scores, for tests
+    blocks     plain JAX, for all platforms
+    splash     JAX's Pallas kernels for TPU; interpreted on CPU
+    cudnn      cuDNN, for NVIDIA GPUs from Ampere on
+    reference  computes the whole matrix of scores; for tests
 
-Letters in shapes: see `aoe_jax/moe/__init__.py`.
+`aoe_jax/moe/__init__.py` lists the letters in shapes.
 """
 
 import logging
@@ -21,12 +21,12 @@ from aoe_jax.sharding import target_device
 
 
 def _import_and_attend(name, *arrays):
-    """Attention by the function `NAME_attention` of the module `NAME` beside this one."""
+    """Calls the function `NAME_attention` of the module `NAME` in this package."""
     return getattr(import_module(f"{__name__}.{name}"), f"{name}_attention")(*arrays)
 
 
 BACKENDS = {name: partial(_import_and_attend, name) for name in ("blocks", "splash", "cudnn")}
-PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}  # other backends run on all
+PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}  # other backends: all platforms
 _WITHOUT_CUDNN = re.compile(r"\b(V100|T4|P100|P40|P4|K80|RTX 20\d0|GTX|TITAN|Quadro)\b")
 
 
@@ -50,12 +50,12 @@ def causal_attention(
         (`jax.set_mesh`, `jax.shard_map`) or, without a mesh, of this process.
 
     Returns:
-      `[B, H, S, h]`, dtype of `q`. Differentiable in q, k and v in reverse mode. Arrays
-      that the backward pass needs beside q, k and v have the checkpoint name `KEPT_ATTENTION`.
+      `[B, H, S, h]`, dtype of `q`. Differentiable in q, k and v in reverse mode. Other arrays that
+      the backward pass needs have the checkpoint name `KEPT_ATTENTION`, except with cuDNN.
 
     Raises:
-      UserError: the backend is unknown, or does not take the platform, dtype or head width.
-      ValueError: shapes or dtypes do not fit together.
+      UserError: if the backend is unknown or does not support the platform, dtype or head width.
+      ValueError: if shapes or dtypes do not fit together.
     """
     n_kv = k.shape[1] if q.ndim == k.ndim == 4 and q.size else 0
     if not n_kv or not k.shape == v.shape == (q.shape[0], n_kv, *q.shape[2:]) or q.shape[1] % n_kv:
@@ -87,7 +87,7 @@ def causal_attention(
 
 @lru_cache
 def backend_for(device, dtype, head_width):
-    """The backend that "auto" means for a `Device`, or for the `AbstractDevice` of a mesh."""
+    """The backend that "auto" selects for a `Device`, or for the `AbstractDevice` of a mesh."""
     backend, log = "blocks", logging.getLogger(__name__)
     if device.platform == "tpu":
         backend = "splash"

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from aoe_jax.errors import UserError
 
 DTYPES = ("bfloat16", "float16")
-MAX_WIDTH = 128  # the widest head on every generation; Hopper and later take 256
+MAX_WIDTH = 128  # the widest head on all generations; Hopper and later support 256
 
 
 def check(dtype, head_width):
-    """Raises `UserError` for a dtype or a width of heads that cuDNN's kernels do not take."""
+    """Raises `UserError` for a dtype or a width of heads that cuDNN does not support."""
     if jnp.dtype(dtype) not in DTYPES:
         raise UserError(
             f"attention backend='cudnn' with {jnp.dtype(dtype)}: use {' or '.join(DTYPES)}"
@@ -23,15 +23,15 @@ def check(dtype, head_width):
 
 
 def is_cudnn_forward(primitive, *_, **params):
-    """A checkpoint policy that keeps the inputs of the backward kernel; JAX gives them no name."""
+    """A checkpoint policy that keeps the results of the forward kernel, which have no name."""
     return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
 def cudnn_attention(q, k, v, segment_ids=None):
     """The backend "cudnn" of `causal_attention`, with its arguments.
 
-    With documents it uses an explicit mask `[B, 1, S, S]`, which costs time and memory. Raises the
-    `UserError` of `check`.
+    With `segment_ids` it uses an explicit mask `[B, 1, S, S]`, which costs time and memory. Raises
+    the `UserError` of `check`.
     """
     check(q.dtype, q.shape[-1])
     length = q.shape[2]

@@ -18,14 +18,14 @@ from aoe_jax.sharding import spec_of, target_device
 _CACHE = spec_of("batch", "heads", None, None)
 # The names of the norms' scales for each `ModelConfig.qk_norm`.
 _QK_NORMS = {"none": [], "all": ["q_norm", "k_norm"], "head": ["q_head_norm", "k_head_norm"]}
-_OUTPUT = (token_spec(2, None), token_spec(2, None))  # output, and the results of `capture`
+_OUTPUT = (token_spec(2, None), token_spec(2, None))  # of the output and the `capture` results
 
 
 def rotary_tables(length, config: ModelConfig):
     """Cosines and sines of the rotary angles of positions 0, 1, ...
 
-    `[length, m]` float64, where m is half of `ModelConfig.rope_width`. As numpy arrays they are
-    constants of a program; XLA would compute them again for every sequence and head.
+    `[length, m]` float64, where m is half of `ModelConfig.rope_width`. They are numpy arrays and so
+    program constants; otherwise XLA would compute them again for every sequence and head.
     """
     half = config.rope_width // 2
     frequencies = config.rope_base ** (-np.arange(half) / half)
@@ -55,10 +55,10 @@ def rotary(x, cos, sin):
 
 
 def rotary_by_product(x, cos, sin):
-    """`rotary` by a product with a matrix that swaps the halves of a head.
+    """Computes `rotary` with a matrix that swaps the halves of a head.
 
-    On a TPU this is faster than moving parts of its 128 lanes, which goes through HBM; the product
-    fuses with the operations around it.
+    On a TPU the product is faster than moving parts of its 128 lanes, which needs HBM, because the
+    product fuses with the operations around it.
     """
     half = x.shape[-1] // 2
     swap = np.zeros((2 * half, 2 * half), np.float32)
@@ -113,7 +113,7 @@ class Attention(nn.Module):
     """Multi-head causal self-attention with rotary positions."""
 
     config: ModelConfig
-    capture: Callable | None = None  # see `moe.routing.Hooks.attention`
+    capture: Callable | None = None  # `Hooks.attention` of the method
 
     def setup(self):
         """Makes the parameters."""
@@ -131,7 +131,7 @@ class Attention(nn.Module):
         }
 
     def __call__(self, x, segment_ids=None, with_cache=False):
-        """Attends to earlier positions: `x [B, S, d]` -> `(y [B, S, d], captured, cache)`.
+        """Attends to positions so far: `x [B, S, d]` -> `(y [B, S, d], captured, cache)`.
 
         `segment_ids [B, S]` int32 are document numbers, or None; attention stays within a document.
         `captured [B, S, H]` are the results of `capture`; None without it. The cache is
@@ -145,8 +145,8 @@ class Attention(nn.Module):
         """Attends to the positions of a cache and to earlier positions of `x`, which follow them.
 
         `cache` is `(keys, values)`, `[B, G, c, h]` each, and `n_past [B]` int32 is the number of
-        its filled positions; S more must be free. Returns what `__call__` returns; the keys and
-        values of `x` are in the cache.
+        its filled positions; S more must be free. Returns the results of `__call__`; the cache
+        includes the keys and values of `x`.
         """
         keys, values = cache
         in_specs = (_CACHE, _CACHE, spec_of("batch"))
@@ -192,7 +192,7 @@ class Attention(nn.Module):
         x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
         w = _gathered(devices, weights, x.dtype)
         position = n_past[:, None] + jnp.arange(x.shape[1])
-        # Tables of all cache positions by numpy in float64, which sines of large angles need.
+        # The tables of all positions are float64, because sines of large angles need it.
         tables = rotary_tables(keys.shape[2], self.config)
         tables = (jnp.asarray(a, jnp.float32)[position][:, None] for a in tables)
         q, k, v = self._queries_keys_values(x, w, tables)

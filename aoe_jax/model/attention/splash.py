@@ -12,7 +12,7 @@ from aoe_jax.sharding import target_device
 DTYPES = ("bfloat16", "float32")
 LANES = 128  # positions are padded to a multiple of this
 MAX_BLOCK = 512  # positions of a block of queries or keys
-LONG = 8192  # From this length on, blocks are up to twice as large, to read keys less often.
+LONG = 8192  # From this length on, blocks are up to twice as large, to load keys less often.
 
 
 def splash_attention(q, k, v, segment_ids=None):
@@ -43,7 +43,7 @@ def block_size(length):
 
 def _kernel(n_heads, length, width):
     size = block_size(length)
-    # Narrow heads use a layout with positions last; with features last they are padded to LANES.
+    # Narrow heads use a layout with positions last: features as last axis are padded to LANES.
     layout = kernels.QKVLayout.SEQ_MINOR if width < LANES else kernels.QKVLayout.HEAD_DIM_MINOR
     sizes = kernels.BlockSizes(
         block_q=size,

@@ -44,7 +44,7 @@ def grouped_matmul(
       weights: `[E, D, F]`, same dtype as `rows`.
       groups: `[E]` int32, the row count of each expert, with a sum of at most M; or `WholeGroups`,
         whose sum is M; or a `RowLayout` from `row_layout`: then rows and result are in that layout,
-        M is its length, and positions without a row hold zeros.
+        M is its length, and positions without a row contain zeros.
       backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"rowwise"` (plain
         JAX, for fewer rows than experts), `"megablox"` (TPU; interpreted on CPU), `"mosaic_gpu"`
         (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense on most platforms: a baseline) or
@@ -56,8 +56,8 @@ def grouped_matmul(
       zero. Differentiable in `rows` and `weights`.
 
     Raises:
-      UserError: unknown backend, or a dtype or width that the named backend does not take.
-      ValueError: shapes or dtypes that do not fit together.
+      UserError: if the backend is unknown or does not support the dtype or a width.
+      ValueError: if shapes or dtypes do not fit together.
     """
     if rows.ndim != 2 or weights.ndim != 3 or rows.shape[1] != weights.shape[1]:
         raise ValueError(
@@ -88,16 +88,16 @@ def grouped_matmul(
 
 
 def backend_for(device, dtype, m, shape):
-    """The backend that `"auto"` means on a device, for m rows and weights `[E, D, F]` (`shape`)."""
+    """The backend that `"auto"` selects on a device for m rows and weights of shape `[E, D, F]`."""
     backend = _that_takes(_default_backend(device), dtype, *shape[1:])
-    if backend == "blocked" and m < shape[0]:  # rowwise reads no weights of idle experts
+    if backend == "blocked" and m < shape[0]:  # rowwise loads no weights of unused experts
         backend = "rowwise"
     return backend
 
 
 def row_layout(group_sizes, m, backend):
-    """The row layout that a backend or `"auto"` wants for m rows; None means sorted by expert."""
-    if m < group_sizes.shape[0]:  # see `backend_for`
+    """The `RowLayout` that a backend or `"auto"` needs for m rows; None: rows in expert order."""
+    if m < group_sizes.shape[0]:  # `backend_for` selects rowwise
         return None
     if backend == "auto":
         backend = _default_backend(target_device())
@@ -122,7 +122,7 @@ def _is_hopper(device):
 
 @lru_cache
 def _that_takes(backend, dtype, d, f):
-    """The backend, or "blocked" with a warning if it does not take the dtype or the widths."""
+    """The backend, or "blocked" with a warning if it does not support the dtype or widths."""
     if backend == "mosaic_gpu":
         from aoe_jax.moe.grouped_matmul import mosaic_gpu
 

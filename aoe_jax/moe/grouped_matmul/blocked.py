@@ -1,14 +1,13 @@
 """Plain JAX, for any platform: one batched matmul multiplies the first B rows of every group, and a
 loop multiplies the other rows block by block.
 
-B is a little more than the mean group, so with balanced loads almost all rows go through the
-batched product. Rows are stored in E stretches of B positions, where that product reads and writes
-them. Further rows of larger groups fill positions that smaller groups leave free. For these rows
-the batched product is wrong, and a loop of dynamic length overwrites it with one dense matmul per
-block. If less than half of the batched product would be useful, all rows go through the loop. So
-the work is at most about twice the useful work plus two blocks per group.
-
-B rows of a group's head (its first rows), N = E B positions, S rows of a block; see `__init__.py`.
+B is a little more than the mean group size, so with balanced loads the batched matmul computes
+almost all rows. It multiplies E stretches of B positions, stretch e by the weights of expert e. A
+group's head, its first B rows, is stored in the group's stretch. Other rows of large groups are
+stored at free positions of any stretch, where the batched product is wrong. A loop of dynamic
+length overwrites these products with one dense matmul per block of S rows. If less than half of the
+batched product would be useful, the loop computes all rows. So the work is at most about twice the
+useful work plus two blocks per group. The number of positions is N = E B; see `__init__.py`.
 """
 
 import math
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 
 from aoe_jax.moe.grouped_matmul.groups import NOWHERE, dot, find, group_sizes_of, permute
 
-ROW_MULTIPLE = 16  # of B
+ROW_MULTIPLE = 16  # B is a multiple of it
 MAX_BLOCK = 128
 
 
@@ -31,7 +30,7 @@ def blocked_matmul(rows, weights, groups):
 
 
 def _head_and_block(m, n_experts):
-    """`(B, S)`: B is the mean group size plus 1.5 standard deviations of random choices, and S is a
+    """`(B, S)`: B is the mean group size plus 1.5 standard deviations for random routing. S is a
     power of two between B / 8 and B / 4, within `ROW_MULTIPLE` and `MAX_BLOCK`.
     """
     mean = m / n_experts
@@ -48,18 +47,18 @@ class _Blocks(NamedTuple):
     count: jax.Array  # []
     expert: jax.Array  # [max blocks]
     stretch: jax.Array  # [max blocks], the stretch of positions that contains the block
-    # [max blocks], start of the slice that the loop reads: `first`, or less near the last position.
+    # [max blocks], start of the slice that the loop loads: `first`, or less near the last position.
     start: jax.Array
     first: jax.Array  # [max blocks], first position that belongs to the block
     last: jax.Array  # [max blocks], one past the last position that belongs to the block
 
 
 class RowLayout(NamedTuple):
-    """Positions of rows: the head of a group starts its stretch; other rows fill free positions."""
+    """Positions of rows: a group's head begins its stretch; other rows are at free positions."""
 
     # [M] int32, the position of each row in expert order; NOWHERE for rows past the last group.
     position: jax.Array
-    row: jax.Array  # [N] int32, the row at each position; NOWHERE where there is none
+    row: jax.Array  # [N] int32, the row at each position; NOWHERE if the position is free
     # [] bool, whether the batched product is used; if not, no group has a head.
     is_batched: jax.Array
     blocks: _Blocks  # blocks of the rows outside all heads
@@ -76,7 +75,7 @@ def row_layout(group_sizes, m):
     start = end - group_sizes
     # The i-th row outside all heads is in the i-th free position.
     rest_end, free_end = jnp.cumsum(group_sizes - head), jnp.cumsum(size - head)
-    # Offsets: that row is i + to_row[expert], and its position is i + to_position[stretch].
+    # Offsets: this i-th row is row i + to_row[expert], at position i + to_position[stretch].
     to_row = end - rest_end
     to_position = size * jnp.arange(1, n_experts + 1) - free_end
 
@@ -95,7 +94,7 @@ def row_layout(group_sizes, m):
     row = jnp.where(count < rest_end[-1], count + to_row[find(rest_end, count)], NOWHERE)
     row = jnp.where(within < head[stretch], start[stretch] + within, row)
 
-    # A run is a range of these rows with one expert and one stretch. Each run is cut into blocks.
+    # A run is a range of rows outside all heads, with one expert and one stretch, cut into blocks.
     run_end = jnp.minimum(jnp.sort(jnp.concatenate([rest_end, free_end])), rest_end[-1])
     run_start = jnp.concatenate([jnp.zeros_like(run_end[:1]), run_end[:-1]])
     per_run = (run_end - run_start + block_size - 1) // block_size
@@ -151,7 +150,7 @@ def _add_block_gradients(out, rows, g, layout):
 
 @jax.custom_vjp
 def layout_matmul(rows, weights, layout):
-    """`[N, D] x [E, D, F] -> [N, F]` in a `RowLayout`; positions without a row must hold zeros."""
+    """`[N, D] x [E, D, F] -> [N, F]` in a `RowLayout`; positions without a row must be zero."""
     return _product(rows, weights, layout, 1)
 
 

@@ -23,13 +23,13 @@ def zero_past_groups(rows, groups):
     """Sets rows past the last group to zero: `[M, F]`; `groups` are sizes or `WholeGroups`."""
     if isinstance(groups, WholeGroups):
         return rows
-    # JAX would move a constant zero out of a scan over layers, as an array that each layer reads.
+    # JAX would move a constant zero out of the scan over layers, so each layer would load an array.
     zero = jnp.minimum(groups[0], 0).astype(rows.dtype)
     return jnp.where((jnp.arange(rows.shape[0]) < groups.sum())[:, None], rows, zero)
 
 
 def find(ends, index):
-    """The group of each `index [M]`, given the groups' `ends [E]`; the last group past the end."""
+    """The group of each `index [M]`, for groups with `ends [E]`; E - 1 for indices past the end."""
     found = jnp.searchsorted(ends, index, side="right", method="compare_all")
     return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
 
@@ -41,8 +41,8 @@ def dot(a, b, contracted, batch=()):
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=accumulator)
 
 
-# Autodiff turns a gather into a scatter-add, which is slow everywhere; here no element is taken
-# twice, so the derivative is a gather by the inverse index.
+# Autodiff would turn the gather into a scatter-add, which is slow on all platforms. No element is
+# gathered twice, so the derivative is a gather by the inverse index.
 @jax.custom_vjp
 def permute(values, index, inverse):
     """`values[index]` along the first axis, `[M, ...] -> [N, ...]`; zero for an index out of range.

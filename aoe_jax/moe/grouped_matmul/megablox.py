@@ -2,7 +2,7 @@
 each product.
 
 JAX's own derivative of `gmm` uses the forward tiles for the backward products too, which may not
-fit. So this module defines the derivative by the kernels:
+fit. So this module defines the derivative with the same kernels:
 
     forward    rows [M, D]  x weights [E, D, F]   -> [M, F]      gmm
     d_rows     g [M, F]     x weights [E, D, F]^T -> [M, D]      gmm, transpose_rhs
@@ -29,7 +29,7 @@ SUBLANES = 16  # a tile of rows is a multiple of this; float32 needs only 8
 MIN_ROWS, MAX_ROWS = 128, 512
 # The largest tile of a width, by bytes per element; forward and d_rows may have larger ones.
 MAX_WIDTH = {2: 1024, 4: 512}
-# Limit of a kernel's blocks. On the TPUs with the least VMEM the compiler gives a kernel 16 MiB.
+# Bytes for the blocks of a kernel. On TPUs with the least VMEM the compiler allows it 16 MiB.
 VMEM_BYTES = 14 * 2**20
 
 
@@ -50,7 +50,7 @@ def row_tile(m, n_experts):
     """Rows of a tile: a power of two from 128 to 512, at most a sixteenth of the mean group if
     possible, and a divisor of M if possible. Fewer than 128 rows are one tile.
 
-    A tile that two groups share is computed for both, so up to E - 1 tiles are wasted: at most 1/16
+    A tile with rows of two groups is computed twice, so up to E - 1 tiles are wasted: at most 1/16
     of the work, or more in small groups, because tiles below 128 rows leave the matrix unit idle.
     """
     if m < MIN_ROWS:
@@ -84,10 +84,10 @@ def tiles(m, d, f, n_experts, itemsize):
 
 
 def _depth_and_width(m, k, n, n_experts, itemsize):
-    """`(tk, tn)` for rows `[m, k]` times weights `[E, k, n]` that read least from memory.
+    """`(tk, tn)` for rows `[m, k]` times weights `[E, k, n]` that load the least from memory.
 
-    If tk is the whole depth, weights are read once, otherwise once for each tile of rows; rows are
-    read once for each tile of the width.
+    If tk is the whole depth, weights are loaded once, otherwise once for each tile of rows. Rows
+    are loaded once for each tile of the width.
     """
     tm, limit = row_tile(m, n_experts), MAX_WIDTH[itemsize]
 
@@ -95,7 +95,7 @@ def _depth_and_width(m, k, n, n_experts, itemsize):
         return math.ceil(n / tn) * m * k + k * n * (n_experts if tk == k else m / tm)
 
     tiles = [(width_tile(k, limit), width_tile(n, limit))]
-    # A large depth that is no multiple of 128 would need memory for masked copies.
+    # A large depth that is no multiple of 128 is split, because masked copies would need memory.
     counts = range(1, math.ceil(n / LANES) + 1) if k <= limit or k % LANES == 0 else ()
     for count in counts:
         tn = n if count == 1 else _round_up(math.ceil(n / count), LANES)
@@ -112,8 +112,7 @@ def _round_up(value, multiple):
 
 def _run_kernel(name, *operands, **settings):
     """Runs a Megablox kernel, compiled on TPU, interpreted on CPU."""
-    # The package's attribute `gmm` is the function with a derivative, which hides the module of the
-    # kernels.
+    # `import_module`, because the package's function `gmm` hides its module `gmm` of the kernels.
     kernel = getattr(importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm"), name)
     run = partial(kernel, preferred_element_type=operands[0].dtype, **settings)
     return jax.lax.platform_dependent(*operands, tpu=run, cpu=partial(run, interpret=True))

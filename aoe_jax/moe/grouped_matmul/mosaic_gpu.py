@@ -19,15 +19,15 @@ from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
 
 DTYPES = ("bfloat16", "float16")
-WIDTH_BLOCK = 64  # D and F must be multiples of it: it is a row of shared memory, 128 bytes
+WIDTH_BLOCK = 64  # D and F must be multiples; 64 elements are a 128-byte row of shared memory
 ROW_BLOCKS = (128, 64)
-# Bytes of an expert's weights that blocks of rows share in the L2 cache, which has 50 MB.
+# Bytes of an expert's weights that blocks of rows load from the L2 cache, which has 50 MB.
 CACHED_BYTES = 16 * 2**20
 CONCURRENT_STEPS = 4  # pipeline steps; with blocks of 128 they use 160 of 227 KiB shared memory
 
 
 def mosaic_gpu_matmul(rows, weights, groups):
-    """The backend "mosaic_gpu" of `grouped_matmul`, on Hopper; see `check` for its limits."""
+    """The backend "mosaic_gpu" of `grouped_matmul`, for Hopper; `check` may raise `UserError`."""
     check(rows.dtype, *weights.shape[1:])
     m = rows.shape[0]
     if m % ROW_BLOCKS[0]:
@@ -51,18 +51,18 @@ def check(dtype, d, f):
 
 
 def row_block(m, n_experts):
-    """128 rows, or 64 if blocks that two groups share would be more than 1/16 of the work."""
+    """Rows of a block: 128, or 64 if blocks of two groups would be more than 1/16 of the work."""
     return next((block for block in ROW_BLOCKS if block * 16 * n_experts <= m), ROW_BLOCKS[-1])
 
 
 def width_block(width):
-    """128 where it divides the width, else 64."""
+    """The block of a width: 128 if it divides the width, else 64."""
     return 2 * WIDTH_BLOCK if width % (2 * WIDTH_BLOCK) == 0 else WIDTH_BLOCK
 
 
 def blocks_at_once(depth, width):
-    """The number of blocks of the output's width per pass over the rows, so that their weights fit
-    in `CACHED_BYTES`. Every pass reads all rows.
+    """The number of blocks of the output width that the kernel computes in one pass over the rows.
+    Their weights fit in `CACHED_BYTES`. Every pass loads all rows.
     """
     block = width_block(width)
     return min(width // block, max(1, CACHED_BYTES // (2 * depth * block)))
@@ -108,8 +108,8 @@ def _mosaic_gpu(rows, weights, groups):
 
 
 def _forward(rows, weights, groups):
-    # The kernel for d_weights multiplies rows past the last group by zero, so a NaN remains. The
-    # mask here removes it and fuses with the operations that compute the rows.
+    # The kernel for d_weights multiplies rows past the last group by zero, so a NaN would remain.
+    # This mask removes it, and fuses with the operations that compute the rows.
     rows = zero_past_groups(rows, groups)
     return _mosaic_gpu(rows, weights, groups), (rows, weights, groups)
 

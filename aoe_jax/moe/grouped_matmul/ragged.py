@@ -11,7 +11,7 @@ from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
 def ragged_matmul(rows, weights, groups):
     """The backend "ragged" of `grouped_matmul`, with its arguments."""
     accumulator = jnp.promote_types(rows.dtype, jnp.float32)
-    # The results of ragged_dot past the last group are undefined: zero those rows before and after.
+    # The results of ragged_dot past the last group are undefined, so set those rows to zero.
     rows, sizes = zero_past_groups(rows, groups), group_sizes_of(groups)
     out = jax.lax.ragged_dot(rows, weights, sizes, preferred_element_type=accumulator)
     return zero_past_groups(out, groups).astype(rows.dtype)

@@ -1,5 +1,5 @@
-"""Plain JAX for very few rows, as in decoding: a loop over rows reads only the weights of experts
-that have a row.
+"""Plain JAX for fewer rows than experts, for example in decoding: a loop over rows loads only the
+weights of experts that have a row.
 """
 
 import jax

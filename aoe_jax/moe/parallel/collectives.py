@@ -21,17 +21,17 @@ from aoe_jax.parameters import EXPERTS, Parameter
 from aoe_jax.sharding import AXES, MESH_AXES, RULES, MeshAxes, spec_of, target_device
 
 GATHERED_WEIGHT = "gathered_weight"
-RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p and v6e; it does not compile for v5e or CPU
+RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p, v6e; fails to compile for v5e and CPU
 
 
 @dataclass(frozen=True)
 class Devices:
     """One device of a mesh inside `jax.shard_map`, or a single device, and its collectives."""
 
-    sizes: tuple = (1, 1, 1, 1)  # along MESH_AXES
+    sizes: tuple = (1, 1, 1, 1)  # number of devices along each of MESH_AXES
     transport: str = "ring"
     remat: str = "none"  # `model.remat`
-    shape: tuple = ()  # of this device's tokens: (sequences, positions) or `(T,)`
+    shape: tuple = ()  # leading shape of this device's tokens, `(sequences, positions)` or `(T,)`
     axes: MeshAxes = AXES
 
     def size(self, axis):
@@ -42,13 +42,13 @@ class Devices:
         return jax.lax.axis_index(self.axes.collective(axis)) if self.size(axis) > 1 else 0
 
     def gather(self, x, axis, dimension=0):
-        """Concatenates the pieces of `x` over a mesh axis."""
+        """Concatenates the shards of `x` over a mesh axis."""
         if self.size(axis) == 1:
             return x
         return jax.lax.all_gather(x, self.axes.collective(axis), axis=dimension, tiled=True)
 
     def sum_scatter(self, x, axis, dimension=0):
-        """Sums `x` over a mesh axis and keeps this device's piece; the transpose of `gather`."""
+        """Sums `x` over a mesh axis and keeps this device's shard; the transpose of `gather`."""
         if self.size(axis) == 1:
             return x
         name = self.axes.collective(axis)
@@ -63,9 +63,9 @@ class Devices:
     def exchange_rows(self, rows, sent, received):
         """Sends `sent[e]` rows to device e of the expert axis and returns the rows received.
 
-        `rows [N R, d]` has a buffer of R rows for each device, and the result has one from each
-        device. `sent [N]` and `received [N]` int32 count the rows in use, which are the first of a
-        buffer. Platforms with `ragged_all_to_all` send only these rows, others whole buffers.
+        `rows [N R, d]` contains a buffer of R rows for each device, and the result one from each
+        device. The first rows of a buffer are used: `sent [N]` and `received [N]` int32 are their
+        numbers. Platforms with `ragged_all_to_all` send only used rows, others whole buffers.
         """
         if target_device().device_kind in RAGGED_PLATFORMS:
             return _ragged_exchange(rows, sent, received, self.axes.collective("expert"))
@@ -73,7 +73,7 @@ class Devices:
 
     @property
     def sends_rows(self):
-        """Whether rows go to the devices of their experts, by `all_to_all`."""
+        """Whether rows are sent to the devices of their experts by `all_to_all`."""
         return self.transport == "all_to_all" and self.size("expert") > 1
 
     def total(self, x, axes=MESH_AXES):
@@ -95,7 +95,7 @@ class Devices:
         return tuple(name for axis in axes if self.size(axis) > 1 for name in self.axes.names(axis))
 
     def piece(self, x, axis, dimension=0):
-        """The inverse of `gather`: this device's piece of a whole array."""
+        """The inverse of `gather`: this device's shard of a whole array."""
         if self.size(axis) == 1:
             return x
         size = x.shape[dimension] // self.size(axis)
@@ -104,8 +104,8 @@ class Devices:
     def gather_weight(self, parameter: Parameter, w, dtype=None, sum_dtype=None):
         """Gathers a weight over fsdp.
 
-        It is cast to `dtype` (None: no cast) before it is sent. Its gradient is summed over the
-        devices in `sum_dtype` (None: the dtype of `w`).
+        The weight is cast to `dtype` (None: no cast) before it is sent. Its gradient is summed over
+        the devices in `sum_dtype` (None: the dtype of `w`).
         """
         dtype = dtype or w.dtype
         split = parameter.split[-w.ndim :]
@@ -125,13 +125,13 @@ class Devices:
         return checkpoint_name(_gather_cast(whole, dtype, name, 0), GATHERED_WEIGHT)
 
     def without_whole_weights(self, function, gathers_experts=False):
-        """Wraps a function of arrays: its backward pass gathers weights again and keeps none.
+        """Wraps a function of arrays so that its backward pass gathers whole weights again.
 
         An inner `jax.checkpoint` would follow the policy of this one, so parts of `function` that
-        recompute have custom derivatives. The backward pass of scanned layers is a separate loop,
-        so no barrier (`prevent_cse`) is needed between the two gathers. With `model.remat="layer"`
-        the whole layer is recomputed already. `gathers_experts`: whether `function` calls
-        `gather_experts`.
+        recompute arrays use custom derivatives. No barrier (`prevent_cse`) is needed between the
+        two gathers, because the backward pass of scanned layers is a separate loop. With
+        `model.remat="layer"` the whole layer is recomputed already. `gathers_experts`: whether
+        `function` calls `gather_experts`.
         """
         gathers_experts = self.sends_rows or (gathers_experts and self.size("expert") > 1)
         if self.remat == "layer" or (self.size("fsdp") == 1 and not gathers_experts):
@@ -139,12 +139,12 @@ class Devices:
         return jax.checkpoint(function, policy=_all_but_gathered_weights, prevent_cse=False)
 
     def score(self, function, x, w_score):
-        """AoE's scores of this device's tokens by all experts: a tuple of arrays `[T or fewer, n]`.
+        """AoE's scores of a device's tokens for all experts: a tuple of arrays `[T or fewer, n]`.
 
-        Tokens are gathered over the expert axis, each device scores them for its own experts and
-        sends the scores back. With `all_to_all`, the `w_score` of all experts are gathered instead
-        if they are smaller than the tokens. `function` computes the scores from tokens `[T, d]` and
-        `w_score [n, d, r]`; the argument `w_score` is this device's piece.
+        Tokens are gathered over the expert axis. Each device computes their scores for its own
+        experts and sends the scores back. With `all_to_all`, if the `w_score` of all experts are
+        smaller than the tokens, they are gathered instead of the tokens. `function` computes scores
+        from tokens `[T, d]` and `w_score [n, d, r]`; the argument `w_score` is this device's shard.
         """
 
         def scores_by_all(x, w):
@@ -159,7 +159,7 @@ class Devices:
         return self.without_whole_weights(scores_by_all)(x, w_score)
 
     def matrix_norms(self, w):
-        """Frobenius norms: this device's piece of `w [n, d, r]` -> `[n]` of all experts."""
+        """Frobenius norms: this device's shard of `w [n, d, r]` -> `[n]` of all experts."""
         w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
         squares = self.total(jnp.sum(w * w, axis=(1, 2)), ("fsdp",))
         return self.gather(safe_root(squares), "expert")
@@ -202,7 +202,7 @@ class Devices:
         return values.reshape(-1, *trailing)
 
     def own_sequences(self, values):
-        """This device's part of the values `[B, ...]` of all sequences."""
+        """This device's shard of the values `[B, ...]` of all sequences."""
         if self.batch_pieces == 1:
             return values
         b = values.shape[0] // self.batch_pieces
@@ -238,7 +238,7 @@ _gather_cast.defvjp(
 
 
 def sum_gradients(g, axis, dimension, in_stages=None):
-    """Sums `g` over a mesh axis of several devices and keeps this device's piece of `dimension`.
+    """Sums `g` over a mesh axis of several devices and keeps this device's shard of `dimension`.
 
     The TPU compiler turns a `psum_scatter` over an axis that spans a slice of 16 chips or more into
     an all-reduce, and one over a part of a slice into a native reduce-scatter. With two stages over
@@ -256,7 +256,7 @@ def sum_gradients(g, axis, dimension, in_stages=None):
         in_stages = n >= 16 and is_whole and target_device().platform == "tpu"
     if size == 1 or not in_stages:
         return scatter(g)
-    ranks = np.arange(n).reshape(-1, size)  # row-major, like the pieces
+    ranks = np.arange(n).reshape(-1, size)  # row-major, the order of the shards
     return scatter(scatter(g, axis_index_groups=ranks.T.tolist()), axis_index_groups=ranks.tolist())
 
 
@@ -284,10 +284,10 @@ _ragged_exchange.defvjp(
 
 
 def over_mesh(function, in_specs, out_specs, transport="ring", remat="none", axes=AXES):
-    """Wraps `function(devices, *args)` to run on every device of the mesh in context, on its pieces
-    of `args`; without a mesh, on whole arrays. Raises ValueError, see `MeshAxes.sizes`.
+    """Wraps `function(devices, *args)` to run on every device of the mesh in context, on its shards
+    of `args`; without a mesh it runs on whole arrays. Raises the ValueError of `MeshAxes.sizes`.
 
-    `in_specs` has a tree of `PartitionSpec` for each argument, see `token_spec` and `weight_specs`;
+    `in_specs` has a tree of `PartitionSpec` for each argument (`token_spec`, `weight_specs`), and
     `out_specs` is the tree of the result. A result that is not split must be equal on all devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -299,7 +299,7 @@ def over_mesh(function, in_specs, out_specs, transport="ring", remat="none", axe
         jax.tree.map(axes.spec, specs, is_leaf=_is_spec) for specs in (in_specs, out_specs)
     )
     in_specs = jax.tree.map(partial(_name_idle_axes, idle), in_specs, is_leaf=_is_spec)
-    # check_vma: Pallas kernels do not say how their results vary over the mesh.
+    # No check_vma, because Pallas kernels do not declare how their results vary over the mesh.
     run = jax.shard_map(
         partial(function, devices), in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
@@ -314,7 +314,7 @@ def _is_spec(value):
 
 
 def _name_idle_axes(idle, spec):
-    """Adds the axes of size 1 to a spec, because JAX sums gradients over axes that it omits."""
+    """Adds the axes of size 1 to a spec, because JAX sums gradients over omitted axes."""
     entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
     named = {axis for entry in entries for axis in entry}
     rest = tuple(axis for axis in idle if axis not in named)

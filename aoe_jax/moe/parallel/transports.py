@@ -1,19 +1,19 @@
-"""Transports: how rows reach their experts over a mesh. Their collectives are in `collectives.py`.
+"""Transports send rows to the devices of their experts. Their collectives are in `collectives.py`.
 
     Local      All experts are on the device (`dispatch.py`). Tokens are gathered over tensor, and
                outputs are summed and scattered back.
     Ring       Tokens are gathered over expert and tensor. Every device computes the rows of its own
                experts; outputs are summed and scattered back. A device receives (N - 1) T d numbers
                and sends as many back, whichever experts are chosen.
-    AllToAll   Each row goes to the device of its expert and back: about K T d numbers each way.
+    AllToAll   Each row is sent to the device of its expert and back: about K T d numbers each way.
 
-No row is dropped, and memory is bounded: a device takes its rows in rounds of R rows, `ROW_BUFFER`
-times its share under perfect balance. The first round is computed like any layer. If the load is
-uneven, further rounds follow, as many as the device with the most rows needs. They keep nothing for
-the backward pass, which computes them again. So memory holds about two rounds, even if all tokens
-choose the experts of one device.
+No row is dropped, and memory is bounded: a device computes its rows in rounds of R rows,
+`ROW_BUFFER` times its number of rows under perfect balance. Autodiff applies to the first round. If
+the load is uneven, further rounds follow. They keep nothing for the backward pass, which computes
+them again. So memory for about two rounds is enough, even if all tokens choose the experts of one
+device.
 
-N devices along expert; other letters in shapes: see `aoe_jax/moe/__init__.py`.
+N is the number of devices along expert; `aoe_jax/moe/__init__.py` lists all letters in shapes.
 """
 
 import math
@@ -58,7 +58,7 @@ _add_rows.defvjp(
 
 
 class _Rounds(Local):
-    """Transports with rounds. `share` is the number of a device's rows under perfect balance."""
+    """Transports with rounds. `share` is the number of rows per device under perfect balance."""
 
     def further_rounds(self, first, function, schedule, args):
         """Adds `function(schedule, number, args)` of rounds 1 to `n_rounds - 1` to `first`.
@@ -90,7 +90,7 @@ class Ring(_Rounds):
         return self.devices.sum_scatter(self.devices.sum_scatter(y, "tensor"), "expert")
 
     def gather_routing(self, routing):
-        """Numbers this device's experts from 0; experts of other devices become n."""
+        """Numbers this device's experts from 0; experts of other devices get number n."""
         gathered = super().gather_routing(routing)
         expert = gathered.expert - self.devices.rank("expert") * self.n_experts
         return gathered._replace(
@@ -98,7 +98,7 @@ class Ring(_Rounds):
         )
 
     def schedule(self, routing):
-        """Sorts all slots by expert, slots of other devices last."""
+        """Sorts all slots by expert; slots for experts of other devices are last."""
         order, _, group_sizes = sort_slots(routing.expert, self.n_experts)
         order = jnp.pad(order, (0, self.size), constant_values=order.shape[0])
         end = jnp.cumsum(group_sizes)
@@ -123,7 +123,7 @@ class Ring(_Rounds):
         return jnp.zeros(n_slots, values.dtype).at[round[0]].set(values, mode="drop")
 
     def complete(self, values):
-        """Sums over the expert axis, because each slot has its row on one device."""
+        """Sums over the expert axis, because one device computes the row of a slot."""
         return self.devices.total(values, ("expert",))
 
     def combine(self, rows, round, n_tokens):
@@ -148,7 +148,7 @@ class _AllToAllRound(NamedTuple):
 
 
 class AllToAll(_Rounds):
-    """Each row goes to its expert's device, in buffers of equal size for every pair of devices."""
+    """Sends each row to its expert's device, in buffers of equal size for every pair of devices."""
 
     def __init__(self, devices, n_experts, slots_per_token, share):
         super().__init__(devices, n_experts // devices.size("expert"))
