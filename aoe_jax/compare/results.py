@@ -119,7 +119,7 @@ class Results:
         return [(size, arm) for size in self.sizes for arm in self.arms(size)]
 
     def routed(self, size):
-        """Returns `{arm: [content of routing.json of each seed]}` of the analysed runs of a size."""
+        """Returns `{arm: [routing.json of each seed as a dict]}` of analysed runs of a size."""
         found = {arm: [*self.finished(size, arm)["choices"].dropna()] for arm in self.arms(size)}
         return {arm: of_seeds for arm, of_seeds in found.items() if of_seeds}
 
@@ -128,14 +128,14 @@ class Results:
         return frame[frame["size"] == size].merge(self.finished_runs[KEYS])
 
     def is_comparable(self, size, arm):
-        """Whether losses are comparable with other arms; False for expert choice, which is not causal."""
+        """Whether losses are comparable; False for expert choice, which is not causal."""
         return self.configs[size, arm].routing.name != "expert_choice"
 
     def mean(self, size, arm, column):
         return mean(self.finished(size, arm)[column])
 
     def ratio(self, size, arm, column):
-        """Formats (mean of a column for an arm) / (mean for the baseline); "-" without the latter."""
+        """Formats (an arm's mean of a column) / (the baseline's mean); "-" without the latter."""
         other = self.mean(size, self.suite.baseline, column)
         return f"{self.mean(size, arm, column).value / other.value:.2f}" if other.n else "-"
 
@@ -189,7 +189,7 @@ class Results:
         """Fits a power law over sizes for each arm: `{arm: ({x: [nll of each seed]}, PowerLaw)}`.
 
         x is the column `scale`, a key of SCALES. An arm needs two or more sizes, all with different
-        x. The result is empty if sizes differ in data or experts, or hardly in the baseline's FLOPs.
+        x. The result is empty if sizes differ in data, n_experts or top_k, or hardly in FLOPs.
         """
         of_baseline = self.runs[self.runs["arm"] == self.suite.baseline].drop_duplicates("size")
         settings = {(c.data, c.experts.n_experts, c.experts.top_k) for c in of_baseline["config"]}
@@ -204,7 +204,7 @@ class Results:
 
 
 def read_results(suite: Suite, workdir: Path):
-    """Reads the `Results` of all runs of a suite from their directories, also of unfinished ones."""
+    """Reads the `Results` of all runs of a suite, also unfinished ones, from their directories."""
     configs, rows, curves = configs_by_point(suite, workdir), [], []
     timed = {size: read_point(workdir, size, configs[size]) for size in suite.sizes}
     for run in suite.runs():

@@ -83,7 +83,7 @@ class PowerLaw:
         return _middle(factor * np.atleast_1d(x).astype(float) ** -exponent)
 
     def interval(self):
-        """Returns the interval `(low, high)` of the exponent; NaN if every size has one seed only."""
+        """Returns the interval `(low, high)` of the exponent; NaN if all sizes have one seed."""
         values = self.resampled[1]
         if np.ptp(values) <= 1e-9 * np.abs(values).max():  # equal up to rounding
             return math.nan, math.nan

@@ -78,7 +78,7 @@ class Program:
         return self._walk(self.computations[self.entry], 1.0)
 
     def _called(self, i, *keys):
-        """Returns `{name: instruction}` of the computation that an attribute names; {} if none does."""
+        """Returns `{name: Instruction}` of the computation in an attribute; {} without it."""
         name = i.called(*keys)
         return self.computations[name] if name else {}
 
@@ -90,7 +90,7 @@ class Program:
         for i in instructions.values():
             if i.opcode.endswith("-done"):
                 if (k := started.get(i.operands[0])) is not None:
-                    # An operation can hide only one collective, because collectives share the links.
+                    # An operation hides only one collective, because collectives share the links.
                     beside = [n for n in range(k + 1, len(found)) if n not in hides]
                     hides.update(beside)
                     found[k] = replace(found[k], beside=tuple(found[n] for n in beside))
@@ -219,7 +219,7 @@ class Program:
         return reads + self._written(i, known)
 
     def _read(self, user, index, whole):
-        """Returns the bytes that `user` reads from operand `index`, which has `whole` bytes in HBM."""
+        """Returns the bytes that `user` reads from operand `index` of `whole` bytes in HBM."""
         if not whole:
             return 0.0
         if user.opcode in ("dynamic-slice", "slice", "gather") and index == 0:
@@ -260,7 +260,7 @@ class Program:
         )
 
     def _written_by(self, part, inside, whole):
-        """Returns the bytes that `part` writes: 0 for a parameter, the changed bytes for an update."""
+        """Returns the bytes that `part` writes: 0 for a parameter, the changes for an update."""
         while part.opcode == "bitcast" and part.operands[0] in inside:
             part = inside[part.operands[0]]
         if part.opcode == "parameter" or part.collective or part.target in _ASYNC:

@@ -65,7 +65,7 @@ class Instruction:
         return sum(a.hbm_bytes for a in self.arrays)
 
     def called(self, *keys):
-        """Returns the name of the computation in an attribute of `keys`, such as "calls"; or None."""
+        """Returns the name of the computation in an attribute of `keys`, or None."""
         return self.attribute(rf"\b(?:{'|'.join(keys)})=\{{?%?([\w.\-]+)")
 
     def attribute(self, pattern):

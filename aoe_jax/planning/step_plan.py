@@ -120,7 +120,7 @@ def _bytes_per_device(abstract):
 
 
 def _compile(traced):
-    """Returns `(bytes per device, temporary bytes, HLO)`; the last two are None if it does not fit."""
+    """Returns `(bytes per device, temporary bytes, HLO)`; only the first if it does not fit."""
     try:
         compiled, text = compile_and_read(traced.lower())
     except jax.errors.JaxRuntimeError as e:
