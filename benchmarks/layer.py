@@ -4,7 +4,7 @@ of equal active FLOPs, and AoE with the router MoE.
 `python -m benchmarks.layer [--tokens=4096] [--shapes=256x8x2x512,...] [--dtype=float32]
 [--repeats=9] [--json=FILE]`; a shape is d_model, n_experts, top_k, d_ffn. AoE has as many
 parameters as the router MoE (Eq. 5) and d_low = d_model / 3. `useful` is the ratio of analytic
-FLOPs to the baseline's; `peak memory` is the ratio for arguments, results and temporaries.
+FLOPs to the baseline's; `peak memory` is this ratio for arguments, results, temporaries.
 
 It also times the forward pass of each phase of the AoE layer alone.
 """

@@ -127,7 +127,7 @@ RECIPES = {
         f"--xla_tpu_enable_ag_backward_pipelining=true {_OVERLAP} {_MOE_VMEM}",
     ),
     # The recipe of October 2024, which the table of models has, too: 8 sequences per chip without
-    # offloading. The present recipe has 12 sequences, which need too much memory here.
+    # offloading. The present recipe has 12 sequences, which do not fit with this compiler.
     "mixtral_8x7b_v6e": Recipe(
         "tpu-recipes/training/trillium/Mixtral-8x7B-MaxText",
         8.409,
@@ -164,7 +164,7 @@ RECIPES = {
         },
         _OVERLAP,
     ),
-    # 2 sequences per chip is from the published line of the log; the recipe's fields say 3.
+    # The published line of the log says 2 sequences per chip; the recipe's fields say 3.
     "llama2_70b_v6e": Recipe(
         "tpu-recipes/training/trillium/Llama2-70B-MaxText",
         9.052,

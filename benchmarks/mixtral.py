@@ -5,7 +5,7 @@
 installed, too. All models have 4 layers with d=256, 4 heads, top-2 of 8 experts of width 512, and
 a vocabulary of 4096. A step has 16 sequences of 256 random tokens, and uses float32, AdamW,
 clipping and L_aux (unless the arm says otherwise). Mixtral runs eagerly. Steps of the models
-alternate. One matrix product is also timed in torch and in JAX, because it is most of a step.
+alternate. A matrix product, of which steps mostly consist, is also timed in torch and in JAX.
 """
 
 import os

@@ -2,8 +2,8 @@
 whether a preparation of gigabytes of text that is killed can be continued.
 
 `python -m benchmarks.prepare [--repeats=5] [--json=FILE]`: times, for each tokenizer, the work of
-a preparation process (read and parse JSON lines, hash, tokenise, write, hash again), and in turn
-with it only the library's encoding of the same texts. Speeds are in MB of text per second.
+a preparation process (read and parse JSON lines, hash, tokenise, write, hash again) and the
+library's encoding of the same texts alone, both in turn. Speeds are in MB of text per second.
 
 `python -m benchmarks.prepare --workdir=DIR --size=2e9 [--json=FILE]`: writes 2e9 bytes of JSON
 lines into DIR and prepares them twice: without a break, and with two kills and restarts.

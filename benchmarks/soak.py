@@ -142,7 +142,7 @@ def _names(folder):
 
 
 def _is_saving(workdir, known, n_saves):
-    """Whether a checkpoint is being written, after `n_saves` that are not in `known`."""
+    """Whether a checkpoint is being written, after `n_saves` others that are not in `known`."""
     new = set(_names(workdir / "checkpoints")) - known
     return sum(name.isdecimal() for name in new) >= n_saves and any("tmp" in name for name in new)
 
@@ -184,7 +184,7 @@ def check_checkpoints(workdir):
         raise Failure(f"{workdir} has damaged checkpoints")
     if (workdir / "checkpoints").is_dir():
         keep = read_run_config(workdir / "config.json").checkpoint.keep
-        # Older checkpoints are not read, because a kill during their deletion leaves a part.
+        # Older checkpoints are not read, because a kill may interrupt their deletion.
         for step in Checkpoints(workdir).steps()[-keep:]:
             read_state(workdir, step)
 

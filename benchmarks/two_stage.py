@@ -48,7 +48,7 @@ from aoe_jax.moe.routing import TopK
 from aoe_jax.storage.files import make_folder, write_json
 
 CLASSES, EXPERTS, STAGES = 3, 2, 2
-MOST = 0.9  # A class is on an expert if at least this share of it is routed there.
+MOST = 0.9  # A class is on an expert if at least this share of the class is routed to it.
 # arm -> (experts.kind, routing.norm_topk_prob)
 ARMS = {
     "AoE, weight of 1": ("aoe", True),

@@ -30,7 +30,7 @@ from aoe_jax.training.validation import compile_eval_step
 
 LAYER_MEANS = ["load_entropy", "confidence_entropy", "max_violation"]
 LAYER_COLUMNS = [*LAYER_MEANS, "dead_experts", "overlap_with_final"]
-_MOST_BYTES = 2**28  # of routing.json; 100 layers of 256 experts need less
+_MOST_BYTES = 2**28  # limit of routing.json; 100 layers of 256 experts need less
 
 
 def observing(decoder: Decoder):
@@ -56,7 +56,7 @@ def overlap(chosen, final):
 
 
 def validation_batches(folder, config, size):
-    """Yields batches of `size` sequences without padding, from a run's validation split.
+    """Yields the full batches of `size` sequences of a run's validation split, without padding.
 
     Batches are NumPy arrays. If the split is smaller than a batch, its only batch has padding.
     Raises `UserError` if the data differ from those of the run.
@@ -72,7 +72,7 @@ def validation_batches(folder, config, size):
 
 
 def analyse(folder: Path, n_tokens: int):
-    """Writes `routing.json` of a run, from at least `n_tokens` validation tokens if there are any.
+    """Writes `routing.json` of a run, from whole batches of about `n_tokens` validation tokens.
 
     Raises `UserError` if the run cannot be read.
     """

@@ -141,7 +141,7 @@ def _start(job, slot, environment):
             process_group=0,  # so that Ctrl-C reaches the jobs only through `Machine.run`
         )
     if slot.core is not None:
-        os.sched_setaffinity(process.pid, {slot.core})  # its threads inherit this
+        os.sched_setaffinity(process.pid, {slot.core})  # threads of the job inherit it
     return process
 
 
@@ -186,7 +186,7 @@ def _output_of(*command):
 def slots_of(machine, n_jobs):
     """Returns `n_jobs` slots, each with a CPU core or with an equal number of the GPUs.
 
-    `machine` is a description. Raises `UserError` if the machine cannot run `n_jobs` at a time.
+    `machine` is from `_describe`. Raises `UserError` if the machine cannot run `n_jobs` at a time.
     """
     if machine["backend"] == "cpu":
         cores = sorted(os.sched_getaffinity(0))

@@ -189,7 +189,7 @@ class Results:
         """Fits a power law over sizes for each arm: `{arm: ({x: [nll of each seed]}, PowerLaw)}`.
 
         x is the column `scale`, a key of SCALES. An arm needs two or more sizes, all with different
-        x. The result is empty if sizes differ in data, n_experts or top_k, or hardly in FLOPs.
+        x. The result is empty if sizes differ in data, n_experts or top_k, or have equal FLOPs.
         """
         of_baseline = self.runs[self.runs["arm"] == self.suite.baseline].drop_duplicates("size")
         settings = {(c.data, c.experts.n_experts, c.experts.top_k) for c in of_baseline["config"]}

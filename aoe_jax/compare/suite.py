@@ -180,7 +180,7 @@ class Suite:
 
 
 def _recipe(config):
-    """Returns the settings that must be equal in all arms of a size: data, training, not rates."""
+    """Returns settings that must be equal in all arms of a size: data; training without rates."""
     groups = config.to_dict()
     return {
         f"{group}.{name}": value
@@ -204,7 +204,7 @@ def _changed(groups, *changes):
 def load_suite(path: Path, settings=()) -> Suite:
     """Loads the suite of a Python file with `get_suite()`.
 
-    `settings` are `GROUP.FIELD=VALUE` for all runs; VALUE is JSON, else a string. A field that an
+    `settings` are `GROUP.FIELD=VALUE` for all runs; VALUE is JSON or plain text. A field that an
     arm sets is refused, because the arm's label may state another value. Raises `UserError` if the
     file, the suite or a setting is invalid.
     """

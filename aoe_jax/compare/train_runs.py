@@ -27,7 +27,7 @@ def check_runs(folders: Mapping[Run, Path]):
     """Raises `UserError` if a directory has a run of another configuration or number of steps, or
     if runs of a size were trained on different data.
 
-    Runs with another number of steps are refused because it changes every learning rate.
+    Another number of steps is refused, because it changes the learning rate of every step.
     """
     first_data = {}  # size -> (folder of a run, data of the run)
     for run, folder in folders.items():

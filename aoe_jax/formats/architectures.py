@@ -13,7 +13,7 @@ classes in `huggingface/` can compute the model, `config.json` has the fields of
 their source files are copied, too. Otherwise `config.json` has the groups `model`, `experts` and
 `routing`, with the fields of `Config` that decide the results. `aoe_jax.parameters` declares names
 and axes of tensors, and the methods declare the routing state, which is float32. Layers of a dense
-model have the tensors of experts without the axis n; dense layers before MoE layers those of Llama.
+model have the tensors of experts without the axis n. Dense layers before MoE layers have Llama's.
 """
 
 import ast
@@ -293,7 +293,7 @@ class Layout:
         self, axes: str, shape: tuple[int, ...], name: str, stored: str = "", first_layer: int = 0
     ):
         """`axes` are the declared axes of the parameter, and `shape` includes the axis of layers.
-        `name` and `stored` are from the row. Files number the first layer `first_layer`.
+        `name` and `stored` are from the row. In files, the first layer has number `first_layer`.
         """
         self._name, self._first_layer = name, first_layer
         axes, layers = axes.split(), ["L"] if "{L}" in name else []
@@ -340,7 +340,7 @@ class Layout:
 
 
 def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str, Layout]:
-    """Returns `{path: Layout}` of parameters and routing states; files have tensors with `names`.
+    """Returns `{path: Layout}` of parameters and routing states, for files with tensors `names`.
 
     `shapes` maps every path to an array or a `ShapeDtypeStruct`, with the axis of layers. If no
     tensor of a parameter is in `names`, its layout is the one that we write. Raises `UserError` if

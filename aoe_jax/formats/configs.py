@@ -150,7 +150,7 @@ def _check_attention(values, model):
 
 def _rotary_settings(values):
     """Returns the rotary settings by name, with `rope_type`. They are in `rope_parameters`
-    (transformers 5), in `rope_scaling` or, such as `rope_theta`, at the top level.
+    (transformers 5), in `rope_scaling`, or at the top level (for example `rope_theta`).
     """
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     is_one = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())

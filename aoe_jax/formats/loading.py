@@ -150,7 +150,7 @@ class ModelReader:
         self._layouts = find_layouts(values["model_type"], shapes, self._stored)
         # If the embeddings are tied, an output table is ignored. Transformers ignores it, too.
         known = {"lm_head.weight"} if config.model.tie_embeddings else set()
-        if values.get("num_nextn_predict_layers"):  # its layer follows the last layer
+        if values.get("num_nextn_predict_layers"):  # the file has this layer last
             last = f"model.layers.{n_dense + n_layers}."
             known |= {name for name in self._stored if name.startswith(last)}
             log.info("left out: the layer of multi-token prediction, %s", last.rstrip("."))
@@ -196,7 +196,7 @@ class ModelReader:
 def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
     """Returns `(params, routing_state)` of a decoder; the state is float32 `[L, ...]` by name.
 
-    A host needs memory for one parameter of all layers, and only for the part on its own devices.
+    Host memory contains one parameter (of all layers) at a time, the part for the host's devices.
     `config` is the model's configuration with the axes of `mesh`. The parameters are in `dtype`;
     None means the dtype of the files. Raises `UserError` if a tensor is wrong or cannot be read.
     """

@@ -16,7 +16,7 @@ from aoe_jax.storage.retry import patiently
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2_000_000_000
-_INDEX_BYTES = 2**26  # of an index; 20 MB in the largest models of the hub
+_INDEX_BYTES = 2**26  # limit of an index; the largest on the hub has 20 MB
 _FILE = matching(re.compile(r"[^/\0-\x1f]+\.safetensors"), "the name of a safetensors file")
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 

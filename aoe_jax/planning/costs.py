@@ -297,7 +297,7 @@ def likely_seconds(operation, chip, shape=()):
     the peaks of `chip`. `shape` is the number of chips along each dimension of the slice.
     """
     if operation.collective:
-        if operation.collective == "collective-permute":  # to a neighbour
+        if operation.collective == "collective-permute":  # to a neighbour, over one link
             seconds = operation.sent_bytes * chip.n_links / chip.link_bandwidth
         else:
             rounds = 2 if operation.collective == "all-reduce" else 1

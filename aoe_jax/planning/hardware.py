@@ -84,7 +84,7 @@ CHIPS = {
     "b200": Chip(PEAK_FLOPS["NVIDIA B200"], 180e9, 7.7e12, 900e9, 50e9),
 }
 _PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # `machine` lists them
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # `machine` lists their versions
 
 
 def chip_part(generation, devices):

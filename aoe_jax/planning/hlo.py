@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}  # bits; the names of other types contain them
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # bits; other names contain the number of bits
 _COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "ragged-all-to-all", "reduce-scatter"}
 _COLLECTIVES |= {"collective-broadcast", "collective-permute"}
 

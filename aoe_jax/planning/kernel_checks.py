@@ -33,7 +33,7 @@ from aoe_jax.sharding import MESH_AXES, replicated
 
 PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # float32 factors are rounded to bfloat16, TF32
 BLOCK = 128  # rows whose error is computed together, such as positions of a head
-LAYER_TOKENS, LAYER_EXPERTS = 2048, 8  # at most; the reference is dense
+LAYER_TOKENS, LAYER_EXPERTS = 2048, 8  # limits, because the reference is dense
 
 
 class Case(NamedTuple):
@@ -262,7 +262,7 @@ def layer_case(config: Config):
     declared = parameters_of(experts, layer.routing)
     of_experts = reference.aoe_experts if experts.low_rank else reference.router_experts
 
-    def scaled(weights):  # by about 1 / sqrt(contracted width), so that x W has the variance of x
+    def scaled(weights):  # by a power of two near 1 / sqrt(D), so that x W has the variance of x
         return [w.astype(jnp.float32) * 2.0 ** round(-math.log2(w.shape[-2]) / 2) for w in weights]
 
     def apply(x, *weights):

@@ -80,7 +80,7 @@ def mosaic_gpu_cost(name, operands, results):
     """Returns the cost of a grouped product by Mosaic GPU.
 
     Each pass over the output width reads all rows. `d_weights` needs only one pass, because all
-    blocks of an expert are computed at the same time, while its rows are read.
+    blocks of an expert are computed together, in one loop over the expert's rows.
     """
     matrices = [a for a in operands if len(a.dims) > 1]
     if not name.startswith("mosaic_gpu") or len(matrices) != 2:

@@ -4,7 +4,7 @@ How the figures are computed:
 
 - Memory is the compiler's figure per device: arguments (state and batch), results, temporaries.
 - `aoe_jax/planning/costs.py` computes FLOPs and memory traffic from the optimised program.
-- Collectives are counted in the jaxpr. It states all of them except the sums of a few scalars and
+- Collectives are counted in the jaxpr, which has all of them except the sums of a few scalars and
   of the gradients of norm scales. Their bytes are those that a device receives in a step with ring
   algorithms. The collectives of the optimised program are listed, too; their bytes are the larger
   of operand and result.
@@ -51,7 +51,7 @@ def plan(config: Config, generation, devices):
     """Compiles the training step of a configuration for the devices of a topology.
 
     `generation` is a key of `hardware.CHIPS`. Returns the dict that `--json` writes. Bytes and
-    FLOPs are per device and step. `likely_mfu` and the keys `LIKELY` are None without HLO.
+    FLOPs are per device and step. `likely_mfu` and the keys `LIKELY` are None if there is no HLO.
     """
     n_devices, chip = len(devices), chip_part(generation, devices)
     config = sharding.fill_mesh(config, n_devices)
@@ -120,7 +120,7 @@ def _bytes_per_device(abstract):
 
 
 def _compile(traced):
-    """Returns `(bytes per device, temporary bytes, HLO)`; only the first if it does not fit."""
+    """Returns `(bytes per device, temporary bytes, HLO)`; the last two are None if too large."""
     try:
         compiled, text = compile_and_read(traced.lower())
     except jax.errors.JaxRuntimeError as e:

@@ -35,9 +35,9 @@ class AoEConfig(MixtralConfig):
       qk_norm: the RMSNorm of queries and keys: "none", "all" (over all heads together, as in OLMoE)
         or "head" (over each head by itself, as in Qwen3).
       attention_bias: whether the projections of attention have biases.
-      qkv_bias: whether the projections of queries, keys and values have biases, but not the output.
+      qkv_bias: whether queries, keys and values have biases, and the output projection has none.
       shared_expert_intermediate_size: the width of an expert that every token uses; 0: none.
-      shared_expert_gate: whether its output is multiplied by the sigmoid of a projection.
+      shared_expert_gate: whether the output of that expert is multiplied by a learnt sigmoid gate.
       first_k_dense_replace: the number of first layers with a dense SwiGLU instead of experts;
         `num_hidden_layers` includes these layers.
       dense_intermediate_size: the width of the dense SwiGLU.

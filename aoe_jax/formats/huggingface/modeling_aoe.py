@@ -148,7 +148,7 @@ class AoEDecoderLayer(MixtralDecoderLayer):
     """Attention, then experts or a dense SwiGLU, each with a pre-norm and a residual connection."""
 
     def __init__(self, config: AoEConfig, layer_idx: int):
-        GradientCheckpointingLayer.__init__(self)  # without Mixtral's experts
+        GradientCheckpointingLayer.__init__(self)  # does not make Mixtral's experts
         self.self_attn = make_attention(config, layer_idx)
         is_dense = layer_idx < config.first_k_dense_replace
         dense_size = config.dense_intermediate_size
@@ -188,7 +188,7 @@ class AoEModel(AoEPreTrainedModel, MixtralModel):
     """The decoder without the output projection."""
 
     def __init__(self, config: AoEConfig):
-        MixtralPreTrainedModel.__init__(self, config)  # without Mixtral's experts
+        MixtralPreTrainedModel.__init__(self, config)  # does not make Mixtral's layers
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         layers = [AoEDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
