@@ -1,3 +1,3 @@
-"""Measured claims: each command here measures or computes figures of speed, memory and plans that
-the README and docs/ quote.
+"""Each command of this package measures or computes figures of speed, memory and plans that the
+README and docs/ quote.
 """

@@ -1,10 +1,10 @@
-"""Attention alone, compiled for a TPU or GPU that is not here: memory and likely time by backend.
+"""Compiles attention for a TPU or GPU that this machine lacks: memory and time of each backend.
 
 `python -m benchmarks.attention [--topology=v5e:2x2] [--shapes=BxHxGxSxh,...] [--block=512]
 [--json=FILE]` with `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`), or with
 `--topology=h100:1` and JAX's CUDA wheels. It compiles the forward and backward pass in bfloat16 for
-one device. Traffic and likely time are those of `aoe_jax/planning/costs.py`; the time leaves out
-softmax and transposes inside the kernels, which overlap with the kernels' products.
+one device. `aoe_jax/planning/costs.py` computes traffic and likely time. The time does not include
+softmax and transposes inside the kernels, because they overlap with the matrix products.
 """
 
 from absl import flags

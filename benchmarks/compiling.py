@@ -1,7 +1,7 @@
-"""Helpers of the compile checks: they compile attention, grouped products and stacked layers for a
-device that is not here.
+"""Helpers that compile attention, grouped products and stacked layers for devices that this machine
+lacks.
 
-M rows, D contracted width, F output width, E experts.
+In shapes: M rows, D contracted width, F output width, E experts.
 """
 
 from functools import partial
@@ -39,7 +39,7 @@ PRODUCTS = ("forward", "d_rows", "d_weights")
 
 
 def devices_of(generation):
-    """Returns devices of a generation, which may be absent."""
+    """Returns the devices of the smallest topology of a generation, to compile for."""
     check_names("generations", [generation], TOPOLOGIES)
     return topology_devices(TOPOLOGIES[generation])[1]
 
@@ -68,8 +68,8 @@ def expert_shapes():
 
 
 def lower_for(device, backend, m, d, f, n_experts, dtype, product=None):
-    """Lowers the product `[M, D] x [E, D, F]` and its two gradients for a device of a topology, or
-    only one `product` of `PRODUCTS`; returns a `jax.stages.Lowered`.
+    """Lowers the product `[M, D] x [E, D, F]` and its two gradients for a device of a topology;
+    only one of them if `product` is a name in `PRODUCTS`. Returns a `jax.stages.Lowered`.
     """
     here = SingleDeviceSharding(device)
 
@@ -92,8 +92,8 @@ def lower_for(device, backend, m, d, f, n_experts, dtype, product=None):
 
 
 def megablox_tile_flops(m, d, f, n_experts, itemsize):
-    """Returns the FLOPs of whole tiles over the useful `6 M D F` for the worst group sizes, where
-    every group ends within a tile, so that this tile is computed for two groups.
+    """Returns the ratio of the FLOPs of all computed tiles to the useful `6 M D F`, for the worst
+    group sizes: every group ends within a tile, and this tile is computed for two groups.
     """
     total = 0
     for name, (tm, tk, tn) in tiles(m, d, f, n_experts, itemsize).items():
@@ -114,7 +114,7 @@ def experts_layer(config: Config):
 
 
 def unweighted_aux_loss(stats, balance):
-    """Returns `sum_i f_i P_i` of `LayerStats`; 0 without a balance loss."""
+    """Returns `sum_i f_i P_i`, computed from `LayerStats`; 0 without a balance loss."""
     return (stats.load * stats.mean_probability).sum() if balance.has_loss else 0.0
 
 

@@ -3,8 +3,8 @@
 `python -m benchmarks.compression --workdir=DIR [--json=FILE]`, after `python eval.py --workdir=DIR
 [--split=...]`.
 
-The compressor gets the same texts as the model: the compressed size of the held-out split is the
-number of bytes that it adds when `xz` compresses it after the train text in one stream.
+`xz` compresses the train text alone, and the train text followed by the held-out text. The
+difference of the two sizes is the compressed size of the held-out text.
 """
 
 import lzma

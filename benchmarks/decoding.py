@@ -1,13 +1,13 @@
-"""Times decoding with and without a cache, for AoE and router MoE, few and many experts, and
-self-contrast.
+"""Times incremental decoding of AoE and router MoE with few and many experts, and compares it with
+decoding without a cache and with self-contrast.
 
 `python -m benchmarks.decoding [--length=512] [--batches=1,16] [--d_model=256] [--layers=4]
-[--repeats=7] [--json=FILE]`. Models have random weights in float32, a vocabulary of 4096, and 2 of
-8 or 8 of 64 experts (AoE with r = d/3 and r = d/12, of equal total parameters); one dense model is
-as wide as all experts together, another as wide as the chosen ones. All models are timed in turn. A
-step reads a token and finds the likeliest next one, with a cache of `--length` positions. `bytes`
-counts the weights that a token needs; `recomputing` and `contrasting` are the times without a cache
-and with self-contrast, over the time with a cache.
+[--repeats=7] [--json=FILE]`. Models have random weights in float32, a vocabulary of 4096, and top-2
+of 8 or top-8 of 64 experts. AoE has r = d/3 or d/12, and as many parameters as the router MoE. One
+dense model is as wide as all experts, another as the chosen experts. All models are timed in turn.
+A step processes one token and selects the likeliest next token, after `--length` cached positions.
+`bytes` counts the weights that a token needs. `recomputing` is the time without a cache and
+`contrasting` the time with self-contrast, both divided by the time with a cache.
 """
 
 import jax
@@ -31,12 +31,12 @@ _D_MODEL = flags.DEFINE_integer(
 _LAYERS = flags.DEFINE_integer("layers", 4, "of the models", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each function", lower_bound=1)
 
-STEPS = 8  # tokens of a timed call
+STEPS = 8  # tokens per timed call
 CONTRAST = Contrast(beta=0.5)
 
 
 def variants(d_model):
-    """Returns `{name: (variant of configs/tiny.py, its experts)}`."""
+    """Returns `{name: (variant of configs/tiny.py, changes of its group experts)}`."""
     few = {"n_experts": 8, "top_k": 2, "d_ffn": 2 * d_model}
     many = {"n_experts": 64, "top_k": 8, "d_ffn": d_model // 2}
     return {
@@ -60,7 +60,7 @@ def model_of(variant, experts, d_model, n_layers):
 
 
 def decoding(decoder, params, batch, length, contrast=None):
-    """Returns a function without arguments that reads STEPS tokens one by one."""
+    """Returns a function without arguments that decodes STEPS tokens with a cache."""
     decoders = (decoder,) if contrast is None else strong_and_weak(decoder, contrast)
     m = decoder.model
     shape = (batch, m.kv_heads, length + STEPS, m.head_width)
@@ -83,7 +83,7 @@ def decoding(decoder, params, batch, length, contrast=None):
 
 
 def recomputing(decoder, params, batch, length):
-    """Returns a function without arguments that reads texts from the start, once."""
+    """Returns a function without arguments that computes the next token without a cache."""
     tokens = jax.random.randint(jax.random.key(0), (batch, length), 0, decoder.model.vocab_size)
 
     @jax.jit
@@ -95,7 +95,7 @@ def recomputing(decoder, params, batch, length):
 
 
 def token_bytes(config):
-    """Counts the bytes of the float32 weights that a token reads: the active ones, the W_gate_down
+    """Counts the bytes of the float32 weights that a token needs: the active ones, the W_gate_down
     of all AoE experts, and the embedding table.
     """
     c, counts = config.experts, parameter_counts(config)

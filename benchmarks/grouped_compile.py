@@ -1,17 +1,17 @@
-"""Compiles grouped products for TPUs and GPUs that are not here: which backend serves which product
-on which chip, and with how many FLOPs and how much memory traffic.
+"""Compiles grouped products for TPUs and GPUs that this machine lacks. Shows for each chip which
+backends compile, and their FLOPs and memory traffic.
 
 `python -m benchmarks.grouped_compile [--generations=v5e,h100,...] [--backends=blocked,...]
 [--dtypes=bfloat16,...] [--shapes=DxF,...|all] [--rows=32768] [--experts=8] [--json=FILE]`, for TPUs
 with `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`), for GPUs with the `jax[cuda13]`
-wheels (`pip install '.[cuda]'`). `--shapes=all` takes the shapes of the configurations. A star
+wheels (`pip install '.[cuda]'`). `--shapes=all` means the shapes of configs/*.py. A star
 marks the backend that "auto" selects for a chip and dtype; if one of its products does not compile,
-or takes more than 1.3 (TPU) or 1.1 times (GPU) the useful FLOPs, the exit status is 1.
+or needs more than 1.3 (TPU) or 1.1 times (GPU) the useful FLOPs, the exit status is 1.
 
-Each product is compiled alone, see `aoe_jax/planning/costs.py`. For TPU, a tile counts twice if two
-experts share it, and the padding of widths to tiles does not count; `blocked` is counted for
-balanced loads. If the package tokamax is installed, its kernels are assumed to do the useful FLOPs,
-and to read or write every array once.
+Each product is compiled alone; `aoe_jax/planning/costs.py` computes its cost. For TPU, a tile with
+rows of two experts counts twice, and the padding of widths to tiles does not count. The cost of
+`blocked` assumes balanced loads. If the package tokamax is installed, its kernels are assumed to do
+the useful FLOPs only, and to read or write every array once.
 """
 
 import importlib.util
@@ -42,7 +42,7 @@ _DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "of rows and weig
 _SHAPES = flags.DEFINE_list("shapes", ["768x3072"], "DxF of an expert's weights, or all")
 _ROWS = flags.DEFINE_integer("rows", 2 * 16384, "tokens times experts per token")
 _EXPERTS = flags.DEFINE_integer("experts", 8, "number of experts")
-# Limits for a default backend, over useful FLOPs. 64 experts fill tiles of 1.25 times the rows.
+# Limits of a default backend's FLOPs / useful FLOPs. With 64 experts, tiles have 1.25x the rows.
 _MOST_FLOPS = {"tpu": 1.3, "gpu": 1.1}
 
 TOKAMAX = ("tokamax_mosaic", "tokamax_triton") if importlib.util.find_spec("tokamax") else ()
@@ -61,13 +61,13 @@ def _tokamax_cost(name, operands, results):
 
 
 def figures(generation, backend, shape, dtype, m, n_experts):
-    """Compiles each product of `PRODUCTS` by a backend; returns, by product, its FLOPs over the
-    useful `2 M D F` and its bytes of memory traffic and of temporary memory, or an error.
+    """Compiles each product of `PRODUCTS` by a backend. Returns `{product: figures}`: FLOPs over
+    the useful `2 M D F`, bytes of HBM traffic and of temporary memory; or `{"error"}`.
     """
     device = devices_of(generation)[0]
     BACKENDS.update({name: partial(_tokamax, name.removeprefix("tokamax_")) for name in TOKAMAX})
     sizes = m, *shape, n_experts
-    # tokamax asks for the device's generation.
+    # tokamax reads the generation of the default device.
     here = mock.patch.object(jax_backend, "get_default_device", lambda: device)
     with compiling_for([device]), here:
         return {name: _figure(device, backend, sizes, dtype, name) for name in PRODUCTS}
@@ -89,7 +89,7 @@ def _figure(device, backend, sizes, dtype, product):
 
 
 def _in_own_process(*args):
-    """Calls `figures` in another process, which a kernel that does not compile may end."""
+    """Calls `figures` in another process, because the compiler may end its process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(figures, *args).result()

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.grouped_matmul [--shapes=4096x512x1024x8,...] [--backends=auto,ragged]
 [--dtype=float32] [--repeats=9] [--json=FILE]`; a shape is M rows, D contracted width, F output
-width, E experts. Group sizes are those of random choices. The dense matmul is timed in turn with
+width, E experts. Rows choose their experts at random. The dense matmul is timed in turn with
 the backends; forward+backward computes the value and both gradients.
 """
 

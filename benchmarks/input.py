@@ -1,14 +1,14 @@
 """Measures how long a training step of configs/tiny.py waits for its batch, on several corpora,
 with and without reading ahead.
 
-`python -m benchmarks.input [--data=NAME] [--cache=DIR] [--steps=60] [--json=FILE]`. NAME is like
-`data.name`; without it the corpora are the embedded addresses and, as a folder of texts, the long
-descriptions of the installed packages, half of the tokens from each. They are tokenised beforehand,
+`python -m benchmarks.input [--data=NAME] [--cache=DIR] [--steps=60] [--json=FILE]`. NAME has the
+form of `data.name`. By default, half of the tokens are from the embedded addresses, and half from a
+folder with the long descriptions of the installed packages. The corpora are tokenised beforehand,
 packed and shuffled.
 
-The arms take real steps in turn. A wait is the time of `next(data)` and of moving the batch to the
-device. It begins only when the step has ended; in training it overlaps with the step, so the
-measured wait is an upper bound of its cost.
+The training steps of the arms alternate. A wait is the time of `next(data)` and of copying the
+batch to the device, measured after the step has ended. In training, waits overlap with steps, so
+the measured wait is an upper bound of its cost.
 """
 
 import importlib.metadata
@@ -33,7 +33,7 @@ ARMS = {
     "reading ahead": READ_OPTIONS,
     "without": grain.ReadOptions(num_threads=0, prefetch_buffer_size=0),
 }
-WARM_UP = 2  # steps of each arm that are not counted
+WARM_UP = 2  # first steps of each arm, which are not measured
 
 _DATA = flags.DEFINE_string("data", None, "other corpora, as data.name")
 _STEPS = flags.DEFINE_integer("steps", 60, "timed steps of each arm", lower_bound=1)
@@ -49,7 +49,7 @@ def write_descriptions(folder: Path):
 
 
 def waits(step, state, iterators, put, n_steps):
-    """Returns seconds of `n_steps` steps and of the waits after them, arm -> `(steps, waits)`."""
+    """Returns `{arm: (seconds of each step, seconds of the wait after each step)}`."""
     batches = {arm: put(next(iterator)) for arm, iterator in iterators.items()}
     seconds = {arm: ([], []) for arm in iterators}
     for _ in range(WARM_UP + n_steps):

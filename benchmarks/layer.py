@@ -1,12 +1,12 @@
-"""Times one layer of experts, forward+backward: router MoE against a dense SwiGLU of equal active
-FLOPs, and AoE against the router MoE.
+"""Times the forward and backward pass of one MoE layer. Compares the router MoE with a dense SwiGLU
+of equal active FLOPs, and AoE with the router MoE.
 
 `python -m benchmarks.layer [--tokens=4096] [--shapes=256x8x2x512,...] [--dtype=float32]
-[--repeats=9] [--json=FILE]`; a shape is d_model, n_experts, top_k, d_ffn. AoE has the same total
-parameters (Eq. 5) and d_low = d_model / 3. `useful` is the ratio of analytic FLOPs; `peak memory`
-is that of arguments, results and temporaries of the program, over the baseline's.
+[--repeats=9] [--json=FILE]`; a shape is d_model, n_experts, top_k, d_ffn. AoE has as many
+parameters as the router MoE (Eq. 5) and d_low = d_model / 3. `useful` is the ratio of analytic
+FLOPs to the baseline's; `peak memory` is this ratio for arguments, results, temporaries.
 
-It also times each phase of the AoE layer alone, forward.
+It also times the forward pass of each phase of the AoE layer alone.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ def _inputs(config, n_tokens):
 
 
 def _gradient(config, n_tokens):
-    """Returns a function for the gradient in parameters and tokens, and its program's bytes."""
+    """Returns a function that computes gradients of parameters and tokens, and its bytes."""
     layer, x, params = _inputs(config, n_tokens)
 
     def loss(params, x):
@@ -86,7 +86,7 @@ def _gradient(config, n_tokens):
 
 
 def _phases(config, n_tokens):
-    """Returns functions that run one phase of an AoE layer, forward, by name."""
+    """Returns `{name: function}`; each runs the forward pass of one phase of an AoE layer."""
     layer, x, params = _inputs(config, n_tokens)
     w, k = {name: a.astype(layer.dtype) for name, a in params.items()}, config.experts.top_k
     transport = Local(Devices(), config.experts.n_experts, all_used=True)

@@ -1,12 +1,12 @@
-"""Compares our train step with MaxText's, both compiled for a TPU slice that is not here, and
-likely step times with published ones.
+"""Compares our training step with MaxText's, both compiled for a TPU slice that this machine lacks.
+Also compares likely step times with published step times.
 
     python -m benchmarks.maxtext --python=VENV/bin/python --topology=v5e:4x4 [--json=FILE]
     python -m benchmarks.maxtext --python=VENV/bin/python --recipe=mixtral_8x7b_v5p [--json=FILE]
 
 Each program takes minutes. The first form needs `libtpu` (`make .venv/libtpu`,
-`PYTHONPATH=.venv/libtpu`). MaxText needs Python 3.12 or later and other versions than we do, so it
-has its own environment:
+`PYTHONPATH=.venv/libtpu`). MaxText needs Python 3.12 or later and other package versions, so it has
+its own environment:
 
     python3.13 -m venv VENV && VENV/bin/pip install --no-deps maxtext==0.2.5
     VENV/bin/pip install jax==0.11.1 libtpu==0.0.52 absl-py aqtp cloudpickle datasets drjax \\
@@ -16,7 +16,7 @@ has its own environment:
 
 The first form compares models of equal size: `configs/paper.py:moe_aux` and `aoe_r256_aux` with
 `SETTINGS`, and MaxText with `MODEL` and `BEST`. The second form compiles a run whose step time is
-published. Memory, traffic and time are computed by `planning/costs.py` for all programs alike.
+published. `planning/costs.py` computes the traffic and the time of all programs.
 """
 
 import importlib.metadata
@@ -54,7 +54,7 @@ SETTINGS = {
     "model.remat": "layer",
     "train.accumulate": 1,
 }
-# MaxText's model of the size of `moe_aux`.
+# MaxText settings for a model of the size of `moe_aux`.
 MODEL = {
     "decoder_block": "mixtral",
     "base_emb_dim": 768,
@@ -76,7 +76,7 @@ MODEL = {
 }
 
 
-# The fastest of the settings that were tried, see docs/plans.md.
+# The fastest MaxText settings of those that docs/plans.md compares.
 BEST = {
     "attention": "flash",
     "num_vocab_tiling": 16,
@@ -92,17 +92,17 @@ BEST_XLA_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 class Recipe:
     """A run with a published step time."""
 
-    source: str  # where the recipe is
-    seconds: float
+    source: str  # path of the recipe on GitHub
+    seconds: float  # published step time
     topology: str
     fields: dict
     xla_flags: str
 
 
 # The sources are in repositories of github.com/AI-Hypercomputer. Step times from MaxText's table of
-# models are in maxtext/docs/reference/models/tiering.md. Fields and XLA flags are those of the
-# source, except those that only concern running and `xla_tpu_enable_async_collective_fusion`, which
-# this compiler accepts for v5e only.
+# models are in maxtext/docs/reference/models/tiering.md. Fields and XLA flags are copied from the
+# source, without those that only matter at run time, and without
+# `xla_tpu_enable_async_collective_fusion`, which this compiler accepts for v5e only.
 _OVERLAP = (
     "--xla_tpu_enable_data_parallel_all_reduce_opt=true "
     "--xla_tpu_data_parallel_opt_different_sized_ops=true "
@@ -110,7 +110,7 @@ _OVERLAP = (
 )
 _MOE_VMEM = "--xla_tpu_scoped_vmem_limit_kib=81920"
 RECIPES = {
-    # The step time is that of 2,909 tokens per second and chip in the table of models.
+    # The step time is computed from 2,909 tokens per second and chip in the table of models.
     "mixtral_8x7b_v5p": Recipe(
         "tpu-recipes/training/v5p/Mixtral-8X7B-Maxtext",
         50.7,
@@ -126,8 +126,8 @@ RECIPES = {
         "--xla_tpu_megacore_fusion_allow_ags=false --xla_enable_async_collective_permute=true "
         f"--xla_tpu_enable_ag_backward_pipelining=true {_OVERLAP} {_MOE_VMEM}",
     ),
-    # As published in October 2024 and in the table of models: 8 sequences per chip, no offloading.
-    # The present recipe, 12 sequences, exceeds the memory with this compiler.
+    # The recipe of October 2024, which the table of models has, too: 8 sequences per chip without
+    # offloading. The present recipe has 12 sequences, which do not fit with this compiler.
     "mixtral_8x7b_v6e": Recipe(
         "tpu-recipes/training/trillium/Mixtral-8x7B-MaxText",
         8.409,
@@ -148,7 +148,7 @@ RECIPES = {
         },
         f"{_OVERLAP} {_MOE_VMEM}",
     ),
-    # `llama2_70b_v5p_128`; the step time is that of 692 tokens per second and chip in the table.
+    # `llama2_70b_v5p_128`; the step time is computed from 692 tokens/s per chip in the table.
     "llama2_70b_v5p": Recipe(
         "maxtext/benchmarks/maxtext_v5p_model_configs.py",
         23.7,
@@ -164,7 +164,7 @@ RECIPES = {
         },
         _OVERLAP,
     ),
-    # 2 sequences per chip, as in the published line of the log; the fields beside it say 3.
+    # The published line of the log says 2 sequences per chip; the recipe's fields say 3.
     "llama2_70b_v6e": Recipe(
         "tpu-recipes/training/trillium/Llama2-70B-MaxText",
         9.052,
@@ -197,9 +197,9 @@ _INSTALL = "the docstring of benchmarks/maxtext.py says how to install MaxText"
 
 
 def compile_maxtext(python, fields, xla_flags):
-    """Compiles a train step of MaxText, with `fields` of its `base.yml`, by a Python that has
+    """Compiles a training step of MaxText with `fields` of its `base.yml`; `python` must have
     MaxText. Returns the figures that `maxtext_compile.py` writes, and the optimised HLO. Raises
-    `UserError` if there is no such Python, no MaxText there, or MaxText failed.
+    `UserError` if `python` does not exist or has no MaxText, or if MaxText fails.
     """
     script = Path(__file__).with_name("maxtext_compile.py")
     of_tpu = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -207,7 +207,7 @@ def compile_maxtext(python, fields, xla_flags):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | of_tpu | settings
     with tempfile.TemporaryDirectory() as folder:
         arguments = [f"{name}={value}" for name, value in fields.items()]
-        # -P: `import maxtext` must not find this file beside the script.
+        # -P: otherwise `import maxtext` finds this file, which is next to the script.
         command = [python, "-P", str(script), folder, *arguments]
         try:
             done = subprocess.run(
@@ -236,7 +236,7 @@ def our_configuration(variant, n_devices):
 
 
 def our_size(config):
-    """Returns the size of our model and of its step, with the names of `maxtext_compile.py`."""
+    """Returns the size of our model and of its step, with the keys of `maxtext_compile.py`."""
     state = [a for a in jax.tree.leaves(jax.eval_shape(lambda: init_state(config, 0))) if a.ndim]
     return {
         "layers": config.model.n_layers,
@@ -256,8 +256,8 @@ def our_size(config):
 
 
 def check_sizes(name, size, reference):
-    """Returns the numbers of parameters in words; they may differ by 0.1%. Raises `UserError`, with
-    both values, if anything else differs.
+    """Returns a text with the numbers of parameters. Raises `UserError` if they differ by 0.1% or
+    more, or if any other size differs.
     """
     close = ("parameters", "state_numbers")
     for field, value in size.items():
@@ -282,7 +282,7 @@ def _read(text, chip, shape):
 
 
 def row(name, temp_bytes, report):
-    """Returns a figure of the table from `temp_bytes` and what `read_program` returns."""
+    """Returns the figures of a program; `report` is from `read_program` or `plan`."""
     return {
         "program": name,
         "temp_bytes": temp_bytes,
@@ -294,7 +294,7 @@ def row(name, temp_bytes, report):
 
 
 def table(figures):
-    """Returns the figures as lines of text, also relative to the first."""
+    """Formats the figures as lines of text, with ratios to the first program."""
     base, lines = figures[0], []
     for f in figures:
         traffic, step, at_peaks = (
@@ -315,7 +315,7 @@ def in_words(versions):
 
 
 def compare(python, topology):
-    """Compiles MaxText and ours for a topology, prints the table, and returns its figures."""
+    """Compiles MaxText's and our step for a topology, prints the table, and returns its figures."""
     generation, devices = topology_devices(topology)
     chip = chip_part(generation, devices)
     target = {
@@ -369,7 +369,7 @@ def main():
     save(report)
 
 
-if __name__ == "__main__":  # flags are only here, so that tests can import this file
+if __name__ == "__main__":  # defined here, because tests import this file
     flags.DEFINE_string("python", None, "the Python of an environment with MaxText")
     flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:4x4")
     flags.DEFINE_string("recipe", None, f"of {', '.join(RECIPES)}")

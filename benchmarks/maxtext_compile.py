@@ -3,7 +3,7 @@
     VENV/bin/python -P benchmarks/maxtext_compile.py FOLDER NAME=VALUE...
 
 NAME is a field of MaxText's `base.yml`. The compiler's dump and `figures.json` are written into
-FOLDER. XLA flags are those of the environment variable `LIBTPU_INIT_ARGS`.
+FOLDER. XLA flags are read from the environment variable `LIBTPU_INIT_ARGS`.
 """
 
 import importlib.metadata
@@ -36,7 +36,7 @@ def main(folder, *arguments):
 
     def measured(function, shapes, options, mesh, *others):
         config, started = others[-2], time.perf_counter()
-        jax.config.update("jax_use_shardy_partitioner", config.shardy)  # as `train.py` does
+        jax.config.update("jax_use_shardy_partitioner", config.shardy)  # `train.py` sets it, too
         compiled = jit_and_compile(function, shapes, options, mesh, *others)
         memory = compiled.memory_analysis()
         is_float = [a for a in jax.tree.leaves(shapes[0]) if "float" in str(a.dtype)]

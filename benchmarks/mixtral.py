@@ -2,10 +2,10 @@
 `transformers` on torch.
 
 `python -m benchmarks.mixtral [--repeats=5] [--json=FILE]`, with `torch` and `transformers`
-installed beside this package. All take 16 sequences of 256 random tokens through 4 layers of d=256
-with 4 heads and 8 experts, 2 chosen, of width 512, with a vocabulary of 4096, L_aux (unless the arm
-says otherwise), clipping and AdamW, in float32. Mixtral runs eagerly. The models are timed in turn,
-and so is one matrix product in torch and in JAX, since a step consists mostly of matrix products.
+installed, too. All models have 4 layers with d=256, 4 heads, top-2 of 8 experts of width 512, and
+a vocabulary of 4096. A step has 16 sequences of 256 random tokens, and uses float32, AdamW,
+clipping and L_aux (unless the arm says otherwise). Mixtral runs eagerly. Steps of the models
+alternate. A matrix product, of which steps mostly consist, is also timed in torch and in JAX.
 """
 
 import os
@@ -36,8 +36,8 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "timed steps of each model", lower
 
 
 def mixtral_step(config):
-    """Returns a function that takes one training step of `transformers`' Mixtral in the shape of
-    `config`, and the versions of the packages in words.
+    """Returns a function that runs one training step of Mixtral in `transformers` with the shape of
+    `config`, and a text with the versions of the packages.
     """
     torch, transformers, versions = torch_packages()
     m, c, t = config.model, config.experts, config.train
@@ -95,7 +95,7 @@ def products(config):
 
 
 def main():
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX counts the cores
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # set before JAX counts cores
     router = configuration("moe", CHANGES)
     low = {"experts": {"d_low": 85}}
     configurations = {

@@ -2,8 +2,8 @@
 
 `python -m benchmarks.parity [--json=FILE]` makes a tiny random model of every architecture that can
 be imported, saves it in every layout of its tensors in float32 and in bfloat16, and compares the
-logits of both sides, which compute in float32. A row has the largest logit and, for each layout and
-type, the largest absolute difference. It needs `transformers` and `torch`.
+logits that both libraries compute in float32. A row has the largest logit and, for each layout and
+dtype, the largest absolute difference. It needs `transformers` and `torch`.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from benchmarks.timing import report, run_benchmark
 
 VOCABULARY, EXPERTS = 96, 4
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (8, 32))
-LAYOUTS = {"per expert": True, "fused": False}  # whether experts have tensors of their own
+LAYOUTS = {"per expert": True, "fused": False}  # True: one tensor for each expert
 _SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -38,7 +38,7 @@ _SHAPE = {
     "pad_token_id": None,
 }
 _MOE = {**_SHAPE, "num_experts_per_tok": 2}
-_ROPE = {"rope_type": "default", "rope_theta": 100.0}  # differs from the default
+_ROPE = {"rope_type": "default", "rope_theta": 100.0}  # not the default theta
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 50.0,
@@ -55,7 +55,7 @@ _QWEN3_MOE = {
     "head_dim": 12,
     "rope_parameters": _ROPE,
 }
-_DEEPSEEK = {  # with its router
+_DEEPSEEK = {  # fields of its router
     **_SHAPE,
     "num_hidden_layers": 3,
     "moe_intermediate_size": 20,
@@ -131,8 +131,8 @@ MODELS = {
 
 
 def random_model(name, **changes):
-    """A model of `MODELS`; every parameter, norms included, and every selection bias is drawn with
-    the standard deviation 0.3.
+    """Makes a model of `MODELS` with transformers. All parameters (also those of norms) and all
+    selection biases are normal random numbers with the standard deviation 0.3.
     """
     import torch
     import transformers
@@ -151,13 +151,13 @@ def random_model(name, **changes):
 
 
 def save(model, directory, layout):
-    """Saves a model of transformers; the layout "per expert" gets many shards."""
+    """Saves a model of transformers; the layout "per expert" is saved in many shards."""
     size = "20KB" if layout == "per expert" else "5GB"
     model.save_pretrained(directory, save_original_format=LAYOUTS[layout], max_shard_size=size)
 
 
 def logits_here(directory, tokens=TOKENS, **mesh):
-    """Returns the logits of a model in a directory by our decoder, in float32, over a mesh."""
+    """Returns the float32 logits that our decoder computes for a saved model, on a mesh."""
     config = read_config(directory)
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, dtype="float32"), mesh=MeshConfig(**mesh)
@@ -175,7 +175,7 @@ def logits_here(directory, tokens=TOKENS, **mesh):
 
 
 def load_there(directory, **settings):
-    """Loads a model by transformers, with the code in its directory, in float32."""
+    """Loads a model in float32 with transformers and the code in the model's directory."""
     import torch
     import transformers
 
@@ -184,7 +184,7 @@ def load_there(directory, **settings):
 
 
 def logits_there(directory, tokens=TOKENS, **settings):
-    """Returns the logits of a model in a directory by transformers."""
+    """Returns the logits that transformers computes for a saved model."""
     import torch
 
     with torch.no_grad():

@@ -1,8 +1,8 @@
-"""The table of plans in docs/plans.md: AoE beside its router twin, on machines that are not here.
+"""Makes the table in docs/plans.md: estimated memory and step time of AoE and of the router MoE.
 
 `python -m benchmarks.plans [--rows=NAME,...] [--json=FILE]`, with `libtpu` for TPUs and JAX's CUDA
-wheels for GPUs; a row takes minutes on two cores. Each row is `python -m aoe_jax.plan
---config=CONFIGURATION --topology=TOPOLOGY` with the fields in `ROWS` and `SHARED`.
+wheels for GPUs; a row takes minutes on two cores. The command computes each row like `python -m
+aoe_jax.plan --config=CONFIGURATION --topology=TOPOLOGY` with the fields in `ROWS` and `SHARED`.
 """
 
 from absl import flags
@@ -14,12 +14,12 @@ from aoe_jax.planning.step_plan import plan
 from benchmarks.timing import check_names, report, run_benchmark
 from configs import large, paper
 
-# One micro-batch; L_aux, if any, from an eighth of the tokens.
+# One micro-batch per step; L_aux, if it is used, is computed from an eighth of the tokens.
 SHARED = {"balance.aux_tokens": 0.125, "train.accumulate": 1}
 SMALL = (paper, "aoe_whole_aux", "aoe_r256_aux", "moe_aux")
 MIDDLE = (paper, "aoe_4b", "moe_4b")
 LONG = {"data.seq_len": 32_768, "model.max_len": 32_768}
-# name -> (file, AoE of each form, the router twin), topology, sequences of a device, further fields
+# name -> (module, AoE variants, router MoE), topology, sequences per device, other fields
 ROWS = {
     "732M@v5e": (SMALL, "v5e:4x4", 8, {"mesh.fsdp": 16}),
     "732M@v5p": (SMALL, "v5p:4x4x4", 8, {"mesh.fsdp": 64}),
@@ -56,7 +56,7 @@ def configuration(module, variant, fields):
 
 
 def plans_of(name):
-    """Yields the plan of each configuration of a row, the router twin last."""
+    """Yields the plan of each configuration of a row; the router MoE is the last one."""
     (module, *variants), topology, sequences, fields = ROWS[name]
     generation, devices = topology_devices(topology)
     fields = {"train.batch_size": sequences * len(devices), **fields}
@@ -70,7 +70,7 @@ def plans_of(name):
 
 
 def cells(figure, twin=None):
-    """Returns the line of the table for a plan; `twin` is the plan of the MoE, for an AoE."""
+    """Returns the table's cells for a plan; for an AoE, `twin` is the plan of the router MoE."""
     memory, traffic, step = compared = _compared(figure)
     mesh = (f"{name} {n}" for name, n in figure["mesh"].items() if name != "transport" and n > 1)
     network = figure["seconds_by_scope"].get("network", 0)

@@ -1,14 +1,14 @@
-"""Measures data preparation: its rate on one core and that of the tokenizer library alone, and the
-preparation of gigabytes of text that is killed on the way.
+"""Measures data preparation: its speed on one core compared with the tokenizer library alone, and
+whether a preparation of gigabytes of text that is killed can be continued.
 
-`python -m benchmarks.prepare [--repeats=5] [--json=FILE]`: for each tokenizer, times the units of
-work of a worker process (read and parse JSON lines, hash, tokenise, write, hash again) in turn with
-the library's encoding of the same texts alone, in MB of text per second.
+`python -m benchmarks.prepare [--repeats=5] [--json=FILE]`: times, for each tokenizer, the work of
+a preparation process (read and parse JSON lines, hash, tokenise, write, hash again) and the
+library's encoding of the same texts alone, both in turn. Speeds are in MB of text per second.
 
-`python -m benchmarks.prepare --workdir=DIR --size=2e9 [--json=FILE]`: writes so many bytes of JSON
-lines into DIR and prepares them, once without a break, and once with two kills, continued each
-time; then compares the two and reads both stores whole. Memory is the largest sum over all
-processes of their proportional set sizes (PSS).
+`python -m benchmarks.prepare --workdir=DIR --size=2e9 [--json=FILE]`: writes 2e9 bytes of JSON
+lines into DIR and prepares them twice: without a break, and with two kills and restarts.
+Then it compares the two stores and reads both completely. Memory is the largest sum of the
+proportional set sizes (PSS) of all processes.
 """
 
 import importlib.util
@@ -57,7 +57,7 @@ _PROCESSES = flags.DEFINE_integer(
 
 
 def texts():
-    """Returns the addresses, cut into documents."""
+    """Yields the embedded addresses, cut into documents."""
     for file in speech_files():
         text = file.read_text()
         for start in range(0, len(text), DOCUMENT_CHARACTERS):
@@ -65,8 +65,8 @@ def texts():
 
 
 def llama_model():
-    """The SentencePiece model of 32,000 pieces in the package mistral-common; UserError if that is
-    not installed.
+    """Returns the path of the SentencePiece model of 32,000 pieces in the package mistral-common.
+    Raises `UserError` if the package is not installed.
     """
     spec = importlib.util.find_spec("mistral_common")
     if spec is None:
@@ -77,7 +77,7 @@ def llama_model():
 
 
 def rates(repeats, vocab_size, count):
-    """Returns rates of the pipeline and of the library for each tokenizer, on this one core."""
+    """Returns the speeds of preparation and library for each tokenizer, on one core."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     figures, documents = [], list(itertools.islice(texts(), count))
@@ -120,8 +120,8 @@ def rates(repeats, vocab_size, count):
 
 
 def write_texts(folder: Path, size):
-    """Writes files of about 64 MB of JSON lines, in which every document has a number of its own;
-    returns the number of documents.
+    """Writes files of about 64 MB of JSON lines; every document begins with a different number.
+    Returns the number of documents.
     """
     sources, written, count, number = list(texts()), 0, 0, 0
     while written < size:
@@ -136,8 +136,8 @@ def write_texts(folder: Path, size):
 
 
 def watched(command, output: Path, stop_at=None):
-    """Runs a command, and kills it when `stop_at` units of work are done, if that is not None;
-    returns `(exit status, seconds, largest memory)`.
+    """Runs a command; if `stop_at` is not None, kills it after `stop_at` units of work.
+    Returns `(exit status, seconds, largest memory in bytes)`.
     """
     started, largest = time.monotonic(), 0
     process = subprocess.Popen([*command, f"--output={output}"])
@@ -161,7 +161,7 @@ def memory(pid):
 
 
 def large(root: Path, size, processes):
-    """Prepares `size` bytes of text twice, once with kills on the way; returns the figures."""
+    """Prepares `size` bytes of text twice, the second time with kills; returns the figures."""
     (root / "texts").mkdir(parents=True)
     count = write_texts(root / "texts", size)
     command = [sys.executable, "-m", "aoe_jax.prepare", f"--input={root}/texts/*.jsonl"]

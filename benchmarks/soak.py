@@ -1,12 +1,12 @@
-"""A soak test: real training runs that are disturbed at random moments must end in the same state
-as an undisturbed run, bit for bit.
+"""A soak test: training runs that are killed, stopped or paused at random moments must end in the
+same state as an undisturbed run, bit for bit.
 
     python -m benchmarks.soak --workdir=DIR [--kills=50] [--terms=20]
     python -m benchmarks.soak --workdir=DIR --pod_size=2 [--events=20]
 
-The first form trains a small model in one process without a break. Then it starts the same run over
-and over, and kills it (SIGKILL) or asks it to stop (SIGTERM) right after its start, while its data
-is prepared, in its steps, or while it saves. The second form trains with several processes, each
+The first form trains a small model in one process without a break. Then it starts the same run many
+times, and kills it (SIGKILL) or asks it to stop (SIGTERM) right after its start, during data
+preparation, during its steps, or during a save. The second form trains with several processes, each
 under `aoe_jax.supervise`, and sends SIGKILL or SIGTERM to one or all of them, or SIGSTOP to one for
 longer than `train.hang_timeout`. The supervisors must bring the run to its end.
 
@@ -14,7 +14,7 @@ A run that reaches its end is compared with the undisturbed one: the metrics, ev
 metrics.jsonl except measured times, the position in the data, and the arrays of the last
 checkpoint. In the first form every checkpoint is also read after each stop. The program fails at
 the first difference, unreadable checkpoint, wrong exit status, or supervisor that gives up.
-`--seed` decides the order and the moments.
+`--seed` decides the order and the moments of the signals.
 """
 
 import collections
@@ -63,11 +63,11 @@ SETTINGS = {
     "checkpoint.every": 7,
     "checkpoint.keep": 3,
 }
-# The moment of a stop -> the longest delay of the signal after it, in seconds.
+# The moment of a stop -> the longest delay of the signal after this moment, in seconds.
 MOMENTS = {"start": 6, "preparation": 1, "steps": 4, "save": 0.05}
 HANG_TIMEOUT = 30  # seconds; on a busy machine a restore alone may take half of it
-LONGEST = 20  # seconds from an event of several processes to the next
-PATIENCE = 900  # seconds of waiting, before that counts as a failure
+LONGEST = 20  # limit of the seconds between two events of supervised runs
+PATIENCE = 900  # seconds to wait before a missing event counts as a failure
 ROOT = Path(__file__).parents[1]
 
 
@@ -75,7 +75,7 @@ class Soak:
     """Starts runs of one configuration, all in the folder `root` and on the same texts."""
 
     def __init__(self, root: Path, settings):
-        """Writes the texts, the addresses of a few decades. `settings` win over `SETTINGS`."""
+        """Copies texts, the last 40 of the addresses. `settings` override `SETTINGS`."""
         self.root, self.cache, texts = root, root / "cache", root / "texts"
         texts.mkdir(parents=True)
         for file in speech_files()[-40:]:
@@ -102,7 +102,7 @@ class Soak:
             raise Failure(f"{workdir} ended with exit status {status}:\n{last_words(workdir)}")
 
     def stop(self, workdir, moment, number, chance):
-        """Starts the run and sends it a signal at `moment`; returns the exit status."""
+        """Starts a run and sends it the signal `number` at `moment`; returns the exit status."""
         if moment == "preparation":
             shutil.rmtree(self.cache / "tokens", ignore_errors=True)
         known, n_saves = set(_names(workdir / "checkpoints")), chance.randrange(4)
@@ -120,13 +120,13 @@ class Soak:
 
 
 def last_words(workdir):
-    """Returns the end of the logs of a run."""
+    """Returns the last 2,000 characters of each log of a run."""
     logs = sorted(workdir.parent.glob(f"{workdir.name}*.log"))
     return "\n".join(log.read_text()[-2000:] for log in logs)
 
 
 def wait_until(holds, name, workdir):
-    """Waits until `holds()`; raises `Failure` after `PATIENCE`."""
+    """Waits until `holds()` is true; raises `Failure` after `PATIENCE`."""
     deadline = time.monotonic() + PATIENCE
     while not holds():
         if time.monotonic() > deadline:
@@ -142,7 +142,7 @@ def _names(folder):
 
 
 def _is_saving(workdir, known, n_saves):
-    """Whether a checkpoint is being written, after `n_saves` others."""
+    """Whether a checkpoint is being written, after `n_saves` others that are not in `known`."""
     new = set(_names(workdir / "checkpoints")) - known
     return sum(name.isdecimal() for name in new) >= n_saves and any("tmp" in name for name in new)
 
@@ -184,13 +184,13 @@ def check_checkpoints(workdir):
         raise Failure(f"{workdir} has damaged checkpoints")
     if (workdir / "checkpoints").is_dir():
         keep = read_run_config(workdir / "config.json").checkpoint.keep
-        # A kill while an older checkpoint is being deleted leaves a part of it.
+        # Older checkpoints are not read, because a kill may interrupt their deletion.
         for step in Checkpoints(workdir).steps()[-keep:]:
             read_state(workdir, step)
 
 
 def result(workdir):
-    """Returns everything that is equal in two runs that computed the same, by name."""
+    """Returns `{name: value}` of everything that must be equal in two runs."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     metrics = json.loads((workdir / "summary.json").read_text())["metrics"]
     return {
@@ -204,14 +204,14 @@ def result(workdir):
 
 
 def compare(workdir, wanted):
-    """Raises `Failure` unless the `result` of a run is the wanted one."""
+    """Raises `Failure` if the `result` of a run differs from `wanted`."""
     for name, found in result(workdir).items():
         if found != wanted[name]:
             raise Failure(f"{name} of {workdir} differ from those of the run without a break")
 
 
 def soak(root: Path, kills, terms, seed, settings=None):
-    """Stops runs by SIGKILL `kills` times and by SIGTERM `terms` times; returns what happened.
+    """Stops runs by SIGKILL `kills` times and by SIGTERM `terms` times; returns counts.
 
     Raises `Failure` at the first difference, unreadable checkpoint or wrong exit status.
     """
@@ -224,7 +224,7 @@ def soak(root: Path, kills, terms, seed, settings=None):
     for number in tqdm(signals, desc="stops", unit="stop"):
         moment = chance.choice([*MOMENTS])
         status = work.stop(run, moment, number, chance)
-        # Until the run handles SIGTERM, the signal ends the process like any other program.
+        # Before the run has installed its handler of SIGTERM, the signal ends the process.
         early = number == signal.SIGTERM and moment == "start"
         allowed = {0, -signal.SIGKILL} | ({-signal.SIGTERM, Terminated.status} if early else set())
         if status not in allowed:
@@ -244,7 +244,7 @@ class SupervisedRun:
     """A run of several processes on this machine, each under a supervisor."""
 
     def __init__(self, work: Soak, workdir, n_processes):
-        """Starts the supervisors; each logs to a file of its own."""
+        """Starts the supervisors."""
         self.workdir = workdir
         supervisor = ["-m", "aoe_jax.supervise", "--pause=1", "--restarts=20", "--"]
         more = [f"--coordinator=localhost:{_free_port()}", f"--processes={n_processes}"]
@@ -267,7 +267,7 @@ class SupervisedRun:
                 yield from psutil.Process(supervisor.pid).children()
 
     def wait_for_steps(self):
-        """Waits until steps are computed from now on, or the run has ended."""
+        """Waits until a new heartbeat says that the run computes steps, or until it has ended."""
         before = read_heartbeat(self.workdir)
 
         def computes():
@@ -281,7 +281,7 @@ class SupervisedRun:
         wait_until(self.has_ended, "the end", self.workdir)
 
     def send(self, number, everyone, chance):
-        """Sends a signal to one training process or to all; a stopped one continues later."""
+        """Sends a signal to one or all training processes; after SIGSTOP, resumes them later."""
         trainers = [*self._trainers()]
         if trainers and not everyone:
             trainers = [chance.choice(trainers)]
@@ -302,7 +302,7 @@ class SupervisedRun:
 
 
 def _free_port():
-    """Finds a port below those that the system gives to connections, so that it stays free."""
+    """Finds a free port outside the system's range for new connections; it stays free."""
     for port in random.sample(range(20_000, 32_000), 100):
         with contextlib.suppress(OSError), socket.create_server(("localhost", port)):
             return port
@@ -310,7 +310,7 @@ def _free_port():
 
 
 def soak_supervised(root: Path, n_processes, n_events, seed, settings=None):
-    """Disturbs supervised runs `n_events` times; returns what happened.
+    """Disturbs supervised runs `n_events` times; returns counts of the events.
 
     Raises `Failure` if a run ends in another state, or does not end.
     """
@@ -325,7 +325,7 @@ def soak_supervised(root: Path, n_processes, n_events, seed, settings=None):
         wanted = result(run.workdir)
         run = SupervisedRun(work, root / "run_0", n_processes)
         for _ in tqdm(range(n_events), desc="events", unit="event"):
-            if chance.random() < 0.5:  # in a step or a save, else at any moment
+            if chance.random() < 0.5:  # during steps or saves, else at any moment
                 run.wait_for_steps()
             time.sleep(LONGEST * chance.random())
             if run.has_ended():
@@ -360,7 +360,7 @@ def main():
     report(figures)
 
 
-if __name__ == "__main__":  # flags are only here, so that others can import this
+if __name__ == "__main__":  # defined here, because tests import this file
     flags.DEFINE_string("workdir", None, "a directory for the runs")
     flags.DEFINE_integer("kills", 50, "how often a process is killed", lower_bound=0)
     flags.DEFINE_integer("terms", 20, "how often a process is asked to stop", lower_bound=0)

@@ -29,8 +29,8 @@ def compiled(function, *args):
 
 
 def times(functions, repeats):
-    """Calls functions without arguments in turn, `repeats` times after a first call; returns
-    `{name: [seconds]}`.
+    """Calls the functions in turn and without arguments: once as a warm-up, then `repeats` times.
+    Returns `{name: [seconds]}` without the warm-up.
     """
     seconds = {name: [] for name in functions}
     for _ in range(repeats + 1):
@@ -59,7 +59,7 @@ def configuration(variant, *changes):
 
 
 def torch_packages():
-    """Returns the modules torch, on one thread, and transformers, and their versions in words.
+    """Returns the modules torch (set to one thread) and transformers, and a text with the versions.
     Raises `UserError` if one of them is not installed.
     """
     try:
@@ -82,15 +82,15 @@ def new_workdir(flag):
 
 
 def check_names(flag, names, known):
-    """Raises `UserError` if the value of a flag has a name that is not known."""
+    """Raises `UserError` if one of `names`, the value of a flag, is not in `known`."""
     for name in names:
         if name not in known:
             raise UserError(f"--{flag}={name} is unknown; choose from {', '.join(known)}")
 
 
 def parse_shapes(shapes, form, n_sizes=4):
-    """Shapes, such as `4096x512x1024x8`, as tuples; raises `UserError` if one does not have the
-    `form`, a description of the sizes.
+    """Returns shapes, such as `4096x512x1024x8`, as tuples. Raises `UserError` if a shape does not
+    have `n_sizes` sizes; `form` describes them in the message.
     """
     found = []
     for shape in shapes:
@@ -105,18 +105,18 @@ def parse_shapes(shapes, form, n_sizes=4):
 def run_benchmark(main, timed=False):
     """Runs a benchmark as a command with the flag `--json`.
 
-    A timed one starts this process again with `ALLOCATOR`, unless GLIBC_TUNABLES is set. Otherwise
-    page faults would dominate all times, the baseline's too. `GLIBC_TUNABLES= python -m
-    benchmarks...` measures without it.
+    If `timed`, it restarts this process with `ALLOCATOR`, unless GLIBC_TUNABLES is set. Without
+    these settings page faults would dominate all times. To measure without them, run
+    `GLIBC_TUNABLES= python -m benchmarks...`.
     """
     if timed and "GLIBC_TUNABLES" not in os.environ and sys.platform == "linux":
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR
         os.execv(sys.executable, sys.orig_argv)
     flags.DEFINE_string("json", None, "a file for the figures")
 
-    @functools.wraps(main)  # --help shows its docstring
+    @functools.wraps(main)  # --help shows main's docstring
     def checked():
-        cli.file_to_write(flags.FLAGS["json"])  # reports a wrong path before hours of work
+        cli.file_to_write(flags.FLAGS["json"])  # reports a wrong path now, not after hours
         return main()
 
     cli.run(checked)

@@ -1,5 +1,5 @@
 """The two-stage classifier of the paper's Appendix B, with AoE and with a router MoE: which expert
-serves a class that is added later?
+is chosen for a class that is added later?
 
 `python -m benchmarks.two_stage [--seeds=20] [--steps=1000] [--d_model=32] [--json=FILE]
 [--output=DIR]` prints a table. `--json` writes the figures of every seed, and `--output` draws the
@@ -7,19 +7,19 @@ paper's Fig. 5 as `two_stage.png` and `two_stage.svg`.
 
 The model is one layer of two experts with top-1 and a linear head. Inputs are Gaussian with
 variance 1: class 1 around +mean, class 2 around -mean, class 3 around 0. Stage one trains on
-classes 1 and 2; stage two trains equally long on all three. The table shows which share of each
-class each expert serves after each stage, and how many seeds end as in the paper: one AoE expert
-serves classes 1 and 2 and the other class 3 (`apart`), while a router spreads class 3 over both
-experts (`spread`).
+classes 1 and 2; stage two trains equally long on all three. The table shows, after each stage, the
+share of each class that is routed to each expert, and how many seeds end like those of the paper:
+one AoE expert processes classes 1 and 2, and the other class 3 (`apart`), while a router divides
+class 3 between both experts (`spread`).
 
 With top-1 the paper's weight, a softmax over the chosen expert alone, is constantly 1. So the
-router receives no gradient and keeps its initial choices, and AoE's choices change only with the
-activations that its experts compute with. The softmax over both experts
-(`routing.norm_topk_prob=False`) does send a gradient to the chosen score. Both weights are run.
+router receives no gradient and keeps its initial choices, and AoE's choices change only because the
+experts' own weights are trained. With the softmax over both experts
+(`routing.norm_topk_prob=False`), the chosen score receives a gradient. Both weights are tested.
 
 Two properties hold by construction. The norms of x and -x are equal, so AoE chooses the same expert
 for classes 1 and 2. Two logits without a bias divide the inputs by a hyperplane through 0, so half
-of class 3 is on either side. Both choices depend on the direction of x, not on its length.
+of class 3 is on either side. AoE and the router choose by the direction of x, not by its length.
 
 d is the input width, C = 3 classes, n = 2 experts, S seeds, T inputs.
 """
@@ -48,7 +48,7 @@ from aoe_jax.moe.routing import TopK
 from aoe_jax.storage.files import make_folder, write_json
 
 CLASSES, EXPERTS, STAGES = 3, 2, 2
-MOST = 0.9  # An expert serves a class if it gets at least this share of it.
+MOST = 0.9  # A class is on an expert if at least this share of the class is routed to it.
 # arm -> (experts.kind, routing.norm_topk_prob)
 ARMS = {
     "AoE, weight of 1": ("aoe", True),
@@ -71,10 +71,10 @@ class Setting:
 
     steps: int = 1000  # steps of each stage
     d_model: int = 32
-    distance: float = 8.0  # between the mean of class 3 and the others, in standard deviations
+    distance: float = 8.0  # from the mean of class 3 to the other means, in standard deviations
     batch: int = 64
     learning_rate: float = 1e-2
-    held_out: int = 1000  # inputs of each class to measure on
+    held_out: int = 1000  # inputs per class for measurements
 
     def experts(self, kind):
         shape = {"d_ffn": 2 * self.d_model, "d_low": max(1, self.d_model // 4)}
@@ -84,7 +84,7 @@ class Setting:
 class Outcome(NamedTuple):
     """Measurements on held-out inputs at the end of a stage."""
 
-    share: jax.Array  # [C, n], the share of each class that each expert serves
+    share: jax.Array  # [C, n], the share of each class that is routed to each expert
     accuracy: jax.Array  # [C]
 
 
@@ -97,7 +97,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """Takes `x [T, d]` float32."""
+        """`x` is `[T, d]` float32."""
         routing = TopK(self.norm_topk_prob)
         y, stats = ExpertsLayer(self.setting.experts(self.kind), routing, name="experts")(x)
         return nn.Dense(CLASSES, name="head")(y), stats
@@ -149,13 +149,13 @@ def train_seeds(kind, norm_topk_prob, setting, seeds):
     """Trains all seeds in one program; returns an `Outcome`, in which axis 1 is the stage: `share
     [S, 2, C, n]` and `accuracy [S, 2, C]`.
     """
-    # One after the other: a batch of seeds takes longer to compile and hardly less time to run.
+    # One seed after the other: a batch of seeds compiles more slowly and runs hardly faster.
     keys = jax.random.split(jax.random.key(0), seeds)
     return jax.lax.map(partial(train, kind, norm_topk_prob, setting), keys)
 
 
 def ending(share):
-    """Names how the experts share the classes, a key of `ENDINGS`; `share [C, n]`."""
+    """Returns the key of `ENDINGS` that describes `share [C, n]`."""
     share = np.asarray(share)
     if share[2].max() < MOST:
         return "spread"
@@ -166,7 +166,7 @@ def ending(share):
 
 
 def of_first_expert(share):
-    """Selects the shares of the expert that serves most of class 1: `[S, C, n] -> [S, C]`."""
+    """Selects the shares of the expert with most of class 1: `[S, C, n] -> [S, C]`."""
     first = share[:, 0].argmax(axis=-1)
     return np.take_along_axis(share, first[:, None, None], axis=2)[..., 0]
 
@@ -215,8 +215,8 @@ def table(figures):
 
 
 def draw(figures, setting):
-    """Draws a `Figure` like the paper's Fig. 5: bars show which part of each class each expert
-    serves, a dot is a seed; a column for each arm, a row for each stage.
+    """Draws a `Figure` like the paper's Fig. 5, with a column for each arm, a row for each stage.
+    Bars show the mean share of each class on each expert; dots show single seeds.
     """
     figure = Figure(figsize=(2.6 * len(figures), 5.6), layout="constrained")
     axes = figure.subplots(STAGES, len(figures), sharex=True, sharey=True, squeeze=False)
@@ -241,7 +241,7 @@ def draw(figures, setting):
     for row in axes:
         row[0].set_ylabel("share of a class")
     handles, words = axes[0, 0].get_legend_handles_labels()
-    # Matplotlib names the points first; they belong after the bars.
+    # Matplotlib lists the points first; this moves them behind the bars.
     handles, words = handles[1:] + handles[:1], words[1:] + words[:1]
     figure.legend(handles, words, loc="outside lower center", ncols=3, frameon=False)
     seeds, width, steps = len(shares), setting.d_model, setting.steps
@@ -273,7 +273,7 @@ def main():
             picture.savefig(folder / f"two_stage.{kind}", dpi=130)
 
 
-if __name__ == "__main__":  # flags are only here, so that tests can import this file
+if __name__ == "__main__":  # defined here, because tests import this file
     flags.DEFINE_integer("seeds", 20, "how often each layer is trained")
     flags.DEFINE_integer("steps", 1000, "training steps of each stage")
     flags.DEFINE_integer(

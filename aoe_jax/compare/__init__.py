@@ -1,1 +1,1 @@
-"""Comparisons of arms: suites of training runs, measurements, and reports."""
+"""Comparisons of arms: suites of training runs, measurements and reports."""

@@ -2,14 +2,14 @@
 
     python -m aoe_jax.compare --suite=configs/compare/NAME.py --workdir=DIR
 
-Trains the arms x sizes x seeds of the suite, several runs at a time, each on its own core. Finished
-runs are not repeated, so after a stop the same command goes on. `--report` only makes the report
-again: `DIR/report.md`, `DIR/report.html` (one file), CSV files, and the pictures as PNG and SVG.
-`--set=GROUP.FIELD=VALUE` changes a setting of all runs.
+Trains every arm of the suite at every size with every seed; on CPU one run per core at a time.
+Finished runs are not repeated, so the same command continues a stopped suite. `--report` trains
+nothing and only writes the report: `DIR/report.md`, `DIR/report.html` (one file), CSV files, and
+pictures as PNG and SVG. `--set=GROUP.FIELD=VALUE` changes a setting of all runs.
 
     python -m aoe_jax.compare --workdir=DIR --arms=ARM,ARM
 
-Compares any two arms by the `runs.csv` of a report, such as that in `results/small`.
+Compares any two arms from the `runs.csv` of a report, for example with `DIR=results/small`.
 """
 
 from absl import flags

@@ -1,8 +1,8 @@
 """Analyses which experts the layers of a run choose, checkpoint by checkpoint.
 
-Every kept checkpoint of the run chooses experts for the same tokens, the first ones of the
-validation split. `RUN/routing.json` has load, entropies, dead experts, mean norms or logits, and
-the overlap with the choices of the last checkpoint.
+Every kept checkpoint of the run routes the same tokens, the first ones of the validation split.
+`RUN/routing.json` has the load, entropies, dead experts, mean scores, and the overlap with the
+choices of the last checkpoint.
 
 L layers, T tokens, n experts.
 """
@@ -30,11 +30,11 @@ from aoe_jax.training.validation import compile_eval_step
 
 LAYER_MEANS = ["load_entropy", "confidence_entropy", "max_violation"]
 LAYER_COLUMNS = [*LAYER_MEANS, "dead_experts", "overlap_with_final"]
-_MOST_BYTES = 2**28  # limit of routing.json: enough for a hundred layers of 256 experts
+_MOST_BYTES = 2**28  # limit of routing.json; 100 layers of 256 experts need less
 
 
 def observing(decoder: Decoder):
-    """Returns a decoder whose statistics have each layer's choices as a record, `[T, n]` bool."""
+    """Returns a decoder whose statistics also record the choices of each layer, `[T, n]` bool."""
 
     def observe(scores, slots, weights, ctx):
         n_tokens, n = scores.shape
@@ -45,9 +45,9 @@ def observing(decoder: Decoder):
 
 
 def overlap(chosen, final):
-    """Returns the mean share `[L]` of a token's final experts that are also in `chosen`.
+    """Returns `[L]`, the mean share of a token's experts in `final` that `chosen` has, too.
 
-    Both are `[L, T, n]` bool. The mean is over tokens with final experts; it is 1 without any.
+    Both are `[L, T, n]` bool. The mean is over the tokens that have experts in `final`; 1 if none.
     """
     wanted, in_common = final.sum(axis=-1), (chosen & final).sum(axis=-1)
     shares = in_common / np.maximum(wanted, 1)  # 0 for tokens without experts
@@ -56,10 +56,10 @@ def overlap(chosen, final):
 
 
 def validation_batches(folder, config, size):
-    """Yields the whole batches of `size` sequences of a run's validation split, on the host.
+    """Yields the full batches of `size` sequences of a run's validation split, without padding.
 
-    If the split has no whole batch, its only batch comes with padding. Raises `UserError` if the
-    split differs from the run's.
+    Batches are NumPy arrays. If the split is smaller than a batch, its only batch has padding.
+    Raises `UserError` if the data differ from those of the run.
     """
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(folder, corpus)
@@ -72,7 +72,7 @@ def validation_batches(folder, config, size):
 
 
 def analyse(folder: Path, n_tokens: int):
-    """Writes `routing.json` of a run, from `n_tokens` of its validation split in whole batches.
+    """Writes `routing.json` of a run, from whole batches of about `n_tokens` validation tokens.
 
     Raises `UserError` if the run cannot be read.
     """
@@ -105,7 +105,7 @@ def analyse(folder: Path, n_tokens: int):
 def read_choices(file: Path, config: Config):
     """Returns the content of a `routing.json`; lists become float64 arrays, with NaN for null.
 
-    Raises `UserError` if it cannot be read or belongs to another configuration.
+    Raises `UserError` if the file cannot be read or belongs to another configuration.
     """
     wanted, n_layers = "remove it, and run the command again", config.model.n_layers
     shapes = dict.fromkeys(("load", "mean_score"), (n_layers, config.experts.n_experts))
@@ -126,7 +126,7 @@ def read_choices(file: Path, config: Config):
 
 
 def _summary(stats, chosen, final):
-    """Returns the statistics of a checkpoint by name, from choices `[L, T, n]` of real tokens."""
+    """Returns the statistics of a checkpoint by name; choices are `[L, T, n]`, without padding."""
     load = chosen.mean(axis=1)  # [L, n]
     of_load = layer_statistics(load, stats.live)
     by_name = {

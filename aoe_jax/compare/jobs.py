@@ -1,4 +1,4 @@
-"""Runs commands in processes of their own, and describes the machine that runs them."""
+"""Runs commands in separate processes, and describes the machine that runs them."""
 
 import contextlib
 import json
@@ -18,8 +18,8 @@ from aoe_jax.storage.files import NUMBER, TEXT, read_json, write_json
 
 log = logging.getLogger(__name__)
 
-# By default glibc returns freed memory to the system after every step; on CPU, getting it back
-# costs more than a tenth of the time.
+# By default glibc returns freed memory to the system after every step. On CPU, allocating it again
+# costs more than a tenth of the step time, so these settings make glibc keep it.
 ALLOCATOR = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
     "glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
@@ -36,20 +36,20 @@ class Job:
 
     name: str
     command: tuple[str, ...]
-    # A file or a directory that the command writes. Beside it are `.log` and `.outcome.json`.
+    # A file or directory that the command writes, next to OUTPUT.log and OUTPUT.outcome.json.
     output: Path
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one job at a time."""
+    """The devices on which one job at a time runs."""
 
-    core: int | None = None  # None: any
-    environment: dict[str, str] = field(default_factory=dict)  # selects its devices
+    core: int | None = None  # None: any core
+    environment: dict[str, str] = field(default_factory=dict)  # variables that select the devices
 
 
 def last_line(log_file: Path):
-    """Returns the last line of a log that is not empty; "" without a log."""
+    """Returns the last non-empty line of a log; "" without a log."""
     text = log_file.read_text(errors="replace") if log_file.exists() else ""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
@@ -62,7 +62,7 @@ def read_outcome(output: Path):
 
 
 def read_machines(workdir: Path):
-    """Returns the machines of a suite so far, as `Machine.here` describes them; the newest last."""
+    """Returns the descriptions of all machines that ran jobs of a suite; the newest is last."""
     schema = {"machines": [{"backend": TEXT}]}
     return read_json(workdir / "machine.json", "remove it", schema)["machines"]
 
@@ -73,15 +73,15 @@ class Machine:
 
     backend: str
     slots: list[Slot]
-    environment: dict[str, str]  # defaults for variables that are not set
+    environment: dict[str, str]  # default values of environment variables
 
     @classmethod
     def here(cls, workdir: Path, n_jobs: int | None):
         """Describes this machine, and adds it to `machine.json` in the directory of a suite.
 
-        A change of package versions or of the commit makes it another machine. `n_jobs` is the
+        With other package versions or another commit it counts as another machine. `n_jobs` is the
         number of jobs that run at a time; None means one per core on CPU, else one. Raises
-        `UserError` if JAX does not start, or `n_jobs` is impossible here.
+        `UserError` if JAX does not start, or if this machine cannot run `n_jobs` at a time.
         """
         description = _describe()
         earlier = read_machines(workdir) if (workdir / "machine.json").exists() else []
@@ -89,7 +89,7 @@ class Machine:
         write_json(workdir / "machine.json", {"machines": machines})
         environment = {
             "GLIBC_TUNABLES": ALLOCATOR,
-            "JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"),  # seeds share programs
+            "JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"),  # shared by all seeds
             "PYTHONUNBUFFERED": "1",
         }
         return cls(description["backend"], slots_of(description, n_jobs), environment)
@@ -141,14 +141,14 @@ def _start(job, slot, environment):
             process_group=0,  # so that Ctrl-C reaches the jobs only through `Machine.run`
         )
     if slot.core is not None:
-        os.sched_setaffinity(process.pid, {slot.core})  # before it starts threads, which inherit it
+        os.sched_setaffinity(process.pid, {slot.core})  # threads of the job inherit it
     return process
 
 
 def _succeeded(job, status):
     log_file = beside(job.output, ".log")
     line = last_line(log_file)
-    if status < 0:  # it could not log a reason, for example without memory
+    if status < 0:  # the process could not log a reason
         line = f"killed by signal {-status}, after: {line}"
     write_json(beside(job.output, ".outcome.json"), {"status": status, "last_line": line})
     if status:
@@ -158,7 +158,7 @@ def _succeeded(job, status):
 
 
 def _describe():
-    # JAX is asked in another process, because this one must not take the accelerator.
+    # Another process starts JAX, because this process must not reserve the accelerator.
     ask = (
         "import jax, json; from aoe_jax.planning.hardware import machine; "
         "print(json.dumps({'backend': jax.default_backend()} | machine()))"
@@ -173,7 +173,7 @@ def _describe():
         model = re.search(r"^model name.*?:(.*)", cpuinfo.read_text(), re.MULTILINE)
         machine["device"] = model[1].strip() if model else machine["device"]
     commit, root = None, str(Path(aoe_jax.__file__).parents[1])
-    with contextlib.suppress(FileNotFoundError):  # git is not installed
+    with contextlib.suppress(FileNotFoundError):  # if git is not installed
         git = _output_of("git", "-C", root, "describe", "--always", "--dirty", "--exclude=*")
         commit = git.stdout.strip() or None
     return {"commit": commit, **machine}
@@ -184,9 +184,9 @@ def _output_of(*command):
 
 
 def slots_of(machine, n_jobs):
-    """Returns a slot for each CPU core or for an equal share of the GPUs.
+    """Returns `n_jobs` slots, each with a CPU core or with an equal number of the GPUs.
 
-    Raises `UserError` if the machine cannot run `n_jobs` at a time.
+    `machine` is from `_describe`. Raises `UserError` if the machine cannot run `n_jobs` at a time.
     """
     if machine["backend"] == "cpu":
         cores = sorted(os.sched_getaffinity(0))

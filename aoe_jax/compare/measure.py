@@ -1,11 +1,11 @@
-"""Measures trained runs and sweeps: choices of experts, times of steps, memory.
+"""Measures trained runs and sweeps: choices of experts, step times and memory.
 
     python -m aoe_jax.compare.measure --suite=FILE --workdir=DIR --point=NAME
 
-A point is a size of the suite, or a value of one of its sweeps. `aoe_jax.compare` starts a process
-for each point that is not measured yet. For a size, it analyses the choices of the finished runs
-and times steps of the trained models. For a sweep's value, it times steps of untrained models on
-random tokens. The arms take steps in turn. The results are in `DIR/measured/NAME.json`.
+A point is a size of the suite, or one value of a sweep. `aoe_jax.compare` starts a process for each
+point that is not measured yet. At a size, the process analyses the choices of the finished runs and
+times steps of the trained models. At a value of a sweep, it times steps of untrained models on
+random tokens. It alternates the steps of the arms, and writes `DIR/measured/NAME.json`.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.storage.files import NUMBER, read_json, write_json
 from aoe_jax.training.step_times import RepeatedStep, seconds_in_turn
 
-log = logging.getLogger("aoe_jax.compare.measure")  # __name__ is __main__ on the command line
+log = logging.getLogger("aoe_jax.compare.measure")  # as a command, __name__ is __main__
 
 
 def measured_file(workdir: Path, point):
@@ -41,13 +41,13 @@ def sweep_point(name, value):
 
 
 def finished_runs(suite: Suite, workdir: Path, size):
-    """Returns `{folder: Run}` of the finished runs of a size, seed by seed."""
+    """Returns `{folder: Run}` of the finished runs of a size, ordered by seed."""
     of_size = {folder_of(workdir, run): run for run in suite.runs() if run.size == size}
     return {folder: run for folder, run in of_size.items() if is_finished(folder, run)}
 
 
 def configs_by_point(suite: Suite, workdir: Path):
-    """Returns `{name of the point: {arm: Config}}`; a size has only its finished arms."""
+    """Returns `{name of the point: {arm: Config}}`; at a size only for arms with a finished run."""
     found = {}
     for size in suite.sizes:
         firsts = _first_seeds(suite, workdir, size)
@@ -59,7 +59,7 @@ def configs_by_point(suite: Suite, workdir: Path):
 
 
 def _first_seeds(suite, workdir, size):
-    """Returns `{arm: (folder, Run)}` of the first finished seed."""
+    """Returns `{arm: (folder, Run)}` of the first finished seed of each arm."""
     first = {}
     for folder, run in finished_runs(suite, workdir, size).items():
         first.setdefault(run.arm, (folder, run))
@@ -67,8 +67,8 @@ def _first_seeds(suite, workdir, size):
 
 
 def read_point(workdir: Path, point, configs: Mapping[str, Config]):
-    """Returns `{arm: {"seconds", "memory_bytes"}}` of a step, without arms that failed; {} if the
-    point was not measured with these configurations.
+    """Returns `{arm: {"seconds", "memory_bytes"}}` per step, without the arms that failed; {} if
+    the point was not measured with these configurations.
     """
     file = measured_file(workdir, point)
     if not file.exists():
@@ -77,7 +77,7 @@ def read_point(workdir: Path, point, configs: Mapping[str, Config]):
     found = read_json(file, "remove it", {"configs": {str: {str: {}}}, "costs": {str: of_arm}})
     try:
         measured = {arm: Config.from_config_dict(c) for arm, c in found["configs"].items()}
-    except UserError:  # another version wrote other fields
+    except UserError:  # written by a version with other fields
         return {}
     return found["costs"] if measured == configs else {}
 
@@ -86,8 +86,8 @@ def measure_suite(suite: Suite, workdir: Path, machine: Machine, suite_flags):
     """Measures the points that are not measured yet; raises like `Machine.run`.
 
     One process runs at a time, so that processes do not slow each other. Steps of trained models
-    are timed in turn on CPU only: elsewhere each run has its devices to itself, and the arms of a
-    size may not fit into memory together. `suite_flags` are the flags that name the suite.
+    are timed in turn on CPU only. On other devices the runs' own step times are reliable, and the
+    arms of a size may not fit into memory together. `suite_flags` are the flags of the suite.
     """
     jobs, program = [], (sys.executable, "-m", "aoe_jax.compare.measure", *suite_flags)
     (workdir / "measured").mkdir(exist_ok=True)
@@ -101,7 +101,7 @@ def measure_suite(suite: Suite, workdir: Path, machine: Machine, suite_flags):
 
 
 def unanalysed(suite: Suite, workdir: Path, size):
-    """Returns the folders of finished runs of a size whose last choices are not analysed yet."""
+    """Returns the folders of finished runs of a size whose last checkpoint is not analysed yet."""
     found = []
     for folder, run in finished_runs(suite, workdir, size).items():
         file, steps = folder / "routing.json", run.config.train.steps
@@ -114,7 +114,7 @@ def unanalysed(suite: Suite, workdir: Path, size):
 
 @contextlib.contextmanager
 def _noting(name, failed):
-    """Logs an exception of its body and adds `name` and the exception to `failed`."""
+    """Logs an exception of the `with` block and adds `name` and the exception to `failed`."""
     try:
         yield
     except Exception as e:
@@ -123,7 +123,7 @@ def _noting(name, failed):
 
 
 def measure_point(suite: Suite, workdir: Path, point, failed):
-    """Times the steps of all arms of a point; adds reasons of failures to `failed`."""
+    """Times the steps of all arms at a point, and adds the reasons of failures to `failed`."""
     configs, steps, costs = configs_by_point(suite, workdir)[point], {}, {}
     firsts = _first_seeds(suite, workdir, point)
     for arm, config in configs.items():
@@ -141,7 +141,7 @@ def measure_point(suite: Suite, workdir: Path, point, failed):
 
 
 def main():
-    """Measures a point; returns 1 if a part failed, after all others are done."""
+    """Measures a point; returns 1 if something failed, after all other measurements."""
     given, failed = flags.FLAGS, []
     suite, workdir = load_suite(Path(given.suite), given.set), Path(given.workdir)
     point = given.point

@@ -1,4 +1,4 @@
-"""The difference of any two arms of a suite, from the `runs.csv` of its report."""
+"""Computes the difference of any two arms of a suite from the `runs.csv` of its report."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from aoe_jax.errors import UserError
 def pair_table(folder: Path, arms):
     """Formats a Markdown table of the final validation nll of two arms at every size.
 
-    Nll is in nats a token. Means and differences are over the seeds that both arms have finished.
-    Raises `UserError` if the file cannot be read or no size has both arms.
+    Nll is in nats per token. Means and differences are over the seeds that both arms have finished.
+    Raises `UserError` if the file cannot be read, or if no size and seed has both arms.
     """
     runs = _finished_runs(folder)
     known = runs["arm"].unique()
@@ -37,7 +37,7 @@ def _finished_runs(folder):
     columns = ["size", "arm", "seed", "state", "validation_nll"]
     try:
         runs = pd.read_csv(folder / "runs.csv", usecols=columns, dtype={"validation_nll": float})
-    except (OSError, ValueError) as e:  # ValueError: not text, other columns, or no numbers
+    except (OSError, ValueError) as e:  # ValueError: no text, columns or numbers
         reason = getattr(e, "strerror", None) or f"it has no runs of a suite: {e}"
         wanted = f"runs.csv cannot be read ({reason}); name the folder of a report"
         raise UserError(f"--workdir={folder}: {wanted}") from e

@@ -1,6 +1,6 @@
-"""The pictures of a report. Each drawing function returns a matplotlib `Figure`.
+"""Draws the pictures of a report. Each drawing function returns a matplotlib `Figure`.
 
-`styles` is the result of `styles_of`: an arm has the same colour and line style everywhere.
+`styles` is the result of `styles_of`: an arm has the same colour and line style in all pictures.
 """
 
 import itertools
@@ -26,7 +26,7 @@ SETTINGS = {
     "ytick.labelsize": 8,
     "legend.fontsize": 8,
     "legend.frameon": False,
-    "svg.fonttype": "none",  # letters are not drawn as paths
+    "svg.fonttype": "none",  # text stays text and does not become paths
     "svg.hashsalt": "aoe_jax",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -39,14 +39,14 @@ AXES = {
     "flops": "useful training FLOPs",
     "seconds": "seconds of training steps",
 }
-SMOOTHING = 0.04  # share of the steps over which training losses are averaged
-POINTS = {"fmt": "o", "markersize": 4, "capsize": 2}  # with error bars
+SMOOTHING = 0.04  # fraction of the steps in the moving average of training losses
+POINTS = {"fmt": "o", "markersize": 4, "capsize": 2}  # points with error bars
 
-drawn = matplotlib.rc_context(SETTINGS)  # decorates a function that draws
+drawn = matplotlib.rc_context(SETTINGS)  # decorator of functions that draw
 
 
 def styles_of(labels):
-    """Returns options of lines by arm; the first seven arms differ in colour."""
+    """Returns `{arm: options of its lines}`; the first seven arms have different colours."""
     styles = itertools.cycle(itertools.product(DASHES, COLOURS))
     return {
         arm: {"color": colour, "linestyle": dashes, "label": label}
@@ -69,7 +69,7 @@ def _legend(figure, axes):
 
 
 def _label(axis, locator):
-    """Gives an axis few labels, such as 3M."""
+    """Sets few ticks on an axis, with labels such as 3M."""
     axis.set_major_locator(locator)
     axis.set_major_formatter(lambda value, _: number(value))
     axis.set_minor_locator(NullLocator())
@@ -83,7 +83,7 @@ def _log_x(axes):
 
 
 def _over_seeds(rows, columns):
-    """Returns means by step, at the steps that all seeds have reported."""
+    """Returns means over seeds by step, at the steps that all seeds have reported."""
     steps = rows.groupby("step")
     complete = steps["seed"].nunique() == rows["seed"].nunique()
     return steps[columns].mean()[complete]
@@ -91,9 +91,9 @@ def _over_seeds(rows, columns):
 
 @drawn
 def loss_curves(curves, styles, axis):
-    """Draws training losses as lines and validation losses as points, against a key of AXES.
+    """Draws training losses as lines and validation losses as points, against a column of AXES.
 
-    `curves` has the rows of `Results.curves` of the finished runs of a size.
+    `curves` has the rows of `Results.curves` that belong to the finished runs of a size.
     """
     figure, (axes,) = _new(3.5, n_arms=curves["arm"].nunique())
     late, lowest, first_x = [], [], []
@@ -107,7 +107,7 @@ def loss_curves(curves, styles, axis):
         late += [*nll[len(nll) // 4 :]]
         lowest += [min(late), *points["nll"]]
         first_x.append(train[axis].iloc[len(train) // 12])
-    axes.set_xlim(left=min(first_x))  # the steep beginning would hide the rest
+    axes.set_xlim(left=min(first_x))  # the steep beginning would hide all differences
     _log_x(axes)
     margin = 0.08 * (max(late) - min(late))
     axes.set_ylim(min(lowest) - margin, max(late) + 3 * margin)
@@ -118,7 +118,7 @@ def loss_curves(curves, styles, axis):
 
 @drawn
 def scaling(fitted, styles, xlabel):
-    """Draws `{arm: ({x: [loss of each seed]}, Fit)}`: means, standard errors, fits and bands."""
+    """Draws `{arm: ({x: [loss of each seed]}, PowerLaw)}`: means, standard errors, fits, bands."""
     figure, (axes,) = _new(3.8, n_arms=len(fitted))
     for arm, (groups, fit) in fitted.items():
         colour, means = styles[arm]["color"], [mean(losses) for losses in groups.values()]
@@ -136,7 +136,7 @@ def scaling(fitted, styles, xlabel):
 
 @drawn
 def differences(rows, styles):
-    """Draws differences with their intervals, one line for each of `[(arm, label, Estimate)]`."""
+    """Draws differences and their intervals, a line for each `(arm, label, Estimate)` in `rows`."""
     rows = [(arm, textwrap.fill(label, width=34), found) for arm, label, found in rows]
     lines = sum(1 + label.count("\n") for _, label, _ in rows)
     figure, (axes,) = _new(0.9 + 0.09 * len(rows) + 0.15 * lines)
@@ -153,7 +153,7 @@ def differences(rows, styles):
 
 @drawn
 def against_setting(panels, styles, xlabel):
-    """Draws one panel for each `{name: frame}`; rows of a frame are settings, columns are arms."""
+    """Draws a panel for each `{name: frame}`; a frame has a row per setting, a column per arm."""
     figure, rows = _new(0.6 + 1.9 * len(panels), len(panels))
     for axes, (name, frame) in zip(rows, panels.items(), strict=True):
         for arm in frame:
@@ -177,7 +177,7 @@ def against_setting(panels, styles, xlabel):
 
 @drawn
 def load_heatmaps(results, size):
-    """Draws the final loads of the first seed of each analysed arm, a panel for each."""
+    """Draws the final loads of the first seed of every analysed arm, with a panel for each arm."""
     of_arms = results.routed(size).items()
     final = {results.labels[arm]: choices[0]["checkpoints"][-1] for arm, choices in of_arms}
     return draw_loads(final, WIDTH)
@@ -189,7 +189,7 @@ def some_layers(n_layers):
 
 @drawn
 def scores_through_training(choices, name, title):
-    """Draws the mean score (`name`) of every expert at each checkpoint, as the paper's Fig. 4.
+    """Draws the mean score (`name`) of every expert at each checkpoint, like the paper's Fig. 4.
 
     `choices` is the content of a routing.json.
     """
@@ -207,7 +207,7 @@ def scores_through_training(choices, name, title):
         axes.set_ylabel(f"mean {name}")
     panels[-1].set_xlabel("step")
     figure.suptitle(title, x=0.02, ha="left", fontsize=9)
-    if n <= 16:  # more lines look alike in a legend
+    if n <= 16:  # with more lines, some would look alike
         options = {"title": "expert", "title_fontsize": 8, "handlelength": 1.6}
         figure.legend(handles=[*panels[0].lines], loc="outside right upper", **options)
     return figure
@@ -215,7 +215,7 @@ def scores_through_training(choices, name, title):
 
 @drawn
 def through_training(routing, styles, name, ylabel):
-    """Draws a column of `Results.routing` of a size over training, mean over layers and seeds."""
+    """Draws the column `name` of `routing` over training, as means over layers and seeds."""
     by_arm = routing.groupby("arm", sort=False)
     figure, (axes,) = _new(2.8, n_arms=by_arm.ngroups)
     for arm, rows in by_arm:
@@ -223,7 +223,7 @@ def through_training(routing, styles, name, ylabel):
         shares = 100 * values.index / values.index[-1]
         axes.plot(shares, values, marker="o", markersize=3, **styles[arm])
     axes.set(xlabel="share of the training, %", ylabel=ylabel)
-    if not routing[name].any():  # all values are 0, such as dead experts
+    if not routing[name].any():  # all values are 0, which is common for dead experts
         axes.set_ylim(0, 1)
     _legend(figure, axes)
     return figure

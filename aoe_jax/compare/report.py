@@ -1,7 +1,7 @@
-"""The report of a suite: `report.md`, `report.html`, CSV files and pictures.
+"""Writes the report of a suite: `report.md`, `report.html`, CSV files and pictures.
 
-The prose and most tables are in `templates/report.md.j2`, which reads `Results`; the HTML page is
-made from the Markdown. The functions here compute what would be too long for the template.
+The text and most tables are in `templates/report.md.j2`, which is rendered with `Results`. The HTML
+page is made from the Markdown. This module computes the values that are too long for the template.
 """
 
 from base64 import b64encode
@@ -37,10 +37,10 @@ TEMPLATES.filters |= {
 
 
 def write_report(suite: Suite, workdir: Path, command):
-    """Writes the report of the results so far and returns the path of `report.html`.
+    """Writes the report of all runs that exist, and returns the path of `report.html`.
 
-    The report names the `command` that makes it again. Raises `UserError` if a run in `workdir` has
-    another configuration.
+    The report contains `command`, which writes it again. Raises `UserError` if a run in `workdir`
+    has another configuration than in the suite.
     """
     check_runs({run: folder_of(workdir, run) for run in suite.runs()})
     results, costs = read_results(suite, workdir), read_costs(suite, workdir)
@@ -68,8 +68,8 @@ def write_report(suite: Suite, workdir: Path, command):
 def to_markdown(r: Results, costs, **of_workdir):
     """Renders the report as `(Markdown, {name: Figure})`.
 
-    `costs` is the result of `read_costs`. `of_workdir` has `machines`, `failed` and `command`; the
-    report omits those that are missing.
+    `costs` is the result of `read_costs`. `of_workdir` may have `machines`, `failed` and `command`;
+    the report omits the missing ones.
     """
     drawn = {}
 
@@ -115,7 +115,7 @@ def to_html(markdown, workdir, title):
 
 
 def not_causal(r: Results):
-    """Describes the arms that are not causal, each at the first size that has it."""
+    """Describes every arm that is not causal, by its configuration at the first size with a run."""
     lines = []
     for run in r.first_runs.drop_duplicates("arm").itertuples():
         found = run.config.routing.causality(run.config.experts)
@@ -130,7 +130,7 @@ def not_causal(r: Results):
 
 
 def failed(r: Results, workdir: Path):
-    """Lists the runs and measurements that failed, and the runs that diverged."""
+    """Returns table rows for the runs and measurements that failed and the runs that diverged."""
     rows = []
     for run in r.runs[r.runs["state"].isin(["failed", "diverged"])].itertuples():
         log = f"runs/{run.size}/{run.arm}/seed_{run.seed}.log"
@@ -149,7 +149,7 @@ def _as_code(line):
 
 
 def sweep_of(r, name, frame):
-    """Returns the `name`, `figure`, `caption` and table `rows` of a sweep in `read_costs`."""
+    """Returns `name`, `figure`, `caption` and table `rows` of a sweep, whose costs are `frame`."""
     setting, base = r.suite.throughput[name].setting, r.suite.baseline
     label, arms = r.labels[base], frame["arm"].unique()
     table = frame.pivot(index="x", columns="arm", values=["tokens_per_second", "memory_bytes"])

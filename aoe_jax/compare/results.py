@@ -1,4 +1,4 @@
-"""The results of a suite as DataFrames, from the directories of its runs, and comparisons of its
+"""Reads the results of a suite from the directories of its runs into DataFrames, and compares its
 arms.
 """
 
@@ -27,20 +27,20 @@ RUN_COLUMNS = [  # columns of runs.csv
     "parameters",
     "active_parameters",
     "active_non_embedding",
-    "flops_per_token",  # useful FLOPs of training
+    "flops_per_token",  # useful FLOPs of training per token
     "learning_rate",
     "steps",
     "tokens",
     "flops",
-    "validation_nll",  # whole validation split after the last step, nats per token
+    "validation_nll",  # nats per token, on the whole validation split at the end
     "validation_bits_per_byte",
-    "load_entropy",  # at the end, mean over layers
-    "dropped_share",  # share of choices dropped in training, for experts with a capacity
+    "load_entropy",  # after the last step, mean over layers
+    "dropped_share",  # dropped (token, expert) pairs / all pairs, for experts with a capacity
     "seconds_per_step",  # without compilation and validation
     "tokens_per_second",
-    "memory_bytes",  # per device, planned by the compiler: state and temporaries
+    "memory_bytes",  # per device, by the compiler: state and temporaries
 ]
-# Measurements of routing at the end of a run -> digits in the report.
+# Routing statistic after the last step -> its digits after the point in the report.
 ROUTING_DIGITS = {
     "experts_per_token": 2,
     "confidence_entropy": 3,
@@ -51,8 +51,8 @@ ROUTING_DIGITS = {
 }
 MORE_RUN_COLUMNS = [
     *ROUTING_DIGITS,
-    "seconds",  # sum over all training steps
-    "timed_in_turn",  # False: seconds are the median of the run itself
+    "seconds",  # of all training steps together
+    "timed_in_turn",  # False: step times are the median of the run's log
     "last_line",  # last line of the log
     "config",
     "choices",  # the content of routing.json, or NaN
@@ -67,7 +67,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Results:
-    """The results of a suite's runs; the CSV files of a report are these frames."""
+    """The results of a suite's runs; the CSV files of a report contain these frames."""
 
     suite: Suite
     runs: pd.DataFrame  # a row for each run: RUN_COLUMNS and MORE_RUN_COLUMNS
@@ -102,12 +102,12 @@ class Results:
         return pd.DataFrame(rows, columns=ROUTING_COLUMNS)
 
     def finished(self, size, arm):
-        """Returns the rows of the finished runs of an arm, by seed."""
+        """Returns the finished runs of an arm at a size, with the seed as index."""
         runs = self.finished_runs
         return runs[(runs["size"] == size) & (runs["arm"] == arm)].set_index("seed")
 
     def arms(self, size):
-        """Returns the arms of a size that have a finished run."""
+        """Returns the arms that have a finished run at a size."""
         return [arm for arm in self.suite.arms_of(size) if len(self.finished(size, arm))]
 
     @functools.cached_property
@@ -119,39 +119,39 @@ class Results:
         return [(size, arm) for size in self.sizes for arm in self.arms(size)]
 
     def routed(self, size):
-        """Returns `{arm: [choices of each seed]}` of the analysed runs of a size."""
+        """Returns `{arm: [routing.json of each seed as a dict]}` of analysed runs of a size."""
         found = {arm: [*self.finished(size, arm)["choices"].dropna()] for arm in self.arms(size)}
         return {arm: of_seeds for arm, of_seeds in found.items() if of_seeds}
 
     def of_finished(self, frame, size):
-        """Returns the rows of `curves` or `routing` of the finished runs of a size."""
+        """Returns the rows of `curves` or `routing` that belong to finished runs of a size."""
         return frame[frame["size"] == size].merge(self.finished_runs[KEYS])
 
     def is_comparable(self, size, arm):
-        """Whether an arm's losses are comparable; not so if experts choose among later tokens."""
+        """Whether losses are comparable; False for expert choice, which is not causal."""
         return self.configs[size, arm].routing.name != "expert_choice"
 
     def mean(self, size, arm, column):
         return mean(self.finished(size, arm)[column])
 
     def ratio(self, size, arm, column):
-        """Formats the ratio of an arm's mean of a column to the baseline's, or "-"."""
+        """Formats (an arm's mean of a column) / (the baseline's mean); "-" without the latter."""
         other = self.mean(size, self.suite.baseline, column)
         return f"{self.mean(size, arm, column).value / other.value:.2f}" if other.n else "-"
 
     def budget(self, size, arms, kind):
-        """Returns the least "flops" or "seconds" that arms of a size have spent.
+        """Returns the smallest total "flops" or "seconds" of the finished runs of these arms.
 
-        The result is NaN if an arm has not finished, or if its cost depends on the data.
+        The result is NaN if an arm has no finished run, or if its FLOPs depend on the data.
         """
         if any(experts_per_token(self.configs[size, arm]) is None for arm in arms):
             return math.nan
         return float(np.min([self.finished(size, arm)[kind].min() for arm in arms]))
 
     def nlls(self, size, arm, kind="end", budget=None):
-        """Returns the validation nll of an arm by seed, at the end or at a budget.
+        """Returns the validation nll of an arm by seed, after the last step or at a budget.
 
-        `kind` is "end", "flops" or "seconds". Seeds whose curve does not reach the budget are left
+        `kind` is "end", "flops" or "seconds". Seeds whose curve does not reach `budget` are left
         out.
         """
         rows = self.finished(size, arm)
@@ -165,10 +165,10 @@ class Results:
         return pd.Series(found, dtype=float).dropna()
 
     def difference(self, size, arm, kind="end"):
-        """Returns the `Estimate` of an arm's nll minus that of its reference, seed by seed.
+        """Returns the `Estimate` of an arm's nll minus the nll of its reference, paired by seed.
 
-        For the `kind` "flops" or "seconds" the budget is the cost of the cheaper arm. The estimate
-        has no seeds if one of the two arms is not comparable.
+        For the `kind` "flops" or "seconds", both arms are compared at the cost of the cheaper one.
+        If one of the two arms is not comparable, the estimate has n = 0.
         """
         arms = arm, self.suite.reference(arm)
         if not all(self.is_comparable(size, one) for one in arms):
@@ -188,8 +188,8 @@ class Results:
     def scaling(self, scale):
         """Fits a power law over sizes for each arm: `{arm: ({x: [nll of each seed]}, PowerLaw)}`.
 
-        x is a key of SCALES. An arm needs two or more sizes with different x. The result is empty
-        if sizes differ in corpus or experts, or if the baseline's FLOPs are equal at all sizes.
+        x is the column `scale`, a key of SCALES. An arm needs two or more sizes, all with different
+        x. The result is empty if sizes differ in data, n_experts or top_k, or have equal FLOPs.
         """
         of_baseline = self.runs[self.runs["arm"] == self.suite.baseline].drop_duplicates("size")
         settings = {(c.data, c.experts.n_experts, c.experts.top_k) for c in of_baseline["config"]}
@@ -204,7 +204,7 @@ class Results:
 
 
 def read_results(suite: Suite, workdir: Path):
-    """Reads the `Results` of the runs of a suite, finished or not, from their directories."""
+    """Reads the `Results` of all runs of a suite, also unfinished ones, from their directories."""
     configs, rows, curves = configs_by_point(suite, workdir), [], []
     timed = {size: read_point(workdir, size, configs[size]) for size in suite.sizes}
     for run in suite.runs():
@@ -223,7 +223,7 @@ def read_results(suite: Suite, workdir: Path):
 
 
 def _row(run, folder, lines, seconds_in_turn):
-    """Returns the row of a run in `Results.runs`; `lines` are those of its metrics.jsonl."""
+    """Returns the row of a run in `Results.runs`; `lines` has the lines of its metrics.jsonl."""
     finished, ended, config = is_finished(folder, run), read_outcome(folder), run.config
     summary = read_summary(folder / "summary.json") if finished else {}
     metrics, memory = (pd.Series(summary.get(name), dtype=float) for name in ("metrics", "memory"))
@@ -271,7 +271,7 @@ def _row(run, folder, lines, seconds_in_turn):
 
 
 def _curve(row, split, step, nll):
-    """Returns rows of `Results.curves` for a split of the run with this row of `Results.runs`."""
+    """Returns the rows of `Results.curves` for one split of a run; `row` is from `_row`."""
     step = np.asarray(step, int)
     costs = {name: step * row[name] / row["steps"] for name in ("tokens", "flops")}
     costs["seconds"] = step * row["seconds_per_step"]
@@ -280,16 +280,16 @@ def _curve(row, split, step, nll):
 
 
 def _at_the_end(choices):
-    """Returns columns of `Results.runs` from a run's routing.json: means over layers at the end.
+    """Returns the columns of `Results.runs` that are computed from a run's routing.json.
 
-    `dead_experts` is a sum over layers. `settled_first` and `settled_half` are the overlaps with
-    the final choices at the first checkpoint and at half of the training.
+    They are means over layers at the last checkpoint; `dead_experts` is a sum. `settled_first` and
+    `settled_half` are overlaps of final choices with those of the first and the middle checkpoint.
     """
     if choices is None:
         return {}
     checkpoints, last = choices["checkpoints"], choices["checkpoints"][-1]
     found = {name: np.mean(last[name]) for name in LAYER_MEANS}
-    # Shares of tokens add up to a whole number, up to rounding.
+    # The loads of a layer add up to a whole number, up to rounding errors.
     found["experts_per_token"] = round(float(np.sum(last["load"], axis=1).mean()), 6)
     found["dead_experts"] = np.sum(last["dead_experts"])
     found["settled_first"] = np.mean(checkpoints[0]["overlap_with_final"])
@@ -300,7 +300,7 @@ def _at_the_end(choices):
 
 
 def read_costs(suite: Suite, workdir: Path):
-    """Returns a frame of each measured sweep by name, with a row for each arm and value."""
+    """Returns `{sweep: frame}` of the measured sweeps, with a row for each arm and value."""
     frames = {}
     for name, sweep in suite.throughput.items():
         rows = []

@@ -1,4 +1,4 @@
-"""Means over seeds, paired differences, fits over sizes, and how the report writes numbers."""
+"""Means over seeds, paired differences, power laws over sizes, and formats of numbers."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ N_RESAMPLES = 500  # bootstrap resamples
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds of values, or of paired differences."""
+    """The mean over seeds of a value, or of a paired difference."""
 
     value: float
     error: float  # the standard error; NaN for fewer than two values
@@ -34,7 +34,7 @@ class Estimate:
 
 
 def mean(values):
-    """Returns the `Estimate` of the mean of numbers, without those that are NaN."""
+    """Returns the `Estimate` of the mean of numbers; NaNs are left out."""
     values = pd.Series(values, dtype=float).dropna()
     value, error, n, reach = values.mean(), values.sem(), len(values), math.nan
     if n > 1:
@@ -43,7 +43,7 @@ def mean(values):
 
 
 def at(curve_x, curve_y, x):
-    """Interpolates a curve at `x`, linearly in log x; NaN outside of its points."""
+    """Interpolates a curve at `x`, linearly in log x; NaN outside the curve."""
     logs, log_x = np.log(np.asarray(curve_x, float)), math.log(x)
     if not logs.size or not logs[0] - 1e-9 <= log_x <= logs[-1] + 1e-9:
         return math.nan
@@ -51,8 +51,8 @@ def at(curve_x, curve_y, x):
 
 
 def number(value):
-    """Writes a count with three digits and a unit, such as 1.02k."""
-    # The factor: 999.6 rounds to a thousand, so it needs the next unit.
+    """Formats a number with three digits and a unit, such as 1.02k."""
+    # 0.9995, because 999.6 rounds to a thousand and so needs the next unit.
     for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * unit:
             return f"{value / unit:.3g}{name}"
@@ -60,7 +60,7 @@ def number(value):
 
 
 def markdown_table(rows):
-    """Formats dicts as a Markdown table; the first column is text, the others are numbers."""
+    """Formats dicts as a Markdown table; columns after the first one are aligned to the right."""
     frame = pd.DataFrame(rows).map(lambda cell: str(cell).replace("|", "\\|"))
     alignment = ("left", *["right"] * (frame.shape[1] - 1))
     return frame.to_markdown(index=False, disable_numparse=True, colalign=alignment)
@@ -83,7 +83,7 @@ class PowerLaw:
         return _middle(factor * np.atleast_1d(x).astype(float) ** -exponent)
 
     def interval(self):
-        """Returns `(low, high)` of the exponent; NaN if no size has two seeds."""
+        """Returns the interval `(low, high)` of the exponent; NaN if all sizes have one seed."""
         values = self.resampled[1]
         if np.ptp(values) <= 1e-9 * np.abs(values).max():  # equal up to rounding
             return math.nan, math.nan

@@ -1,6 +1,6 @@
-"""Suites: arms x sizes x seeds, each a `Config`, and sweeps of step costs.
+"""Suites of training runs (every arm at every size with every seed), and sweeps of step costs.
 
-A suite file has a function `get_suite()` that returns a `Suite`; see `configs/compare/`.
+A suite file has a function `get_suite()` that returns a `Suite`. `configs/compare/` has examples.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ TOLERANCE = 0.01  # largest relative difference in total parameters of matched a
 class Arm:
     """One of the models or methods that a suite compares."""
 
-    label: str  # in the report
-    # Group -> field -> value; or a function of the size's `ConfigDict` that returns this.
+    label: str  # name in the report
+    # Group -> field -> value, or a function that computes this from the size's `ConfigDict`.
     changes: Mapping | Callable[[ConfigDict], Mapping] = field(default_factory=dict)
     matched: bool = True  # False: its total parameters may differ; the report says so
-    reference: str | None = None  # the arm that it is compared to; None: the suite's baseline
+    reference: str | None = None  # arm to compare this arm with; None: the suite's baseline
 
     def changes_of(self, config: ConfigDict) -> Mapping:
         return self.changes(config) if callable(self.changes) else self.changes
@@ -37,17 +37,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class Size:
-    """A size at which arms are compared."""
+    """A model size at which arms are compared."""
 
     changes: Mapping  # group -> field -> value
-    seeds: int  # how many; a seed sets the initial parameters and the order of the data
+    seeds: int  # number of seeds; a seed decides initial parameters and data order
     arms: tuple[str, ...] | None = None  # None: all
     rate_factor: float = 1.0  # multiplies the learning rates of the base and the arms
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The cost of a training step of each arm against one setting; nothing is trained."""
+    """Measures the cost of a step of each arm at several values of a setting, without training."""
 
     setting: str  # GROUP.FIELD, such as experts.n_experts
     values: tuple
@@ -66,28 +66,28 @@ class Run:
 
     @property
     def name(self):
-        """SIZE/ARM/seed_N, also its path below `WORKDIR/runs`."""
+        """SIZE/ARM/seed_N, which is also the path of the run below `WORKDIR/runs`."""
         return f"{self.size}/{self.arm}/seed_{self.seed}"
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Arms x sizes x seeds over a `base`; arms of a size see the same data in the same order."""
+    """Arms x sizes x seeds as changes of `base`; arms of a size get the same batches in order."""
 
     name: str
     base: ConfigDict
     arms: Mapping[str, Arm]
     sizes: Mapping[str, Size]
-    baseline: str  # the arm that the others are compared to, unless an arm names its reference
+    baseline: str  # arm to compare the others with, unless they have a `reference`
     throughput: Mapping[str, Sweep] = field(default_factory=dict)
-    routing_tokens: int = 16_384  # least number of validation tokens for the analysis of routing
-    # Group -> field -> value for all runs; wins over sizes and arms.
+    routing_tokens: int = 16_384  # minimum of validation tokens for the analysis of routing
+    # Group -> field -> value for all runs; overrides sizes and arms.
     settings: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
         """Checks names and values; `runs` and `swept` check configurations. Raises `UserError`."""
         self._require(self.sizes or self.throughput, "sizes", self.sizes, "must not be empty")
-        for name in (*self.arms, *self.sizes, *self.throughput):  # files have these names
+        for name in (*self.arms, *self.sizes, *self.throughput):  # these become names of files
             is_plain = re.fullmatch(r"[\w.+-]+", name)
             self._require(is_plain, "name", name, "must have letters, digits, . + - _ only")
         for name, size in self.sizes.items():
@@ -134,7 +134,7 @@ class Suite:
     def runs(self):
         """Returns all runs, size by size and seed by seed; the first seed is `base.train.seed`.
 
-        Raises `UserError` if a configuration is invalid, if arms of a size differ in their recipe,
+        Raises `UserError` if a configuration is invalid, if arms of a size differ in `_recipe`,
         or if matched arms differ in total parameters.
         """
         runs, first_seed = [], self.base.train.seed
@@ -146,7 +146,7 @@ class Suite:
         return runs
 
     def swept(self, name):
-        """Returns `{value: {arm: Config}}` of a sweep; raises `UserError` as `runs` does."""
+        """Returns `{value: {arm: Config}}` of a sweep; raises `UserError` like `runs`."""
         sweep, found = self.throughput[name], {}
         group, _, field_name = sweep.setting.partition(".")
         for value in sweep.values:
@@ -155,7 +155,7 @@ class Suite:
                 with naming(f"suite {self.name}, {place}, arm {arm}"):
                     at_value = {group: {field_name: value}}
                     groups = self._groups(arm, sweep.changes, at_value)
-                    groups = _changed(groups, at_value)  # wins over the arm and the settings
+                    groups = _changed(groups, at_value)  # overrides the arm and the settings
                     found[value][arm] = Config.from_config_dict(groups)
             self._check_matched(place, found[value])
         return found
@@ -180,7 +180,7 @@ class Suite:
 
 
 def _recipe(config):
-    """Returns the settings that all arms of a size share: data, and training except rates."""
+    """Returns settings that must be equal in all arms of a size: data; training without rates."""
     groups = config.to_dict()
     return {
         f"{group}.{name}": value
@@ -191,7 +191,7 @@ def _recipe(config):
 
 
 def _changed(groups, *changes):
-    """Returns `groups` with changes; a change of `routing.name` replaces the whole group."""
+    """Returns `groups` with changes; a change of `routing.name` replaces the group `routing`."""
     groups = dict(groups)
     for change in changes:
         for name, values in change.items():
@@ -204,9 +204,9 @@ def _changed(groups, *changes):
 def load_suite(path: Path, settings=()) -> Suite:
     """Loads the suite of a Python file with `get_suite()`.
 
-    `settings` are `GROUP.FIELD=VALUE` for all runs; VALUE is JSON or a word. A field that an arm
-    sets is refused, because the arm's label may name its value. Raises `UserError` if the file, the
-    suite or a setting is invalid.
+    `settings` are `GROUP.FIELD=VALUE` for all runs; VALUE is JSON or plain text. A field that an
+    arm sets is refused, because the arm's label may state another value. Raises `UserError` if the
+    file, the suite or a setting is invalid.
     """
     suite = call_in_file(f"--suite={path}", path, "get_suite")
     wanted = "get_suite() must return an aoe_jax.compare.suite.Suite"

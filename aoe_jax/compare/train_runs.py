@@ -1,7 +1,7 @@
-"""Trains the runs of a suite, each by `aoe_jax.train` in a process of its own.
+"""Trains the runs of a suite, each by `aoe_jax.train` in a separate process.
 
-A run is in `WORKDIR/runs/SIZE/ARM/seed_N`. A run that has finished or diverged is not repeated, an
-interrupted run goes on, and a failed run is tried again after the others.
+The directory of a run is `WORKDIR/runs/SIZE/ARM/seed_N`. A run that has finished or diverged is not
+repeated, an interrupted run is continued, and a failed run is tried again after the others.
 """
 
 import logging
@@ -24,12 +24,12 @@ def folder_of(workdir: Path, run: Run):
 
 
 def check_runs(folders: Mapping[Run, Path]):
-    """Raises `UserError` if a directory holds another run or number of steps, or if runs of a size
-    were trained on different data.
+    """Raises `UserError` if a directory has a run of another configuration or number of steps, or
+    if runs of a size were trained on different data.
 
-    The number of steps matters because it decides the learning rate at each step.
+    Another number of steps is refused, because it changes the learning rate of every step.
     """
-    first_data = {}  # size -> (folder, its data)
+    first_data = {}  # size -> (folder of a run, data of the run)
     for run, folder in folders.items():
         check_config(folder, run.config)
         file, steps = folder / "config.json", run.config.train.steps
@@ -66,8 +66,8 @@ def read_summary(file: Path):
 def train_suite(suite: Suite, workdir: Path, machine: Machine):
     """Trains the missing runs of a suite.
 
-    The caller has made and locked `workdir`. Raises `UserError` if it has a run of another
-    configuration; raises like `Machine.run`.
+    The caller must have made and locked `workdir`. Raises `UserError` if `workdir` has a run of
+    another configuration, and `Preempted` or `Interrupted` like `Machine.run`.
     """
     folders = {run: folder_of(workdir, run) for run in suite.runs()}
     check_runs(folders)

@@ -1,19 +1,19 @@
-"""How files store models, as tables: their tensors and the fields of `config.json`.
+"""Tables of the tensors and the fields of `config.json` in the files of each architecture.
 
-**Tensors.** A row has the path of a parameter of the decoder, the name of the tensor, and the
-tensor's axes where they differ from the parameter's (`aoe_jax/parameters.py` declares these, with
-the letters of `aoe_jax/moe/__init__.py`). Parameters under `layers/` have a tensor for each layer,
-with `model.layers.N.` before the name; the layers under `dense_layers/` are numbered first. A name
-with `{n}` means one tensor for each expert. `Hh d` flattens H and h into one axis, H outermost.
-`f/0` and `f/1` are the first and the second half of an axis that holds two parameters. If a
-parameter has several rows, a file may use any of them; we write the first.
+**Tensors.** A row has the path of a decoder parameter, the name of its tensor, and the axes of the
+tensor if they differ from the parameter's. `aoe_jax/parameters.py` declares the parameter's axes,
+and `aoe_jax/moe/__init__.py` explains the letters. A parameter under `layers/` has one tensor per
+layer, with `model.layers.N.` before the name; N counts the layers under `dense_layers/` first. A
+name with `{n}` means one tensor per expert. `Hh d` flattens H and h into one axis, H outermost.
+`f/0` and `f/1` are the first and the second half of an axis that contains two parameters. If a
+parameter has several rows, we can read files with any of them, and write files with the first.
 
 **The format `aoe`** stores models that no architecture of the Hugging Face hub can express. If the
-classes in `huggingface/` can compute the model, `config.json` has their fields, and their files are
-copied beside it. Otherwise it has the groups `model`, `experts` and `routing`: the fields of
-`Config` that decide the results of the model. Tensors, and the state of routing in float32, have
-the names and axes that `aoe_jax.parameters` and the methods declare. Layers of a dense model have
-the tensors of experts without the axis n; dense layers in front of experts have those of a Llama.
+classes in `huggingface/` can compute the model, `config.json` has the fields of these classes, and
+their source files are copied, too. Otherwise `config.json` has the groups `model`, `experts` and
+`routing`, with the fields of `Config` that decide the results. `aoe_jax.parameters` declares names
+and axes of tensors, and the methods declare the routing state, which is float32. Layers of a dense
+model have the tensors of experts without the axis n. Dense layers before MoE layers have Llama's.
 """
 
 import ast
@@ -32,7 +32,7 @@ _LAYER = "model.layers.{L}."
 
 
 def _table(text):
-    """`{path: [(name, the tensor's axes if they differ)]}`."""
+    """Returns `{path: [(name, axes of the tensor if they differ from the parameter's)]}`."""
     rows = {}
     for line in text.strip().splitlines():
         path, name, *stored = line.split(maxsplit=2)
@@ -105,7 +105,7 @@ _DENSE_IN_FRONT = {  # dense layers in front of layers with experts
 
 
 def _fields(text):
-    """`{field of config.json: (field of Config, the default if the field may be missing)}`."""
+    """Returns `{field of config.json: (field of Config, default)}`; no default: required."""
     rows = (line.split() for line in text.strip().splitlines())
     return {name: (sets, *map(ast.literal_eval, default)) for name, sets, *default in rows}
 
@@ -138,7 +138,7 @@ _DENSE = _FIELDS | _fields("""
     rms_norm_eps                       model.norm_eps                1e-6
 """)
 _ONLY = {"hidden_act": ("silu",), "quantization_config": (None,)}
-_QWEN_ONLY = _ONLY | {"use_sliding_window": (False,)}  # so `sliding_window` has no effect
+_QWEN_ONLY = _ONLY | {"use_sliding_window": (False,)}  # then `sliding_window` has no effect
 _QWEN_MOE_ONLY = _QWEN_ONLY | {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
 _ROUTER = {"experts.kind": "router"}
 _IS_DENSE = {"experts.kind": "dense", "routing.name": "dense"}
@@ -147,15 +147,15 @@ _IS_DENSE = {"experts.kind": "dense", "routing.name": "dense"}
 class Architecture(NamedTuple):
     """One `model_type`: its tensors, and the fields of `Config` that its `config.json` sets."""
 
-    class_name: str  # in transformers
-    tensors: dict[str, list]  # see `_table`
-    fields: dict[str, tuple]  # see `_fields`
-    only: dict[str, tuple] = _ONLY  # implemented values; the first one is the default
-    constants: dict[str, Any] = _ROUTER  # fields of `Config` common to all
+    class_name: str  # of the class in transformers
+    tensors: dict[str, list]  # result of `_table`
+    fields: dict[str, tuple]  # result of `_fields`
+    only: dict[str, tuple] = _ONLY  # field -> implemented values, the default first
+    constants: dict[str, Any] = _ROUTER  # field of `Config` -> value for all models
     rope_theta: float = 1e4  # if config.json has none
     rope_types: tuple[str, ...] = ("default", "longrope")
     rope_share: float = 1.0  # if config.json has no partial_rotary_factor
-    aliases: tuple[tuple[str, str], ...] = ()  # pairs (other name of a field, name here)
+    aliases: tuple[tuple[str, str], ...] = ()  # (other name of a field, its name in `fields`)
 
 
 _DEEPSEEK = Architecture(  # DeepSeek-V3 with standard attention
@@ -283,17 +283,17 @@ ARCHITECTURES = {
 
 
 class Layout:
-    """The mapping between a parameter of known shape and the tensors of a row of a table.
+    """Converts between a parameter of known shape and the tensors of one row of a table.
 
-    `whole` has `(0, size)` for every axis of the parameter (L: layers), `shape` is the shape of one
+    `whole` maps every axis of the parameter (L: layers) to `(0, size)`, `shape` is the shape of one
     tensor, and `first` is the name of the first tensor.
     """
 
     def __init__(
         self, axes: str, shape: tuple[int, ...], name: str, stored: str = "", first_layer: int = 0
     ):
-        """`axes` are the declared axes, `shape` includes the axis of layers, `name` and `stored`
-        are the row's, and `first_layer` is the number of the parameter's first layer in files.
+        """`axes` are the declared axes of the parameter, and `shape` includes the axis of layers.
+        `name` and `stored` are from the row. In files, the first layer has number `first_layer`.
         """
         self._name, self._first_layer = name, first_layer
         axes, layers = axes.split(), ["L"] if "{L}" in name else []
@@ -301,7 +301,7 @@ class Layout:
         self.whole = {axis: (0, size) for axis, size in zip(axes, shape, strict=True)}
         self._named = [axis for axis in axes if f"{{{axis}}}" in name]
         self._axes = axes[len(self._named) :]
-        # For each axis of a tensor: (parameter axes in it, index of their piece, number of pieces).
+        # For each axis of a tensor: (parameter axes, index of this parameter, parameters in it).
         self._groups = [([axis], 0, 1) for axis in self._axes]
         if stored:
             parts = [group.partition("/") for group in stored.split()]
@@ -314,8 +314,8 @@ class Layout:
         return math.prod(self.whole[axis][1] for axis in axes)
 
     def tensors(self, bounds: dict[str, tuple[int, int]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yields `(name, index in the part)` of the tensors that store a part of the parameter;
-        `bounds` has its `(first, end)` by axis.
+        """Yields `(name, index)` of each tensor with elements in `bounds`, `(first, end)` by axis.
+        `index` selects the elements of the tensor from the part of the parameter in `bounds`.
         """
         layers, experts = (range(*bounds[a]) if a in self._named else (0,) for a in ("L", "n"))
         for layer in layers:
@@ -335,22 +335,22 @@ class Layout:
         return part.transpose([self._order.index(axis) for axis in self._axes])
 
     def to_file(self, part: np.ndarray):
-        """Returns a whole tensor in the file's axes, from its part of the parameter."""
+        """Returns a whole tensor with the axes of the file; `part` has those of the parameter."""
         return part.transpose([self._axes.index(axis) for axis in self._order]).reshape(self.shape)
 
 
 def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str, Layout]:
-    """The `Layout` of every parameter and routing state, by path, in files with these `names`.
+    """Returns `{path: Layout}` of parameters and routing states, for files with tensors `names`.
 
-    `shapes` has an array or a `ShapeDtypeStruct` for every path, with the axis of layers. A
-    parameter without a tensor among the names has the layout that we write. Raises `UserError` if
+    `shapes` maps every path to an array or a `ShapeDtypeStruct`, with the axis of layers. If no
+    tensor of a parameter is in `names`, its layout is the one that we write. Raises `UserError` if
     the architecture has no such parameter.
     """
     n_dense = next((a.shape[0] for path, a in shapes.items() if path.startswith("dense_")), 0)
     found = {}
     for path, a in shapes.items():
         parameter = declared(path)
-        axes = parameter.axes if parameter else "n"  # a routing state
+        axes = parameter.axes if parameter else "n"  # else a routing state
         rows = ARCHITECTURES[model_type].tensors.get(path)
         if model_type == OWN and not rows:
             group = "experts." if axes.startswith("n ") else ""

@@ -22,17 +22,17 @@ _AUTO_MAP = {
     "AutoModel": "modeling_aoe.AoEModel",
     "AutoModelForCausalLM": "modeling_aoe.AoEForCausalLM",
 }
-# Routers that are usually trained with L_aux.
+# Routing methods that are usually trained with the balance loss L_aux.
 _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
 
 def computed_fields(config: Config):
-    """The fields that decide the results of a model with given parameters, `{field: value}`."""
+    """Returns `{field: value}` of the settings that, with the parameters, decide the results."""
     model, experts, routing, groups = config.model, config.experts, config.routing, config.to_dict()
     fields = flatten_dict({name: groups[name] for name in ("model", "experts", "routing")}, sep=".")
     fields |= {"model.n_kv_heads": model.kv_heads, "model.head_dim": model.head_width}
     fields["experts.d_wide"] = experts.width(model.d_model)
-    # These fields change how a model is computed, not its results; the last two determine d_wide.
+    # These fields do not change the results; d_ffn and round_to do, but only through d_wide.
     unused = {"model.dtype", "model.remat", "model.unroll", "model.attention", "model.max_len"}
     unused |= {"experts.score_gradient", "experts.gradient_sums", "experts.grouped_matmul"}
     unused |= {"experts.d_ffn", "experts.round_to"}
@@ -48,11 +48,11 @@ def computed_fields(config: Config):
 
 
 def from_json(values: dict):
-    """The configuration of a model, from the content of its `config.json`.
+    """Returns the `Config` of a model from the content of its `config.json`.
 
-    `model.dtype` is float32, `data.seq_len` is `WINDOW` or the model's length if that is shorter,
-    and other groups have their defaults. Raises `UserError` if the architecture is unknown, a field
-    is missing or has an invalid value, or something is not implemented here.
+    `model.dtype` is float32. `data.seq_len` is `WINDOW`, or the model's length if that is shorter.
+    Other groups have their defaults. Raises `UserError` if the architecture is unknown, if a field
+    is missing or invalid, or if the model needs something that is not implemented here.
     """
     name, known = values.get("model_type"), f"known are {', '.join(ARCHITECTURES)}"
     if name is None:
@@ -80,7 +80,7 @@ def from_json(values: dict):
         factors = _rope_factors(values, config.model)
         model = dataclasses.replace(config.model, rope_factors=factors)
         config = dataclasses.replace(config, model=model)
-    with contextlib.suppress(UserError):  # the method may need longer sequences
+    with contextlib.suppress(UserError):  # if the routing method needs longer sequences
         window = dataclasses.replace(config.data, seq_len=min(WINDOW, config.model.max_len))
         return dataclasses.replace(config, data=window)
     return config
@@ -109,7 +109,7 @@ def _hub_fields(values):
         fields[sets] = given.get(field, *default)
     if name == OWN and fields["experts.score_neurons"] is None:
         fields["experts.d_wide"] = fields.pop("experts.d_ffn")
-    if "first_k_dense_replace" in architecture.fields:  # config.json counts all layers
+    if "first_k_dense_replace" in architecture.fields:  # num_hidden_layers counts all layers
         n_layers, n_dense = fields["model.n_layers"], fields["model.n_dense_layers"]
         is_right = COUNT.holds(n_layers) and COUNT.holds(n_dense) and n_dense < n_layers
         wanted = f"must be a whole number below num_hidden_layers={shown(n_layers)}"
@@ -149,8 +149,8 @@ def _check_attention(values, model):
 
 
 def _rotary_settings(values):
-    """The rotary settings by name, with `rope_type`. They are in `rope_parameters` (transformers 5)
-    or `rope_scaling`; others, such as `rope_theta`, are fields of their own.
+    """Returns the rotary settings by name, with `rope_type`. They are in `rope_parameters`
+    (transformers 5), in `rope_scaling`, or at the top level (for example `rope_theta`).
     """
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     is_one = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
@@ -160,11 +160,11 @@ def _rotary_settings(values):
 
 
 def _rope_factors(values, model):
-    """The rotary factors of the LongRoPE that `to_json` writes, or of Llama 3.1; else none.
+    """Returns the rotary factors of Llama 3.1, or of a LongRoPE that `to_json` wrote.
 
-    Llama 3.1 divides a frequency by `factor` if it turns fewer than `low_freq_factor` times within
-    the length of pretraining, and by 1 if it turns more than `high_freq_factor` times. In between,
-    the reciprocal of the divisor is linear in the number of turns.
+    Llama 3.1 divides a frequency by `factor` if it makes fewer than `low_freq_factor` turns within
+    the pretraining length, and by 1 if it makes more than `high_freq_factor` turns. Between these
+    limits, the reciprocal of the divisor is linear in the number of turns.
     """
     rope = _rotary_settings(values)
     if rope["rope_type"] == "longrope":
@@ -190,14 +190,14 @@ def _rope_factors(values, model):
 
 
 def to_json(config: Config, routing_state=()):
-    """`config.json` of a model with this `routing_state`, without its dtype and special tokens.
+    """Returns `config.json` of a model with `routing_state`, without dtype and special tokens.
 
-    The architecture is the first in `ARCHITECTURES` that can express the whole model, the last one
-    being the `aoe` for `transformers`. Else only we can load it, and the log says why.
+    The architecture is the first in `ARCHITECTURES` that can express the whole model. If none can,
+    the result is that of `as_own`: only `aoe_jax` can load the model, and the log says why.
     """
     has_bias = "selection_bias" in routing_state
     wanted = computed_fields(config) | {"selection_bias": has_bias}
-    lacking = []  # pairs of a class of transformers and the fields that it lacks
+    lacking = []  # (class of transformers, fields that it lacks)
     for name, architecture in ARCHITECTURES.items():
         values = _hub_json(config, name)
         takes_bias = "layers/selection_bias" in architecture.tensors
@@ -218,7 +218,7 @@ def to_json(config: Config, routing_state=()):
 
 
 def _hub_json(config, model_type):
-    """The `config.json` of an architecture; fields that the configuration lacks are left out."""
+    """Returns the `config.json` of an architecture, without fields that the config lacks."""
     architecture = ARCHITECTURES[model_type]
     fields = {"model_type": model_type, "architectures": [architecture.class_name]}
     computed = computed_fields(config)
@@ -231,15 +231,15 @@ def _hub_json(config, model_type):
     model, experts = config.model, config.experts
     if "first_k_dense_replace" in fields:
         fields["num_hidden_layers"] = model.n_dense_layers + model.n_layers
-    if "n_shared_experts" in fields:  # as in DeepSeek-V3
+    if "n_shared_experts" in fields:  # the variants of DeepSeek-V3
         fields["intermediate_size"] = model.d_dense or experts.d_ffn
         fields["n_shared_experts"] = experts.d_shared // experts.d_ffn
     if "use_qk_norm" in fields:
         fields["use_qk_norm"] = model.qk_norm == "head"
     fields |= {"hidden_act": "silu", "rope_theta": model.rope_base, "sliding_window": None}
     if model.rope_factors:
-        # Transformers 4 reads only `rope_scaling`, but with this field and without our classes
-        # `AutoTokenizer` fails for our own format.
+        # Transformers 4 reads only `rope_scaling`. Our own format does not use this field, because
+        # `AutoTokenizer` would then fail without our classes.
         fields["rope_parameters" if model_type == OWN else "rope_scaling"] = {
             "rope_type": "longrope",  # every architecture supports it
             "short_factor": list(model.rope_factors),
@@ -252,7 +252,7 @@ def _hub_json(config, model_type):
 
 
 def as_own(config: Config):
-    """`config.json` in our own format, with groups, without the dtype and the special tokens."""
+    """Returns `config.json` in our own format with groups, without dtype and special tokens."""
     groups = {"model": {"max_len": config.model.max_len}, "experts": {}, "routing": {}}
     for name, value in computed_fields(config).items():
         group, _, name = name.partition(".")

@@ -1,4 +1,4 @@
-"""Reads models from safetensors: the configuration, and the parameters directly into a mesh."""
+"""Loads the configuration of a model, and its safetensors directly onto a mesh."""
 
 import dataclasses
 import logging
@@ -31,34 +31,34 @@ from aoe_jax.storage.retry import patiently
 
 log = logging.getLogger(__name__)
 
-RUN_FILE = "aoe_jax.json"  # in exported models: {"step": number, "config": of the run}
+RUN_FILE = "aoe_jax.json"  # in exported models: {"step", "config"} of the run
 _RUN = {"step": or_none(COUNT), "config": {str: {}}}
 _WANTED = "name a directory with a model's config.json and safetensors files"
 _WITHOUT = "remove the file to load the model without it"
 
 
 def is_model(directory: Path) -> bool:
-    """Whether a directory holds a model, not a run: its `config.json` has a `model_type`."""
+    """Whether a directory has a model, not a run: only a model's config has a `model_type`."""
     path = directory / "config.json"
     is_there = patiently(f"{path} cannot be read", path.exists)
     return is_there and "model_type" in read_json(path, _WANTED)
 
 
 def is_of_run(directory: Path) -> bool:
-    """Whether a directory holds a run, or a model that was exported from one."""
+    """Whether a directory has a run, or a model that was exported from a run."""
     return not is_model(directory) or (directory / RUN_FILE).exists()
 
 
 def read_config(directory: Path) -> Config:
-    """The configuration of a model in a directory.
+    """Returns the configuration of a model in a directory.
 
-    A model that `aoe_jax.export` wrote has the configuration of its run without `data.cache` and
-    the groups `train` and `mesh`; `train.batch_size` is the size of the run's micro-batches, at
-    most the default. For other models, `model`, `experts` and `routing` come from `config.json`,
-    and other groups have their defaults; `model.dtype` is bfloat16 if the embedding table is, else
-    float32. `data.tokenizer` is always the directory's own.
-    Raises `UserError` if a file cannot be read, the architecture is unknown, or something in it is
-    not implemented here.
+    If `aoe_jax.export` wrote the model, it is the configuration of the run, but `data.cache` and
+    the groups `train` and `mesh` have their defaults; `train.batch_size` is the run's micro-batch
+    size if that is smaller. For other models, `model`, `experts` and `routing` are read from
+    `config.json`, and other groups have their defaults; `model.dtype` is bfloat16 if the embedding
+    table is bfloat16, else float32. `data.tokenizer` is always the tokenizer in the directory.
+    Raises `UserError` if a file cannot be read, or if the architecture is unknown or needs
+    something that is not implemented here.
     """
     path = directory / "config.json"
     values = read_json(path, _WANTED)
@@ -71,11 +71,11 @@ def read_config(directory: Path) -> Config:
     if (directory / RUN_FILE).exists():
         config = _config_of_run(directory / RUN_FILE, config)
     tokenizer = saved_tokenizer(directory)
-    # Somebody else may have written the paths in the configuration. The paths of corpora are used
-    # in messages only, see `evaluation.models.corpus_of`.
+    # The author of the configuration may not be trusted, so its tokenizer and cache are not used.
+    # Its paths of corpora are used in messages only (`evaluation.models.corpus_of`).
     own = {"tokenizer": str(tokenizer) if tokenizer.exists() else None, "cache": DataConfig.cache}
     data = dataclasses.replace(config.data, **own)
-    # The run may have had the batch of a pod, and somebody else may have written the file.
+    # The default is the limit, because the run may have used the batch size of a pod.
     rows = config.train.batch_size // config.train.accumulate
     train = TrainConfig(batch_size=min(rows, TrainConfig.batch_size))
     return dataclasses.replace(config, data=data, train=train, mesh=MeshConfig())
@@ -91,13 +91,13 @@ def _config_of_run(path, config):
 
 
 def read_step(directory: Path) -> int | None:
-    """The step of the run that a model was exported from, or None."""
+    """Returns the step of the run from which a model was exported, or None."""
     path = directory / RUN_FILE
     return read_json(path, _WITHOUT, _RUN).get("step") if path.exists() else None
 
 
 def read_begin_token(directory: Path, vocab_size: int) -> int | None:
-    """The token that texts begin with, or None; raises `UserError` if it is no token."""
+    """Returns the first token of every text, or None; raises `UserError` if it is invalid."""
     path = directory / "config.json"
     token = read_json(path, _WANTED).get("bos_token_id")
     if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
@@ -107,8 +107,8 @@ def read_begin_token(directory: Path, vocab_size: int) -> int | None:
 
 
 def read_end_tokens(directory: Path) -> list[int]:
-    """The tokens that end a generated text, by `generation_config.json` or else `config.json`;
-    empty if no file names one. Raises `UserError` if they are not token numbers.
+    """Returns the tokens that end a generated text, from `generation_config.json` or, if it has
+    none, from `config.json`. Raises `UserError` if they are not token numbers.
     """
     for path in (directory / "generation_config.json", directory / "config.json"):
         found = read_json(path, _WANTED).get("eos_token_id") if path.exists() else None
@@ -122,19 +122,19 @@ def read_end_tokens(directory: Path) -> list[int]:
 
 
 def parameter_shapes(config: Config):
-    """Returns the shape of every parameter by path; `[L, ...]` for `layers/attention/q`."""
+    """Returns `{path: ShapeDtypeStruct}` of all parameters; `[L, ...]` for those of layers."""
     return flatten_dict(jax.eval_shape(lambda: initial_params(config, 0)), sep="/")
 
 
 class ModelReader:
-    """The parameters of a model in a directory, read piece by piece.
+    """Reads parts of the parameters of a model in a directory.
 
-    `parameters` has their shapes by path, and `routing_state` has the state's shapes by name.
+    `parameters` maps paths to shapes, and `routing_state` maps names of routing states to shapes.
     """
 
     def __init__(self, directory: Path, config: Config):
         """Checks the names, shapes and dtypes of all tensors without reading them. Raises
-        `UserError` if one is wrong or missing, and as `stored_tensors` does.
+        `UserError` if a tensor is wrong or missing; also raises what `stored_tensors` raises.
         """
         self._directory, self._stored = directory, stored_tensors(directory)
         self.parameters, own = parameter_shapes(config), read_config(directory)
@@ -148,9 +148,9 @@ class ModelReader:
         values = read_json(directory / "config.json", _WANTED)
         shapes = self.parameters | {f"layers/{name}": a for name, a in self.routing_state.items()}
         self._layouts = find_layouts(values["model_type"], shapes, self._stored)
-        # Like transformers, ignores an output table if the embeddings are tied.
+        # If the embeddings are tied, an output table is ignored. Transformers ignores it, too.
         known = {"lm_head.weight"} if config.model.tie_embeddings else set()
-        if values.get("num_nextn_predict_layers"):  # that layer follows the last layer
+        if values.get("num_nextn_predict_layers"):  # the file has this layer last
             last = f"model.layers.{n_dense + n_layers}."
             known |= {name for name in self._stored if name.startswith(last)}
             log.info("left out: the layer of multi-token prediction, %s", last.rstrip("."))
@@ -173,12 +173,12 @@ class ModelReader:
                 names = " and ".join(f"{name} of {dtype}" for dtype, name in dtypes.items())
                 raise UserError(f"{self._directory}: tensors {names} must be of the same type")
         for name in sorted(self._stored.keys() - known):
-            if not name.endswith(".rotary_emb.inv_freq"):  # in old files, unused
+            if not name.endswith(".rotary_emb.inv_freq"):  # unused, in old files
                 wanted = f"tensor {name} is unknown; a model of this config.json has no such tensor"
                 raise UserError(f"{self._stored[name].file}: {wanted}")
 
     def piece(self, path: str, index: Sequence[slice], dtype=None) -> np.ndarray:
-        """The part of a parameter that one slice per axis selects, in `dtype` or the file's dtype.
+        """Returns `parameter[index]`, with one slice per axis, in `dtype` or the file's dtype.
         Raises `UserError` if a file cannot be read.
         """
         layout = self._layouts[path]
@@ -196,9 +196,9 @@ class ModelReader:
 def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
     """Returns `(params, routing_state)` of a decoder; the state is float32 `[L, ...]` by name.
 
-    The host holds one parameter of all layers at a time, only the part for its own devices.
-    `config` is the model's configuration with the mesh `mesh`. The parameters are in `dtype`, by
-    default that of the files. Raises `UserError`, see `ModelReader`.
+    Host memory contains one parameter (of all layers) at a time, the part for the host's devices.
+    `config` is the model's configuration with the axes of `mesh`. The parameters are in `dtype`;
+    None means the dtype of the files. Raises `UserError` if a tensor is wrong or cannot be read.
     """
     reader = ModelReader(directory, config)
 

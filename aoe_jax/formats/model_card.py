@@ -1,4 +1,4 @@
-"""The `README.md` of an exported, converted or pruned model, as the Hugging Face hub shows it."""
+"""Writes the `README.md` of an exported, converted or pruned model, for the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -49,8 +49,8 @@ With `aoe_jax` (the last command in the root of its repository):
 
 
 def training(config: Config, workdir: Path, step: int) -> str:
-    """The section of a card about a run, with those figures in `workdir` that belong to this step
-    and to the run's corpora.
+    """Returns the section of a card about a run. It has the figures in `workdir` that were measured
+    at this step on the run's own corpora.
     """
     rows = []
     if (workdir / "summary.json").exists():
@@ -69,8 +69,8 @@ def training(config: Config, workdir: Path, step: int) -> str:
 
 
 def write_card(directory: Path, config: Config, origin: str):
-    """Writes the card of the model in a directory. `origin` is the section about its training, or
-    about the command that made it.
+    """Writes the card of the model in a directory. `origin` is the section about the training of
+    the model, or about the command that made the model.
     """
     values = read_json(directory / "config.json")
     library, trust = "transformers", ""

@@ -1,4 +1,4 @@
-"""Directories of safetensors files, read slice by slice and written file by file."""
+"""Reads slices of tensors from safetensors files, and writes tensors to such files."""
 
 import re
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from aoe_jax.storage.retry import patiently
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2_000_000_000
-_INDEX_BYTES = 2**26  # limit; the largest models of the hub have an index of 20 MB
+_INDEX_BYTES = 2**26  # limit of an index; the largest on the hub has 20 MB
 _FILE = matching(re.compile(r"[^/\0-\x1f]+\.safetensors"), "the name of a safetensors file")
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -31,7 +31,7 @@ class Stored:
     dtype: np.dtype
 
     def read(self, slices: Iterable[slice]) -> np.ndarray:
-        """The part of the tensor that one slice per axis selects, in the tensor's dtype. Raises
+        """Returns `tensor[slices]`, with one slice per axis, in the tensor's dtype. Raises
         `UserError` if the file cannot be read, and `MachineFault` if its disk fails.
         """
         what = f"{self.file}: tensor {self.name} cannot be read"
@@ -41,18 +41,18 @@ class Stored:
             raise UserError(f"{what} ({e})") from e
 
     def _read(self, slices):
-        # The file is closed again: the pages of an open file count as memory of the process.
+        # The file is closed again, because pages of an open file count as memory of the process.
         with safe_open(self.file, framework="numpy") as file:
             return file.get_slice(self.name)[slices]
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
-    """Returns the tensors of `model.safetensors` in a directory, or of its shards, by name.
+    """Returns `{name: Stored}` of `model.safetensors` in a directory, or of its shards.
 
-    Reads the headers of all files, and no tensor. Raises `UserError` if a file is missing or
-    damaged, or a tensor is not float32, float16 or bfloat16; `MachineFault` if a disk fails.
+    Reads only the headers of the files. Raises `UserError` if a file is missing or damaged, or if a
+    tensor is not float32, float16 or bfloat16. Raises `MachineFault` if a disk fails.
     """
-    if (directory / SINGLE).exists():  # transformers too ignores an index beside it
+    if (directory / SINGLE).exists():  # an index is ignored, also by transformers
         return _read_header(directory / SINGLE)
     index = directory / INDEX
     if not index.exists():
@@ -83,14 +83,14 @@ def _read_header(path):
 
 
 def _shapes_and_dtypes(path):
-    path.open("rb").close()  # the library reports every fault as a missing file
+    path.open("rb").close()  # safetensors reports every fault as a missing file
     with safe_open(path, framework="numpy") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no dict
         return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
 
 
 def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):
-    """Writes named tensors to one file, or to shards and their index; memory holds one file.
+    """Writes named tensors to one file, or to shards and their index; needs memory for one file.
 
     A shard has at most `SHARD_BYTES`; a larger tensor has a file of its own. Raises `OSError` or
     `SafetensorError` if a file cannot be written.
@@ -101,7 +101,7 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):
         save_file(shard, directory / f"{number}.partial", {"format": "pt"})
         total += sum(a.nbytes for a in shard.values())
         names.append(list(shard))
-        shard.clear()  # frees memory before the next shard is read
+        shard.clear()  # frees memory before the next shard is collected
     if len(names) == 1:
         (directory / "0.partial").rename(directory / SINGLE)
         return

@@ -1,4 +1,4 @@
-"""The tokenizer in the directory of a model, as we and `transformers.AutoTokenizer` read it."""
+"""Writes the tokenizer to the directory of a model, for us and `transformers.AutoTokenizer`."""
 
 import json
 import logging
@@ -22,8 +22,8 @@ _FILES += ("generation_config.json", "chat_template.*")
 def write_tokenizer(folder: Path, output: Path, max_len: int):
     """Writes the tokenizer of a run or a model, and returns the special tokens for `config.json`.
 
-    The settings of a model's tokenizer are copied. A run's tokenizer gets settings that add no
-    special tokens to a text, as in training. Raises `UserError` if it cannot be read.
+    The files of a model's tokenizer are copied. The tokenizer of a run adds no special tokens to a
+    text, because training adds none. Raises `UserError` if the tokenizer cannot be read.
     """
     if is_model(folder):
         for pattern in _FILES:
@@ -56,10 +56,10 @@ def write_tokenizer(folder: Path, output: Path, max_len: int):
 
 
 def read_prefix(folder: Path, tokenizer, begin_token: int | None) -> list[int]:
-    """The tokens that the tokenizer of a model puts before a text in `transformers`.
+    """Returns the tokens that a model's tokenizer adds before every text in `transformers`.
 
-    A `tokenizer.json` states them itself. A SentencePiece model puts `begin_token` there if its
-    `tokenizer_config.json` asks for it; that file must be readable.
+    `tokenizer.json` states them. For a SentencePiece model they are `[begin_token]` if
+    `tokenizer_config.json` sets `add_bos_token`. Raises `UserError` if that file is unreadable.
     """
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return tokenizer.prefix

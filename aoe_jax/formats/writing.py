@@ -24,16 +24,16 @@ from aoe_jax.storage.files import sync, write_json
 from aoe_jax.storage.paths import Mirror, is_remote
 from aoe_jax.storage.retry import is_fault_of_write, patiently, reason
 
-_CLASSES = Path(__file__).with_name("huggingface")  # classes of our own format for transformers
+_CLASSES = Path(__file__).with_name("huggingface")  # our classes for transformers
 
 
 @contextlib.contextmanager
 def new_directory(output: Path) -> Iterator[Path]:
     """Yields a directory that is renamed to `output` at the end, or removed after an exception.
 
-    After SIGKILL it stays, hidden beside `output`. For an object store it is a temporary directory
-    on a disk, whose files are uploaded at the end, `config.json` as the last. Raises `UserError` if
-    `output` exists or must not be written, and `MachineFault` if its disk fails.
+    After SIGKILL, a hidden directory next to `output` remains. If `output` is in an object store,
+    the directory is a local temporary one; its files are uploaded at the end, `config.json` last.
+    Raises `UserError` if `output` exists or cannot be written, `MachineFault` if its disk fails.
     """
     if output.exists() if is_remote(output) else os.path.lexists(output):
         raise UserError(f"--output={output} exists already; name a new directory")
@@ -61,17 +61,17 @@ def new_directory(output: Path) -> Iterator[Path]:
 
 
 def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter: Callable):
-    """Writes `config.json` and the tensors; memory holds one file and one parameter of a layer.
+    """Writes `config.json` and tensors; needs memory for one file and one parameter of a layer.
 
-    `values` is the content of `config.json` without the dtype; its `model_type` decides the names
-    of the tensors, and the classes in its `auto_map` are copied too. `shapes` has an array or a
-    `ShapeDtypeStruct` for every path, with the axis of layers. `parameter(path, layer)` returns the
-    whole parameter of a layer, numbered within its stack, or one outside the layers (None). The
-    calls for a layer come together, in the order of `shapes`. Raises OSError or SafetensorError if
-    a file cannot be written.
+    `values` is the content of `config.json` without the dtype. Its `model_type` decides the names
+    of the tensors; if it has an `auto_map`, our classes are copied, too. `shapes` maps every path
+    to an array or a `ShapeDtypeStruct`, with the axis of layers. `parameter(path, layer)` must
+    return the whole parameter of a layer; `layer` is its number in the stack, or None outside the
+    layers. All parameters of a layer are requested together, in the order of `shapes`. Raises
+    OSError or SafetensorError if a file cannot be written.
     """
     layouts = find_layouts(values["model_type"], shapes)
-    stacks = {}  # stack of layers or None -> paths of its parameters
+    stacks = {}  # stack of layers, or None for the rest -> paths of parameters
     for path in shapes:
         first = path.partition("/")[0]
         stacks.setdefault(first if first in STACKS else None, []).append(path)
@@ -98,10 +98,10 @@ def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter
 
 
 def parameters_of(params: dict, routing_state=None, dtype: str | None = None):
-    """`(shapes, parameter)` for `write_model`, from arrays on devices.
+    """Returns the arguments `(shapes, parameter)` of `write_model`, from arrays on devices.
 
-    `params` is the tree of the decoder's parameters, and `routing_state` has arrays `[L, ...]`
-    float32 by name. `dtype` is the dtype of parameters in the files; None keeps theirs.
+    `params` is the tree of the decoder's parameters, and `routing_state` maps names to float32
+    arrays `[L, ...]`. `dtype` is the dtype of parameters in the files; None keeps that of `params`.
     """
     arrays = flatten_dict(params, sep="/")
     dtypes = {path: dtype or a.dtype for path, a in arrays.items()}
@@ -115,7 +115,7 @@ def parameters_of(params: dict, routing_state=None, dtype: str | None = None):
 
 
 def write_run(directory: Path, source: Path, step: int | None, config: Config):
-    """Writes the step, the configuration and the data's identity of a run, if `source` has one."""
+    """Writes the step, configuration and data identity of a run, if `source` belongs to a run."""
     if not is_of_run(source):
         return
     write_json(directory / RUN_FILE, {"step": step, "config": config.to_dict()})

@@ -1,1 +1,1 @@
-"""The cost of a training step: plans for absent machines, and checks of this machine."""
+"""Estimates of training steps on other devices, and checks of this machine."""

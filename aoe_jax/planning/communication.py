@@ -1,4 +1,4 @@
-"""The collectives of a program, from its jaxpr: how often each runs, and the bytes received."""
+"""Counts the executions of the collectives in a jaxpr, and the bytes that a device receives."""
 
 import math
 
@@ -6,7 +6,7 @@ from jax.extend import core as jax_core
 
 from aoe_jax.moe.parallel import transports
 
-# Each of n devices receives factor * (n - 1) / n * (bytes of the larger of operand and result).
+# kind -> factor: each of n devices receives factor * (n - 1) / n * max(operand, result) bytes.
 _RECEIVED = {
     "all_gather": 1,
     "reduce_scatter": 1,
@@ -17,7 +17,7 @@ _RECEIVED = {
 }
 # The compiler merges equal equations of these kinds.
 _MERGED = {"all_gather", "convert_element_type", "reshape", "squeeze", "transpose"}
-# The jaxprs inside these equations count as part of the enclosing body.
+# The jaxprs inside these equations are counted as part of the enclosing jaxpr.
 _INLINE = {"closed_call", "custom_vjp_call", "jit", "pjit", "remat2", "checkpoint", "shard_map"}
 
 
@@ -25,8 +25,8 @@ def each_collective(jaxpr, arguments=None, known=None):
     """Yields `(equation, number of executions)`; the number is 0 in loops of unknown length.
 
     Two gathers of the same array with no barrier between them count once: the compiler merges them.
-    For a jaxpr inside another, `arguments` has one object per argument, the same one for equal
-    arrays, and `known` has the results of the equations of `_MERGED` in the enclosing body.
+    If `jaxpr` is nested in another one, `arguments` has one object per argument (equal arrays have
+    the same object), and `known` has the results of earlier equations of the kinds in `_MERGED`.
     """
     known = {} if known is None else known
     values = dict(zip(jaxpr.invars, arguments or [object() for _ in jaxpr.invars], strict=True))
@@ -36,7 +36,7 @@ def each_collective(jaxpr, arguments=None, known=None):
             object() if isinstance(v, jax_core.Literal) else values.setdefault(v, object())
             for v in eqn.invars
         ]
-        if name in ("name", "stop_gradient"):  # the result is the argument
+        if name in ("name", "stop_gradient"):  # the result equals the argument
             values[eqn.outvars[0]] = inputs[0]
         if name in _MERGED:
             key = (name, str(eqn.params), *inputs)
@@ -62,19 +62,19 @@ def _parts(eqn):
 
 
 def _inside(eqn, inputs):
-    """Returns `arguments` for a jaxpr inside an equation; None means new objects."""
-    if eqn.primitive.name == "shard_map":  # the same array may be split in several ways
+    """Returns `arguments` of `each_collective` for a jaxpr in an equation; None: new ones."""
+    if eqn.primitive.name == "shard_map":  # an array that is split in two ways counts as two
         specs = eqn.params["in_specs"]
         return [(value, str(spec)) for value, spec in zip(inputs, specs, strict=True)]
     if eqn.params.get("prevent_cse") and eqn.params.get("differentiated"):
-        return None  # an optimization barrier is in between
+        return None  # a barrier prevents merging with equations outside
     return inputs
 
 
 def collectives(jaxpr, sizes):
-    """Counts the collectives of a program by kind and mesh axes. `sizes` has the size of each axis.
+    """Counts the collectives of a program by kind and mesh axes; `sizes` maps an axis to its size.
 
-    Returns `{(kind, axes): [count, bytes received by a device]}`, without loops of unknown length.
+    Returns `{(kind, axes): [count, bytes received by a device]}`; loops of unknown length count 0.
     """
     total = {}
     for eqn, times in each_collective(jaxpr):
@@ -85,7 +85,7 @@ def collectives(jaxpr, sizes):
         axes = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
         groups = eqn.params.get("axis_index_groups")
         n = len(groups[0]) if groups else math.prod(sizes[axis] for axis in axes)
-        # The other operands of ragged_all_to_all are offsets and sizes.
+        # Only the first operand of ragged_all_to_all is data, the others are offsets and sizes.
         operands = eqn.invars[:1] if kind == "ragged_all_to_all" else eqn.invars
         size = max(_bytes(operands), _bytes(eqn.outvars))
         entry = total.setdefault((kind, axes), [0, 0.0])

@@ -1,16 +1,16 @@
-"""The cost of a compiled program: memory traffic, FLOPs, cycles, collectives and likely time of
-each operation of its optimised HLO. Operations in loops are multiplied by the trip counts.
+"""Computes the cost of each operation in the optimised HLO of a program: memory traffic, FLOPs,
+cycles, collectives and likely time. The cost of a loop's body is multiplied by the trip count.
+(XLA's `cost_analysis()` counts the body once, and does not know the cost of Pallas kernels.)
 
-XLA's `cost_analysis()` counts the body of a loop once and cannot look into Pallas kernels. Here:
-
-- Memory traffic is what an operation reads from and writes to HBM, with the padding of the layout.
-  Arrays that the compiler keeps in on-chip memory (`S(1)` on TPU) are left out. A slice reads only
-  the elements taken, an in-place update writes only those changed, and each array is read once.
-- FLOPs count matrix products and convolutions, two for each multiply-add, and the FLOPs that a
-  kernel states. Cycles are the estimate of the TPU compiler. The launch of a kernel takes no time.
-- A loop of unknown length counts as zero trips. Such loops are the further rounds of expert
-  parallelism (`moe/parallel/transports.py`), which balanced loads do not need. A conditional counts
-  as the branch with the most FLOPs or, if FLOPs are equal, the most traffic.
+- Memory traffic is the number of bytes that an operation reads from HBM and writes to HBM, with the
+  padding of the layout. Arrays in on-chip memory (`S(1)` on TPU) are not counted. A slice reads
+  only the selected elements, and an in-place update writes only the changed elements.
+- FLOPs are those of matrix products and convolutions, two for each multiply-add, and those of
+  kernels. Cycles are the estimate of the TPU compiler. Launching a kernel is assumed to be free.
+- A loop of unknown length is assumed to run zero times. Our programs have such loops only for the
+  extra rounds of expert parallelism (`moe/parallel/transports.py`), and balanced loads need no
+  extra rounds. The cost of a conditional is the cost of its branch with the most FLOPs or, if
+  FLOPs are equal, the most traffic.
 """
 
 import math
@@ -26,7 +26,7 @@ from aoe_jax.planning.kernel_costs import KERNEL_COSTS
 # Named scopes of the train step.
 SCOPES = {"embed", "attention", "score", "route", "balance", "schedule", "dispatch", "experts"}
 SCOPES |= {"combine", "loss", "update"}
-# Operations without work of their own. The work of a `-done` counts in its `-start`.
+# Operations without a cost. The cost of a `-done` operation is counted in its `-start`.
 _FREE = {"add-dependency", "after-all", "async-update", "bitcast", "constant", "domain", "tuple"}
 _FREE |= {"get-dimension-size", "get-tuple-element", "opt-barrier", "parameter"}
 _FREE |= {"partition-id", "replica-id"}
@@ -37,31 +37,31 @@ _FREE_KERNELS |= {"ConcatBitcast", "GatherScatterIndicesBitpacked"}
 
 @dataclass(frozen=True)
 class Operation:
-    """The cost of an instruction in a run of the program."""
+    """The cost of one instruction of the HLO."""
 
     name: str
     opcode: str
     op_name: str  # the path of named scopes and transformations in JAX
-    times: float = 1
-    hbm_bytes: float = 0.0  # per execution, as are the next fields
+    times: float = 1  # executions per run of the program
+    hbm_bytes: float = 0.0  # bytes per execution; the fields below are per execution, too
     flops: float = 0.0
-    # FLOPs of a fully used matrix unit in the same time; above `flops` if parts are idle.
+    # FLOPs that a fully used matrix unit would compute in the same time; at least `flops`.
     occupied_flops: float = 0.0
     cycles: float | None = None
     collective: str | None = None
-    sent_bytes: float = 0.0  # the larger of a collective's operand and result
-    group_size: int = 1  # devices that take part in the collective
+    sent_bytes: float = 0.0  # bytes of the larger of a collective's operand and result
+    group_size: int = 1  # number of devices that exchange data
     is_async: bool = False
-    # The operations between the start of an asynchronous collective and its end; None: unknown.
+    # Operations that overlap with this asynchronous collective; None: its end was not found.
     beside: tuple["Operation", ...] | None = None
 
 
 class Program:
-    """A compiled program, from the text of `hlo.compile_and_read`.
+    """A compiled program, parsed from the text that `hlo.compile_and_read` returns.
 
-    A function of `kernel_costs` maps `(name, operands, results)` to `(flops, traffic, occupied
-    FLOPs)`, or to None for unknown kernels. The operands and results are `Array`s; the name is the
-    target of the custom call or, on TPU, the name of the kernel.
+    Each function in `kernel_costs` maps `(name, operands, results)` of a custom call to `(FLOPs,
+    bytes of traffic, occupied FLOPs)`, or to None if it does not know the kernel. Operands and
+    results are `Array`s; the name is the call's target or, on TPU, the name of the kernel.
     """
 
     def __init__(self, text, kernel_costs=KERNEL_COSTS):
@@ -74,11 +74,11 @@ class Program:
 
     @cached_property
     def operations(self):
-        """All `Operation`s of a run."""
+        """All `Operation`s of one run of the program."""
         return self._walk(self.computations[self.entry], 1.0)
 
     def _called(self, i, *keys):
-        """Returns the instructions of the computation that an attribute names; {} for none."""
+        """Returns `{name: Instruction}` of the computation in an attribute; {} without it."""
         name = i.called(*keys)
         return self.computations[name] if name else {}
 
@@ -99,7 +99,7 @@ class Program:
                 started[i.name] = started.get(i.operands[0])
             if i.opcode in _FREE or i.target in _FREE_KERNELS:
                 continue
-            if i.opcode == "fusion-start":  # the result has operands, results, a context
+            if i.opcode == "fusion-start":  # its arrays: operands, results, a context
                 n = sum(len(instructions[name].arrays) for name in i.operands)
                 i = replace(i, opcode="fusion", arrays=i.arrays[n:-1])
             if i.opcode == "while":
@@ -142,7 +142,7 @@ class Program:
 
     def _kernel_cost(self, i, known):
         operands = [a for name in i.operands for a in known[name].arrays]
-        is_named = i.target != "tpu_custom_call"  # the target of every kernel for TPU
+        is_named = i.target != "tpu_custom_call"  # all kernels for TPU have this target
         name = i.target if is_named else re.sub(r"[.\d]+$", "", i.name)
         costs = (cost(name, operands, i.arrays) for cost in self.kernel_costs)
         return next((cost for cost in costs if cost), None)
@@ -151,11 +151,11 @@ class Program:
         is_async = i.opcode.endswith("-start")
         operand_bytes = sum(a.bytes for name in i.operands for a in known[name].arrays)
         result_bytes = sum(a.bytes for a in i.arrays)
-        if is_async and i.is_tuple:  # then the result holds the operands, too
+        if is_async and i.is_tuple:  # the result includes the operands
             result_bytes -= operand_bytes
         return replace(
             operation,
-            hbm_bytes=0.0,  # only network time counts
+            hbm_bytes=0.0,  # a collective costs network time only
             collective=i.collective,
             sent_bytes=max(operand_bytes, result_bytes),
             group_size=self._group_size(i),
@@ -164,7 +164,7 @@ class Program:
 
     def _collectives_of_fusion(self, i, times):
         # A fusion may start a collective, or be a reduce-scatter made of an all-reduce and a slice.
-        # Fusions that only overlap with a started collective contain it too, with a `chain_id`.
+        # A fusion that only overlaps with a collective contains it, too, with a `chain_id`.
         inside, found = self._fused(i), []
         is_async = any(x.target == "AsyncCollectiveStart" for x in inside.values())
         for x in inside.values():
@@ -178,8 +178,8 @@ class Program:
 
     def _group_size(self, i):
         if i.collective == "collective-permute":
-            return math.inf  # a device receives everything that one other device sends
-        if sizes := i.attribute(r"replica_groups=\[([\d,]+)\]"):  # [groups, devices of a group]
+            return math.inf  # a device receives all bytes of one other device
+        if sizes := i.attribute(r"replica_groups=\[([\d,]+)\]"):  # [groups, devices per group]
             return int(sizes.split(",")[-1])
         if group := i.attribute(r"replica_groups=\{\{([\d,]+)\}"):
             return len(group.split(","))
@@ -191,7 +191,7 @@ class Program:
         raise ValueError(f"collective {i.name} names its devices in an unknown way: {i.attributes}")
 
     def _trips(self, loop):
-        """Returns how often the body of a loop runs; 0 if this depends on the data."""
+        """Returns the trip count of a loop; 0 if it is not stated."""
         if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(known)
         condition = self._called(loop, "condition")
@@ -205,7 +205,7 @@ class Program:
 
     def _traffic(self, i, known):
         if i.opcode == "copy-start":
-            return known[i.operands[0]].hbm_bytes + i.arrays[0].hbm_bytes  # destination first
+            return known[i.operands[0]].hbm_bytes + i.arrays[0].hbm_bytes  # arrays[0]: destination
         if i.opcode in ("slice-start", "dynamic-slice-start"):
             return sum(a.bytes for a in i.arrays if not a.in_hbm and a.dims)
         stated = i.attribute(r'"bytes_accessed":"(\d+)"')
@@ -219,7 +219,7 @@ class Program:
         return reads + self._written(i, known)
 
     def _read(self, user, index, whole):
-        """Returns the bytes that `user` reads of operand `index` with `whole` bytes in HBM."""
+        """Returns the bytes that `user` reads from operand `index` of `whole` bytes in HBM."""
         if not whole:
             return 0.0
         if user.opcode in ("dynamic-slice", "slice", "gather") and index == 0:
@@ -236,7 +236,7 @@ class Program:
         return min(whole, self._read_inside(inside, parameter.name, whole))
 
     def _read_inside(self, inside, name, whole):
-        """Returns the bytes that a fusion reads of a parameter, summed over the uses."""
+        """Returns the bytes that the operations in a fusion read from the parameter `name`."""
         total = 0.0
         for user in inside.values():
             for k, operand in enumerate(user.operands):
@@ -260,7 +260,7 @@ class Program:
         )
 
     def _written_by(self, part, inside, whole):
-        """Returns the bytes written: 0 for an argument, only the changed ones for an update."""
+        """Returns the bytes that `part` writes: 0 for a parameter, the changes for an update."""
         while part.opcode == "bitcast" and part.operands[0] in inside:
             part = inside[part.operands[0]]
         if part.opcode == "parameter" or part.collective or part.target in _ASYNC:
@@ -289,15 +289,15 @@ class Program:
 
 
 def likely_seconds(operation, chip, shape=()):
-    """Returns the likely seconds of one run of an operation.
+    """Returns the likely seconds of one execution of an operation.
 
-    A collective takes the time of a ring algorithm over the links of its group, minus the time of
-    the operations that overlap with it, or 0 if these are unknown. Other operations take the
-    compiler's cycles or, without cycles, the larger of the times for FLOPs and for memory traffic
-    at the peaks of `chip`. `shape` is the shape of the slice, see `Chip.group_bandwidth`.
+    Collectives: the time of a ring algorithm over the links of the group, minus the time of the
+    operations that overlap with it; 0 if these operations are unknown. Other operations: the
+    compiler's cycles or, without cycles, the larger of the times of FLOPs and of memory traffic at
+    the peaks of `chip`. `shape` is the number of chips along each dimension of the slice.
     """
     if operation.collective:
-        if operation.collective == "collective-permute":  # to a neighbour
+        if operation.collective == "collective-permute":  # to a neighbour, over one link
             seconds = operation.sent_bytes * chip.n_links / chip.link_bandwidth
         else:
             rounds = 2 if operation.collective == "all-reduce" else 1
@@ -316,7 +316,7 @@ def likely_seconds(operation, chip, shape=()):
 
 
 def scope(operation):
-    """Returns the named scope of the train step that an operation belongs to."""
+    """Returns the scope of an operation: of `SCOPES`, or "network", "copies" or "other"."""
     if operation.collective:
         return "network"
     for part in reversed(operation.op_name.split("/")):
@@ -343,7 +343,7 @@ def _branches(conditional):
 
 
 def _convolution_flops(i, known):
-    # On TPU, matrix products are convolutions. Products with padding are not counted.
+    # On TPU, matrix products become convolutions. Products with padding are not counted.
     lhs, rhs = (known[name].arrays[0].dims for name in i.operands[:2])
     out, labels = i.arrays[0].dims, i.attribute(r"dim_labels=([\w?]+_[\w?]+->[\w?]+)")
     if not labels:

@@ -1,4 +1,4 @@
-"""Examines a machine: backends, checks of kernels, training steps, verdicts.
+"""Examines a machine: chooses backends, checks kernels and times training steps.
 
 The command is `python -m aoe_jax.doctor`.
 """
@@ -32,8 +32,8 @@ MAX_TOKENS = 16_384  # per device and step
 def examine(config: Config, show):
     """Examines all devices of all processes with the configuration that `fitted` returns.
 
-    `show` is called with each line of text as soon as a part is done. Returns the content of
-    `--json`. Raises `UserError` for a setting that these devices do not allow.
+    `show` is called with each line of text as soon as its result is known. Returns the dict that
+    `--json` writes. Raises `UserError` for a setting that these devices do not allow.
     """
     config = fitted(config, jax.device_count())
     mesh = make_mesh(config, jax.devices())
@@ -60,7 +60,7 @@ def _add(report, verdict, show):
 
 
 def fitted(config: Config, n_devices):
-    """Returns the configuration with one micro-batch of at most `MAX_TOKENS` per device."""
+    """Returns the configuration with one micro-batch per step, of <= `MAX_TOKENS` a device."""
     config = fill_mesh(config, n_devices)
     shards, train = math.prod(config.mesh.shape[:3]), config.train
     sequences = train.batch_size // train.accumulate // shards
@@ -70,7 +70,7 @@ def fitted(config: Config, n_devices):
 
 
 def _attempt(function, *args):
-    """Returns the result or `{"error": last line of the exception}`; raises only `UserError`."""
+    """Returns `function(*args)`, or `{"error": text}` after an exception other than `UserError`."""
     try:
         return function(*args)
     except UserError:
@@ -81,7 +81,7 @@ def _attempt(function, *args):
 
 
 def choose_backends(config, device):
-    """Returns a dict `kernel`, `backend`, `why` for attention and for each grouped product."""
+    """Returns `[{"kernel", "backend", "why"}]`: attention, then grouped products with "shape"."""
     m, dtype, chosen = config.model, jnp.dtype(config.model.dtype), config.experts.grouped_matmul
     name = attention_backend(device, dtype, m.head_width)
     why = _why(device, name == "blocks", partial(check_cudnn, dtype, m.head_width))
@@ -102,7 +102,7 @@ def choose_backends(config, device):
 
 
 def _why(device, is_plain, check):
-    """Returns why a backend is chosen; `check` raises `UserError` without a kernel for GPUs."""
+    """Returns why "auto" selects a backend; `check` raises `UserError` if the GPU has no kernel."""
     if is_plain and device.platform == "gpu":
         try:
             check()
@@ -112,10 +112,10 @@ def _why(device, is_plain, check):
 
 
 def kernel_verdicts(config, mesh, backends):
-    """Checks attention, the grouped products and the layer of experts on the mesh in context.
+    """Checks attention, grouped products and the MoE layer; `mesh` must be the current mesh.
 
-    Yields a verdict for each case: `name`, `passed`, `text`, `fallback` if it failed, and the
-    results of `kernel_checks.check` as `checks`, or `{"error"}` if it raised an exception.
+    Yields a dict for each case: `name`, `passed`, `text`, `checks`, and `fallback` if the case
+    failed. `checks` is the result of `kernel_checks.check`, or `{"error"}` after an exception.
     """
     attention, *grouped = backends
     cases = kernel_checks.attention_cases(config, attention["backend"])
@@ -139,8 +139,8 @@ def kernel_verdicts(config, mesh, backends):
 
 
 def take_steps(config: Config):
-    """Takes `STEPS` training steps on random tokens. Returns the loss and the median speed; `mfu`
-    is None without a published peak, and `finite` is true if all steps were finite.
+    """Runs `STEPS` training steps on random tokens. Returns the last loss and the speed of the
+    median step. `mfu` is None if the peak is unknown; `finite` is true if all steps were finite.
     """
     step, seconds, finite = RepeatedStep(config), [], []
     jax.block_until_ready(step())
@@ -162,7 +162,7 @@ def take_steps(config: Config):
 
 
 def steps_verdict(steps):
-    """Returns the verdict on the result of `take_steps`, or on its `error`."""
+    """Returns the verdict on training steps, from `take_steps` or from the `error` it raised."""
     if "error" in steps:
         text = steps["error"]
     else:
@@ -175,7 +175,7 @@ def steps_verdict(steps):
 
 
 def fallback(kernel, config: Config):
-    """Returns the setting that avoids a kernel, in words."""
+    """Returns the flag that avoids a kernel; text with "none" if no flag does."""
     kind, _, backend = kernel.rpartition(" ")
     if backend in ("blocks", "blocked", "rowwise"):
         return "none, it is plain JAX"

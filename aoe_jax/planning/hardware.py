@@ -1,5 +1,5 @@
-"""Published peaks of accelerators, and the devices of absent TPU slices and GPU nodes, for which
-programs can be compiled.
+"""Published peaks of accelerators, and devices of TPU slices and GPU nodes for which programs can
+be compiled on a machine without these devices.
 
 Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.google.com/tpu/docs
 (peak compute, HBM, and one direction of the inter-chip bandwidth); the Google Cloud machine types
@@ -28,19 +28,19 @@ from aoe_jax.training.devices import PEAK_FLOPS, count_chips
 
 @dataclass(frozen=True)
 class Chip:
-    """Peaks of a chip that need not be present; a v4 or tpu7x chip may be two devices."""
+    """Published peaks of a chip. A v4 or tpu7x chip may appear as two devices in JAX."""
 
-    flops: float  # per second, bfloat16, dense
+    flops: float  # FLOPs per second in bfloat16, without sparsity
     hbm_bytes: float
     hbm_bandwidth: float  # bytes per second
-    # Bytes per second into a chip, from all other chips of its slice (or node) together, and from
+    # Bytes per second that a chip receives over all links within its slice (or GPU node), and from
     # other slices (or nodes).
     link_bandwidth: float
     slice_bandwidth: float
-    clock: float | None = None  # cycles per second of a TPU core, from its peak and matrix units
+    clock: float | None = None  # cycles per second of a TPU core, computed from its peak
     n_links: int = 1  # links of a chip; two in each dimension of a TPU slice
-    ring: int = 1  # a dimension closes to a ring if its chips are a multiple of this
-    devices: float = 1  # devices of a chip
+    ring: int = 1  # a dimension is a ring if its number of chips is a multiple of this
+    devices: float = 1  # JAX devices per chip
 
     def part(self, share):
         """Returns the peaks of a device that is the fraction `share` of the chip."""
@@ -51,11 +51,11 @@ class Chip:
     def group_bandwidth(self, shape, n_devices):
         """Returns the bytes per second that a device receives in a ring algorithm over its group.
 
-        The group spans whole dimensions of the slice if possible, as JAX meshes do; otherwise it
-        takes the placement with the most links. A whole dimension that closes to a ring gives every
-        chip two links; any other dimension of the group gives one, because a line has ends. Devices
-        of one chip are assumed to exchange data at the rate of all its links. `shape` is the number
-        of chips along each dimension of the slice; () means that all links are used.
+        JAX meshes place a group along whole dimensions of the slice if possible; otherwise the
+        placement with the most links is assumed. A chip has two links to its group in a whole
+        dimension that is a ring, and one link in any other dimension, because a line has ends.
+        Devices of one chip are assumed to exchange data at the bandwidth of all its links. `shape`
+        is the number of chips along each dimension; () means that all links are used.
         """
         ways, n_chips = [], max(1, round(n_devices / self.devices))
         for order in itertools.permutations(shape):
@@ -84,7 +84,7 @@ CHIPS = {
     "b200": Chip(PEAK_FLOPS["NVIDIA B200"], 180e9, 7.7e12, 900e9, 50e9),
 }
 _PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # figures depend on them
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # `machine` lists their versions
 
 
 def chip_part(generation, devices):
@@ -100,7 +100,7 @@ def slice_shape(devices):
 
 
 def machine():
-    """Returns a dict about this machine: devices, cores, versions, allocator settings."""
+    """Returns a dict that describes this machine: devices, cores, versions, allocator settings."""
     installed = {package.name: package.version for package in metadata.distributions()}
     return {
         "device": jax.devices()[0].device_kind,
@@ -114,17 +114,17 @@ def machine():
 
 
 def topology_devices(topology, n_slices=1):
-    """Returns `(generation, devices)` to compile for; JAX runs other programs on CPU afterwards.
+    """Returns `(generation, devices)` for compilation only; this process then computes on CPU.
 
-    `topology` is a slice, such as "v5e:16x16", or the GPUs of a node, such as "h100:8". Raises
-    `UserError` for an unknown name or shape, or a compiler that is not installed.
+    `topology` names a TPU slice, such as "v5e:16x16", or the GPUs of a node, such as "h100:8".
+    Raises `UserError` if the name or the shape is unknown, or the compiler is not installed.
     """
     generation, _, shape = topology.partition(":")
     known = f"{', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 or h100:8"
     is_known = generation in CHIPS and re.fullmatch(r"[0-9]{1,6}(x[0-9]{1,6})*", shape)
     require_flag(is_known, "topology", topology, f"is unknown; name one of {known}")
-    jax.config.update("jax_platforms", "cpu")  # this machine's devices may be busy
-    target = Path(__file__).parent / f"{generation}.txtpb"  # XLA's description of a GPU
+    jax.config.update("jax_platforms", "cpu")  # other processes may use this machine's devices
+    target = Path(__file__).parent / f"{generation}.txtpb"  # description of a GPU for XLA
     if target.exists():
         count = f"takes the number of GPUs of a node, as {generation}:N"
         require_flag(shape.isdecimal() and int(shape) > 0, "topology", topology, count)
@@ -144,14 +144,14 @@ def topology_devices(topology, n_slices=1):
 
 
 def _tpu_options(topology, n_slices):
-    # Otherwise libtpu asks a metadata server about this machine, and runs in one process only.
+    # By default libtpu queries a metadata server, and only one process at a time may load it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options = {"platform": "tpu", "topology_name": topology}
     if n_slices > 1:
         options["num_slices"] = n_slices
     if topology.startswith("v4:"):
-        options["chip_config_name"] = "megacore"  # one device per chip, as in reality
+        options["chip_config_name"] = "megacore"  # one device per chip
     return options
 
 
@@ -165,7 +165,7 @@ def _gpu_options(target, topology):
 def compiling_for(devices):
     """Returns a context in which `jax.devices()` returns these devices.
 
-    Pallas kernels for GPUs read the number of cores from the first device.
+    It is needed because Pallas kernels for GPUs read the number of cores from the first device.
     """
     real = jax.devices
     return mock.patch.object(jax, "devices", lambda name=None: real(name) if name else [*devices])

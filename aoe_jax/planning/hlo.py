@@ -1,4 +1,4 @@
-"""Optimised HLO, the text of a compiled program: how to get it, and its instructions."""
+"""Compiles a program and parses the text of its optimised HLO."""
 
 import math
 import re
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}  # other names end in their number of bits
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # bits; other names contain the number of bits
 _COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "ragged-all-to-all", "reduce-scatter"}
 _COLLECTIVES |= {"collective-broadcast", "collective-permute"}
 
 
 @dataclass(frozen=True)
 class Array:
-    """An array, a leaf of an instruction's result."""
+    """An array in the result of an instruction."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -22,18 +22,18 @@ class Array:
 
     @property
     def in_hbm(self):
-        """Whether it is in the device's main memory."""
+        """Whether the array is in the device's main memory."""
         return "S(" not in self.layout
 
     @cached_property
     def bytes(self):
-        """Its size in memory, with the padding of its layout."""
+        """The size in memory, with the padding of the layout."""
         bits = _BITS.get(self.dtype)
         if bits is None:
             bits = int(re.match(r"[a-z]+(\d+)", self.dtype).group(1))
         dims = list(self.dims)
         if tiled := re.match(r"\{([\d,]+):T\(([\d,]+)\)", self.layout):
-            # The first tile of the layout covers the last dimensions, which are rounded up.
+            # The last dimensions are padded to multiples of the first tile of the layout.
             minor_to_major, tile = ([int(n) for n in text.split(",")] for text in tiled.groups())
             dims = [1] * (len(tile) - len(dims)) + [dims[i] for i in reversed(minor_to_major)]
             padded = zip(dims[-len(tile) :], tile, strict=True)
@@ -42,7 +42,7 @@ class Array:
 
     @property
     def hbm_bytes(self):
-        """`bytes`, or 0 outside main memory."""
+        """`bytes` if the array is in main memory, else 0."""
         return self.bytes if self.in_hbm else 0.0
 
 
@@ -52,10 +52,10 @@ class Instruction:
 
     name: str
     opcode: str
-    arrays: tuple[Array, ...]  # leaves of the result
+    arrays: tuple[Array, ...]  # arrays of the result
     is_tuple: bool
     operands: tuple[str, ...]
-    literal: str  # the text between the parentheses
+    literal: str  # the text between the parentheses after the opcode
     attributes: str
     is_root: bool
 
@@ -65,7 +65,7 @@ class Instruction:
         return sum(a.hbm_bytes for a in self.arrays)
 
     def called(self, *keys):
-        """Returns the name of the computation that an attribute such as `calls` names, or None."""
+        """Returns the name of the computation in an attribute of `keys`, or None."""
         return self.attribute(rf"\b(?:{'|'.join(keys)})=\{{?%?([\w.\-]+)")
 
     def attribute(self, pattern):
@@ -91,10 +91,10 @@ class Instruction:
 
 
 def compile_and_read(lowered):
-    """Returns `(compiled program, text)`; text is None on CPU or from the compilation cache.
+    """Returns `(compiled program, text of its HLO)`; the text is None on CPU or after a cache hit.
 
-    The text is the compiler's dump: `compiled.as_text()` has no cycles on some versions of JAX, and
-    fails on some programs.
+    The text is the compiler's dump, because `compiled.as_text()` has no cycles on some versions of
+    JAX, and fails on some programs.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -105,7 +105,7 @@ def compile_and_read(lowered):
 
 
 def parse(text):
-    """Returns `({computation: {name: Instruction}}, name of the entry)`."""
+    """Returns `({computation: {name: Instruction}}, name of the entry computation)`."""
     text = re.sub(r"kernel_metadata=\{\n(.*)\n\}", r"kernel_metadata={\1}", text)
     text = re.sub(r"/\*index=\d+\*/", "", text)
     computations, entry, current = {}, None, None
@@ -122,8 +122,8 @@ def parse(text):
 
 
 def _with_elements(instructions):
-    # An operand may have the short form `%tuple#index`: a `get-tuple-element` is added for it. The
-    # tuple has arrays only.
+    # An operand may have the short form `%tuple#index`; this adds a `get-tuple-element` for it. The
+    # elements of such a tuple are arrays, not tuples.
     known = {}
     for i in instructions:
         for operand in (operand for operand in i.operands if "#" in operand):

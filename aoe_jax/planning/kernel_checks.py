@@ -1,14 +1,14 @@
 """Checks kernels against plain float32 references, on all devices of a mesh at the same time.
 
-The error of an array is the largest error of its blocks of 128 rows. A block's error is the norm of
-the difference from the reference over the norm of the reference, or infinity if not finite.
+The error of an array is the largest error of its blocks of 128 rows. The error of a block is
+|result - reference| / |reference| with L2 norms, or infinity if this ratio is not finite.
 
     tolerance = roundings * eps + sqrt(terms) * eps(float32)
 
-where eps is the machine epsilon of the compute dtype, or of the shorter format in which the
-platform multiplies float32, and `terms` is the length of the longest sum. `roundings` counts
-roundings to this dtype in a forward pass: 1 in a grouped product (result), 2 in attention
-(probabilities, result), 4 in a layer (gate, up projection, their product, result).
+where eps is the machine epsilon of the compute dtype (if it is float32, of the shorter format to
+which the platform rounds the factors of products). `terms` is the number of terms of the longest
+sum. `roundings` is the number of roundings to the compute dtype in a forward pass: 1 in a grouped
+product (result), 2 in attention (probabilities, result), 4 in a layer (gate, up, product, result).
 """
 
 import dataclasses
@@ -31,24 +31,24 @@ from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.layer import ExpertsLayer, parameters_of
 from aoe_jax.sharding import MESH_AXES, replicated
 
-PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # float32 operands become bfloat16, TF32
+PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # float32 factors are rounded to bfloat16, TF32
 BLOCK = 128  # rows whose error is computed together, such as positions of a head
-LAYER_TOKENS, LAYER_EXPERTS = 2048, 8  # the reference computes all experts for all tokens
+LAYER_TOKENS, LAYER_EXPERTS = 2048, 8  # limits, because the reference is dense
 
 
 class Case(NamedTuple):
-    """A kernel at one shape, and its reference; both take the arrays and an input's arguments."""
+    """A kernel at one shape, and its reference: functions of the arrays and one of `inputs`."""
 
     kernel: str
     shape: str  # in words
-    arguments: dict  # name of a random array -> its shape
-    result: tuple  # its shape
+    arguments: dict  # array argument -> its shape; filled with standard normal numbers
+    result: tuple  # shape of the result
     function: Callable
     reference: Callable
-    inputs: dict  # name of an input -> further arguments of both functions
+    inputs: dict  # name of an input -> the arguments after the arrays
     roundings: int
     terms: int
-    is_collective: bool = False  # the function shares the work among the devices of the mesh
+    is_collective: bool = False  # True: the devices of the mesh compute `function` together
 
 
 def everywhere(mesh, function):
@@ -58,7 +58,7 @@ def everywhere(mesh, function):
 
 
 def drawn(mesh, shapes, dtype):
-    """Returns arrays of standard normal numbers, a copy on every device."""
+    """Returns arrays of standard normal numbers, with a copy on every device."""
     rng, copies = np.random.default_rng(0), replicated(mesh)
     arrays = [rng.standard_normal(shape, np.float32).astype(dtype) for shape in shapes]
     return [jax.make_array_from_callback(a.shape, copies, a.__getitem__) for a in arrays]
@@ -75,13 +75,13 @@ def with_gradients(function):
 
 
 def exactly(function, dtype):
-    """Returns the float32 reference at high matmul precision, to check results in `dtype`."""
+    """Returns `function` in float32 at high matmul precision, the reference for `dtype`."""
 
     def widened(a):
         return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
     def call(*args):
-        # On TPU, "highest" takes twice as long to compile and to run.
+        # "high" is enough for narrow dtypes; "highest" doubles compile time and run time on TPU.
         with jax.default_matmul_precision("highest" if dtype == "float32" else "high"):
             return function(*jax.tree.map(widened, args))
 
@@ -89,10 +89,10 @@ def exactly(function, dtype):
 
 
 def check(case: Case, mesh, dtype):
-    """Computes a case for each of its inputs.
+    """Computes a case and its reference for each input.
 
     Returns a list of `{"input", "tolerance", "errors", "device", "passed"}`. `errors` maps each
-    result to its largest error on any device; `device` has the largest of all.
+    result to its largest error over all devices. `device` is the device with the largest error.
     """
     eps = float(jnp.finfo(dtype).eps)
     if dtype == "float32":
@@ -130,15 +130,15 @@ def _relative_error(got, want):
         return jax.ops.segment_sum(jnp.square(a).sum(axis=1), block, n_blocks)
 
     norm = squares(want)
-    # Some kernels subtract, so a block near zero has rounding errors as large as those of other
-    # blocks. An array may be all zeros.
+    # The norm has a floor. Some kernels subtract, so a block near zero has rounding errors as large
+    # as those of other blocks. An array may also be all zeros.
     floor = jnp.maximum(1e-2 * norm.mean(), jnp.finfo(jnp.float32).tiny)
     error = jnp.sqrt((squares(got - want) / jnp.maximum(norm, floor)).max())
     return jnp.where(jnp.isfinite(error), error, jnp.inf)
 
 
 def sequences_per_device(config: Config):
-    """Returns the sequences per device; devices along the tensor axis share sequences."""
+    """Returns the sequences per device; devices along the tensor axis have the same sequences."""
     return config.train.batch_size // math.prod(config.mesh.shape[:3])
 
 
@@ -158,7 +158,7 @@ def attention_cases(config: Config, backend):
 
 
 def attention_case(backend, shape, inputs):
-    """Returns the case at `(B, H, G, S, h)`; an input is empty or has documents `[B, S]`."""
+    """Returns the case of shape `(B, H, G, S, h)`; an input is () or `(documents [B, S],)`."""
     b, n_heads, n_kv, s, h = shape
 
     def plain(q, k, v, *documents):
@@ -182,7 +182,7 @@ def attention_case(backend, shape, inputs):
 
 
 def expert_shapes(config: Config):
-    """Returns `{weight: (E, D, F)}` of a layer's grouped products per device; {} without them."""
+    """Returns `{weight: (E, D, F)}` of a layer's grouped products per device; {} if it has none."""
     if config.experts.kind not in ("aoe", "router"):
         return {}
     mesh, sizes = config.mesh, config.experts.sizes(config.model.d_model)
@@ -210,13 +210,13 @@ def group_sizes(m, n_experts):
 
 
 def grouped_case(config: Config, backend, shape):
-    """Returns the case of a grouped product; `shape` is that of the weights, `(E, D, F)`."""
+    """Returns the case of a grouped product with weights of shape `(E, D, F)`."""
     m, (n, d, f) = rows_per_device(config), shape
 
     def plain(rows, weights, sizes):
         expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(m), side="right")
 
-        @jax.checkpoint  # otherwise masked rows of all experts are kept
+        @jax.checkpoint  # otherwise the masked rows of all experts are stored
         def product(number, w):
             return jnp.where((expert == number)[:, None], rows, 0) @ w
 
@@ -239,11 +239,11 @@ def grouped_case(config: Config, backend, shape):
 
 
 def layer_case(config: Config):
-    """Returns the case of a layer of experts on the mesh, against Algorithm 1 or 2; None if the
-    layer follows neither.
+    """Returns the case of an MoE layer on the mesh, with the paper's Algorithm 1 or 2 as reference;
+    None if neither algorithm describes the layer.
 
-    Every token takes all experts, because rounding may change a choice, and the score is the norm,
-    because rounding may change which activation is the largest. A shared expert is left out.
+    Every token is routed to all experts, because rounding may change a choice. The score is the
+    norm, because rounding may change which activation is the largest. A shared expert is left out.
     """
     e = config.experts
     if e.kind not in ("aoe", "router") or e.large_router or (e.low_rank and e.kind == "router"):
@@ -262,7 +262,7 @@ def layer_case(config: Config):
     declared = parameters_of(experts, layer.routing)
     of_experts = reference.aoe_experts if experts.low_rank else reference.router_experts
 
-    def scaled(weights):  # by a power of two, so that products keep the tokens' variance
+    def scaled(weights):  # by a power of two near 1 / sqrt(D), so that x W has the variance of x
         return [w.astype(jnp.float32) * 2.0 ** round(-math.log2(w.shape[-2]) / 2) for w in weights]
 
     def apply(x, *weights):

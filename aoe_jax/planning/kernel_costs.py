@@ -1,7 +1,7 @@
 """The costs of kernels whose FLOPs and traffic a compiled program does not state.
 
-Each function takes `(name, operands, results)` of a custom call and returns `(flops, traffic,
-occupied FLOPs)`, see `costs.Program`, or None for kernels of other kinds.
+Each function maps `(name, operands, results)` of a custom call to `(FLOPs, bytes of HBM traffic,
+occupied FLOPs)`, or to None if it does not know the kernel.
 """
 
 import math
@@ -10,26 +10,26 @@ from aoe_jax.model.attention.splash import LANES
 from aoe_jax.moe.grouped_matmul.megablox import tiles
 from aoe_jax.moe.grouped_matmul.mosaic_gpu import blocks_at_once, width_block
 
-# Number of products [block, block] x [block, h] for each pair of blocks.
+# Kernel -> number of matrix products for each pair of a query block and a key block.
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def splash_cost(name, operands, results):
-    """Returns the cost of attention by splash.
+    """Returns the cost of causal attention by the kernel Splash.
 
-    A block of queries reads the blocks of keys that are not entirely in its future; in `dkv` a
-    block of keys reads a part of the queries. The mask, which is the first operand, has a number
-    for each pair of blocks. Heads narrower than `LANES` leave a part of the matrix unit idle.
+    Each block of queries loads the blocks of keys that are not entirely in its future. In `dkv`,
+    each block of keys loads the blocks of queries that attend to it. The first operand, the mask,
+    has a number for each pair of blocks. Heads narrower than `LANES` do not fill the matrix unit.
     """
     kind = name.removeprefix("splash_mha_").split("_")[0]
     if not name.startswith("splash_mha_") or kind not in _PRODUCTS:
         return None
     q, k, v, *others = (a for a in operands if len(a.dims) >= 3 and a.dtype[0] in "bf")
     *_, n_heads, length, width = q.dims
-    if length < LANES:  # arrays with narrower heads are transposed
+    if length < LANES:  # arrays with narrow heads are stored transposed
         length, width = width, length
     n_q, n_kv = operands[0].dims[-2:]
-    n_met = sum(-(-n_kv * (i + 1) // n_q) for i in range(n_q))  # pairs of blocks
+    n_met = sum(-(-n_kv * (i + 1) // n_q) for i in range(n_q))  # pairs of blocks that are computed
     share = n_met / (n_q if kind == "dkv" else n_kv)
     if kind == "dkv":
         once, again = (k, v), (q, *others)
@@ -42,7 +42,7 @@ def splash_cost(name, operands, results):
 
 
 def cudnn_cost(name, operands, results):
-    """Returns the cost of causal attention by cuDNN, which reads or writes all arrays once."""
+    """Returns the cost of causal attention by cuDNN, which reads or writes each array once."""
     if not name.startswith("__cudnn$fmha"):
         return None
     *batch, length, width = results[0].dims  # the output, or the gradient of q: [B, H, S, h]
@@ -55,9 +55,9 @@ def cudnn_cost(name, operands, results):
 def megablox_cost(name, operands, results, tiles=tiles):
     """Returns the cost of a grouped product by Megablox with these `tiles`.
 
-    Weights are read once if one tile has the whole depth, else once for each tile of rows. Rows are
-    read once for each tile of the width. The kernel lists the tiles of rows by group, so a tile
-    that two groups share is listed and computed twice.
+    `lhs` is read once for each tile of the output width. `gmm` reads the weights once if a tile has
+    the whole contracted width, otherwise once for each tile of rows. `tgmm` reads `rhs` once for
+    each tile of k. A tile with rows of two groups is listed and computed twice.
     """
     if name not in ("gmm", "tgmm"):
         return None
@@ -65,7 +65,7 @@ def megablox_cost(name, operands, results, tiles=tiles):
     k, n = out.dims[1:] if name == "tgmm" else (lhs.dims[1], out.dims[1])
     m = math.prod(lhs.dims) // k
     n_groups, n_visits = offsets.dims[0] - 1, listed.dims[0]
-    product = "d_weights" if name == "tgmm" else "forward"  # d_rows is one, transposed
+    product = "d_weights" if name == "tgmm" else "forward"  # d_rows is `gmm`, too
     itemsize = 2 if lhs.dtype == "bf16" else 4
     _, tk, tn = tiles(m, k, n, n_groups, itemsize)[product]
     rhs_reads = math.ceil(k / tk)
@@ -79,8 +79,8 @@ def megablox_cost(name, operands, results, tiles=tiles):
 def mosaic_gpu_cost(name, operands, results):
     """Returns the cost of a grouped product by Mosaic GPU.
 
-    Every pass over the width reads the rows. d_weights needs one pass, since the blocks of an
-    expert advance along its rows together.
+    Each pass over the output width reads all rows. `d_weights` needs only one pass, because all
+    blocks of an expert are computed together, in one loop over the expert's rows.
     """
     matrices = [a for a in operands if len(a.dims) > 1]
     if not name.startswith("mosaic_gpu") or len(matrices) != 2:

@@ -1,17 +1,17 @@
-"""Plans of runs on absent machines; the command is `python -m aoe_jax.plan`.
+"""Estimates a run on devices that this machine lacks; the command is `python -m aoe_jax.plan`.
 
 How the figures are computed:
 
 - Memory is the compiler's figure per device: arguments (state and batch), results, temporaries.
-- FLOPs and memory traffic are those of the optimised program, see `aoe_jax/planning/costs.py`.
-- Collectives are counted before compilation, where all are explicit except sums of a few scalars
-  and of the gradients of norm scales. Their bytes are those that a device receives in a step with
-  the usual ring algorithms. The collectives of the optimised program are listed too; their bytes
-  are the larger of operand and result.
-- The lower bound of the step time is the longest of the times of arithmetic, HBM (state read and
-  written once) and network, each at its peak and perfectly overlapped.
-- The likely step time is a sum over operations: the compiler's cycles on TPU, or the time that
-  FLOPs and traffic take at the peaks, plus the time of collectives that no other work hides.
+- `aoe_jax/planning/costs.py` computes FLOPs and memory traffic from the optimised program.
+- Collectives are counted in the jaxpr, which has all of them except the sums of a few scalars and
+  of the gradients of norm scales. Their bytes are those that a device receives in a step with ring
+  algorithms. The collectives of the optimised program are listed, too; their bytes are the larger
+  of operand and result.
+- The lower bound of the step time is the longest of three times: arithmetic, HBM (the state is read
+  and written once) and network, each at its published peak.
+- The likely step time is a sum over all operations. `costs.likely_seconds` computes the time of
+  each operation, and the time of a collective that does not overlap with other operations.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ def abstract_batch(config, n_rows, split=None):
 def plan(config: Config, generation, devices):
     """Compiles the training step of a configuration for the devices of a topology.
 
-    `generation` is a key of `hardware.CHIPS`. Returns the content of `--json`. Bytes and FLOPs are
-    per device and step; `likely_mfu` and the keys `LIKELY` are None without an optimised program.
+    `generation` is a key of `hardware.CHIPS`. Returns the dict that `--json` writes. Bytes and
+    FLOPs are per device and step. `likely_mfu` and the keys `LIKELY` are None if there is no HLO.
     """
     n_devices, chip = len(devices), chip_part(generation, devices)
     config = sharding.fill_mesh(config, n_devices)
@@ -73,11 +73,11 @@ def plan(config: Config, generation, devices):
         if size:
             found.append({"kind": kind, "axes": list(axes), "count": count, "bytes": size})
             received[kind] += size
-    across = 0.0  # slices are along the outermost axis, data
+    across = 0.0  # bytes between slices, along the mesh axis data
     if sharding.count_slices(devices) > 1:
         across = sum(entry["bytes"] for entry in found if "data" in entry["axes"])
     within = received.total() - across
-    if likely and across:  # so far counted at the speed within a slice
+    if likely and across:  # `read_program` assumed the bandwidth within a slice
         likely["likely_step_seconds"] += across / chip.slice_bandwidth
         by_scope = likely["seconds_by_scope"]
         by_scope["network"] = by_scope.get("network", 0) + across / chip.slice_bandwidth
@@ -120,7 +120,7 @@ def _bytes_per_device(abstract):
 
 
 def _compile(traced):
-    """Returns `(bytes per device, temporary bytes, HLO)`, the last two None if it does not fit."""
+    """Returns `(bytes per device, temporary bytes, HLO)`; the last two are None if too large."""
     try:
         compiled, text = compile_and_read(traced.lower())
     except jax.errors.JaxRuntimeError as e:
@@ -137,10 +137,10 @@ def _compile(traced):
 
 
 def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
-    """Returns `flops` and the keys `LIKELY` of a step, from the text of `hlo.compile_and_read`.
+    """Returns a dict with `flops` and the keys `LIKELY` for one step.
 
-    `chip` is the `hardware.Chip` of a device, `shape` the result of `hardware.slice_shape`.
-    `seconds_at_peaks` ignores the compiler's cycles.
+    `text` is from `hlo.compile_and_read`, `chip` is the `hardware.Chip` of a device, and `shape` is
+    from `hardware.slice_shape`. `seconds_at_peaks` ignores the compiler's cycles.
     """
     operations = Program(text, kernel_costs).operations
     seconds, at_peaks, counts, sent = Counter(), 0.0, Counter(), Counter()
@@ -165,7 +165,7 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
 
 
 def table(report):
-    """Formats a report as lines of text."""
+    """Formats the result of `plan` as lines of text."""
 
     def gigabytes(size):
         return "unknown" if size is None else f"{size / 1e9:.2f} GB"

@@ -22,24 +22,24 @@ CHOICES = {"score": ("norm", "max"), "qk_norm": ("none", "all", "head")}
 class AoEConfig(MixtralConfig):
     """A decoder with the attention of Llama and Autonomy-of-Experts layers (arXiv 2501.13074).
 
-    Fields that Mixtral also has mean the same; `intermediate_size` is the width of an expert. A
-    `partial_rotary_factor` is the share of the features of a head that rotate.
+    Fields of Mixtral keep their meaning; `intermediate_size` is the width of an expert. Rotary
+    embeddings apply to the fraction `partial_rotary_factor` of the features of a head.
 
     Attributes:
-      score_neurons: None: gates are factorised, and their low-rank activations give the score. A
-        number: gates are whole, and this many of their first pre-activations give the score.
-      gate_rank: the rank of a factorised gate.
-      score: "norm": an expert is scored by the L2 norm of its activations; "max": by the largest.
-      norm_topk_prob: whether weights are the softmax over the chosen scores, or over all.
-      selection_bias: whether a bias is added to the scores for the choice of experts.
+      score_neurons: None: gate projections are factorised, and scores are computed from the outputs
+        of the first factor. A number: scores are computed from so many outputs of the whole gate.
+      gate_rank: the rank of a factorised gate projection.
+      score: "norm": the score is the L2 norm of these outputs; "max": it is the largest of them.
+      norm_topk_prob: True: weights are the softmax over the chosen scores; False: over all scores.
+      selection_bias: whether a bias is added to the scores when experts are chosen.
       qk_norm: the RMSNorm of queries and keys: "none", "all" (over all heads together, as in OLMoE)
         or "head" (over each head by itself, as in Qwen3).
       attention_bias: whether the projections of attention have biases.
-      qkv_bias: whether only the projections of queries, keys and values have biases.
+      qkv_bias: whether queries, keys and values have biases, and the output projection has none.
       shared_expert_intermediate_size: the width of an expert that every token uses; 0: none.
-      shared_expert_gate: whether the sigmoid of a projection scales this expert's output.
-      first_k_dense_replace: how many layers at the front have a dense SwiGLU instead of experts;
-        `num_hidden_layers` counts them, too.
+      shared_expert_gate: whether the output of that expert is multiplied by a learnt sigmoid gate.
+      first_k_dense_replace: the number of first layers with a dense SwiGLU instead of experts;
+        `num_hidden_layers` includes these layers.
       dense_intermediate_size: the width of the dense SwiGLU.
     """
 
@@ -58,7 +58,7 @@ class AoEConfig(MixtralConfig):
 
     @property
     def use_qk_norm(self):
-        """Whether queries and keys have a norm, for the attention of GLM-4.5."""
+        """Whether queries and keys have a norm; the attention of GLM-4.5 reads this field."""
         return self.qk_norm != "none"
 
 

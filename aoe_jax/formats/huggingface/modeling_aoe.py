@@ -1,9 +1,9 @@
 """Autonomy-of-Experts (AoE, arXiv 2501.13074) language models in PyTorch, for `transformers`.
 
-There is no router: an expert scores a token by its own activations, and the top K experts process
-it. Arguments and results are those of Mixtral. With `output_router_logits=True` the results have
-the scores as `router_logits`, and their auxiliary loss. Attention and dense layers are those of
-GLM-4.5.
+There is no router: the score of an expert is computed from its own activations, and the K experts
+with the largest scores process a token. Arguments and results are those of Mixtral. With
+`output_router_logits=True` the results also have the scores as `router_logits`, and the auxiliary
+loss. Attention and dense layers are those of GLM-4.5.
 """
 
 from functools import partial
@@ -32,15 +32,15 @@ SCORES = {"norm": partial(torch.linalg.vector_norm, dim=-1), "max": partial(torc
 
 
 def grouped_mm(rows, weights, sizes):
-    """Multiplies each group of rows by its own matrix: `rows [R, a]`, sorted by group, times
-    `weights [n, a, b]` give `[R, b]`; `sizes [n]` has the number of rows of each group.
+    """Multiplies each group of rows by its own matrix; returns `[R, b]`. `rows [R, a]` are sorted
+    by group, `weights` are `[n, a, b]`, and `sizes [n]` has the number of rows of each group.
     """
     groups = zip(rows.split(sizes.tolist()), weights.unbind(), strict=True)
     return torch.cat([group @ w for group, w in groups])
 
 
 class AoEExperts(nn.Module):
-    """The experts of a layer: all score every token, and a token's top K experts process it."""
+    """The experts of a layer. All compute a score for a token; the top K experts process it."""
 
     def __init__(self, config: AoEConfig):
         super().__init__()
@@ -82,7 +82,7 @@ class AoEExperts(nn.Module):
         """Returns the scoring activations `[T, n, r]` and the scores `[T, n]` float32."""
         count = self.score_neurons
         w = self.w_gate_down if count is None else self.w_gate[..., :count]
-        # In a narrow dtype, the largest activations of two experts often tie.
+        # In a narrow dtype, the largest activations of two experts would often be equal.
         dtype = torch.float32 if self.score == "max" else x.dtype
         code = torch.einsum("td,ndr->tnr", x.to(dtype), w.to(dtype))
         return code.to(x.dtype), SCORES[self.score](code.float())
@@ -125,7 +125,7 @@ class NormOverHeads(MixtralRMSNorm):
 
 
 def make_attention(config: AoEConfig, layer_idx: int):
-    """The attention of a layer, in which only a part of each head may rotate."""
+    """Makes the attention of a layer; rotary embeddings may apply to a part of each head."""
     attention = Glm4MoeAttention(config, layer_idx)
     q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
     if config.qk_norm == "all":
@@ -140,7 +140,7 @@ def make_attention(config: AoEConfig, layer_idx: int):
 
 
 def make_norm(config: AoEConfig):
-    """The norm before attention, experts and output projection."""
+    """Makes the norm before attention, before experts or before the output projection."""
     return MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
@@ -148,7 +148,7 @@ class AoEDecoderLayer(MixtralDecoderLayer):
     """Attention, then experts or a dense SwiGLU, each with a pre-norm and a residual connection."""
 
     def __init__(self, config: AoEConfig, layer_idx: int):
-        GradientCheckpointingLayer.__init__(self)  # without Mixtral's experts
+        GradientCheckpointingLayer.__init__(self)  # does not make Mixtral's experts
         self.self_attn = make_attention(config, layer_idx)
         is_dense = layer_idx < config.first_k_dense_replace
         dense_size = config.dense_intermediate_size
@@ -158,12 +158,12 @@ class AoEDecoderLayer(MixtralDecoderLayer):
 
 
 class AoEPreTrainedModel(MixtralPreTrainedModel):
-    """The class attributes that `transformers` reads."""
+    """Class attributes that `transformers` reads, and the initialisation of weights."""
 
     config_class = AoEConfig
     config: AoEConfig
     _no_split_modules = ["AoEDecoderLayer"]
-    _can_compile_fullgraph = False  # rows are split by the numbers of tokens that chose an expert
+    _can_compile_fullgraph = False  # shapes depend on the tokens per expert
     _keep_in_fp32_modules_strict = {"selection_bias"}
     _can_record_outputs = {
         "router_logits": AoEExperts,
@@ -185,10 +185,10 @@ class AoEPreTrainedModel(MixtralPreTrainedModel):
 
 
 class AoEModel(AoEPreTrainedModel, MixtralModel):
-    """Everything but the output projection."""
+    """The decoder without the output projection."""
 
     def __init__(self, config: AoEConfig):
-        MixtralPreTrainedModel.__init__(self, config)  # without Mixtral's experts
+        MixtralPreTrainedModel.__init__(self, config)  # does not make Mixtral's layers
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         layers = [AoEDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
@@ -200,7 +200,7 @@ class AoEModel(AoEPreTrainedModel, MixtralModel):
 
 
 class AoEForCausalLM(AoEPreTrainedModel, MixtralForCausalLM):
-    """The language model."""
+    """The decoder with the output projection."""
 
     def __init__(self, config: AoEConfig):
         MixtralPreTrainedModel.__init__(self, config)
