@@ -27,7 +27,7 @@ flags.DEFINE_float(
     upper_bound=10**6,
 )
 flags.DEFINE_bool("help", False, "show this help", short_name="h")
-flags.disclaim_key_flags()  # --help lists flags of functions below for the calling command
+flags.disclaim_key_flags()  # flags that functions below define belong to the calling module
 
 _NO_CONFIG = (
     "--config is missing; name a Python file with get_config(), such as configs/tiny.py of the "
@@ -273,7 +273,7 @@ def _parse(argv):
 
 def _help(module):
     """The docstring of a command and its flags, without `--config.GROUP.FIELD`."""
-    modules = [sys.argv[0] if module == "__main__" else module]  # absl names it by its file
+    modules = [sys.argv[0] if module == "__main__" else module]  # absl's name for `__main__`
     modules += ["aoe_jax.distributed"] if "distributed" in vars(sys.modules[module]) else []
     flags_of_modules = map(FLAGS.module_help, [*modules, __name__])
     return "\n".join([sys.modules[module].__doc__, *flags_of_modules])

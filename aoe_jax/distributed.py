@@ -151,7 +151,7 @@ def together():
     statuses = gathered(status_of(problem) if problem else 0)
     worst = max(statuses)
     if worst and len(statuses) > 1:
-        # Others may still exchange statuses. Process 0 waits longest, as it runs JAX's service.
+        # Other processes may still need the exchange, whose service process 0 runs, so this waits.
         time.sleep(_END_DELAY if jax.process_index() else 1.5 * _END_DELAY)
     if worst and statuses[jax.process_index()] == worst:
         raise problem

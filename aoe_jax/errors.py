@@ -58,7 +58,7 @@ class FailedElsewhere(Failure):
 
 
 class Stopped(BaseException):
-    """A signal asked the program to stop. `except Exception` must not catch it anywhere."""
+    """A signal asked the program to stop. `except Exception` does not catch this class."""
 
     others_go_on = False  # True: other processes continue, so this one must exit without waiting
 

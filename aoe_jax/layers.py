@@ -144,7 +144,7 @@ class AoE(_Experts, kw_only=True):
       tensor: names of the mesh axes that split the width of experts and, for x `[B, S, d]`, its
         second axis.
       transport: how tokens reach experts on other devices. "ring": each device receives the tokens
-        of all devices along `expert`. "all_to_all": only the devices of its experts receive it.
+        of all devices along `expert`. "all_to_all": a token is sent only to its experts' devices.
     """
 
     kind: ClassVar[str] = "aoe"

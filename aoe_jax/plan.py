@@ -1,4 +1,4 @@
-"""Plans a run on absent machines: memory, FLOPs, step time.
+"""Estimates memory, FLOPs and step time of a run on other hardware.
 
     python -m aoe_jax.plan --config=FILE[:VARIANT] --topology=v5p:4x4x4
 

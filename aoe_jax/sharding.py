@@ -168,8 +168,8 @@ def with_shardings(abstract, shardings):
 
 
 def put_batch(sharding, batch, n_rows=None):
-    """Makes a global batch on devices from arrays `{name: array}` of this process. The arrays have
-    all rows of the batch; if `n_rows`, the number of all rows, is given, only `rows_of_process`.
+    """Makes a global batch on devices from arrays `{name: array}` of this process. They have all
+    rows or, if `n_rows` (the number of all rows) is given, only the rows of `rows_of_process`.
     """
     shapes = {name: (n_rows or len(a), *a.shape[1:]) for name, a in batch.items()}
     with jax.transfer_guard("allow"):  # these transfers are intended

@@ -52,7 +52,7 @@ _HEARTBEAT = {"saved": or_none(COUNT), "status": or_none(TEXT)}
 
 
 class Supervisor:
-    """Runs a training command again and again, and passes signals on to it."""
+    """Runs a training command until it has finished, and passes signals on to it."""
 
     def __init__(self, command: list[str]):
         """`command` are arguments of Python. Raises `UserError` if they have no `--workdir`."""

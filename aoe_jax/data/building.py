@@ -71,7 +71,7 @@ class _SplitWriter:
         # Pieces of documents that are not tokenised yet; None marks the end of a document.
         self._pieces: list[str | None] = []
         self._characters = 0  # total length of `_pieces`
-        self._rest = np.empty(0, self._dtype)  # tokens that are fewer than a record
+        self._rest = np.empty(0, self._dtype)  # tokens that do not fill a record yet
         self._shard = None  # the shard that is being written
         self._numbers = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}
 
@@ -164,8 +164,8 @@ def cached_token_stores(
     tokenizer, vocabulary size or text makes another store. If several processes share the cache,
     one builds a store and the others wait. On a network disk whose locks work only within a host,
     one process of every host builds the store, and the first result is kept. `tokenizer` is the
-    path of a file; None trains byte-level BPE of `vocab_size` tokens on the train splits. Raises
-    `UserError` if the tokenizer or a text cannot be used, or `vocab_size` is too small for it.
+    path of a file; if None, BPE of `vocab_size` tokens is trained on all train splits. Raises
+    `UserError` if the tokenizer or a text cannot be used, or `vocab_size` is too small.
     """
     given = load_tokenizer(tokenizer) if tokenizer else None
     if given:

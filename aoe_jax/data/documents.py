@@ -22,7 +22,7 @@ from aoe_jax.storage.retry import patiently, refusing
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _READ_BYTES = 2**20
-_BATCH_ROWS, _BATCH_BYTES = 256, 2**26  # limits of a batch of Parquet rows: rows, about bytes
+_BATCH_ROWS, _BATCH_BYTES = 256, 2**26  # limits of a batch of Parquet rows: rows, bytes
 _UNREADABLE = (OSError, pyarrow.ArrowException, UnicodeDecodeError)
 
 

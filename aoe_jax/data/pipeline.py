@@ -53,12 +53,12 @@ class PackedWindows:
 class Mixture:
     """The order of the windows in an endless mixture of several sources.
 
-    At any position, the number of windows read from a source differs from its exact share by a few.
+    At any position, the number of windows of a source differs from its share by a few windows.
     The counts at a position are computed in constant time, so a run can continue from any position.
     """
 
     def __init__(self, weights: Sequence[Fraction | int], batch_size=1, rows=(0,)):
-        """`weights` are relative. `rows` are the rows of each batch that this process reads."""
+        """`weights` are relative. A process reads only the rows `rows` of each batch."""
         scale = math.lcm(*(Fraction(weight).denominator for weight in weights))
         whole = [int(weight * scale) for weight in weights]
         self._weights = [weight // math.gcd(*whole) for weight in whole]
@@ -132,9 +132,9 @@ def train_batches(
     global batch that this process reads, by default all. The global batch of a step does not depend
     on the number of processes. `get_state` and `set_state` save and restore the position.
 
-    `weights` are the relative shares of the sources. None weights each source by its number of
-    windows, so that one pass over the mixture is one pass over every source. Raises `UserError` if
-    a stream is shorter than one window; `set_state` also if the position is that of other sources.
+    `weights` are the relative weights of the sources. If None, they are the numbers of windows, so
+    that one pass over the mixture is one pass over every source. Raises `UserError` if a stream is
+    shorter than one window; `set_state` raises it if the position belongs to other sources.
     """
     rows = range(batch_size) if rows is None else rows
     windows = [PackedWindows(store, seq_len, loss_mask) for store in stores.values()]

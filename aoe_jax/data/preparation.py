@@ -84,6 +84,7 @@ class Settings:
     # Path of a tokenizer's file, or `bpe:N`: byte-level BPE of N tokens, trained on a sample.
     tokenizer: str
     text_field: str = "text"  # the JSON field or Parquet column that contains the text
+
     # Fractions of the documents for these splits. The hash of a document's text determines its
     # split, so that all copies of a document are in the same split.
     validation: float = 0.005
@@ -212,7 +213,7 @@ def _read_plan(output: Path) -> dict:
 
 
 def _claim(files: Mapping, planned: dict, output: Path) -> dict:
-    """Returns the plan of `output`, new if it is empty; refuses other settings or files."""
+    """Reads or makes the plan of `output`. Raises `UserError` if it has other settings or files."""
     if not (output / PLAN_FILE).exists():
         names = {path.name for path in output.iterdir()} - {f"{PLAN_FILE}.partial"}
         is_empty = all(name.startswith(NAME) for name in names)
@@ -246,7 +247,7 @@ def install_tokenizer(output: Path, plan: dict, settings: Settings) -> Tokenizer
 
 
 def _sample(plan: dict) -> Iterator[str]:
-    """Training documents from the beginning of each unit of work."""
+    """Yields documents of the train split, from the beginning of each unit of work."""
     for unit in range(len(plan["units"])):
         left = _TRAINING_BYTES // len(plan["units"])
         for split, text in _documents(plan, unit, hashlib.sha256()):

@@ -25,7 +25,7 @@ from aoe_jax.storage.retry import is_fault, patiently
 FORMAT_VERSION = 2
 PLAN_FILE = "plan.json"  # only stores that `aoe_jax.prepare` makes have this file
 RECORD_TOKENS = 4096
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # Hugging Face, SentencePiece
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # of Hugging Face, of SentencePiece
 _SHARD = re.compile(rf"({'|'.join(SPLITS)})(-[0-9]{{5,9}}){{1,2}}\.array_record", re.ASCII)
 _HASH = re.compile("[0-9a-f]{64}")
 # The schema of a split, in a manifest and in the notes of `preparation.py`.

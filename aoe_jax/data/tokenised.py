@@ -30,7 +30,7 @@ class TokenisedCorpus:
     train: dict[str, TokenStore]
     validation: dict[str, TokenStore]
     test: dict[str, TokenStore]
-    weights: tuple[Fraction, ...] | None  # of the sources in training batches; None: by size
+    weights: tuple[Fraction, ...] | None  # relative shares in training batches; None: by size
     tokenizer: Path  # the tokenizer's file
 
     @property
@@ -121,7 +121,7 @@ def _opened(data: DataConfig, directories: Mapping[str, Path]) -> TokenisedCorpu
 
 
 def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: int) -> str:
-    """The file of the common tokenizer of prepared stores and `given`; refuses different ones."""
+    """The tokenizer's file of prepared stores, or `given`. Raises `UserError` if they differ."""
     hashes = {}
     if given:
         what, wanted = f"data.tokenizer={given!r}: cannot be read", "; name a tokenizer's file"

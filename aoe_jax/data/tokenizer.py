@@ -101,8 +101,8 @@ class Tokenizer:
     prefix: list[int]
 
     def __init__(self, content: bytes, threads: int | None):
-        """`content` are the bytes of the file. `threads` is that of `load_tokenizer`."""
-        self._content, self._threads = content, threads or -1  # SentencePiece: -1: one per core
+        """`content` are the bytes of the file, `threads` the threads that `encode` uses."""
+        self._content, self._threads = content, threads or -1  # SentencePiece: -1 is one per core
         self.sha256 = hashlib.sha256(content).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -130,7 +130,7 @@ class HuggingFaceTokenizer(Tokenizer):
     file_name = "tokenizer.json"
 
     def __init__(self, content: str, threads: int | None = None):
-        """Raises `UserError` without an end-of-text token, and other exceptions of the library."""
+        """Raises `UserError` if there is no end-of-text token; the library raises others."""
         super().__init__(content.encode(), threads)
         self._tokenizer = tokenizer = tokenizers.Tokenizer.from_str(content)
         tokenizer.encode_special_tokens = True
@@ -178,7 +178,7 @@ class SentencePieceTokenizer(Tokenizer):
     file_name = "tokenizer.model"
 
     def __init__(self, model: bytes, threads: int | None = None):
-        """Raises `UserError` without an end-of-sentence piece, and exceptions of the library."""
+        """Raises `UserError` if there is no end-of-sentence piece; the library raises others."""
         if not model:
             raise RuntimeError("it is empty")
         super().__init__(model, threads)
@@ -227,7 +227,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(
     path: str | Path, threads: int | None = None, setting: str = "data.tokenizer"
 ) -> Tokenizer:
-    """Loads a Hugging Face `tokenizer.json` or a SentencePiece model; the file name is free.
+    """Loads a Hugging Face `tokenizer.json` or a SentencePiece model, from a file of any name.
 
     `encode` uses `threads` threads, by default one per core. Raises `UserError`, which names the
     `setting`, if the file is missing, is no tokenizer, or has no end-of-text token.

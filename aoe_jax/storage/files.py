@@ -121,8 +121,8 @@ def misfit(value, schema, name=""):
 
 
 def read_metrics(path: Path):
-    """Yields the lines of a `metrics.jsonl`, if it exists. Skips lines that are incomplete, without
-    a step or, except in `layers`, with other values than numbers and null. Raises `UserError`.
+    """Yields the valid lines of a `metrics.jsonl`, if it exists. A line is valid if it has a step
+    and its values, except `layers`, are numbers or null. Raises `UserError` for unreadable files.
     """
     if not path.exists():
         return
@@ -170,8 +170,8 @@ def sync(path: Path):
 
 
 def make_folder(folder: Path, flag: str):
-    """Makes a folder if it is missing, and returns whether it was. Raises `UserError`, which names
-    the `flag` of the folder, if it cannot be made, and `MachineFault` if its disk fails.
+    """Makes a folder if it is missing; returns whether it was missing. Raises `UserError`, which
+    names the `flag` of the folder, if it cannot be made, and `MachineFault` if its disk fails.
     """
     is_there = folder.exists() if is_remote(folder) else os.path.lexists(folder)
     if is_there and not folder.is_dir():
@@ -182,7 +182,7 @@ def make_folder(folder: Path, flag: str):
 
 
 def write_or_refuse(folder, flag, write):
-    """Returns `write()` like `patiently`; `UserError` for errors that only the user can correct."""
+    """Calls `write` like `patiently`. Raises `UserError` if only the user can correct the error."""
 
     def attempt():
         try:

@@ -21,9 +21,9 @@ from aoe_jax.storage.retry import patiently
 
 STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme of a path -> package for this kind of store
 FILE_BYTES = 2**27  # size limit of a tokenizer's file; the largest on the hub have 35 MB
+
 # Reports that commands write into a model's directory. A new report does not outdate a local copy.
 _REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "probe.json"}
-
 
 for _scheme in STORES:  # fsspec's cached listings would miss new files of other hosts
     fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)

@@ -91,7 +91,7 @@ class Checkpoints:
             return []
         if not self.directory.is_dir():
             raise UserError(f"{self.directory} is a file; move it away, and bring the folder back")
-        # Orbax reads a folder 007 as step 7, but the path of step 7 is another one.
+        # Orbax lists a folder 007 as step 7, so `_path(7)` need not exist.
         found = ocp.utils.checkpoint_steps(self.directory)
         return [step for step in found if step < 2**31 and self._path(step).exists()]
 

@@ -41,14 +41,14 @@ def count_chips(devices):
 
 
 def peak_flops_per_device(devices):
-    """Peak bfloat16 FLOPs per second of each of these devices of one kind; None if unknown."""
+    """Peak bfloat16 FLOPs per second of one of `devices`, all of one kind; None if unknown."""
     peak = PEAK_FLOPS.get(devices[0].device_kind)
     return peak and peak * count_chips(devices) / len(devices)
 
 
 def process_memory():
     """Current and peak memory use of this process in bytes, on the host (only on Linux) and on the
-    local device that uses most (not on CPU).
+    local device that uses the most memory (not on CPU).
     """
     found = {}
     if _STATUS.exists():

@@ -21,7 +21,7 @@ def layer_statistics(load, live=None):
 
     `load_entropy` is in nats. `load_max_over_mean` is 1 in perfect balance, and 0 in a layer where
     no token is routed to an expert. `dead_experts` is the number of experts without a token. If a
-    method adds and removes experts, `live` `[L, n]` is 0 for absent ones, which are not dead.
+    method adds and removes experts, `live` `[L, n]` is 0 for absent experts, which are not counted.
     """
     n_live = load.shape[-1] if live is None else (live > 0).sum(axis=-1)
     is_dead = load == 0 if live is None else (load == 0) & (live > 0)

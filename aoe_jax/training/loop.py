@@ -106,7 +106,7 @@ def train(
             data.set_state(position)
             log.info(f"going on from step {now.step}")
         elif config.train.init_from:
-            from aoe_jax.training.starting import state_from_model  # imports all formats
+            from aoe_jax.training.starting import state_from_model  # slow to import
 
             now.state = state_from_model(config, mesh, like, corpus.tokenizer)
         else:
@@ -225,7 +225,7 @@ def train(
         summary = metrics.summary(now.step, time.perf_counter() - started)
         save(wait=True)
         checkpoints.close()
-        with together():  # a supervisor reads the heartbeat when a process ends, so all wait
+        with together():  # no process ends before `heartbeat.json` says "finished"
             if is_main:
                 file, name = workdir / "summary.json", workdir.absolute().name
                 patiently("the metrics cannot be copied", folder.upload)

@@ -26,7 +26,7 @@ from aoe_jax.training.validation import perplexity
 
 log = logging.getLogger(__name__)
 
-# Metrics whose names end so are measured: they may differ between two runs of the same steps.
+# Metrics whose names end in these words are measured, so they differ between equal runs.
 MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu", "goodput")
 _IN_SPEED = ("input", "checkpoint")  # tokens/s also count these times, in addition to `compute`
 

@@ -9,7 +9,7 @@ from aoe_jax.model.declared import declared
 
 
 def learning_rate_schedule(config: TrainConfig):
-    """Linear warm-up from 0 to the peak, then cosine decay to the final rate at the last step."""
+    """Linear warm-up from 0 to the peak, then cosine decay to the final rate after all steps."""
     return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps, config.final_learning_rate
     )
@@ -26,7 +26,7 @@ def no_routers(params):
 
 
 def scale_scoring(experts: ExpertsConfig, rate):
-    """An optax transformation: multiplies updates of parameters that compute scores by `rate`."""
+    """An optax transformation that scales, by `rate`, updates of parameters that compute scores."""
     columns = {"w_router": None, "w_router_hidden": None}  # number of columns; None: all
     if experts.kind == "aoe":
         columns = {"w_gate_down" if experts.low_rank else "w_gate": experts.score_neurons}

@@ -25,9 +25,9 @@ from aoe_jax.training.checkpoint import DAMAGED, Checkpoints
 
 log = logging.getLogger(__name__)
 
-_IDENTITY = ("config.json", "data.json")  # these files identify the run
-# The files of a run, except its tokenizer. Checkpoints come before the files that record them, so
-# that an interrupted move never leaves a run that looks complete.
+_IDENTITY = ("config.json", "data.json")
+# The files of a run, except its tokenizer, in the order in which `set_aside` moves them. After an
+# interrupted move, `check_history` finds that checkpoints are missing or lack the later files.
 _FILES = (
     *("checkpoints", DAMAGED, "tensorboard", "profile", "wandb", "hang", "eval.json", "load.png"),
     *("training.png", "wandb.json", "summary.json", "metrics.jsonl", "heartbeat.json"),
@@ -37,7 +37,7 @@ _FILES = (
 _ON_DISK = ("metrics.jsonl", "wandb.json")
 
 # Groups and fields that may change when a run continues. Except `train.steps`, they do not change
-# what a step computes: `check_data` checks the content of `data.path` and `data.tokenizer`.
+# what a step computes. `check_data` checks the content of `data.path` and `data.tokenizer`.
 FREE = {
     *("checkpoint", "mesh", "data.cache", "data.path", "data.tokenizer", "train.steps"),
     *("train.log_every", "train.eval_every", "train.max_skipped", "train.hang_timeout"),
@@ -57,10 +57,10 @@ class RunFolder:
         self._lease = self._mirror = None
 
     def open(self, held: contextlib.ExitStack, start_over=False, go_back=None, take_over=False):
-        """Acquires the lease until `held` is closed; with `take_over`, also if the process that has
-        it may still run. `start_over` moves the files of the old run to `set_aside/`; `go_back`
-        moves only those newer than the checkpoint of that step. Raises `InUse` if another process
-        has the lease, and `UserError` if some process of this run cannot read the lease.
+        """Acquires the lease until `held` is closed; with `take_over`, even if its owner may still
+        run. `start_over` moves the files of the old run to `set_aside/`; `go_back` moves only files
+        newer than the checkpoint of that step. Raises `InUse` if another process has the lease, and
+        `UserError` if some process of this run cannot read the lease.
         """
         workdir, is_main = self.workdir, jax.process_index() == 0
         with together():
@@ -131,8 +131,8 @@ def _fixed(config):
 
 
 def check_config(workdir: Path, config: Config, has_begun=True):
-    """Raises `UserError` if `workdir` contains a model, or if it contains a run with another
-    configuration that `has_begun`, which means that it has a checkpoint.
+    """Raises `UserError` if `workdir` contains a model. If the run in it `has_begun` (it has a
+    checkpoint), also raises `UserError` if its configuration is not `config`.
     """
     path = workdir / "config.json"
     if not path.exists():

@@ -117,9 +117,9 @@ def training_loss(
 
 
 def _with_shares_so_far(stats, before):
-    """Averages load and shares over the micro-batches so far. Returns `(stats, their sums)`.
+    """`(stats, sums)`; in `stats`, load and shares are averaged over the micro-batches so far.
 
-    They have no gradient. Qiu et al. 2025 (arXiv 2501.11873) balance the global batch in this way.
+    Both have no gradient. Qiu et al. 2025 (arXiv 2501.11873) balance the global batch in this way.
     """
     so_far = jnp.ones(()), {"load": stats.load, "shares": stats.shares}
     if before is None:

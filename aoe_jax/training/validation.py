@@ -50,7 +50,7 @@ class Evaluation:
         return self.nll_sum / math.log(2) / self.text_bytes
 
     def metrics(self):
-        """`nll` and `bits_per_byte`; with several sources also those of each, `NAME/SOURCE`."""
+        """`nll` and `bits_per_byte`; with several sources also `nll/SOURCE` and so on for each."""
         found = {"nll": self.nll, "bits_per_byte": self.bits_per_byte}
         for source, result in self.sources.items():
             found |= {f"{name}/{source}": value for name, value in result.metrics().items()}
@@ -67,7 +67,7 @@ class Evaluation:
 
 
 def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
-    """A jitted `(params, routing_state, batch) -> (nll sum, tokens, stats)`, replicated results."""
+    """A jitted `(params, routing_state, batch) -> (nll sum, tokens, stats)`, all replicated."""
     decoder = decoder.clone(balance=dataclasses.replace(decoder.balance, aux_tokens=1.0))
 
     def eval_step(params, routing_state, batch):

@@ -49,7 +49,7 @@ class JsonLines:
 
     def __init__(self, path: Path, size: int):
         """Keeps the first `size` bytes, the lines up to a checkpoint, and deletes later lines.
-        Raises `UserError` if the file has no end of a line at that byte.
+        Raises `UserError` if no line of the file ends at byte `size`.
         """
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         there = self._file.seek(0, os.SEEK_END)

@@ -27,7 +27,7 @@ BATCH_SIZE = 8
 
 
 def size_at(flops, *shape):
-    """Returns the changes of a size (d_model, layers, heads) whose MoE trains with `flops` FLOPs."""
+    """Returns the changes of a size (d_model, layers, heads) whose MoE uses `flops` FLOPs."""
     config = base_config()
     for group, values in size_of(*shape, BATCH_SIZE, 100).items():
         config[group].update(values)
