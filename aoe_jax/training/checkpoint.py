@@ -44,11 +44,11 @@ _BESIDE_BYTES = 2**28
 
 @dataclass
 class Progress:
-    """The progress of a run. Every checkpoint contains it."""
+    """The progress of a run, which every checkpoint contains."""
 
     loss: float | None = None  # loss of the newest training step
     nll: float | None = None
-    validation: dict[str, float] | None = None  # metrics of this step, if it was validated
+    validation: dict[str, float] | None = None  # validation metrics of this step, if there are any
     validated: bool = True  # False if the validation of this step was interrupted
     skipped_in_row: int = 0  # number of updates skipped in a row, up to this step
     compute_seconds: float = 0.0  # summed over all steps so far

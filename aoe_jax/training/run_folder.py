@@ -198,7 +198,7 @@ def set_aside(workdir: Path, go_back: int | None = None):
     moved = [name for name in names if (workdir / name).exists()]
     for name in moved:
         move(workdir / name, folder / name)
-    if go_back is not None:  # last, so that a run refuses to continue after an interrupted move
+    if go_back is not None:  # written last: after an interrupted move a run refuses to continue
         write_json(workdir / "heartbeat.json", read_heartbeat(workdir) | {"saved": go_back})
     if moved:
         log.info(f"moved {', '.join(sorted(moved))} to {folder}")

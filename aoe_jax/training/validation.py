@@ -20,7 +20,7 @@ from aoe_jax.training.step import sequence_nll
 
 
 def perplexity(nll):
-    """`exp(nll)`, or infinity if that overflows."""
+    """`exp(nll)`, or infinity if the exponential overflows."""
     with np.errstate(over="ignore"):
         return float(np.exp(nll))
 

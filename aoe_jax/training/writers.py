@@ -73,7 +73,7 @@ class JsonLines:
         self._flush()
 
     def _flush(self):
-        if self._failed:  # the previous write may have left half a line
+        if self._failed:  # deletes a part of a line that the previous write may have left
             self._file.truncate(self._size)
         self._failed = True
         written = self._file.write(self._unwritten)
