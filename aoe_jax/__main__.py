@@ -12,7 +12,7 @@ _FOLDER = Path(__file__).parent
 
 
 def commands():
-    """The commands in `commands.ini`: `[(console script, module, what it does)]`."""
+    """The commands in `commands.ini`: `[(console script, module, description)]`."""
     parser = ConfigParser()
     parser.read(_FOLDER / "commands.ini")
     found = []

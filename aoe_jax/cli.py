@@ -1,4 +1,4 @@
-"""All commands share this code: their flags, how they run and how they end."""
+"""The code that all commands share: parsing flags, running `main`, and the exit status."""
 
 import ast
 import atexit
@@ -28,13 +28,13 @@ flags.DEFINE_float(
     upper_bound=10**6,
 )
 flags.DEFINE_bool("help", False, "show this help", short_name="h")
-flags.disclaim_key_flags()  # flags that functions here define belong to their callers
+flags.disclaim_key_flags()  # flags that functions below define belong to the calling module
 
 _NO_CONFIG = (
     "--config is missing; name a Python file with get_config(), such as configs/tiny.py of the "
     "repository"
 )
-_BROKEN_PIPE = 128 + signal.SIGPIPE  # as for a program that the signal ends
+_BROKEN_PIPE = 128 + signal.SIGPIPE  # exit status that shells report for a death by SIGPIPE
 _NOTES_OF_JAX = ("---", "For simplicity")
 _BOOLEANS = {"true": True, "false": False, "True": True, "False": False, "1": True, "0": False}
 _WANTED = {
@@ -69,8 +69,8 @@ class _FieldParser(flags.ArgumentParser):
 
 
 def define_config_flag():
-    """Defines `--config`, and `--config.GROUP.FIELD=VALUE` of every field."""
-    from aoe_jax.config.run import field_types  # imports JAX
+    """Defines `--config`, and a flag `--config.GROUP.FIELD` for every field."""
+    from aoe_jax.config.run import field_types  # imported late, because it imports JAX
 
     sets_method = any("config.routing." in argument for argument in sys.argv)
     types = field_types(sets_method)
@@ -86,13 +86,13 @@ def define_config_flag():
 
 
 def define_mesh_flag():
-    """Defines `--mesh` for commands that use a trained model; see `evaluation.models.mesh_axes`."""
+    """Defines `--mesh` for commands that use a trained model. `evaluation.models` parses it."""
     about = "such as fsdp=4,expert=2; default: that of the run, else the whole model on each device"
     return flags.DEFINE_string("mesh", None, f"devices along axes of the mesh, {about}")
 
 
 def parsed_config(flag, default=None):
-    """The checked `Config` of `--config` or of the file `default`, with `--config.GROUP.FIELD`."""
+    """The checked `Config` of `--config` or of the file `default`, changed by flags of fields."""
     from aoe_jax.config.run import Config
     from aoe_jax.methods import LAYERS
     from aoe_jax.storage.config_files import read_config
@@ -106,7 +106,7 @@ def parsed_config(flag, default=None):
             _, group, field = name.split(".")
             values = routing if group == "routing" else groups.setdefault(group, {})
             values[field] = FLAGS[name].value
-    if routing:  # fields of the router in the file, or of another one that `routing.name` chooses
+    if routing:  # flags change the method of the file, or select another one by `routing.name`
         kind, of_file = groups.get("experts", {}).get("kind"), groups.get("routing", {})
         has_router = kind not in LAYERS
         default = "top_k" if has_router else kind
@@ -119,26 +119,26 @@ def parsed_config(flag, default=None):
 
 
 def required(flag):
-    """The value of a flag that must be given."""
+    """The value of a flag. Raises `UserError` if it is missing."""
     if not flag.value:
         raise UserError(f"--{flag.name} is missing; name {FLAGS[flag.name].help}")
     return flag.value
 
 
 def path_of(flag, in_store=False):
-    """The path of a flag that must be given; see `parsed_path`."""
+    """The path that a flag names. Raises `UserError` if the flag is missing or the path invalid."""
     return parsed_path(required(flag), f"--{flag.name}", in_store)
 
 
 def refuse(wanted, *unused):
-    """Refuses unused flags that are on the command line; `wanted` says what they belong to."""
+    """Raises `UserError` if one of `unused` is on the command line. `wanted` ends the message."""
     for flag in unused:
         require_flag(not flag.present, flag.name, flag.value, wanted)
 
 
 def file_to_write(flag):
-    """The path of a flag for a file that is written at the end, or None. Raises `UserError` now if
-    there is no folder for it.
+    """The path of a flag for a file that the command writes at its end, or None. Raises `UserError`
+    already at the beginning if the folder of the file does not exist.
     """
     if not flag.value:
         return None
@@ -149,7 +149,7 @@ def file_to_write(flag):
 
 
 def refuse_empty(*of):
-    """Refuses flags that are on the command line without a value."""
+    """Raises `UserError` if one of the flags is on the command line with an empty value."""
     for flag in of:
         if flag.present and not flag.value:
             raise UserError(f"--{flag.name}= names nothing; see --help")
@@ -166,33 +166,33 @@ def command(main):
 def run(main):
     """Runs a command, and ends the program with its exit status."""
     ended_with = []
-    # The ending interpreter would abort if a C++ thread called Python meanwhile. This handler runs
-    # after those that libraries register while the command runs.
+    # `os._exit` at the end, because the interpreter could abort if a C++ thread calls Python while
+    # it shuts down. `atexit` runs handlers that libraries register later before this one.
     atexit.register(lambda: ended_with and os._exit(ended_with[0]))
     signal.signal(signal.SIGTERM, _terminate)
     status, is_orderly = execute(main, sys.argv)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if not is_orderly:  # threads in the background get no time to print tracebacks
+    if not is_orderly:  # exits at once, so that background threads cannot print tracebacks
         os._exit(status)
     ended_with.append(status)
     sys.exit(status)
 
 
 def _terminate(number, frame):
-    signal.signal(number, signal.SIG_IGN)  # a second one often follows; it must not stop the end
+    signal.signal(number, signal.SIG_IGN)  # a second SIGTERM must not interrupt the clean-up
     raise Terminated("terminated")
 
 
 def execute(main, argv):
-    """Parses a command line, sets up logging and calls `main()`. Returns the exit status, and
-    whether the interpreter may end normally, which is False after a failure.
+    """Parses a command line, sets up logging and calls `main()`. Returns `(exit status, whether the
+    interpreter may end normally)`; the second is False after a failure.
 
-    The last line on stderr says why it ends: a `Failure` with its exit status, a device without
-    enough memory (2), a fault of a disk, a network or memory (5), a request to stop (`Stopped`), a
-    pipe that nobody reads (141), or any other exception (1), whose traceback comes before. With
-    `--debug`, other exceptions have a traceback, too.
+    After an exception the last line on stderr describes it. Its exit status is that of a `Failure`
+    or `Stopped`, 2 for a lack of device memory, 5 for a fault of a disk, a network or memory, 141
+    for a pipe that nobody reads, and 1 for all others, whose traceback is also printed. `--debug`
+    prints the tracebacks of all exceptions.
     """
-    # After a mistake on the command line, FLAGS.debug is not parsed.
+    # Reads `argv` itself, because `FLAGS.debug` is not set if another flag has a mistake.
     debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(argv[1:])
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -220,13 +220,13 @@ def _set_up_logging(debug):
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if not debug:  # Orbax's threads log tracebacks of failures that are raised too
+    if not debug:  # hides tracebacks in Orbax's log; its exceptions also reach this program
         absl_logging.set_verbosity(absl_logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
 
 
 def _end_of(error):
-    """The exit status and the last line of an exception, and whether its traceback is needed."""
+    """Returns `(exit status, last line, whether a traceback is printed)` for an exception."""
     if isinstance(error, Stopped):
         return error.status, str(error), False
     if isinstance(error, KeyboardInterrupt):
@@ -256,7 +256,7 @@ def _notes(error):
 
 
 def _cure():
-    """Says which fields or flags of this command need less memory."""
+    """Returns advice: the fields or flags of this command that reduce its memory use."""
     if "config" in FLAGS:
         return (
             "raise train.accumulate, lower train.batch_size, set model.remat='layer', or split the "
@@ -282,7 +282,7 @@ def _parse(argv):
 
 def _help(module):
     """The docstring of a command and its flags, without `--config.GROUP.FIELD`."""
-    modules = [sys.argv[0] if module == "__main__" else module]  # absl's name of the module
+    modules = [sys.argv[0] if module == "__main__" else module]  # absl's name for `__main__`
     modules += ["aoe_jax.distributed"] if "distributed" in vars(sys.modules[module]) else []
     flags_of_modules = map(FLAGS.module_help, [*modules, __name__])
     return "\n".join([sys.modules[module].__doc__, *flags_of_modules])

@@ -3,12 +3,12 @@
     python -m aoe_jax.convert --checkpoint=DIR --output=DIR (--score_neurons=S | --d_low=R |
         --upcycle=moe|aoe --experts=N --top_k=K)
 
-The router of an MoE is dropped. `--score_neurons=S` moves the S neurons that predict the router's
-choices best to the front of each expert, where they give the score; `--d_low=R` factorises gates.
-`--upcycle` makes experts of the layers of a dense model: `conversion/upcycling.py` explains
-`--granularity` and `--noise`. With `--score_neurons`, with `--upcycle` of a model of a run, or with
-`--data`, the command reports the nll on held-out text before and after. Train the result with
-`train.py --config=configs/finetune.py:OUTPUT`.
+The router of an MoE is removed. `--score_neurons=S` finds the S neurons of each expert that predict
+the router's choices best, and makes them its first neurons, which compute its score. `--d_low=R`
+factorises the gates. `--upcycle` makes experts from the layers of a dense model;
+`conversion/upcycling.py` explains `--granularity` and `--noise`. With `--score_neurons`, with
+`--data`, or if the dense model is that of a run, the command reports the nll on held-out text
+before and after. Train the result with `train.py --config=configs/finetune.py:OUTPUT`.
 """
 
 from absl import flags

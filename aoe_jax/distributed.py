@@ -1,4 +1,4 @@
-"""Starts JAX, also on several processes: a TPU pod, a Slurm job, or processes named one by one."""
+"""Starts JAX in one or several processes: on a TPU pod, in a Slurm job, or with `--coordinator`."""
 
 import contextlib
 import logging
@@ -29,13 +29,13 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESSES = flags.DEFINE_integer("processes", None, "how many processes, with --coordinator", 1)
 _PROCESS = flags.DEFINE_integer("process", None, "process number from 0, with --coordinator", 0)
 _JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "seconds to wait for other processes", 1)
-_END_DELAY = 1.0  # seconds that a process waits after all have agreed to end
+_END_DELAY = 1.0  # seconds that a failing process waits before it ends, after the exchange
 
 
 def start():
-    """Joins the other processes if the command line names any; call it before JAX is used. Raises
-    `UserError` if the flags contradict each other or there is no cluster, and `MachineFault` if a
-    process does not join or JAX finds no device.
+    """Joins the other processes if the flags say that there are any. Call it before JAX is used.
+    Raises `UserError` if the flags contradict each other or there is no cluster, and `MachineFault`
+    if some process does not join or JAX finds no device.
     """
     of_one = (_COORDINATOR, _PROCESSES, _PROCESS)
     given = [flag for flag in of_one if flag.value is not None]
@@ -54,7 +54,7 @@ def start():
     if given or _DISTRIBUTED.value:
         _initialize()
     if _backend() == "cpu" and jax.device_count() > 1:
-        # Programs from the cache deadlock, because they have lost the order of their collectives.
+        # Cached programs deadlock, because the cache does not store the order of their collectives.
         jax.config.update("jax_enable_compilation_cache", False)
         if jax.config.jax_compilation_cache_dir:
             log.warning("the compilation cache is off: it deadlocks on several CPU devices")
@@ -72,10 +72,10 @@ def _backend():
 
 def _initialize():
     address, timeout = _COORDINATOR.value, _JOIN_TIMEOUT.value
-    timer = threading.Timer(timeout, _give_up)  # JAX would abort without a clear message
+    timer = threading.Timer(timeout, _give_up)  # ends with a clear message before JAX aborts
     timer.daemon = True
     timer.start()
-    # Given an IP address or localhost, JAX listens only there, else at all of its addresses.
+    # If the coordinator is an IP address or localhost, JAX listens only at that address.
     bind = address if re.match(r"localhost:|[\d.]+:", address or "") else None
     settings = {"coordinator_bind_address": bind, "initialization_timeout": timeout + 60}
     try:
@@ -103,7 +103,7 @@ def _give_up():
 
 
 def agree(what, text):
-    """Waits for all processes; raises `UserError` if `text` differs between them."""
+    """Waits for all processes, and raises `UserError` in all if `text` differs between them."""
     digests = gathered(zlib.crc32(text.encode()) % 2**31)
     differing = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
     if differing:
@@ -114,15 +114,15 @@ def agree(what, text):
 
 
 def see_the_same(value, read, what):
-    """Waits at most a minute until `read()` returns the int `value` of process 0 in every process.
-    Raises `UserError`, whose message begins with `what`, if a process sees another value.
+    """Checks that `read()` returns the int `value` of process 0 in every process. Waits for it at
+    most a minute, then raises `UserError`, whose message begins with `what`.
     """
     if jax.process_count() == 1:
         return
     value, deadline = gathered(value or 0)[0], time.monotonic() + min(_JOIN_TIMEOUT.value, 60)
     with together():
         while not (seen := read() == value) and time.monotonic() < deadline:
-            time.sleep(0.2)  # a network disk shows it late
+            time.sleep(0.2)  # a network disk may show new files late
     blind = [str(process) for process, sees in enumerate(gathered(seen)) if not sees]
     if blind:
         raise UserError(
@@ -133,19 +133,19 @@ def see_the_same(value, read, what):
 
 @contextlib.contextmanager
 def together():
-    """A context that waits for all processes, and fails in all if its body fails in one. The body
-    must not wait for other processes. The processes with the highest exit status raise their own
-    exception, the others raise `FailedElsewhere`.
+    """A context that waits for all processes. If its body fails in one process, all processes
+    raise: those with the highest exit status their own exception, and all others `FailedElsewhere`.
+    The body must not wait for other processes.
     """
     problem = None
     try:
         yield
-    except Exception as e:  # raised below, after the other processes know
+    except Exception as e:  # raised below, after the other processes have received its status
         problem = e
     statuses = gathered(status_of(problem) if problem else 0)
     worst = max(statuses)
     if worst and len(statuses) > 1:
-        # If one ended at once, the exchange could fail in another. Process 0 runs JAX's service.
+        # Other processes may still need the exchange, whose service process 0 runs, so this waits.
         time.sleep(_END_DELAY if jax.process_index() else 1.5 * _END_DELAY)
     if worst and statuses[jax.process_index()] == worst:
         raise problem
@@ -160,7 +160,7 @@ def all_agree(holds):
 
 
 def gathered(value):
-    """Returns a list of the ints of all processes."""
+    """Waits for all processes, and returns a list of the int `value` of each."""
     if jax.process_count() == 1:
         return [int(value)]
     return multihost_utils.process_allgather(np.int32(value)).reshape(-1).tolist()

@@ -2,14 +2,14 @@
 
     python -m aoe_jax.doctor [--config=FILE[:VARIANT]] [--json=FILE]
 
-It prints devices, versions, and each backend with the reason for its choice, and checks kernels
-and the layer of experts against plain references at the shapes of the configuration. It takes ten
-training steps of at most 16,384 tokens a device, but at least one sequence. Each check prints its
-verdict, and the setting to use instead of a kernel that fails. Exit status 1: a check failed.
+The command prints devices, versions, and the chosen backends with reasons. It compares kernels and
+the expert layer with plain references at the shapes of the configuration, and runs ten training
+steps of at most 16,384 tokens per device, but at least one sequence. Each check prints whether it
+passed; if a kernel fails, also the setting that avoids it. Exit status 1: a check failed.
 
-All devices work at the same time on the mesh of the configuration, by default `configs/tiny.py` on
-CPU and `configs/doctor.py` elsewhere. `--config.GROUP.FIELD=VALUE`, `--distributed` and
-`--coordinator` work like in training.
+All devices work at the same time on the mesh of the configuration. The default configuration is
+`configs/tiny.py` on CPU and `configs/doctor.py` on accelerators. `--config.GROUP.FIELD=VALUE`,
+`--distributed` and `--coordinator` have the same meaning as in training.
 """
 
 from absl import flags
@@ -24,7 +24,7 @@ _JSON = flags.DEFINE_string("json", None, "a file for the report")
 def main():
     file = cli.file_to_write(_JSON)
     distributed.start()
-    import jax  # may start only after `distributed.start`
+    import jax  # JAX must not be used before `distributed.start`
 
     from aoe_jax.planning.examination import examine
 

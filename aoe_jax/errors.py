@@ -1,4 +1,4 @@
-"""Exceptions that end a program; the command line prints a last line and sets an exit status."""
+"""Exceptions that end a program. `cli.execute` prints each as one line and sets the exit status."""
 
 import contextlib
 import reprlib
@@ -6,11 +6,11 @@ import reprlib
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 1000
 _repr.maxlist = _repr.maxtuple = _repr.maxdict = 100
-shown = _repr.repr  # repr for values from files and flags; it cuts long and deep values
+shown = _repr.repr  # `repr` for values from files and flags, shortened if long or deeply nested
 
 
 class Failure(Exception):
-    """Ends a program with `status` and one line; a traceback is shown only with `--debug`."""
+    """Ends a program with exit status `status` and one line; only `--debug` shows a traceback."""
 
     status = 1
 
@@ -25,7 +25,7 @@ class UserError(Failure):
 
 
 class InUse(UserError):
-    """Another process owns the folder. It may be about to end, so a later start may succeed."""
+    """Another process owns the folder. Starting the command again later may succeed."""
 
     status = 5
 
@@ -37,54 +37,54 @@ class DivergedError(Failure):
 
 
 class MachineFault(Failure):
-    """A disk, the network or memory failed for `--retry_seconds`; a later start may succeed."""
+    """A fault of a disk, a network or memory. Starting the command again later may succeed."""
 
     status = 5
 
 
 class Hang(Failure):
-    """The run made no progress for `train.hang_timeout`."""
+    """The run made no progress for `train.hang_timeout` seconds."""
 
     status = 6
 
 
 class FailedElsewhere(Failure):
-    """Another process failed, with this status; its own log says why."""
+    """Other processes of the run failed with exit status `status`; their logs say why."""
 
     def __init__(self, processes, status):
-        """Takes the numbers of the processes that failed."""
+        """`processes` are the numbers of the processes that failed."""
         super().__init__(f"process {', '.join(map(str, processes))} failed; see its log")
         self.status = status
 
 
 class Stopped(BaseException):
-    """A signal asked the program to stop. It may be raised anywhere, so it is no `Exception`."""
+    """A signal asked the program to stop. `except Exception` does not catch this class."""
 
-    others_go_on = False  # True: other processes do not stop, so this one must not wait for them
+    others_go_on = False  # True: other processes continue, so this one must exit without waiting
 
 
 class Preempted(Stopped):
-    """SIGTERM: the run ended after saving its state."""
+    """A run saved its state and ended after SIGTERM."""
 
     status = 0
 
 
 class Terminated(Stopped):
-    """SIGTERM ended a command without state, which removes unfinished output."""
+    """SIGTERM ended a command that has no state to save. The command removes unfinished output."""
 
     status = 143
     others_go_on = True
 
 
 class Interrupted(Stopped):
-    """SIGINT (Ctrl-C) ended the program. The exit status is that of shells."""
+    """SIGINT (Ctrl-C) ended the program. Shells use the same exit status, 128 + 2."""
 
     status = 130
 
 
 @contextlib.contextmanager
 def naming(place):
-    """Puts `place`, such as a file, before the message of a `UserError`."""
+    """A context that puts `place`, such as a file name, before the message of a `UserError`."""
     try:
         yield
     except UserError as e:

@@ -2,8 +2,8 @@
 
     python eval.py --workdir=DIR [--tasks=NAME,... | --text=FILE]
 
-By default the model is scored on a held-out split, with `--tasks` on tasks of lm-eval.
-`--text=FILE` shows the load of its experts on a text, `--text=task:NAME` on the prompts of a task.
+By default the command computes the nll on a held-out split, with `--tasks` the accuracy on tasks of
+lm-eval, and with `--text` the load of experts on a text or on the prompts of a task (`task:NAME`).
 """
 
 from absl import flags

@@ -2,12 +2,12 @@
 
     python -m aoe_jax.export --workdir=DIR --output=DIR
 
-The directory has `config.json` and safetensors, the tokenizer as `transformers` reads it, a model
-card (`README.md`), and the configuration of the run, so that `eval.py --workdir=OUTPUT` evaluates
-the model and `train.init_from` starts another run from it. The architecture is Mixtral, OLMoE,
+The directory has `config.json`, safetensors, the tokenizer in the format of `transformers`, a model
+card (`README.md`), and the configuration of the run. So `eval.py --workdir=OUTPUT` can evaluate the
+model, and `train.init_from` can start another run from it. The architecture is Mixtral, OLMoE,
 Qwen2-MoE, Qwen3-MoE, dots.llm1 or GLM-4.5 (for dense models Llama or Qwen3) if one of these can
-express the whole model. Otherwise it is our own (`aoe_jax/formats/architectures.py`), which for AoE
-includes classes for `transformers`.
+express the whole model. Otherwise it is an architecture of this project
+(`aoe_jax/formats/architectures.py`); for AoE the directory then has classes for `transformers`.
 """
 
 from absl import flags
@@ -22,7 +22,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype o
 
 def main():
     workdir, output = cli.path_of(_WORKDIR, in_store=True), cli.path_of(_OUTPUT, in_store=True)
-    from aoe_jax.conversion.exporting import export  # starts JAX
+    from aoe_jax.conversion.exporting import export  # imported late, because it starts JAX
 
     export(workdir, output, _STEP.value, _DTYPE.value)
 

@@ -2,8 +2,8 @@
 
     python -m aoe_jax.generate --workdir=DIR --prompt=TEXT [--prompt=TEXT ...]
 
-The text appears as it is generated. Several prompts are continued together and printed one after
-the other. `--contrast=BETA` turns on self-contrast, see `evaluation/contrast.py`.
+The text of the first prompt is printed as it is generated. Several prompts are continued in one
+batch. `--contrast=BETA` turns on self-contrast (`evaluation/contrast.py`).
 """
 
 import sys
@@ -53,7 +53,7 @@ def main():
     settings = {"contrast": contrast, "sampling": sampling, "seed": _SEED.value, "chunk": 8}
     shown = 0
     for texts in continuations(model, prompts, _MAX_TOKENS.value, **settings):
-        first = prompts[0] + texts[0]  # shows the prompt after all log lines
+        first = prompts[0] + texts[0]  # printed only now, so that log lines come before the prompt
         write(first[shown:])
         sys.stdout.flush()
         shown = max(shown, len(first))

@@ -1,4 +1,4 @@
-"""The layers as a library: Linen modules with plain arguments around `moe.layer.ExpertsLayer`.
+"""AoE and MoE layers as a library: Linen modules with plain arguments around `ExpertsLayer`.
 
 `[..., d]` below is `[B, S, d]`, `[T, d]` or any other shape whose last axis is the model width.
 """
@@ -31,11 +31,11 @@ class Aux(NamedTuple):
 
     loss: jax.Array  # [] float32: weighted auxiliary losses, to be added to the loss of the model
     metrics: dict[str, jax.Array]  # [] float32 each, to be logged
-    stats: LayerStats  # per expert
+    stats: LayerStats  # statistics by expert, such as the load
 
 
 class _Experts(nn.Module, kw_only=True):
-    """The arguments that AoE and MoE share, and the call."""
+    """The arguments and the `__call__` that AoE and MoE share."""
 
     kind: ClassVar[str]
 
@@ -60,14 +60,14 @@ class _Experts(nn.Module, kw_only=True):
 
         Args:
           x: `[..., d]`, tokens.
-          token_weights: `[...]`, 0 for padding, which counts in no loss and no metric, else 1;
-            None: all tokens count.
-          training: whether the router behaves as in training: some routers then have losses of
-            their own, and some draw at random, from `rngs={"experts": key}`.
+          token_weights: `[...]`, 0 for padding, else 1. Losses and metrics exclude padding; None
+            means that there is no padding.
+          training: whether to apply the training behaviour of the routing method: some methods then
+            add their own losses, and some draw random numbers from `rngs={"experts": key}`.
 
         Returns:
-          `(y [..., d], Aux)`, y in the dtype of computation. `Aux.loss` is also sown, as "loss" in
-          the collection "losses".
+          `(y [..., d], Aux)`, y in the dtype of computation. The layer also sows `Aux.loss` as
+          "loss" in the collection "losses".
 
         Raises:
           ValueError: an argument does not fit the shape of x or the mesh.
@@ -114,37 +114,37 @@ class _Experts(nn.Module, kw_only=True):
 
 class AoE(_Experts, kw_only=True):
     """Autonomy-of-Experts (arXiv 2501.13074, Algorithm 2): a mixture of SwiGLU experts without a
-    router. Each expert computes a few activations of every token; their L2 norm (or largest
-    value, see `score`) is its score, and the `top_k` experts of highest score process the token.
+    router. Each expert computes a few activations of every token. The L2 norm (or the maximum) of
+    these activations is its score, and the `top_k` experts of highest score process the token.
 
         E_i(x) = (SiLU(gate_i(x)) * (x W_up_i)) W_down_i
 
     In the paper's form the gate is factorised, `gate_i(x) = (x W_gate_down_i) W_gate_up_i`, and the
-    values `x W_gate_down_i`, of width `d_low`, give the score. With `score_neurons=s` the gate is
-    whole, `gate_i(x) = x W_gate_i`, and its first s values give the score.
+    score is computed from `x W_gate_down_i`, of width `d_low`. With `score_neurons=s` the gate is
+    whole, `gate_i(x) = x W_gate_i`, and the score is computed from its first s values.
 
     Attributes:
       n_experts: number of experts.
       top_k: number of experts per token.
-      d_ffn: width of a traditional expert with as many parameters; with whole gates the width of
-        the experts.
-      d_low: rank of a factorised gate; None: `d // 3`, d the width of the model.
-      score_neurons: s for whole gates whose first s values give the score; None: factorised gates.
-      score: "norm", as in the paper, or "max", the largest of the values.
-      d_wide: width of an expert with a factorised gate; None: by Eq. 5 from `d_ffn`.
-      round_to: the width of Eq. 5 is rounded to a multiple of this.
-      routing: the router; the default gives every token `top_k` experts, weighted by the softmax
-        over their scores. `aoe_jax.methods` has others.
+      d_ffn: width of an MoE expert with the same number of parameters; for whole gates, the width
+        of the experts.
+      d_low: rank of a factorised gate; None: `d // 3`, where d is the model width.
+      score_neurons: s of whole gates; None: factorised gates.
+      score: "norm", the L2 norm as in the paper, or "max", the maximum.
+      d_wide: width of an expert with a factorised gate; None: Eq. 5 computes it from `d_ffn`.
+      round_to: the width of Eq. 5 is rounded to a multiple of this number.
+      routing: the routing method. The default routes every token to `top_k` experts, weighted by
+        the softmax over their scores. `aoe_jax.methods` has other methods.
       aux_weight: weight of the load balance loss (Eq. 2) in `Aux.loss`.
       z_weight: weight of the z-loss in `Aux.loss`.
       dtype: the dtype of computation; None: that of the tokens. Parameters are float32.
-      data: names of the mesh axes that tokens are split over, along their first axis.
-      fsdp: names of mesh axes that split the tokens likewise, and the parameters.
-      expert: names of mesh axes that split the tokens likewise, and the experts.
-      tensor: names of the mesh axes that split the width of experts, and tokens along their second
-        axis.
-      transport: how tokens reach experts of other devices. "ring": each device receives all tokens
-        of its row along `expert`. "all_to_all": tokens travel to the devices of their experts only.
+      data: names of the mesh axes that split the first axis of x.
+      fsdp: names of the mesh axes that split the first axis of x, and the parameters.
+      expert: names of the mesh axes that split the first axis of x, and the experts.
+      tensor: names of the mesh axes that split the width of experts and, for x `[B, S, d]`, its
+        second axis.
+      transport: how tokens reach experts on other devices. "ring": each device receives the tokens
+        of all devices along `expert`. "all_to_all": a token is sent only to its experts' devices.
     """
 
     kind: ClassVar[str] = "aoe"
@@ -180,10 +180,10 @@ class MoE(_Experts, kw_only=True):
 
 
 def _aux(layer, weights, stats):
-    """The `Aux` of an `ExpertsLayer` with these parameters by name."""
+    """The `Aux` of an `ExpertsLayer`, from its parameters `{name: weights}` and `LayerStats`."""
     balance, losses = layer.balance, {}
     if layer.training:
-        stacked = jax.tree.map(lambda a: a[None], (stats, weights))  # a model of one layer
+        stacked = jax.tree.map(lambda a: a[None], (stats, weights))  # adds the axis of layers
         losses = layer.routing.losses(stacked[0], {}, stacked[1])
     losses["aux_loss"] = balance.aux_weight, balance_loss(stats.load, stats.mean_probability)
     if stats.z_loss is not None:
@@ -204,7 +204,7 @@ def _aux(layer, weights, stats):
 
 @contextmanager
 def _naming_arguments(layer):
-    """Turns errors of the configuration into ValueErrors that name the arguments of a layer."""
+    """Turns errors of configurations into `ValueError`s that name the arguments of the layer."""
     try:
         yield
     except (UserError, ValueError) as error:
@@ -214,7 +214,7 @@ def _naming_arguments(layer):
 
 
 def _is_floating(dtype):
-    """Whether it is a floating-point type of at least 16 bits; a layer cannot use smaller ones."""
+    """Whether `dtype` is floating-point with at least 16 bits; layers support no smaller types."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
 
 
@@ -226,7 +226,7 @@ def _check_tokens(x, token_weights):
         wanted = f"must be that of the tokens, {x.shape[:-1]}"
         raise ValueError(f"token_weights has the shape {jnp.shape(token_weights)}: it {wanted}")
     varies = getattr(jax.typeof(x), "manual_axis_type", None)
-    if varies is not None and varies.varying:  # grouped_matmul declares no varying axes
+    if varies is not None and varies.varying:  # grouped_matmul does not support that check
         raise ValueError("the jax.shard_map around the layer needs check_vma=False")
 
 
@@ -244,7 +244,7 @@ def _check_routing(routing, experts, balance, sizes, d_model):
 
 
 def _check_sizes(layer, experts, sizes, shape):
-    """Refuses sizes that the mesh would split unevenly."""
+    """Raises `ValueError` for sizes that the mesh cannot split evenly."""
     if len(shape) > 3 and math.prod(sizes.values()) > 1:
         wanted = "on several devices it must be [B, S, d] or [T, d]; reshape it"
         raise ValueError(f"x has the shape {shape}: {wanted}")

@@ -1,16 +1,16 @@
-"""Declares every parameter, for layers, sharding, optimiser, decoding, formats and counts."""
+"""Declares every parameter: its shape, sharding, initialisation, and whether it decays."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import flax.linen as nn
 
-# Initialisation preserves variance for every kind of layer: matrices are drawn with the standard
-# deviation 1 / sqrt(fan_in). For tokens of unit mean square the gate pre-activations then start
-# with variance 1, both as `x W_gate` and as `(x W_gate_down) W_gate_up`. The paper does not say how
-# it initialises; with one small standard deviation for both factors, their product would start
-# many times smaller than a whole gate. AoE's norms start near sqrt(r), with a spread of
-# 1 / sqrt(2) over experts, close to the spread 1 of router logits.
+# Initialisation preserves variance in every kind of layer: matrices have the standard deviation
+# 1 / sqrt(fan_in). For tokens of unit mean square, the initial gate pre-activations have variance
+# 1, both as `x W_gate` and as `(x W_gate_down) W_gate_up`. The paper does not state its
+# initialisation. With one small standard deviation for both factors, their product would be many
+# times smaller than a whole gate. Initially AoE's norms are near sqrt(r), with a standard deviation
+# of 1 / sqrt(2) over experts, close to that of router logits, 1.
 matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 expert_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
 zeros_init = nn.initializers.zeros_init()
@@ -22,11 +22,11 @@ class Parameter:
     """One parameter of the decoder, without the leading axis of stacked layers.
 
     Attributes:
-      axes: a letter per axis (legend in `aoe_jax/moe/__init__.py`), such as "n d f".
-      split: for each axis the logical axis of `sharding.RULES` that it is split over, or None.
-      init: a Flax initialiser; None where a Flax module draws the parameter itself.
+      axes: a letter per axis, such as "n d f". `aoe_jax/moe/__init__.py` explains the letters.
+      split: for each axis its logical axis in `sharding.RULES`, or None if it is not split.
+      init: a Flax initialiser; None if a Flax module initialises the parameter.
       per_expert: whether a token uses only the parameters of its chosen experts.
-      cast: whether the parameter is cast to the dtype of computation wherever it is used.
+      cast: whether every use casts the parameter to the dtype of computation.
       decays: whether weight decay applies.
     """
 
@@ -38,13 +38,13 @@ class Parameter:
     decays: bool = False
 
     def shape(self, sizes: dict[str, int]):
-        """The shape, given `{axis letter: size}`; an axis may also be a number."""
+        """The shape, given `{letter: size}`. A number in `axes` is itself the size of that axis."""
         axes = self.axes.split()
         return tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in axes)
 
 
 def matrix_of_experts(axes, split, init=expert_init):
-    """A matrix that every expert has, `axes` such as "n d f"."""
+    """A matrix of every expert, stacked over experts; `axes` such as "n d f"."""
     return Parameter(axes, split, init, per_expert=True, cast=True, decays=True)
 
 
@@ -94,7 +94,7 @@ ATTENTION = {
     "q_head_norm": vector("h", ones_init),
     "k_head_norm": vector("h", ones_init),
 }
-STACKS = ("dense_layers", "layers")  # paths of parameters stacked over layers begin so
+STACKS = ("dense_layers", "layers")  # first names of paths of parameters stacked over layers
 EMBEDDING = Parameter("V d", ("vocab", "embed"), cast=True)
 DECODER = {
     "embed/embedding": EMBEDDING,
@@ -107,7 +107,7 @@ DECODER = {
 
 
 def shared_expert(experts):
-    """The parameters of the expert of an `ExpertsConfig` that all tokens use; {} without one."""
+    """The parameters of the shared expert, which processes all tokens; {} without one."""
     if not experts.d_shared:
         return {}
     return SHARED_EXPERT | (SHARED_SCALE if experts.shared_gate else {})

@@ -1,11 +1,11 @@
-"""Plans a run on absent machines: memory, FLOPs, step time.
+"""Estimates memory, FLOPs and step time of a run on other hardware.
 
     python -m aoe_jax.plan --config=FILE[:VARIANT] --topology=v5p:4x4x4
 
-The real train step is compiled for TPU slices, `--topology=GENERATION:SHAPE [--slices=N]`, with
-`libtpu` from its wheel, or for the GPUs of a node, `--topology=h100:8`, with JAX's CUDA wheels.
-`--config.GROUP.FIELD=VALUE` works like in training; `--json=FILE` writes the report. Exit status 3:
-the run does not fit. `aoe_jax/planning/step_plan.py` says how the figures are computed.
+The command compiles the train step of the configuration for hardware that this machine does not
+have: for TPU slices with `--topology=GENERATION:SHAPE [--slices=N]`, or for the GPUs of one node
+with `--topology=h100:8`. TPUs need the wheel of `libtpu`, and GPUs JAX's CUDA wheels.
+`aoe_jax/planning/step_plan.py` explains the numbers. Exit status 3: the run does not fit in memory.
 """
 
 from absl import flags

@@ -2,8 +2,8 @@
 
     python -m aoe_jax.prepare --input=GLOB --tokenizer=T --output=DIR
 
-The input is JSON lines (.jsonl, .ndjson, .json) or plain text (.txt), also with .gz or .zst, or
-Parquet. After a kill or a stop, the same command continues. `--check` finds damaged shards.
+The input is JSON lines (.jsonl, .ndjson, .json) or plain text (.txt), also compressed (.gz, .zst),
+or Parquet. If it is stopped, the same command continues. `--check` finds damaged shards.
 """
 
 import logging
@@ -15,7 +15,7 @@ from aoe_jax import cli
 from aoe_jax.data.preparation import Settings, check, prepare
 from aoe_jax.errors import UserError
 
-log = logging.getLogger("aoe_jax.prepare")  # not __name__, which is __main__
+log = logging.getLogger("aoe_jax.prepare")  # `__name__` is `__main__` with `python -m`
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 

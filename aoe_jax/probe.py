@@ -1,10 +1,10 @@
-"""Scores a router MoE with experts ranked by their own activations instead.
+"""Evaluates a router MoE whose experts are selected by activation norms, not by the router.
 
     python -m aoe_jax.probe --checkpoint=DIR [--text=FILE]
 
-Experts are ranked by the norm of their activations at one node, such as `x W_gate`. The table has
-nll, accuracy on tasks, agreement with the router and time, also for the router and for a random
-choice, like the paper's Tables 1, 6 and 7. The command also writes `probe.json`.
+The top-k experts have the largest norms of their activations at one node, such as `x W_gate`. Like
+the paper's Tables 1, 6 and 7, the table has nll, accuracy on tasks, agreement with the router and
+time, also for the router itself and for random experts. The command also writes `probe.json`.
 """
 
 from absl import flags

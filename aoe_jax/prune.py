@@ -2,13 +2,13 @@
 
     python -m aoe_jax.prune --workdir=DIR --experts=D --output=DIR [--method=NAME]
 
-Experts with similar scores on the tokens of a corpus (`--data`, written like `data.name`) become
-one. `uncurl` (Sarkar et al. 2024, arXiv 2409.01483) merges clusters of similar experts,
-`frequency_merge` merges each expert into the most similar of the D experts with the largest loads,
-and `greedy` keeps only these D; `aoe_jax/conversion/merging.py` has the details.
+D experts remain in each layer. `uncurl` (Sarkar et al. 2024, arXiv 2409.01483) merges clusters of
+similar experts. `frequency_merge` merges each expert into the most similar of the D experts with
+the largest loads. `greedy` keeps these D experts and deletes all others. Similar experts are those
+with similar scores on tokens of a corpus (`--data`). `aoe_jax/conversion/merging.py` has details.
 
-The result is a model like that of `aoe_jax.export`, with `prune.json`; `train.init_from` continues
-its training.
+The output has the format of `aoe_jax.export`, and a report `prune.json`. `train.init_from=DIR`
+continues the training of the pruned model.
 """
 
 from absl import flags

@@ -3,9 +3,9 @@
     data    copies of the model; batches are split over it
     fsdp    batches, parameters and optimiser state are split over it
     expert  batches and experts are split over it
-    tensor  positions between layers, attention heads and the width of experts are split over it
+    tensor  attention heads, the width of experts and, outside both, positions are split over it
 
-One device is the mesh (1, 1, 1, 1). `MeshAxes` names the axes of another mesh.
+A single device has the mesh (1, 1, 1, 1). `MeshAxes` maps these axes to those of a user's mesh.
 """
 
 import dataclasses
@@ -21,38 +21,38 @@ from aoe_jax.errors import UserError
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 
-# The mesh axes that each logical axis of an array is split over, or None.
+# Logical axis of an array -> the mesh axes that split it, or None.
 RULES = {
     "batch": ("data", "fsdp", "expert"),  # sequences
-    "sequence": "tensor",  # positions, between the layers' inner parts
-    "embed": "fsdp",  # d_model, of weights
+    "sequence": "tensor",  # positions of activations, except inside attention and experts
+    "embed": "fsdp",  # d_model of weights
     "experts": "expert",
     "mlp": "tensor",  # width of experts
-    "rank": "fsdp",  # d_low of w_gate_up; w_gate_down is split along d_model instead
+    "rank": "fsdp",  # d_low of w_gate_up (w_gate_down is split along d_model, not d_low)
     "heads": "tensor",
     "vocab": None,
 }
 
 
 def target_device():
-    """The device to compile for: `AbstractDevice` of the mesh in context, or the first device."""
+    """The device to compile for: the `AbstractDevice` of the current mesh, or the first device."""
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def count_slices(devices):
-    """The number of slices that devices belong to; 1 where they name none."""
+    """The number of TPU slices that the devices belong to; 1 if devices name no slice."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def spec_of(*axes):
-    """The `PartitionSpec` of an array with these axes of `RULES`; None: no split."""
+    """The `PartitionSpec` of an array with these logical axes of `RULES`; None: not split."""
     return PartitionSpec(*(axis and RULES[axis] for axis in axes))
 
 
 @dataclass(frozen=True)
 class MeshAxes:
-    """Names of axes of the mesh in context for each of `MESH_AXES`: one, several (outermost first),
-    or None. Devices along other axes of that mesh compute the same.
+    """For each of `MESH_AXES`, the name of an axis of the current mesh, several names (outermost
+    first), or None. Devices along all other axes of that mesh do the same computation.
     """
 
     data: str | tuple[str, ...] | None = "data"
@@ -61,12 +61,12 @@ class MeshAxes:
     tensor: str | tuple[str, ...] | None = "tensor"
 
     def names(self, axis):
-        """All names for one of `MESH_AXES`, a tuple."""
+        """The tuple of names for one of `MESH_AXES`."""
         named = getattr(self, axis)
         return (named,) if isinstance(named, str) else named or ()
 
     def collective(self, axis):
-        """The names for one of `MESH_AXES` as collectives take them: a name or a tuple."""
+        """The name, or tuple of names, for one of `MESH_AXES`, as an argument of collectives."""
         names = self.names(axis)
         return names[0] if len(names) == 1 else names
 
@@ -79,8 +79,8 @@ class MeshAxes:
     def sizes(self, mesh):
         """The number of devices along each of `MESH_AXES`; 1 without a mesh.
 
-        Raises `ValueError` if the mesh lacks a name, or a name stands for two axes. Inside a
-        `jax.shard_map` parameters are whole, so an axis that splits them is also an error.
+        Raises `ValueError` if the mesh has no axis of a name, or if two axes have the same name.
+        Parameters are not split inside `jax.shard_map`, so there all names but `data` must be None.
         """
         if mesh.empty:
             return (1,) * len(MESH_AXES)
@@ -105,7 +105,7 @@ AXES = MeshAxes()
 
 
 def fill_mesh(config, n_devices):
-    """A `Config` with `mesh.data=-1` filled in and checked; raises `UserError` if it is wrong."""
+    """Replaces `mesh.data=-1` in a `Config`. Raises `UserError` if the mesh has a wrong size."""
     mesh = config.mesh
     inner = mesh.fsdp * mesh.expert * mesh.tensor
     data = n_devices // inner if mesh.data == -1 else mesh.data
@@ -119,8 +119,8 @@ def fill_mesh(config, n_devices):
 
 
 def make_mesh(config, devices):
-    """The mesh of `config.mesh`, which has no -1. Devices are in the order of their network, slices
-    are along `data`. Raises `UserError` if the slices or the network cannot be divided that way.
+    """The mesh of a `Config` from `fill_mesh`. Devices are ordered by their network topology, and
+    slices are along `data`. Raises `UserError` if the topology does not allow the shape.
     """
     shape = config.mesh.shape
     n_slices = count_slices(devices)
@@ -140,8 +140,8 @@ def make_mesh(config, devices):
 
 
 def rows_of_process(sharding, n_rows, process):
-    """The rows of a batch `[n_rows, ...]` on the devices of a process, in order. On a TPU slice the
-    rows of a host may be scattered, and several hosts may have the same rows.
+    """The sorted indices of the rows of a batch `[n_rows, ...]` on the devices of a process. On a
+    TPU slice the rows of a host may not be consecutive, and several hosts may have the same rows.
     """
     rows = set()
     for device, (index, *_) in sharding.devices_indices_map((n_rows, 1)).items():
@@ -151,25 +151,25 @@ def rows_of_process(sharding, n_rows, process):
 
 
 def batch_sharding(mesh):
-    """The sharding of an array `[B, S]`: sequences are split over the batch axes, positions not."""
+    """The sharding of an array `[B, S]`: the batch axes split B, and S is not split."""
     return NamedSharding(mesh, spec_of("batch", None))
 
 
 def replicated(mesh):
-    """The sharding of an array that every device has whole."""
+    """The sharding of an array of which every device has a full copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def with_shardings(abstract, shardings):
-    """Adds shardings to shapes, for compilation and restoring."""
+    """Adds shardings to a tree of `ShapeDtypeStruct`s."""
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
     )
 
 
 def put_batch(sharding, batch, n_rows=None):
-    """A global batch from this host's arrays by name. They have all rows of the batch or, if
-    `n_rows` (the number of all rows) is given, the rows of `rows_of_process`.
+    """Makes a global batch on devices from arrays `{name: array}` of this process. They have all
+    rows or, if `n_rows` (the number of all rows) is given, only the rows of `rows_of_process`.
     """
     shapes = {name: (n_rows or len(a), *a.shape[1:]) for name, a in batch.items()}
     with jax.transfer_guard("allow"):  # these transfers are intended

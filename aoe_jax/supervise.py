@@ -2,14 +2,15 @@
 
     python -m aoe_jax.supervise [--restarts=5] -- train.py --config=FILE --workdir=DIR ...
 
-The arguments after `--` go to Python, such as `train.py ...` or `-m aoe_jax.train ...`. The command
-is started again after a preemption, a hang, a lost process, a fault of the machine or an unforeseen
-error, and while another process owns the workdir. It is not started again after a mistake of the
-user (exit status 2), divergence (4), Ctrl-C, or `--restarts` restarts without a new step.
+The arguments after `--` are those of Python, such as `train.py ...` or `-m aoe_jax.train ...`. The
+supervisor starts this training command again after a preemption, a hang, a lost process, a fault of
+the machine or an unforeseen error, and while another process owns the workdir. It stops after a
+mistake of the user (exit status 2), divergence (4), Ctrl-C, or `--restarts` restarts in a row
+without a new checkpoint.
 
-It passes SIGTERM, SIGINT and SIGHUP (as SIGTERM) on to the command, and ends when that ends.
-Attempts get `--start-over` and `--go-back` until the run has begun anew or gone back, and only the
-first gets `--take-over`. `WORKDIR/attempts/HOST.jsonl` has a line for every attempt. The exit
+It forwards SIGTERM, SIGINT and SIGHUP (as SIGTERM) to the command, and ends when the command ends.
+`--start-over` and `--go-back` are passed on until an attempt has moved the old files, `--take-over`
+only to the first attempt. `WORKDIR/attempts/HOST.jsonl` has a line for every attempt. The exit
 status is 0 if the run has finished, else that of the last attempt.
 """
 
@@ -32,7 +33,7 @@ from aoe_jax.errors import DivergedError, Failure, Interrupted, MachineFault, Us
 from aoe_jax.storage.files import COUNT, TEXT, or_none, read_json
 from aoe_jax.storage.paths import is_remote, parsed_path
 
-log = logging.getLogger("aoe_jax.supervise")  # not __name__, which is __main__
+log = logging.getLogger("aoe_jax.supervise")  # `__name__` is `__main__` with `python -m`
 
 _RESTARTS = flags.DEFINE_integer(
     "restarts", 5, "restarts in a row without a new step before it gives up", lower_bound=0
@@ -43,7 +44,7 @@ _PAUSE = flags.DEFINE_float(
     "seconds before the first restart, doubled for each attempt without a new step",
     lower_bound=0,
 )
-_LONGEST_PAUSE = 60.0  # seconds; several supervisors must meet within --join_timeout
+_LONGEST_PAUSE = 60.0  # seconds; below --join_timeout, so that attempts on several hosts can join
 _FINAL = {UserError.status, DivergedError.status, Interrupted.status}
 # signal to the supervisor -> signal to the command
 _PASSED_ON = {n: n for n in (signal.SIGTERM, signal.SIGINT)} | {signal.SIGHUP: signal.SIGTERM}
@@ -51,10 +52,10 @@ _HEARTBEAT = {"saved": or_none(COUNT), "status": or_none(TEXT)}
 
 
 class Supervisor:
-    """Runs a training command again and again, and passes signals on to it."""
+    """Runs a training command until it has finished, and passes signals on to it."""
 
     def __init__(self, command: list[str]):
-        """`command` are arguments of Python. Raises `UserError` if they name no workdir."""
+        """`command` are arguments of Python. Raises `UserError` if they have no `--workdir`."""
         self._flags, self._rest = _split(command)
         if not self._flags.workdir:
             raise UserError("the command after -- has no --workdir; name the directory of the run")
@@ -70,7 +71,7 @@ class Supervisor:
             self._process.send_signal(_PASSED_ON[number])  # no effect if it has ended
 
     def run(self, restarts: int, pause: float) -> int:
-        """Returns the exit status of the last attempt; an end by signal N counts as 128 + N."""
+        """Returns 0 if the run has finished, else the last exit status (128 + N for signal N)."""
         idle = 0
         for attempt in itertools.count(1):
             before, began = self._heartbeat(), time.time()
@@ -81,7 +82,7 @@ class Supervisor:
             with contextlib.suppress(Exception):
                 self._log(json.dumps(line | {"status": now.get("status")}) + "\n")
             if now.get("status") == "finished" and now != before:
-                return 0  # also if the process was killed after that
+                return 0  # even if the process was killed after the run had finished
             idle = 0 if line["saved"] > line["first_saved"] else idle + 1
             if status in _FINAL or self._asked_to_stop.is_set():
                 return status
@@ -97,24 +98,24 @@ class Supervisor:
     def _attempt(self, number):
         arguments = [*self._rest, f"--workdir={self._flags.workdir}"]
         arguments += ["--take-over"] if self._flags.take_over and number == 1 else []
-        if self._files_of_run() == self._files:  # no earlier attempt has moved them
+        if self._files_of_run() == self._files:  # no earlier attempt has moved the old files
             arguments += ["--start-over"] if self._flags.start_over else []
             arguments += [f"--go-back={self._flags.go_back}"] if self._flags.go_back else []
-        # In its own session: a Ctrl-C in the terminal must reach it once, through this process.
+        # Uses a new session, so that the command receives a Ctrl-C only from this process.
         self._process = subprocess.Popen([sys.executable, *arguments], start_new_session=True)
-        if self._asked_to_stop.is_set():  # a signal came while the process was made
+        if self._asked_to_stop.is_set():  # a signal arrived before `_process` was set
             self._process.send_signal(signal.SIGTERM)
         status = self._process.wait()
         return status if status >= 0 else 128 - status
 
     def _files_of_run(self):
-        """The folders of files set aside, and whether the workdir has a run."""
+        """`(names of the folders in set_aside/, whether the workdir has a run)`."""
         aside = self._workdir / "set_aside"
         folders = {path.name for path in aside.iterdir()} if aside.is_dir() else set()
         return folders, (self._workdir / "heartbeat.json").exists()
 
     def _heartbeat(self):
-        """The heartbeat of the run; empty if there is none, or it cannot be read."""
+        """The heartbeat of the run; {} if it is missing or cannot be read."""
         with contextlib.suppress(Failure):
             return read_json(self._workdir / "heartbeat.json", schema=_HEARTBEAT)
         return {}
@@ -122,14 +123,14 @@ class Supervisor:
     def _log(self, line):
         file = self._workdir / "attempts" / f"{socket.gethostname()}.jsonl"
         file.parent.mkdir(exist_ok=True)
-        # A store cannot append to an object.
+        # Objects in a store cannot be appended to, so all lines are written again.
         before = file.read_text() if is_remote(file) and file.exists() else ""
         with file.open("w" if is_remote(file) else "a") as lines:
             lines.write(before + line)
 
 
 def _split(command):
-    """The flags of `train` that a supervisor knows, and the other arguments."""
+    """Returns `(flags of `train` that a supervisor handles, all other arguments)`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--workdir", "-workdir")
     parser.add_argument("--go-back", "--go_back")
@@ -143,7 +144,7 @@ def main(command):
 
 
 def command():
-    """Runs `main` with the command that follows `--` on the command line."""
+    """Runs `main` with the arguments after `--` of the command line."""
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     sys.argv, rest = sys.argv[:at], sys.argv[at + 1 :]
     cli.run(lambda: main(rest))

@@ -65,7 +65,7 @@ def main():
 
 
 def _closing_words(workdir, summary):
-    """The result of a run, its files, and the commands that come next."""
+    """Text for the end of a run: its result, its files, and commands to use the model."""
     from aoe_jax.training.metrics import in_words
 
     folder = shlex.quote(str(workdir))

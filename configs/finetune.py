@@ -1,8 +1,8 @@
-"""Continues the training of a model: `--config=configs/finetune.py:DIR`, where DIR has the model as
-safetensors.
+"""Continues the training of a model: `--config=configs/finetune.py:DIR`, where DIR contains the
+model as safetensors.
 
-The groups `model`, `experts`, `routing` and `balance` and the tokenizer come from the model. Set
-corpus, steps and learning rate, and set `balance` if the model is from the Hugging Face hub.
+The groups `model`, `experts`, `routing` and `balance` and the tokenizer are read from the model.
+Set corpus, steps and learning rate. If the model is from the Hugging Face hub, also set `balance`.
 """
 
 from pathlib import Path

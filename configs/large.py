@@ -1,11 +1,11 @@
-"""Many experts: `--config=configs/large.py:VARIANT`, shapes beyond the paper's, for meshes with an
-expert axis.
+"""Models with more experts than the paper's, for meshes with an expert axis:
+`--config=configs/large.py:VARIANT`.
 
-`aoe_64`, `aoe_whole_64`, `moe_64`: the shape of OLMoE (Muennighoff et al. 2024, arXiv 2409.02060),
-16 layers, d=2048, 8 of 64 experts of width 1024. `aoe_256`, `aoe_whole_256`, `moe_256`: 8 of 256
-experts of width 512. AoE has the total parameters of the MoE, with r = d / 4, or with whole gates
-whose first 16 neurons give the score. All are balanced without a loss. A step has 4.2M tokens in
-micro-batches. Name corpus and tokenizer on the command line.
+`aoe_64`, `aoe_whole_64`, `moe_64` have the shape of OLMoE (Muennighoff et al. 2024, arXiv
+2409.02060): 16 layers, d=2048, 8 of 64 experts of width 1024. `aoe_256`, `aoe_whole_256`, `moe_256`
+use 8 of 256 experts of width 512. AoE has the total parameters of the MoE. Its gates are factorised
+with r = d / 4 or, in `aoe_whole`, whole: the score is then computed from their first 16 neurons. A
+bias balances the load, without a loss. A step has 4.2M tokens. Name corpus and tokenizer in flags.
 """
 
 from aoe_jax.errors import UserError

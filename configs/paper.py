@@ -2,13 +2,12 @@
 
 Table 2: `moe`, `moe_aux`, `moe_aux_factorised`, `moe_aux_large_router`, `aoe_r64`, `aoe_r64_aux`
 ... `aoe_r512_aux`. Table 3: `moe_top_p`, `aoe_top_p`, `moe_expert_choice`, `aoe_expert_choice` (AoE
-with r = 256). Table 5: `moe_4b`, `aoe_4b`. This project adds `aoe_whole_aux`, whose experts keep
-whole gates.
+with r = 256). Table 5: `moe_4b`, `aoe_4b`. This project adds `aoe_whole_aux`: its experts have
+whole instead of factorised gates.
 
-Optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048 tokens. The
-paper's corpus, RedPajama, must be named on the command line (`--config.data.name`,
-`--config.data.tokenizer` with 32,000 pieces). By default the embedded corpus is used, with a
-tokenizer trained on it.
+Optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048 tokens. To
+train on the paper's corpus, RedPajama, set `--config.data.name`, and `--config.data.tokenizer` to a
+tokenizer of 32,000 tokens. The default is the embedded corpus with a tokenizer trained on it.
 """
 
 from aoe_jax.errors import UserError
@@ -16,13 +15,13 @@ from aoe_jax.storage.config_files import default_config, update_groups
 
 RANKS = (64, 128, 256, 512)
 LARGE_RANK = 400  # r of the 4B model
-SCORE_NEURONS = 16  # S of whole gates
+SCORE_NEURONS = 16  # the score of a whole gate is computed from its first 16 neurons
 ABLATION_RANK = 256  # r in rows 3 and 4 of Table 2, and in Table 3
 
 MOE = {"experts": {"kind": "router"}, "balance": {"aux_weight": 0.0}}
 AUX = {"balance": {"aux_weight": 0.01}}
-# Top-p: Huang et al. 2024 keep L_aux and add the entropy loss. Expert choice is balanced by
-# construction.
+# With top-p routing, Huang et al. 2024 use L_aux and an entropy loss. Expert choice needs no loss,
+# because every expert selects the same number of tokens.
 TOP_P = {
     "routing": {"name": "top_p", "p": 0.6},
     "balance": {"aux_weight": 0.01, "entropy_weight": 1e-4},
@@ -42,7 +41,7 @@ def _aoe(rank):
     return {"experts": {"kind": "aoe", "d_low": rank}, "balance": {"aux_weight": 0.0}}
 
 
-# Each variant is a list of changes to the small model, in order.
+# Each variant is a list of changes, which are applied to the small model one after the other.
 VARIANTS = {
     "moe": [MOE],
     "moe_aux": [MOE, AUX],

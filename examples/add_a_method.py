@@ -1,8 +1,8 @@
-"""A routing method of your own, in an AoE layer and in an MoE layer.
+"""Defines a new routing method, and applies it in an AoE layer and in an MoE layer.
 
     python examples/add_a_method.py
 
-docs/add_a_method.md explains it, and how `train.py` can use the method.
+docs/add_a_method.md explains this example, and how `train.py` can use the method.
 """
 
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from aoe_jax.moe.routing import Method, by_mask
 
 @dataclass(frozen=True)
 class AboveMean(Method):
-    """A token takes the experts above its mean score; weights are the softmax over their scores."""
+    """Selects the experts with scores above a token's mean; weights are the softmax of these."""
 
     name = "above_mean"
 
     def __call__(self, scores, weights, ctx):
-        """Scores `[T, n]` -> `Routing`."""
+        """Routes tokens by their scores `[T, n]`; returns a `Routing`."""
         chosen = scores > scores.mean(axis=1, keepdims=True)
         return by_mask(chosen, jax.nn.softmax(scores, where=chosen, axis=1))
 
 
 def experts_per_token():
-    """The mean number of experts that a token takes, by kind of layer."""
+    """The mean number of experts per token in each kind of layer."""
     x, found = jax.random.normal(jax.random.key(0), (64, 48)), {}
     for layer in (AoE, MoE):
         layer = layer(n_experts=8, top_k=2, d_ffn=32, routing=AboveMean())

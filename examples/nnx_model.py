@@ -1,4 +1,4 @@
-"""A GPT in Flax NNX, with `AoE` layers by `nnx.bridge.ToNNX`.
+"""Trains a GPT in Flax NNX, whose `AoE` layers are converted from Linen by `nnx.bridge.ToNNX`.
 
 python examples/nnx_model.py
 """
@@ -22,7 +22,7 @@ def aoe(d_model, rngs):
 
 
 class Block(nnx.Module):
-    """Causal attention, then a feed-forward layer `x -> (y, aux)`, or none."""
+    """Causal attention, then a feed-forward layer `x -> (y, aux)` unless `feed_forward` is None."""
 
     def __init__(self, d_model, n_heads, feed_forward, rngs):
         self.norm, self.norm_2 = (nnx.RMSNorm(d_model, rngs=rngs) for _ in range(2))
@@ -30,7 +30,7 @@ class Block(nnx.Module):
         self.feed_forward = feed_forward and feed_forward(d_model, rngs)
 
     def __call__(self, x, mask):
-        """`[B, S, d]` -> `[B, S, d]` and the auxiliary loss."""
+        """`x [B, S, d]` -> `(y [B, S, d], auxiliary loss)`."""
         x = x + self.attention(self.norm(x), mask=mask)
         if self.feed_forward is None:
             return x, 0.0
@@ -39,7 +39,7 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """A byte-level GPT; `feed_forward` makes a layer from the model width and `nnx.Rngs`."""
+    """A byte-level GPT. `feed_forward(d_model, rngs)` returns the feed-forward layer of a block."""
 
     def __init__(self, feed_forward=aoe, *, d_model=64, n_layers=2, length=32, rngs):
         self.embed = nnx.Embed(256, d_model, rngs=rngs)
@@ -49,7 +49,7 @@ class GPT(nnx.Module):
         self.output = nnx.Linear(d_model, 256, rngs=rngs)
 
     def __call__(self, tokens):
-        """Tokens `[B, S]` -> logits `[B, S, 256]` and the sum of auxiliary losses."""
+        """`tokens [B, S]` -> `(logits [B, S, 256], sum of the auxiliary losses)`."""
         x = self.embed(tokens) + self.place(jnp.arange(tokens.shape[1]))
         mask, loss = nnx.make_causal_mask(tokens), 0.0
         for block in self.blocks:
@@ -59,7 +59,7 @@ class GPT(nnx.Module):
 
 
 def losses(model, tokens):
-    """The negative log-likelihood plus the auxiliary losses; and the former alone."""
+    """Returns `(nll + auxiliary losses, nll)`; nll is the negative log-likelihood per byte."""
     logits, aux_loss = model(tokens[:, :-1])
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
     return nll + aux_loss, nll
@@ -74,13 +74,13 @@ def train_step(model, optimizer, tokens):
 
 
 def batch_of(text, rng, batch=16, length=32):
-    """`batch` random pieces of a text, `[batch, length + 1]` int32."""
+    """Cuts `batch` random pieces from a text; returns int32 `[batch, length + 1]`."""
     first = rng.integers(0, len(text) - length, batch)
     return text[first[:, None] + np.arange(length + 1)].astype(np.int32)
 
 
 def train(model, text, steps, seed=0, learning_rate=3e-3, **size):
-    """Trains on a text, bytes in an array; returns the negative log-likelihood of each step."""
+    """Trains on a text, a uint8 array; returns the negative log-likelihood of each step."""
     optimizer = nnx.Optimizer(model, optax.adamw(learning_rate), wrt=nnx.Param)
     rng = np.random.default_rng(seed)
     return [float(train_step(model, optimizer, batch_of(text, rng, **size))) for _ in range(steps)]

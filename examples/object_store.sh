@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A run with everything in an object store: prepares a corpus, trains, stops and continues the run,
-# evaluates and exports the model, evaluates the exported model and prints a sample:
+# An experiment in an object store: prepares the corpus, trains, stops and continues the run,
+# evaluates and exports the model, evaluates the exported model and prints a sample. Arguments:
 #
 #     examples/object_store.sh gs://BUCKET/FOLDER 'TEXTS/*.txt' [--config.GROUP.FIELD=VALUE ...]
 set -euo pipefail

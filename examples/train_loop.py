@@ -1,5 +1,5 @@
-"""A training loop of your own: a byte-level language model in Linen whose feed-forward layers are
-`AoE`, trained with optax on the text of this project's licence.
+"""A complete training loop with optax: it trains a byte-level language model in Linen, whose
+feed-forward layers are `AoE`, on the text of this project's licence.
 
     python examples/train_loop.py
 """
@@ -18,13 +18,13 @@ TEXT = Path(__file__).parents[1] / "LICENSE"
 
 
 class Model(nn.Module):
-    """Two layers of causal attention and experts."""
+    """Two blocks, each with causal attention and an AoE layer."""
 
     d_model: int = 64
 
     @nn.compact
     def __call__(self, tokens):
-        """Tokens `[B, S]` -> logits `[B, S, 256]` and the auxiliary outputs of the layers."""
+        """`tokens [B, S]` -> `(logits [B, S, 256], list of the layers' Aux)`."""
         place = self.param("place", nn.initializers.normal(0.02), (tokens.shape[1], self.d_model))
         x = nn.Embed(256, self.d_model)(tokens) + place
         mask, auxes = nn.make_causal_mask(tokens), []
@@ -37,7 +37,7 @@ class Model(nn.Module):
 
 
 def train(steps=200, batch=16, length=32):
-    """Trains and returns the logged lines."""
+    """Trains the model; returns a list of the printed metrics."""
     text = np.frombuffer(TEXT.read_bytes(), np.uint8).astype(np.int32)
     rng, model = np.random.default_rng(0), Model()
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, length), jnp.int32))

@@ -1,9 +1,9 @@
-"""A classifier of handwritten digits with layers of experts: AoE and MoE side by side.
+"""Compares AoE and MoE layers in a classifier of handwritten digits.
 
     python examples/vision.py
 
-An image of 8 x 8 pixels (scikit-learn's digits) is 16 tokens of 2 x 2 pixels. Layers of both kinds
-have about as many parameters.
+An image of 8 x 8 pixels (scikit-learn's digits) is split into 16 tokens of 2 x 2 pixels. The AoE
+layer and the MoE layer have about the same number of parameters.
 """
 
 import flax.linen as nn
@@ -19,13 +19,13 @@ N_TRAIN, BATCH = 1400, 100
 
 
 class Classifier(nn.Module):
-    """Patches of an image through attention and experts, then a linear layer."""
+    """Attention and a layer of experts over the patches of an image, then a linear layer."""
 
     layer: type[AoE] | type[MoE]
 
     @nn.compact
     def __call__(self, images):
-        """Images `[B, 8, 8]` -> logits `[B, 10]`, auxiliary loss."""
+        """`images [B, 8, 8]` -> `(logits [B, 10], auxiliary loss)`."""
         patches = images.reshape(-1, 4, 2, 4, 2).swapaxes(2, 3).reshape(-1, 16, 4)
         x = nn.Dense(48)(patches) + self.param("place", nn.initializers.normal(0.1), (16, 48))
         x = x + nn.MultiHeadDotProductAttention(num_heads=4)(nn.LayerNorm()(x))
@@ -34,7 +34,7 @@ class Classifier(nn.Module):
 
 
 def accuracies(layer, epochs, seeds):
-    """The share of test images that a classifier labels correctly, one per seed."""
+    """Trains a classifier for each seed; returns the list of their accuracies on test images."""
     images, labels = load_digits(return_X_y=True)
     images = jnp.asarray(images / 8 - 1, jnp.float32).reshape(-1, 8, 8)
     labels, model, optimizer = jnp.asarray(labels), Classifier(layer), optax.adamw(3e-3)

@@ -1,4 +1,4 @@
-"""Writes token stores: shards of tokens, the manifest, and the stores of corpora in a cache."""
+"""Writes token stores: their shards and manifest, and stores of whole corpora in a cache."""
 
 import contextlib
 import logging
@@ -18,17 +18,17 @@ from aoe_jax.storage.files import exclusive, new_folder, sync, write_json
 
 logger = logging.getLogger(__name__)
 
-RECORDS_PER_SHARD = 32768  # 256 MiB of uint16 tokens before compression
+RECORDS_PER_SHARD = 32768  # a shard has 256 MiB of uint16 tokens before compression
 _BATCH_CHARACTERS = 2**21
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in three splits; `fingerprint` changes when the text does. For a TFDS data set it
-    is made of the name, version and sizes, so an edit in place that keeps the sizes goes unnoticed.
+    """Documents in three splits. `documents(split)` yields the non-empty documents of a split,
+    always in the same order, and raises `UserError` if a document cannot be read.
 
-    `documents(split)` yields the non-empty documents of a split, always in the same order. It
-    raises `UserError` if a document cannot be read.
+    `fingerprint` changes when the text changes. The fingerprint of a TFDS data set depends only on
+    its name, version and sizes, so it misses an edit that changes none of them.
     """
 
     name: str
@@ -41,10 +41,10 @@ def write_splits(
 ) -> dict[str, dict]:
     """Tokenises documents into shards `SPLIT{suffix}-00000.array_record` and so on in `folder`.
 
-    `documents` are pairs of a split and a text that is not empty. Returns for each split the
-    numbers of `tokens`, `documents` and `bytes` of UTF-8, and the `shards`: the `name`, `tokens`,
-    `file_bytes` and `sha256` of each. All shards are synced to the disk. Raises `UserError` if the
-    tokenizer encodes a part of a text as its end-of-text token.
+    `documents` are pairs `(split, non-empty text)`. Returns for each split the number of `tokens`,
+    `documents` and `bytes` of UTF-8, and a list `shards` with the `name`, `tokens`, `file_bytes`
+    and `sha256` of each shard. All shards are synced to the disk. Raises `UserError` if the
+    tokenizer encodes some text as its end-of-text token.
     """
     writers = {split: _SplitWriter(folder, split + suffix, tokenizer) for split in SPLITS}
     with contextlib.ExitStack() as files:
@@ -59,10 +59,10 @@ class _SplitWriter:
     def __init__(self, folder: Path, prefix: str, tokenizer: Tokenizer):
         self._folder, self._prefix, self._tokenizer = folder, prefix, tokenizer
         self._dtype = _token_dtype(tokenizer)
-        # Pieces of documents that are not tokenised yet; None is the end of a document.
+        # Pieces of documents that are not tokenised yet; None marks the end of a document.
         self._pieces: list[str | None] = []
         self._characters = 0  # total length of `_pieces`
-        self._rest = np.empty(0, self._dtype)  # tokens that fill no record yet
+        self._rest = np.empty(0, self._dtype)  # tokens that do not fill a record yet
         self._shard = None  # the shard that is being written
         self._numbers = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}
 
@@ -127,9 +127,7 @@ class _SplitWriter:
 def write_manifest(
     directory: Path, corpus: str, fingerprint: str, tokenizer: Tokenizer, splits: Mapping[str, dict]
 ):
-    """Writes `manifest.json`, which turns the shards in `directory` into a store. `fingerprint`
-    changes when the corpus does, and `splits` is the result of `write_splits`.
-    """
+    """Writes `manifest.json`, which completes a store. `splits` is the result of `write_splits`."""
     manifest = {
         "format_version": token_store.FORMAT_VERSION,
         "corpus": corpus,
@@ -138,7 +136,7 @@ def write_manifest(
         "vocab_size": tokenizer.token_count,
         "end_of_text": tokenizer.end_of_text,
         "dtype": _token_dtype(tokenizer).name,
-        # The stream begins with an end-of-text token that is in no shard.
+        # The stream begins with an end-of-text token that no shard stores.
         "splits": {name: split | {"tokens": 1 + split["tokens"]} for name, split in splits.items()},
     }
     write_json(directory / "manifest.json", manifest)
@@ -151,14 +149,14 @@ def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
 def cached_token_stores(
     corpora: list[Corpus], tokenizer: str | None, vocab_size: int, cache: Path
 ) -> list[Path]:
-    """Directories of the corpora's token stores, which are built if they do not exist.
+    """Returns the directory of each corpus's token store. Builds stores that do not exist.
 
     A store is `<cache>/tokens/<corpus name>-<hash of the corpus and the tokenizer>`, so another
     tokenizer, vocabulary size or text makes another store. If several processes share the cache,
-    one builds a store and the others wait; if the lock excludes only processes of the same host,
-    each host builds it, and the first result is kept. `tokenizer` is the path of a file; if it is
-    None, byte-level BPE of `vocab_size` tokens is trained on the train splits of all corpora.
-    Raises `UserError` if the tokenizer or a text cannot be used, or `vocab_size` is too small.
+    one builds a store and the others wait. On a network disk whose locks work only within a host,
+    one process of every host builds the store, and the first result is kept. `tokenizer` is the
+    path of a file; if None, BPE of `vocab_size` tokens is trained on all train splits. Raises
+    `UserError` if the tokenizer or a text cannot be used, or `vocab_size` is too small.
     """
     given = load_tokenizer(tokenizer) if tokenizer else None
     if given:
@@ -189,10 +187,11 @@ def cached_token_stores(
 
 
 def build_token_store(corpus: Corpus, tokenizer: Tokenizer, directory: Path):
-    """Tokenises a corpus into `directory`, which is created only when it is complete.
+    """Tokenises a corpus into a temporary folder, and renames it to `directory` at the end.
 
-    Only one process of a host at a time may do this. A batch of documents or the longest document
-    bounds the memory. Raises `UserError` as `write_splits` does, and if a split has no documents.
+    Only one process of a host may call this at a time. The memory use is that of one batch of
+    documents, or of the longest document. Raises `UserError` like `write_splits`, and if a split
+    has no documents.
     """
     with new_folder(directory) as new:
         splits = write_splits(new, _documents(corpus), tokenizer)

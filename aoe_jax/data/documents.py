@@ -1,4 +1,4 @@
-"""Reads documents from JSON lines, Parquet and plain text, in pieces that are independent."""
+"""Reads documents from JSON lines, Parquet and plain text, in pieces of files."""
 
 import io
 import itertools
@@ -22,13 +22,13 @@ from aoe_jax.storage.retry import patiently, refusing
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _READ_BYTES = 2**20
-_BATCH_ROWS, _BATCH_BYTES = 256, 2**26  # limits of a batch of Parquet rows in memory
+_BATCH_ROWS, _BATCH_BYTES = 256, 2**26  # limits of a batch of Parquet rows: rows, bytes
 _UNREADABLE = (OSError, pyarrow.ArrowException, UnicodeDecodeError)
 
 
 class Piece(NamedTuple):
-    """A part of a file from `start` to `stop`. For JSON lines these are bytes, and the piece has
-    the lines that begin between them; for Parquet they are row groups. Other files are one piece.
+    """A part of a file. For Parquet, `start` and `stop` count row groups. For JSON lines they are
+    byte positions, and the piece has the lines that begin between them. Other files are one piece.
     """
 
     path: str
@@ -37,11 +37,11 @@ class Piece(NamedTuple):
 
 
 def find_files(patterns: Sequence[str], output) -> dict:
-    """The files that match glob patterns (`**`: folders of any depth), sorted by path, each with
-    its `size_and_version`.
+    """Returns `{path: size_and_version}`, sorted by path, of the files that match glob patterns. In
+    a pattern, `**` matches folders of any depth.
 
     Broken links and files in `output` are left out. Raises `UserError` if a pattern matches no
-    file, a file has an unknown format, or a folder cannot be read.
+    file, a file has an unknown format or is an empty compressed file, or a folder cannot be read.
     """
     found = {}
     for pattern in patterns:
@@ -66,7 +66,7 @@ def find_files(patterns: Sequence[str], output) -> dict:
 
 
 def _format(path: Path) -> tuple[str | None, str | None]:
-    """`(kind, compression)` from the extensions of a file's name; an unknown kind is None."""
+    """`(kind, compression)` from the extensions of a file's name; None for an unknown one."""
     compression = _COMPRESSIONS.get(path.suffix)
     kind = path.with_suffix("").suffix if compression else path.suffix
     known = (*_JSON_LINES, ".txt", *([] if compression else [".parquet"]))
@@ -74,8 +74,8 @@ def _format(path: Path) -> tuple[str | None, str | None]:
 
 
 def pieces_of(path, size: int, piece_bytes: int) -> list[tuple[Piece, int]]:
-    """The pieces of a file of `size` bytes, each with its size, about `piece_bytes`. A compressed
-    file or a plain text is one piece. Raises `UserError` if the file cannot be read.
+    """Splits a file into pieces of about `piece_bytes`. Returns a list of `(piece, its size)`.
+    Raises `UserError` if the file cannot be read.
     """
     kind, compression = _format(path)
     if kind == ".parquet":
@@ -99,10 +99,10 @@ def _row_groups(path, piece_bytes: int) -> Iterator[tuple[Piece, int]]:
 
 
 def documents(piece: Piece, text_field: str) -> Iterator[str]:
-    """Yields the texts of a piece; a text may be empty, and a lone surrogate becomes U+FFFD.
+    """Yields the texts of a piece, including empty ones. Lone surrogates are replaced by U+FFFD.
 
-    `text_field` is the field of JSON or column of Parquet with the text. Raises `UserError` if the
-    file cannot be read, is damaged, or has an entry without a text.
+    `text_field` is the name of the JSON field or Parquet column with the text. Raises `UserError`
+    if the file cannot be read or is damaged, or if an entry has no text or one that is too long.
     """
     kind, compression = _format(Path(piece.path))
     what = f"--input: {piece.path} cannot be read"
@@ -137,7 +137,7 @@ def _parquet(raw: BinaryIO, piece: Piece, text_field: str) -> Iterator[str]:
 
 def _json_lines(file: BinaryIO, piece: Piece, text_field: str) -> Iterator[str]:
     position = piece.start
-    if position > 0:  # a line that begins before the piece belongs to the piece before
+    if position > 0:  # skips a line that begins in the previous piece and belongs to it
         position = file.seek(position - 1)
         position += len(file.readline(piece.stop - position))
     while position < piece.stop and (line := file.readline(DOCUMENT_BYTES + 1)):

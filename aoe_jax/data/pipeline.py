@@ -13,7 +13,7 @@ from aoe_jax.data.token_store import TokenStore
 from aoe_jax.errors import UserError, shown
 from aoe_jax.storage.files import COUNT
 
-# Grain's defaults, 16 threads and 500 elements, are meant for slow disks and single examples.
+# Fewer than Grain's defaults, 16 threads and 500 elements, because an element here is a batch.
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
 
 
@@ -21,7 +21,7 @@ class PackedWindows:
     """Random access to the consecutive windows of a token stream.
 
     Window `i` has tokens `i * L` to `i * L + L`, both included, where L is `seq_len`, so each
-    token after the first is a target once. Tokens at the end that fill no window are left out.
+    token after the first is a target once. The last tokens are left out if they fill no window.
     """
 
     def __init__(self, store: TokenStore, seq_len: int, loss_mask: bool = False):
@@ -35,11 +35,12 @@ class PackedWindows:
         return (len(self._store) - 1) // self._seq_len
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
-        """The arrays `[L]` of window `index`: `inputs` and `targets` int32, `segment_ids` int32,
-        which number the documents from 1, and `weights` float32 of the targets in the loss.
+        """Returns the arrays `[L]` of window `index`. `inputs` and `targets` are int32 tokens.
+        `segment_ids`, int32, is the number of each token's document within the window, from 1.
+        `weights`, float32, are the weights of the targets in the loss.
 
-        A document begins with the end-of-text token before it. With `loss_mask` the first token of
-        a document has weight 0; all other weights are 1.
+        The segment of a document begins with the end-of-text token before it. With `loss_mask` the
+        first token of a document has weight 0 as a target. All other weights are 1.
         """
         start = index.__index__() * self._seq_len
         tokens = self._store.read(start, start + self._seq_len + 1)
@@ -50,24 +51,24 @@ class PackedWindows:
 
 
 class Mixture:
-    """The order in which an endless mixture takes windows from its sources.
+    """The order of the windows in an endless mixture of several sources.
 
-    After any number of windows, the count of each source is within a few windows of its share.
-    Finding a position takes constant time, so a run continues from any position without a replay.
+    At any position, the number of windows of a source differs from its share by a few windows.
+    The counts at a position are computed in constant time, so a run can continue from any position.
     """
 
     def __init__(self, weights: Sequence[Fraction | int], batch_size=1, rows=(0,)):
-        """Takes relative weights of the sources, and the `rows` of each batch to read."""
+        """`weights` are relative. A process reads only the rows `rows` of each batch."""
         scale = math.lcm(*(Fraction(weight).denominator for weight in weights))
         whole = [int(weight * scale) for weight in weights]
         self._weights = [weight // math.gcd(*whole) for weight in whole]
         self._batch_size, self._rows = batch_size, rows
 
     def counts(self, position: int) -> list[int]:
-        """The number of windows of each source among the first `position`.
+        """The number of windows of each source among the first `position` windows.
 
-        The first source gets its share of all windows, rounded up, the second its share of the
-        rest, and so on. When `position` grows by one, exactly one count grows by one.
+        The first source has its share of all windows, rounded up. The second source has its share
+        of the rest, and so on. When `position` grows by one, exactly one count grows by one.
         """
         counts, left, left_weight = [], position, sum(self._weights)
         for weight in self._weights:
@@ -77,7 +78,7 @@ class Mixture:
         return counts
 
     def __len__(self) -> int:
-        # More than is ever read, but not too large for Grain, which computes with it as a float.
+        # Larger than any run reads, and exact as a float, because Grain converts it to one.
         return 2**48
 
     def __getitem__(self, index: SupportsIndex) -> tuple[int, int]:
@@ -90,11 +91,11 @@ class Mixture:
 
 
 class _TrainIterator(grain.DatasetIterator):
-    """Yields batches; the saved position also has the number of windows read from each source."""
+    """Yields batches. The saved position includes the number of windows read from each source."""
 
     def __init__(self, batches: grain.DatasetIterator, windows_read: Callable[[int], dict]):
         super().__init__(batches)
-        self._windows_read = windows_read  # number of batches -> windows of each source
+        self._windows_read = windows_read  # number of batches -> {source: number of windows}
 
     def __next__(self) -> dict[str, np.ndarray]:
         return next(self._parent)
@@ -125,26 +126,25 @@ def train_batches(
     loss_mask: bool = False,
     read_options: grain.ReadOptions = READ_OPTIONS,
 ) -> grain.DatasetIterator:
-    """Endless training batches; the order of a source changes from epoch to epoch.
+    """Endless training batches. Every epoch shuffles the windows of a source in another order.
 
     A batch has the arrays of `PackedWindows`, `[len(rows), seq_len]`; `rows` are the rows of the
-    global batch that this process reads, by default all. A step has the same windows in the same
-    rows for any number of processes. `get_state` and `set_state` save and restore the position.
+    global batch that this process reads, by default all. The global batch of a step does not depend
+    on the number of processes. `get_state` and `set_state` save and restore the position.
 
-    `weights` are the relative shares of the sources. None weights each source by its number of
-    windows, so that one pass over the mixture is one pass over every source. Raises `UserError` if
-    a stream is shorter than one window; on `set_state`, if the position belongs to other sources;
-    on `next`, as `TokenStore.read` does.
+    `weights` are the relative weights of the sources. If None, they are the numbers of windows, so
+    that one pass over the mixture is one pass over every source. Raises `UserError` if a stream is
+    shorter than one window; `set_state` raises it if the position belongs to other sources.
     """
     rows = range(batch_size) if rows is None else rows
     windows = [PackedWindows(store, seq_len, loss_mask) for store in stores.values()]
-    # The first source uses the seed itself: a single source keeps the order of earlier versions.
+    # The first source uses the seed itself, so that a single source has the order of old versions.
     seeds = [seed, *map(int, np.random.SeedSequence(seed).generate_state(len(windows) - 1))]
     shuffled = [
         grain.MapDataset.source(source).shuffle(seed).repeat()
         for source, seed in zip(windows, seeds, strict=True)
     ]
-    # MapDataset.mix rounds weights to about one in a hundred: one pass would not see every window.
+    # MapDataset.mix rounds weights to about 1%, so one pass would not read every window.
     mixture = Mixture(weights or [len(source) for source in windows], batch_size, rows)
     mixed = grain.MapDataset.select_from_datasets(shuffled, mixture)
     batches = iter(mixed.batch(len(rows)).to_iter_dataset(read_options))
@@ -158,10 +158,10 @@ def train_batches(
 def eval_batches(
     store: TokenStore, seq_len: int, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches `[batch_size, seq_len]` of the arrays of `PackedWindows`, without a loss mask.
+    """Yields batches of the arrays of `PackedWindows`, `[batch_size, seq_len]`, without loss mask.
 
-    Every token after the first is a target once, in order. All arrays are zero beyond the end of
-    the stream, so `weights` sums to `len(store) - 1` over all batches.
+    Every token after the first is a target once, in order. The last batch is padded with zeros, so
+    `weights` sums to `len(store) - 1` over all batches.
     """
     size, end = seq_len * batch_size, len(store) - 1
     for start in range(0, end, size):
@@ -172,7 +172,7 @@ def eval_batches(
 def _windows(
     tokens: np.ndarray, n_windows: int, seq_len: int, end_of_text: int
 ) -> dict[str, np.ndarray]:
-    """Consecutive windows `[n_windows, seq_len]`; zeros where there are too few tokens."""
+    """The arrays of consecutive windows, `[n_windows, seq_len]`, padded with zeros at the end."""
     rows = np.zeros((3, n_windows * seq_len), np.int32)
     rows[:, : len(tokens) - 1] = tokens[:-1], tokens[1:], np.ones_like(tokens[1:])
     inputs, targets, is_real = rows.reshape(3, n_windows, seq_len)

@@ -1,9 +1,9 @@
-"""Makes a token store from files of any size, in parallel; after a kill it continues.
+"""Makes a token store from files of any size, in parallel. A killed preparation can continue.
 
-`plan.json` cuts the input into units of work, independently of the number of processes. A process
-tokenises a unit, moves the finished shards into the store, then writes a note into `units/`. A
-preparation that continues skips the units with a note. When all units have one, `manifest.json`
-makes the folder a token store.
+`plan.json` divides the input into units of work, independently of the number of processes. A
+process tokenises a unit, moves the finished shards into the store, and then writes a note, the file
+`units/NUMBER.json`. A preparation that continues skips the units that have a note. When all units
+have a note, `manifest.json` is written, and the store is complete.
 """
 
 import contextlib
@@ -47,10 +47,10 @@ from aoe_jax.storage.retry import patiently
 
 logger = logging.getLogger(__name__)
 
-_UNITS = 512  # the number of units of work, if their size allows it
-_UNIT_BYTES = (2**22, 2**29)  # the smallest and largest size of a unit
-_TRAINING_BYTES = 2**26  # text that byte-level BPE is trained on
-_PLAN_BYTES = 2**28  # the largest plan.json, enough for two million files
+_UNITS = 512  # number of units of work, if their sizes are then within `_UNIT_BYTES`
+_UNIT_BYTES = (2**22, 2**29)  # smallest and largest size of a unit, in bytes of the input
+_TRAINING_BYTES = 2**26  # size of the sample that byte-level BPE is trained on
+_PLAN_BYTES = 2**28  # size limit of plan.json, enough for two million files
 _OTHERWISE = "Delete the folder, or use another --output"
 
 
@@ -65,7 +65,7 @@ _PLAN = {
     "validation": NUMBER,
     "test": NUMBER,
     "files": [Kind("a file's path, size and version", _is_state)],
-    "units": [{"size": COUNT, "pieces": [[COUNT]]}],  # a piece: number of the file, start, stop
+    "units": [{"size": COUNT, "pieces": [[COUNT]]}],  # piece: index in `files`, start, stop
 }
 _NOTE = {"splits": dict.fromkeys(SPLITS, token_store.SPLITS_SCHEMA), "fingerprint": TEXT}
 
@@ -74,11 +74,12 @@ _NOTE = {"splits": dict.fromkeys(SPLITS, token_store.SPLITS_SCHEMA), "fingerprin
 class Settings:
     """The settings that determine the tokens."""
 
-    # A tokenizer's file, or `bpe:N`: byte-level BPE of N tokens, trained on a sample.
+    # Path of a tokenizer's file, or `bpe:N`: byte-level BPE of N tokens, trained on a sample.
     tokenizer: str
-    text_field: str = "text"  # the field or column of JSON lines and Parquet that holds the text
-    # Shares of the documents. The hash of its text determines the split of a document, so that
-    # copies of a document are in one split.
+    text_field: str = "text"  # the JSON field or Parquet column that contains the text
+
+    # Fractions of the documents for these splits. The hash of a document's text determines its
+    # split, so that all copies of a document are in the same split.
     validation: float = 0.005
     test: float = 0.005
 
@@ -93,12 +94,12 @@ class Settings:
 
     @property
     def bpe_size(self) -> int:
-        """N, if `tokenizer` is `bpe:N`, else 0."""
+        """N if `tokenizer` is `bpe:N`, else 0."""
         size = re.fullmatch("bpe:([0-9]{1,8})", self.tokenizer)
         return int(size[1]) if size else 0
 
     def as_planned(self) -> dict:
-        """The settings as in `plan.json`, with a tokenizer's hash instead of its path."""
+        """The settings as `plan.json` stores them: with a tokenizer's hash instead of its path."""
         planned = dataclasses.asdict(self)
         if not self.bpe_size:
             planned["tokenizer"] = load_tokenizer(self.tokenizer, setting="--tokenizer").sha256
@@ -106,12 +107,12 @@ class Settings:
 
 
 def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: int):
-    """Makes a token store in `output`, or continues one that the same call began.
+    """Makes a token store in `output`, or continues a store that the same call began.
 
-    `inputs` are glob patterns, see `find_files`. `output` is new or empty, or has the same
-    preparation. The store does not depend on the number of `processes`. Raises `UserError` if an
-    input or the tokenizer cannot be used, `output` belongs to another preparation, or a split would
-    be empty, and `MachineFault` if the disk is full.
+    `inputs` are glob patterns for `find_files`. `output` is a new or empty folder, or has an
+    unfinished store of the same inputs and settings. The store does not depend on the number of
+    `processes`. Raises `UserError` if an input or the tokenizer cannot be used, `output` has other
+    files, or a split would be empty, and `MachineFault` if the disk fails or is full.
     """
     output = output if is_remote(output) else Path(os.path.abspath(output))
     planned, files = settings.as_planned(), find_files(inputs, output)
@@ -162,8 +163,8 @@ def _finish(output: Path, settings: Settings, tokenizer: Tokenizer, results: lis
 
 
 def check(output: Path) -> list[str]:
-    """The names of the damaged or missing shards of a complete store. Raises `UserError` if it is
-    incomplete, or its manifest or its tokenizer is damaged.
+    """Returns the names of damaged or missing shards of a store. Raises `UserError` if the store
+    is unfinished, or if its manifest or tokenizer is damaged.
     """
     manifest, file = token_store.read_manifest(output), token_store.saved_tokenizer(output)
     if load_tokenizer(file, setting="tokenizer").sha256 != manifest["tokenizer_sha256"]:
@@ -174,13 +175,13 @@ def check(output: Path) -> list[str]:
 
 
 def _hash_of(shard: Path) -> str | None:
-    with contextlib.suppress(OSError):  # it is missing, or no file
+    with contextlib.suppress(OSError):  # the shard is missing or is not a file
         return patiently(f"{shard} cannot be read", lambda: token_store.file_sha256(shard))
 
 
 def make_plan(files: Mapping, planned: dict) -> dict:
-    """The content of `plan.json`, which determines the store: the settings as `planned`, the
-    `files` of `find_files`, and the `units`, lists of pieces `[number of the file, start, stop]`.
+    """Returns the content of `plan.json`, which determines the store: the fields of `planned`, and
+    `files` and `units` of work. A piece of a unit is `[index of the file, start, stop]`.
     """
     states = [[str(path), *state] for path, state in files.items()]
     smallest, largest = _UNIT_BYTES
@@ -206,7 +207,7 @@ def _read_plan(output: Path) -> dict:
 
 
 def _claim(files: Mapping, planned: dict, output: Path) -> dict:
-    """Returns the plan of `output`, a new one if needed; refuses one of other settings or files."""
+    """Reads or makes the plan of `output`. Raises `UserError` if it has other settings or files."""
     if not (output / token_store.PLAN_FILE).exists():
         names = {path.name for path in output.iterdir()} - {f"{token_store.PLAN_FILE}.partial"}
         is_empty = all(name.startswith(NAME) for name in names)
@@ -227,7 +228,7 @@ def _claim(files: Mapping, planned: dict, output: Path) -> dict:
 
 
 def install_tokenizer(output: Path, plan: dict, settings: Settings) -> Tokenizer:
-    """The tokenizer in `output`; if it is missing, it is trained or copied there first."""
+    """Returns the tokenizer in `output`, after training or copying it if it is missing."""
     if token_store.saved_tokenizer(output).exists():
         return load_tokenizer(token_store.saved_tokenizer(output), setting="tokenizer")
     if not settings.bpe_size:
@@ -240,7 +241,7 @@ def install_tokenizer(output: Path, plan: dict, settings: Settings) -> Tokenizer
 
 
 def _sample(plan: dict) -> Iterator[str]:
-    """Training documents from the beginning of each unit of work."""
+    """Yields documents of the train split, from the beginning of each unit of work."""
     for unit in range(len(plan["units"])):
         left = _TRAINING_BYTES // len(plan["units"])
         for split, text in _documents(plan, unit, hashlib.sha256()):
@@ -259,7 +260,7 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
     sizes = [unit["size"] for unit in plan["units"]]
     done = sum(sizes) - sum(sizes[unit] for unit in units)
     bar = tqdm(desc="preparing", total=sum(sizes), initial=done, unit="B", unit_scale=True)
-    # A forked process would inherit locks that are held by threads which it does not have.
+    # Forking is unsafe, because a lock of another thread would stay locked in the new process.
     spawning = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, spawning, _begin_process, (retry.retry_seconds,))
     with bar, logging_redirect_tqdm([logging.getLogger("aoe_jax")]), pool:
@@ -280,9 +281,9 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
 
 
 def _begin_process(retry_seconds: float):
-    """Sets up a process of the pool, which ends when its parent does."""
+    """Sets up a process of the pool. The process ends when its parent process ends."""
     retry.retry_seconds = retry_seconds
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent handles it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent process handles Ctrl-C
 
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -292,8 +293,8 @@ def _begin_process(retry_seconds: float):
 
 
 def write_unit(output: Path, unit: int):
-    """Writes the shards of a unit of work, then its note; raises `UserError` if its input has
-    changed since the preparation began.
+    """Writes the shards of a unit of work, then its note. Raises `UserError` if the input of the
+    unit has changed since the preparation began.
     """
     plan, tokenizer = _opened(output)
     file = plan["files"][plan["units"][unit]["pieces"][0][0]][0]
@@ -318,19 +319,19 @@ def _write_at_once(output: Path, plan: dict, unit: int, tokenizer: Tokenizer):
         for shard in _hashes_of_shards(result):
             put(Path(folder, shard), output / shard)
         if not is_remote(output):
-            sync(output)  # before the unit counts as done
+            sync(output)  # the shards must be on the disk before the note says that they are
         write_json(_note(output, unit), result)
 
 
 @functools.cache
 def _opened(output: Path) -> tuple[dict, Tokenizer]:
-    """The plan and the tokenizer in `output`, read once by each process."""
+    """The plan and the tokenizer in `output`. Each process reads them only once."""
     return _read_plan(output), load_tokenizer(token_store.saved_tokenizer(output), threads=1)
 
 
 def _documents(plan: dict, unit: int, fingerprint) -> Iterator[tuple[str, str]]:
-    """Yields `(split, text)` of each document of a unit that has text, and updates the
-    `fingerprint`, a hash of `hashlib`.
+    """Yields `(split, text)` of each non-empty document of a unit, and updates `fingerprint`, a
+    hash object of `hashlib`, with the hash of each text.
     """
     for number, start, stop in plan["units"][unit]["pieces"]:
         piece = Piece(plan["files"][number][0], start, stop)

@@ -1,8 +1,8 @@
 """Token stores: a tokenised corpus on disk, written once and read by random access.
 
-For each split a store has one stream of tokens, `EOT doc1 EOT doc2 EOT ... docN EOT`. All tokens
-but the first are in shards. A shard is an ArrayRecord file; each record has `RECORD_TOKENS` tokens,
-the last one may have fewer. The folder also has the tokenizer's file and `manifest.json`.
+For each split a store has one stream of tokens, `EOT doc1 EOT doc2 EOT ... docN EOT`. Shards store
+all tokens except the first. A shard is an ArrayRecord file. Each record has `RECORD_TOKENS` tokens,
+and the last one may have fewer. The folder also has the tokenizer's file and `manifest.json`.
 """
 
 import functools
@@ -23,12 +23,12 @@ from aoe_jax.storage.paths import size_and_version
 from aoe_jax.storage.retry import is_fault, patiently
 
 FORMAT_VERSION = 2
-PLAN_FILE = "plan.json"  # only in a store of `aoe_jax.prepare`
+PLAN_FILE = "plan.json"  # only stores that `aoe_jax.prepare` makes have this file
 RECORD_TOKENS = 4096
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # Hugging Face, SentencePiece
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # of Hugging Face, of SentencePiece
 _SHARD = re.compile(rf"({'|'.join(SPLITS)})(-[0-9]{{5,9}}){{1,2}}\.array_record", re.ASCII)
 _HASH = re.compile("[0-9a-f]{64}")
-# The part that a manifest and the notes of a preparation have in common.
+# The schema of a split, in a manifest and in the notes of `preparation.py`.
 SPLITS_SCHEMA = {
     "tokens": COUNT,
     "documents": COUNT,
@@ -56,7 +56,7 @@ _MANIFEST_BYTES = 2**26
 
 
 def read_manifest(directory: Path) -> dict:
-    """The manifest of a token store; raises `UserError` if it is missing, damaged or outdated."""
+    """Reads the manifest of a token store. Raises `UserError` if it is missing, damaged or old."""
     path = directory / "manifest.json"
     if not path.exists():
         if not directory.is_dir():
@@ -77,19 +77,19 @@ def read_manifest(directory: Path) -> dict:
 
 
 def saved_tokenizer(folder: Path) -> Path:
-    """The tokenizer's file in a folder; `tokenizer.json` if there is none."""
+    """The path of the tokenizer's file in a folder, or of a missing `tokenizer.json`."""
     files = [folder / name for name in TOKENIZER_FILES]
     return next((file for file in files if file.is_file()), files[0])
 
 
 def check_vocab_size(token_count: int, vocab_size: int):
-    """Raises `UserError` if a model with `vocab_size` lacks an embedding for some token."""
+    """Raises `UserError` if `vocab_size` is smaller than `token_count`."""
     wanted = f"the tokenizer has {token_count} tokens; it must be at least that"
     require(vocab_size >= token_count, "model.vocab_size", vocab_size, wanted)
 
 
 def short_hash(value: list) -> str:
-    """The first 64 bits of the SHA-256 of a value of JSON, in hexadecimal digits."""
+    """The first 64 bits of the SHA-256 of a value as JSON, in hexadecimal digits."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
@@ -121,8 +121,8 @@ class TokenStore:
     """
 
     def __init__(self, directory: str | Path, split: str):
-        """Opens a store on a disk. Raises `UserError` if the manifest or a shard is missing or
-        damaged.
+        """Opens a split of a store on a disk. Raises `UserError` if the manifest is missing or
+        damaged, or if a shard is missing or has a wrong size.
         """
         self._directory, self.split = Path(directory), split
         self.manifest = read_manifest(self._directory)
@@ -131,7 +131,7 @@ class TokenStore:
         self.documents, self.text_bytes = numbers["documents"], numbers["bytes"]
         self._tokens, self._shards = numbers["tokens"], numbers["shards"]
         self._dtype = np.dtype(self.manifest["dtype"])
-        # Index in the stream at which each shard begins, and at which the last one ends.
+        # Position in the stream of the first token of each shard, then the end of the stream.
         self._starts = np.cumsum([1, *(shard["tokens"] for shard in self._shards)])
         for shard in self._shards:
             path, wanted = self._directory / shard["name"], shard["file_bytes"]
@@ -148,7 +148,7 @@ class TokenStore:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens `[start, stop)` of the stream, int32 `[stop - start]`. Raises `IndexError` if the
-        range is empty or reaches beyond the stream, `UserError` if a shard is damaged there.
+        range is empty or exceeds the stream, and `UserError` if a shard is damaged in this range.
         """
         if not 0 <= start < stop <= self._tokens:
             raise IndexError(f"tokens {start}:{stop} of a stream of {self._tokens}")
@@ -176,7 +176,7 @@ class TokenStore:
         try:
             return _reader(self, str(path)).read(first, stop)
         except Exception as error:  # array_record raises RuntimeError and others
-            _reader.cache_clear()  # a reader that failed once may go on failing
+            _reader.cache_clear()  # opens the shard anew, because a failed reader may fail again
             if is_fault(error):
                 raise
             raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from error
@@ -184,8 +184,8 @@ class TokenStore:
 
 @functools.lru_cache(maxsize=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 def _reader(store: TokenStore, path: str) -> ArrayRecordReader:
-    """An open shard of a store; the least recently used ones are closed."""
+    """An open shard of a store. The cache closes the least recently used shards."""
     reader = ArrayRecordReader(path)
-    if not reader.ok():  # the shard would seem to have no records
-        reader.close()  # raises the reason
+    if not reader.ok():  # otherwise the shard would seem to have no records
+        reader.close()  # raises an exception with the reason
     return reader

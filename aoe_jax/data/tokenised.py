@@ -1,4 +1,4 @@
-"""The corpora of a run, opened as token stores."""
+"""Opens the corpora of a run as token stores."""
 
 import contextlib
 from collections.abc import Mapping
@@ -22,21 +22,21 @@ class TokenisedCorpus:
     train: dict[str, TokenStore]
     validation: dict[str, TokenStore]
     test: dict[str, TokenStore]
-    weights: tuple[Fraction, ...] | None  # shares of the training tokens; None: by size
+    weights: tuple[Fraction, ...] | None  # relative shares in training batches; None: by size
     tokenizer: Path  # the tokenizer's file
 
     @property
     def identities(self) -> list[str]:
-        """For each source the name of its corpus and a hash of its text, tokenizer and splits."""
+        """For each source, the name of its corpus and a hash of its text, tokenizer and splits."""
         return [_identity(store.manifest) for store in self.train.values()]
 
 
 def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
-    """Opens the corpora of a `DataConfig`; those that have no token store yet are tokenised first.
+    """Opens the corpora of a `DataConfig`, and first tokenises those without a token store.
 
-    Without `data.tokenizer`, all corpora use the tokenizer of the prepared stores. Raises
-    `UserError` as `cached_token_stores` and `TokenStore` do, and if the prepared stores have
-    different tokenizers, or not `data.tokenizer`.
+    Without `data.tokenizer`, all corpora use the tokenizer of the prepared stores, if there are
+    any. Raises `UserError` like `cached_token_stores` and `TokenStore`, and if a prepared store has
+    a different tokenizer than another one or than `data.tokenizer`.
     """
     what = f"data.name={data.name!r}: cannot be opened, or tokenised in data.cache={data.cache!r}"
     return patiently(what, partial(_open_at_once, data, vocab_size))
@@ -50,13 +50,13 @@ def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
         if source.name == "prepared":
             path = paths[source.label]
             if is_remote(path):
-                token_store.read_manifest(path)  # raises if it is incomplete
+                token_store.read_manifest(path)  # raises `UserError` before the copy if the store is incomplete
             directories[source.label] = local_copy(path, cache)
     if directories:
         tokenizer = _shared_tokenizer(list(directories.values()), tokenizer, vocab_size)
     texts = [source for source in data.sources if source.name != "prepared"]
     if texts:
-        # A run on prepared stores needs neither TFDS nor the tokenizer libraries.
+        # Imported only here, because prepared stores need neither TFDS nor tokenizer libraries.
         from aoe_jax.data.building import cached_token_stores
         from aoe_jax.data.corpora import load_corpus
 
@@ -72,7 +72,7 @@ def _cache(data: DataConfig) -> Path:
 
 
 def _path_of(source: SourceConfig, data: DataConfig):
-    """The full path of a source; None if it has none. Raises `UserError` if it cannot be used."""
+    """The full path of a source; None if its `path` is None. Raises `UserError` for a bad path."""
     if source.path is None:
         return None
     field = "name" if data.path is None else "path"
@@ -81,8 +81,8 @@ def _path_of(source: SourceConfig, data: DataConfig):
 
 
 def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | None:
-    """The corpora with these `identities`, from the cache; None if the cache lacks one. No path of
-    a source is opened.
+    """Opens the corpora with these `identities` from the cache, without access to the paths of the
+    sources. Returns None if the cache lacks one of them.
     """
     found = {}
     for manifest in _cache(data).glob("tokens/*/manifest.json"):
@@ -113,7 +113,7 @@ def _opened(data: DataConfig, directories: Mapping[str, Path]) -> TokenisedCorpu
 
 
 def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: int) -> str:
-    """The file of the tokenizer that all prepared stores share; it must match a `given` one."""
+    """The tokenizer's file of prepared stores, or `given`. Raises `UserError` if they differ."""
     hashes = {}
     if given:
         what, wanted = f"data.tokenizer={given!r}: cannot be read", "; name a tokenizer's file"

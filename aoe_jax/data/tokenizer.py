@@ -27,8 +27,8 @@ END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 _END_OF_TEXT_NAMES += ("<｜end▁of▁sentence｜>", "[SEP]")
 MOST_TOKENS = 2**24
-PIECE_CHARACTERS = 2**21  # the longest text that is tokenised at once
-TRAINING_CHARACTERS = 2**24  # BPE is trained on so many of a document
+PIECE_CHARACTERS = 2**21  # length limit of a text that is tokenised at once
+TRAINING_CHARACTERS = 2**24  # BPE is trained on at most this many characters of a document
 _TRAINING_PIECE = 2**16
 _AFTER_A_WORD = re.compile(r"(?<=\S)(?=[ \n])")
 
@@ -37,13 +37,14 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
     """Cuts a text into pieces of at most `size` characters, if possible before a space or a line
     break that follows a word.
 
-    Libraries need up to a hundred times the memory of the text that they encode at once. If every
-    cut is at such a place, byte-level BPE that splits text like GPT-2 gives the same tokens for the
-    pieces as for the whole. Other tokenizers may give one token more or other tokens at a cut.
+    The memory use of tokenizer libraries is up to 100 times the size of a text. If every cut is
+    before such a space or line break, byte-level BPE with the pre-tokenizer of GPT-2 returns the
+    same tokens for the pieces as for the whole text. Other tokenizers may return other tokens or
+    one more token at a cut.
     """
     start = 0
     while len(text) - start > size:
-        # The last thousand characters nearly always have such a place.
+        # First searches the last 1000 characters, which nearly always contain such a cut.
         for first in (max(start + size - 1000, start + 1), start + 1):
             cuts = [m.start() for m in _AFTER_A_WORD.finditer(text, first, start + size)]
             if cuts:
@@ -56,16 +57,16 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _refusing(problem: str, cure: str) -> Iterator[None]:
-    """Raises `UserError` if a library fails on a user's tokenizer: for every exception except
-    `MemoryError`, because the libraries have no exception type for bad input. `tokenizers` raises
-    `Exception` itself, `sentencepiece` raises `RuntimeError` and others.
+    """Turns every exception of a tokenizer library except `MemoryError` into `UserError`. The
+    libraries have no exception type for bad input: `tokenizers` raises `Exception` itself, and
+    `sentencepiece` raises `RuntimeError` and others.
     """
     try:
         yield
     except (UserError, MemoryError):
         raise
     except BaseException as error:
-        # A panic of a library in Rust is no `Exception`, and its class cannot be imported.
+        # A panic of a Rust library is a `BaseException` whose class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]
@@ -73,8 +74,8 @@ def _refusing(problem: str, cure: str) -> Iterator[None]:
 
 
 class Tokenizer:
-    """Turns documents into token ids and back. In a document, the name of a special token is
-    ordinary text.
+    """Converts documents to token ids and back. The name of a special token in a document, such as
+    `</s>`, is encoded as ordinary text.
     """
 
     file_name: ClassVar[str]  # the name of its file, `tokenizer.json` or `tokenizer.model`
@@ -85,27 +86,26 @@ class Tokenizer:
     prefix: list[int]  # ids of special tokens that the file puts before each text, such as `<s>`
 
     def __init__(self, content: bytes, threads: int | None):
-        """Keeps the bytes of the file; see `load_tokenizer`."""
+        """`content` are the bytes of the file, `threads` the threads that `encode` uses."""
         self._content, self._threads = content, threads or -1  # SentencePiece: -1 is one per core
         self.sha256 = hashlib.sha256(content).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, uint32 `[tokens]`, without special tokens.
-
-        Cut long texts into `pieces` first. Raises `UserError` if the tokenizer fails.
+        """Returns the token ids of each text, uint32 `[tokens]`, without special tokens. Callers
+        first cut long texts into `pieces`. Raises `UserError` if the tokenizer fails.
         """
         with _refusing("the tokenizer cannot encode a text", "use another one"):
             return self._encode(texts)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids, without special tokens and ids that the tokenizer lacks. Raises
-        `UserError` as `encode` does.
+        """Returns the text of token ids. Special tokens and unknown ids add no text. Raises
+        `UserError` if the tokenizer fails.
         """
         with _refusing("the tokenizer cannot decode tokens", "use another one"):
             return self._decode(tokens)
 
     def save(self, folder: Path):
-        """Writes the tokenizer to `folder / file_name`, whole or not at all."""
+        """Writes the tokenizer to `folder / file_name`, completely or not at all."""
         write_whole(folder / self.file_name, self._content)
 
 
@@ -115,13 +115,13 @@ class HuggingFaceTokenizer(Tokenizer):
     file_name = "tokenizer.json"
 
     def __init__(self, content: str, threads: int | None = None):
-        """Raises `UserError` if there is no end-of-text token. The library may raise others."""
+        """Raises `UserError` if there is no end-of-text token; the library raises others."""
         super().__init__(content.encode(), threads)
         self._tokenizer = tokenizer = tokenizers.Tokenizer.from_str(content)
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        if hasattr(tokenizer.model, "dropout"):  # dropout skips merges at random
+        if hasattr(tokenizer.model, "dropout"):  # BPE dropout would make tokens random
             tokenizer.model.dropout = None
         if threads == 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -130,7 +130,7 @@ class HuggingFaceTokenizer(Tokenizer):
         ends = [name for name in _END_OF_TEXT_NAMES if name in vocabulary]
         if not ends:
             raise UserError(f"has no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
-        # An ordinary token may have another tokenizer's end-of-text name, such as </s> from HTML.
+        # An ordinary token can have one of these names, such as </s> from HTML.
         added = tokenizer.get_added_tokens_decoder().values()
         special = {token.content for token in added if token.special}
         self.end_name = next((name for name in ends if name in special), ends[0])
@@ -145,8 +145,8 @@ class HuggingFaceTokenizer(Tokenizer):
         half = len(self.end_name) // 2
         start, rest = (re.escape(part) for part in (self.end_name[:half], self.end_name[half:]))
         for i, ids in enumerate(found):
-            # Some models still encode the name of the end-of-text token as that token; a cut within
-            # the name makes it ordinary text.
+            # Some models still encode the name of the end-of-text token as that token. Encoding the
+            # two halves of the name separately makes it ordinary text.
             if self.end_of_text in ids:
                 parts = re.split(f"(?<={start})(?={rest})", texts[i])
                 encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
@@ -163,7 +163,7 @@ class SentencePieceTokenizer(Tokenizer):
     file_name = "tokenizer.model"
 
     def __init__(self, model: bytes, threads: int | None = None):
-        """Raises `UserError` if there is no end-of-sentence piece. The library may raise others."""
+        """Raises `UserError` if there is no end-of-sentence piece; the library raises others."""
         if not model:
             raise RuntimeError("it is empty")
         super().__init__(model, threads)
@@ -185,11 +185,11 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains byte-level BPE; token 0 is `<|endoftext|>`, and every byte has a token.
+    """Trains byte-level BPE. Token 0 is `<|endoftext|>`, and every byte is a token.
 
-    Only the first `TRAINING_CHARACTERS` of a document count. The vocabulary is smaller than
-    `vocab_size` if the documents have too few pairs to merge. Raises `UserError` if `vocab_size` is
-    below 257 or above `MOST_TOKENS`.
+    Only the first `TRAINING_CHARACTERS` characters of a document are used. The vocabulary is
+    smaller than `vocab_size` if the documents have too few pairs to merge. Raises `UserError` if
+    `vocab_size` is below 257 or above `MOST_TOKENS`.
     """
     wanted = f"must be at least 257 (256 bytes and {END_OF_TEXT}) and at most {MOST_TOKENS}"
     require(257 <= vocab_size <= MOST_TOKENS, "model.vocab_size", vocab_size, wanted)
@@ -204,7 +204,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     sample = (pieces(text[:TRAINING_CHARACTERS], _TRAINING_PIECE) for text in documents)
     texts = itertools.chain.from_iterable(sample)
-    # This trains in another thread, so that signals are handled meanwhile.
+    # Trains in another thread, so that Python can handle signals during the training.
     ThreadPoolExecutor(1).submit(tokenizer.train_from_iterator, texts, trainer).result()
     return HuggingFaceTokenizer(tokenizer.to_str(pretty=True))
 
@@ -212,9 +212,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(
     path: str | Path, threads: int | None = None, setting: str = "data.tokenizer"
 ) -> Tokenizer:
-    """Loads a Hugging Face `tokenizer.json` or a SentencePiece model of any file name.
+    """Loads a Hugging Face `tokenizer.json` or a SentencePiece model, from a file of any name.
 
-    `encode` runs on `threads`, by default one for each core. Raises `UserError`, which names the
+    `encode` uses `threads` threads, by default one per core. Raises `UserError`, which names the
     `setting`, if the file is missing, is no tokenizer, or has no end-of-text token.
     """
     path = parsed_path(path, setting, in_store=True)

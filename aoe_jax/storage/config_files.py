@@ -1,4 +1,4 @@
-"""Files of configurations: Python files that a user writes, and the `config.json` of a run."""
+"""Reads configurations, from Python files that a user writes or from the `config.json` of a run."""
 
 import dataclasses
 import os
@@ -20,22 +20,22 @@ EXAMPLE = "configs/tiny.py of the repository"
 
 
 def default_config():
-    """The defaults as a `ConfigDict`, for `configs/*.py` to change. The group `routing` is empty,
-    which means the default method of `experts.kind`.
+    """Returns the default configuration as a `ConfigDict`, which `configs/*.py` change. Its empty
+    group `routing` stands for the default method of `experts.kind`.
     """
     return ConfigDict(dataclasses.asdict(Config()) | {"routing": {}})
 
 
 def update_groups(config, changes):
-    """Sets `{group: {field: value}}` in a `ConfigDict`. The group `routing` is replaced whole."""
+    """Sets `{group: {field: value}}` in a `ConfigDict`; replaces the whole group `routing`."""
     if "routing" in changes:
         config.routing = ConfigDict()
     config.update(changes)
 
 
 def read_config(name: str) -> dict:
-    """`{group: {field: value}}` of `FILE.py`, `FILE.py:VARIANT` or the `config.json` of a run, on a
-    disk or in a store; a Python file is not checked. Raises `UserError` if it cannot be read.
+    """Reads `FILE.py`, `FILE.py:VARIANT` or a run's `config.json` as `{group: {field: value}}`. The
+    values in a Python file are not checked. Raises `UserError` if the file cannot be read.
     """
     scheme, slashes, rest = name.rpartition("://")
     file, _, variant = rest.partition(":")
@@ -55,8 +55,8 @@ def read_config(name: str) -> dict:
 
 
 def read_run_config(path: Path) -> Config:
-    """The configuration of a run, from its `config.json`. Raises `UserError` if the file cannot be
-    read, is no configuration of a training run, or has fields of an earlier version.
+    """Reads the configuration of a run, `config.json`. Raises `UserError` if the file cannot be
+    read, belongs to a model instead of a run, or has fields of an earlier version.
     """
     groups = read_json(path)
     if "model_type" in groups:
@@ -71,15 +71,15 @@ def read_run_config(path: Path) -> Config:
 
 
 def call_in_file(flag, file, function, *args):
-    """The result of a function in a Python file that the user has written. Raises `UserError`,
-    whose message begins with `flag`, such as `--config=FILE`, if the file or the function is
-    missing, or the function raises an exception.
+    """Calls a function in a Python file that the user has written, and returns its result. Raises
+    `UserError`, whose message begins with `flag`, such as `--config=FILE`, if the file or the
+    function is missing, or the function raises an exception.
     """
     if not Path(file).is_file():
         example = EXAMPLE if function == "get_config" else "configs/compare/tiny.py"
         wanted = f"name a Python file with {function}(), such as {example}"
         raise UserError(f"{flag}: cannot be read (no such file); {wanted}")
-    if os.getcwd() not in sys.path:  # `python -m` adds it, console scripts do not
+    if os.getcwd() not in sys.path:  # console scripts do not add this folder
         sys.path.append(os.getcwd())
     try:
         found = runpy.run_path(str(file))
@@ -90,7 +90,7 @@ def call_in_file(flag, file, function, *args):
         raise
     except SystemExit as e:
         raise UserError(f"{flag}: {function}() called sys.exit({e.code!r})") from e
-    except Exception as e:  # the file is code, which can raise anything
+    except Exception as e:  # the user's code can raise any exception
         text = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
         frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
         line = f" (line {frames[-1].lineno} of {file})" if frames else ""

@@ -1,5 +1,5 @@
-"""Files, folders and locks on a disk or in a store. Files are read with a size limit and a schema,
-and are written whole or not at all.
+"""Files, folders and locks on a disk or in a store. Reading checks a size limit and a schema; a
+write that is interrupted leaves the old file.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from aoe_jax.storage.retry import is_fault_of_write, patiently, reason, refusing
 
 log = logging.getLogger(__name__)
 
-_BYTES = 2**24  # the largest JSON file by default; parsing it takes 25x its size in memory
-_LINE_BYTES = 2**22  # the longest line of metrics
+_BYTES = 2**24  # default size limit of a JSON file, because parsing needs 25x its size in memory
+_LINE_BYTES = 2**22  # length limit of a line of metrics
 
 
 class Kind(NamedTuple):
-    """A kind of value in a file: its name in error messages, and a test of a value."""
+    """A kind of value in a file: its description in error messages, and a test of a value."""
 
     words: str
     holds: Callable[[object], bool]
@@ -39,17 +39,17 @@ NUMBER = Kind("a number", lambda v: type(v) is float or (type(v) is int and abs(
 
 
 def or_none(kind: Kind):
-    """The same kind, or null."""
+    """Returns the kind of a value that is of `kind` or null."""
     return Kind(f"{kind.words} or null", lambda value: value is None or kind.holds(value))
 
 
 def one_of(*values):
-    """One of these values."""
+    """Returns the kind of a value that equals one of `values`."""
     return Kind(f"one of {list(values)}", lambda value: value in values)
 
 
 def matching(pattern, words):
-    """A text that a compiled regular expression matches as a whole."""
+    """Returns the kind of a text that a compiled regular expression matches completely."""
     return Kind(words, lambda value: isinstance(value, str) and bool(pattern.fullmatch(value)))
 
 
@@ -61,7 +61,7 @@ def open_file(path: Path | str):
 
 
 def read_bytes(path: Path | str, at_most: int) -> bytes:
-    """The bytes of a file; raises `OSError` if it cannot be read or has more than `at_most`."""
+    """The bytes of a file. Raises `OSError` if it cannot be read or has over `at_most` bytes."""
     if size_and_version(path)[0] > at_most:
         raise OSError(errno.EINVAL, f"it has more than {at_most} bytes", str(path))
     return file_system(path).cat_file(os.fspath(path))
@@ -84,9 +84,9 @@ def read_json(
     """The JSON object in a file. Raises `UserError`, whose message ends with `wanted`, if the file
     cannot be read, has more than `at_most` bytes, or does not have the schema.
 
-    A schema is a `Kind`; `[schema]`, a list of values of a schema; `{name: schema}`, an object with
-    at least these fields, where a missing field counts as null; or `{str: schema}`, an object whose
-    values have a schema.
+    A schema is one of four things. A `Kind` describes a single value. `[schema]` describes a list,
+    and `{str: schema}` an object, all of whose values have that schema. `{name: schema}` describes
+    an object with these fields; other fields are allowed, and a missing field counts as null.
     """
     what = f"{path} cannot be read"
     try:
@@ -104,7 +104,7 @@ def read_json(
 
 
 def misfit(value, schema, name=""):
-    """Describes the first part that does not fit the schema; None if all parts fit."""
+    """Describes the first value that does not match the schema; None if all values match."""
     if isinstance(schema, Kind):
         return None if schema.holds(value) else f"{name} is {shown(value)}, not {schema.words}"
     if not isinstance(value, type(schema)):
@@ -121,8 +121,8 @@ def misfit(value, schema, name=""):
 
 
 def read_metrics(path: Path):
-    """Yields the whole lines of a metrics file that have a step; nothing if there is no file. All
-    their values except `layers` are numbers or null. Raises `UserError` if it cannot be read.
+    """Yields the valid lines of a `metrics.jsonl`, if it exists. A line is valid if it has a step
+    and its values, except `layers`, are numbers or null. Raises `UserError` for unreadable files.
     """
     if not path.exists():
         return
@@ -141,8 +141,8 @@ def write_json(path: Path, value, indent=2):
 
 
 def write_whole(path: Path, content: bytes):
-    """Writes a file. A kill or a power cut leaves either the old file or the new one."""
-    if is_remote(path):  # an object appears whole
+    """Writes a file. A kill or a power cut leaves either the old file or the new file."""
+    if is_remote(path):  # a store shows an object only when it is complete
         path.write_bytes(content)
         return
     partial = path.with_name(path.name + ".partial")
@@ -153,7 +153,7 @@ def write_whole(path: Path, content: bytes):
 
 
 def finite(value):
-    """The value after conversion to JSON and back, with None for numbers that are not finite."""
+    """Converts a value to JSON and back; numbers that are not finite become None."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
@@ -163,26 +163,26 @@ def sync(path: Path):
     try:
         os.fsync(descriptor)
     except OSError as e:
-        if e.errno != errno.EINVAL:  # some network disks cannot do that for folders
+        if e.errno != errno.EINVAL:  # some network disks do not support fsync of folders
             raise
     finally:
         os.close(descriptor)
 
 
 def make_folder(folder: Path, flag: str):
-    """Makes a folder, and returns whether there was none. Raises `UserError`, which names the
-    `flag` that gave the folder, if it cannot be made, and `MachineFault` if its disk fails.
+    """Makes a folder if it is missing; returns whether it was missing. Raises `UserError`, which
+    names the `flag` of the folder, if it cannot be made, and `MachineFault` if its disk fails.
     """
     is_there = folder.exists() if is_remote(folder) else os.path.lexists(folder)
     if is_there and not folder.is_dir():
         raise UserError(f"--{flag}={folder} is a file or a broken link; name a folder")
-    if not is_remote(folder):  # the client would make the bucket, too
+    if not is_remote(folder):  # in a store, mkdir would also make the bucket
         write_or_refuse(folder, flag, lambda: folder.mkdir(parents=True, exist_ok=True))
     return not is_there
 
 
 def write_or_refuse(folder, flag, write):
-    """Returns `write()`; raises `UserError` at once for an error that only the user can correct."""
+    """Calls `write` like `patiently`. Raises `UserError` if only the user can correct the error."""
 
     def attempt():
         try:
@@ -191,7 +191,7 @@ def write_or_refuse(folder, flag, write):
             if is_remote(folder):
                 bucket = "/".join(os.fspath(folder).split("/")[:3])
                 raise UserError(f"--{flag}={folder}: there is no bucket {bucket}") from e
-            # The folder was there a moment ago.
+            # The folder existed before, so this error is a fault of the disk.
             raise OSError(errno.ESTALE, "it is gone; is its disk mounted?") from e
         except OSError as e:
             if is_fault_of_write(e):
@@ -202,8 +202,8 @@ def write_or_refuse(folder, flag, write):
 
 
 def write_report(file: Path, report: dict, flag):
-    """Writes a report. Raises `UserError`, which names the `flag` of its folder, if the folder is
-    read-only, and `MachineFault` if its disk fails.
+    """Writes a report as JSON. Raises `UserError`, which names the `flag` of its folder, if the
+    folder is read-only, and `MachineFault` if its disk fails.
     """
     write_or_refuse(file.parent, flag, lambda: write_json(file, report))
     log.info("wrote %s", file)
@@ -211,9 +211,9 @@ def write_report(file: Path, report: dict, flag):
 
 @contextlib.contextmanager
 def exclusive(lock_file: Path, flag="config.data.cache"):
-    """A context that waits for the lock and holds it; the end of a process frees it, too. Some
-    network disks exclude only processes of the same host. Raises `UserError`, which names the
-    `flag`, if its folder cannot be written.
+    """A context that acquires a lock; the end of the process also releases it. On some network
+    disks the lock excludes only processes of the same host. Raises `UserError`, which names the
+    `flag`, if the folder of the lock cannot be written.
     """
 
     def acquire():
@@ -226,11 +226,11 @@ def exclusive(lock_file: Path, flag="config.data.cache"):
 
 @contextlib.contextmanager
 def new_folder(folder: Path):
-    """Yields an empty folder, and moves it to `folder` at the end, unless another host has made
-    `folder` meanwhile. After an exception it removes the folder.
+    """Yields an empty temporary folder, and renames it to `folder` at the end, unless another host
+    has made `folder` meanwhile. After an exception the temporary folder is removed.
     """
     partial = folder.with_name(f"{folder.name}.partial-{socket.gethostname()}")
-    shutil.rmtree(partial, ignore_errors=True)  # a killed process of this host left it
+    shutil.rmtree(partial, ignore_errors=True)  # exists if a process of this host was killed
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -1,7 +1,8 @@
-"""A lease: one process owns a folder on a disk, also a network disk, or in an object store.
+"""Leases: at most one process owns a folder on a disk, on a network disk or in an object store.
 
-The owner renews the file `owner.lease`. Another process takes over if the file stays unchanged for
-`STALE` seconds by its own clock, or at once if, on a disk, the owner ran on this host and ended.
+The owner renews the file `owner.lease`. Another process takes the folder over if the file does not
+change for `STALE` seconds by its own clock, or, on a disk, at once if the owner was a process of
+the same host that has ended.
 """
 
 import contextlib
@@ -24,16 +25,16 @@ from aoe_jax.storage.retry import patiently
 
 log = logging.getLogger(__name__)
 NAME = "owner.lease"
-RENEW, STALE = 5.0, 45.0  # seconds; all processes that share a folder need the same STALE
-_SETTLE = 1.0  # seconds after which one of several processes that take over is the only owner
+RENEW, STALE = 5.0, 45.0  # seconds; all processes that use the same folder need the same STALE
+_SETTLE = 1.0  # seconds; if several processes take over, only one is the owner after this time
 _FIELD = re.compile(r"^(token|host|pid|renewed)=([!-~]{1,255})$", re.MULTILINE)
 
 
 @contextlib.contextmanager
 def leased(folder: Path, flag: str, take_over=False):
-    """Owns a folder, and yields the lease; call its `check` before files are replaced. A missing
-    folder is made, and removed at the end if it is empty. Without `take_over`, waits until another
-    owner's lease is stale. Raises `InUse` if it is renewed, and like `make_folder`.
+    """A context that owns a folder. Yields the lease; call its `check` before files are replaced.
+    Makes a missing folder, and removes it at the end if it is empty. If there is another owner and
+    no `take_over`, waits until its lease is stale, or raises `InUse` when it is renewed.
     """
     is_new = make_folder(folder, flag) and not is_remote(folder)
     lease = (_InStore if is_remote(folder) else _OnDisk)(folder)
@@ -50,7 +51,7 @@ def leased(folder: Path, flag: str, take_over=False):
                     f"--{flag}={folder} is in use by {_owner(found)}. It may still be saving: "
                     f"start again once it has ended, use another --{flag}, or end it"
                 )
-            waited = time.monotonic() - since  # up to the last read of the file, not up to now
+            waited = time.monotonic() - since  # seconds in which the file is known to be unchanged
             time.sleep(RENEW / 10)
         if seen:
             log.warning(f"{folder} was taken over from {_owner(seen)}")
@@ -63,12 +64,12 @@ def leased(folder: Path, flag: str, take_over=False):
 
 
 def token_of(folder: Path) -> str | None:
-    """The token of a folder's owner, the same in all processes; None if there is none."""
+    """The token of the lease file, which identifies the owner of a folder; None without a file."""
     return (_read(folder) or {}).get("token")
 
 
 def _read(folder):
-    """The fields of the lease file and, on a disk, its modification time; None without a file."""
+    """The fields of the lease file and, on a disk, its modification time; None if it is missing."""
     with contextlib.suppress(FileNotFoundError):
         fields = _FIELD.findall(read_bytes(folder / NAME, 4096).decode("ascii", "replace"))
         changed = {} if is_remote(folder) else {"changed": os.stat(folder / NAME).st_mtime_ns}
@@ -86,10 +87,10 @@ class _OnDisk:
         self._lock = filelock.SoftFileLease(os.fspath(folder / NAME), **settings)
 
     def check(self):
-        """Raises `UserError` if another process has taken the folder over, and `MachineFault` if
-        the file is gone or cannot be read for `retry_seconds`.
+        """Raises `UserError` if another process has taken over the folder, and `MachineFault` if
+        the lease file is missing or unreadable for `retry_seconds`.
         """
-        for _ in range(2):  # a process that tries to take over shows its own file for a moment
+        for _ in range(2):  # a failing attempt to take over replaces the file for a moment
             found = patiently(f"{self._folder} cannot be read", self._present)
             if found.get("token") == self.token:
                 return
@@ -102,7 +103,7 @@ class _OnDisk:
         return found
 
     def take(self, take_over, waited):
-        # filelock itself takes over after STALE, but never if it cannot read the file.
+        # filelock itself takes over a stale lease, but not if it cannot parse the file.
         if take_over or waited > 2 * STALE:
             (self._folder / NAME).unlink(missing_ok=True)
         with contextlib.suppress(filelock.Timeout):
@@ -127,7 +128,7 @@ class _InStore(_OnDisk):
     def take(self, take_over, waited):
         file = self._folder / NAME
         if not create(file, self._content()) and (take_over or waited >= STALE):
-            file.write_bytes(self._content())  # the last process that writes is the owner
+            file.write_bytes(self._content())  # the last process to write becomes the owner
             time.sleep(_SETTLE)
         if is_owner := token_of(self._folder) == self.token:
             self._renewer.start()
@@ -135,13 +136,13 @@ class _InStore(_OnDisk):
 
     def _renew(self):
         while not self._ended.wait(RENEW):
-            with contextlib.suppress(Exception):  # the next try may succeed
+            with contextlib.suppress(Exception):  # after an error, the next renewal may succeed
                 if token_of(self._folder) == self.token:
                     (self._folder / NAME).write_bytes(self._content())
 
     def release(self):
         self._ended.set()
         with contextlib.suppress(Exception):
-            self._renewer.join(RENEW)  # it could write the file again after the removal
+            self._renewer.join(RENEW)  # otherwise the thread could write the file after its removal
             if token_of(self._folder) == self.token:
                 (self._folder / NAME).unlink()

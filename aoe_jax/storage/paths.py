@@ -1,4 +1,4 @@
-"""Folders on a disk, as `pathlib.Path`, or in an object store, as `epath.Path`."""
+"""Paths on a disk, as `pathlib.Path`, or in an object store, as `epath.Path`."""
 
 import errno
 import functools
@@ -19,22 +19,22 @@ from fsspec.implementations.local import LocalFileSystem
 from aoe_jax.errors import UserError
 from aoe_jax.storage.retry import patiently
 
-STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that reads it
-FILE_BYTES = 2**27  # the largest tokenizer's file; the largest ones on the hub have 35 MB
-# Commands write these into a model's directory; copies of the model stay valid without them.
+STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme of a path -> package for this kind of store
+FILE_BYTES = 2**27  # size limit of a tokenizer's file; the largest on the hub have 35 MB
+
+# Reports that commands write into a model's directory. A new report does not outdate a local copy.
 _REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "probe.json"}
 
-
-for _scheme in STORES:  # a cached listing misses files of other hosts
+for _scheme in STORES:  # fsspec's cached listings would miss new files of other hosts
     fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
 
 
 def parsed_path(text: str | os.PathLike, name: str, in_store=False, is_pattern=False):
-    """Returns the path that a user wrote, such as ~/runs/tiny or gs://BUCKET/runs/tiny.
+    """Parses a path that a user wrote, such as ~/runs/tiny or gs://BUCKET/runs/tiny.
 
-    `name` is the flag or field. With `in_store`, the path may be in an object store; with
-    `is_pattern`, it is a glob pattern. Raises `UserError`, whose message begins with `name`, if the
-    path cannot be used, or the package for its store is missing.
+    With `in_store`, the path may be in an object store. With `is_pattern`, it is a glob pattern.
+    Raises `UserError`, whose message begins with `name`, the flag or field of the path, if the path
+    is invalid or the package for its store is missing.
     """
     text = str(text)
     if not text.strip():
@@ -46,7 +46,7 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False, is_pattern=F
     scheme = re.match(rf"({'|'.join(STORES)})://[^/]", text)
     if not in_store or not scheme:
         raise UserError(f"{name}={text}: {wanted}")
-    if has_magic(text) and not is_pattern:  # the clients would take it for a pattern
+    if has_magic(text) and not is_pattern:  # the clients of stores would expand the path
         raise UserError(f"{name}={text}: a path in a store must not have *, ? or [")
     try:
         __import__(STORES[scheme[1]])
@@ -80,10 +80,10 @@ def file_system(path):
 
 
 def find(pattern: str) -> dict:
-    """The files that match a pattern of fsspec's `glob` (`**`: folders of any depth), on a disk or
-    in a store, each with its `size_and_version`; None for a broken link. Names that begin with a
-    dot match only a pattern with `/.`. `**` does not follow links to folders. Raises `OSError` if a
-    folder cannot be listed.
+    """Returns `{path: size_and_version, or None for a broken link}` of the files that match a
+    pattern of fsspec's `glob`, on a disk or in a store. `**` matches folders of any depth, but does
+    not follow links. Names that begin with a dot match only if the pattern contains `/.`. Raises
+    `OSError` if a folder cannot be listed.
     """
     is_hidden_named = "/." in pattern
     if is_remote(pattern):
@@ -103,7 +103,7 @@ def find(pattern: str) -> dict:
 
 
 class _Disk(LocalFileSystem):
-    """Records errors of folders that cannot be listed; `glob` treats such folders as empty."""
+    """Records the errors of folders that cannot be listed, because `glob` skips such folders."""
 
     cachable = False
 
@@ -121,7 +121,7 @@ class _Disk(LocalFileSystem):
 
 
 def size_and_version(path) -> tuple[int, int]:
-    """`(bytes of a file, a number that changes with its content)`; raises `FileNotFoundError`."""
+    """`(size in bytes, a number that changes with the content)`. Raises `FileNotFoundError`."""
     if is_remote(path):
         return _of_store(file_system(path).info(os.fspath(path)))
     found = os.stat(path)
@@ -134,7 +134,7 @@ def _of_store(file):
 
 
 def create(path, content: bytes) -> bool:
-    """Makes an object in a store if there is none; returns False if it exists already."""
+    """Makes an object in a store and returns True, or returns False if it exists already."""
     try:
         file_system(path).pipe_file(os.fspath(path), content, mode="create")
     except FileExistsError:
@@ -149,8 +149,8 @@ def unused(path):
 
 
 def move(source, target):
-    """Moves a file or folder, also to another disk; makes the folders above `target`. In a store it
-    moves file by file. Raises `UserError` if a file is in the place of one of these folders.
+    """Moves a file or folder, also to another disk, and makes the parent folders of `target`. In a
+    store it moves file by file. Raises `UserError` if one of the parents is a file.
     """
     if is_remote(source):
         file_system(source).mv(os.fspath(source), os.fspath(target), recursive=True)
@@ -164,7 +164,7 @@ def move(source, target):
 
 
 def put(source: Path, target):
-    """Moves a file on a disk to `target`, on a disk or in a store, where it appears whole."""
+    """Moves a file to `target`, on the same disk or in a store. Readers never see a part of it."""
     if is_remote(target):
         file_system(target).put_file(os.fspath(source), os.fspath(target))
         source.unlink()
@@ -173,15 +173,15 @@ def put(source: Path, target):
 
 
 def remove_folder(folder):
-    """Removes a folder with all that is in it, if it exists."""
+    """Removes a folder and its content, if it exists."""
     store, name = file_system(folder), os.fspath(folder)
     if store.exists(name):
         store.rm(name, recursive=True)
 
 
 def local_copy(folder, cache="~/.cache/aoe_jax"):
-    """Returns a folder on a disk: the folder itself, or a copy in `cache`, which is made anew when
-    a file in the store has changed.
+    """Returns `folder` if it is on a disk, else a copy of it in `cache`. A new copy is made if a
+    file in the store has changed since the last copy.
     """
     if not is_remote(folder):
         return folder
@@ -212,10 +212,10 @@ def local_copy(folder, cache="~/.cache/aoe_jax"):
 
 
 class Mirror:
-    """Files on a disk that are copied to a folder in an object store when they have changed."""
+    """Copies new and changed files from a folder on a disk to a folder in an object store."""
 
     def __init__(self, local: Path, remote):
-        """Assumes that the files now in `local` are equal to those in `remote`."""
+        """Assumes that all files that are in `local` now are in `remote` with the same content."""
         self._local, self._remote = local, remote
         self._known = self._states()
 
@@ -224,7 +224,7 @@ class Mirror:
         return {path: size_and_version(path) for path in files}
 
     def upload(self, last=""):
-        """Copies new and changed files, and files named `last` at the end; each appears whole."""
+        """Copies new and changed files, and files with the name `last` after all others."""
         for path, state in sorted(self._states().items(), key=lambda file: file[0].name == last):
             if self._known.get(path) != state:
                 target = self._remote / path.relative_to(self._local).as_posix()

@@ -1,4 +1,4 @@
-"""Recognises temporary faults of disks, networks and memory, and tries again after them."""
+"""Recognises temporary faults of disks, networks and memory, and repeats calls that they ended."""
 
 import contextlib
 import errno
@@ -11,14 +11,14 @@ from aoe_jax.errors import Failure, MachineFault, UserError
 
 log = logging.getLogger(__name__)
 
-retry_seconds = 60.0  # how long a call is repeated; commands set it to --retry_seconds
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
+retry_seconds = 60.0  # time limit for repeating a call; commands set it to --retry_seconds
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
 
-# System errors that depend on the file or the arguments, so that repeating is useless.
+# System errors that depend on the file or the arguments, so repeating the call is useless.
 _LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.ERANGE}
 _LASTING |= {errno.EDOM, errno.ENAMETOOLONG, errno.EXDEV, errno.EPIPE, errno.ENOSYS}
 _LASTING |= {errno.EOPNOTSUPP, errno.ELOOP}
-# tensorstore and XLA report system errors and status codes of servers as text.
+# tensorstore and XLA report system errors and status codes only in the text of their messages.
 _STATUSES = "RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED"
 _AS_TEXT = re.compile(
     "|".join(
@@ -27,9 +27,9 @@ _AS_TEXT = re.compile(
         + ["^Forbidden: "]  # gcsfs raises it for status 403
     )
 )
-# On CPU, allocations within a program fail with INTERNAL.
+# Messages for a lack of device memory. On CPU, allocations within a program fail with INTERNAL.
 _FILLED = re.compile("RESOURCE_EXHAUSTED|INTERNAL: .*Out of memory")
-# Exceptions of clients of object stores and of downloads, by package and name.
+# `PACKAGE.CLASS` of exceptions of clients of object stores and of downloads.
 _UNREACHABLE = {
     "aiohttp.ClientError",
     "botocore.ConnectionError",
@@ -46,7 +46,7 @@ _NO_CREDENTIALS = {"botocore.NoCredentialsError", "google.DefaultCredentialsErro
 
 
 def _causes(error):
-    """An exception and all its causes, the first one last."""
+    """A list of an exception, its cause, the cause of that, and so on; the root cause is last."""
     return [error, *_causes(error.__cause__)] if error else []
 
 
@@ -59,8 +59,8 @@ def _is_any(error, names):
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether the machine, a disk or a network caused an exception. A lack of device memory is no
-    fault: a later try would fail too.
+    """Whether a temporary fault of the machine, a disk or a network caused an exception. A lack of
+    device memory is no such fault, because every later attempt would fail too.
     """
     is_lasting = fills_device(error) or _is_any(error, {"huggingface_hub.OfflineModeIsEnabled"})
     return not is_lasting and any(map(_is_fault_itself, _causes(error)))
@@ -83,8 +83,8 @@ def fills_device(error: BaseException) -> bool:
 
 
 def is_of_network(error: BaseException) -> bool:
-    """Whether a client's exception says that a server was unreachable or overloaded, or that a
-    store refused access, as it does when a token has expired.
+    """Whether an exception of a client says that a server was unreachable or overloaded, or that a
+    store refused access, which also happens when a token has expired.
     """
     of_store = str(getattr(error, "code", None) or getattr(error, "status", ""))
     answer = str(getattr(getattr(error, "response", None), "status_code", ""))
@@ -96,19 +96,19 @@ def is_of_network(error: BaseException) -> bool:
 
 
 def lacks_credentials(error: BaseException) -> bool:
-    """Whether a client of an object store does not know who the user is."""
+    """Whether a client of an object store found no credentials of the user."""
     return _is_any(error, _NO_CREDENTIALS)
 
 
 def is_fault_of_write(error: BaseException) -> bool:
-    """Whether a fault prevented a write, not a cause that only the user can correct."""
+    """Whether a temporary fault prevented a write; missing permission does not count as one."""
     forbidden = (errno.EACCES, errno.EPERM, errno.EROFS)
     return is_fault(error) and getattr(error, "errno", None) not in forbidden
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status of a program that an exception ends. An exception of JAX needs its traceback,
-    so its status is 1 even if a fault caused it.
+    """The exit status of a program that an exception ends. An exception of JAX that a fault caused
+    has status 1, because only its traceback explains it.
     """
     if isinstance(error, Failure):
         return error.status
@@ -118,7 +118,7 @@ def status_of(error: BaseException) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of the first cause of an exception."""
+    """The first line of the message of the root cause of an exception."""
     first = _causes(error)[-1]
     for code in (errno.ENOSPC, errno.EDQUOT):
         if getattr(first, "errno", None) == code or os.strerror(code) in str(first):
@@ -129,7 +129,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def refusing(what, cure="", kinds=OSError):
-    """Turns exceptions of these kinds into `UserError` unless a machine fault caused them."""
+    """A context that turns exceptions of these types into `UserError`, except temporary faults."""
     try:
         yield
     except kinds as error:
@@ -139,9 +139,9 @@ def refusing(what, cure="", kinds=OSError):
 
 
 def patiently(what, call):
-    """Returns `call()`, which is repeated after each fault. Raises `MachineFault` when
-    `retry_seconds` have passed since the first fault, and `UserError` at once for a missing
-    permission. Messages begin with `what`, such as "checkpoint 5 cannot be read".
+    """Returns `call()`, and repeats the call after a temporary fault. Raises `MachineFault` when
+    `retry_seconds` have passed since the first fault, and `UserError` at once if a permission is
+    missing. Messages begin with `what`, such as "checkpoint 5 cannot be read".
     """
     deadline, pause = None, _FIRST_PAUSE
     while True:
@@ -164,8 +164,8 @@ def patiently(what, call):
 
 
 class Tolerated:
-    """A context for writing files that a run can do without: it suppresses exceptions, and logs the
-    first of several in a row.
+    """A context for writing files that a run does not need. It suppresses exceptions, and logs only
+    the first of several consecutive failures.
     """
 
     def __init__(self, name):
@@ -176,7 +176,7 @@ class Tolerated:
         return self
 
     def __exit__(self, kind, error, trace):
-        is_failure = isinstance(error, Exception)  # not a request to stop
+        is_failure = isinstance(error, Exception)  # False for a request to stop
         if is_failure and not self._has_failed:
             log.warning(f"{self._name} cannot be written ({reason(error)}); the run goes on")
         self._has_failed = is_failure

@@ -44,46 +44,46 @@ _BESIDE_BYTES = 2**28
 
 @dataclass
 class Progress:
-    """The progress of a run. Every checkpoint contains it."""
+    """The progress of a run, which every checkpoint contains."""
 
     loss: float | None = None  # loss of the newest training step
     nll: float | None = None
-    validation: dict[str, float] | None = None  # metrics of this step, if it was validated
-    validated: bool = True  # False if this step must still be validated
+    validation: dict[str, float] | None = None  # validation metrics of this step, if there are any
+    validated: bool = True  # False if the validation of this step was interrupted
     skipped_in_row: int = 0  # number of updates skipped in a row, up to this step
     compute_seconds: float = 0.0  # summed over all steps so far
     metrics_bytes: int = 0  # size of metrics.jsonl
 
 
 class Damaged(Failure):
-    """A checkpoint lacks files or differs from what was saved; the message says how."""
+    """A checkpoint lacks files, or its content differs from what was saved."""
 
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step):
-        # Only the training loop asks JAX's preemption service, because that expects rising numbers.
+        # Only the training loop may ask JAX's preemption service, which needs rising step numbers.
         return False
 
 
 class Checkpoints:
-    """The checkpoints `workdir/checkpoints/STEP`. Only saving them needs `open`.
+    """The checkpoints `workdir/checkpoints/STEP`. Call `open` before `save`; reading needs no call.
 
-    `saved` is the step of the newest checkpoint that is known to be complete.
+    `saved` is the step of the newest checkpoint that is known to be complete, or 0.
     """
 
     def __init__(self, workdir: Path):
-        """Touches no file. Raises `UserError` if Orbax cannot write to the store of `workdir`."""
+        """Raises `UserError` if `workdir` is in an object store that Orbax cannot write to."""
         if is_remote(workdir) and not str(workdir).startswith("gs://"):
             wanted = "checkpoints can be on a disk or in gs://BUCKET/..."
             raise UserError(f"--workdir={workdir}: {wanted}; a store of this kind can hold models")
         self.directory = (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
         self.saved = 0
-        self._manager = None  # None until it is opened, and after a fault until the next save
+        self._manager = None  # Orbax's manager; None before `open`, and after a failed save
         self._saving = None  # the step that is being saved in the background
-        self._nlls = {}  # validation nlls of checkpoints by step
+        self._nlls = {}  # step of a checkpoint -> its validation nll
 
     def steps(self):
-        """Sorted steps of complete checkpoints; raises `UserError` if their folder is a file."""
+        """Sorted steps of complete checkpoints. Raises `UserError` if `directory` is a file."""
         return sorted(retry.patiently(f"{self.directory} cannot be read", self._complete_steps))
 
     def _complete_steps(self):
@@ -91,7 +91,7 @@ class Checkpoints:
             return []
         if not self.directory.is_dir():
             raise UserError(f"{self.directory} is a file; move it away, and bring the folder back")
-        # Orbax also reads names such as 007 as numbers.
+        # Orbax lists a folder 007 as step 7, so `_path(7)` need not exist.
         found = ocp.utils.checkpoint_steps(self.directory)
         return [step for step in found if step < 2**31 and self._path(step).exists()]
 
@@ -99,8 +99,8 @@ class Checkpoints:
         return self.directory / str(step)
 
     def find(self, which):
-        """The step of the checkpoint `which`: "newest", "best" (lowest validation nll) or a step as
-        text. Raises `UserError` if it does not exist.
+        """Returns the step of a checkpoint. `which` is "newest", "best" (lowest validation nll) or
+        a step as text. Raises `UserError` if there is no such checkpoint.
         """
         steps, workdir = self.steps(), self.directory.parent
         if not steps:
@@ -133,18 +133,19 @@ class Checkpoints:
         return sorted((step for step in steps if step in self._nlls), key=self._nlls.get)
 
     def restore(self, step, like):
-        """`(state, progress, position in the data)` of a step.
+        """Returns `(state, progress, position in the data)` of the checkpoint of a step.
 
-        `like` is a `TrainState` of shapes, dtypes and shardings. The run that saved may have had
-        another mesh and number of processes. Raises like `read_checkpoint`.
+        `like` is a `TrainState` of shapes, dtypes and shardings. The checkpoint may come from
+        another mesh or number of processes. Raises the exceptions of `read_checkpoint`.
         """
         arrays, beside = read_checkpoint(self._path(step), vars(like))
         progress = Progress(**{name: beside["progress"].get(name) for name in _PROGRESS})
         return dataclasses.replace(like, **arrays), progress, beside["data"]
 
     def restore_newest(self, like):
-        """`(step, state, progress, position)` of the newest checkpoint that is not damaged. Damaged
-        ones move to `damaged_checkpoints`. Raises like `restore`; `UserError` if all are damaged.
+        """Returns `(step, state, progress, position)` of the newest undamaged checkpoint, and moves
+        newer ones to `damaged_checkpoints`. Raises `UserError` or `MachineFault` like `restore`,
+        and `UserError` if all checkpoints are damaged.
         """
         while True:
             with together():
@@ -165,9 +166,7 @@ class Checkpoints:
                         log.warning(f"{what} and was moved to {target}")
 
     def restore_model(self, step, like):
-        """`(params, routing_state)` of a step. Raises like `restore`, but `UserError` for a damaged
-        checkpoint.
-        """
+        """`(params, routing_state)` of a step. A damaged checkpoint raises `UserError`."""
         wanted = {name: getattr(like, name) for name in ("params", "routing_state")}
         try:
             model, _ = read_checkpoint(self._path(step), wanted)
@@ -179,7 +178,7 @@ class Checkpoints:
         return model["params"], model["routing_state"]
 
     def open(self, config: CheckpointConfig):
-        """Prepares for saving; all processes call it together, after the lease is taken."""
+        """Prepares for saving. All processes call it, after process 0 has acquired the lease."""
         self._config = config
         steps = self.steps()
         self.saved = max(steps, default=0)
@@ -192,13 +191,13 @@ class Checkpoints:
             preservation_policy=self,
             async_options=ocp.AsyncOptions(
                 timeout_secs=int(self._config.timeout),
-                # If making a folder in the background fails, other threads wait 300 s for it.
+                # If Orbax fails to make a folder in the background, its other threads wait 300 s.
                 create_directories_asynchronously=jax.process_count() > 1,
             ),
         )
         with together():
             is_first = jax.process_index() == 0 and self.directory.exists()
-            # Folders that killed runs and failed saves have left would fill the disk.
+            # Deletes the folders of unfinished saves, because they would fill the disk.
             for half in ocp.utils.tmp_checkpoints(self.directory) if is_first else ():
                 while half.get().exists():
                     # Threads of a failed save may delete files at the same time.
@@ -207,7 +206,7 @@ class Checkpoints:
         self._manager = _Manager(self.directory, options=options)
 
     def should_preserve(self, checkpoints, *, context):
-        """Whether Orbax keeps each checkpoint; this object is Orbax's preservation policy."""
+        """Returns for each checkpoint whether to keep it. Orbax calls this after every save."""
         config, steps = self._config, [checkpoint.step for checkpoint in checkpoints]
         kept = {*steps[-config.keep :], *self._best_first(steps)[: config.keep_best]}
         if config.keep_every:
@@ -215,12 +214,11 @@ class Checkpoints:
         return [step in kept for step in steps]
 
     def save(self, step, state, position, progress: Progress, wait=False):
-        """Saves the state after `step` updates in the background; then the state may be donated.
-
-        `position` is the position in the data as JSON, the same in every process. With `wait`, or
-        if the previous save failed, it returns after this save has succeeded. A single process
-        repeats a failed save for `retry_seconds`, then raises `MachineFault`. Several processes
-        wait for each other, so a fault ends them all.
+        """Saves the state after `step` updates in the background. After the call the caller may
+        donate the state. With `wait`, or if the previous save failed, the call returns only when
+        the save has succeeded. `position` is the position in the data as JSON, the same in every
+        process. A single process repeats a failed save for `retry_seconds`, then raises
+        `MachineFault`. With several processes a save is not repeated, and all processes end.
         """
         wait = self._finish() is not None or wait
         if step == self.saved:
@@ -266,9 +264,9 @@ class Checkpoints:
         return None
 
     def _give_up(self):
-        """Drops the manager after a fault; the next save opens another."""
+        """Closes Orbax's manager after a fault. The next save opens a new one."""
         self._saving, manager, self._manager = None, self._manager, None
-        with contextlib.suppress(Exception):  # Orbax raises again what its threads raised
+        with contextlib.suppress(Exception):  # `close` raises the exceptions of Orbax's threads
             manager.close()
 
     def has_failed(self):
@@ -277,7 +275,7 @@ class Checkpoints:
         return jax.process_count() == 1 and ended and self._finish() is not None
 
     def close(self):
-        """Waits for the save in the background; raises the fault that prevented it."""
+        """Waits for the save in the background; raises its exception if it failed."""
         if problem := self._finish():
             raise problem
         if self._manager:
@@ -285,11 +283,11 @@ class Checkpoints:
 
 
 def read_checkpoint(path, wanted):
-    """`(arrays, JSON of `beside_arrays`)` of the checkpoint in the folder `path`.
+    """Returns `(arrays, JSON of `beside_arrays`)` of the checkpoint in the folder `path`.
 
-    Each process reads its own part. `wanted` is a tree of shapes, dtypes and shardings, with any
-    mesh and number of processes. Either all processes raise or none: `Damaged`, `UserError` if the
-    checkpoint is of another model, or `MachineFault` if it cannot be read.
+    `wanted` is a tree of shapes, dtypes and shardings. Each process reads the shards of its own
+    devices. Raises `Damaged`, `UserError` if the checkpoint is of another model, or `MachineFault`
+    if it cannot be read. If one process fails, all processes raise.
     """
     damage = None
     with together():
@@ -303,7 +301,7 @@ def read_checkpoint(path, wanted):
         raise damage or Damaged("another process cannot read it")
     found = checksums(arrays)
     differing = [name for name, value in found.items() if beside["arrays"][name][2] != value]
-    # Another process may have read other values of its copy of an array.
+    # Each process reads its own copy of a replicated array, so the results may differ.
     if not all_agree(not differing):
         names = ", ".join(differing[:3]) or "in another process"
         raise Damaged(f"{names}: the values are not those that were saved")
@@ -313,7 +311,7 @@ def read_checkpoint(path, wanted):
 def _read_alone(path, wanted):
     beside = read_beside(path)
     _check_model(path, wanted, beside["arrays"])
-    # Without this, Orbax would wait for the other processes, which may have failed.
+    # With its defaults, Orbax would wait for the other processes, which may have failed.
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=process,
@@ -331,7 +329,7 @@ def _read_alone(path, wanted):
 
 
 def read_beside(path):
-    """The JSON of `beside_arrays` in the checkpoint `path`; raises `Damaged`."""
+    """Reads the JSON of `beside_arrays` from the checkpoint `path`. Raises `Damaged`."""
     with _as_damage():
         beside = json.loads(read_bytes(path / "run" / "metadata", _BESIDE_BYTES))
         if problem := misfit(beside, _BESIDE):
@@ -343,8 +341,8 @@ def read_beside(path):
 
 @contextlib.contextmanager
 def _as_damage():
-    """Raises `Damaged` for exceptions that were not raised by a machine fault or by this program:
-    Orbax and tensorstore raise exceptions of many kinds for files that they cannot parse.
+    """Turns exceptions into `Damaged`, except those of a machine fault, of JAX or of this program.
+    Orbax and tensorstore raise exceptions of many types for files that they cannot parse.
     """
     try:
         yield
@@ -391,7 +389,7 @@ def checksums(tree):
 
     A checksum is the sum, modulo 2^32, of a hash of each element's bits and index. For a given
     index, different bits have different hashes, so a change of one element always changes the sum.
-    It is the same for every sharding and process. The storage format has no checksum.
+    The sum does not depend on the sharding. Orbax's storage format itself has no checksums.
     """
     arrays = _by_path(tree)
     leaves = list(arrays.values())
@@ -414,5 +412,5 @@ def _sum(a):
         index += jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= a.shape[axis]
     mixed = bits * (2 * index + 1) + index
-    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)  # like the last steps of MurmurHash
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)  # a constant of MurmurHash3
     return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)

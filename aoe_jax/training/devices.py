@@ -5,8 +5,8 @@ from pathlib import Path
 
 import jax
 
-# Dense bfloat16 FLOPs per second of a chip, by `jax.Device.device_kind`. Names must match
-# exactly: other variants of a GPU have other peaks. `planning/hardware.py` names the sources.
+# `jax.Device.device_kind` -> dense bfloat16 FLOPs per second of a chip. Names must match exactly,
+# because variants of a GPU have different peaks. `planning/hardware.py` names the sources.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -34,21 +34,21 @@ _STATUS = Path("/proc/self/status")
 
 
 def count_chips(devices):
-    """The number of chips; TPU devices with the same coordinates are one chip."""
+    """The number of chips. TPU devices with the same coordinates are cores of one chip."""
     if devices[0].platform != "tpu":
         return len(devices)
     return len({(getattr(d, "slice_index", None), *d.coords) for d in devices})
 
 
 def peak_flops_per_device(devices):
-    """Peak bfloat16 FLOPs per second of one device (all are of one kind); None if unknown."""
+    """Peak bfloat16 FLOPs per second of one of `devices`, all of one kind; None if unknown."""
     peak = PEAK_FLOPS.get(devices[0].device_kind)
     return peak and peak * count_chips(devices) / len(devices)
 
 
 def process_memory():
-    """Current and peak memory of this process in bytes: on the host (Linux only) and on its fullest
-    device (not on CPU).
+    """Current and peak memory use of this process in bytes, on the host (only on Linux) and on the
+    local device that uses the most memory (not on CPU).
     """
     found = {}
     if _STATUS.exists():
@@ -63,8 +63,8 @@ def process_memory():
 
 
 def program_memory(state, step):
-    """Bytes on each device: `state_bytes` and, as the compiler counts them for a step,
-    `argument_bytes` (state and batch) and `temporary_bytes`.
+    """Returns bytes per device: `state_bytes` is the size of the train state. The compiler reports
+    `argument_bytes` (state and batch) and `temporary_bytes` of the compiled `step`.
     """
     analysis = step.memory_analysis()
     return {

@@ -19,21 +19,21 @@ from aoe_jax.storage.retry import Tolerated
 
 _UNLIMITED = ("preparing", "compiling")  # statuses that may last longer than `train.hang_timeout`
 _LOOK = 0.2  # seconds between two checks of the heartbeat
-_REPORT_SECONDS = 15.0  # limit for writing the stacks, because the disk may hang too
+_REPORT_SECONDS = 15.0  # time limit for writing the stacks, because the disk may hang too
 _ENDS = {Preempted: "preempted", Interrupted: "interrupted", DivergedError: "diverged"}
 
 
 class Heartbeat:
     """A context in which `beat` records the status of the run.
 
-    If no beat comes for `timeout` seconds (0: no limit), the process writes the stacks of its
-    threads to `workdir/hang/process_N.txt` and exits with the status of `Hang`. Time in which the
-    whole process is suspended does not count.
+    If `beat` is not called for `timeout` seconds (0: no limit), the process writes the stacks of
+    its threads to `workdir/hang/process_N.txt` and exits with the status of `Hang`. Compilation and
+    data preparation have no limit. Time in which the whole process is suspended does not count.
     """
 
     def __init__(self, workdir: Path, timeout: float):
         self._workdir, self._timeout = workdir, timeout
-        self._pause = 10 if is_remote(workdir) else 1  # seconds between two writes of one status
+        self._pause = 10 if is_remote(workdir) else 1  # seconds between writes of the same status
         self._ended, self._tolerated = threading.Event(), Tolerated("heartbeat.json")
         self._status, self._step, self._written = "restoring", None, None
         self._moved, self.saved, self._began = time.monotonic(), None, None
@@ -44,14 +44,14 @@ class Heartbeat:
         return self
 
     def begin(self, saved, began):
-        """Starts writing the file; only one process calls this. `saved` is the step of the newest
-        checkpoint, `began` the time when the run first began.
+        """From now on `beat` writes the file; only process 0 calls this method. `saved` is the step
+        of the newest checkpoint, and `began` the time at which the run first began.
         """
         self.saved, self._began = saved, began
 
     def beat(self, status, step=None):
-        """Records a status and, if given, the step. The file is written when the status changes,
-        otherwise at most once a second, or every ten seconds in an object store.
+        """Records a status and, if given, the step. Writes the file when the status changes, and
+        otherwise at most once per second on a disk or every ten seconds in an object store.
         """
         self._step = self._step if step is None else step
         before, self._status, self._moved = self._status, status, time.monotonic()
@@ -65,7 +65,7 @@ class Heartbeat:
             write_json(self._workdir / "heartbeat.json", value)
 
     def __exit__(self, kind, error, trace):
-        # After a lost lease the folder may belong to another process.
+        # After a `UserError`, such as a lost lease, another process may own the file.
         if error is not None and not isinstance(error, UserError | MachineFault):
             self.beat(_ENDS.get(kind, "failed"))
         if error is not None and self._step is not None:
@@ -78,7 +78,7 @@ class Heartbeat:
         looked = time.monotonic()
         while not self._ended.wait(_LOOK):
             now = time.monotonic()
-            if now - looked > 10 * _LOOK:  # the process was suspended
+            if now - looked > 10 * _LOOK:  # this thread was suspended with the whole process
                 self._moved = now
             looked = now
             if self._status not in _UNLIMITED and now > self._moved + self._timeout:

@@ -11,17 +11,17 @@ def load_entropy(load):
 
 
 def load_spread(load, live=None):
-    """Sum over layers of the largest minus the smallest load of live experts: `[L, n] -> []`."""
+    """`[L, n] -> []`: the largest minus the smallest load of live experts, summed over layers."""
     least = load if live is None else np.where(live > 0, load, np.inf)
     return (np.max(load, axis=-1) - np.min(least, axis=-1)).sum()
 
 
 def layer_statistics(load, live=None):
-    """Statistics of each layer `[L]` by name, from loads `[L, n]`.
+    """Returns `{name: statistic [L]}`, from loads `[L, n]`.
 
-    `load_entropy` is in nats; `load_max_over_mean` is 1 in perfect balance, and 0 in a layer where
-    no token has an expert; `dead_experts` counts experts without a token. If experts are added and
-    removed, `live_experts` counts the present ones, and free slots are not dead.
+    `load_entropy` is in nats. `load_max_over_mean` is 1 in perfect balance, and 0 in a layer where
+    no token is routed to an expert. `dead_experts` is the number of experts without a token. If a
+    method adds and removes experts, `live` `[L, n]` is 0 for absent experts, which are not counted.
     """
     n_live = load.shape[-1] if live is None else (live > 0).sum(axis=-1)
     is_dead = load == 0 if live is None else (load == 0) & (live > 0)

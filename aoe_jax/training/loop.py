@@ -1,4 +1,4 @@
-"""Training from start to end, in one function that can be read from top to bottom."""
+"""The training loop: `train` opens the run and the data, trains, validates and saves."""
 
 import contextlib
 import json
@@ -40,11 +40,11 @@ class Now:
     batch: dict[str, Any] | None = None  # batch of the next step
     progress: Progress | None = None
     can_score: bool = False  # whether the evaluation step is compiled
-    saved_at: float = field(default_factory=time.monotonic)  # the time of the newest save
+    saved_at: float = field(default_factory=time.monotonic)  # time of the newest save, in seconds
 
 
 def every(n, call, last=None):
-    """A hook that runs `call()` after every n-th step (never for n=0) and after step `last`."""
+    """Returns `hook(step)`: runs `call()` if `step` is a multiple of n (n=0: never) or `last`."""
 
     def hook(step):
         if (n and step % n == 0) or step == last:
@@ -61,16 +61,16 @@ def train(
     wandb=None,
     **start,
 ):
-    """Trains, or continues from the newest checkpoint of `workdir`; returns its `summary.json`.
+    """Starts or continues a run in `workdir`; returns the content of its `summary.json`.
 
     Writes `config.json`, `data.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`,
     `checkpoints/`, the tokenizer and, at the end, `summary.json` and `training.png`. It also writes
-    `profile/`, a trace of the steps `profile`, and `wandb/` if `wandb` is a project of Weights &
-    Biases. `start` is passed on to `RunFolder.open`. A run that is stopped at any moment and
-    started again ends in the same state, bit for bit on CPU.
+    a trace of the steps `profile` to `profile/`, and `wandb/` if `wandb` is a project of Weights &
+    Biases. `start` has the other arguments of `RunFolder.open`. A run that is stopped at any moment
+    and started again ends in the same state, bit for bit on CPU.
 
-    Raises the exceptions of `errors.py`: `UserError` also if the run has finished, and `Stopped`
-    when the state is saved after a request to stop.
+    Raises the exceptions of `errors.py`: `UserError` also if the run has already finished, and
+    `Stopped` after a request to stop, when the state is saved.
     """
     started, is_main = time.perf_counter(), jax.process_index() == 0
     stop, given = stop or StopRequests(), config
@@ -83,7 +83,7 @@ def train(
         held.enter_context(jax.set_mesh(mesh))
         heartbeat = held.enter_context(Heartbeat(workdir, config.train.hang_timeout))
 
-        # The folder and the data. Nothing of the run is written before these checks.
+        # Opens the folder and the data. The run writes its files only after all checks.
         folder.open(held, **start)
         with together():
             log_run(config)
@@ -95,7 +95,7 @@ def train(
         folder.check(config, corpus, saved_steps)
         now = Now(gathered(max(saved_steps, default=0))[0], progress=Progress())
 
-        # The state: restored from a checkpoint, taken from a trained model, or drawn at random.
+        # The state comes from a checkpoint, from a trained model, or from random initialisation.
         split = sharding.batch_sharding(mesh)
         rows = sharding.rows_of_process(split, batch_size, jax.process_index())
         seed, mask = config.train.seed, config.data.loss_mask
@@ -106,7 +106,7 @@ def train(
             data.set_state(position)
             log.info(f"going on from step {now.step}")
         elif config.train.init_from:
-            from aoe_jax.training.starting import state_from_model  # imports all formats
+            from aoe_jax.training.starting import state_from_model  # slow to import
 
             now.state = state_from_model(config, mesh, like, corpus.tokenizer)
         else:
@@ -170,7 +170,7 @@ def train(
         def save(wait=False):
             metrics.flush()
             if not wait and (now.step == steps or now.progress.skipped_in_row):
-                return  # the end of the run saves the last step; skipped steps are not saved
+                return  # `train` saves the last step at its end; skipped steps are not saved
             heartbeat.beat("saving", now.step)
             with metrics.clock("checkpoint"):
                 with together():
@@ -181,7 +181,7 @@ def train(
             heartbeat.saved, now.saved_at = checkpoints.saved, time.monotonic()
 
         def save_by_clock():
-            # The clocks of processes differ, and all processes must save together.
+            # Clocks differ between processes, so the processes agree before they save together.
             minutes = config.checkpoint.every_minutes
             if minutes and all_agree(time.monotonic() > now.saved_at + 60 * minutes):
                 save()
@@ -192,7 +192,7 @@ def train(
             every(config.train.log_every, save_by_clock),
         ]
 
-        # The steps.
+        # Runs the training steps.
         try:
             with jax.transfer_guard("disallow"):
                 is_due = now.step == steps and not now.progress.validation
@@ -202,7 +202,7 @@ def train(
                     now.step += 1
                     now.progress.validation = None
                     now.state, found = train_step(now.state, now.batch)
-                    metrics.step(now.step, found)  # reports the step before, while this one runs
+                    metrics.step(now.step, found)  # reports the previous step while this one runs
                     heartbeat.beat("training", now.step)
                     for hook in hooks:
                         hook(now.step)
@@ -220,12 +220,12 @@ def train(
             checkpoints.close()
             raise
 
-        # The end.
+        # Writes the last checkpoint and the summary.
         metrics.flush()
         summary = metrics.summary(now.step, time.perf_counter() - started)
         save(wait=True)
         checkpoints.close()
-        with together():  # when another process ends, its supervisor reads the heartbeat
+        with together():  # no process ends before `heartbeat.json` says "finished"
             if is_main:
                 file, name = workdir / "summary.json", workdir.absolute().name
                 patiently("the metrics cannot be copied", folder.upload)

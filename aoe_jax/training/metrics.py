@@ -1,7 +1,7 @@
 """The metrics of a run: loss, load of experts, speed, memory, and time by activity.
 
-Every `train.log_every` steps they go to the log, as one readable line, and to the writers of
-`writers.py`. Below, L is the number of layers and n the number of experts.
+Every `train.log_every` steps, `Metrics` writes one line to the log and passes all metrics to the
+writers of `writers.py`. Below, L is the number of layers and n the number of experts.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ from aoe_jax.training.validation import perplexity
 
 log = logging.getLogger(__name__)
 
-# Suffixes of the names of measured metrics. Two runs of the same steps differ only in these.
+# Metrics whose names end in these words are measured, so they differ between equal runs.
 MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu", "goodput")
-_IN_SPEED = ("input", "checkpoint")  # besides `compute`, the speed counts these clocks
+_IN_SPEED = ("input", "checkpoint")  # tokens/s also count these times, in addition to `compute`
 
 
 def layer_metrics(metrics):
-    """Metrics of each layer `[L]` by name, from the host metrics of a step; {} for a dense model.
+    """Returns `{name: values [L]}` from the metrics of a step on the host; {} for a dense model.
 
-    They are the `layer_statistics`, `confidence_entropy` in nats, `mean_score` (the mean of AoE's
-    norms or a router's logits) and, with a capacity, `dropped_share`, the share of dropped choices.
+    The values are the `layer_statistics`, `confidence_entropy` in nats, `mean_score` (of AoE's
+    norms or router logits) and `dropped_share`, the fraction of choices that a capacity dropped.
     """
     load = metrics["load"]
     if load.shape[-1] == 1:
@@ -49,29 +49,29 @@ def layer_metrics(metrics):
 class Metrics:
     """Measures a run and, in the first process, writes its metrics.
 
-    The time from `begin` on is split into `input` (the loop waits for the next batch), `checkpoint`
-    (the loop waits for a save) and `compute` (the rest). The speed excludes evaluation. MFU is
-    relative to the chip's bfloat16 peak, even if the run computes in float32.
+    The training time after `begin` is split into `input` (the loop waits for the next batch),
+    `checkpoint` (the loop waits for a save) and `compute` (the rest). The time of evaluations is
+    excluded. MFU is relative to the chip's bfloat16 peak, even if the run computes in float32.
     """
 
     def __init__(self, folder: Path, config: Config, start_step, progress: Progress, began):
-        """Continues after `start_step` updates with their `progress`; the run first began at the
-        time `began`. Writes nothing before `open`.
+        """Measures a run that has done `start_step` updates and first began at the time `began`.
+        Writes files only after `open`.
         """
         self._config, self._folder, self._start_step = config, folder, start_step
         self._progress, self._began = progress, began
         self._writers, self._lines = {}, None
-        self._unreported = None  # a step and its metrics, which are read while the next one runs
+        self._unreported = None  # `(step, metrics on devices)` of the newest step, until `flush`
         self._program = {}
-        self._seconds = Counter()  # seconds by clock; `compute` counts up to the newest line
+        self._seconds = Counter()  # clock -> seconds; `compute` counts up to the newest log line
         self._line_step, self._line_time = start_step, time.perf_counter()
         self._line_seconds, self._evaluated = Counter(), 0.0
         self._flops_per_token = training_flops_per_token(config)
         self._peak = devices.peak_flops_per_device(jax.devices())
 
     def open(self, check, wandb=None):
-        """Opens the files of the run, in one process. `check()` is called before each line is
-        written, and raises if the files belong to another process. `wandb` is a project or None.
+        """Opens the files of the run; only process 0 calls it. Before each line is written,
+        `check()` raises if another process owns the files. `wandb` is a project name or None.
         """
         from aoe_jax.training.writers import Bar, JsonLines, TensorBoard, Wandb
 
@@ -100,7 +100,7 @@ class Metrics:
             self._seconds[name] += time.perf_counter() - started
 
     def begin(self, state, step):
-        """Starts the clocks of the run; the arguments are those of `program_memory`."""
+        """Starts the clocks of the run. `state` is its first state, `step` its compiled step."""
         self._program = devices.program_memory(state, step)
         log.info(
             f"compiled the train step in {self._seconds['compile']:.1f} s; on each device the "
@@ -110,7 +110,7 @@ class Metrics:
         self._line_time, self._line_seconds = time.perf_counter(), self._seconds.copy()
 
     def step(self, step, metrics):
-        """Takes the metrics, on devices, of the step just started; reports the step before it."""
+        """Stores the metrics, on devices, of the step just started; reports the previous step."""
         self.flush()
         self._unreported = step, metrics
 
@@ -177,7 +177,7 @@ class Metrics:
         )
 
     def _end_interval(self, step):
-        """`(steps, seconds by clock)` since the last line, without evaluation and compilation."""
+        """`(number of steps, {clock: seconds})` since the last log line, without evaluation."""
         now, clocks = time.perf_counter(), self._seconds - self._line_seconds
         seconds = {name: clocks[name] for name in _IN_SPEED}
         seconds["compute"] = max(now - self._line_time - clocks.total(), 1e-9)
@@ -188,7 +188,7 @@ class Metrics:
         return n_steps, seconds
 
     def _goodput(self):
-        """The share of the run's time so far that was spent on steps that were not lost later."""
+        """`compute` time as a fraction of the time since the run began; lost steps do not count."""
         useful = self._progress.compute_seconds
         return useful / max(time.time() - self._began, useful, 1e-9)
 
@@ -220,12 +220,12 @@ class Metrics:
                 writer.write(*metrics)
 
     def sync(self):
-        """Waits until `metrics.jsonl` is on the disk; a checkpoint must be saved after that."""
+        """Waits until `metrics.jsonl` is on the disk. Call it before a checkpoint is saved."""
         if self._lines:
             self._progress.metrics_bytes = self._lines.sync()
 
     def summary(self, step, total_seconds):
-        """The content of `summary.json` after the last step, which was validated."""
+        """The content of `summary.json` after the last step and its validation."""
         counts, seconds, progress = parameter_counts(self._config), self._seconds, self._progress
         metrics = {"step": step, "tokens": step * self._config.tokens_per_step}
         metrics |= {"train_loss": progress.loss, "train_nll": progress.nll}
@@ -250,7 +250,7 @@ class Metrics:
 
 
 def in_words(summary):
-    """The result of a run in one line, from its `summary.json`."""
+    """Returns one line of text with the result of a run, given its `summary.json`."""
     metrics = summary["metrics"]
     return (
         f"step {metrics['step']:,}, {metrics['tokens']:,} tokens, validation nll "

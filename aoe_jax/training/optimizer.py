@@ -1,4 +1,4 @@
-"""The paper's AdamW: betas (0.9, 0.95), linear warm-up, cosine decay, clipped by global norm."""
+"""The paper's AdamW: betas (0.9, 0.95), warm-up, cosine decay, and clipping by the global norm."""
 
 import optax
 from flax.traverse_util import path_aware_map
@@ -9,14 +9,14 @@ from aoe_jax.model.declared import declared
 
 
 def learning_rate_schedule(config: TrainConfig):
-    """Linear warm-up from 0 to the peak, then a cosine to the final rate after the last step."""
+    """Linear warm-up from 0 to the peak, then cosine decay to the final rate after all steps."""
     return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps, config.final_learning_rate
     )
 
 
 def decayed(params):
-    """A tree of bools: whether each parameter decays, as declared in `aoe_jax.parameters`."""
+    """A tree of bools: whether weight decay applies, as declared in `aoe_jax.parameters`."""
     return path_aware_map(lambda path, _: declared("/".join(path)).decays, params)
 
 
@@ -26,8 +26,8 @@ def no_routers(params):
 
 
 def scale_scoring(experts: ExpertsConfig, rate):
-    """The optax transformation that multiplies the updates of the scoring parameters by `rate`."""
-    columns = {"w_router": None, "w_router_hidden": None}  # None: all columns
+    """An optax transformation that scales, by `rate`, updates of parameters that compute scores."""
+    columns = {"w_router": None, "w_router_hidden": None}  # number of columns; None: all
     if experts.kind == "aoe":
         columns = {"w_gate_down" if experts.low_rank else "w_gate": experts.score_neurons}
 
@@ -51,7 +51,7 @@ def make_optimizer(config: TrainConfig, experts: ExpertsConfig):
     if config.router_steps:
         zero = optax.masked(optax.set_to_zero(), no_routers)
         frozen = optax.conditionally_transform(zero, lambda step: step < config.router_steps)
-        # Frozen gradients come first, so that norm and moments exclude them, and frozen updates
-        # last, because weights decay without a gradient.
+        # The first `frozen` sets gradients to zero, so that norm and moments exclude them. The last
+        # one sets updates to zero, because weight decay also updates weights without a gradient.
         steps = [frozen, *steps, frozen]
     return optax.chain(*steps)

@@ -1,4 +1,4 @@
-"""The picture of a run, `training.png`: its loss, and how evenly its experts are loaded."""
+"""Draws `training.png`: the loss of a run, and the load balance of its experts."""
 
 import io
 from pathlib import Path
@@ -10,13 +10,13 @@ from matplotlib.ticker import MaxNLocator
 
 from aoe_jax.storage.files import read_metrics, write_whole
 
-_LATE = 0.05  # the losses after this share of the steps set the range of the axis
-_MAX_LEGEND = 8  # the most layers that a legend names
+_LATE = 0.05  # the loss axis is scaled to the losses after this fraction of the steps
+_MAX_LEGEND = 8  # largest number of layers in a legend
 
 
 def draw_run(lines, title):
-    """A matplotlib `Figure` of the `lines` of a `metrics.jsonl`: the nll over steps and, except for
-    a dense model, for each layer the largest load of an expert divided by the mean load.
+    """Returns a matplotlib `Figure` of the `lines` of a `metrics.jsonl`: the nll over steps and,
+    except for a dense model, the largest load of an expert divided by the mean load, by layer.
     """
     train = [line for line in lines if line.get("nll") is not None]
     validation = [line for line in lines if line.get("validation_nll") is not None]

@@ -1,4 +1,4 @@
-"""`--profile=STEP:N` of `train.py` writes a trace of N steps, for TensorBoard or XProf."""
+"""`--profile=STEP:N` of `train.py`: writes a trace of N steps, for TensorBoard or XProf."""
 
 import itertools
 import logging
@@ -13,8 +13,8 @@ log = logging.getLogger(__name__)
 
 
 def steps_to_trace(text, total_steps):
-    """Parses a flag's value `STEP:N` into a `range` of steps. Raises `UserError` for any other
-    value, and if the run ends before the last of these steps.
+    """Parses the value `STEP:N` of the flag into a `range` of steps. Raises `UserError` for any
+    other value, and if the run ends before the last of these steps.
     """
     numbers = re.fullmatch(r"0*([1-9]\d{0,8}):0*([1-9]\d{0,8})", text, re.ASCII)
     wanted = "must be STEP:N, such as 20:3 for 3 steps from step 20 on; both at least 1"
@@ -26,10 +26,10 @@ def steps_to_trace(text, total_steps):
 
 
 def tracing(train_step, steps: range, folder: Path, next_step):
-    """Returns a `train_step` that traces the calls with numbers in `steps` into `folder`; its first
-    call is number `next_step`. If `steps` begin before that, it logs a warning and traces nothing.
+    """Returns a `train_step` that writes a trace of the training steps `steps` to `folder`. Its
+    first call is step `next_step`; if `steps` begin earlier, it logs a warning and traces nothing.
 
-    The first traced step waits for all steps before it, and the last one waits for its own result.
+    The first traced call waits for all earlier steps, and the last one waits for its own result.
     """
     if steps[0] < next_step:
         log.warning(f"--profile: the run is past step {steps[0]}; nothing is traced")
@@ -43,7 +43,7 @@ def tracing(train_step, steps: range, folder: Path, next_step):
         if step == steps[0]:
             jax.block_until_ready(args)
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # Python calls would hide the step
+            options.python_tracer_level = 0  # thousands of Python calls would hide the step
             jax.profiler.start_trace(folder, profiler_options=options)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             result = train_step(*args)

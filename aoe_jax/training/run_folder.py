@@ -1,4 +1,4 @@
-"""The directory of a run: its owner, the checks of its files, and how a run begins anew in it."""
+"""The directory of a run: its lease, the checks of its files, and `set_aside` for old files."""
 
 import contextlib
 import logging
@@ -25,19 +25,19 @@ from aoe_jax.training.checkpoint import DAMAGED, Checkpoints
 
 log = logging.getLogger(__name__)
 
-_IDENTITY = ("config.json", "data.json")  # these files identify the run
-# The files of a run, except its tokenizer. Checkpoints come before the files that record them, so
-# that an interrupted move never leaves a run that looks complete.
+_IDENTITY = ("config.json", "data.json")
+# The files of a run, except its tokenizer, in the order in which `set_aside` moves them. After an
+# interrupted move, `check_history` finds that checkpoints are missing or lack the later files.
 _FILES = (
     *("checkpoints", DAMAGED, "tensorboard", "profile", "wandb", "hang", "eval.json", "load.png"),
     *("training.png", "wandb.json", "summary.json", "metrics.jsonl", "heartbeat.json"),
     *_IDENTITY,
 )
-# Files that a run in an object store needs on a disk from its start.
+# A run in an object store first copies these files to its temporary folder `on_disk`.
 _ON_DISK = ("metrics.jsonl", "wandb.json")
 
-# Groups and fields that may change when a run continues, because steps do not depend on them.
-# `check_data` compares the content of `data.path` and `data.tokenizer`.
+# Groups and fields that may change when a run continues. Except `train.steps`, they do not change
+# what a step computes. `check_data` checks the content of `data.path` and `data.tokenizer`.
 FREE = {
     *("checkpoint", "mesh", "data.cache", "data.path", "data.tokenizer", "train.steps"),
     *("train.log_every", "train.eval_every", "train.max_skipped", "train.hang_timeout"),
@@ -46,10 +46,10 @@ FREE = {
 
 
 class RunFolder:
-    """A workdir that process 0 owns and all processes see.
+    """The workdir of a run, which all processes share and process 0 owns.
 
-    `on_disk` is the folder of `metrics.jsonl`, `tensorboard/`, `wandb/` and `profile/`: the workdir
-    or, if that is in an object store, a temporary folder that `upload` copies there.
+    `on_disk` is the folder for `metrics.jsonl`, `tensorboard/`, `wandb/` and `profile/`. It is the
+    workdir or, if the workdir is in an object store, a temporary folder; `upload` copies its files.
     """
 
     def __init__(self, workdir: Path):
@@ -57,10 +57,10 @@ class RunFolder:
         self._lease = self._mirror = None
 
     def open(self, held: contextlib.ExitStack, start_over=False, go_back=None, take_over=False):
-        """Holds the lease until `held` is closed; with `take_over`, even if its owner may still
-        run. With `start_over`, it sets the files of the old run aside, with `go_back` those newer
-        than the checkpoint of that step. Raises `InUse` if another process has the lease, and
-        `UserError` if a process of this run does not see it.
+        """Acquires the lease until `held` is closed; with `take_over`, even if its owner may still
+        run. `start_over` moves the files of the old run to `set_aside/`; `go_back` moves only files
+        newer than the checkpoint of that step. Raises `InUse` if another process has the lease, and
+        `UserError` if some process of this run cannot read the lease.
         """
         workdir, is_main = self.workdir, jax.process_index() == 0
         with together():
@@ -83,7 +83,7 @@ class RunFolder:
 
     def check(self, config: Config, corpus: TokenisedCorpus, steps):
         """Raises `UserError` in every process if the files of the workdir belong to another run, or
-        if the run has finished. `steps` are its complete checkpoints.
+        if the run has finished. `steps` are the steps of its complete checkpoints.
         """
         newest, last = max(steps, default=0), config.train.steps
         with together():
@@ -97,12 +97,12 @@ class RunFolder:
         agree("the configuration or data", f"{config} {corpus.identities}")
 
     def check_lease(self):
-        """Raises `UserError` in process 0 if another process has taken the workdir over."""
+        """Raises `UserError` if another process has taken over the lease. Only process 0 checks."""
         if self._lease:
             self._lease.check()
 
     def upload(self):
-        """Copies the metrics so far to an object store; raises like `check_lease`."""
+        """Copies `on_disk` to a workdir in an object store; raises the error of `check_lease`."""
         if self._mirror:
             self.check_lease()
             self._mirror.upload()
@@ -123,7 +123,7 @@ def _number(token):
 
 
 def _fixed(config):
-    """The values of the fields that must not change in a run; paths of corpora may change."""
+    """Returns `{field: value}` of the fields that must not change in a run."""
     groups = config.to_dict()
     groups["data"] |= {"name": config.data.name_without_paths}
     fields = flatten_dict(groups, sep=".").items()
@@ -131,8 +131,8 @@ def _fixed(config):
 
 
 def check_config(workdir: Path, config: Config, has_begun=True):
-    """Raises `UserError` if `workdir` belongs to a model or, if the run `has_begun` (it has a
-    checkpoint), to a run of another configuration.
+    """Raises `UserError` if `workdir` contains a model. If the run in it `has_begun` (it has a
+    checkpoint), also raises `UserError` if its configuration is not `config`.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -144,8 +144,8 @@ def check_config(workdir: Path, config: Config, has_begun=True):
 
 
 def check_history(workdir: Path, steps):
-    """Raises `UserError` if checkpoints, `config.json` or `data.json` of the run are missing.
-    `steps` are the complete checkpoints; a checkpoint that was set aside as damaged is not missing.
+    """Raises `UserError` if checkpoints, `config.json` or `data.json` are missing. `steps` are the
+    complete checkpoints; a checkpoint in `damaged_checkpoints` does not count as missing.
     """
     if steps and (missing := [n for n in _IDENTITY if not (workdir / n).exists()]):
         raise UserError(
@@ -173,7 +173,7 @@ def check_history(workdir: Path, steps):
 
 
 def read_heartbeat(workdir: Path):
-    """`saved` and `began` of a run's heartbeat; None if there is no such file or field."""
+    """Returns `saved` and `began` of `heartbeat.json`, None if the file or the field is missing."""
     path = workdir / "heartbeat.json"
     schema = {"saved": files.or_none(COUNT), "began": files.or_none(NUMBER)}
     content = read_json(path, schema=schema) if path.exists() else {}
@@ -181,7 +181,7 @@ def read_heartbeat(workdir: Path):
 
 
 def set_aside(workdir: Path, go_back: int | None = None):
-    """Moves the files of a run to a new folder in `workdir/set_aside`; with `go_back`, only those
+    """Moves the files of a run to a new folder in `workdir/set_aside`; with `go_back`, only files
     newer than the checkpoint of that step. Raises `UserError` if there is no such checkpoint.
     """
     names, metrics = list(_FILES), workdir / "metrics.jsonl"
@@ -198,14 +198,14 @@ def set_aside(workdir: Path, go_back: int | None = None):
     moved = [name for name in names if (workdir / name).exists()]
     for name in moved:
         move(workdir / name, folder / name)
-    if go_back is not None:  # last, so that a run refuses to continue after an interrupted move
+    if go_back is not None:  # written last: after an interrupted move a run refuses to continue
         write_json(workdir / "heartbeat.json", read_heartbeat(workdir) | {"saved": go_back})
     if moved:
         log.info(f"moved {', '.join(sorted(moved))} to {folder}")
 
 
 def check_data(workdir: Path, corpus: TokenisedCorpus):
-    """Raises `UserError` if a text or the tokenizer has changed since the run began."""
+    """Raises `UserError` if a corpus or the tokenizer has changed since the run began."""
     found = read_identities(workdir) or corpus.identities
     if found != corpus.identities:
         there, here = (", ".join(stores)[:1000] for stores in (found, corpus.identities))
@@ -217,7 +217,7 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
 
 
 def read_identities(workdir: Path) -> list[str]:
-    """The identities of the corpora of a run, or of a model of a run; [] without `data.json`."""
+    """Identities of the corpora that a run or a model was trained on; [] without `data.json`."""
     path = workdir / "data.json"
     if not path.exists():
         return []

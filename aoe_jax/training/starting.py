@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) -> TrainState:
-    """The first state: float32 parameters and routing state come from a model, the rest is new.
+    """Loads float32 parameters and the routing state from a model; the optimiser state is new.
 
     `like` has the shapes of the state with their shardings, and `tokenizer` is the file of the
     corpora's tokenizer. Raises `UserError` if the model cannot be read, has another architecture or
@@ -52,7 +52,7 @@ def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) ->
 def _check_architecture(config, directory):
     there, here = computed_fields(read_config(directory)), computed_fields(config)
     differing = differences(there, here)
-    # These decide how experts are chosen and weighted, not which parameters exist.
+    # These fields decide how experts are selected and weighted; they do not change the parameters.
     free = [name for name in differing if name == "experts.top_k" or name.startswith("routing.")]
     if others := [f"config.{text}" for name, text in differing.items() if name not in free]:
         raise UserError(f"it is another model: {'; '.join(others)}")
@@ -68,7 +68,7 @@ def _check_tokenizer(of_model, of_corpora):
 
 
 def _vocabulary(file):
-    """The parts of a tokenizer's file that decide the tokens of a text."""
+    """The fields of a tokenizer's file that determine the tokens of a text."""
     if file.suffix != ".json":
         return file.read_bytes()
     spec = read_json(file, "it is no tokenizer", at_most=FILE_BYTES)

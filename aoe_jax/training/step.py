@@ -22,25 +22,25 @@ class TrainState:
     """The arrays that a step changes."""
 
     step: jax.Array  # [] int32, steps done
-    skipped: jax.Array  # [] int32, steps that updated nothing: loss or gradient was not finite
+    skipped: jax.Array  # [] int32, steps without an update: loss or gradient was not finite
     params: dict
-    routing_state: dict  # `{name: [L, ...]}`, `Method.state` of all layers
+    routing_state: dict  # `{name: [L, ...]}`, the arrays of `Method.state`, stacked over layers
     opt_state: optax.OptState
 
 
 def init_state(config: Config, seed):
-    """The initial state. Jit it with output shardings, because it may not fit one device."""
+    """A random state. Jit it with output shardings, because the state may not fit one device."""
     return first_state(config, initial_params(config, seed), initial_routing_state(config))
 
 
 def first_state(config: Config, params, routing_state):
-    """The state before the first step, with these parameters and this state of routing."""
+    """The state before the first step, with these parameters and this routing state."""
     zero, optimizer = jnp.zeros((), jnp.int32), make_optimizer(config.train, config.experts)
     return TrainState(zero, zero, params, routing_state, optimizer.init(params))
 
 
 def train_step_on(mesh, config: Config):
-    """`(jitted train step, shapes of its state with their shardings)` on a mesh."""
+    """Returns `(jitted train step, shapes of its state with their shardings)` on a mesh."""
     state = jax.eval_shape(lambda: init_state(config, 0))
     shardings = state_shardings(mesh, state)
     results = shardings, replicated(mesh)
@@ -49,24 +49,24 @@ def train_step_on(mesh, config: Config):
 
 
 def new_state(config: Config, like: TrainState):
-    """A random state before the first step, with the shardings of `like`, a state of shapes."""
+    """A random state, with the shardings of `like`, a `TrainState` of shapes."""
     shardings = jax.tree.map(lambda a: a.sharding, like)
     return jax.jit(lambda: init_state(config, config.train.seed), out_shardings=shardings)()
 
 
 def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask):
-    """`(nll, LayerStats stacked over layers)`; nll, [] float32, is the sum over targets in nats.
+    """`(weighted sum of nlls over targets [] float32 in nats, LayerStats stacked over layers)`.
 
     `batch` has `inputs`, `targets` and `segment_ids`, `[B, S]` int32, and `weights`, `[B, S]`
-    float32, the weight of each target in the sum. Segment 0 is padding, which counts in no
-    statistic. With `document_mask`, tokens attend within their document only.
+    float32. Tokens of segment 0 are padding, and no statistic counts them. With `document_mask`,
+    tokens attend only within their document.
     """
     hidden, stats = features(decoder, params, routing_state, batch, document_mask)
     return _sum_over_targets(params, batch, hidden), stats
 
 
 def features(decoder, params, routing_state, batch, document_mask, key=None):
-    """`(hidden [B, S, d], LayerStats)`; in training, layers draw random numbers from `key`."""
+    """Returns `(hidden [B, S, d], LayerStats)`. Some layers draw random numbers from `key`."""
     documents = batch["segment_ids"] if document_mask else None
     token_weights = (batch["segment_ids"] > 0).astype(jnp.float32)
     inputs = batch["inputs"], documents, token_weights, routing_state
@@ -83,7 +83,7 @@ def _sum_over_targets(params, batch, hidden, function=cross_entropy):
 def training_loss(
     config: Config, params, routing_state, batch, key, total_weight=None, so_far=None
 ):
-    """`(loss, metrics)`: the mean nll plus the balance losses and the losses of the method.
+    """Returns `(loss, metrics)`; the loss is the mean nll plus the losses of balance and method.
 
     The nll is divided by the total weight of the batch or, for one of several micro-batches, by
     `total_weight`. `so_far` is the entry of this name in the metrics of the previous micro-batch.
@@ -117,9 +117,9 @@ def training_loss(
 
 
 def _with_shares_so_far(stats, before):
-    """`(stats, sums)`: load and shares averaged over the micro-batches so far, and their sums.
+    """`(stats, sums)`; in `stats`, load and shares are averaged over the micro-batches so far.
 
-    They have no gradient. Qiu et al. 2025 (arXiv 2501.11873) balance the global batch like this.
+    Both have no gradient. Qiu et al. 2025 (arXiv 2501.11873) balance the global batch in this way.
     """
     so_far = jnp.ones(()), {"load": stats.load, "shares": stats.shares}
     if before is None:
@@ -129,10 +129,10 @@ def _with_shares_so_far(stats, before):
 
 
 def make_train_step(config: Config):
-    """`(state, batch) -> (state, metrics)`; gradients are means over all micro-batches.
+    """Returns `train_step(state, batch) -> (state, metrics)`.
 
-    If the loss or the gradient is not finite, parameters, moments and the state of routing stay the
-    same; the step still counts, also for the learning rate.
+    If the loss or the gradient is not finite, parameters, moments and routing state do not change.
+    The step still counts, also in the learning rate schedule.
     """
     optimizer = make_optimizer(config.train, config.experts)
     schedule = learning_rate_schedule(config.train)
@@ -146,7 +146,7 @@ def make_train_step(config: Config):
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
         def if_finite(new, old):
-            """The new values if `finite`, else the old ones; counters always advance."""
+            """The new values if `finite`, else the old ones; integer counters are always new."""
 
             def choose(n, o):
                 return jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.inexact) else n
@@ -175,16 +175,16 @@ def make_train_step(config: Config):
 
 
 def _mean_gradient(config, params, routing_state, batch, key):
-    """`(gradients, metrics)`, means over the micro-batches of a step."""
+    """Returns `(gradients, metrics)`, both averaged over the micro-batches of a step."""
     loss, n_micro = partial(training_loss, config), config.train.accumulate
     gradient = jax.grad(loss, has_aux=True)
     if n_micro == 1:
         grads, metrics = gradient(params, routing_state, batch, key)
         del metrics["so_far"]
         return grads, metrics
-    # A micro-batch takes every n-th sequence, so that each device has its share of it.
+    # A micro-batch has every n-th sequence, so it is split evenly over the devices.
     micro = jax.tree.map(lambda a: a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
-    # All micro-batches divide by the same weight, so that every target counts the same.
+    # The nlls of all micro-batches are divided by the same weight, so all targets count equally.
     mean_weight = batch["weights"].sum() / n_micro
     first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), micro)
     so_far = jax.eval_shape(loss, params, routing_state, first, key)[1]["so_far"]

@@ -1,7 +1,7 @@
-"""Times of training steps that are repeated on one batch, measured in turn in one process.
+"""Measures the times of training steps of several arms, alternately in one process.
 
-In each round all arms take a few steps, one arm after the other, because times of separate runs on
-a shared machine are hard to compare. On CPU, processor seconds are counted.
+In each round every arm does a few steps on its batch, because times of separate runs on a shared
+machine are hard to compare. On CPU, the unit is seconds of processor time.
 """
 
 import statistics
@@ -19,7 +19,7 @@ from aoe_jax.training.devices import program_memory
 from aoe_jax.training.step import new_state, train_step_on
 
 ROUNDS = 10
-STEPS = 3  # per arm and round; the first is not timed: the caches have data of another arm
+STEPS = 3  # per arm and round; the first is not timed, because it fills the processor's caches
 
 
 def random_batch(config: Config):
@@ -31,16 +31,16 @@ def random_batch(config: Config):
 
 
 class RepeatedStep:
-    """A function that takes the next training step on one batch and returns its metrics.
+    """Each call does one more training step on the same batch and returns its metrics.
 
-    `program` is the compiled step, `memory` its `program_memory` in bytes.
+    `program` is the compiled step, and `memory` the result of `program_memory` for it.
     """
 
     def __init__(self, config: Config, batch=None, folder: Path | None = None):
         """Compiles for all devices of all processes, on the mesh of the configuration.
 
-        `batch` defaults to random tokens. The state is that of the newest checkpoint in `folder`,
-        or new without `folder`. Raises `UserError` if the checkpoint cannot be read.
+        `batch` defaults to random tokens. The state comes from the newest checkpoint in `folder`,
+        or is random if `folder` is None. Raises `UserError` if there is no checkpoint.
         """
         config = fill_mesh(config, jax.device_count())
         self._mesh = make_mesh(config, jax.devices())
@@ -53,7 +53,7 @@ class RepeatedStep:
                 self._state, *_ = checkpoints.restore(checkpoints.find("newest"), like)
             else:
                 self._state = new_state(config, like)
-            # Training compiles the same program, so the compilation cache may have it.
+            # If the model was trained on this machine, the compilation cache has this program.
             self.program = step.lower(self._state, self._batch).compile()
         self.memory = program_memory(self._state, self.program)
 
@@ -64,7 +64,7 @@ class RepeatedStep:
 
 
 def seconds_in_turn(steps: Mapping[str, Callable], rounds=ROUNDS):
-    """Returns `{name: median seconds}` of several steps, which are functions without arguments."""
+    """Returns `{name: median seconds}` of `steps`, `{name: function without arguments}`."""
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     seconds = {name: [] for name in steps}
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""Requests to stop a training run: SIGTERM, sent before a machine is taken away, and Ctrl-C."""
+"""Requests to stop a training run: SIGTERM, for example before a preemption, and Ctrl-C."""
 
 import os
 import signal
@@ -11,11 +11,11 @@ from aoe_jax.errors import Interrupted, Preempted, Terminated
 
 
 class StopRequests:
-    """Records the first SIGTERM or SIGINT; the run checks for it between steps. A second one ends
-    the process at once, with the status that shells use.
+    """Records the first SIGTERM or SIGINT, which the run checks between steps. A second signal ends
+    the process at once, with exit status 143 (SIGTERM) or 130 (SIGINT).
 
-    Once `jax.distributed` has started, JAX handles a SIGTERM to any process and stops all processes
-    at the same step; further SIGTERMs then do nothing.
+    Once `jax.distributed` has started, JAX handles a SIGTERM to any process: all processes stop at
+    the same step, and further SIGTERMs have no effect.
     """
 
     def __init__(self):
@@ -33,12 +33,12 @@ class StopRequests:
         self._signal = number
 
     def asked(self):
-        """Whether to stop now; all processes must call it at the same places of the program."""
+        """Whether to stop now. All processes must call it equally often, after the same steps."""
         if not jax.distributed.is_initialized():
             return self._signal is not None
         if self._signal is not None and not self._is_told:
             self._is_told = True
-            os.kill(os.getpid(), signal.SIGTERM)  # JAX handles it, and tells the other processes
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX's handler notifies the other processes
         self._questions += 1
         is_asked = multihost_utils.reached_preemption_sync_point(self._questions)
         if is_asked and self._signal is None:

@@ -20,7 +20,7 @@ from aoe_jax.training.step import sequence_nll
 
 
 def perplexity(nll):
-    """`exp(nll)`, or infinity if that overflows."""
+    """`exp(nll)`, or infinity if the exponential overflows."""
     with np.errstate(over="ignore"):
         return float(np.exp(nll))
 
@@ -29,10 +29,10 @@ def perplexity(nll):
 class Evaluation:
     """The evaluation of a split and, if it has several sources, of each source."""
 
-    nll_sum: float  # nats
+    nll_sum: float  # nats, summed over `tokens` targets
     tokens: int
     text_bytes: int  # length of the text in UTF-8
-    stats: LayerStats  # stacked over layers, mean over tokens
+    stats: LayerStats  # stacked over layers, averaged over tokens
     sources: dict[str, "Evaluation"] = field(default_factory=dict)  # empty for a single source
 
     @property
@@ -46,18 +46,18 @@ class Evaluation:
 
     @property
     def bits_per_byte(self):
-        """Bits per byte of text, which can be compared between models of different vocabularies."""
+        """Bits per byte of text; comparable between models with different vocabularies."""
         return self.nll_sum / math.log(2) / self.text_bytes
 
     def metrics(self):
-        """`nll` and `bits_per_byte`; with several sources, also each `NAME/SOURCE`."""
+        """`nll` and `bits_per_byte`; with several sources also `nll/SOURCE` and so on for each."""
         found = {"nll": self.nll, "bits_per_byte": self.bits_per_byte}
         for source, result in self.sources.items():
             found |= {f"{name}/{source}": value for name, value in result.metrics().items()}
         return found
 
     def in_words(self):
-        """The scores over all sources."""
+        """The nll, perplexity and bits per byte over all sources, as text."""
         scores = f"nll {self.nll:.4f} | perplexity {self.perplexity:.2f}"
         return f"{scores} | bits per byte {self.bits_per_byte:.4f}"
 
@@ -67,7 +67,7 @@ class Evaluation:
 
 
 def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
-    """A jitted `(params, routing_state, batch) -> (nll sum, tokens, stats)`, replicated."""
+    """A jitted `(params, routing_state, batch) -> (nll sum, tokens, stats)`, all replicated."""
     decoder = decoder.clone(balance=dataclasses.replace(decoder.balance, aux_tokens=1.0))
 
     def eval_step(params, routing_state, batch):
@@ -78,12 +78,12 @@ def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
 
 
 def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put, progress=False):
-    """The `Evaluation` of a split with `stores` `{source: store}`; every token counts once.
+    """Evaluates a split, whose token stores are `{source: store}`; every token counts once.
 
-    `score(batch)` is a `compile_eval_step` with bound parameters and routing state. Batches have
-    `batch_size` windows of `seq_len` tokens; `put` moves them from the host to the devices.
+    `score(batch)` calls the function of `compile_eval_step` with parameters and routing state.
+    `put(batch)` moves a host batch, `batch_size` windows of `seq_len` tokens, to the devices.
     """
-    sources, hidden = {}, None if progress else True  # None: hidden if stderr is no terminal
+    sources, hidden = {}, None if progress else True  # None: tqdm shows bars only on a terminal
     for name, store in stores.items():
         batches = eval_batches(store, seq_len, batch_size)
         total = math.ceil((len(store) - 1) / (seq_len * batch_size))
@@ -100,7 +100,7 @@ def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put, 
 
 
 def evaluate_batches(score, batches: Iterable[dict], put, text_bytes=0):
-    """The `Evaluation` of host batches; the other arguments are those of `evaluate`."""
+    """The `Evaluation` of host batches. `score` and `put` are the functions of `evaluate`."""
     total = None
     for batch in batches:
         nll, tokens, stats = jax.device_get(score(put(batch)))

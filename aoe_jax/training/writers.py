@@ -1,9 +1,9 @@
 """Writers of a run's metrics: `metrics.jsonl`, TensorBoard, a progress bar, Weights & Biases.
 
-`write(step, group, scalars, layers, experts)` takes the metrics of one step: `group` is `train` or
-`validation`, `scalars` maps names to numbers, `layers` names to arrays `[L]`, and `experts` names
-to arrays `[L, n]` (L layers, n experts). Only TensorBoard writes `experts`, as histograms.
-`close()` writes all that is not written yet.
+`write(step, group, scalars, layers, experts)` writes the metrics of one step. `group` is `train` or
+`validation`; `scalars` is `{name: number}`, `layers` is `{name: array [L]}`, and `experts` is
+`{name: array [L, n]}` for L layers and n experts. Only TensorBoard writes `experts`, as histograms.
+`close()` writes buffered metrics and closes the files.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from aoe_jax.errors import UserError
 from aoe_jax.storage.files import TEXT, finite, read_json, write_json
 
-# tensorboardX imports PyTorch if it is installed, which takes seconds and is not needed here.
+# tensorboardX would import PyTorch, which takes seconds and is not needed for these events.
 _has_torch = sys.modules.setdefault("torch", None)
 try:
     from tensorboardX.event_file_writer import EventsWriter
@@ -41,15 +41,15 @@ log = logging.getLogger(__name__)
 class JsonLines:
     """Writes one JSON object per line, with null for numbers that are not finite.
 
-    A written line survives a kill of the process; lines that cannot be written are kept for the
-    next write.
+    A written line is not lost if the process is killed. Lines that cannot be written stay in memory
+    until the next write.
     """
 
     name = "metrics.jsonl"
 
     def __init__(self, path: Path, size: int):
-        """Keeps the first `size` bytes, the lines up to a checkpoint, and drops later lines. Raises
-        `UserError` if some of these bytes are lost.
+        """Keeps the first `size` bytes, the lines up to a checkpoint, and deletes later lines.
+        Raises `UserError` if no line of the file ends at byte `size`.
         """
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         there = self._file.seek(0, os.SEEK_END)
@@ -73,7 +73,7 @@ class JsonLines:
         self._flush()
 
     def _flush(self):
-        if self._failed:  # the previous write may have left half a line
+        if self._failed:  # deletes a part of a line that the previous write may have left
             self._file.truncate(self._size)
         self._failed = True
         written = self._file.write(self._unwritten)
@@ -93,14 +93,14 @@ class JsonLines:
 
 
 def _shortest(values):
-    """The values as numbers with only the digits that identify a float32."""
+    """Returns a list of numbers that print with only the digits that identify a float32."""
     if np.issubdtype(values.dtype, np.integer):
         return values.tolist()
     return [float(str(value)) for value in values.astype(np.float32)]
 
 
 def _tags(group, scalars, layers):
-    """`{name of a chart: number}`."""
+    """Returns `{name of a chart: number}`."""
     tags = {f"{group}/{name.removeprefix(group + '_')}": value for name, value in scalars.items()}
     for name, values in layers.items():
         for layer, value in enumerate(values.tolist()):
@@ -109,7 +109,7 @@ def _tags(group, scalars, layers):
 
 
 class TensorBoard:
-    """Writes event files. The first event hides later steps that a killed run has written."""
+    """Writes event files. The first event makes TensorBoard hide later steps of a killed run."""
 
     name = "tensorboard/"
 
@@ -125,7 +125,7 @@ class TensorBoard:
         self._events.flush()
 
     def write(self, step, group, scalars, layers, experts):
-        # One event for all values takes a tenth of the time of one event per value.
+        # Writing all values as one event takes a tenth of the time of one event per value.
         values = [
             Summary.Value(tag=tag, simple_value=value)
             for tag, value in _tags(group, scalars, layers).items()
@@ -163,10 +163,10 @@ class Bar:
 
 
 class Wandb:
-    """A run at Weights & Biases, which continues under the id in `wandb.json`.
+    """A run at Weights & Biases. `wandb.json` stores its id, so a continued run keeps the id.
 
-    Raises `UserError` if Weights & Biases refuses, for example without a login, and
-    `ConnectionError` if it cannot be reached. After a kill, a run sends some steps again.
+    Raises `UserError` if Weights & Biases refuses the run, for example without a login, and
+    `ConnectionError` if it cannot be reached. After a kill, a run sends some steps a second time.
     """
 
     name = "wandb"
@@ -185,7 +185,7 @@ class Wandb:
                 name=workdir.absolute().name,
                 dir=str(workdir),
                 config=config,
-                # wandb must leave stdout alone; `wandb sync` uploads what the timeout cut off
+                # wandb must not capture stdout. `wandb sync` uploads what exceeds the timeout.
                 settings=wandb.Settings(console="off", finish_timeout=60.0),
             )
         except wandb.Error as e:

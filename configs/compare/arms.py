@@ -1,6 +1,6 @@
-"""The arms that most suites have.
+"""The arms that most suites share.
 
-A size sets `d_ffn` of a traditional expert, and all arms have the total parameters of that MoE.
+A size sets `d_ffn` of an MoE expert. All other arms have the same total parameters as this MoE.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ BALANCE = {
     "free": ("loss-free", {"aux_weight": 0.0, "bias_rate": BIAS_RATE}),
     "none": ("no balancing", {"aux_weight": 0.0, "bias_rate": 0.0}),
 }
-# A router computes L_aux from all tokens for free; for AoE the suite's base sets the share.
+# A router scores all tokens anyway, so L_aux uses them all. AoE uses the fraction of the suite.
 ALL_TOKENS = {"aux_tokens": 1.0}
 
 
@@ -24,7 +24,7 @@ def moe(balance):
 
 
 def capacity(factor):
-    """Returns a router MoE with L_aux and the capacity of GShard and Switch, which drops tokens."""
+    """Returns a router MoE with L_aux and a capacity like GShard and Switch, which drops tokens."""
     label, fields = BALANCE["aux"]
     routing = {"name": "capacity", "capacity_factor": factor}
     balance = fields | ALL_TOKENS
@@ -35,7 +35,7 @@ def capacity(factor):
 def low_rank_moe(divisor, field):
     """Returns an ablation of the paper's Table 2, with L_aux and rank `d_model / divisor`.
 
-    `field` is factorised_gate or large_router. The parameters of a large router are additional.
+    `field` is factorised_gate or large_router. An arm with a large router has more parameters.
     """
     label, fields = BALANCE["aux"]
 
@@ -63,7 +63,7 @@ def aoe(divisor, balance):
 
 
 def whole_aoe(score_neurons, balance, score="norm"):
-    """Returns AoE with whole gates, whose first `score_neurons` pre-activations score experts."""
+    """Returns AoE with whole gates. Scores use their first `score_neurons` pre-activations."""
     label, fields = BALANCE[balance]
     experts = {"kind": "aoe", "score_neurons": score_neurons, "score": score}
     name = f"AoE of whole gates, {score} of {score_neurons}, {label}"
@@ -71,7 +71,7 @@ def whole_aoe(score_neurons, balance, score="norm"):
 
 
 def varied(arm, **groups):
-    """Returns an arm with further changes, `group={field: value}`, which its label names."""
+    """Returns an arm with more changes `group={field: value}`, and adds them to its label."""
 
     def changes(config):
         found = dict(arm.changes_of(config))
@@ -85,25 +85,25 @@ def varied(arm, **groups):
 
 
 def at_learning_rate(rate, arm):
-    """Returns an arm with another peak learning rate, which decays to a 25th of the peak."""
+    """Returns an arm with the peak learning rate `rate`. It decays to 1/25 of the peak."""
     train = {"learning_rate": rate, "final_learning_rate": rate / 25}
     return replace(varied(arm, train=train), label=arm.label)
 
 
 def weights_over_all(arm):
-    """Returns an arm with the softmax over all experts as weights.
+    """Returns an arm whose expert weights are the softmax over all experts, not only the top k.
 
-    Switch and the code that AoE's authors released have these weights.
+    Switch and the code that AoE's authors released use these weights.
     """
     routing = {"name": "top_k", "norm_topk_prob": False}
     return replace(varied(arm, routing=routing), label=f"{arm.label}, weights over all")
 
 
 def other_router(arm, name):
-    """Returns an arm with top_p or expert_choice, balanced as in `configs/paper.py`."""
+    """Returns an arm with top_p or expert_choice and the balance settings of `configs/paper.py`."""
     label, fields = {
         "top_p": ("top-p", {"aux_weight": AUX_WEIGHT, "entropy_weight": 1e-4}),
-        # Experts choose among later tokens too, so its losses cannot be compared with other arms'.
+        # The routing of a token depends on later tokens, so its loss is not comparable to others.
         "expert_choice": (
             "expert choice (not causal)",
             {"aux_weight": 0.0, "entropy_weight": 0.0},
@@ -128,5 +128,5 @@ def _dense_changes(width):
 
 
 DENSE = Arm("dense", _dense_changes("n_experts"))
-# It has the active parameters of the MoE, and so about its FLOPs, but fewer parameters in total.
+# Its number of parameters is that of the MoE's active ones, so it has about the FLOPs of the MoE.
 DENSE_ACTIVE = Arm("dense, active parameters of the MoE", _dense_changes("top_k"), matched=False)

@@ -1,14 +1,14 @@
-"""AoE with whole gates, AoE as published and the MoE at four sizes, 14 core-hours:
+"""Compares AoE with whole gates, AoE as published and the MoE at four sizes, in 14 core-hours:
 `--suite=configs/compare/confirm.py`.
 
-Every size sees 20 tokens for each active parameter: 0.22, 0.8, 2.2 and 5.4 epochs of the embedded
-corpus. `screen.py` tries four scoring rates, and each arm has the rate with the lowest mean loss
-there: 0.1 for the published AoE, 0.3 for the other arms. Experts of `aoe_whole` have whole gates,
-and their score is the norm of 16 neurons; in `aoe_one` it is the value of one neuron. At 149k,
-seeds 0 to 2 repeat runs of `screen.py`; seeds 3 and 4 are new. All arms have the same best learning
-rate (`rates.py`); at larger sizes the rate is in inverse proportion to d_model. The larger two
-sizes leave out `aoe_one`. Arms without L_aux (`none`, and `free` with the loss-free bias) show how
-load balances without that loss.
+Every size is trained on 20 tokens per active parameter: 0.22, 0.8, 2.2 and 5.4 epochs of the
+embedded corpus. `screen.py` tries four scoring rates. Each arm here uses the rate with the lowest
+mean loss there: 0.1 for the published AoE, 0.3 for the other arms. Experts of `aoe_whole` have
+whole gates, and their score is the norm of 16 neurons. In `aoe_one` the score is the value of one
+neuron. At 149k, seeds 0 to 2 repeat runs of `screen.py`; seeds 3 and 4 are new. All arms have the
+same best learning rate (`rates.py`), which is scaled by 1 / d_model at larger sizes. The larger two
+sizes leave out `aoe_one`. Arms without L_aux show the load balance without that loss: `none` has no
+balancing at all, and `free` has the loss-free bias.
 """
 
 from aoe_jax.compare.suite import Size, Suite

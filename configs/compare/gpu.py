@@ -1,15 +1,15 @@
-"""The four arms of `confirm.py` with L_aux at 20M, 50M and 100M active parameters, for one GPU or
-more: `--suite=configs/compare/gpu.py --set=data.name=prepared --set=data.path=STORE`.
+"""Compares the arms of `confirm.py` with L_aux at 20M, 50M and 100M active parameters, on GPUs:
+`--suite=configs/compare/gpu.py --set=data.name=prepared --set=data.path=STORE`.
 
-Every size sees 20 tokens for each active parameter (0.4B, 1B and 2.1B tokens), so the embedded
-corpus is too small: STORE is a token store of `python -m aoe_jax.prepare`, with at most 32,000
-tokens in its vocabulary. The widths and ranks of the published AoE are multiples of 64, as the GPU
-kernel of all arms requires: its rank is near d/3, and its experts have at most 3% more parameters.
+Every size is trained on 20 tokens per active parameter (0.4B, 1B and 2.1B tokens). The embedded
+corpus is too small for that, so STORE is a token store of `python -m aoe_jax.prepare`, with a
+vocabulary of at most 32,000 tokens. The GPU kernel needs widths and ranks that are multiples of 64,
+so the published AoE has a rank near d/3 and experts with up to 3% more parameters.
 
-On one H100, `aoe_jax.plan` estimates 90 ms per step of whole gates at 20M and 250 ms at 100M, and
-4 and 67 minutes per run. The suite may be stopped at any time, for example by `timeout 600`, and
-the same command continues it. A run keeps its state after half of the training and at the end: 120
-GB in all.
+On one H100, `aoe_jax.plan` estimates for whole gates 90 ms per step and 4 minutes per run at 20M,
+and 250 ms and 67 minutes at 100M. You can stop the suite at any time, for example by `timeout 600`,
+and the same command continues it. A run keeps two checkpoints, of the middle and the end of the
+training; all runs together need 120 GB.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ SEQUENCES, LENGTH = 128, 1024
 
 
 def size_of(d_model, n_layers, active):
-    """Returns the changes of a size with that many active parameters."""
+    """Returns the changes of a size that has `active` active parameters."""
     tenth = round(TOKENS_PER_PARAMETER * active / (SEQUENCES * LENGTH) / 10)
     return {
         "model": {"n_layers": n_layers, "n_heads": d_model // 64, "d_model": d_model},
@@ -34,7 +34,7 @@ def size_of(d_model, n_layers, active):
 
 
 def published_aoe():
-    """Returns the published AoE of `confirm.py`, in shapes that GPU kernels take."""
+    """Returns the published AoE of `confirm.py`, in shapes that GPU kernels support."""
     arm = ARMS["aoe_d3"]
 
     def changes(config):
@@ -47,7 +47,7 @@ def published_aoe():
 
 def get_suite():
     base = paper.get_config("moe_aux")
-    base.balance.aux_tokens = 0.125  # for AoE; a router's L_aux uses all tokens
+    base.balance.aux_tokens = 0.125  # only for AoE, because arms with a router set it to 1
     base.model.max_len = LENGTH
     base.data.seq_len = LENGTH
     base.train.update(

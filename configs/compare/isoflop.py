@@ -1,10 +1,10 @@
-"""Loss over sizes at equal training FLOPs, two core-hours: `--suite=configs/compare/isoflop.py`.
+"""Compares losses at equal training FLOPs, in two core-hours: `--suite=configs/compare/isoflop.py`.
 
-The MoE spends 4e12 FLOPs at each of five sizes: few parameters and many tokens, or the reverse.
-That is 1.8 to 0.2 epochs of the embedded corpus. All arms of a size see the same tokens: AoE spends
-1.01x to 1.04x the MoE's FLOPs, and a dense model of equal active parameters spends the same as the
-MoE. A dense model of equal total parameters would have other FLOPs. At the middle size each arm has
-its best learning rate (`rates.py`); at other sizes the rate is in inverse proportion to d_model.
+The MoE is trained with 4e12 FLOPs at each of five sizes: a smaller model on more tokens, up to 1.8
+epochs of the embedded corpus, or a larger model on fewer tokens, down to 0.2 epochs. All arms of a
+size are trained on the same tokens. AoE uses 1.01x to 1.04x the FLOPs of the MoE, and a dense model
+of equal active parameters uses the same. At the middle size each arm has its best learning rate
+(`rates.py`). At other sizes this rate is scaled by 1 / d_model.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ BATCH_SIZE = 8
 
 
 def size_at(flops, *shape):
-    """Returns the changes of a size (d_model, layers, heads) with that many FLOPs for the MoE."""
+    """Returns the changes of a size (d_model, layers, heads) whose MoE uses `flops` FLOPs."""
     config = base_config()
     for group, values in size_of(*shape, BATCH_SIZE, 100).items():
         config[group].update(values)

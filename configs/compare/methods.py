@@ -1,12 +1,12 @@
-"""Methods of expert selection at the smallest size of `small.py`:
+"""Compares methods of expert selection at the smallest size of `small.py`:
 `--suite=configs/compare/methods.py`.
 
-Arms are the variants of `configs/methods.py`. Arms with AoE are compared to AoE with top-k, arms
-with a router to the router with top-k, and the router with top-k to AoE with top-k. All have the
-learning rate of `small.py`, the best for both AoE and the router; tuning each arm would take longer
-than all runs. Some arms have one expert per token: switch and smear have about half the expert
-FLOPs of the others, and thor, which processes every batch twice, has as many expert FLOPs as the
-others and twice their attention FLOPs.
+Arms are the variants of `configs/methods.py`. Each arm with AoE is compared to AoE with top-k, and
+each arm with a router to the router with top-k, which is compared to AoE with top-k. All arms use
+the learning rate of `small.py`, the best one for both AoE and the router with top-k, because tuning
+each arm would take longer than all runs. Some arms use only one expert per token: switch and smear
+have about half the expert FLOPs of the other arms. thor processes every batch twice, so it has as
+many expert FLOPs as the other arms and twice their attention FLOPs.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite, Sweep
@@ -49,7 +49,7 @@ def get_suite():
         arms={v: _arm(v) for v in methods.VARIANTS if v != "whole_gate"},
         sizes={"42k": Size(SMALLEST, seeds=3)},
         baseline="top_k",
-        # Step times for comparison with methods that use another number of experts per token.
+        # Step times of top-k with other K, for methods that use other numbers of experts per token.
         throughput={
             "chosen": Sweep(
                 "experts.top_k", (1, 2, 3, 4, 5, 6), SMALLEST, ("top_k", "top_k_router")

@@ -1,10 +1,11 @@
-"""The arms that `confirm.py` has at all sizes, with other settings:
+"""Compares the three main arms of `confirm.py` with other batch sizes and numbers of experts:
 `--suite=configs/compare/other.py`.
 
-The suite takes four core-hours, at the middle size of `small.py` and its learning rate. It has
-batches four times as large, 2 of 16 experts, and 8 of 64 and of 256 experts of a quarter of the
-width. AoE lacks the parameters of the router, 1.2% of all with 64 experts and 1.4% with 256. The
-report in `results/other` also has a second corpus, `manuals`.
+The suite takes four core-hours. It changes the middle size of `small.py` in four ways, at the same
+learning rate: batches that are four times as large, 2 of 16 experts, 8 of 64 experts, and 8 of 256
+experts. The last two have a quarter of the width. AoE has no router, so it has 1.2% fewer
+parameters than the MoE with 64 experts, and 1.4% fewer with 256. The report in `results/other` also
+has a second corpus, `manuals`.
 """
 
 from dataclasses import replace

@@ -1,34 +1,34 @@
-"""Tables 2, 3 and 5 of the paper, for a pod: `--suite=configs/compare/paper.py`; one seed, as in
-the paper.
+"""Repeats Tables 2, 3 and 5 of the paper on a TPU pod, with one seed as in the paper:
+`--suite=configs/compare/paper.py`.
 
-Arms are the variants of `configs/paper.py`. These commands tell whether an arm fits a slice:
+Arms are the variants of `configs/paper.py`. These commands estimate whether an arm fits on a slice:
 
     python -m aoe_jax.plan --config=configs/paper.py:aoe_r256_aux --topology=v5e:4x4 \
         --config.mesh.fsdp=16 --config.train.accumulate=32
     python -m aoe_jax.plan --config=configs/paper.py:aoe_4b --topology=v5e:16x16 \
         --config.mesh.fsdp=16 --config.train.accumulate=4
 
-A run keeps a checkpoint every 2000 steps, for the analysis of routing, and the newest three. In the
-end these are 13 checkpoints of 9 GB each, or 48 GB at 4B.
+A run keeps its newest three checkpoints and, for the analysis of routing, every 2000th step. At the
+end it has 13 checkpoints of 9 GB each; at 4B, of 48 GB each.
 
-The corpus and the mesh must be given: `--set=data.name=... --set=data.tokenizer=...
---set=mesh.fsdp=16`. On several hosts train each run by itself, `train.py --config=RUN.config.json
---workdir=RUN --distributed`, where RUN is `DIR/runs/SIZE/ARM/seed_0`: the suite's command writes
-this file. Started again after training, it analyses the routing of the runs and reports.
+Set the corpus and the mesh: `--set=data.name=... --set=data.tokenizer=... --set=mesh.fsdp=16`. To
+use several hosts, first start the command of the suite, which writes `RUN.config.json` for each run
+RUN, `DIR/runs/SIZE/ARM/seed_0`. Then train each run with `train.py --config=RUN.config.json
+--workdir=RUN --distributed`. At last the command of the suite analyses the runs and reports.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite
 from configs import paper
 
-# The large router adds n r d parameters, 2.6% of all.
+# The large router adds n r d parameters, which are 2.6% of all parameters.
 UNMATCHED = ("moe_aux_large_router",)
 
-# Arms without L_aux are compared to each other, and so are arms with top-p.
+# AoE without L_aux is compared to the MoE without L_aux, and AoE with top-p to the MoE with top-p.
 REFERENCES = {"aoe_top_p": "moe_top_p"} | {f"aoe_r{rank}": "moe" for rank in paper.RANKS}
 
 
 def _changes(variant):
-    merged = {}  # without LARGE, which belongs to the size
+    merged = {}  # excludes `LARGE`, which the size "4B" sets
     for change in paper.VARIANTS[variant]:
         if change is not paper.LARGE:
             for group, values in change.items():

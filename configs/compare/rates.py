@@ -1,11 +1,11 @@
-"""Four learning rates for each arm of `small.py`, `confirm.py` and `isoflop.py`, an hour:
+"""Tries four learning rates for each arm of `small.py`, `confirm.py` and `isoflop.py`, in an hour:
 `--suite=configs/compare/rates.py`.
 
-Runs are short, 420 steps at the smallest size and 400 at the middle one of `isoflop.py`, with one
-seed that those suites do not use. A search over the same rates, at the commit that
-`results/README.md` names, chose the rates in those suites: 0.02 for all arms of `confirm.py`; in
-`small.py` 0.04 for `moe_free` and `dense`, 0.02 for the others; in `isoflop.py` 0.02 for the MoE,
-0.01 for the others.
+Runs are short: 420 steps at the smallest size, and 400 steps at the middle size of `isoflop.py`.
+Their seed is not used in the other suites. An earlier search over the same rates, at the commit
+that `results/README.md` names, selected the rates of those suites. All arms of `confirm.py` have
+0.02. In `small.py`, `moe_free` and `dense` have 0.04, and the other arms 0.02. In `isoflop.py`, the
+MoE has 0.02, and the other arms 0.01.
 """
 
 from dataclasses import replace

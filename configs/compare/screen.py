@@ -1,15 +1,15 @@
-"""A screening of AoE variants at the middle size of `small.py`, five core-hours:
+"""Compares many variants of AoE at the middle size of `small.py`, in five core-hours:
 `--suite=configs/compare/screen.py`.
 
-Names say how an arm's experts are scored: by their low-rank activation (`d3`, the paper), or by
-`score_neurons` gate pre-activations of whole gates (`whole16`: 16). All arms have L_aux and the
-learning rate that `small.py` gives MoE and AoE at this size. AoE and the MoE are both tried with
-other scoring rates and with a longer warm-up.
+The name of an arm says from which activations scores are computed: from low-rank activations, as in
+the paper (`d3`), or from the first pre-activations of whole gates (`whole16`: the first 16). All
+arms have L_aux, and the learning rate of MoE and AoE in `small.py` at this size. Both AoE and the
+MoE are also trained with other scoring rates and with a longer warm-up.
 
-The report in `results/screen` has four more arms: the norm of rectified activations (`relu_norm`),
-norms with a learned scale and shift or a learned offset for each expert (`scaled_norm`,
-`offset_norm`), and gates that send no gradient to the neurons that score. None lowered the loss, so
-these options were removed; commit f86e4c6 has them.
+The report in `results/screen` has four more arms: scores that are norms of rectified activations
+(`relu_norm`), norms with a learned scale and shift or a learned offset per expert (`scaled_norm`,
+`offset_norm`), and gates without a gradient to the neurons that compute scores. None of the four
+lowered the loss, so their code was removed; commit f86e4c6 has it.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite
@@ -20,12 +20,12 @@ RATES = (0.1, 0.3, 3.0)
 
 
 def with_rates(name, arm):
-    """Returns `{name: arm}` of the arm with each of `RATES`."""
+    """Returns `{name: arm}`: copies of an arm, one with each scoring rate of `RATES`."""
     return {f"{name}_rate{rate:g}": varied(arm, train={"scoring_rate": rate}) for rate in RATES}
 
 
 def routing_neurons(count):
-    """Returns Union-of-Experts-style layers with few routing neurons."""
+    """Returns an arm with layers in the style of Union-of-Experts and `count` routing neurons."""
     routing = {"name": "uoe", "routing_neurons": count}
     changes = {"experts": {"kind": "uoe"}, "routing": routing}
     return Arm(f"AoE of routing neurons (UoE-style), {count}", changes)

@@ -1,10 +1,10 @@
-"""AoE against MoE and dense at three sizes, about 8 core-hours: `--suite=configs/compare/small.py`.
+"""Compares AoE, MoE and dense at three sizes, in 8 core-hours: `--suite=configs/compare/small.py`.
 
-The MoE and AoE arms have 42k, 149k and 418k active parameters without embeddings. Every size sees
-20 tokens for each active parameter: 0.22, 0.8 and 2.2 epochs of the embedded corpus. Dense arms
-have all parameters active, 3.2 times as many, and see the same tokens. At the smallest size, which
-also has two arms without balancing, each arm has its best learning rate (`rates.py`). At other
-sizes the rate is in inverse proportion to d_model.
+The MoE and AoE arms have 42k, 149k and 418k active parameters without embeddings. Every size is
+trained on 20 tokens per active parameter: 0.22, 0.8 and 2.2 epochs of the embedded corpus. The
+dense arm has the same total parameters, so 3.2 times as many active ones, and the same tokens. Each
+arm has its best learning rate (`rates.py`) at the smallest size; at larger sizes this rate is
+scaled by 1 / d_model. Only the smallest size has the two arms without balancing.
 """
 
 from aoe_jax.compare.suite import Size, Suite
@@ -46,9 +46,7 @@ LARGEST = size_of(72, 5, 4, batch_size=8, steps=4100)
 
 
 def wider(changes, seeds, arms):
-    """Returns a `Size` whose learning rates are those of `SMALLEST` in inverse proportion to
-    d_model.
-    """
+    """Returns a `Size` whose learning rates are those of `SMALLEST`, scaled by 1 / d_model."""
     rate_factor = SMALLEST["model"]["d_model"] / changes["model"]["d_model"]
     return Size(changes, seeds, arms, rate_factor)
 
@@ -56,7 +54,7 @@ def wider(changes, seeds, arms):
 def base_config():
     """Returns the configuration that all runs share."""
     base = tiny.get_config()
-    base.model.vocab_size = 1024  # small embeddings for so few parameters, and more tokens
+    base.model.vocab_size = 1024  # keeps the embeddings small, and splits the text into more tokens
     base.train.update(learning_rate=2e-2, final_learning_rate=8e-4, log_every=10)
     return base
 

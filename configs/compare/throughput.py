@@ -1,9 +1,9 @@
-"""Cost of a training step against experts, K, r and tokens:
+"""Measures the time of a training step for several numbers of experts, K, ranks and batch sizes:
 `--suite=configs/compare/throughput.py`.
 
 The suite compares AoE, the dropless MoE of equal total parameters, and dense models of equal total
-and of equal active parameters. It trains nothing. It times steps of two layers of d=192, which
-takes about an hour on two CPU cores.
+and of equal active parameters. The models have two layers of d=192, and are not trained further.
+The suite takes about an hour on two CPU cores.
 """
 
 from dataclasses import replace

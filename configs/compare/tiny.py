@@ -1,7 +1,7 @@
-"""The smoke test of comparisons, minutes on two CPU cores: `--suite=configs/compare/tiny.py`.
+"""A test of the comparison itself, in minutes on two CPU cores: `--suite=configs/compare/tiny.py`.
 
-It trains two sizes with two seeds on the embedded corpus, and times steps of the smaller size
-against the number of experts. Training is far too short to say which arm is better.
+It trains two sizes with two seeds on the embedded corpus, and measures step times of the smaller
+size with 4, 8 and 16 experts. Training is far too short to show which arm is better.
 """
 
 from aoe_jax.compare.suite import Size, Suite, Sweep

@@ -1,10 +1,10 @@
-"""Other MoE layers, other routers and the paper's ablations at the middle size of `small.py`, about
-four core-hours: `--suite=configs/compare/variants.py`.
+"""Compares variants of MoE and AoE at the middle size of `small.py`, in about four core-hours:
+`--suite=configs/compare/variants.py`.
 
-The suite compares the dropless MoE and AoE to an MoE with the capacity of Switch and GShard, the
-ablations of the paper's Table 2, weights over all experts, and the routers of Table 3. AoE with a
-variant is compared to the MoE with the same variant. All arms have the learning rate that
-`small.py` gives the MoE and AoE with L_aux at this size.
+The arms are the dropless MoE and AoE, MoEs with a capacity as in Switch and GShard, ablations of
+the paper's Table 2, expert weights from the softmax over all experts, and the routing methods of
+the paper's Table 3. AoE with top-p or with weights over all experts is compared to the MoE with the
+same change. All arms have the learning rate of MoE and AoE with L_aux in `small.py` at this size.
 """
 
 from dataclasses import replace
