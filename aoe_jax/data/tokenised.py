@@ -50,7 +50,7 @@ def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
         if source.name == "prepared":
             path = paths[source.label]
             if is_remote(path):
-                token_store.read_manifest(path)  # raises `UserError` before the copy if the store is incomplete
+                token_store.read_manifest(path)  # raises before the copy
             directories[source.label] = local_copy(path, cache)
     if directories:
         tokenizer = _shared_tokenizer(list(directories.values()), tokenizer, vocab_size)
