@@ -145,7 +145,7 @@ def together():
     statuses = gathered(status_of(problem) if problem else 0)
     worst = max(statuses)
     if worst and len(statuses) > 1:
-        # Other processes may still need the exchange, whose service process 0 runs, so this waits.
+        # Other processes may still read the statuses from the service that process 0 runs.
         time.sleep(_END_DELAY if jax.process_index() else 1.5 * _END_DELAY)
     if worst and statuses[jax.process_index()] == worst:
         raise problem

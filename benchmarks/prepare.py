@@ -77,7 +77,7 @@ def llama_model():
 
 
 def rates(repeats, vocab_size, count):
-    """Returns the speeds of preparation and library for each tokenizer, on one core."""
+    """Returns MB of text per second and core: of preparation, and of the library alone."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     figures, documents = [], list(itertools.islice(texts(), count))

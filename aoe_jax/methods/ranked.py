@@ -9,7 +9,7 @@ from aoe_jax.moe.routing import FixedK, best_experts, by_token
 
 
 def ranked(scores, ranks, bias=None):
-    """Routes each token to the experts whose `scores [T, n]` have these ranks; `P = T len(ranks)`.
+    """Routes tokens to the experts whose `scores [T, n]` have these ranks; `T len(ranks)` slots.
 
     `ranks` are different numbers from 0, the highest score, to n - 1; in ties the lower expert
     number is first. Weights are the softmax over the chosen scores, so a single expert

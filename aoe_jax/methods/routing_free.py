@@ -13,10 +13,10 @@ So the mean number of experts per token and layer approaches K = `experts.top_k`
 
 The method follows the paper. Two details come from the authors' code: G below theta counts as 0 in
 the losses, and lambda is at most 1. The factor that their code learns for each score is left out.
-AoE with this router is the published method except for its initialisation: norms start near
-sqrt(r). Each micro-batch has its own mean_t(G). A router's logits instead of norms are this
-project's addition. Logits are around 0, so start with b below 0: else few pairs are active, and an
-expert that is never active has no gradient and stays inactive.
+AoE with this router is the published method, except that AoE's initialisation makes the norms start
+near sqrt(r), where r is the rank of the gates. Each micro-batch has its own mean_t(G). A router's
+logits instead of norms are this project's addition. Logits are around 0, so start with b below 0:
+else few pairs are active, and an expert that is never active has no gradient and stays inactive.
 
 The method is causal and needs n slots per token.
 """

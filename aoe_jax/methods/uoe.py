@@ -5,10 +5,11 @@ The first s neurons of every expert are its routing neurons. Every expert comput
 token:
 
     a_i = SiLU(x W_gate_i[:, :s]) * (x W_up_i[:, :s]),   score_i = ||a_i||
-    y   = sum over all i of a_i W_down_i[:s]  +  sum over the chosen i of w_i (the rest of expert i)
+    y   = sum over all i of a_i W_down_i[:s]  +  sum over the chosen i of w_i rest_i(x)
 
-The sum of the routing neurons' outputs is a virtual shared expert. There is no router and no
-factorised gate; an expert has as many parameters as a traditional one. The layer is causal.
+rest_i(x) is the output of the other neurons of expert i. The sum of the routing neurons' outputs is
+a virtual shared expert. There is no router and no factorised gate; an expert has as many parameters
+as a traditional one. The layer is causal.
 
 Only abstracts and reviews of the paper were available. They describe routing neurons, the L2 norm
 of their activation (a review mentions SiLU), top-K, the virtual shared expert, and
@@ -71,7 +72,7 @@ def routing_neurons(layer, devices, x, weights):
 
 @dataclass(frozen=True)
 class UoE(Method):
-    """Whole experts; the score of each is computed from its first neurons."""
+    """Scores each expert by the norm of its first activations; gates are not factorised."""
 
     name = "uoe"
 

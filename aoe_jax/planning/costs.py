@@ -178,7 +178,7 @@ class Program:
 
     def _group_size(self, i):
         if i.collective == "collective-permute":
-            return math.inf  # a device receives all bytes of one other device
+            return math.inf  # a device receives all bytes that one device sends
         if sizes := i.attribute(r"replica_groups=\[([\d,]+)\]"):  # [groups, devices per group]
             return int(sizes.split(",")[-1])
         if group := i.attribute(r"replica_groups=\{\{([\d,]+)\}"):

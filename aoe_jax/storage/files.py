@@ -182,7 +182,7 @@ def make_folder(folder: Path, flag: str):
 
 
 def write_or_refuse(folder, flag, write):
-    """Calls `write` like `patiently`. Raises `UserError` if only the user can correct the error."""
+    """Calls `write`, also again after faults. Raises `UserError` if only the user can mend it."""
 
     def attempt():
         try:

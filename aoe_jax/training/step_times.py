@@ -23,7 +23,7 @@ STEPS = 3  # per arm and round; the first is not timed, because it fills the pro
 
 
 def random_batch(config: Config):
-    """A host batch of random tokens."""
+    """A global batch of random tokens, as NumPy arrays."""
     shape = (config.train.batch_size, config.data.seq_len)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, *shape), np.int32)
     batch = {"inputs": tokens[0], "targets": tokens[1], "segment_ids": np.ones(shape, np.int32)}

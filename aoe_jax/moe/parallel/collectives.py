@@ -173,7 +173,7 @@ class Devices:
             )
 
     def whole_sequences(self, values):
-        """The whole sequences of this device's tokens: `[T, ...]` -> `[B, S, ...]`."""
+        """Gathers whole sequences over the tensor axis: `[T, ...]` -> `[B, S, ...]`."""
         self.check_sequences()
         return self.gather(values.reshape(-1, self.shape[-1], *values.shape[1:]), "tensor", 1)
 
