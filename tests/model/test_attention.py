@@ -51,7 +51,7 @@ def check(got, want, args, cotangent, documents, tolerance):
     got = value_and_gradients(got, args, cotangent, documents)
     assert {a.dtype for a in got} == {cotangent.dtype}
     args, cotangent = jax.tree.map(
-        lambda a: a.astype(jnp.promote_types(a, "f4")), (args, cotangent)
+        lambda a: a.astype(jnp.promote_types(a.dtype, "f4")), (args, cotangent)
     )
     assert_close(got, value_and_gradients(want, args, cotangent, documents), tolerance)
 
