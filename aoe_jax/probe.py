@@ -1,4 +1,4 @@
-"""Evaluates a router MoE whose experts are selected by activation norms, not by the router.
+"""Evaluates a router MoE whose experts are chosen by norms, not by the router.
 
     python -m aoe_jax.probe --checkpoint=DIR [--text=FILE]
 
