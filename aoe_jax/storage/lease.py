@@ -1,8 +1,7 @@
 """Leases: at most one process owns a folder on a disk, on a network disk or in an object store.
 
 The owner renews the file `owner.lease`. Another process takes the folder over if the file does not
-change for `STALE` seconds by its own clock, or, on a disk, at once if the owner was a process of
-the same host that has ended.
+change for `STALE` seconds, or at once if the owner was a process of this host that has ended.
 """
 
 import contextlib
@@ -32,57 +31,54 @@ _FIELD = re.compile(r"^(token|host|pid|renewed)=([!-~]{1,255})$", re.MULTILINE)
 
 @contextlib.contextmanager
 def leased(folder: Path, flag: str, take_over=False):
-    """A context that owns a folder. Yields the lease; call its `check` before files are replaced.
-    Makes a missing folder, and removes it at the end if it is empty. If there is another owner and
-    no `take_over`, waits until its lease is stale, or raises `InUse` when it is renewed.
+    """A context that owns a folder, and makes it if it is missing. Yields the lease; call its
+    `check` before files are replaced. If there is another owner and no `take_over`, waits until its
+    lease is stale, or raises `InUse` when it is renewed.
     """
-    is_new = make_folder(folder, flag) and not is_remote(folder)
+    make_folder(folder, flag)
     lease = (_InStore if is_remote(folder) else _OnDisk)(folder)
-    seen, since, waited = None, time.monotonic(), 0.0
     try:
-        while not write_or_refuse(folder, flag, lambda: lease.take(take_over, waited)):
-            found = write_or_refuse(folder, flag, lambda: _read(folder))
-            if found and not seen:
-                seen, since = found, time.monotonic()
-                wanted = "this process takes over if it does not renew its lease"
-                log.warning(f"{folder} belongs to {_owner(seen)}; {wanted}")
-            elif found and found != seen:
-                raise InUse(
-                    f"--{flag}={folder} is in use by {_owner(found)}. It may still be saving: "
-                    f"start again once it has ended, use another --{flag}, or end it"
-                )
-            waited = time.monotonic() - since  # seconds in which the file is known to be unchanged
-            time.sleep(RENEW / 10)
-        if seen:
-            log.warning(f"{folder} was taken over from {_owner(seen)}")
+        write_or_refuse(folder, flag, lambda: _acquire(lease, flag, take_over))
         yield lease
     finally:
         lease.release()
-        if is_new:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
 
 
-def token_of(folder: Path) -> str | None:
-    """The token of the lease file, which identifies the owner of a folder; None without a file."""
-    return (_read(folder) or {}).get("token")
+def _acquire(lease, flag, take_over):
+    folder, seen, since, waited = lease.folder, None, time.monotonic(), 0.0
+    while not lease.take(take_over, waited):
+        found = owner_of(folder)
+        if found and not seen:
+            seen, since = found, time.monotonic()
+            wanted = "this process takes over if it does not renew its lease"
+            log.warning(f"{folder} belongs to {_name(seen)}; {wanted}")
+        elif found and found != seen:
+            wanted = f"end it, wait while it saves, or use another --{flag}"
+            raise InUse(f"--{flag}={folder} is in use by {_name(found)}; {wanted}")
+        waited = time.monotonic() - since
+        time.sleep(RENEW / 10)
+    if seen:
+        log.warning(f"{folder} was taken over from {_name(seen)}")
 
 
-def _read(folder):
-    """The fields of the lease file and, on a disk, its modification time; None if it is missing."""
+def owner_of(folder: Path) -> dict:
+    """The fields token, host and pid of the lease file; on a disk also `changed`, the time of the
+    last renewal. Empty if there is no file.
+    """
     with contextlib.suppress(FileNotFoundError):
         fields = _FIELD.findall(read_bytes(folder / NAME, 4096).decode("ascii", "replace"))
         changed = {} if is_remote(folder) else {"changed": os.stat(folder / NAME).st_mtime_ns}
         return dict(fields) | changed
+    return {}
 
 
-def _owner(found):
-    return f"process {found.get('pid', '?')} on {found.get('host', 'an unknown host')}"
+def _name(owner):
+    return f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}"
 
 
 class _OnDisk:
     def __init__(self, folder):
-        self._folder, self.token = folder, None
+        self.folder, self.token = folder, None
         settings = {"lease_duration": STALE, "heartbeat_interval": RENEW, "thread_local": False}
         self._lock = filelock.SoftFileLease(os.fspath(folder / NAME), **settings)
 
@@ -91,21 +87,21 @@ class _OnDisk:
         the lease file is missing or unreadable for `retry_seconds`.
         """
         for _ in range(2):  # a failing attempt to take over replaces the file for a moment
-            found = patiently(f"{self._folder} cannot be read", self._present)
+            found = patiently(f"{self.folder} cannot be read", self._present)
             if found.get("token") == self.token:
                 return
             time.sleep(_SETTLE)
-        raise UserError(f"{self._folder} was taken over by {_owner(found)}")
+        raise UserError(f"{self.folder} was taken over by {_name(found)}")
 
     def _present(self):
-        if (found := _read(self._folder)) is None:
-            raise OSError(errno.ESTALE, f"{self._folder / NAME} is gone; is its disk mounted?")
-        return found
+        if found := owner_of(self.folder):
+            return found
+        raise OSError(errno.ESTALE, f"{NAME} is gone; is its disk mounted?")
 
     def take(self, take_over, waited):
         # filelock itself takes over a stale lease, but not if it cannot parse the file.
         if take_over or waited > 2 * STALE:
-            (self._folder / NAME).unlink(missing_ok=True)
+            (self.folder / NAME).unlink(missing_ok=True)
         with contextlib.suppress(filelock.Timeout):
             self._lock.acquire(timeout=0)
             self.token = self._lock.token
@@ -118,7 +114,7 @@ class _OnDisk:
 
 class _InStore(_OnDisk):
     def __init__(self, folder):
-        self._folder, self.token, self._ended = folder, secrets.token_hex(16), threading.Event()
+        self.folder, self.token, self._ended = folder, secrets.token_hex(16), threading.Event()
         self._renewer = threading.Thread(target=self._renew, daemon=True, name="renews the lease")
 
     def _content(self):
@@ -126,23 +122,23 @@ class _InStore(_OnDisk):
         return f"{fields}renewed={time.monotonic()}\n".encode("ascii", "replace")
 
     def take(self, take_over, waited):
-        file = self._folder / NAME
+        file = self.folder / NAME
         if not create(file, self._content()) and (take_over or waited >= STALE):
             file.write_bytes(self._content())  # the last process to write becomes the owner
             time.sleep(_SETTLE)
-        if is_owner := token_of(self._folder) == self.token:
+        if is_owner := owner_of(self.folder).get("token") == self.token:
             self._renewer.start()
         return is_owner
 
     def _renew(self):
         while not self._ended.wait(RENEW):
             with contextlib.suppress(Exception):  # after an error, the next renewal may succeed
-                if token_of(self._folder) == self.token:
-                    (self._folder / NAME).write_bytes(self._content())
+                if owner_of(self.folder).get("token") == self.token:
+                    (self.folder / NAME).write_bytes(self._content())
 
     def release(self):
         self._ended.set()
         with contextlib.suppress(Exception):
             self._renewer.join(RENEW)  # otherwise the thread could write the file after its removal
-            if token_of(self._folder) == self.token:
-                (self._folder / NAME).unlink()
+            if owner_of(self.folder).get("token") == self.token:
+                (self.folder / NAME).unlink()

@@ -18,7 +18,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.storage import files
 from aoe_jax.storage.config_files import read_run_config
 from aoe_jax.storage.files import COUNT, NUMBER, TEXT, read_json, write_json
-from aoe_jax.storage.lease import leased, token_of
+from aoe_jax.storage.lease import leased, owner_of
 from aoe_jax.storage.paths import Mirror, is_remote, move, unused
 from aoe_jax.storage.retry import patiently
 from aoe_jax.training.checkpoint import DAMAGED, Checkpoints
@@ -67,7 +67,9 @@ class RunFolder:
             if is_main:
                 self._lease = held.enter_context(leased(workdir, "workdir", take_over))
         number = self._lease and _number(self._lease.token)
-        see_the_same(number, lambda: _number(token_of(workdir)), f"--workdir={workdir}")
+        see_the_same(
+            number, lambda: _number(owner_of(workdir).get("token")), f"--workdir={workdir}"
+        )
         with together():
             if is_main and (start_over or go_back is not None):
                 set_aside(workdir, go_back)
