@@ -233,7 +233,7 @@ def _check_tokens(x, token_weights):
 def _check_routing(routing, experts, balance, sizes, d_model):
     named = f"routing={routing!r}"
     if not isinstance(routing, Method) or routing.name in LAYERS:
-        raise ValueError(f"{named}: take a router, such as TopP() of aoe_jax.moe.routing")
+        raise ValueError(f"{named}: take a router, such as TopP() of aoe_jax.methods.top_p")
     if state_shapes(routing, experts, balance, d_model):
         wanted = "it has a state that training updates; use aoe_jax.ExpertsLayer"
         raise ValueError(f"{named}: {wanted}")

@@ -277,7 +277,7 @@ REFUSED = [
     ({"d_low": D}, f"d_low={D}: must be smaller than d_model={D}"),
     ({"dtype": "int32"}, "dtype='int32': must be a floating-point type of at least 16"),
     ({"dtype": jnp.float8_e4m3fn}, "dtype=.*float8.*: must be a floating-point type of"),
-    ({"routing": "top_p"}, r"routing='top_p': take a router, such as TopP\(\) of aoe_jax.moe.rou"),
+    ({"routing": "top_p"}, r"routing='top_p': take a router, such as TopP\(\) of aoe_jax.meth"),
     ({"routing": Dense()}, r"routing=Dense\(\): take a router"),
     ({"routing": ERC()}, "routing='erc': couples the columns of a plain router"),
     ({"routing": WithState()}, r"routing=WithState\(.*\): it has a state"),

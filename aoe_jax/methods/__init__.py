@@ -10,8 +10,8 @@ from importlib import import_module
 
 ROUTERS = {
     "top_k": "aoe_jax.moe.routing:TopK",
-    "top_p": "aoe_jax.moe.routing:TopP",
-    "expert_choice": "aoe_jax.moe.routing:ExpertChoice",
+    "top_p": "aoe_jax.methods.top_p:TopP",
+    "expert_choice": "aoe_jax.methods.expert_choice:ExpertChoice",
     "ranked": "aoe_jax.methods.ranked:Ranked",
     "sparsemixer": "aoe_jax.methods.sparsemixer:SparseMixer",
     "sigmoid_top_k": "aoe_jax.methods.sigmoid_top_k:SigmoidTopK",

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.config.checks import setting
+from aoe_jax.methods.expert_choice import expert_capacity
 from aoe_jax.moe.layer import rematerialised
-from aoe_jax.moe.routing import Causality, FixedK, expert_capacity, top_k
+from aoe_jax.moe.routing import Causality, FixedK, top_k
 from aoe_jax.moe.swiglu import single_expert
 from aoe_jax.parameters import EXPERTS, ROUTER
 

@@ -34,8 +34,9 @@ from flax.linen import initializers
 from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.config.checks import setting
+from aoe_jax.methods.top_p import TopP
 from aoe_jax.moe.layer import apply_experts, rematerialised
-from aoe_jax.moe.routing import Method, TopK, TopP
+from aoe_jax.moe.routing import Method, TopK
 from aoe_jax.moe.scoring import Scores, activation_norms, codes_of_all, safe_root
 from aoe_jax.moe.swiglu import KEPT_EXPERTS, weighted_product
 from aoe_jax.parameters import EXPERTS

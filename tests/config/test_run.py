@@ -12,7 +12,8 @@ from aoe_jax.config.experts import ExpertsConfig, matched_width
 from aoe_jax.config.run import Config
 from aoe_jax.config.training import TrainConfig
 from aoe_jax.methods.smear import Smear
-from aoe_jax.moe.routing import TopK, TopP
+from aoe_jax.methods.top_p import TopP
+from aoe_jax.moe.routing import TopK
 from aoe_jax.storage.config_files import default_config
 from configs import large, paper, tiny
 from configs.compare.small import size_of

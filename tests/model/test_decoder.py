@@ -15,8 +15,9 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.methods.capacity import Capacity
 from aoe_jax.methods.dense import Dense
+from aoe_jax.methods.expert_choice import ExpertChoice
 from aoe_jax.model.attention.multi_head import rotary, rotary_tables
-from aoe_jax.moe.routing import ExpertChoice, TopK
+from aoe_jax.moe.routing import TopK
 from tests.arrays import assert_close, normal
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("ragged")]

@@ -13,11 +13,13 @@ from aoe_jax import AoELayer, DenseLayer, RouterLayer
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.methods.dense import Dense
+from aoe_jax.methods.expert_choice import ExpertChoice, expert_capacity
 from aoe_jax.methods.ranked import Ranked
+from aoe_jax.methods.top_p import TopP
 from aoe_jax.moe import reference
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.load_balance import balance_loss
-from aoe_jax.moe.routing import ExpertChoice, TopK, TopP, expert_capacity
+from aoe_jax.moe.routing import TopK
 from tests.arrays import assert_close, assert_finite, normal
 from tests.moe.contexts import expert_choice_weights, parameters_of, top_p_weights
 

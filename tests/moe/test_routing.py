@@ -10,10 +10,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.methods import ROUTERS, find_method
+from aoe_jax.methods.expert_choice import expert_capacity
 from aoe_jax.methods.ranked import ranked
 from aoe_jax.methods.sparsemixer import sparsemixer_weights
 from aoe_jax.moe.layer import ExpertsLayer
-from aoe_jax.moe.routing import expert_capacity, top_k
+from aoe_jax.moe.routing import top_k
 from tests.arrays import assert_equal, normal
 from tests.moe.contexts import top_p
 
