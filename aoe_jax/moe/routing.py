@@ -1,4 +1,4 @@
-"""Routing: from scores `[T, n]` to the experts of each token and their weights.
+"""Routers compute the experts of each token and their weights from scores `[T, n]`.
 
 A router is a frozen dataclass of its own settings with `__call__(scores, weights, ctx) -> Routing`.
 Scores may be norms or logits. This file contains the paper's three routers, `aoe_jax/methods/` the
@@ -54,10 +54,10 @@ class Routing(NamedTuple):
     slots_per_token: int | None  # None: slots are unordered
     # Inputs of `Method.losses` and `Method.update`; all devices have equal values and gradients.
     records: dict[str, jax.Array] | None = None
-    # Also inputs, but fractions of tokens: losses use their mean over the micro-batches so far.
+    # Fractions of tokens: `Method.losses` gets their mean over the step's micro-batches so far.
     shares: dict[str, jax.Array] | None = None
     per_token: dict[str, jax.Array] | None = None  # [T] each, for `Method.losses`
-    live: jax.Array | None = None  # [n], 1 for a live expert, else 0; None: all are live
+    live: jax.Array | None = None  # [n], 1 for an expert in use, else 0; None: all are used
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class Hooks(NamedTuple):
 
     # Maps scores to the logits whose softmax the balance losses use: `[T, n] -> [T, n]`.
     balance_logits: Callable = lambda scores: scores
-    # `(q [B, H, S, h], k [B, G, c, h], visible) -> [B, H, S]` from the rotated queries and keys of
-    # the layer's attention; `visible` is a bool array that broadcasts to `[B, S, c]`. The router
-    # gets the result as `Context.captured`.
+    # Computes a value per head and query from rotated queries and keys of the layer's attention:
+    # `(q [B, H, S, h], k [B, G, c, h], visible) -> [B, H, S]`. `visible` is a bool array that
+    # broadcasts to `[B, S, c]`. The router gets the result as `Context.captured`.
     attention: Callable | None = None
     # Computes sums over the targets of a batch: `(features, key, sum_over_targets) -> (loss, nll,
     # further sums by name, LayerStats)`. `features(key) -> (hidden [B, S, d], LayerStats)` is a
@@ -116,11 +116,11 @@ class Method(Group):
         return Causality()
 
     def choice(self, experts) -> Choice | None:
-        """How tokens choose experts; None: tokens do not choose (one drawn or merged expert)."""
+        """How tokens choose experts; None: each token uses one random or merged expert."""
         return Choice()
 
     def parameters(self, experts) -> dict:
-        """`Parameter`s of one layer by name, in the order in which they are drawn."""
+        """`Parameter`s of one layer by name, in the order in which they are initialised."""
         return {}
 
     def state(self, experts, balance, d) -> dict[str, jax.Array]:
@@ -144,7 +144,7 @@ class Method(Group):
         return state, {}
 
     def flops(self, config) -> float | None:
-        """Training FLOPs per token outside the experts; None: 6 per weight that all tokens use."""
+        """Training FLOPs per token of a layer's router; None: 6 per element of its matrices."""
         return None
 
 
@@ -220,9 +220,9 @@ class TopK(FixedK):
 
 @dataclass(frozen=True)
 class TopP(Method):
-    """Token choice of a varying number of experts (Huang et al. 2024, arXiv 2403.07652).
+    """Routes tokens to varying numbers of experts (Huang et al. 2024, arXiv 2403.07652).
 
-    A token is routed to its most probable experts, as few as have a total probability above p.
+    The experts of a token are the smallest set whose total probability is above p.
     Weights are the softmax values, not normalised again.
     """
 
@@ -266,7 +266,7 @@ class ExpertChoice(Method):
         return Routing(token.reshape(-1), expert.reshape(-1), weight.reshape(-1), None)
 
     def _tokens_of_experts(self, probability, token_weights):
-        """The tokens that experts choose, `[n, C]` int32, and which are valid, `[n, C]` bool."""
+        """The tokens that experts choose, `[n, C]` int32, and their validity, `[n, C]` bool."""
         n_tokens, n_experts = probability.shape
         capacity = expert_capacity(n_tokens, n_experts, self.capacity_factor)
         is_real = token_weights > 0
