@@ -70,7 +70,7 @@ class Layer:
     router: Method  # `config.routing`
     balance: BalanceConfig
     dtype: Any  # dtype of computation
-    observe: Callable | None = None  # the field of `ExpertsLayer`
+    observe: Callable | None = None  # see `ExpertsLayer.observe`
 
     @cached_property
     def parameters(self):
@@ -245,7 +245,7 @@ class ExpertsLayer(nn.Module):
     # `(scores [T, n], routing, weights, ctx) -> arrays`; `stats.records["observed"]` stores them.
     observe: Callable | None = None
     # Names of the axes of the mesh; None: `sharding.MESH_AXES`. With names, split parameters are
-    # `nn.Partitioned`, for `nn.get_partition_spec`.
+    # `nn.Partitioned`, which `nn.get_partition_spec` needs.
     axes: MeshAxes | None = None
 
     @nn.compact

@@ -37,7 +37,7 @@ class Context:
     def key(self):
         """The random key of this layer and step. Raises ValueError if `rng` is None."""
         if self.rng is None:
-            raise ValueError("this layer draws at random in training: pass rngs={'experts': key}")
+            raise ValueError("this layer needs a key in training: pass rngs={'experts': key}")
         return self.rng
 
 
@@ -212,7 +212,7 @@ class TopK(FixedK):
 
     name = "top_k"
 
-    norm_topk_prob: bool = True  # softmax over the chosen scores; False: over all scores
+    norm_topk_prob: bool = True  # weights are the softmax over the chosen scores; False: over all
 
     def __call__(self, scores, weights, ctx):
         return top_k(scores, ctx.top_k, self.norm_topk_prob, ctx.state.get("selection_bias"))

@@ -32,7 +32,7 @@ def blocked_matmul(rows, weights, groups):
 
 def _head_and_block(m, n_experts):
     """`(B, S)`: B is the mean group size plus 1.5 standard deviations for random routing. S is a
-    power of two between B / 8 and B / 4, within `ROW_MULTIPLE` and `MAX_BLOCK`.
+    power of two between B / 8 and B / 4, at least `ROW_MULTIPLE` and at most `MAX_BLOCK`.
     """
     mean = m / n_experts
     head = math.ceil((mean + 1.5 * math.sqrt(mean)) / ROW_MULTIPLE) * ROW_MULTIPLE
@@ -46,9 +46,9 @@ class _Blocks(NamedTuple):
     """The blocks of the loop; entries past `count` are meaningless."""
 
     count: jax.Array  # []
-    expert: jax.Array  # [max blocks]
+    expert: jax.Array  # [max blocks], the expert of the block's rows
     stretch: jax.Array  # [max blocks], the stretch of positions that contains the block
-    # [max blocks], start of the slice that the loop loads: `first`, or less at the end of the array.
+    # [max blocks], start of the slice that the loop loads: `first`, or less at the array's end.
     start: jax.Array
     first: jax.Array  # [max blocks], first position that belongs to the block
     last: jax.Array  # [max blocks], one past the last position that belongs to the block
@@ -95,7 +95,7 @@ def row_layout(group_sizes, m):
     row = jnp.where(count < rest_end[-1], count + to_row[find(rest_end, count)], NOWHERE)
     row = jnp.where(within < head[stretch], start[stretch] + within, row)
 
-    # A run is a range of rows outside all heads, with one expert and one stretch, cut into blocks.
+    # A run is a range of rows outside all heads, with one expert and one stretch. Blocks split it.
     run_end = jnp.minimum(jnp.sort(jnp.concatenate([rest_end, free_end])), rest_end[-1])
     run_start = jnp.concatenate([jnp.zeros_like(run_end[:1]), run_end[:-1]])
     per_run = (run_end - run_start + block_size - 1) // block_size

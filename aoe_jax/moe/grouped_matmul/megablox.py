@@ -30,7 +30,7 @@ SUBLANES = 16  # a tile of rows is a multiple of this; float32 needs only 8
 MIN_ROWS, MAX_ROWS = 128, 512
 # The largest tile of a width, by bytes per element; `gmm` may use larger ones that fit into VMEM.
 MAX_WIDTH = {2: 1024, 4: 512}
-# Limit for the blocks of a kernel. On TPUs with the least VMEM the compiler allows 16 MiB.
+# Limit in bytes for the blocks of a kernel. On TPUs with the least VMEM the compiler allows 16 MiB.
 VMEM_BYTES = 14 * 2**20
 
 
@@ -96,7 +96,7 @@ def _depth_and_width(m, k, n, n_experts, itemsize):
         return math.ceil(n / tn) * m * k + k * n * (n_experts if tk == k else m / tm)
 
     tiles = [(width_tile(k, limit), width_tile(n, limit))]
-    # If k exceeds the limit and is no multiple of 128, tk < k: masked copies would need memory.
+    # If k exceeds `limit` and is no multiple of 128, it is split: masked copies would need memory.
     counts = range(1, math.ceil(n / LANES) + 1) if k <= limit or k % LANES == 0 else ()
     for count in counts:
         tn = n if count == 1 else _round_up(math.ceil(n / count), LANES)

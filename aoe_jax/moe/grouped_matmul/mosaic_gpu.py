@@ -21,7 +21,7 @@ from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
 DTYPES = ("bfloat16", "float16")
 WIDTH_BLOCK = 64  # D and F must be multiples; 64 elements are a 128-byte row of shared memory
 ROW_BLOCKS = (128, 64)
-# Limit for an expert's weights in one pass over the rows; they stay in the L2 cache of 50 MB.
+# Byte limit of an expert's weights in one pass over its rows, to keep them in the L2 cache (50 MB).
 CACHED_BYTES = 16 * 2**20
 CONCURRENT_STEPS = 4  # pipeline steps; with blocks of 128 they use 160 of 227 KiB shared memory
 
@@ -51,7 +51,7 @@ def check(dtype, d, f):
 
 
 def row_block(m, n_experts):
-    """Rows of a block: 128, or 64 if blocks with rows of two groups would waste over 1/16."""
+    """Rows of a block: 128, or 64 if over 1/16 of the blocks could have rows of two groups."""
     return next((block for block in ROW_BLOCKS if block * 16 * n_experts <= m), ROW_BLOCKS[-1])
 
 

@@ -1,9 +1,9 @@
 """All collectives between the devices of a mesh.
 
 A layer runs inside one `jax.shard_map`. Every device owns T tokens: sequences are split over (data,
-fsdp, expert), positions over tensor. Experts are split over expert; the weights of an expert are
-split over tensor by width and over fsdp by d_model (W_gate_up: by rank), and they are gathered over
-fsdp where they are used.
+fsdp, expert), positions over tensor. Experts are split over the expert axis. The weights of each
+expert are split over tensor by width and over fsdp by d_model (W_gate_up: by rank), and are
+gathered over fsdp where they are used.
 `transports.py` sends rows to their experts.
 """
 
@@ -79,12 +79,12 @@ class Devices:
         return self.transport == "all_to_all" and self.size("expert") > 1
 
     def total(self, x, axes=MESH_AXES):
-        """The sum over all mesh axes, or over the given ones."""
+        """The sum of `x` over mesh axes."""
         names = self._names(axes)
         return jax.lax.psum(x, names) if names else x
 
     def from_first(self, x):
-        """Broadcasts the `x` of the first device along tensor to all devices along it."""
+        """Broadcasts `x` from the first device along tensor to all others."""
         if self.size("tensor") == 1:
             return x
         return self.total(jnp.where(self.rank("tensor") == 0, x, 0), ("tensor",))
@@ -130,9 +130,9 @@ class Devices:
         """Wraps a function of arrays so that its backward pass gathers whole weights again.
 
         An inner `jax.checkpoint` would keep what this policy keeps, so parts of `function` that
-        recompute arrays use custom derivatives. No barrier (`prevent_cse`) is needed between the
-        two gathers, because the backward pass of scanned layers is a separate loop. With
-        `model.remat="layer"` the whole layer is recomputed already, so `function` is returned.
+        recompute arrays use custom derivatives. No barrier (`prevent_cse`) is needed between a
+        gather and its repetition, because the backward pass of scanned layers is its own loop. With
+        `model.remat="layer"` the whole layer is recomputed already: the result is `function`.
         `gathers_experts` says whether `function` calls `gather_experts`.
         """
         gathers_experts = self.sends_rows or (gathers_experts and self.size("expert") > 1)
@@ -243,9 +243,9 @@ def sum_gradients(g, axis, dimension, in_stages=None):
     """Sums `g` over a mesh axis of several devices and keeps this device's shard of `dimension`.
 
     The TPU compiler turns a `psum_scatter` over a whole slice of 16 chips or more into an
-    all-reduce, and a `psum_scatter` over a part of a slice into a native reduce-scatter, which sends
-    half the bytes. With two stages over groups of about sqrt(axis size) devices, all but small
-    gradients use native reduce-scatters.
+    all-reduce, and a `psum_scatter` over a part of a slice into a native reduce-scatter. With two
+    stages over groups of about sqrt(axis size) devices, all but small gradients use native
+    reduce-scatters, which send half the bytes of the all-reduce.
 
     `in_stages=None` sums in two stages on TPU if the axis is the whole mesh and has at least 16
     devices.
@@ -316,7 +316,7 @@ def _is_spec(value):
 
 
 def _name_idle_axes(idle, spec):
-    """Adds the axes of size 1 to a spec, because JAX sums gradients over axes that it omits."""
+    """Adds the axes of size 1 to a spec, because JAX sums gradients over axes that specs omit."""
     entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
     named = {axis for entry in entries for axis in entry}
     rest = tuple(axis for axis in idle if axis not in named)

@@ -1,4 +1,4 @@
-"""Transports bring tokens to the devices of their experts, by the collectives of `collectives.py`.
+"""Transports send tokens to the devices of their experts, by the collectives in `collectives.py`.
 
     Local      All experts are on the device (`dispatch.py`). Tokens are gathered over tensor, and
                outputs are summed and scattered back.
