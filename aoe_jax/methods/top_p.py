@@ -13,8 +13,8 @@ from aoe_jax.moe.scoring import KEPT_ROUTING
 
 @dataclass(frozen=True)
 class TopP(Method):
-    """Routes a token to its most probable experts, as few as have a total probability above p
-    (Huang et al. 2024, arXiv 2403.07652). Weights are the softmax values, not normalised again.
+    """Routes a token to the smallest set of experts whose total probability is above p (Huang et
+    al. 2024, arXiv 2403.07652). Weights are the softmax values, not normalised again.
     """
 
     name = "top_p"

@@ -16,12 +16,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters by the paper's conventions: a shared embedding table counts once in the total
-    (732M for its small models), and twice, as input and as output, in the active ones (247M).
+    """Parameter counts by the paper's rule: an embedding table that input and output share counts
+    once in the total (732M for the paper's small models) and twice in the active parameters (247M).
     """
 
     experts: int  # experts and routers of all layers, and the matrices of dense layers
-    active_experts: int  # those of `experts` that one token uses
+    active_experts: int  # the part of `experts` that one token uses
     attention: int
     norms: int  # norms and biases
     embedding: int  # one embedding table
@@ -34,7 +34,7 @@ class ParameterCounts:
 
     @property
     def active(self):
-        """Parameters that a token uses; the table counts as input and as output."""
+        """Parameters that a token uses; the table counts twice, as input and as output."""
         return self.active_non_embedding + 2 * self.embedding
 
     @property
@@ -74,12 +74,12 @@ def _layer_parameters(config):
 
 
 def parameter_counts(config: Config):
-    """Counts the parameters of the decoder; if the number of experts varies, `top_k` are active."""
+    """Counts the decoder's parameters; if the number of experts varies, `top_k` are active."""
     m = config.model
     declared, active = _layer_parameters(config)
     shared = sum(size for parameter, size in declared if not parameter.per_expert)
     of_queries, of_keys = m.n_heads * m.head_width, m.kv_heads * m.head_width
-    features = of_queries + of_keys  # of q and k; v and o have the same number
+    features = of_queries + of_keys  # the width of q plus k, and of o plus v
     n_layers, of_dense = m.n_layers + m.n_dense_layers, _dense_layers(m)
     norms = (2 * n_layers + 1) * m.d_model
     of_qk_norm = {"none": 0, "all": features, "head": 2 * m.head_width}[m.qk_norm]
@@ -101,13 +101,14 @@ def _dense_layers(model):
 
 
 def layer_flops_per_token(config: Config):
-    """Useful matmul FLOPs per token of one layer of experts in training, per pass.
+    """Useful matmul FLOPs per token of one layer of experts in training, for one of `Hooks.passes`.
 
     The backward pass needs twice the FLOPs of the forward pass, except for AoE's scores of experts
-    that are not chosen. They have a backward pass for all tokens with `score_gradient="dense"`,
-    otherwise for the fraction `balance.aux_tokens` of the tokens if there is a balance loss, else
-    for no token. Under top-p, `top_k` experts count as chosen. For `kind="capacity"` these are the
-    FLOPs of `kind="router"`; `Capacity.wasted_flops` counts the others.
+    that are not chosen. Without `sparse_scoring` they have a backward pass for all tokens. With it
+    they have one for the fraction `balance.aux_tokens` of the tokens if there is a balance loss,
+    and none without a balance loss. Under top-p, `top_k` experts count as chosen. For
+    `kind="capacity"` these are the FLOPs of `kind="router"`; `Capacity.wasted_flops` counts the
+    others.
     """
     c = config.experts
     declared, active = _layer_parameters(config)
@@ -127,10 +128,10 @@ def layer_flops_per_token(config: Config):
 
 
 def training_flops_per_token(config: Config):
-    """Useful matmul FLOPs per token of a training step, counted by `layer_flops_per_token`.
+    """Useful matmul FLOPs per token of a training step.
 
-    Causal attention counts the lower triangle only; norms, softmax and the embedding look-up are
-    not counted.
+    `layer_flops_per_token` counts the layers of experts. Of attention only the lower triangle is
+    counted; norms, softmax and the embedding look-up are not counted.
     """
     m, counts = config.model, parameter_counts(config)
     # Each query attends to half the positions on average.
@@ -150,7 +151,7 @@ def log_run(config: Config):
     if experts_per_token(config) is None:
         log.info(
             f"parameters and FLOPs count experts.top_k={config.experts.top_k} experts per token; "
-            f"{routing.name} takes a varying number"
+            f"with {routing.name} the number varies"
         )
     causality = routing.causality(config.experts)
     if causality.reason and causality.until_step is None:

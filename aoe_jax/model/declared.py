@@ -1,4 +1,4 @@
-"""The declarations of all parameters of models, and the sharding of a train state on a mesh."""
+"""The declarations of all model parameters, and the sharding of a train state on a mesh."""
 
 import re
 from functools import cache
@@ -44,8 +44,8 @@ def declared(path):
 def state_shardings(mesh, abstract_state):
     """The shardings of a train state with the shapes of `abstract_state`.
 
-    Parameters and the optimiser's moments are split as `declared`; everything else is replicated.
-    Raises `ValueError` for a parameter that is not declared.
+    Parameters and the optimiser's moments are split as their `Parameter` says; everything else is
+    replicated. Raises `ValueError` for a parameter that is not declared.
     """
 
     def sharding(path, a):

@@ -38,7 +38,7 @@ def dense_layer(c: ModelConfig):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and experts, each behind a norm and added to the residual stream."""
+    """Attention and experts, each applied after a norm and added to the residual stream."""
 
     model: ModelConfig
     experts: ExpertsConfig
@@ -65,7 +65,7 @@ class DecoderLayer(nn.Module):
         )
 
     def __call__(self, x, segment_ids, token_weights, routing_state, layer_index):
-        """`x [B, S, d]` -> `([B, S, d], LayerStats)`, as `nn.scan` expects."""
+        """`x [B, S, d]` -> `([B, S, d], LayerStats)`: carry and output of `nn.scan`."""
         attend = partial(self.attention, segment_ids=segment_ids)
         return self._layer(attend, x, token_weights, routing_state, layer_index)[0]
 
@@ -95,8 +95,8 @@ class Decoder(nn.Module):
     """The language model: embedding, layers of attention and experts, output projection.
 
     Attributes:
-      training: whether layers draw at random and record losses, as training needs.
-      observe: the field of `moe.layer.ExpertsLayer`, for the layers of experts.
+      training: whether layers may use random numbers and record losses, which training needs.
+      observe: passed to the layers of experts; see `moe.layer.ExpertsLayer`.
     """
 
     model: ModelConfig

@@ -1,7 +1,7 @@
 """Incremental decoding with a cache of keys and values.
 
 Each layer has arrays of its own instead of slices of stacked weights, and no scan is used: a step
-of a scan would copy the weights of all experts of a layer, although few tokens use only some.
+of a scan would copy the weights of all experts of a layer, although a token uses only a few.
 """
 
 from typing import NamedTuple
@@ -76,7 +76,7 @@ def prefill(decoder: Decoder, params, routing_state, tokens, length, n_positions
       routing_state: `Method.state` of all layers, `[L, ...]` by name, or None without state.
       tokens: `[B, S]` int32; tokens past the length of their sequence have no effect.
       length: `[B]` int32, from 1 to S.
-      n_positions: c, the positions of the cache, at least S.
+      n_positions: c, the number of positions of the cache, at least S.
 
     Returns:
       `(logits, cache)`: `[B, V]` float32 after the last token of each sequence, and a `Cache`.
@@ -97,7 +97,7 @@ def extend(decoder: Decoder, params, routing_state, tokens, cache):
     """Runs the model on the next S tokens of sequences; the `Cache` must have S free positions.
 
     `tokens [B, S]` int32 -> `(hidden [B, S, d], cache)`: the output of the last norm, for
-    `output_logits`, and the cache with the new positions. `prefill` describes the other arguments.
+    `output_logits`, and the cache with the new positions. For other arguments see `prefill`.
     """
     n_tokens = tokens.shape[1]
     x, layers = _through_layers(decoder, params, routing_state, tokens, cache)

@@ -28,7 +28,7 @@ def sums_over_chunks(of_chunk, n_sums, hidden, table, targets, weights):
     """Sums over tokens, `[n_sums]` float32; the first one is the loss, and only it has a gradient.
 
     The gradient is computed together with the loss, chunk by chunk, so that no logits are kept or
-    computed twice. It is written by hand, because autodiff keeps more of a chunk and is slower. XLA
+    computed twice. It is written by hand, because autodiff keeps more arrays and is slower. XLA
     removes the gradient from programs that use only the sums.
 
     `hidden` has one array `[T, d]` per pass, and `of_chunk` is

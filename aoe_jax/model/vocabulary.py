@@ -29,10 +29,10 @@ def logits(hidden, table):
 
 
 def sum_over_tokens(function, hidden, table, targets, weights):
-    """Sums a function of the output projection over the tokens of all devices.
+    """Applies `function` on each device to its tokens, and sums the results over all devices.
 
     Args:
-      function: `(hidden [T, d], table [V, d], targets [T], weights [T]) -> []`, or several sums.
+      function: `(hidden [T, d], table [V, d], targets [T], weights [T]) -> []`, or several scalars.
       hidden: `[B, S, d]`, or a tuple of such arrays, which is passed to `function`.
       targets, weights: `[B, S]`.
     """
@@ -44,10 +44,10 @@ def sum_over_tokens(function, hidden, table, targets, weights):
 
 
 def on_each_token(function, hidden, table, *values):
-    """Applies a function of the output projection with one result per token, on each device.
+    """Applies `function`, which returns one result per token, on each device to its tokens.
 
     `function(hidden [T, d], table [V, d], *values [T]) -> arrays [T]`; `values` are `[B, S]`, and
-    the result is a tuple of arrays `[B, S]`. `sum_over_tokens` describes other arguments.
+    the result is a tuple of arrays `[B, S]`. `sum_over_tokens` describes `hidden`.
     """
     return _over_tokens(function, hidden, table, values, token_spec(2), jnp.reshape)
 

@@ -1,7 +1,7 @@
 """Dispatch gathers tokens into rows in expert order; combine sums the rows of each token.
 
-`Local` is the transport of a device that stores all experts. The transports of meshes have the same
-methods and are in `parallel/transports.py`.
+A transport computes both. `Local` is the transport of a device that stores all experts. The other
+transports, which are for meshes, have the same methods and are in `parallel/transports.py`.
 """
 
 from functools import partial
@@ -14,14 +14,16 @@ from aoe_jax.moe.grouped_matmul import row_layout
 from aoe_jax.moe.grouped_matmul.groups import NOWHERE, WholeGroups, permute
 from aoe_jax.moe.routing import Routing
 
-MAX_GATHERS = 16  # If a token has more slots, one gather loads all, to keep programs small.
+# If a token has more slots than this, one gather loads the rows of all of them: many gathers would
+# make a large program.
+MAX_GATHERS = 16
 
 
 class Rows(NamedTuple):
-    """Maps slots to rows, in expert order or in the layout of a `grouped_matmul` backend.
+    """Maps slots to rows and rows to slots. Rows are in expert order or in a `RowLayout`.
 
-    In a layout, `row` is `NOWHERE` for an unused slot; `slot` and `token` are `NOWHERE` for a
-    position without a row, which contains zeros.
+    With a `RowLayout`, R is its number of positions. For a position without a row, `slot` and
+    `token` are `NOWHERE`, and arrays of rows contain zeros. For an unused slot `row` is `NOWHERE`.
     """
 
     slot: jax.Array  # [R] int32, the slot of each row
@@ -33,7 +35,7 @@ class Rows(NamedTuple):
 def sort_slots(expert, n_experts):
     """Sorts slots by expert, stably. `expert [P]` int32 is n for an unused slot.
 
-    Returns the slot of each row `[P]`, the row of each slot `[P]` and rows per expert `[n]`.
+    Returns the slot of each row `[P]`, the row of each slot `[P]` and the size of each group `[n]`.
     """
     slots = jnp.arange(expert.shape[0], dtype=jnp.int32)
     _, slot = jax.lax.sort((expert, slots), num_keys=1, is_stable=True)
@@ -42,7 +44,7 @@ def sort_slots(expert, n_experts):
 
 
 def lay_out(routing, n_experts, all_used=False, backend="auto"):
-    """Computes the `Rows` of a `Routing` for a backend; `all_used`: every slot is in use."""
+    """Computes the `Rows` of a `Routing` for a backend; `all_used`: every slot has an expert."""
     slot, row, group_sizes = sort_slots(routing.expert, n_experts)
     layout = row_layout(group_sizes, slot.shape[0], backend)
     if layout is None:
@@ -55,17 +57,17 @@ def lay_out(routing, n_experts, all_used=False, backend="auto"):
 class Local:
     """The transport of a device that stores all experts: it computes the rows of all its slots.
 
-    Other transports split the rows into rounds of limited size; `Local` has one round. The methods
-    of a transport, in the order of their use:
-        gather, gather_routing   collect tokens and routing from the devices that split the experts
+    Other transports split the rows into rounds of limited size; `Local` has one round. A transport
+    has these methods, in the order of their use:
+        gather, gather_routing   gather tokens and routing over the mesh axes that split the experts
         schedule, round          compute the slots and rows of each round, without a gradient
-        dispatch                 `[T, d]` -> rows `[R, d]`, and `groups` for `grouped_matmul`
+        dispatch                 tokens `[T, d]` -> rows `[R, d]`, and `groups` for `grouped_matmul`
         row_values               moves values from slots to rows, `[P]` -> `[R]`
-        slot_values              moves values to slots, `[R]` -> `[P]`; 0 for slots without a row
-        complete                 adds the values of slots `[P]` from other devices
+        slot_values              moves values from rows to slots, `[R]` -> `[P]`; 0 without a row
+        complete                 adds the values that other devices computed for slots `[P]`
         combine                  sums each token's rows in float32 at least: `[R, d]` -> `[T, d]`
         further_rounds           adds `function(schedule, number, args)` of later rounds to `first`
-        scatter                  the transpose of `gather`: sends outputs to their tokens' devices
+        scatter                  transpose of `gather`: sends summed outputs to the tokens' devices
     """
 
     def __init__(self, devices, n_experts, all_used=False, backend="auto"):
@@ -121,7 +123,7 @@ class Local:
 
 
 def take_code(code, round):
-    """Selects the low-rank activation of each row for its expert: `code [T, n, r]` -> `[R, r]`."""
+    """Selects each row's low-rank activation by token and expert: `code [T, n, r]` -> `[R, r]`."""
     routing, rows = round
     expert = _take(routing.expert, rows.slot, code.shape[1])
     return code.at[rows.token, expert].get(mode="fill", fill_value=0)
@@ -148,8 +150,8 @@ def _sum_slots(values, rows, slots_per_token):
     return sum(a.astype(dtype) for a in slots).astype(values.dtype)
 
 
-# Dispatch and combine are each other's transpose. Autodiff would turn the gathers into
-# scatter-adds, which are slow on all platforms.
+# Dispatch and combine are each other's transpose, so each computes the gradient of the other.
+# Autodiff would turn the gathers into scatter-adds, which are slow on all platforms.
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _gather_tokens(x, rows, slots_per_token):
     return _take_by(x, rows.token, rows)

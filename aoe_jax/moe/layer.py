@@ -1,4 +1,4 @@
-"""The layer of experts: `moe_block` computes it; the Linen module declares its parameters."""
+"""The layer of experts: `moe_block` computes it, and `ExpertsLayer` declares its parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -51,14 +51,14 @@ def moe_block(x, weights, layer, ctx):
 
 
 def parameters_of(experts, routing):
-    """The `Parameter`s of a layer by name, in the order in which they are drawn."""
+    """The `Parameter`s of a layer by name, in the order in which they are initialised."""
     matrices, own = matrices_of(experts), routing.parameters(experts) | shared_expert(experts)
     if experts.kind == "aoe":
         return matrices | own
     if experts.kind != "router":
         return own
     router = LARGE_ROUTER if experts.large_router else ROUTER
-    # In a router MoE the gates are drawn after `w_up` and `w_down`.
+    # In a router MoE the gates are initialised after `w_up` and `w_down`.
     return router | {name: matrices[name] for name in ("w_up", "w_down")} | matrices | own
 
 
@@ -70,7 +70,7 @@ class Layer:
     router: Method  # `config.routing`
     balance: BalanceConfig
     dtype: Any  # dtype of computation
-    observe: Callable | None = None  # the field of `ExpertsLayer`
+    observe: Callable | None = None  # see `ExpertsLayer.observe`
 
     @cached_property
     def parameters(self):
@@ -135,7 +135,7 @@ def apply_shared_expert(x, weights, layer, devices):
 
 
 def is_local(devices, fixed_k):
-    """Whether a device has all experts; on a mesh each token must also have K (`fixed_k`)."""
+    """Whether a device can use `Local`: it stores all experts and, on a mesh, `fixed_k` is true."""
     return devices.total_size == 1 or (devices.size("expert") == 1 and fixed_k)
 
 
@@ -154,9 +154,9 @@ def make_transport(devices, routing, experts, method, n_tokens):
 
 
 def apply_experts(x, routing, weights, layer, ctx, code=None):
-    """Dispatch, experts, combine: each token's sum of weighted expert outputs, `[T, d]`.
+    """Computes each token's sum of weighted expert outputs, `[T, d]`.
 
-    `weights` include the experts' matrices; `code [T, n, r]` are AoE's codes; None: not kept.
+    `weights` include the experts' matrices. `code` is `Scores.code`.
     """
     devices, declared = ctx.devices, layer.parameters
     with jax.named_scope("schedule"):
@@ -166,8 +166,8 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
     product = partial(grouped_matmul, backend=layer.experts.grouped_matmul)
 
     def rows_through_experts(x, slot_weight, weights, code):
-        # The backward pass repeats this function, so gathered weights and their cast copies are not
-        # kept.
+        # Weights are gathered inside the rematerialised function, so that the backward pass gathers
+        # them again and no whole weight is kept.
         with jax.named_scope("experts"):
             w = layer.gathered(weights, devices)
         with jax.named_scope("dispatch"):
@@ -203,7 +203,7 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
 
 
 def scores_of_round(transport, product, score, n_slots, schedule, number, args):
-    """AoE's scores `[P]` in a later round, 0 outside this round; `args` is `(x, w_score)`."""
+    """AoE's scores `[P]`, 0 for slots outside this later round; `args` is `(x, w_score)`."""
     x, w_score = args
     round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)
@@ -236,16 +236,16 @@ class ExpertsLayer(nn.Module):
     """
 
     experts: ExpertsConfig = ExpertsConfig()
-    routing: Method = TopK()  # the router; for other kinds the layer of `aoe_jax/methods/` itself
+    routing: Method = TopK()  # the router; for other kinds the layer from `aoe_jax/methods/`
     balance: BalanceConfig = BalanceConfig()
     dtype: Any = jnp.float32
     remat: str = "none"  # `model.remat`; for "layer" the caller wraps the layer in `jax.checkpoint`
     transport: str = "ring"  # `mesh.transport`
-    training: bool = False  # in training methods may draw at random and record losses
+    training: bool = False  # whether methods may use random numbers and record losses
     # `(scores [T, n], routing, weights, ctx) -> arrays`; `stats.records["observed"]` stores them.
     observe: Callable | None = None
     # Names of the axes of the mesh; None: `sharding.MESH_AXES`. With names, split parameters are
-    # `nn.Partitioned`, for `nn.get_partition_spec`.
+    # `nn.Partitioned`, which `nn.get_partition_spec` needs.
     axes: MeshAxes | None = None
 
     @nn.compact
@@ -340,7 +340,7 @@ class ExpertsLayer(nn.Module):
 
 
 def config_of_kind(kind, experts):
-    """`experts`, or the default config if it is None. Raises ValueError if its kind differs."""
+    """`experts`, or if it is None the default. Raises ValueError if its kind is not `kind`."""
     experts = ExpertsConfig(kind=kind) if experts is None else experts
     if experts.kind != kind:
         raise ValueError(f"ExpertsConfig(kind={experts.kind!r}): this layer needs kind={kind!r}")

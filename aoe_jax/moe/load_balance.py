@@ -1,6 +1,6 @@
 """Load balance: auxiliary losses, loss-free balancing, and the statistics of a layer's load.
 
-All values are float32 or wider. Functions of `[n]` also accept stacked layers `[L, n]`.
+All values are float32 or wider.
 """
 
 import math
@@ -17,10 +17,10 @@ class LayerStats(NamedTuple):
     mean_probability: jax.Array  # [n], P of Eq. 2: mean over tokens of the softmax over all scores
     confidence_entropy: jax.Array  # [], mean over tokens of Ent_conf (Eq. 8)
     mean_score: jax.Array  # [n], mean norm or logit of each expert (Fig. 4)
-    score_spread: jax.Array  # [], mean over tokens of the standard deviation over experts
+    score_spread: jax.Array  # [], mean over tokens of the standard deviation of the n scores
     z_loss: jax.Array | None = None  # [], None if `balance.z_weight` is 0
-    sequence_loss: jax.Array | None = None  # [], in training with `balance.aux_batch="sequence"`
-    dropped_share: jax.Array | None = None  # [], fraction of choices dropped (full experts)
+    sequence_loss: jax.Array | None = None  # [], in training with `aux_batch="sequence"`, else None
+    dropped_share: jax.Array | None = None  # [], fraction of choices dropped by full experts
     # The next four fields are copied from `routing.Routing`.
     records: dict[str, jax.Array] | None = None
     shares: dict[str, jax.Array] | None = None
@@ -107,7 +107,7 @@ def sequence_balance_loss(scores, routing, ctx, stride):
     load = counts / jnp.maximum(n_tokens, 1)[:, None]
     mean_probability = probability / jnp.maximum(n_sampled, 1)[:, None]
     losses, is_real = balance_loss(load, mean_probability), (n_tokens > 0).astype(load.dtype)
-    # Devices along tensor count the same sequences, but this factor cancels in the quotient.
+    # Both sums count a sequence once per device along tensor; this factor cancels in the quotient.
     loss, n_sequences = devices.total((losses.sum(), is_real.sum()))
     return loss / jnp.maximum(n_sequences, 1)
 

@@ -2,7 +2,7 @@
 the fast implementations.
 
 Every expert processes every token; the weight of an expert that is not chosen is zero. The
-functions compute in the dtype of their arguments (float64 included) and are differentiable:
+functions are differentiable and compute in the dtype (float64 included) of their arguments:
 
     x        [T, d]      w_gate_down  [n, d, r]      w_up    [n, d, f]
     weights  [T, n]      w_gate_up    [n, r, f]      w_down  [n, f, d]
@@ -20,10 +20,11 @@ def l2_norm(c):
 
 
 def top_k_weights(p, top_k, norm_topk_prob=True):
-    """Weights `[T, n]` of top-k by scores `p [T, n]`; in ties the lower expert number wins.
+    """The weights of the K experts of highest score, 0 for others: scores `p [T, n]` -> `[T, n]`.
 
-    With `norm_topk_prob` weights are the softmax over the K chosen scores (the paper), otherwise
-    the softmax over all n scores, not normalised again (the authors' released code).
+    In ties the lower expert number wins. With `norm_topk_prob` weights are the softmax over the K
+    chosen scores (the paper), otherwise the softmax over all n scores, not normalised again (the
+    authors' released code).
     """
 
     def weights_of_token(p):

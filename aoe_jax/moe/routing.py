@@ -1,4 +1,4 @@
-"""Routing: from scores `[T, n]` to the experts of each token and their weights.
+"""Routers compute the experts of each token and their weights from scores `[T, n]`.
 
 A router is a frozen dataclass of its own settings with `__call__(scores, weights, ctx) -> Routing`.
 Scores may be norms or logits. This file contains the paper's top-k router, `aoe_jax/methods/` the
@@ -36,7 +36,7 @@ class Context:
     def key(self):
         """The random key of this layer and step. Raises ValueError if `rng` is None."""
         if self.rng is None:
-            raise ValueError("this layer draws at random in training: pass rngs={'experts': key}")
+            raise ValueError("this layer needs a key in training: pass rngs={'experts': key}")
         return self.rng
 
 
@@ -53,10 +53,10 @@ class Routing(NamedTuple):
     slots_per_token: int | None  # None: slots are unordered
     # Inputs of `Method.losses` and `Method.update`; all devices have equal values and gradients.
     records: dict[str, jax.Array] | None = None
-    # Also inputs, but fractions of tokens: losses use their mean over the micro-batches so far.
+    # Fractions of tokens: `Method.losses` gets their mean over the step's micro-batches so far.
     shares: dict[str, jax.Array] | None = None
     per_token: dict[str, jax.Array] | None = None  # [T] each, for `Method.losses`
-    live: jax.Array | None = None  # [n], 1 for a live expert, else 0; None: all are live
+    live: jax.Array | None = None  # [n], 1 for an expert in use, else 0; None: all are used
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Hooks(NamedTuple):
 
     # Maps scores to the logits whose softmax the balance losses use: `[T, n] -> [T, n]`.
     balance_logits: Callable = lambda scores: scores
-    # `(q [B, H, S, h], k [B, G, c, h], visible) -> [B, H, S]` from the rotated queries and keys of
-    # the layer's attention; `visible` is a bool array that broadcasts to `[B, S, c]`. The router
-    # gets the result as `Context.captured`.
+    # Computes a value per head and query from rotated queries and keys of the layer's attention:
+    # `(q [B, H, S, h], k [B, G, c, h], visible) -> [B, H, S]`. `visible` is a bool array that
+    # broadcasts to `[B, S, c]`. The router gets the result as `Context.captured`.
     attention: Callable | None = None
     # Computes sums over the targets of a batch: `(features, key, sum_over_targets) -> (loss, nll,
     # further sums by name, LayerStats)`. `features(key) -> (hidden [B, S, d], LayerStats)` is a
@@ -115,11 +115,11 @@ class Method(Group):
         return Causality()
 
     def choice(self, experts) -> Choice | None:
-        """How tokens choose experts; None: tokens do not choose (one drawn or merged expert)."""
+        """How tokens choose experts; None: each token uses one random or merged expert."""
         return Choice()
 
     def parameters(self, experts) -> dict:
-        """`Parameter`s of one layer by name, in the order in which they are drawn."""
+        """`Parameter`s of one layer by name, in the order in which they are initialised."""
         return {}
 
     def state(self, experts, balance, d) -> dict[str, jax.Array]:
@@ -143,7 +143,7 @@ class Method(Group):
         return state, {}
 
     def flops(self, config) -> float | None:
-        """Training FLOPs per token outside the experts; None: 6 per weight that all tokens use."""
+        """Training FLOPs per token of a layer's router; None: 6 per element of its matrices."""
         return None
 
 
@@ -211,7 +211,7 @@ class TopK(FixedK):
 
     name = "top_k"
 
-    norm_topk_prob: bool = True  # softmax over the chosen scores; False: over all scores
+    norm_topk_prob: bool = True  # weights are the softmax over the chosen scores; False: over all
 
     def __call__(self, scores, weights, ctx):
         return top_k(scores, ctx.top_k, self.norm_topk_prob, ctx.state.get("selection_bias"))

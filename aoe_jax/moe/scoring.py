@@ -27,7 +27,7 @@ class Scores(NamedTuple):
     # [ceil(T / stride), n], the scores of every stride-th token, through which balance losses
     # have a gradient; stride is `BalanceConfig.aux_stride`.
     for_balance: jax.Array
-    code: jax.Array | None = None  # [T, n, r], the codes of factorised gates, if experts use them
+    code: jax.Array | None = None  # [T, n, r], the codes of all experts; None: not kept
 
     @classmethod
     def of(cls, values, stride, code=None):
@@ -39,10 +39,9 @@ class Scores(NamedTuple):
 def aoe_scores(x, w, layer, devices, keeps_code):
     """AoE's `Scores` (Algorithm 2, Eq. 4) of tokens `x [T, d]`; `w` is `w_score`.
 
-    If the weights of experts depend on the chosen scores alone (`layer.sparse_scoring`), the scores
-    have no gradient here: `apply_experts` computes the chosen scores again, with a gradient.
-    Otherwise, with `keeps_code`, the codes of all experts are kept (the paper). Without
-    `keeps_code` (on a mesh or with whole gates) the code of each row is computed again.
+    With `layer.sparse_scoring`, `values` have no gradient here: `apply_experts` computes the scores
+    of the chosen experts again, with a gradient. Otherwise, with `keeps_code`, the codes of all
+    experts are kept (the paper). Without `keeps_code` the code of each row is computed again.
     """
     score, stride = SCORE_OF_CODE[layer.experts.score], layer.balance.aux_stride
     if layer.sparse_scoring:
@@ -143,7 +142,7 @@ def scores_of_all(x, w_score, score=activation_norms):
 
 
 def sparse_scores(x, w_score, score, stride):
-    """The scores of all experts without a gradient, and of every `stride`-th token with one.
+    """The scores of all tokens without a gradient, and of every `stride`-th token with one.
 
     `x [T, d]`, `w_score [n, d, r]` -> `(values [T, n], for_balance [ceil(T / stride), n])`, float32
     at least. No code is kept; the backward pass computes codes for the balance losses again. If

@@ -20,11 +20,11 @@ KEPT_EXPERTS = "experts"
 
 
 def gate_pre_activations(rows, groups, w, code=None, product=grouped_matmul):
-    """The gate before its SiLU: rows `[R, d]` -> `(gate [R, f], code [R, r])`.
+    """The gate projection before SiLU: rows `[R, d]` -> `(gate [R, f], code [R, r])`.
 
-    `code` is the low-rank activation of a factorised gate, computed if the argument is None; for a
-    whole gate it is None. `groups` is the argument of `grouped_matmul`. `w` contains `w_gate
-    [n, d, f]`, or AoE's `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`.
+    `code` is the low-rank activation of a factorised gate; if the argument is None, it is computed
+    here. For a whole gate it is None. `groups` is the argument of `grouped_matmul`. `w` contains
+    `w_gate [n, d, f]`, or AoE's `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`.
     """
     if "w_gate" in w:
         return checkpoint_name(product(rows, w["w_gate"], groups), KEPT_EXPERTS), None
@@ -57,7 +57,7 @@ def swiglu(rows, gate, row_weight, groups, w, product=grouped_matmul):
 
 
 def single_expert(x, w):
-    """One expert, or several on their own tokens each: `x [..., T, d]` -> `[..., T, d]`.
+    """Computes one expert, or several, each on its own tokens: `x [..., T, d]` -> `[..., T, d]`.
 
     The matrices `w` have the dtype and the leading axes of `x`.
     """
@@ -78,8 +78,8 @@ def weighted_product(gate, up, weight):
     computed in float32 at least.
 
     The derivative keeps only the arguments; autodiff would keep all intermediate results. With
-    float32 throughout and the barrier, XLA for TPU computes the derivative and the recomputed
-    product in one loop; otherwise it needs two loops that each load all arrays.
+    float32 throughout and `optimization_barrier`, XLA for TPU computes the derivative and the
+    recomputed product in one loop; otherwise it needs two loops that each load all arrays.
     """
     gate, wide_up, weight = _widened(gate, up, weight)
     return (jax.nn.silu(gate) * wide_up * weight).astype(up.dtype)
@@ -87,7 +87,7 @@ def weighted_product(gate, up, weight):
 
 def _weighted_product_backward(args, g):
     gate, up, weight, g = _widened(*args, g)
-    # Narrow on GPU, because XLA for GPU would store a float32 exponential in memory.
+    # On GPU the sigmoid has the gate's own dtype, because XLA would store float32 exponentials.
     narrow = args[0] if target_device().platform == "gpu" else gate
     sigmoid = jax.nn.sigmoid(narrow).astype(gate.dtype)
     silu = gate * sigmoid

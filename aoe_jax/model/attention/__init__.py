@@ -26,7 +26,7 @@ def _import_and_attend(name, *arrays):
 
 
 BACKENDS = {name: partial(_import_and_attend, name) for name in ("blocks", "splash", "cudnn")}
-PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}  # other backends: all platforms
+PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}  # the others run on all platforms
 _WITHOUT_CUDNN = re.compile(r"\b(V100|T4|P100|P40|P4|K80|RTX 20\d0|GTX|TITAN|Quadro)\b")
 
 
@@ -46,8 +46,8 @@ def causal_attention(
       q: `[B, H, S, h]`, floating-point.
       k, v: `[B, G, S, h]` in the dtype of `q`; G divides H.
       segment_ids: `[B, S]` int32 document numbers, or None; attention stays within a document.
-      backend: one of `BACKENDS`, or "auto": chosen by the devices of the mesh in context
-        (`jax.set_mesh`, `jax.shard_map`) or, without a mesh, of this process.
+      backend: one of `BACKENDS`, or "auto": chosen by dtype, h and the devices of the mesh in
+        context (`jax.set_mesh`, `jax.shard_map`) or, without a mesh, of this process.
 
     Returns:
       `[B, H, S, h]`, dtype of `q`. Differentiable in q, k and v in reverse mode. Other arrays that
@@ -107,4 +107,4 @@ def _is_ampere_or_later(device):
     capability = getattr(device, "compute_capability", None)
     if capability is None:  # an AbstractDevice has only a name
         return not _WITHOUT_CUDNN.search(device.device_kind)
-    return str(capability)[0].isdigit() and float(capability) >= 8  # AMD's names begin with gfx
+    return str(capability)[0].isdigit() and float(capability) >= 8  # AMD reports gfx90a or similar

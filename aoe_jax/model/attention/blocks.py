@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 MIN_BLOCK, MAX_BLOCKS = 64, 8  # limits of queries per block and of blocks per sequence
 # The name of the arrays that the backward pass needs beside q, k and v. All backends set it except
-# cuDNN's, whose arrays JAX hides.
+# cuDNN, whose arrays JAX hides.
 KEPT_ATTENTION = "attention"
 
 
@@ -26,7 +26,7 @@ def _blocks(length):
 
 
 def _scores(q, k, segment_ids, first, end):
-    """Scaled products of a block of queries with their keys, `[B, H, Q, P]`; -inf where masked."""
+    """Scaled scores of queries `first:end` and keys `:end`, `[B, H, Q, P]`; -inf where masked."""
     visible = np.arange(first, end)[:, None] >= np.arange(end)
     if segment_ids is not None:
         visible = visible & (segment_ids[:, first:end, None] == segment_ids[:, None, :end])[:, None]
@@ -45,9 +45,9 @@ def _attention(q, k, v, segment_ids):
     """`blocks_attention` for equal numbers of query, key and value heads.
 
     A block skips the keys after its last query, which saves up to 44% of all products.
-    Probabilities are normalised after their product with the values, which has fewer numbers than
-    the probabilities. The backward pass computes them again from one number that is kept for each
-    query (FlashAttention, Dao et al. 2022, arXiv 2205.14135, section 3.1).
+    Probabilities are normalised after their product with the values, because the product has fewer
+    elements. The backward pass computes the probabilities again from one number that is kept for
+    each query (FlashAttention, Dao et al. 2022, arXiv 2205.14135, section 3.1).
     """
     return _attention_forward(q, k, v, segment_ids)[0]
 

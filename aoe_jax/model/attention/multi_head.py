@@ -18,7 +18,7 @@ from aoe_jax.sharding import spec_of, target_device
 _CACHE = spec_of("batch", "heads", None, None)
 # The names of the norms' scales for each `ModelConfig.qk_norm`.
 _QK_NORMS = {"none": [], "all": ["q_norm", "k_norm"], "head": ["q_head_norm", "k_head_norm"]}
-_OUTPUT = (token_spec(2, None), token_spec(2, None))  # of the output and the `capture` results
+_OUTPUT = (token_spec(2, None), token_spec(2, None))  # specs of `y` and `captured`
 
 
 def rotary_tables(length, config: ModelConfig):
@@ -55,10 +55,10 @@ def rotary(x, cos, sin):
 
 
 def rotary_by_product(x, cos, sin):
-    """Computes `rotary` with a matrix that swaps the halves of a head.
+    """Computes `rotary` with a matrix that swaps the halves of a head and negates the second.
 
-    On a TPU the product is faster than moving parts of its 128 lanes, which needs HBM, because the
-    product fuses with the operations around it.
+    On a TPU this is faster, because the matrix product fuses with the operations around it. Slices
+    would move values between the 128 lanes, which needs HBM.
     """
     half = x.shape[-1] // 2
     swap = np.zeros((2 * half, 2 * half), np.float32)
@@ -76,7 +76,7 @@ def rotary_by_product(x, cos, sin):
 
 
 def _visible(length, segment_ids):
-    """Whether queries attend to keys: `[S, S]` or `[B, S, S]` bool."""
+    """Whether each query attends to each key: `[S, S]` or `[B, S, S]` bool."""
     is_past = jnp.tril(jnp.ones((length, length), bool))
     if segment_ids is None:
         return is_past
@@ -131,7 +131,7 @@ class Attention(nn.Module):
         }
 
     def __call__(self, x, segment_ids=None, with_cache=False):
-        """Attends to positions so far: `x [B, S, d]` -> `(y [B, S, d], captured, cache)`.
+        """Attends to all positions so far: `x [B, S, d]` -> `(y [B, S, d], captured, cache)`.
 
         `segment_ids [B, S]` int32 are document numbers, or None; attention stays within a document.
         `captured [B, S, H]` are the results of `capture`; None without it. The cache is
@@ -142,7 +142,7 @@ class Attention(nn.Module):
         return self._over_mesh(attend, out_specs, (token_spec(2),), x, segment_ids)
 
     def extend(self, x, cache, n_past):
-        """Attends to the positions of a cache and to earlier positions of `x`, which follow them.
+        """Attends to positions of a cache and to positions of `x`, which follow those of the cache.
 
         `cache` is `(keys, values)`, `[B, G, c, h]` each, and `n_past [B]` int32 is the number of
         its filled positions; S more must be free. Returns the results of `__call__`; the cache
@@ -154,7 +154,7 @@ class Attention(nn.Module):
         return self._over_mesh(self._extend, out_specs, in_specs, x, keys, values, n_past)
 
     def _over_mesh(self, function, out_specs, in_specs, x, *args):
-        weights = dict(self.weights)  # a copy, because Linen freezes its own
+        weights = dict(self.weights)  # a copy, because Linen makes `self.weights` immutable
         in_specs = (token_spec(2, None), *in_specs, weight_specs(ATTENTION, weights))
         run = over_mesh(function, in_specs, out_specs, remat=self.config.remat)
         return run(x, *args, weights)
@@ -171,7 +171,7 @@ class Attention(nn.Module):
         return rotary(q, cos, sin), rotary(k, cos, sin), v
 
     def _attend(self, devices, x, segment_ids, weights, with_cache):
-        # A device computes some heads for all positions of its sequences.
+        # Along tensor, each device computes its own heads for all positions of its sequences.
         x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
         tables = rotary_tables(x.shape[1], self.config)
         if segment_ids is not None:
@@ -192,7 +192,7 @@ class Attention(nn.Module):
         x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
         w = _gathered(devices, weights, x.dtype)
         position = n_past[:, None] + jnp.arange(x.shape[1])
-        # The tables of all positions are float64, because sines of large angles need it.
+        # The tables are computed for all positions in float64, because large angles need it.
         tables = rotary_tables(keys.shape[2], self.config)
         tables = (jnp.asarray(a, jnp.float32)[position][:, None] for a in tables)
         q, k, v = self._queries_keys_values(x, w, tables)

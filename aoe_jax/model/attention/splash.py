@@ -43,7 +43,7 @@ def block_size(length):
 
 def _kernel(n_heads, length, width):
     size = block_size(length)
-    # Narrow heads use a layout with positions last: features as last axis are padded to LANES.
+    # For narrow heads positions are the last axis, because the last axis is padded to LANES.
     layout = kernels.QKVLayout.SEQ_MINOR if width < LANES else kernels.QKVLayout.HEAD_DIM_MINOR
     sizes = kernels.BlockSizes(
         block_q=size,

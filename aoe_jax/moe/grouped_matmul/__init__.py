@@ -48,7 +48,7 @@ def grouped_matmul(
       backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"rowwise"` (plain
         JAX, for fewer rows than experts), `"megablox"` (TPU; interpreted on CPU), `"mosaic_gpu"`
         (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense on most platforms: a baseline) or
-        `"auto"`, which chooses by the number of rows and the devices: those of the mesh in context
+        `"auto"`, which chooses by M, the dtype, the widths and the devices of the mesh in context
         (`jax.set_mesh`, `jax.shard_map`) or, without a mesh, of this process.
 
     Returns:

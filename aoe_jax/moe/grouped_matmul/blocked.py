@@ -4,10 +4,11 @@ loop multiplies the other rows block by block.
 B is a little more than the mean group size, so with balanced loads the batched matmul computes
 almost all rows. It multiplies E stretches of B positions, stretch e by the weights of expert e. A
 group's head, its first B rows, is stored in the group's stretch. Other rows of large groups are
-stored at free positions of any stretch, where the batched product is wrong. A loop of dynamic
-length overwrites these products with one dense matmul per block of S rows. If less than half of the
-batched product would be useful, the loop computes all rows. So the work is at most about twice the
-useful work plus two blocks per group. The number of positions is N = E B; see `__init__.py`.
+stored at free positions of other stretches, where the batched matmul multiplies them by the wrong
+weights. A loop of dynamic length overwrites these products with one dense matmul per block of S
+rows. If less than half of the batched product would be useful, the loop computes all rows. So the
+work is at most about twice the useful work plus two blocks per group. The number of positions is
+N = E B; `__init__.py` lists the other letters.
 """
 
 import math
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 from aoe_jax.moe.grouped_matmul.groups import NOWHERE, dot, find, group_sizes_of, permute
 
-ROW_MULTIPLE = 16  # B is a multiple of it
+ROW_MULTIPLE = 16  # B is a multiple of it, unless B is M
 MAX_BLOCK = 128
 
 
@@ -31,7 +32,7 @@ def blocked_matmul(rows, weights, groups):
 
 def _head_and_block(m, n_experts):
     """`(B, S)`: B is the mean group size plus 1.5 standard deviations for random routing. S is a
-    power of two between B / 8 and B / 4, within `ROW_MULTIPLE` and `MAX_BLOCK`.
+    power of two between B / 8 and B / 4, at least `ROW_MULTIPLE` and at most `MAX_BLOCK`.
     """
     mean = m / n_experts
     head = math.ceil((mean + 1.5 * math.sqrt(mean)) / ROW_MULTIPLE) * ROW_MULTIPLE
@@ -45,18 +46,18 @@ class _Blocks(NamedTuple):
     """The blocks of the loop; entries past `count` are meaningless."""
 
     count: jax.Array  # []
-    expert: jax.Array  # [max blocks]
+    expert: jax.Array  # [max blocks], the expert of the block's rows
     stretch: jax.Array  # [max blocks], the stretch of positions that contains the block
-    # [max blocks], start of the slice that the loop loads: `first`, or less near the last position.
+    # [max blocks], start of the slice that the loop loads: `first`, or less at the array's end.
     start: jax.Array
     first: jax.Array  # [max blocks], first position that belongs to the block
     last: jax.Array  # [max blocks], one past the last position that belongs to the block
 
 
 class RowLayout(NamedTuple):
-    """Positions of rows: a group's head begins its stretch; other rows are at free positions."""
+    """A group's head is at the start of the group's stretch; other rows are at free positions."""
 
-    # [M] int32, the position of each row in expert order; NOWHERE for rows past the last group.
+    # [M] int32, the position of each row, in expert order; NOWHERE for rows past the last group.
     position: jax.Array
     row: jax.Array  # [N] int32, the row at each position; NOWHERE if the position is free
     # [] bool, whether the batched product is used; if not, no group has a head.
@@ -94,7 +95,7 @@ def row_layout(group_sizes, m):
     row = jnp.where(count < rest_end[-1], count + to_row[find(rest_end, count)], NOWHERE)
     row = jnp.where(within < head[stretch], start[stretch] + within, row)
 
-    # A run is a range of rows outside all heads, with one expert and one stretch, cut into blocks.
+    # A run is a range of rows outside all heads, with one expert and one stretch. Blocks split it.
     run_end = jnp.minimum(jnp.sort(jnp.concatenate([rest_end, free_end])), rest_end[-1])
     run_start = jnp.concatenate([jnp.zeros_like(run_end[:1]), run_end[:-1]])
     per_run = (run_end - run_start + block_size - 1) // block_size
@@ -129,7 +130,9 @@ def _add_block_products(out, rows, weights, layout, contracted):
 
 
 def _add_block_gradients(out, rows, g, layout):
-    """Adds the blocks' gradients to `out [E, D, F]` and subtracts their batched product from it."""
+    """Adds each block's gradient to its expert in `out [E, D, F]`, and subtracts it from the expert
+    of its stretch, to which the batched product added it.
+    """
     blocks, size = layout.blocks, _head_and_block(layout.position.shape[0], out.shape[0])[1]
     row = jnp.arange(size)[:, None]
 

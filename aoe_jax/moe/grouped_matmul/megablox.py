@@ -1,8 +1,8 @@
 """Megablox for TPU: the Pallas kernels `gmm` and `tgmm` that come with JAX, with tiles chosen for
 each product.
 
-JAX's own derivative of `gmm` uses the forward tiles for the backward products too, which may not
-fit. So this module defines the derivative with the same kernels:
+JAX's own derivative of `gmm` uses the forward tiles for the backward products too, whose blocks may
+then exceed the VMEM. So this module defines the derivative with the same kernels:
 
     forward    rows [M, D]  x weights [E, D, F]   -> [M, F]      gmm
     d_rows     g [M, F]     x weights [E, D, F]^T -> [M, D]      gmm, transpose_rhs
@@ -10,7 +10,8 @@ fit. So this module defines the derivative with the same kernels:
 
 On CPU the kernels run in Pallas's interpreter, which is slow and meant for tests.
 
-A tile has tm rows, tk elements of the contracted width and tn of the output width.
+A tile of `gmm` has tm rows, tk elements of the contracted width and tn of the output width; a tile
+of `tgmm` has tm of the contracted rows, tk elements of D and tn of F.
 """
 
 import importlib
@@ -27,9 +28,9 @@ DTYPES = ("bfloat16", "float32")
 LANES = 128  # a tile of a width is the whole width or a multiple of this
 SUBLANES = 16  # a tile of rows is a multiple of this; float32 needs only 8
 MIN_ROWS, MAX_ROWS = 128, 512
-# The largest tile of a width, by bytes per element; forward and d_rows may have larger ones.
+# The largest tile of a width, by bytes per element; `gmm` may use larger ones that fit into VMEM.
 MAX_WIDTH = {2: 1024, 4: 512}
-# Bytes for the blocks of a kernel. On TPUs with the least VMEM the compiler allows it 16 MiB.
+# Limit in bytes for the blocks of a kernel. On TPUs with the least VMEM the compiler allows 16 MiB.
 VMEM_BYTES = 14 * 2**20
 
 
@@ -50,8 +51,8 @@ def row_tile(m, n_experts):
     """Rows of a tile: a power of two from 128 to 512, at most a sixteenth of the mean group if
     possible, and a divisor of M if possible. Fewer than 128 rows are one tile.
 
-    A tile with rows of two groups is computed twice, so up to E - 1 tiles are wasted: at most 1/16
-    of the work, or more in small groups, because tiles below 128 rows leave the matrix unit idle.
+    A tile with rows of two groups is computed twice, which wastes up to E - 1 tiles, at most 1/16
+    of the work. Small groups waste more: smaller tiles would leave the matrix unit idle.
     """
     if m < MIN_ROWS:
         return _round_up(m, SUBLANES)
@@ -84,10 +85,10 @@ def tiles(m, d, f, n_experts, itemsize):
 
 
 def _depth_and_width(m, k, n, n_experts, itemsize):
-    """`(tk, tn)` for rows `[m, k]` times weights `[E, k, n]` that load the least from memory.
+    """The `(tk, tn)` with the least memory traffic for rows `[m, k]` times weights `[E, k, n]`.
 
-    If tk is the whole depth, weights are loaded once, otherwise once for each tile of rows. Rows
-    are loaded once for each tile of the width.
+    If tk is k, weights are loaded once, otherwise once for each tile of rows. Rows are loaded once
+    for each tile of n.
     """
     tm, limit = row_tile(m, n_experts), MAX_WIDTH[itemsize]
 
@@ -95,11 +96,11 @@ def _depth_and_width(m, k, n, n_experts, itemsize):
         return math.ceil(n / tn) * m * k + k * n * (n_experts if tk == k else m / tm)
 
     tiles = [(width_tile(k, limit), width_tile(n, limit))]
-    # A large depth that is no multiple of 128 is split, because masked copies would need memory.
+    # If k exceeds `limit` and is no multiple of 128, it is split: masked copies would need memory.
     counts = range(1, math.ceil(n / LANES) + 1) if k <= limit or k % LANES == 0 else ()
     for count in counts:
         tn = n if count == 1 else _round_up(math.ceil(n / count), LANES)
-        # Blocks are double-buffered; the sum is float32.
+        # Blocks are double-buffered; the accumulator is float32.
         if 2 * itemsize * (tm * k + k * tn + tm * tn) + 4 * tm * tn <= VMEM_BYTES:
             tiles.append((k, tn))
             break
@@ -112,7 +113,7 @@ def _round_up(value, multiple):
 
 def _run_kernel(name, *operands, **settings):
     """Runs a Megablox kernel, compiled on TPU, interpreted on CPU."""
-    # `import_module`, because the package's function `gmm` hides its module `gmm` of the kernels.
+    # `import_module`, because the function `gmm` of the package hides its module `gmm`.
     kernel = getattr(importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm"), name)
     run = partial(kernel, preferred_element_type=operands[0].dtype, **settings)
     return jax.lax.platform_dependent(*operands, tpu=run, cpu=partial(run, interpret=True))

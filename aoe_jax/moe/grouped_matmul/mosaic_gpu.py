@@ -21,13 +21,13 @@ from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
 DTYPES = ("bfloat16", "float16")
 WIDTH_BLOCK = 64  # D and F must be multiples; 64 elements are a 128-byte row of shared memory
 ROW_BLOCKS = (128, 64)
-# Bytes of an expert's weights that blocks of rows load from the L2 cache, which has 50 MB.
+# Byte limit of an expert's weights in one pass over its rows, to keep them in the L2 cache (50 MB).
 CACHED_BYTES = 16 * 2**20
 CONCURRENT_STEPS = 4  # pipeline steps; with blocks of 128 they use 160 of 227 KiB shared memory
 
 
 def mosaic_gpu_matmul(rows, weights, groups):
-    """The backend "mosaic_gpu" of `grouped_matmul`, for Hopper; `check` may raise `UserError`."""
+    """The backend "mosaic_gpu" of `grouped_matmul`. Raises the `UserError` of `check`."""
     check(rows.dtype, *weights.shape[1:])
     m = rows.shape[0]
     if m % ROW_BLOCKS[0]:
@@ -51,7 +51,7 @@ def check(dtype, d, f):
 
 
 def row_block(m, n_experts):
-    """Rows of a block: 128, or 64 if blocks of two groups would be more than 1/16 of the work."""
+    """Rows of a block: 128, or 64 if over 1/16 of the blocks could have rows of two groups."""
     return next((block for block in ROW_BLOCKS if block * 16 * n_experts <= m), ROW_BLOCKS[-1])
 
 

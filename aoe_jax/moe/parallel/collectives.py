@@ -1,8 +1,9 @@
 """All collectives between the devices of a mesh.
 
 A layer runs inside one `jax.shard_map`. Every device owns T tokens: sequences are split over (data,
-fsdp, expert), positions over tensor. Expert weights are split over expert (by expert), tensor (by
-width) and fsdp (by d_model, W_gate_up by rank), and are gathered over fsdp where they are used.
+fsdp, expert), positions over tensor. Experts are split over the expert axis. The weights of each
+expert are split over tensor by width and over fsdp by d_model (W_gate_up: by rank), and are
+gathered over fsdp where they are used.
 `transports.py` sends rows to their experts.
 """
 
@@ -21,7 +22,7 @@ from aoe_jax.parameters import EXPERTS, Parameter
 from aoe_jax.sharding import AXES, MESH_AXES, RULES, MeshAxes, spec_of, target_device
 
 GATHERED_WEIGHT = "gathered_weight"
-RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p, v6e; fails to compile for v5e and CPU
+RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p, v6e; `ragged_all_to_all` fails on v5e and CPU
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ class Devices:
     def exchange_rows(self, rows, sent, received):
         """Sends `sent[e]` rows to device e of the expert axis and returns the rows received.
 
-        `rows [N R, d]` contains a buffer of R rows for each device, and the result one from each
-        device. The first rows of a buffer are used: `sent [N]` and `received [N]` int32 are their
-        numbers. Platforms with `ragged_all_to_all` send only used rows, others whole buffers.
+        `rows [N R, d]` contains a buffer of R rows for each device, and the result a buffer from
+        each device. A buffer's first rows are used: `sent[e]` in the buffer for device e, and
+        `received[e]` in the buffer from it; `sent` and `received` are `[N]` int32. Platforms with
+        `ragged_all_to_all` send only used rows, others send whole buffers.
         """
         if target_device().device_kind in RAGGED_PLATFORMS:
             return _ragged_exchange(rows, sent, received, self.axes.collective("expert"))
@@ -77,12 +79,12 @@ class Devices:
         return self.transport == "all_to_all" and self.size("expert") > 1
 
     def total(self, x, axes=MESH_AXES):
-        """The sum over all mesh axes, or over the given ones."""
+        """The sum of `x` over mesh axes."""
         names = self._names(axes)
         return jax.lax.psum(x, names) if names else x
 
     def from_first(self, x):
-        """Broadcasts the `x` of the first device along tensor to all devices along it."""
+        """Broadcasts `x` from the first device along tensor to all others."""
         if self.size("tensor") == 1:
             return x
         return self.total(jnp.where(self.rank("tensor") == 0, x, 0), ("tensor",))
@@ -117,7 +119,7 @@ class Devices:
         return checkpoint_name(gathered, GATHERED_WEIGHT)
 
     def gather_experts(self, parameter: Parameter, w, dtype):
-        """Gathers a weight over fsdp like `gather_weight`, and its experts over the expert axis."""
+        """Casts a weight to `dtype` and gathers it over fsdp, and its experts over expert."""
         if self.size("expert") == 1:
             return self.gather_weight(parameter, w, dtype)
         whole = self.gather_weight(parameter, w)
@@ -127,11 +129,11 @@ class Devices:
     def without_whole_weights(self, function, gathers_experts=False):
         """Wraps a function of arrays so that its backward pass gathers whole weights again.
 
-        An inner `jax.checkpoint` would follow the policy of this one, so parts of `function` that
-        recompute arrays use custom derivatives. No barrier (`prevent_cse`) is needed between the
-        two gathers, because the backward pass of scanned layers is a separate loop. With
-        `model.remat="layer"` the whole layer is recomputed already. `gathers_experts`: whether
-        `function` calls `gather_experts`.
+        An inner `jax.checkpoint` would keep what this policy keeps, so parts of `function` that
+        recompute arrays use custom derivatives. No barrier (`prevent_cse`) is needed between a
+        gather and its repetition, because the backward pass of scanned layers is its own loop. With
+        `model.remat="layer"` the whole layer is recomputed already: the result is `function`.
+        `gathers_experts` says whether `function` calls `gather_experts`.
         """
         gathers_experts = self.sends_rows or (gathers_experts and self.size("expert") > 1)
         if self.remat == "layer" or (self.size("fsdp") == 1 and not gathers_experts):
@@ -142,8 +144,8 @@ class Devices:
         """AoE's scores of a device's tokens for all experts: a tuple of arrays `[T or fewer, n]`.
 
         Tokens are gathered over the expert axis. Each device computes their scores for its own
-        experts and sends the scores back. With `all_to_all`, if the `w_score` of all experts are
-        smaller than the tokens, they are gathered instead of the tokens. `function` computes scores
+        experts and sends the scores back. With the transport `all_to_all`, if `w_score` is smaller
+        than the tokens, `w_score` is gathered and the tokens are not. `function` computes scores
         from tokens `[T, d]` and `w_score [n, d, r]`; the argument `w_score` is this device's shard.
         """
 
@@ -178,7 +180,7 @@ class Devices:
         return self.gather(values.reshape(-1, self.shape[-1], *values.shape[1:]), "tensor", 1)
 
     def all_tokens(self, values):
-        """All devices' tokens in the order of the batch, flattened: `[T, ...]` -> `[B S, ...]`."""
+        """The values of all tokens, in the order of the batch: `[T, ...]` -> `[B S, ...]`."""
         if self.total_size == 1:
             return values
         trailing = values.shape[1:]
@@ -240,10 +242,10 @@ _gather_cast.defvjp(
 def sum_gradients(g, axis, dimension, in_stages=None):
     """Sums `g` over a mesh axis of several devices and keeps this device's shard of `dimension`.
 
-    The TPU compiler turns a `psum_scatter` over an axis that spans a slice of 16 chips or more into
-    an all-reduce, and one over a part of a slice into a native reduce-scatter. With two stages over
-    groups of about sqrt(axis size) devices, all but small gradients use native reduce-scatters,
-    which send half the bytes of the all-reduce.
+    The TPU compiler turns a `psum_scatter` over a whole slice of 16 chips or more into an
+    all-reduce, and a `psum_scatter` over a part of a slice into a native reduce-scatter. With two
+    stages over groups of about sqrt(axis size) devices, all but small gradients use native
+    reduce-scatters, which send half the bytes of the all-reduce.
 
     `in_stages=None` sums in two stages on TPU if the axis is the whole mesh and has at least 16
     devices.
@@ -314,7 +316,7 @@ def _is_spec(value):
 
 
 def _name_idle_axes(idle, spec):
-    """Adds the axes of size 1 to a spec, because JAX sums gradients over omitted axes."""
+    """Adds the axes of size 1 to a spec, because JAX sums gradients over axes that specs omit."""
     entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
     named = {axis for entry in entries for axis in entry}
     rest = tuple(axis for axis in idle if axis not in named)

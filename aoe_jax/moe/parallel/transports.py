@@ -1,4 +1,4 @@
-"""Transports send rows to the devices of their experts. Their collectives are in `collectives.py`.
+"""Transports send tokens to the devices of their experts, by the collectives in `collectives.py`.
 
     Local      All experts are on the device (`dispatch.py`). Tokens are gathered over tensor, and
                outputs are summed and scattered back.
@@ -7,7 +7,7 @@
                and sends as many back, whichever experts are chosen.
     AllToAll   Each row is sent to the device of its expert and back: about K T d numbers each way.
 
-No row is dropped, and memory is bounded: a device computes its rows in rounds of R rows,
+No row is dropped, and memory is bounded: a device computes its rows in rounds of R rows, where R is
 `ROW_BUFFER` times its number of rows under perfect balance. Autodiff applies to the first round. If
 the load is uneven, further rounds follow. They keep nothing for the backward pass, which computes
 them again. So memory for about two rounds is enough, even if all tokens choose the experts of one
@@ -58,7 +58,7 @@ _add_rows.defvjp(
 
 
 class _Rounds(Local):
-    """Transports with rounds. `share` is the number of rows per device under perfect balance."""
+    """Transports with rounds; `share` is the number of a device's rows under perfect balance."""
 
     def further_rounds(self, first, function, schedule, args):
         """Adds `function(schedule, number, args)` of rounds 1 to `n_rounds - 1` to `first`.
@@ -71,7 +71,7 @@ class _Rounds(Local):
 
 
 class _RingSchedule(NamedTuple):
-    slot: jax.Array  # [P + R] int32, the slot of each row in expert order; P past the end
+    slot: jax.Array  # [P + R] int32, slots in expert order; the last R entries are P
     end: jax.Array  # [n] int32, the end of each expert's rows
     n_rounds: jax.Array  # [] int32, of this device; other devices may need more or fewer
 
@@ -123,7 +123,7 @@ class Ring(_Rounds):
         return jnp.zeros(n_slots, values.dtype).at[round[0]].set(values, mode="drop")
 
     def complete(self, values):
-        """Sums over the expert axis, because one device computes the row of a slot."""
+        """Sums over the expert axis: one device computed a slot's value, the others have 0."""
         return self.devices.total(values, ("expert",))
 
     def combine(self, rows, round, n_tokens):
@@ -139,7 +139,7 @@ class _AllToAllSchedule(NamedTuple):
 
 
 class _AllToAllRound(NamedTuple):
-    slot: jax.Array  # [R] int32, the slot of each row to send, by device; P for no row
+    slot: jax.Array  # [R] int32, the slot of each row to send, by device; P: no row
     order: jax.Array  # [R] int32, sorts the received rows by expert
     inverse: jax.Array  # [R] int32, the inverse of `order`
     group_sizes: jax.Array  # [n] int32
