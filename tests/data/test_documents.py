@@ -111,7 +111,7 @@ MISTAKES = [
         r"the line at byte 16 of .*a\.jsonl is no JSON",
     ),
     ("a.jsonl", b'{"text": "caf\xe9"}\n', r"the line at byte 0 of .*a\.jsonl is no JSON .*mend or"),
-    ("a.jsonl", b'["text"]\n', "is no JSON object; each line is one, with a field 'text'"),
+    ("a.jsonl", b'["text"]\n', "is no JSON object; each line must be one, with a field 'text'"),
     ("a.jsonl", b'{"body": "x"}\n', r"--text_field='text': .*has no such field; it has \['body'\]"),
     ("a.jsonl", b'{"text": null}\n', "--text_field='text': .*has a NoneType there, not a text"),
     ("a.jsonl", b'{"text": ' + 9999 * b"[" + b"\n", r"is no JSON \(maximum recursion depth"),
