@@ -109,9 +109,8 @@ def _text_folder(path: str | None) -> Corpus:
     """Opens the UTF-8 `.txt` files in a folder and its subfolders: one document per file, sorted by
     path. Files and folders whose name begins with a dot are skipped.
 
-    The hash of a file's path determines its split. About 5% of the files are for validation and 5%
-    for test, at least one each. Except in small folders, new files do not change the splits of
-    existing files.
+    The hash of a file's path determines its split: validation and test get about 5% of the files
+    each, at least one. Except in small folders, new files do not change the splits of old files.
     """
     what, root = f"data.path={path!r} cannot be read", Path(path or "").absolute()
     wanted = "no such folder of .txt files; correct the path"

@@ -27,9 +27,8 @@ _UNREADABLE = (OSError, pyarrow.ArrowException, UnicodeDecodeError)
 
 
 class Piece(NamedTuple):
-    """A part of a file. For Parquet, `start` and `stop` are indices of row groups. For JSON lines
-    they are byte positions, and the piece has the lines that begin between them. Plain text and
-    compressed files are one piece.
+    """A part of a file. For Parquet, `start` and `stop` are row-group indices. For JSON lines they are
+    byte positions, and the piece has the lines that begin between them. Other files are one piece.
     """
 
     path: str
@@ -166,7 +165,7 @@ def _value(line: bytes, where: str, text_field: str) -> object:
 
 def _checked(text: object, where: str, text_field: str) -> str:
     if not isinstance(text, str):
-        raise _no_text(where, text_field, f"has a {type(text).__name__} there, not a text")
+        raise _no_text(where, text_field, f"has a {type(text).__name__} in this field, not a text")
     _check_length(text, where)
     try:
         text.encode()

@@ -2,8 +2,7 @@
 
 For each split a store has one stream of tokens, `EOT doc1 EOT doc2 EOT ... docN EOT`. Shards store
 all tokens except the first. A shard is an ArrayRecord file. Each record has `RECORD_TOKENS` tokens;
-the last record of a shard may have fewer. A store also has the tokenizer's file and
-`manifest.json`.
+the last record of a shard may have fewer. A store also has a tokenizer file and `manifest.json`.
 """
 
 import functools
@@ -73,7 +72,7 @@ def read_manifest(directory: Path) -> dict:
         raise _damaged(directory, "manifest.json has an end-of-text token outside its vocabulary")
     for split, numbers in manifest["splits"].items():
         if numbers["tokens"] != 1 + sum(shard["tokens"] for shard in numbers["shards"]):
-            raise _damaged(directory, f"manifest.json has other tokens in {split} than its shards")
+            raise _damaged(directory, f"manifest.json has a wrong number of {split} tokens")
     return manifest
 
 

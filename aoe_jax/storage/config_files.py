@@ -27,7 +27,7 @@ def default_config():
 
 
 def update_groups(config, changes):
-    """Applies `changes`, `{group: {field: value}}`. A group `routing` replaces the whole old one."""
+    """Applies `changes`, `{group: {field: value}}`. A group `routing` replaces the old one."""
     if "routing" in changes:
         config.routing = ConfigDict()
     config.update(changes)

@@ -183,7 +183,7 @@ def make_folder(folder: Path, flag: str):
 
 
 def write_or_refuse(folder, flag, write):
-    """Calls `write`, and repeats it after temporary faults. Raises `UserError` for other `OSError`s."""
+    """Returns `write()`, repeated after temporary faults. Other `OSError`s raise `UserError`."""
 
     def attempt():
         try:
@@ -212,9 +212,9 @@ def write_report(file: Path, report: dict, flag):
 
 @contextlib.contextmanager
 def exclusive(lock_file: Path, flag="config.data.cache"):
-    """A context that holds a lock until it ends, or the process ends. On some network disks the
-    lock excludes only processes of the same host. Raises `UserError`, which names the
-    `flag`, if the folder of the lock cannot be written.
+    """A context that holds a lock until the context or the process ends. On some network disks the
+    lock excludes only processes of the same host. Raises `UserError`, which names the `flag`, if
+    the folder of the lock cannot be written.
     """
 
     def acquire():

@@ -51,7 +51,7 @@ def _acquire(lease, flag, take_over):
         found = owner_of(folder)
         if found and not seen:
             seen, since = found, time.monotonic()
-            wanted = "this process takes over if it does not renew its lease"
+            wanted = "this process takes over if that process does not renew its lease"
             log.warning(f"{folder} belongs to {_name(seen)}; {wanted}")
         elif found and found != seen:
             wanted = f"end it, wait while it saves, or use another --{flag}"

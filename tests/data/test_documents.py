@@ -113,7 +113,7 @@ MISTAKES = [
     ("a.jsonl", b'{"text": "caf\xe9"}\n', r"the line at byte 0 of .*a\.jsonl is no JSON .*mend or"),
     ("a.jsonl", b'["text"]\n', "is no JSON object; each line must be one, with a field 'text'"),
     ("a.jsonl", b'{"body": "x"}\n', r"--text_field='text': .*has no such field; it has \['body'\]"),
-    ("a.jsonl", b'{"text": null}\n', "--text_field='text': .*has a NoneType there, not a text"),
+    ("a.jsonl", b'{"text": null}\n', "--text_field='text': .*has a NoneType in this field"),
     ("a.jsonl", b'{"text": ' + 9999 * b"[" + b"\n", r"is no JSON \(maximum recursion depth"),
     (
         "a.json.gz",
@@ -127,7 +127,7 @@ MISTAKES = [
     ("a.txt", b"caf\xe9", r"a\.txt cannot be read \('utf-8' codec can't decode .*position 3.*mend"),
     ("a.parquet", b"no parquet", r"a\.parquet cannot be read \(.*[Pp]arquet"),
     ("a.parquet", parquet(body=["x"]), r"'text': .*has no such column; it has \['body'\]"),
-    ("a.parquet", parquet(text=[["a"], ["b"]]), r"a\.parquet has a list there, not a text"),
+    ("a.parquet", parquet(text=[["a"], ["b"]]), r"a\.parquet has a list in this field"),
     ("a.parquet", NULL, r"'text': row group 2 of .*a\.parquet has a NoneType there"),
     ("a.parquet", NULL[:10] + bytes(200) + NULL[210:], r"a\.parquet cannot be read"),
     ("a.parquet", parquet(text=NO_UTF8), r"a\.parquet cannot be read \('utf-8' codec"),
