@@ -73,8 +73,8 @@ def agreement(observed, w_score, score):
     """Computes the fraction of the router's choices that the neurons' scores would make too.
 
     `observed` has `logits [L, T, n]`, `chosen [L, T, n]` and `x [L, T, d]` of a router MoE. Scores
-    are `SCORE_OF_CODE[score]` of `x w_score`, with `w_score [L, n, d, r]`. A token chooses as many
-    experts as with the router. Returns `(fractions [L], expected fraction of a random choice)`.
+    are `SCORE_OF_CODE[score]` of `x w_score`, with `w_score [L, n, d, r]`. Each token keeps its
+    number of experts. Returns `(fractions [L], expected fraction of a random choice)`.
     """
     _, chosen, x = observed
     of_layers = [

@@ -13,8 +13,8 @@ router column, random with variance 1 / d. As G divides K, a token is routed to 
 **Scores of an AoE.** Gates are not factorised, and the score of an expert is computed from its
 first S neurons. Neurons are sorted by the norm of their gate column and assigned to the pieces in
 turn. The first C S neurons of a piece are its scoring neurons, and are assigned to its copies in
-turn. So scoring neurons have similar norms in all experts, and no two experts have the same one.
-With G > 1, the experts that a token is routed to need not be all pieces of a copy.
+turn. So all experts have scoring neurons of similar norms, and no two experts share one.
+With G > 1, a token may be routed to only some pieces of a copy.
 
 **Noise.** Gaussian noise is added to every matrix of every expert. Its standard deviation is
 `noise` times that of the dense matrix; the noise of `w_down` is multiplied by G, too.

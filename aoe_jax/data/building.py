@@ -27,8 +27,8 @@ class Corpus:
     """A text corpus in three splits. `documents(split)` yields the non-empty documents of a split,
     always in the same order, and raises `UserError` if a document cannot be read.
 
-    `fingerprint` changes when the text changes. Exception: for a TFDS data set it depends only on
-    the name, version, text field and sizes, so it stays the same if an edit keeps all of these.
+    `fingerprint` changes when the text changes. But for a TFDS data set it depends only on the
+    name, version, text field and sizes, so it stays the same if an edit keeps all of these.
     """
 
     name: str

@@ -27,8 +27,8 @@ _UNREADABLE = (OSError, pyarrow.ArrowException, UnicodeDecodeError)
 
 
 class Piece(NamedTuple):
-    """A part of a file. For Parquet, `start` and `stop` are row-group indices. For JSON lines they are
-    byte positions, and the piece has the lines that begin between them. Other files are one piece.
+    """A part of a file. For Parquet, `start` and `stop` are row-group indices. For JSON lines they
+    are byte positions; the piece has the lines that begin between them. Other files are one piece.
     """
 
     path: str

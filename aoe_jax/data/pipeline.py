@@ -53,9 +53,9 @@ class PackedWindows:
 class Mixture:
     """Determines the order of the windows in an endless mixture of several sources.
 
-    Up to any position, the number of windows from a source differs by at most a few windows from
-    the fraction that its weight demands. The counts at a position are computed in constant time, so
-    a run can continue from any position.
+    Before any position, the number of windows from a source is `position * weight / total weight`
+    to within a few windows. These numbers are computed in constant time, so that a run can continue
+    from any position.
     """
 
     def __init__(self, weights: Sequence[Fraction | int], batch_size=1, rows=(0,)):
@@ -128,7 +128,7 @@ def train_batches(
     loss_mask: bool = False,
     read_options: grain.ReadOptions = READ_OPTIONS,
 ) -> grain.DatasetIterator:
-    """Yields training batches without end. Every epoch has another order of a source's windows.
+    """Yields training batches without end. Every epoch shuffles a source in another order.
 
     A batch has the arrays of `PackedWindows`, `[len(rows), seq_len]`; `rows` are the rows of the
     global batch that this process reads, by default all. The global batch of a step does not depend

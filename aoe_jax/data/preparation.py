@@ -181,7 +181,7 @@ def _hash_of(shard: Path) -> str | None:
 
 def make_plan(files: Mapping, planned: dict) -> dict:
     """Returns the content of `plan.json`, which determines the store: the fields of `planned`,
-    `files` as `[path, size, version]`, and `units` of work with `[index of file, start, stop]`.
+    `files` as `[path, size, version]`, and `units` of work with pieces `[file index, start, stop]`.
     """
     states = [[str(path), *state] for path, state in files.items()]
     smallest, largest = _UNIT_BYTES
@@ -207,7 +207,7 @@ def _read_plan(output: Path) -> dict:
 
 
 def _claim(files: Mapping, planned: dict, output: Path) -> dict:
-    """Reads or makes the plan of `output`. Raises `UserError` if its settings or files differ."""
+    """Reads or makes the plan of `output`. Raises `UserError` if settings or files have changed."""
     if not (output / token_store.PLAN_FILE).exists():
         names = {path.name for path in output.iterdir()} - {f"{token_store.PLAN_FILE}.partial"}
         is_empty = all(name.startswith(NAME) for name in names)

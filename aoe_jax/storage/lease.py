@@ -34,7 +34,7 @@ _FIELD = re.compile(r"^(token|host|pid|renewed)=([!-~]{1,255})$", re.MULTILINE)
 def leased(folder: Path, flag: str, take_over=False):
     """A context that owns a folder, and makes it if it is missing. Yields the lease; call its
     `check` before files are replaced. If another process owns the folder, waits until the lease of
-    that process is stale, or raises `InUse` when it is renewed. `take_over` omits the waiting.
+    that process is stale, or raises `InUse` when it is renewed. `take_over` takes over at once.
     """
     make_folder(folder, flag)
     lease = (_InStore if is_remote(folder) else _OnDisk)(folder)

@@ -164,7 +164,7 @@ def move(source, target):
 
 
 def put(source: Path, target):
-    """Moves a file to the same disk or to a store. Readers never see an incomplete `target`."""
+    """Moves a file to `target`, on its disk or in a store. Readers never see an incomplete file."""
     if is_remote(target):
         file_system(target).put_file(os.fspath(source), os.fspath(target))
         source.unlink()
