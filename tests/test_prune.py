@@ -112,7 +112,7 @@ OTHERS = {"routing__name": "threshold"}, {"experts__kind": "uoe"}, {"experts__ki
 REFUSED = [
     *((changes, 2, "': pruning is not implemented; use a model with top_k") for changes in OTHERS),
     ({"experts__score_neurons": 4}, 2, "experts.score_neurons=4: merging reorders the neurons"),
-    (LARGE, 2, "the width of a large router depends on its experts"),
+    (LARGE, 2, "because its width depends on the experts"),
     ({}, 1, "--experts=1: must be at least experts.top_k=2 and fewer than the 4"),
     ({}, 4, "--experts=4: must be at least experts.top_k=2 and fewer than the 4"),
 ]

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def export(workdir: Path, output: Path, step="newest", dtype="float32"):
     """Writes the model of a checkpoint to `output`, which does not exist before it is complete.
 
-    `step` is "newest", "best" or a number; `dtype` is that of the parameters. Raises `UserError` if
+    `step` is "newest", "best" or a number; parameters are saved in `dtype`. Raises `UserError` if
     the run cannot be read, has no such step, or `output` exists already or cannot be written.
     """
     config = read_run_config(workdir / "config.json")
@@ -34,8 +34,8 @@ def export(workdir: Path, output: Path, step="newest", dtype="float32"):
 
 def write_result(directory: Path, source: Path, step, config: Config, parameter, state=None):
     """Writes a model that was made from `source`, and copies the tokenizer and the run's settings
-    from `source`. `step` is the training step or None, `parameter` is a function for `write_model`,
-    and `state` has the routing state by name.
+    from `source`. `step` is the training step or None. `parameter(path, layer)` returns a parameter
+    of the model, see `write_model`. `state` is the routing state, an array for each name.
     """
     state = state or {}
     values = to_json(config, state) | write_tokenizer(source, directory, config.model.max_len)
@@ -54,5 +54,5 @@ def write_figures(directory: Path, source: Path, step, config: Config, command, 
 
 
 def in_words(nll):
-    """Formats negative log-likelihoods by name as text."""
+    """Formats `{name: negative log-likelihood}` as text."""
     return "nll: " + ", ".join(f"{name} {value:.4f}" for name, value in nll.items())

@@ -44,11 +44,11 @@ def convert(
     The arguments are the flags of `aoe_jax.convert`. Raises `UserError` if the checkpoint or the
     corpus cannot be read, or the model cannot be converted.
 
-    Returns the content of `convert.json` in `output`, which begins with the settings. Factorised
-    gates add `energy_kept`, the share of the sum of squares of W_gate that the factors keep, per
-    expert and as a mean. `score_neurons` or `data` adds the `nll` on held-out text, `before` and
-    `after`, and `agreement`, the share of the router's choices that the scores choose too, as
-    `mean`, `layers`, and `chance` for a random choice.
+    Returns the content of `convert.json` in `output`: the settings and, for factorised gates,
+    `energy_kept`, the fraction of the sum of squares of W_gate that the factors keep, per expert
+    and as a mean. With `score_neurons` or `data` it also has the `nll` on held-out text `before`
+    and `after`, and `agreement`, the fraction of the router's choices that the scores make too: its
+    `mean`, its values in the `layers`, and the value that random choices would have (`chance`).
     """
     config = source_config(checkpoint)
     converted = _converted(config, d_low, score_neurons, score)
@@ -69,11 +69,11 @@ def convert(
             calibration, held_out = calibration_batches(model, checkpoint, data, n_tokens, seed)
         if score_neurons is None:
             report = {"d_low": d_low, "d_wide": converted.experts.d_wide}
-            form, energy = f"gates factorised with rank {d_low} score", []
+            form, energy = f"factorised gates of rank {d_low} compute the scores", []
             parameter = _factorised(read, d_low, energy)
         else:
             report = {"score_neurons": score_neurons, "score": score}
-            form = f"the first {score_neurons} neurons of its experts score"
+            form = f"the first {score_neurons} neurons of an expert compute its score"
             parameter = _reordered(read, _observed(model, calibration), score_neurons, score)
         write_result(directory, checkpoint, step, converted, parameter)
         if score_neurons is None:
@@ -95,7 +95,7 @@ def convert(
 
 
 def convert_summary(report):
-    """The report of `convert` as a line of text."""
+    """Formats the report of `convert` as a line of text."""
     parts = []
     if "energy_kept" in report:
         parts.append(f"energy kept: {report['energy_kept']['mean']:.4f} of all")
@@ -118,7 +118,7 @@ def _factorised(read, rank, energy):
     """Returns a function for `write_model`, which factorises gates `[n, d, f]` by a truncated
     singular value decomposition `U S V^T` in float32: `w_gate_down = U_r S_r [n, d, r]` and
     `w_gate_up = V_r^T [n, r, f]`, so that `|x w_gate_down| = |x w_gate_down w_gate_up|`. For each
-    layer it appends to `energy` the shares of the sums of squares that the experts' factors keep.
+    layer, the function appends to `energy` the fraction of `|W_gate|^2` that each expert keeps.
     """
 
     @functools.lru_cache(maxsize=1)
@@ -158,10 +158,10 @@ def _reordered(read, observed, count, score):
 
 def _converted(config: Config, d_low, score_neurons, score):
     experts, d_model, router = config.experts, config.model.d_model, config.routing.name
-    wanted = "only a router MoE with whole gates can be converted"
+    wanted = "only a router MoE without factorised gates can be converted"
     require(experts.kind == "router", "experts.kind", experts.kind, wanted)
     require(not experts.factorised_gate, "experts.factorised_gate", True, wanted)
-    wanted = f"it uses more than scores; these can be converted: {', '.join(CONVERTIBLE)}"
+    wanted = f"the method uses more than scores; convertible are {', '.join(CONVERTIBLE)}"
     require(router in CONVERTIBLE, "routing.name", router, wanted)
     width = f"at most the width {experts.d_ffn} of an expert"
     if score_neurons is None:

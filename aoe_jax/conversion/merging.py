@@ -1,30 +1,30 @@
 """Finds clusters of similar experts, merges each cluster into one expert, and builds the model.
 
 Each layer is processed alone. The methods are UNCURL (Sarkar et al. 2024, arXiv 2409.01483) and two
-baselines of its paper:
+baselines of the same paper:
 
-- `uncurl`. `H [tokens, Z]` has the scores of Z experts, and `S = (1 + cosine of columns of H) / 2`.
-  Spectral clustering of S computes D clusters (symmetric normalised Laplacian and k-means; the
-  paper does not name the Laplacian). In each cluster, the hidden units of the experts are permuted
-  so that their weights are nearest to those of the expert with the largest load. Then the experts
-  are averaged, with their loads as weights.
+- `uncurl`. `H [tokens, Z]` are the scores of Z experts. `S [Z, Z]` is `(1 + cosine) / 2` for every
+  two columns of H. Spectral clustering of S computes D clusters (symmetric normalised Laplacian and
+  k-means; the paper does not name the Laplacian). In each cluster, the hidden units of the experts
+  are permuted so that their weights are nearest to those of the expert with the largest load. Then
+  the experts are averaged, with their loads as weights.
 - `frequency_merge`. The D experts with the largest loads are cluster centres, and each other expert
-  is assigned to the centre with the largest S. Clusters are averaged with the rule of `uncurl`.
+  is assigned to the centre with the largest S. Experts are permuted and averaged in the same way.
 - `greedy`. The D experts with the largest loads are kept unchanged, the others are dropped.
 
-The scores of a router MoE are its logits. `greedy` keeps the router columns of its experts, which
-the paper does not mention. The other methods make a random router, which must be trained alone
-first (`train.router_steps`). All layers get D experts, because layers are scanned and have equal
-shapes; the paper does not prune the first layer. Negating a hidden unit's w_up and w_down keeps its
-output, but signs are not aligned.
+The scores of a router MoE are its logits. `greedy` keeps the router columns of the kept experts;
+the paper does not mention the router here. The other methods make a random router, which must be
+trained alone first (`train.router_steps`). The paper does not prune the first layer, but here all
+layers get D experts, because scanned layers must have equal shapes. Negating both w_up and w_down
+of a hidden unit does not change its output, but the alignment does not change signs.
 
 The paper does not treat AoE. AoE's scores are norms, whose means are far from 0, so cosines are
 computed from centred norms. The low-rank axis of w_gate_down and w_gate_up is aligned too, by a
 rotation (Procrustes); rotation and permutation are computed alternately, twice each. An average has
-smaller norms than its members. So w_gate_down of a merged expert is scaled to the mean Frobenius
-norm of its members, and w_gate_up is divided by the same factor, which keeps their product.
+smaller norms than its members. So w_gate_down of a merged expert is scaled to the weighted mean of
+the members' Frobenius norms, and w_gate_up is divided by the same factor to keep their product.
 
-L layers, Z experts in each layer, D clusters, d model width. An expert is a dictionary of arrays:
+Notation: L layers, Z experts in each, D clusters, d model width. An expert is a dict of arrays:
 `w_up [d, f]`, `w_down [f, d]`, and `w_gate [d, f]` or, with a factorised gate, `w_gate_down [d, r]`
 and `w_gate_up [r, f]`.
 """
@@ -61,7 +61,7 @@ class Cluster:
 
     @classmethod
     def of(cls, members, load):
-        """Returns a cluster with weights from `load [Z]`, equal ones if all members have load 0."""
+        """Returns a cluster. The weights are proportional to `load [Z]`, or equal if all are 0."""
         members = tuple(sorted(map(int, members)))
         share = np.asarray(load, np.float64)[list(members)]
         if share.sum() == 0:
@@ -71,7 +71,7 @@ class Cluster:
 
 
 def similarity(moments: np.ndarray) -> np.ndarray:
-    """Computes `(1 + cosine) / 2` `[Z, Z]` for every two experts from second moments of scores.
+    """Computes `S [Z, Z] = (1 + cosine) / 2` from `moments [Z, Z]`, second moments of the scores.
 
     If all scores of an expert are 0, its cosine is 0 with the other experts and 1 with itself.
     """
@@ -84,7 +84,7 @@ def similarity(moments: np.ndarray) -> np.ndarray:
 
 
 def uncurl(similarity, load, n_clusters, seed):
-    """Spectral clustering of the similarities (UNCURL, Sarkar et al. 2024, arXiv 2409.01483)."""
+    """Clusters experts by spectral clustering of their similarities (UNCURL, arXiv 2409.01483)."""
     n = len(load)
     labels = np.zeros(n, int) if n_clusters == 1 else np.arange(n)
     if 1 < n_clusters < n:
@@ -118,7 +118,7 @@ METHODS = {"uncurl": uncurl, "frequency_merge": frequency_merge, "greedy": greed
 
 
 def find_clusters(method, similarity, load, n_clusters, seed=0):
-    """Computes D `Cluster`s of a layer with one of `METHODS`, in the order of their references."""
+    """Computes D `Cluster`s of a layer with one of `METHODS`, sorted by their references."""
     groups = METHODS[method](similarity, load, n_clusters, seed)
     clusters = [Cluster.of(group, load) for group in groups]
     return sorted(clusters, key=lambda cluster: cluster.reference)
@@ -127,9 +127,9 @@ def find_clusters(method, similarity, load, n_clusters, seed=0):
 def aligned(reference, expert):
     """Permutes and rotates `expert` to be nearest to `reference`; its function does not change.
 
-    The permutation of hidden units solves the assignment problem for w_gate_up or w_gate, w_up and
-    w_down. The rotation Q changes a factorised gate to `w_gate_down Q` and `Q^T w_gate_up`, with
-    unchanged norms `|x w_gate_down|`. Q solves the Procrustes problem for both factors together.
+    The permutation of hidden units solves one assignment problem for w_up, w_down and the gate. The
+    rotation Q changes a factorised gate to `w_gate_down Q` and `Q^T w_gate_up`, and keeps the norms
+    `|x w_gate_down|`. Q solves the Procrustes problem for both factors together.
     """
     expert, low_rank = dict(expert), "w_gate_down" in expert
     by_column = ("w_gate_up" if low_rank else "w_gate", "w_up")
@@ -151,10 +151,10 @@ def aligned(reference, expert):
 
 
 def merge(weights: dict[str, np.ndarray], clusters: Sequence[Cluster]) -> dict[str, np.ndarray]:
-    """Averages the aligned experts of each cluster, weighted by how often they are chosen.
+    """Averages the aligned experts of each cluster with the cluster's weights.
 
-    `weights` are arrays `[Z, ...]` by name, and the results `[D, ...]` have the same dtypes. The
-    only expert of a cluster stays bit-identical.
+    `weights` are arrays `[Z, ...]` by name, and the results `[D, ...]` have the same dtypes. An
+    expert that is alone in its cluster stays bit-identical.
     """
     merged = [_average(weights, cluster) for cluster in clusters]
     return {name: np.stack([expert[name] for expert in merged]) for name in weights}
@@ -182,8 +182,8 @@ def _average(weights, cluster):
 def pruned_params(model: Model, moments: Moments, n_experts, method, seed=0):
     """Computes the parameters of a model with D experts.
 
-    `moments` are those of the model's scores, `n_experts` is D, at most Z, `method` is a name of
-    `METHODS`, and `seed` is for k-means and a new router. Returns the parameters on the model's
+    `moments` are those of the model's scores. `n_experts` is D, at most Z. `method` is a name in
+    `METHODS`. `seed` is for k-means and a new router. Returns the parameters on the model's
     mesh, and a list of `Cluster`s for every layer. Host memory must have space for all experts of
     one layer and the merged experts of all layers.
     """
@@ -205,7 +205,7 @@ def pruned_params(model: Model, moments: Moments, n_experts, method, seed=0):
 
 
 def _router(w_router, clusters, method, seed):
-    """`[L, d, D]`: the columns of the experts that `greedy` keeps, else a new random router."""
+    """Returns `[L, d, D]`: for `greedy`, the columns of the kept experts, else random columns."""
     if method == "greedy":
         kept = [[cluster.reference for cluster in of_layer] for of_layer in clusters]
         return jnp.take_along_axis(w_router, jnp.array(kept)[:, None, :], axis=2)

@@ -1,6 +1,6 @@
 """Runs a trained model on a corpus and collects the scores and the choices of experts.
 
-L layers, T tokens, Z experts, d model width.
+Notation: L layers, T tokens, Z experts, d model width.
 """
 
 import itertools
@@ -23,8 +23,9 @@ from aoe_jax.training.validation import evaluate_batches
 def calibration_batches(model: Model, directory: Path, data: str | None, n_tokens: int, seed: int):
     """Returns a list of random train batches, and a list of the first validation batches.
 
-    Train and each validation split have `n_tokens` tokens, rounded up to whole batches. `data` is
-    written like `data.name`; None means the run's corpora. Raises `UserError` as `corpus_of` does.
+    The train batches, and the validation batches of each corpus, have `n_tokens` tokens, rounded up
+    to whole batches. `data` has the syntax of `data.name`; None means the corpora of the run.
+    Raises `UserError` if a corpus cannot be opened.
     """
     corpus = corpus_of(model, directory, data)
     size, seq_len = model.batch_size, model.config.data.seq_len
@@ -44,8 +45,8 @@ def evaluation_on(model: Model, batches):
 def observations(model: Model, batches: Iterable[dict], with_inputs=False):
     """Yields `(scores, chosen)` as host arrays for each host batch, without padding tokens.
 
-    `scores [L, T, Z]` float32 are norms or router logits. `chosen [L, T, Z]` bool includes the
-    effect of a selection bias. `with_inputs` adds the inputs `x [L, T, d]` of the experts.
+    `scores [L, T, Z]` float32 are AoE's scores or router logits. `chosen [L, T, Z]` bool marks the
+    selected experts, with any selection bias. `with_inputs` adds the experts' input `x [L, T, d]`.
     """
 
     def observe(scores, routing, weights, ctx):

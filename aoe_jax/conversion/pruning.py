@@ -19,7 +19,7 @@ from aoe_jax.training.load_statistics import load_entropy
 
 log = logging.getLogger(__name__)
 
-PRUNABLE = ("top_k", "top_p", "sparsemixer", "erc", "capacity")  # these use only the scores
+PRUNABLE = ("top_k", "top_p", "sparsemixer", "erc", "capacity")  # methods that use only the scores
 
 
 def prune(
@@ -37,9 +37,10 @@ def prune(
     Prints a table. The arguments are the flags of `aoe_jax.prune`.
 
     Returns the content of `prune.json` in `output`: `method`, `step`, the number of `tokens` for
-    which scores were computed, validation `nll` `before` and `after`, and the list `layers` with
-    `load` on these tokens, `load_entropy` and `load_entropy_after` in validation, and `clusters`.
-    Raises `UserError` if the model, data or number of experts is not supported.
+    which scores were computed, validation `nll` `before` and `after` pruning, and a list `layers`:
+    the `load` of the experts on these tokens, the entropies of their validation loads before
+    (`load_entropy`) and after pruning (`load_entropy_after`), and the `clusters` of experts. Raises
+    `UserError` if the model, data or number of experts is not supported.
     """
     with new_directory(output) as directory:
         model = load_model(workdir, step, mesh)
@@ -65,7 +66,7 @@ def prune(
         nll = {"before": before.nll, "after": after.nll}
         report = {"method": method, "step": model.step, "tokens": moments.tokens}
         report |= {"nll": nll, "layers": layers}
-        # The mesh is reset, because the mesh of the run may not divide the new number of experts.
+        # The mesh is reset, because its expert axis must divide the number of experts.
         config = dataclasses.replace(_pruned(source_config(workdir), n_experts), mesh=MeshConfig())
         write_result(directory, workdir, model.step, config, parameters_of(params)[1])
         counts = f"{model.config.experts.n_experts} experts of a layer became {n_experts}"
@@ -92,9 +93,9 @@ def check_prunes(model: Model, n_experts, workdir):
     require(router in PRUNABLE, "routing.name", router, wanted)
     wanted = "merging reorders the neurons of experts; use factorised gates or a router"
     require(e.score_neurons is None, "experts.score_neurons", e.score_neurons, wanted)
-    wanted = "merging is for experts that are scored by norms"
+    wanted = "only experts that are scored by norms can be merged"
     require(e.score == "norm", "experts.score", e.score, wanted)
-    wanted = "the width of a large router depends on its experts"
+    wanted = "a large router cannot be pruned, because its width depends on the experts"
     require(not e.large_router, "experts.large_router", True, wanted)
     wanted = (
         f"must be at least experts.top_k={e.top_k} and fewer than the {e.n_experts} experts of "
@@ -110,7 +111,7 @@ def _pruned(config, n_experts):
 
 
 def prune_table(report):
-    """The report of `prune` as text, one row per layer; experts are numbered from 0."""
+    """Formats the report of `prune` as a table, one row per layer; experts are numbered from 0."""
     rows = []
     for layer in report["layers"]:
         share = np.array(layer["load"]) / sum(layer["load"])
@@ -119,5 +120,5 @@ def prune_table(report):
         rows.append([layer["load_entropy"], layer["load_entropy_after"], "  ".join(shown)])
     head = "experts merged into one, and their share of the load"
     table = tabulate(rows, ["layer", "Ent_load", "after", head], "plain", ".3f", showindex=True)
-    most = f"Ent_load is at most {np.log(len(share)):.3f}, then {np.log(len(clusters)):.3f}"
+    most = f"Ent_load is at most {np.log(len(share)):.3f}, after {np.log(len(clusters)):.3f}"
     return f"{table}\n{most}; validation {in_words(report['nll'])}"

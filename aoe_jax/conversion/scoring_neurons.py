@@ -1,7 +1,7 @@
 """Finds neurons of a router MoE's experts whose activations predict the router's choices.
 
-L layers, T tokens, n experts, d model width, f expert width. A neuron of an expert is a column of
-w_gate and w_up and a row of w_down, so an expert's function does not depend on their order.
+Notation: L layers, T tokens, n experts, d model width, f expert width. A neuron of an expert is a
+column of w_gate and w_up and a row of w_down. The order of the neurons does not affect the output.
 """
 
 from functools import partial
@@ -24,10 +24,10 @@ def telling_neurons(x, logits, chosen, w_gate, count, score):
     """Chooses `count` neurons per expert so that their scores predict the router's choices best.
 
     One neuron is added to each expert in turn, until each has `count`. An expert's first neuron is
-    the one whose score correlates best with the expert's logit, centred over experts. Each further
-    neuron is the one that most increases the log-likelihood of the router's choices under a softmax
-    over the experts' scores, `sum_ti chosen_ti log softmax(scores_t)_i`, which compares scores
-    across experts. All gate pre-activations, `[n, T, f]` float32, are in memory at once.
+    the one whose score correlates best with the expert's logit minus the mean logit of all experts.
+    Each further neuron is the one that most increases the log-likelihood of the router's choices
+    under a softmax over the experts' scores, `sum_ti chosen_ti log softmax(scores_t)_i`. All gate
+    pre-activations, `[n, T, f]` float32, are in memory at once.
 
     `x [T, d]`, `logits [T, n]` and `chosen [T, n]` are the router's inputs, logits and choices in a
     layer, and `w_gate` is `[n, d, f]`. `score` is "norm" or "max", and `count` at most f. Returns
@@ -70,11 +70,11 @@ def in_front(neurons, width):
 
 
 def agreement(observed, w_score, score):
-    """Computes the share of the router's choices that would also be made by scores of neurons.
+    """Computes the fraction of the router's choices that the neurons' scores would make too.
 
-    `observed` has `logits [L, T, n]`, `chosen [L, T, n]` and `x [L, T, d]` of a router MoE. The
-    score `score` of `SCORE_OF_CODE` is computed from `w_score [L, n, d, r]`. A token gets as many
-    experts as with the router. Returns `(shares [L], expected share of a random choice)`.
+    `observed` has `logits [L, T, n]`, `chosen [L, T, n]` and `x [L, T, d]` of a router MoE. Scores
+    are `SCORE_OF_CODE[score]` of `x w_score`, with `w_score [L, n, d, r]`. Each token keeps its
+    number of experts. Returns `(fractions [L], expected fraction of a random choice)`.
     """
     _, chosen, x = observed
     of_layers = [

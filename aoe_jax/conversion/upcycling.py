@@ -1,20 +1,20 @@
 """Turns a dense model into an MoE or an AoE whose experts are copies or pieces of its feed-forward
 layer (Sparse Upcycling, arXiv 2212.05055; fine-grained experts: arXiv 2410.07524).
 
-N experts, granularity G, C = N / G copies, K experts per token, f width of the dense layer.
+Notation: N experts, K of them per token; granularity G, C = N / G copies; f dense-layer width.
 
 **Experts.** The f neurons of a layer are divided into G pieces of f / G neurons, and each piece is
 copied C times: expert `c G + g` is copy c of piece g. A dense layer computes the sum of the pieces,
 an MoE layer a weighted mean, so `w_down` is multiplied by G (the second paper scales all matrices).
 
-**Router of an MoE.** The G experts of a copy have the same random column with variance 1 / d (a
-virtual group of the second paper). As G divides K, a token is routed to all of them or to none.
+**Router of an MoE.** The G experts of a copy (a virtual group of the second paper) have the same
+router column, random with variance 1 / d. As G divides K, a token is routed to all G or to none.
 
 **Scores of an AoE.** Gates are not factorised, and the score of an expert is computed from its
 first S neurons. Neurons are sorted by the norm of their gate column and assigned to the pieces in
 turn. The first C S neurons of a piece are its scoring neurons, and are assigned to its copies in
-turn. So scoring neurons have similar norms in all experts, and no two experts have the same one.
-With G > 1, the experts that a token is routed to need not be all pieces of a copy.
+turn. So all experts have scoring neurons of similar norms, and no two experts share one.
+With G > 1, a token may be routed to only some pieces of a copy.
 
 **Noise.** Gaussian noise is added to every matrix of every expert. Its standard deviation is
 `noise` times that of the dense matrix; the noise of `w_down` is multiplied by G, too.
@@ -59,7 +59,7 @@ class Upcycling:
 
     def config(self, dense: Config) -> Config:
         """Returns the configuration of the result, with the default balance losses. Raises
-        `UserError` if the model is not dense, or a setting does not fit the model or the others.
+        `UserError` if the model is not dense, or a setting does not fit it or another setting.
         """
         width, kind = dense.experts.d_ffn, dense.experts.kind
         require(kind == "dense", "experts.kind", kind, "only a dense model can be upcycled")
@@ -72,7 +72,7 @@ class Upcycling:
         if self.kind == "aoe":
             experts |= {"score_neurons": self.score_neurons, "score": self.score}
             most = width // n
-            wanted = f"must be at most {most}, so that each of {n} experts has its own of {width}"
+            wanted = f"must be at most {most}, because {n} experts divide a layer of width {width}"
             fits = self.score_neurons is not None and self.score_neurons <= most
             require_flag(fits, "score_neurons", self.score_neurons, wanted)
         else:
@@ -133,7 +133,7 @@ def upcycle(
     `checkpoint` is the directory of a model or of a run, whose newest checkpoint is loaded. Dtypes
     do not change. Returns the content of `convert.json` in `output`: the fields of `form`, and, if
     `data` is given or the model is from a run, `nll` `before` and `after`, on `n_tokens` tokens of
-    each validation split. Raises `UserError` if a file cannot be read or `form` does not fit.
+    each corpus in validation. Raises `UserError` if a file cannot be read or `form` does not fit.
     """
     config = form.config(source_config(checkpoint))
     is_measured = is_of_run(checkpoint) or data is not None
@@ -156,7 +156,7 @@ def upcycle(
 
 
 def upcycle_summary(report):
-    """The report of `upcycle` as a line of text."""
+    """Formats the report of `upcycle` as a line of text."""
     experts = f"{report['top_k']} of {report['n_experts']} experts of granularity"
     text = f"{report['kind']}: {experts} {report['granularity']}"
     return f"{text}; {in_words(report['nll'])}" if "nll" in report else text

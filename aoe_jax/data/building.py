@@ -1,4 +1,4 @@
-"""Writes token stores: their shards and manifest, and stores of whole corpora in a cache."""
+"""Writes the shards and the manifest of token stores, and builds stores of corpora in a cache."""
 
 import contextlib
 import logging
@@ -24,11 +24,11 @@ _BATCH_CHARACTERS = 2**21
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in three splits. `documents(split)` yields the non-empty documents of a split,
+    """A text corpus in three splits. `documents(split)` yields the non-empty documents of a split,
     always in the same order, and raises `UserError` if a document cannot be read.
 
-    `fingerprint` changes when the text changes. The fingerprint of a TFDS data set depends only on
-    its name, version and sizes, so it misses an edit that changes none of them.
+    `fingerprint` changes when the text changes. But for a TFDS data set it depends only on the
+    name, version, text field and sizes, so it stays the same if an edit keeps all of these.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Corpus:
 def write_splits(
     folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, suffix: str = ""
 ) -> dict[str, dict]:
-    """Tokenises documents into shards `SPLIT{suffix}-00000.array_record` and so on in `folder`.
+    """Tokenises documents, and writes shards `SPLIT{suffix}-00000.array_record`, ... to `folder`.
 
     `documents` are pairs `(split, non-empty text)`. Returns for each split the number of `tokens`,
     `documents` and `bytes` of UTF-8, and a list `shards` with the `name`, `tokens`, `file_bytes`
@@ -136,7 +136,7 @@ def write_manifest(
         "vocab_size": tokenizer.token_count,
         "end_of_text": tokenizer.end_of_text,
         "dtype": _token_dtype(tokenizer).name,
-        # The stream begins with an end-of-text token that no shard stores.
+        # 1 is added, because a stream begins with an end-of-text token that no shard stores.
         "splits": {name: split | {"tokens": 1 + split["tokens"]} for name, split in splits.items()},
     }
     write_json(directory / "manifest.json", manifest)
@@ -149,14 +149,15 @@ def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
 def cached_token_stores(
     corpora: list[Corpus], tokenizer: str | None, vocab_size: int, cache: Path
 ) -> list[Path]:
-    """Returns the directory of each corpus's token store. Builds stores that do not exist.
+    """Returns the directory of each corpus's token store, after building the missing stores.
 
-    A store is `<cache>/tokens/<corpus name>-<hash of the corpus and the tokenizer>`, so another
-    tokenizer, vocabulary size or text makes another store. If several processes share the cache,
-    one builds a store and the others wait. On a network disk whose locks work only within a host,
-    one process of every host builds the store, and the first result is kept. `tokenizer` is the
-    path of a file; if None, BPE of `vocab_size` tokens is trained on all train splits. Raises
-    `UserError` if the tokenizer or a text cannot be used, or `vocab_size` is too small.
+    `tokenizer` is the path of a file. If it is None, byte-level BPE with `vocab_size` tokens is
+    trained on the train splits of all corpora. The folder of a store is `NAME-HASH` in
+    `<cache>/tokens`. The hash depends on the text and the tokenizer, so a change of these makes a
+    new store. If several processes share the cache, one builds a store and the others wait. On a
+    network disk whose locks work only within a host, one process of every host builds the store,
+    and the first result is kept. Raises `UserError` if the tokenizer or a text cannot be used, or
+    `vocab_size` is too small.
     """
     given = load_tokenizer(tokenizer) if tokenizer else None
     if given:
@@ -189,9 +190,9 @@ def cached_token_stores(
 def build_token_store(corpus: Corpus, tokenizer: Tokenizer, directory: Path):
     """Tokenises a corpus into a temporary folder, and renames it to `directory` at the end.
 
-    Only one process of a host may call this at a time. The memory use is that of one batch of
-    documents, or of the longest document. Raises `UserError` like `write_splits`, and if a split
-    has no documents.
+    At most one process of a host may build `directory` at a time. Memory must have space for one
+    batch of documents, and for the longest document. Raises `UserError` if a split has no
+    documents, or the tokenizer encodes some text as its end-of-text token.
     """
     with new_folder(directory) as new:
         splits = write_splits(new, _documents(corpus), tokenizer)

@@ -67,8 +67,8 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
 
 
 def split_of(index: int) -> str:
-    """The split of document `index`. Of every twenty documents in a row, the tenth is for
-    validation and the twentieth for test, so every split covers the whole period of time.
+    """Returns the split of document `index`. Of every twenty documents in a row, the tenth is for
+    validation and the twentieth for test, so every split has documents from the whole corpus.
     """
     return {9: "validation", 19: "test"}.get(index % 20, "train")
 
@@ -106,11 +106,11 @@ def load_corpus(name: str, path: str | None, cache: str | Path, text_field: str 
 
 
 def _text_folder(path: str | None) -> Corpus:
-    """The UTF-8 `.txt` files in a folder and its subfolders, one document per file, sorted by path.
-    Files and folders whose name begins with a dot are skipped.
+    """Opens the UTF-8 `.txt` files in a folder and its subfolders: one document per file, sorted by
+    path. Files and folders whose name begins with a dot are skipped.
 
-    The hash of a file's path determines its split: about 5% (at least one) are for validation and
-    5% for test. Except in small folders, new files do not change the splits of existing files.
+    The hash of a file's path determines its split: validation and test get about 5% of the files
+    each, at least one. Except in small folders, new files do not change the splits of old files.
     """
     what, root = f"data.path={path!r} cannot be read", Path(path or "").absolute()
     wanted = "no such folder of .txt files; correct the path"
@@ -126,7 +126,7 @@ def _text_folder(path: str | None) -> Corpus:
         what = f"data.path={path!r}: {file} cannot be read"
         hashes[name] = patiently(what, partial(file_sha256, file))
         digest.update(f"{name!r} {hashes[name]}\n".encode())
-    wanted = "train, validation and test need at least 3 documents, one a file"
+    wanted = "train, validation and test need at least 3 documents, each in its own file"
     found = f"{len(hashes)} non-empty .txt file(s); {wanted}"
     require(len(hashes) >= len(SPLITS), "data.path", path, found)
     splits = _split_by_hash(list(hashes))
@@ -160,11 +160,11 @@ def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
 
 
 def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) -> Corpus:
-    """The texts of a prepared TFDS data set. If the data set has no validation or test split,
+    """Returns a prepared TFDS data set as a corpus. If it has no validation or test split,
     `split_of` selects documents of the train split for the missing split.
     """
     info = builder.info
-    # Builders of Hugging Face data sets declare texts as scalars.
+    # Scalars are included, because builders of Hugging Face data sets declare texts as scalars.
     text_fields = [
         key
         for key, feature in info.features.items()
@@ -201,7 +201,7 @@ def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) 
 
 
 def _tfds_builder(name: str, data_dir: str, flag: str) -> tfds.core.DatasetBuilder:
-    """The builder of a data set in `data_dir`, after preparing it as ArrayRecord if necessary."""
+    """Returns a builder, after preparing its data set in `data_dir` as ArrayRecord if necessary."""
     try:
         builder = _find_builder(name, data_dir)
         if builder.is_prepared():
@@ -213,7 +213,7 @@ def _tfds_builder(name: str, data_dir: str, flag: str) -> tfds.core.DatasetBuild
             builder = _find_builder(name, data_dir)
             if not builder.is_prepared():
                 logger.info(f"preparing the TFDS data set {name} in {builder.data_dir}")
-                # TFDS's copies on Google Cloud Storage are TFRecord files, which need TensorFlow.
+                # TFDS's copies on Google Cloud Storage are not used: reading them needs TensorFlow.
                 config = tfds.download.DownloadConfig(try_download_gcs=False)
                 with contextlib.redirect_stdout(sys.stderr):
                     builder.download_and_prepare(download_config=config)
@@ -223,7 +223,7 @@ def _tfds_builder(name: str, data_dir: str, flag: str) -> tfds.core.DatasetBuild
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(_unknown_name(name)) from error
     except ImportError as error:
-        how = "install that, or set data.path to a TFDS data_dir where it is ready as array_record"
+        how = "install it, or set data.path to a TFDS data_dir with the prepared array_record files"
         if name.startswith(_HUGGING_FACE):
             how = "pip install 'aoe_jax[huggingface]'"
         missing = f"needs a package that is not installed ({error}); {how}"
@@ -234,8 +234,8 @@ def _tfds_builder(name: str, data_dir: str, flag: str) -> tfds.core.DatasetBuild
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(
             f"data.name={name!r}: TFDS cannot prepare it: {type(error).__name__}: "
-            f"{first_line}\nCheck the name, and that {data_dir} has it in no other file format "
-            "than array_record."
+            f"{first_line}\nCheck the name, and that {data_dir} does not contain this data set in "
+            "another file format than array_record."
         ) from error
 
 

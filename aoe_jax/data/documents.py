@@ -1,4 +1,4 @@
-"""Reads documents from JSON lines, Parquet and plain text, in pieces of files."""
+"""Divides files of JSON lines, Parquet or plain text into pieces, and reads their documents."""
 
 import io
 import itertools
@@ -27,8 +27,8 @@ _UNREADABLE = (OSError, pyarrow.ArrowException, UnicodeDecodeError)
 
 
 class Piece(NamedTuple):
-    """A part of a file. For Parquet, `start` and `stop` count row groups. For JSON lines they are
-    byte positions, and the piece has the lines that begin between them. Other files are one piece.
+    """A part of a file. For Parquet, `start` and `stop` are row-group indices. For JSON lines they
+    are byte positions; the piece has the lines that begin between them. Other files are one piece.
     """
 
     path: str
@@ -66,7 +66,7 @@ def find_files(patterns: Sequence[str], output) -> dict:
 
 
 def _format(path: Path) -> tuple[str | None, str | None]:
-    """`(kind, compression)` from the extensions of a file's name; None for an unknown one."""
+    """Returns `(kind, compression)` by a file's name; the kind of an unknown format is None."""
     compression = _COMPRESSIONS.get(path.suffix)
     kind = path.with_suffix("").suffix if compression else path.suffix
     known = (*_JSON_LINES, ".txt", *([] if compression else [".parquet"]))
@@ -102,7 +102,7 @@ def documents(piece: Piece, text_field: str) -> Iterator[str]:
     """Yields the texts of a piece, including empty ones. Lone surrogates are replaced by U+FFFD.
 
     `text_field` is the name of the JSON field or Parquet column with the text. Raises `UserError`
-    if the file cannot be read or is damaged, or if an entry has no text or one that is too long.
+    if the file cannot be read or is damaged, or if a line or row has no text or is too long.
     """
     kind, compression = _format(Path(piece.path))
     what = f"--input: {piece.path} cannot be read"
@@ -156,7 +156,7 @@ def _value(line: bytes, where: str, text_field: str) -> object:
     except (ValueError, RecursionError) as error:
         raise UserError(f"--input: {where} is no JSON ({error}); mend or remove it") from error
     if not isinstance(value, dict):
-        wanted = f"is no JSON object; each line is one, with a field {text_field!r}"
+        wanted = f"is no JSON object; each line must be one, with a field {text_field!r}"
         raise UserError(f"--input: {where} {wanted}")
     if text_field not in value:
         raise _no_text(where, text_field, f"has no such field; it has {shown(list(value))}")
@@ -165,7 +165,7 @@ def _value(line: bytes, where: str, text_field: str) -> object:
 
 def _checked(text: object, where: str, text_field: str) -> str:
     if not isinstance(text, str):
-        raise _no_text(where, text_field, f"has a {type(text).__name__} there, not a text")
+        raise _no_text(where, text_field, f"has a {type(text).__name__} in this field, not a text")
     _check_length(text, where)
     try:
         text.encode()
@@ -176,7 +176,7 @@ def _checked(text: object, where: str, text_field: str) -> str:
 
 def _check_length(content: bytes | str, where: str):
     if len(content) > DOCUMENT_BYTES:
-        limit = f"{DOCUMENT_BYTES >> 20} MiB, the longest document that is read"
+        limit = f"{DOCUMENT_BYTES >> 20} MiB, the size limit of a document"
         raise UserError(f"--input: {where} is longer than {limit}; split or remove it")
 
 

@@ -1,4 +1,4 @@
-"""Batches of packed windows from one corpus or a mixture of several, read with Grain."""
+"""Reads batches of packed windows from one corpus or a mixture of several, with Grain."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from aoe_jax.data.token_store import TokenStore
 from aoe_jax.errors import UserError, shown
 from aoe_jax.storage.files import COUNT
 
-# Fewer than Grain's defaults, 16 threads and 500 elements, because an element here is a batch.
+# Grain's defaults, 16 threads and 500 elements, are too many, because an element is a batch here.
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
 
 
@@ -21,7 +21,7 @@ class PackedWindows:
     """Random access to the consecutive windows of a token stream.
 
     Window `i` has tokens `i * L` to `i * L + L`, both included, where L is `seq_len`, so each
-    token after the first is a target once. The last tokens are left out if they fill no window.
+    token after the first is a target once. Tokens at the end that fill no window are left out.
     """
 
     def __init__(self, store: TokenStore, seq_len: int, loss_mask: bool = False):
@@ -36,8 +36,8 @@ class PackedWindows:
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
         """Returns the arrays `[L]` of window `index`. `inputs` and `targets` are int32 tokens.
-        `segment_ids`, int32, is the number of each token's document within the window, from 1.
-        `weights`, float32, are the weights of the targets in the loss.
+        `segment_ids`, int32, numbers the documents in the window from 1: each token has the number
+        of its document. `weights`, float32, are the weights of the targets in the loss.
 
         The segment of a document begins with the end-of-text token before it. With `loss_mask` the
         first token of a document has weight 0 as a target. All other weights are 1.
@@ -51,10 +51,11 @@ class PackedWindows:
 
 
 class Mixture:
-    """The order of the windows in an endless mixture of several sources.
+    """Determines the order of the windows in an endless mixture of several sources.
 
-    At any position, the number of windows of a source differs from its share by a few windows.
-    The counts at a position are computed in constant time, so a run can continue from any position.
+    Before any position, the number of windows from a source is `position * weight / total weight`
+    to within a few windows. These numbers are computed in constant time, so that a run can continue
+    from any position.
     """
 
     def __init__(self, weights: Sequence[Fraction | int], batch_size=1, rows=(0,)):
@@ -65,10 +66,11 @@ class Mixture:
         self._batch_size, self._rows = batch_size, rows
 
     def counts(self, position: int) -> list[int]:
-        """The number of windows of each source among the first `position` windows.
+        """Returns the number of windows of each source among the first `position` windows.
 
-        The first source has its share of all windows, rounded up. The second source has its share
-        of the rest, and so on. When `position` grows by one, exactly one count grows by one.
+        The first source gets `position * weight / total weight` windows, rounded up. The remaining
+        windows are divided among the other sources in the same way, one source after another. When
+        `position` grows by one, exactly one count grows by one.
         """
         counts, left, left_weight = [], position, sum(self._weights)
         for weight in self._weights:
@@ -78,11 +80,11 @@ class Mixture:
         return counts
 
     def __len__(self) -> int:
-        # Larger than any run reads, and exact as a float, because Grain converts it to one.
+        # More windows than any run reads. Grain converts the number to float, exactly for 2**48.
         return 2**48
 
     def __getitem__(self, index: SupportsIndex) -> tuple[int, int]:
-        """`(source, window of that source)`, for `grain.MapDataset.select_from_datasets`."""
+        """Returns `(index of a source, index of its window)` for Grain's `select_from_datasets`."""
         batch, row = divmod(index.__index__(), len(self._rows))
         position = batch * self._batch_size + self._rows[row]
         before, after = self.counts(position), self.counts(position + 1)
@@ -91,7 +93,7 @@ class Mixture:
 
 
 class _TrainIterator(grain.DatasetIterator):
-    """Yields batches. The saved position includes the number of windows read from each source."""
+    """Yields batches. The saved position has the number of windows read from each source, too."""
 
     def __init__(self, batches: grain.DatasetIterator, windows_read: Callable[[int], dict]):
         super().__init__(batches)
@@ -110,8 +112,8 @@ class _TrainIterator(grain.DatasetIterator):
         if expected is None or read != expected:
             raise UserError(
                 f"data.name: the checkpoint had read {shown(read)} windows after "
-                f"{shown(n_batches)} batches, these corpora would give {expected}; name the "
-                "corpora and weights that the run began with"
+                f"{shown(n_batches)} batches, but from these corpora it would be {expected}; name "
+                "the corpora and weights that the run began with"
             )
         self._parent.set_state({"next_index": n_batches})
 
@@ -126,7 +128,7 @@ def train_batches(
     loss_mask: bool = False,
     read_options: grain.ReadOptions = READ_OPTIONS,
 ) -> grain.DatasetIterator:
-    """Endless training batches. Every epoch shuffles the windows of a source in another order.
+    """Yields training batches without end. Every epoch shuffles a source in another order.
 
     A batch has the arrays of `PackedWindows`, `[len(rows), seq_len]`; `rows` are the rows of the
     global batch that this process reads, by default all. The global batch of a step does not depend
@@ -138,13 +140,13 @@ def train_batches(
     """
     rows = range(batch_size) if rows is None else rows
     windows = [PackedWindows(store, seq_len, loss_mask) for store in stores.values()]
-    # The first source uses the seed itself, so that a single source has the order of old versions.
+    # The first source uses the seed itself, so one source has the same order in old versions.
     seeds = [seed, *map(int, np.random.SeedSequence(seed).generate_state(len(windows) - 1))]
     shuffled = [
         grain.MapDataset.source(source).shuffle(seed).repeat()
         for source, seed in zip(windows, seeds, strict=True)
     ]
-    # MapDataset.mix rounds weights to about 1%, so one pass would not read every window.
+    # MapDataset.mix rounds weights to about 1%, so one pass over it would not read every window.
     mixture = Mixture(weights or [len(source) for source in windows], batch_size, rows)
     mixed = grain.MapDataset.select_from_datasets(shuffled, mixture)
     batches = iter(mixed.batch(len(rows)).to_iter_dataset(read_options))
@@ -158,10 +160,10 @@ def train_batches(
 def eval_batches(
     store: TokenStore, seq_len: int, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batches of the arrays of `PackedWindows`, `[batch_size, seq_len]`, without loss mask.
+    """Yields batches with the arrays of `PackedWindows` without loss mask: `[batch_size, seq_len]`.
 
-    Every token after the first is a target once, in order. The last batch is padded with zeros, so
-    `weights` sums to `len(store) - 1` over all batches.
+    Every token after the first is a target once, in order. The last batch is padded with zeros; the
+    padding has weight 0, so the `weights` of all batches sum to `len(store) - 1`.
     """
     size, end = seq_len * batch_size, len(store) - 1
     for start in range(0, end, size):
@@ -172,7 +174,7 @@ def eval_batches(
 def _windows(
     tokens: np.ndarray, n_windows: int, seq_len: int, end_of_text: int
 ) -> dict[str, np.ndarray]:
-    """The arrays of consecutive windows, `[n_windows, seq_len]`, padded with zeros at the end."""
+    """Cuts tokens into windows: arrays `[n_windows, seq_len]`, padded with zeros at the end."""
     rows = np.zeros((3, n_windows * seq_len), np.int32)
     rows[:, : len(tokens) - 1] = tokens[:-1], tokens[1:], np.ones_like(tokens[1:])
     inputs, targets, is_real = rows.reshape(3, n_windows, seq_len)

@@ -47,9 +47,9 @@ from aoe_jax.storage.retry import patiently
 
 logger = logging.getLogger(__name__)
 
-_UNITS = 512  # number of units of work, if their sizes are then within `_UNIT_BYTES`
+_UNITS = 512  # wanted number of units of work; `_UNIT_BYTES` limits their size
 _UNIT_BYTES = (2**22, 2**29)  # smallest and largest size of a unit, in bytes of the input
-_TRAINING_BYTES = 2**26  # size of the sample that byte-level BPE is trained on
+_TRAINING_BYTES = 2**26  # size of the sample that byte-level BPE is trained on, in characters
 _PLAN_BYTES = 2**28  # size limit of plan.json, enough for two million files
 _OTHERWISE = "Delete the folder, or use another --output"
 
@@ -72,13 +72,13 @@ _NOTE = {"splits": dict.fromkeys(SPLITS, token_store.SPLITS_SCHEMA), "fingerprin
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that determine the tokens."""
+    """The settings of `prepare` that determine which tokens a split contains."""
 
     # Path of a tokenizer's file, or `bpe:N`: byte-level BPE of N tokens, trained on a sample.
     tokenizer: str
     text_field: str = "text"  # the JSON field or Parquet column that contains the text
 
-    # Fractions of the documents for these splits. The hash of a document's text determines its
+    # Fractions of the documents in these splits. The hash of a document's text determines its
     # split, so that all copies of a document are in the same split.
     validation: float = 0.005
     test: float = 0.005
@@ -99,7 +99,7 @@ class Settings:
         return int(size[1]) if size else 0
 
     def as_planned(self) -> dict:
-        """The settings as `plan.json` stores them: with a tokenizer's hash instead of its path."""
+        """The settings as `plan.json` stores them: with a tokenizer's hash, not its path."""
         planned = dataclasses.asdict(self)
         if not self.bpe_size:
             planned["tokenizer"] = load_tokenizer(self.tokenizer, setting="--tokenizer").sha256
@@ -121,7 +121,7 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
         plan = patiently(what, lambda: _claim(files, planned, output))
         if (output / "manifest.json").exists():
             remove_folder(output / "units")
-            logger.info(f"{output} is complete already; --check reads it whole")
+            logger.info(f"{output} is complete already; --check verifies its shards")
             return
         tokenizer = patiently(what, lambda: install_tokenizer(output, plan, settings))
         units = range(len(plan["units"]))
@@ -168,7 +168,7 @@ def check(output: Path) -> list[str]:
     """
     manifest, file = token_store.read_manifest(output), token_store.saved_tokenizer(output)
     if load_tokenizer(file, setting="tokenizer").sha256 != manifest["tokenizer_sha256"]:
-        raise UserError(f"{file} is not the tokenizer of this store; bring that file back")
+        raise UserError(f"{file} is not the tokenizer of this store; restore the original file")
     hashes = _hashes_of_shards(manifest).items()
     bar = tqdm(hashes, desc=f"checking {output.name}", unit="shard", delay=1)
     return [name for name, sha256 in bar if _hash_of(output / name) != sha256]
@@ -180,8 +180,8 @@ def _hash_of(shard: Path) -> str | None:
 
 
 def make_plan(files: Mapping, planned: dict) -> dict:
-    """Returns the content of `plan.json`, which determines the store: the fields of `planned`, and
-    `files` and `units` of work. A piece of a unit is `[index of the file, start, stop]`.
+    """Returns the content of `plan.json`, which determines the store: the fields of `planned`,
+    `files` as `[path, size, version]`, and `units` of work with pieces `[file index, start, stop]`.
     """
     states = [[str(path), *state] for path, state in files.items()]
     smallest, largest = _UNIT_BYTES
@@ -207,7 +207,7 @@ def _read_plan(output: Path) -> dict:
 
 
 def _claim(files: Mapping, planned: dict, output: Path) -> dict:
-    """Reads or makes the plan of `output`. Raises `UserError` if it has other settings or files."""
+    """Reads or makes the plan of `output`. Raises `UserError` if settings or files have changed."""
     if not (output / token_store.PLAN_FILE).exists():
         names = {path.name for path in output.iterdir()} - {f"{token_store.PLAN_FILE}.partial"}
         is_empty = all(name.startswith(NAME) for name in names)
@@ -228,7 +228,7 @@ def _claim(files: Mapping, planned: dict, output: Path) -> dict:
 
 
 def install_tokenizer(output: Path, plan: dict, settings: Settings) -> Tokenizer:
-    """Returns the tokenizer in `output`, after training or copying it if it is missing."""
+    """Returns the tokenizer in `output`. If it is missing, trains one or copies the given one."""
     if token_store.saved_tokenizer(output).exists():
         return load_tokenizer(token_store.saved_tokenizer(output), setting="tokenizer")
     if not settings.bpe_size:
@@ -275,7 +275,7 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
             if isinstance(error, BrokenProcessPool):
                 raise MachineFault(
                     f"--processes={processes}: a process was killed; if memory ran out, use fewer. "
-                    "The same command goes on where it was"
+                    "The same command continues the work"
                 ) from error
             raise
 
@@ -325,7 +325,7 @@ def _write_at_once(output: Path, plan: dict, unit: int, tokenizer: Tokenizer):
 
 @functools.cache
 def _opened(output: Path) -> tuple[dict, Tokenizer]:
-    """The plan and the tokenizer in `output`. Each process reads them only once."""
+    """Returns the plan and the tokenizer in `output`. Each process reads them only once."""
     return _read_plan(output), load_tokenizer(token_store.saved_tokenizer(output), threads=1)
 
 

@@ -1,8 +1,8 @@
 """Token stores: a tokenised corpus on disk, written once and read by random access.
 
 For each split a store has one stream of tokens, `EOT doc1 EOT doc2 EOT ... docN EOT`. Shards store
-all tokens except the first. A shard is an ArrayRecord file. Each record has `RECORD_TOKENS` tokens,
-and the last one may have fewer. The folder also has the tokenizer's file and `manifest.json`.
+all tokens except the first. A shard is an ArrayRecord file. Each record has `RECORD_TOKENS` tokens;
+the last record of a shard may have fewer. A store also has a tokenizer file and `manifest.json`.
 """
 
 import functools
@@ -25,10 +25,10 @@ from aoe_jax.storage.retry import is_fault, patiently
 FORMAT_VERSION = 2
 PLAN_FILE = "plan.json"  # only stores that `aoe_jax.prepare` makes have this file
 RECORD_TOKENS = 4096
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # of Hugging Face, of SentencePiece
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # Hugging Face, SentencePiece
 _SHARD = re.compile(rf"({'|'.join(SPLITS)})(-[0-9]{{5,9}}){{1,2}}\.array_record", re.ASCII)
 _HASH = re.compile("[0-9a-f]{64}")
-# The schema of a split, in a manifest and in the notes of `preparation.py`.
+# The schema of one split in a manifest, and in the notes that `preparation.py` writes.
 SPLITS_SCHEMA = {
     "tokens": COUNT,
     "documents": COUNT,
@@ -56,7 +56,7 @@ _MANIFEST_BYTES = 2**26
 
 
 def read_manifest(directory: Path) -> dict:
-    """Reads the manifest of a token store. Raises `UserError` if it is missing, damaged or old."""
+    """Reads a manifest. Raises `UserError` if it is missing, damaged or in another format."""
     path = directory / "manifest.json"
     if not path.exists():
         if not directory.is_dir():
@@ -72,12 +72,12 @@ def read_manifest(directory: Path) -> dict:
         raise _damaged(directory, "manifest.json has an end-of-text token outside its vocabulary")
     for split, numbers in manifest["splits"].items():
         if numbers["tokens"] != 1 + sum(shard["tokens"] for shard in numbers["shards"]):
-            raise _damaged(directory, f"manifest.json has other tokens in {split} than its shards")
+            raise _damaged(directory, f"manifest.json has a wrong number of {split} tokens")
     return manifest
 
 
 def saved_tokenizer(folder: Path) -> Path:
-    """The path of the tokenizer's file in a folder, or of a missing `tokenizer.json`."""
+    """Returns the path of the tokenizer's file in a folder; if none exists, `tokenizer.json`."""
     files = [folder / name for name in TOKENIZER_FILES]
     return next((file for file in files if file.is_file()), files[0])
 
@@ -94,7 +94,7 @@ def short_hash(value: list) -> str:
 
 
 def slug(name: str) -> str:
-    """The name of a corpus as part of a file name."""
+    """Replaces characters of a corpus's name by dashes, so that it can be part of a file name."""
     return re.sub("[^A-Za-z0-9]+", "-", name).strip("-")
 
 
@@ -117,7 +117,8 @@ def _damaged(directory: Path, reason: str) -> UserError:
 class TokenStore:
     """The "train", "validation" or "test" split of a token store.
 
-    It has `documents` documents of `text_bytes` bytes in UTF-8, separated by token `end_of_text`.
+    `documents` is the number of documents, `text_bytes` their total size in UTF-8, and
+    `end_of_text` the token that separates them.
     """
 
     def __init__(self, directory: str | Path, split: str):
@@ -147,8 +148,8 @@ class TokenStore:
         return self._tokens
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `[start, stop)` of the stream, int32 `[stop - start]`. Raises `IndexError` if the
-        range is empty or exceeds the stream, and `UserError` if a shard is damaged in this range.
+        """Reads tokens `[start, stop)` of the stream as int32 `[stop - start]`. Raises `IndexError`
+        if the range is empty or exceeds the stream, and `UserError` if a shard is damaged there.
         """
         if not 0 <= start < stop <= self._tokens:
             raise IndexError(f"tokens {start}:{stop} of a stream of {self._tokens}")
@@ -176,7 +177,7 @@ class TokenStore:
         try:
             return _reader(self, str(path)).read(first, stop)
         except Exception as error:  # array_record raises RuntimeError and others
-            _reader.cache_clear()  # opens the shard anew, because a failed reader may fail again
+            _reader.cache_clear()  # the next try opens a new reader: this one may fail again
             if is_fault(error):
                 raise
             raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from error
@@ -186,6 +187,6 @@ class TokenStore:
 def _reader(store: TokenStore, path: str) -> ArrayRecordReader:
     """An open shard of a store. The cache closes the least recently used shards."""
     reader = ArrayRecordReader(path)
-    if not reader.ok():  # otherwise the shard would seem to have no records
+    if not reader.ok():  # without this check, a damaged shard would seem to be empty
         reader.close()  # raises an exception with the reason
     return reader

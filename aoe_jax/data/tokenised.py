@@ -17,12 +17,12 @@ from aoe_jax.storage.retry import patiently, refusing
 
 @dataclass(frozen=True)
 class TokenisedCorpus:
-    """The token store of each source in each split, and their common tokenizer."""
+    """The token stores of a run, by split and source label. All stores have the same tokenizer."""
 
     train: dict[str, TokenStore]
     validation: dict[str, TokenStore]
     test: dict[str, TokenStore]
-    weights: tuple[Fraction, ...] | None  # relative shares in training batches; None: by size
+    weights: tuple[Fraction, ...] | None  # relative weights in training; None: by size
     tokenizer: Path  # the tokenizer's file
 
     @property
@@ -35,8 +35,8 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     """Opens the corpora of a `DataConfig`, and first tokenises those without a token store.
 
     Without `data.tokenizer`, all corpora use the tokenizer of the prepared stores, if there are
-    any. Raises `UserError` like `cached_token_stores` and `TokenStore`, and if a prepared store has
-    a different tokenizer than another one or than `data.tokenizer`.
+    any. Raises `UserError` if a corpus, a store or a tokenizer cannot be used, or if a prepared
+    store has another tokenizer than the other prepared stores or than `data.tokenizer`.
     """
     what = f"data.name={data.name!r}: cannot be opened, or tokenised in data.cache={data.cache!r}"
     return patiently(what, partial(_open_at_once, data, vocab_size))
@@ -50,7 +50,7 @@ def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
         if source.name == "prepared":
             path = paths[source.label]
             if is_remote(path):
-                token_store.read_manifest(path)  # raises before the copy
+                token_store.read_manifest(path)  # raises before a bad store is copied
             directories[source.label] = local_copy(path, cache)
     if directories:
         tokenizer = _shared_tokenizer(list(directories.values()), tokenizer, vocab_size)
@@ -82,7 +82,7 @@ def _path_of(source: SourceConfig, data: DataConfig):
 
 def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | None:
     """Opens the corpora with these `identities` from the cache, without access to the paths of the
-    sources. Returns None if the cache lacks one of them.
+    sources. Returns None if the cache lacks a corpus.
     """
     found = {}
     for manifest in _cache(data).glob("tokens/*/manifest.json"):
@@ -113,7 +113,9 @@ def _opened(data: DataConfig, directories: Mapping[str, Path]) -> TokenisedCorpu
 
 
 def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: int) -> str:
-    """The tokenizer's file of prepared stores, or `given`. Raises `UserError` if they differ."""
+    """Returns `given`, or if it is None, the path of the tokenizer's file in the prepared stores.
+    Raises `UserError` unless the stores and `given` all have the same tokenizer.
+    """
     hashes = {}
     if given:
         what, wanted = f"data.tokenizer={given!r}: cannot be read", "; name a tokenizer's file"

@@ -44,7 +44,7 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
     """
     start = 0
     while len(text) - start > size:
-        # First searches the last 1000 characters, which nearly always contain such a cut.
+        # Searches the last 1000 characters first, because nearly always a cut is possible there.
         for first in (max(start + size - 1000, start + 1), start + 1):
             cuts = [m.start() for m in _AFTER_A_WORD.finditer(text, first, start + size)]
             if cuts:
@@ -66,7 +66,7 @@ def _refusing(problem: str, cure: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except BaseException as error:
-        # A panic of a Rust library is a `BaseException` whose class cannot be imported.
+        # The class of a Rust library's panic cannot be imported, so it is recognised by its name.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]
@@ -83,11 +83,11 @@ class Tokenizer:
     end_name: str  # the name of that token
     token_count: int  # the largest token id plus one, the smallest `vocab_size` of a model
     sha256: str  # the hash of the file, which identifies the tokenizer
-    prefix: list[int]  # ids of special tokens that the file puts before each text, such as `<s>`
+    prefix: list[int]  # ids of special tokens before each text, such as `<s>`; `encode` omits them
 
     def __init__(self, content: bytes, threads: int | None):
-        """`content` are the bytes of the file, `threads` the threads that `encode` uses."""
-        self._content, self._threads = content, threads or -1  # SentencePiece: -1 is one per core
+        """`content` is the file; `encode` uses `threads` threads, or one per core if it is None."""
+        self._content, self._threads = content, threads or -1  # -1: SentencePiece uses all cores
         self.sha256 = hashlib.sha256(content).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -115,7 +115,7 @@ class HuggingFaceTokenizer(Tokenizer):
     file_name = "tokenizer.json"
 
     def __init__(self, content: str, threads: int | None = None):
-        """Raises `UserError` if there is no end-of-text token; the library raises others."""
+        """Raises `UserError` if there is no end-of-text token, or an error of the library."""
         super().__init__(content.encode(), threads)
         self._tokenizer = tokenizer = tokenizers.Tokenizer.from_str(content)
         tokenizer.encode_special_tokens = True
@@ -130,7 +130,7 @@ class HuggingFaceTokenizer(Tokenizer):
         ends = [name for name in _END_OF_TEXT_NAMES if name in vocabulary]
         if not ends:
             raise UserError(f"has no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
-        # An ordinary token can have one of these names, such as </s> from HTML.
+        # Special tokens are preferred, because </s> can also be an ordinary token from HTML.
         added = tokenizer.get_added_tokens_decoder().values()
         special = {token.content for token in added if token.special}
         self.end_name = next((name for name in ends if name in special), ends[0])
@@ -163,7 +163,7 @@ class SentencePieceTokenizer(Tokenizer):
     file_name = "tokenizer.model"
 
     def __init__(self, model: bytes, threads: int | None = None):
-        """Raises `UserError` if there is no end-of-sentence piece; the library raises others."""
+        """Raises `UserError` if there is no end-of-sentence piece, or an error of the library."""
         if not model:
             raise RuntimeError("it is empty")
         super().__init__(model, threads)

@@ -20,14 +20,14 @@ EXAMPLE = "configs/tiny.py of the repository"
 
 
 def default_config():
-    """Returns the default configuration as a `ConfigDict`, which `configs/*.py` change. Its empty
-    group `routing` stands for the default method of `experts.kind`.
+    """Returns the default configuration as a `ConfigDict`, which `configs/*.py` change. Its group
+    `routing` is empty, which selects the default routing method of `experts.kind`.
     """
     return ConfigDict(dataclasses.asdict(Config()) | {"routing": {}})
 
 
 def update_groups(config, changes):
-    """Sets `{group: {field: value}}` in a `ConfigDict`; replaces the whole group `routing`."""
+    """Applies `changes`, `{group: {field: value}}`. A group `routing` replaces the old one."""
     if "routing" in changes:
         config.routing = ConfigDict()
     config.update(changes)

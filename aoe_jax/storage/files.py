@@ -1,5 +1,5 @@
-"""Files, folders and locks on a disk or in a store. Reading checks a size limit and a schema; a
-write that is interrupted leaves the old file.
+"""Reads and writes files, makes folders, and locks them, on a disk or in an object store. Reading
+checks a size limit and a schema. An interrupted write leaves either the old or the new file.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from aoe_jax.storage.retry import is_fault_of_write, patiently, reason, refusing
 
 log = logging.getLogger(__name__)
 
-_BYTES = 2**24  # default size limit of a JSON file, because parsing needs 25x its size in memory
+_BYTES = 2**24  # default size limit of a JSON file; parsing needs 25x its size in memory
 _LINE_BYTES = 2**22  # length limit of a line of metrics
 
 
@@ -39,17 +39,17 @@ NUMBER = Kind("a number", lambda v: type(v) is float or (type(v) is int and abs(
 
 
 def or_none(kind: Kind):
-    """Returns the kind of a value that is of `kind` or null."""
+    """Returns the `Kind` that allows values of `kind` and null."""
     return Kind(f"{kind.words} or null", lambda value: value is None or kind.holds(value))
 
 
 def one_of(*values):
-    """Returns the kind of a value that equals one of `values`."""
+    """Returns the `Kind` that allows `values`."""
     return Kind(f"one of {list(values)}", lambda value: value in values)
 
 
 def matching(pattern, words):
-    """Returns the kind of a text that a compiled regular expression matches completely."""
+    """Returns the `Kind` that allows texts which match a compiled `pattern` completely."""
     return Kind(words, lambda value: isinstance(value, str) and bool(pattern.fullmatch(value)))
 
 
@@ -84,9 +84,10 @@ def read_json(
     """The JSON object in a file. Raises `UserError`, whose message ends with `wanted`, if the file
     cannot be read, has more than `at_most` bytes, or does not have the schema.
 
-    A schema is one of four things. A `Kind` describes a single value. `[schema]` describes a list,
-    and `{str: schema}` an object, all of whose values have that schema. `{name: schema}` describes
-    an object with these fields; other fields are allowed, and a missing field counts as null.
+    A schema has one of four forms. A `Kind` describes a single value. `[schema]` describes a list
+    whose items all have that schema. `{str: schema}` describes an object whose values all have that
+    schema. `{name: schema}` describes an object with these fields; other fields are allowed, and a
+    missing field counts as null.
     """
     what = f"{path} cannot be read"
     try:
@@ -122,7 +123,7 @@ def misfit(value, schema, name=""):
 
 def read_metrics(path: Path):
     """Yields the valid lines of a `metrics.jsonl`, if it exists. A line is valid if it has a step
-    and its values, except `layers`, are numbers or null. Raises `UserError` for unreadable files.
+    and its values, except `layers`, are numbers or null. Raises `UserError` if reading fails.
     """
     if not path.exists():
         return
@@ -176,13 +177,13 @@ def make_folder(folder: Path, flag: str):
     is_there = folder.exists() if is_remote(folder) else os.path.lexists(folder)
     if is_there and not folder.is_dir():
         raise UserError(f"--{flag}={folder} is a file or a broken link; name a folder")
-    if not is_remote(folder):  # in a store, mkdir would also make the bucket
+    if not is_remote(folder):  # a store needs no folders, and mkdir would make the bucket
         write_or_refuse(folder, flag, lambda: folder.mkdir(parents=True, exist_ok=True))
     return not is_there
 
 
 def write_or_refuse(folder, flag, write):
-    """Calls `write`, also again after faults. Raises `UserError` if only the user can mend it."""
+    """Returns `write()`, repeated after temporary faults. Other `OSError`s raise `UserError`."""
 
     def attempt():
         try:
@@ -211,9 +212,9 @@ def write_report(file: Path, report: dict, flag):
 
 @contextlib.contextmanager
 def exclusive(lock_file: Path, flag="config.data.cache"):
-    """A context that acquires a lock; the end of the process also releases it. On some network
-    disks the lock excludes only processes of the same host. Raises `UserError`, which names the
-    `flag`, if the folder of the lock cannot be written.
+    """A context that holds a lock until the context or the process ends. On some network disks the
+    lock excludes only processes of the same host. Raises `UserError`, which names the `flag`, if
+    the folder of the lock cannot be written.
     """
 
     def acquire():

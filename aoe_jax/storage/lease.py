@@ -1,7 +1,8 @@
 """Leases: at most one process owns a folder on a disk, on a network disk or in an object store.
 
 The owner renews the file `owner.lease`. Another process takes the folder over if the file does not
-change for `STALE` seconds, or at once if the owner was a process of this host that has ended.
+change for `STALE` seconds. On a disk it takes the folder over at once if the owner was a process of
+the same host that has ended.
 """
 
 import contextlib
@@ -32,8 +33,8 @@ _FIELD = re.compile(r"^(token|host|pid|renewed)=([!-~]{1,255})$", re.MULTILINE)
 @contextlib.contextmanager
 def leased(folder: Path, flag: str, take_over=False):
     """A context that owns a folder, and makes it if it is missing. Yields the lease; call its
-    `check` before files are replaced. If there is another owner and no `take_over`, waits until its
-    lease is stale, or raises `InUse` when it is renewed.
+    `check` before files are replaced. If another process owns the folder, waits until the lease of
+    that process is stale, or raises `InUse` when it is renewed. `take_over` takes over at once.
     """
     make_folder(folder, flag)
     lease = (_InStore if is_remote(folder) else _OnDisk)(folder)
@@ -50,7 +51,7 @@ def _acquire(lease, flag, take_over):
         found = owner_of(folder)
         if found and not seen:
             seen, since = found, time.monotonic()
-            wanted = "this process takes over if it does not renew its lease"
+            wanted = "this process takes over if that process does not renew its lease"
             log.warning(f"{folder} belongs to {_name(seen)}; {wanted}")
         elif found and found != seen:
             wanted = f"end it, wait while it saves, or use another --{flag}"
@@ -62,8 +63,8 @@ def _acquire(lease, flag, take_over):
 
 
 def owner_of(folder: Path) -> dict:
-    """The fields token, host and pid of the lease file; on a disk also `changed`, the time of the
-    last renewal. Empty if there is no file.
+    """Returns the fields of the lease file, such as token, host and pid; on a disk also `changed`,
+    the time of the last renewal. Returns `{}` if there is no file.
     """
     with contextlib.suppress(FileNotFoundError):
         fields = _FIELD.findall(read_bytes(folder / NAME, 4096).decode("ascii", "replace"))
@@ -99,7 +100,7 @@ class _OnDisk:
         raise OSError(errno.ESTALE, f"{NAME} is gone; is its disk mounted?")
 
     def take(self, take_over, waited):
-        # filelock itself takes over a stale lease, but not if it cannot parse the file.
+        # filelock itself takes over a stale lease, but an unreadable file must be removed first.
         if take_over or waited > 2 * STALE:
             (self.folder / NAME).unlink(missing_ok=True)
         with contextlib.suppress(filelock.Timeout):

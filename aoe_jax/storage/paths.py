@@ -1,4 +1,4 @@
-"""Paths on a disk, as `pathlib.Path`, or in an object store, as `epath.Path`."""
+"""Handles paths on a disk, as `pathlib.Path`, and in an object store, as `epath.Path`."""
 
 import errno
 import functools
@@ -22,7 +22,7 @@ from aoe_jax.storage.retry import patiently
 STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme of a path -> package for this kind of store
 FILE_BYTES = 2**27  # size limit of a tokenizer's file; the largest on the hub have 35 MB
 
-# Reports that commands write into a model's directory. A new report does not outdate a local copy.
+# Commands write these reports into a model's directory. New reports cause no new local copy.
 _REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "probe.json"}
 
 for _scheme in STORES:  # fsspec's cached listings would miss new files of other hosts
@@ -46,7 +46,7 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False, is_pattern=F
     scheme = re.match(rf"({'|'.join(STORES)})://[^/]", text)
     if not in_store or not scheme:
         raise UserError(f"{name}={text}: {wanted}")
-    if has_magic(text) and not is_pattern:  # the clients of stores would expand the path
+    if has_magic(text) and not is_pattern:  # clients of stores would take it for a pattern
         raise UserError(f"{name}={text}: a path in a store must not have *, ? or [")
     try:
         __import__(STORES[scheme[1]])
@@ -103,7 +103,7 @@ def find(pattern: str) -> dict:
 
 
 class _Disk(LocalFileSystem):
-    """Records the errors of folders that cannot be listed, because `glob` skips such folders."""
+    """Records the errors of folders that cannot be listed; `glob` alone skips them silently."""
 
     cachable = False
 
@@ -143,7 +143,7 @@ def create(path, content: bytes) -> bool:
 
 
 def unused(path):
-    """Returns the path, or the first of PATH-1, PATH-2, ... that does not exist."""
+    """Returns the first of PATH, PATH-1, PATH-2, ... that does not exist."""
     names = itertools.chain([path.name], (f"{path.name}-{n}" for n in itertools.count(1)))
     return next(path.with_name(name) for name in names if not path.with_name(name).exists())
 
@@ -164,7 +164,7 @@ def move(source, target):
 
 
 def put(source: Path, target):
-    """Moves a file to `target`, on the same disk or in a store. Readers never see a part of it."""
+    """Moves a file to `target`, on its disk or in a store. Readers never see an incomplete file."""
     if is_remote(target):
         file_system(target).put_file(os.fspath(source), os.fspath(target))
         source.unlink()
@@ -181,7 +181,7 @@ def remove_folder(folder):
 
 def local_copy(folder, cache="~/.cache/aoe_jax"):
     """Returns `folder` if it is on a disk, else a copy of it in `cache`. A new copy is made if a
-    file in the store has changed since the last copy.
+    file in the store, except for the reports, has changed since the last copy.
     """
     if not is_remote(folder):
         return folder

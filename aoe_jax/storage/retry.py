@@ -1,4 +1,4 @@
-"""Recognises temporary faults of disks, networks and memory, and repeats calls that they ended."""
+"""Recognises temporary faults of disks, networks and memory, and repeats the failed calls."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ _AS_TEXT = re.compile(
 )
 # Messages for a lack of device memory. On CPU, allocations within a program fail with INTERNAL.
 _FILLED = re.compile("RESOURCE_EXHAUSTED|INTERNAL: .*Out of memory")
-# `PACKAGE.CLASS` of exceptions of clients of object stores and of downloads.
+# Exceptions, as `PACKAGE.CLASS`, that clients of stores and downloads raise for network faults.
 _UNREACHABLE = {
     "aiohttp.ClientError",
     "botocore.ConnectionError",
@@ -118,7 +118,7 @@ def status_of(error: BaseException) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of the message of the root cause of an exception."""
+    """Returns the first line of the message of an exception's root cause."""
     first = _causes(error)[-1]
     for code in (errno.ENOSPC, errno.EDQUOT):
         if getattr(first, "errno", None) == code or os.strerror(code) in str(first):
@@ -129,7 +129,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def refusing(what, cure="", kinds=OSError):
-    """A context that turns exceptions of these types into `UserError`, except temporary faults."""
+    """A context that turns exceptions of type `kinds` into `UserError`, except temporary faults."""
     try:
         yield
     except kinds as error:
@@ -176,7 +176,7 @@ class Tolerated:
         return self
 
     def __exit__(self, kind, error, trace):
-        is_failure = isinstance(error, Exception)  # False for a request to stop
+        is_failure = isinstance(error, Exception)  # KeyboardInterrupt and `Stopped` are no failures
         if is_failure and not self._has_failed:
             log.warning(f"{self._name} cannot be written ({reason(error)}); the run goes on")
         self._has_failed = is_failure

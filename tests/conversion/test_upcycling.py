@@ -122,7 +122,7 @@ def test_a_run_by_the_command_line(tmp_path, capsys):
     assert report["nll"]["before"] == pytest.approx(of_run, abs=0.2)
 
 
-EACH_ITS_OWN = "must be at most 6, so that each of 4 experts has its own of 24"
+EACH_ITS_OWN = "must be at most 6, because 4 experts divide a layer of width 24"
 REFUSED = [
     (Upcycling("moe", 2, 3), "--top_k=3: must be at most --experts=2"),
     (Upcycling("moe", 4, 3, 3), "--granularity=3: must divide --experts=4 and the width 24"),

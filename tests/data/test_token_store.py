@@ -160,7 +160,7 @@ DAMAGES = [  # (content of a shard, fields of the manifest or its text, words of
     ("whole", {"dtype": "O"}, "manifest.json cannot be read: dtype is 'O', not one of"),
     ("whole", {"end_of_text": 10**6}, "has an end-of-text token outside its vocabulary"),
     ("whole", {"vocab_size": 2}, "has other tokens than manifest.json says"),
-    ("whole", {"splits.test.tokens": 10**6}, "has other tokens in test than its shards"),
+    ("whole", {"splits.test.tokens": 10**6}, "has a wrong number of test tokens"),
     ("whole", FEW, f"{SHARD} cannot be read"),
     ("whole", {"splits.test.shards.0.name": f"../{SHARD}"}, f"is '../{SHARD}', not the name of a"),
     ("whole", "{", "manifest.json cannot be read"),

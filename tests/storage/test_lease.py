@@ -93,7 +93,7 @@ def test_an_owner_on_another_host_that_is_silent(folder, caplog):
         elsewhere(folder, host="tpu-4", token="bb")  # a third process takes over
         with pytest.raises(UserError, match="was taken over by process 11 on tpu-4"):
             owner.check()
-    assert "belongs to process 11 on tpu-3; this process takes over if it does not" in caplog.text
+    assert "belongs to process 11 on tpu-3; this process takes over if that" in caplog.text
     assert "was taken over from process 11 on tpu-3" in caplog.text
     assert owner_of(folder)["token"] == "bb"  # and stays
 
