@@ -32,7 +32,7 @@ _GO_BACK = flags.DEFINE_integer(
     "go-back", None, "continue from the checkpoint of this step; newer files are moved likewise", 1
 )
 _TAKE_OVER = flags.DEFINE_bool(
-    "take-over", False, "take WORKDIR over without waiting whether its owner still runs"
+    "take-over", False, "take WORKDIR over at once, even if its owner may still run"
 )
 
 
