@@ -34,7 +34,7 @@ _NO_CONFIG = (
     "--config is missing; name a Python file with get_config(), such as configs/tiny.py of the "
     "repository"
 )
-_BROKEN_PIPE = 128 + signal.SIGPIPE  # exit status that shells report for a death by SIGPIPE
+_BROKEN_PIPE = 128 + signal.SIGPIPE  # exit status that shells report after a SIGPIPE
 _NOTES_OF_JAX = ("---", "For simplicity")
 _BOOLEANS = {"true": True, "false": False, "True": True, "False": False, "1": True, "0": False}
 _WANTED = {
@@ -185,7 +185,7 @@ def _terminate(number, frame):
 
 def execute(main, argv):
     """Parses a command line, sets up logging and calls `main()`. Returns `(exit status, whether the
-    interpreter may end normally)`: True without an exception, after `Preempted` or `Interrupted`.
+    interpreter may end normally)`: True without exceptions, and after `Preempted` or `Interrupted`.
 
     After an exception the last line on stderr describes it. The exit status is that of a `Failure`
     or `Stopped`, 2 for a lack of device memory or credentials, 5 for a fault of a disk, a network
@@ -220,7 +220,7 @@ def _set_up_logging(debug):
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if not debug:  # hides tracebacks in Orbax's log; its exceptions also reach this program
+    if not debug:  # hides Orbax's tracebacks, as this program reports the same exceptions
         absl_logging.set_verbosity(absl_logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
 

@@ -40,9 +40,9 @@ def start():
     of_one = (_COORDINATOR, _PROCESSES, _PROCESS)
     given = [flag for flag in of_one if flag.value is not None]
     if given and _DISTRIBUTED.value:
-        raise UserError(f"--distributed asks the cluster; leave out --{given[0].name}")
+        raise UserError(f"--distributed asks the cluster for it; leave out --{given[0].name}")
     if missing := [flag.name for flag in of_one if given and flag.value is None]:
-        wanted = "--coordinator, --processes and --process go together"
+        wanted = "give --coordinator, --processes and --process together"
         raise UserError(f"--{missing[0]} is missing; {wanted}")
     if given:
         is_address = re.fullmatch(r"[^:]+:[0-9]{1,5}", _COORDINATOR.value)
@@ -145,7 +145,7 @@ def together():
     statuses = gathered(status_of(problem) if problem else 0)
     worst = max(statuses)
     if worst and len(statuses) > 1:
-        # Other processes may still read the statuses from the service that process 0 runs.
+        # Waits, because others may still read the statuses from the service of process 0.
         time.sleep(_END_DELAY if jax.process_index() else 1.5 * _END_DELAY)
     if worst and statuses[jax.process_index()] == worst:
         raise problem

@@ -226,7 +226,7 @@ def _check_tokens(x, token_weights):
         wanted = f"must be that of the tokens, {x.shape[:-1]}"
         raise ValueError(f"token_weights has the shape {jnp.shape(token_weights)}: it {wanted}")
     varies = getattr(jax.typeof(x), "manual_axis_type", None)
-    if varies is not None and varies.varying:  # grouped_matmul does not support that check
+    if varies is not None and varies.varying:  # grouped_matmul does not support check_vma
         raise ValueError("the jax.shard_map around the layer needs check_vma=False")
 
 

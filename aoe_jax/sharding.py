@@ -94,7 +94,7 @@ class MeshAxes:
                 if name not in mesh.axis_names:
                     raise ValueError(f"{given}: name axes of the mesh, {mesh.axis_names}, or None")
                 if name in seen:
-                    raise ValueError(f"{given}: {name!r} is another axis already; name it once")
+                    raise ValueError(f"{given}: {name!r} is already the name of another axis")
                 if mesh.manual_axes and name not in mesh.manual_axes:
                     raise ValueError(f"{given}: name axes of jax.shard_map, {mesh.manual_axes}")
                 seen.append(name)

@@ -2,8 +2,8 @@
 
     python train.py --config=FILE[:VARIANT] --workdir=DIR [--config.train.steps=N ...]
 
-The same command continues a run that has stopped for any reason. `--workdir` receives checkpoints,
-`metrics.jsonl`, `summary.json` and the picture `training.png`.
+The same command continues a run that has stopped for any reason. The command writes checkpoints,
+`metrics.jsonl`, `summary.json` and the picture `training.png` to `--workdir`.
 """
 
 import shlex

@@ -192,7 +192,7 @@ class Checkpoints:
             preservation_policy=self,
             async_options=ocp.AsyncOptions(
                 timeout_secs=int(self._config.timeout),
-                # False for one process: after a fault in the background, other threads would wait.
+                # False for one process: if a background thread fails, others would wait for 300 s.
                 create_directories_asynchronously=jax.process_count() > 1,
             ),
         )

@@ -65,7 +65,7 @@ class Heartbeat:
             write_json(self._workdir / "heartbeat.json", value)
 
     def __exit__(self, kind, error, trace):
-        # Writes nothing after a `UserError` such as a lost lease: others may own the file then.
+        # Writes nothing after a `UserError` such as a lost lease: the file may have a new owner.
         if error is not None and not isinstance(error, UserError | MachineFault):
             self.beat(_ENDS.get(kind, "failed"))
         if error is not None and self._step is not None:

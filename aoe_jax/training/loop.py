@@ -216,7 +216,7 @@ def train(
             save(wait=True)
             checkpoints.close()
             raise
-        except DivergedError:  # saves nothing, so the run can continue before the skipped steps
+        except DivergedError:  # saves nothing, so the next start begins before the skipped steps
             checkpoints.close()
             raise
 

@@ -135,7 +135,7 @@ class Metrics:
         size, limit = self._config.train.batch_size, self._config.train.max_skipped
         log.warning(
             f"step {step} skipped: loss {self._progress.loss:g}, gradient norm {grad_norm:g}; its "
-            f"batch has the sequences {(step - 1) * size} to {step * size - 1} of the run's order"
+            f"batch has the sequences {(step - 1) * size} to {step * size - 1} in the run's order"
         )
         if self._progress.skipped_in_row >= limit:
             raise DivergedError(
