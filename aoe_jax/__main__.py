@@ -1,4 +1,4 @@
-"""Lists the commands: `python -m aoe_jax`."""
+"""`python -m aoe_jax` lists the commands."""
 
 import ast
 from configparser import ConfigParser

@@ -34,7 +34,7 @@ _NO_CONFIG = (
     "--config is missing; name a Python file with get_config(), such as configs/tiny.py of the "
     "repository"
 )
-_BROKEN_PIPE = 128 + signal.SIGPIPE  # exit status that shells report for a death by SIGPIPE
+_BROKEN_PIPE = 128 + signal.SIGPIPE  # exit status that shells report after a SIGPIPE
 _NOTES_OF_JAX = ("---", "For simplicity")
 _BOOLEANS = {"true": True, "false": False, "True": True, "False": False, "1": True, "0": False}
 _WANTED = {
@@ -92,7 +92,7 @@ def define_mesh_flag():
 
 
 def parsed_config(flag, default=None):
-    """The checked `Config` of `--config` or of the file `default`, changed by flags of fields."""
+    """The checked `Config` of the file `--config`, else `default`, changed by flags of fields."""
     from aoe_jax.config.run import Config
     from aoe_jax.methods import LAYERS
     from aoe_jax.storage.config_files import read_config
@@ -106,7 +106,7 @@ def parsed_config(flag, default=None):
             _, group, field = name.split(".")
             values = routing if group == "routing" else groups.setdefault(group, {})
             values[field] = FLAGS[name].value
-    if routing:  # flags change the method of the file, or select another one by `routing.name`
+    if routing:  # changes the file's routing method, or selects the method `routing.name`
         kind, of_file = groups.get("experts", {}).get("kind"), groups.get("routing", {})
         has_router = kind not in LAYERS
         default = "top_k" if has_router else kind
@@ -137,8 +137,8 @@ def refuse(wanted, *unused):
 
 
 def file_to_write(flag):
-    """The path of a flag for a file that the command writes at its end, or None. Raises `UserError`
-    already at the beginning if the folder of the file does not exist.
+    """Returns the path of a file that the command writes at its end, or None without the flag.
+    Raises `UserError`, already at the beginning, if the folder is missing or the path is a folder.
     """
     if not flag.value:
         return None
@@ -156,7 +156,7 @@ def refuse_empty(*of):
 
 
 def command(main):
-    """The function of a console script that runs `main`; `python -m` of its module runs it now."""
+    """Returns the console script's function, which runs `main`. `python -m` calls it at once."""
     script = functools.partial(run, main)
     if main.__module__ == "__main__":
         script()
@@ -166,8 +166,8 @@ def command(main):
 def run(main):
     """Runs a command, and ends the program with its exit status."""
     ended_with = []
-    # `os._exit` at the end, because the interpreter could abort if a C++ thread calls Python while
-    # it shuts down. `atexit` runs handlers that libraries register later before this one.
+    # Ends with `os._exit`, because the interpreter could abort if a C++ thread calls Python during
+    # the shutdown. This handler runs after those that libraries register later.
     atexit.register(lambda: ended_with and os._exit(ended_with[0]))
     signal.signal(signal.SIGTERM, _terminate)
     status, is_orderly = execute(main, sys.argv)
@@ -185,12 +185,12 @@ def _terminate(number, frame):
 
 def execute(main, argv):
     """Parses a command line, sets up logging and calls `main()`. Returns `(exit status, whether the
-    interpreter may end normally)`; the second is False after a failure.
+    interpreter may end normally)`: True without exceptions, and after `Preempted` or `Interrupted`.
 
-    After an exception the last line on stderr describes it. Its exit status is that of a `Failure`
-    or `Stopped`, 2 for a lack of device memory, 5 for a fault of a disk, a network or memory, 141
-    for a pipe that nobody reads, and 1 for all others, whose traceback is also printed. `--debug`
-    prints the tracebacks of all exceptions.
+    After an exception the last line on stderr describes it. The exit status is that of a `Failure`
+    or `Stopped`, 2 for a lack of device memory or credentials, 5 for a fault of a disk, a network
+    or memory, 130 for Ctrl-C, 141 for a pipe that nobody reads, and 1 for all others, whose
+    traceback is also printed. `--debug` prints the tracebacks of all exceptions.
     """
     # Reads `argv` itself, because `FLAGS.debug` is not set if another flag has a mistake.
     debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(argv[1:])
@@ -220,7 +220,7 @@ def _set_up_logging(debug):
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if not debug:  # hides tracebacks in Orbax's log; its exceptions also reach this program
+    if not debug:  # hides Orbax's tracebacks, as this program reports the same exceptions
         absl_logging.set_verbosity(absl_logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
 
@@ -250,7 +250,7 @@ def _end_of(error):
 
 
 def _notes(error):
-    # JAX adds notes about its traceback to the exceptions of functions that it calls.
+    # Omits the notes about tracebacks that JAX adds to the exceptions of functions that it calls.
     firsts = [note.partition("\n")[0] for note in getattr(error, "__notes__", [])]
     return "".join(f"; {first}" for first in firsts if not first.startswith(_NOTES_OF_JAX))
 
@@ -262,7 +262,7 @@ def _cure():
             "raise train.accumulate, lower train.batch_size, set model.remat='layer', or split the "
             "model by mesh.fsdp; python -m aoe_jax.plan computes what fits"
         )
-    return "split the model over more devices, such as --mesh=fsdp=4, or give it less at a time"
+    return "split the model over more devices, such as --mesh=fsdp=4, or pass less text at a time"
 
 
 def _parse(argv):

@@ -4,11 +4,12 @@
         --upcycle=moe|aoe --experts=N --top_k=K)
 
 The router of an MoE is removed. `--score_neurons=S` finds the S neurons of each expert that predict
-the router's choices best, and makes them its first neurons, which compute its score. `--d_low=R`
-factorises the gates. `--upcycle` makes experts from the layers of a dense model;
-`conversion/upcycling.py` explains `--granularity` and `--noise`. With `--score_neurons`, with
-`--data`, or if the dense model is that of a run, the command reports the nll on held-out text
-before and after. Train the result with `train.py --config=configs/finetune.py:OUTPUT`.
+the router's choices best; they become the expert's first neurons and compute its score. `--d_low=R`
+factorises the gates with rank R. `--upcycle` makes experts from the feed-forward layers of a dense
+model; `conversion/upcycling.py` explains `--granularity` and `--noise`. The command reports the nll
+on held-out text before and after the conversion if an MoE is converted with `--score_neurons`, if a
+dense model is from a training run, or with `--data`. Train the result with `train.py
+--config=configs/finetune.py:OUTPUT`.
 """
 
 from absl import flags
@@ -20,12 +21,12 @@ from aoe_jax.storage.paths import local_copy
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "the directory of a model or a training run")
 _OUTPUT = flags.DEFINE_string("output", None, "the directory to write, which must not exist yet")
 _D_LOW = flags.DEFINE_integer("d_low", None, "the rank of every expert's factorised gate", 1)
-_NEURONS = flags.DEFINE_integer("score_neurons", None, "neurons of a whole gate that score", 1)
+_NEURONS = flags.DEFINE_integer("score_neurons", None, "neurons per whole gate that score", 1)
 _SCORE = flags.DEFINE_enum("score", "norm", ["norm", "max"], "score of these neurons")
 _UPCYCLE = flags.DEFINE_enum("upcycle", None, ["moe", "aoe"], "result of a dense model")
 _EXPERTS = flags.DEFINE_integer("experts", None, "the number of experts of an upcycled layer", 2)
 _TOP_K = flags.DEFINE_integer("top_k", None, "the experts per token of an upcycled model", 1)
-_GRANULARITY = flags.DEFINE_integer("granularity", 1, "pieces of the dense layer", 1)
+_GRANULARITY = flags.DEFINE_integer("granularity", 1, "number of pieces of each dense layer", 1)
 _NOISE = flags.DEFINE_float(
     "noise", 0.0, "standard deviation of the noise in experts, relative to that of the matrix", 0.0
 )

@@ -29,20 +29,20 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESSES = flags.DEFINE_integer("processes", None, "how many processes, with --coordinator", 1)
 _PROCESS = flags.DEFINE_integer("process", None, "process number from 0, with --coordinator", 0)
 _JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "seconds to wait for other processes", 1)
-_END_DELAY = 1.0  # seconds that a failing process waits before it ends, after the exchange
+_END_DELAY = 1.0  # seconds that a failing process waits for others to read its exit status
 
 
 def start():
-    """Joins the other processes if the flags say that there are any. Call it before JAX is used.
+    """Joins the other processes if the flags name any. Call it before JAX is used.
     Raises `UserError` if the flags contradict each other or there is no cluster, and `MachineFault`
     if some process does not join or JAX finds no device.
     """
     of_one = (_COORDINATOR, _PROCESSES, _PROCESS)
     given = [flag for flag in of_one if flag.value is not None]
     if given and _DISTRIBUTED.value:
-        raise UserError(f"--distributed asks the cluster; leave out --{given[0].name}")
+        raise UserError(f"--distributed asks the cluster for it; leave out --{given[0].name}")
     if missing := [flag.name for flag in of_one if given and flag.value is None]:
-        wanted = "--coordinator, --processes and --process go together"
+        wanted = "give --coordinator, --processes and --process together"
         raise UserError(f"--{missing[0]} is missing; {wanted}")
     if given:
         is_address = re.fullmatch(r"[^:]+:[0-9]{1,5}", _COORDINATOR.value)
@@ -54,7 +54,7 @@ def start():
     if given or _DISTRIBUTED.value:
         _initialize()
     if _backend() == "cpu" and jax.device_count() > 1:
-        # Cached programs deadlock, because the cache does not store the order of their collectives.
+        # The cache does not store the order of collectives, so cached programs deadlock on CPU.
         jax.config.update("jax_enable_compilation_cache", False)
         if jax.config.jax_compilation_cache_dir:
             log.warning("the compilation cache is off: it deadlocks on several CPU devices")
@@ -75,7 +75,7 @@ def _initialize():
     timer = threading.Timer(timeout, _give_up)  # ends with a clear message before JAX aborts
     timer.daemon = True
     timer.start()
-    # If the coordinator is an IP address or localhost, JAX listens only at that address.
+    # If the coordinator is an IP address or localhost, process 0 listens only at that address.
     bind = address if re.match(r"localhost:|[\d.]+:", address or "") else None
     settings = {"coordinator_bind_address": bind, "initialization_timeout": timeout + 60}
     try:
@@ -114,8 +114,8 @@ def agree(what, text):
 
 
 def see_the_same(value, read, what):
-    """Checks that `read()` returns the int `value` of process 0 in every process. Waits for it at
-    most a minute, then raises `UserError`, whose message begins with `what`.
+    """Checks that `read()` returns the int `value` of process 0 in every process. If it does not
+    within a minute, raises `UserError` with a message that begins with `what`.
     """
     if jax.process_count() == 1:
         return
@@ -133,8 +133,8 @@ def see_the_same(value, read, what):
 
 @contextlib.contextmanager
 def together():
-    """A context that waits for all processes. If its body fails in one process, all processes
-    raise: those with the highest exit status their own exception, and all others `FailedElsewhere`.
+    """A context that waits for all processes at its end. If its body fails in one, all raise: those
+    with the highest exit status raise their own exception, and all others raise `FailedElsewhere`.
     The body must not wait for other processes.
     """
     problem = None
@@ -145,7 +145,7 @@ def together():
     statuses = gathered(status_of(problem) if problem else 0)
     worst = max(statuses)
     if worst and len(statuses) > 1:
-        # Other processes may still read the statuses from the service that process 0 runs.
+        # Waits, because others may still read the statuses from the service of process 0.
         time.sleep(_END_DELAY if jax.process_index() else 1.5 * _END_DELAY)
     if worst and statuses[jax.process_index()] == worst:
         raise problem

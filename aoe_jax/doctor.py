@@ -3,9 +3,9 @@
     python -m aoe_jax.doctor [--config=FILE[:VARIANT]] [--json=FILE]
 
 The command prints devices, versions, and the chosen backends with reasons. It compares kernels and
-the expert layer with plain references at the shapes of the configuration, and runs ten training
-steps of at most 16,384 tokens per device, but at least one sequence. Each check prints whether it
-passed; if a kernel fails, also the setting that avoids it. Exit status 1: a check failed.
+the expert layer with plain JAX code at the shapes of the configuration, and runs ten training steps
+of at most 16,384 tokens per device, but at least one sequence. Each check prints whether it passed;
+if a kernel fails, also the setting that avoids it. Exit status 1: a check failed.
 
 All devices work at the same time on the mesh of the configuration. The default configuration is
 `configs/tiny.py` on CPU and `configs/doctor.py` on accelerators. `--config.GROUP.FIELD=VALUE`,

@@ -28,7 +28,7 @@ _ALPHA = flags.DEFINE_float(
 )
 _STRONG_K = flags.DEFINE_integer("strong_k", None, "with --contrast: K of the strong pass", 1)
 _WEAK_RANK = flags.DEFINE_integer("weak_rank", 2, "with --contrast: rank of the weak expert", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "of the draws", 0)
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the random draws", 0)
 
 
 def main():

@@ -29,9 +29,9 @@ AxisNames = str | tuple[str, ...] | None
 class Aux(NamedTuple):
     """The auxiliary outputs of a layer."""
 
-    loss: jax.Array  # [] float32: weighted auxiliary losses, to be added to the loss of the model
+    loss: jax.Array  # [] float32: sum of weighted auxiliary losses, to be added to the model's loss
     metrics: dict[str, jax.Array]  # [] float32 each, to be logged
-    stats: LayerStats  # statistics by expert, such as the load
+    stats: LayerStats  # statistics of the layer, such as the load of each expert
 
 
 class _Experts(nn.Module, kw_only=True):
@@ -126,8 +126,8 @@ class AoE(_Experts, kw_only=True):
     Attributes:
       n_experts: number of experts.
       top_k: number of experts per token.
-      d_ffn: width of an MoE expert with the same number of parameters; for whole gates, the width
-        of the experts.
+      d_ffn: width of the experts if gates are whole; if they are factorised, width of an MoE expert
+        with the same number of parameters.
       d_low: rank of a factorised gate; None: `d // 3`, where d is the model width.
       score_neurons: s of whole gates; None: factorised gates.
       score: "norm", the L2 norm as in the paper, or "max", the maximum.
@@ -141,8 +141,8 @@ class AoE(_Experts, kw_only=True):
       data: names of the mesh axes that split the first axis of x.
       fsdp: names of the mesh axes that split the first axis of x, and the parameters.
       expert: names of the mesh axes that split the first axis of x, and the experts.
-      tensor: names of the mesh axes that split the width of experts and, for x `[B, S, d]`, its
-        second axis.
+      tensor: names of the mesh axes that split the width of experts and, of x, the second axis of
+        `[B, S, d]` or the first of `[T, d]`.
       transport: how tokens reach experts on other devices. "ring": each device receives the tokens
         of all devices along `expert`. "all_to_all": a token is sent only to its experts' devices.
     """
@@ -226,7 +226,7 @@ def _check_tokens(x, token_weights):
         wanted = f"must be that of the tokens, {x.shape[:-1]}"
         raise ValueError(f"token_weights has the shape {jnp.shape(token_weights)}: it {wanted}")
     varies = getattr(jax.typeof(x), "manual_axis_type", None)
-    if varies is not None and varies.varying:  # grouped_matmul does not support that check
+    if varies is not None and varies.varying:  # grouped_matmul does not support check_vma
         raise ValueError("the jax.shard_map around the layer needs check_vma=False")
 
 

@@ -94,7 +94,7 @@ ATTENTION = {
     "q_head_norm": vector("h", ones_init),
     "k_head_norm": vector("h", ones_init),
 }
-STACKS = ("dense_layers", "layers")  # first names of paths of parameters stacked over layers
+STACKS = ("dense_layers", "layers")  # first name in the path of each parameter stacked over layers
 EMBEDDING = Parameter("V d", ("vocab", "embed"), cast=True)
 DECODER = {
     "embed/embedding": EMBEDDING,

@@ -3,7 +3,7 @@
     python -m aoe_jax.prepare --input=GLOB --tokenizer=T --output=DIR
 
 The input is JSON lines (.jsonl, .ndjson, .json) or plain text (.txt), also compressed (.gz, .zst),
-or Parquet. If it is stopped, the same command continues. `--check` finds damaged shards.
+or Parquet. After a stop the same command continues. `--check` finds damaged shards.
 """
 
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger("aoe_jax.prepare")  # `__name__` is `__main__` with `pyt
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-_INPUT = flags.DEFINE_multi_string("input", [], "a glob pattern; '**' is folders of any depth")
+_INPUT = flags.DEFINE_multi_string("input", [], "a glob pattern; '**' matches folders of any depth")
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer",
     None,
@@ -35,8 +35,8 @@ _VALIDATION = flags.DEFINE_float(
     "validation", Settings.validation, "share of the documents for validation"
 )
 _TEST = flags.DEFINE_float("test", Settings.test, "share of the documents for test")
-_PROCESSES = flags.DEFINE_integer("processes", _CORES, "processes that tokenise, a core each", 1)
-_CHECK = flags.DEFINE_bool("check", False, "read the store whole, and name damaged shards")
+_PROCESSES = flags.DEFINE_integer("processes", _CORES, "tokenising processes, one per core", 1)
+_CHECK = flags.DEFINE_bool("check", False, "read the whole store, and name damaged shards")
 
 
 def main():

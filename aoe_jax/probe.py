@@ -2,9 +2,10 @@
 
     python -m aoe_jax.probe --checkpoint=DIR [--text=FILE]
 
-The top-k experts have the largest norms of their activations at one node, such as `x W_gate`. Like
-the paper's Tables 1, 6 and 7, the table has nll, accuracy on tasks, agreement with the router and
-time, also for the router itself and for random experts. The command also writes `probe.json`.
+Each token is processed by the top-k experts, those with the largest norm of an intermediate result
+such as `x W_gate`. The command prints a table for several such results and norms, for the router
+itself and for random experts: nll, accuracy on tasks, agreement with the router, and time, like the
+paper's Tables 1, 6 and 7. It also writes `probe.json`.
 """
 
 from absl import flags

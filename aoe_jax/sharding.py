@@ -1,9 +1,9 @@
-"""How arrays are split over the mesh: its axes, and the rules from logical axes to mesh axes.
+"""Splits arrays over the mesh. `RULES` maps logical axes of arrays to these axes of the mesh:
 
-    data    copies of the model; batches are split over it
-    fsdp    batches, parameters and optimiser state are split over it
-    expert  batches and experts are split over it
-    tensor  attention heads, the width of experts and, outside both, positions are split over it
+    data    splits batches; each index along it has a copy of the model
+    fsdp    splits batches, parameters and optimiser state
+    expert  splits batches and experts
+    tensor  splits attention heads, the width of experts and, outside both, positions
 
 A single device has the mesh (1, 1, 1, 1). `MeshAxes` maps these axes to those of a user's mesh.
 """
@@ -79,7 +79,7 @@ class MeshAxes:
     def sizes(self, mesh):
         """The number of devices along each of `MESH_AXES`; 1 without a mesh.
 
-        Raises `ValueError` if the mesh has no axis of a name, or if two axes have the same name.
+        Raises `ValueError` if the mesh lacks a named axis, or if a name is given twice.
         Parameters are not split inside `jax.shard_map`, so there all names but `data` must be None.
         """
         if mesh.empty:
@@ -94,7 +94,7 @@ class MeshAxes:
                 if name not in mesh.axis_names:
                     raise ValueError(f"{given}: name axes of the mesh, {mesh.axis_names}, or None")
                 if name in seen:
-                    raise ValueError(f"{given}: {name!r} is another axis already; name it once")
+                    raise ValueError(f"{given}: {name!r} is already the name of another axis")
                 if mesh.manual_axes and name not in mesh.manual_axes:
                     raise ValueError(f"{given}: name axes of jax.shard_map, {mesh.manual_axes}")
                 seen.append(name)
@@ -105,7 +105,9 @@ AXES = MeshAxes()
 
 
 def fill_mesh(config, n_devices):
-    """Replaces `mesh.data=-1` in a `Config`. Raises `UserError` if the mesh has a wrong size."""
+    """Computes `mesh.data` of a `Config` if it is -1. Raises `UserError` if the mesh does not have
+    `n_devices` devices.
+    """
     mesh = config.mesh
     inner = mesh.fsdp * mesh.expert * mesh.tensor
     data = n_devices // inner if mesh.data == -1 else mesh.data
@@ -113,7 +115,7 @@ def fill_mesh(config, n_devices):
         raise UserError(
             f"config.mesh: data={mesh.data} fsdp={mesh.fsdp} expert={mesh.expert} "
             f"tensor={mesh.tensor}: the product must be the number of devices, {n_devices} "
-            "(data=-1 takes what the others leave)"
+            "(data=-1 means all remaining devices)"
         )
     return dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=data))
 
@@ -168,8 +170,8 @@ def with_shardings(abstract, shardings):
 
 
 def put_batch(sharding, batch, n_rows=None):
-    """Makes a global batch on devices from arrays `{name: array}` of this process. They have all
-    rows or, if `n_rows` (the number of all rows) is given, only the rows of `rows_of_process`.
+    """Makes a global batch on devices from arrays `{name: array}` of this process. The arrays have
+    all rows of the batch or, if `n_rows` (their number) is given, only those of `rows_of_process`.
     """
     shapes = {name: (n_rows or len(a), *a.shape[1:]) for name, a in batch.items()}
     with jax.transfer_guard("allow"):  # these transfers are intended

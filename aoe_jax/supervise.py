@@ -9,9 +9,9 @@ mistake of the user (exit status 2), divergence (4), Ctrl-C, or `--restarts` res
 without a new checkpoint.
 
 It forwards SIGTERM, SIGINT and SIGHUP (as SIGTERM) to the command, and ends when the command ends.
-`--start-over` and `--go-back` are passed on until an attempt has moved the old files, `--take-over`
-only to the first attempt. `WORKDIR/attempts/HOST.jsonl` has a line for every attempt. The exit
-status is 0 if the run has finished, else that of the last attempt.
+`--start-over` and `--go-back` are passed on until an attempt has moved the old files; `--take-over`
+is passed on only to the first attempt. `WORKDIR/attempts/HOST.jsonl` has a line for every attempt.
+The exit status is 0 if the run has finished, else that of the last attempt.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python train.py --config=FILE[:VARIANT] --workdir=DIR [--config.train.steps=N ...]
 
-The same command continues a run that has stopped for any reason. `--workdir` receives checkpoints,
-`metrics.jsonl`, `summary.json` and the picture `training.png`.
+The same command continues a run that has stopped for any reason. The command writes checkpoints,
+`metrics.jsonl`, `summary.json` and the picture `training.png` to `--workdir`.
 """
 
 import shlex
@@ -32,7 +32,7 @@ _GO_BACK = flags.DEFINE_integer(
     "go-back", None, "continue from the checkpoint of this step; newer files are moved likewise", 1
 )
 _TAKE_OVER = flags.DEFINE_bool(
-    "take-over", False, "take WORKDIR over without waiting whether its owner still runs"
+    "take-over", False, "take WORKDIR over at once, even if its owner may still run"
 )
 
 

@@ -72,7 +72,7 @@ GIVEN = [
     ("--config.model.d_model=4294967296", "--config.model.d_model=4294967296", "2**31"),
     ("--wandb=\udcff", "--wandb=", "must be UTF-8"),
     ("--distributed", "no cluster", "--coordinator"),
-    ("--coordinator=localhost:1", "--processes is missing", "go together"),
+    ("--coordinator=localhost:1", "--processes is missing", "--process together"),
     ("--coordinator=localhost:1 --processes=2 --process=2", "--process=2", "--processes=2"),
     ("--coordinator=here --processes=2 --process=0", "--coordinator=here", "HOST:PORT"),
     ("--coordinator=localhost:99999 --processes=2 --process=0", "with a port below 65536"),

@@ -1,6 +1,7 @@
-"""Checkpoints of a run: the state, the position in the data and the progress, saved by Orbax.
+"""Saves and restores the checkpoints of a run with Orbax.
 
-A checkpoint has arrays and a JSON file with their shapes, dtypes and checksums.
+A checkpoint has the arrays of the `TrainState`, and a JSON file with the position in the data, the
+`Progress`, and the shapes, dtypes and checksums of the arrays.
 """
 
 import contextlib
@@ -44,14 +45,14 @@ _BESIDE_BYTES = 2**28
 
 @dataclass
 class Progress:
-    """The progress of a run, which every checkpoint contains."""
+    """The progress of a run up to a step. Every checkpoint contains it."""
 
-    loss: float | None = None  # loss of the newest training step
+    loss: float | None = None  # training loss of this step
     nll: float | None = None
-    validation: dict[str, float] | None = None  # validation metrics of this step, if there are any
+    validation: dict[str, float] | None = None  # validation metrics of this step, if it has them
     validated: bool = True  # False if the validation of this step was interrupted
-    skipped_in_row: int = 0  # number of updates skipped in a row, up to this step
-    compute_seconds: float = 0.0  # summed over all steps so far
+    skipped_in_row: int = 0  # how many updates in a row were skipped, up to this step
+    compute_seconds: float = 0.0  # time of computation, summed over all steps so far
     metrics_bytes: int = 0  # size of metrics.jsonl
 
 
@@ -61,12 +62,12 @@ class Damaged(Failure):
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step):
-        # Only the training loop may ask JAX's preemption service, which needs rising step numbers.
+        # JAX's preemption service needs rising step numbers, so only the training loop asks it.
         return False
 
 
 class Checkpoints:
-    """The checkpoints `workdir/checkpoints/STEP`. Call `open` before `save`; reading needs no call.
+    """Reads and writes the checkpoints `workdir/checkpoints/STEP`. Call `open` before `save`.
 
     `saved` is the step of the newest checkpoint that is known to be complete, or 0.
     """
@@ -75,11 +76,11 @@ class Checkpoints:
         """Raises `UserError` if `workdir` is in an object store that Orbax cannot write to."""
         if is_remote(workdir) and not str(workdir).startswith("gs://"):
             wanted = "checkpoints can be on a disk or in gs://BUCKET/..."
-            raise UserError(f"--workdir={workdir}: {wanted}; a store of this kind can hold models")
+            raise UserError(f"--workdir={workdir}: {wanted}; this store can only receive models")
         self.directory = (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
         self.saved = 0
         self._manager = None  # Orbax's manager; None before `open`, and after a failed save
-        self._saving = None  # the step that is being saved in the background
+        self._saving = None  # the step that is being saved in the background, or None
         self._nlls = {}  # step of a checkpoint -> its validation nll
 
     def steps(self):
@@ -135,7 +136,7 @@ class Checkpoints:
     def restore(self, step, like):
         """Returns `(state, progress, position in the data)` of the checkpoint of a step.
 
-        `like` is a `TrainState` of shapes, dtypes and shardings. The checkpoint may come from
+        `like` is a `TrainState` of `ShapeDtypeStruct`s with shardings. The saving run may have had
         another mesh or number of processes. Raises the exceptions of `read_checkpoint`.
         """
         arrays, beside = read_checkpoint(self._path(step), vars(like))
@@ -144,13 +145,13 @@ class Checkpoints:
 
     def restore_newest(self, like):
         """Returns `(step, state, progress, position)` of the newest undamaged checkpoint, and moves
-        newer ones to `damaged_checkpoints`. Raises `UserError` or `MachineFault` like `restore`,
-        and `UserError` if all checkpoints are damaged.
+        the damaged newer ones to `damaged_checkpoints`. Raises `UserError` if all checkpoints are
+        damaged or one is of another model, and `MachineFault` if they cannot be read.
         """
         while True:
             with together():
                 steps = self.steps()
-            # On a network disk, other processes may still see a checkpoint that was moved.
+            # The list of process 0 counts: on a network disk, others may still see moved folders.
             step, n_steps = gathered(max(steps, default=0))[0], gathered(len(steps))[0]
             try:
                 return step, *self.restore(step, like)
@@ -166,7 +167,7 @@ class Checkpoints:
                         log.warning(f"{what} and was moved to {target}")
 
     def restore_model(self, step, like):
-        """`(params, routing_state)` of a step. A damaged checkpoint raises `UserError`."""
+        """Returns `(params, routing_state)` of a step. A damaged checkpoint raises `UserError`."""
         wanted = {name: getattr(like, name) for name in ("params", "routing_state")}
         try:
             model, _ = read_checkpoint(self._path(step), wanted)
@@ -191,7 +192,7 @@ class Checkpoints:
             preservation_policy=self,
             async_options=ocp.AsyncOptions(
                 timeout_secs=int(self._config.timeout),
-                # If Orbax fails to make a folder in the background, its other threads wait 300 s.
+                # False for one process: if a background thread fails, others would wait for 300 s.
                 create_directories_asynchronously=jax.process_count() > 1,
             ),
         )
@@ -214,11 +215,11 @@ class Checkpoints:
         return [step in kept for step in steps]
 
     def save(self, step, state, position, progress: Progress, wait=False):
-        """Saves the state after `step` updates in the background. After the call the caller may
-        donate the state. With `wait`, or if the previous save failed, the call returns only when
-        the save has succeeded. `position` is the position in the data as JSON, the same in every
-        process. A single process repeats a failed save for `retry_seconds`, then raises
-        `MachineFault`. With several processes a save is not repeated, and all processes end.
+        """Starts a save, in the background, of the state after `step` updates. After the call the
+        caller may donate the state. With `wait`, or if the previous save failed, the call returns
+        only when the save has succeeded. `position` is the position in the data as JSON, the same
+        in every process. A single process repeats a failed save for `retry_seconds`, then
+        raises `MachineFault`. With several processes, a failed save ends all processes.
         """
         wait = self._finish() is not None or wait
         if step == self.saved:
@@ -283,11 +284,11 @@ class Checkpoints:
 
 
 def read_checkpoint(path, wanted):
-    """Returns `(arrays, JSON of `beside_arrays`)` of the checkpoint in the folder `path`.
+    """Returns `(arrays, saved result of `beside_arrays`)` from the checkpoint in the folder `path`.
 
-    `wanted` is a tree of shapes, dtypes and shardings. Each process reads the shards of its own
-    devices. Raises `Damaged`, `UserError` if the checkpoint is of another model, or `MachineFault`
-    if it cannot be read. If one process fails, all processes raise.
+    `wanted` is a tree of `ShapeDtypeStruct`s with shardings. Each process reads the shards of its
+    own devices. Raises `Damaged`, `UserError` if the checkpoint is of another model, or
+    `MachineFault` if it cannot be read. If one process fails, all processes raise.
     """
     damage = None
     with together():
@@ -301,7 +302,7 @@ def read_checkpoint(path, wanted):
         raise damage or Damaged("another process cannot read it")
     found = checksums(arrays)
     differing = [name for name, value in found.items() if beside["arrays"][name][2] != value]
-    # Each process reads its own copy of a replicated array, so the results may differ.
+    # Each process reads its own copy of a replicated array, so only one process may see damage.
     if not all_agree(not differing):
         names = ", ".join(differing[:3]) or "in another process"
         raise Damaged(f"{names}: the values are not those that were saved")
@@ -341,7 +342,7 @@ def read_beside(path):
 
 @contextlib.contextmanager
 def _as_damage():
-    """Turns exceptions into `Damaged`, except those of a machine fault, of JAX or of this program.
+    """Turns exceptions into `Damaged`, except machine faults and those of JAX or this program.
     Orbax and tensorstore raise exceptions of many types for files that they cannot parse.
     """
     try:
@@ -389,7 +390,7 @@ def checksums(tree):
 
     A checksum is the sum, modulo 2^32, of a hash of each element's bits and index. For a given
     index, different bits have different hashes, so a change of one element always changes the sum.
-    The sum does not depend on the sharding. Orbax's storage format itself has no checksums.
+    The sum does not depend on the sharding. Orbax's storage format has no checksums of values.
     """
     arrays = _by_path(tree)
     leaves = list(arrays.values())

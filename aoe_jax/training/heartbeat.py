@@ -45,7 +45,7 @@ class Heartbeat:
 
     def begin(self, saved, began):
         """From now on `beat` writes the file; only process 0 calls this method. `saved` is the step
-        of the newest checkpoint, and `began` the time at which the run first began.
+        of the newest checkpoint, and `began` the time of the run's first start.
         """
         self.saved, self._began = saved, began
 
@@ -65,7 +65,7 @@ class Heartbeat:
             write_json(self._workdir / "heartbeat.json", value)
 
     def __exit__(self, kind, error, trace):
-        # After a `UserError`, such as a lost lease, another process may own the file.
+        # Writes nothing after a `UserError` such as a lost lease: the file may have a new owner.
         if error is not None and not isinstance(error, UserError | MachineFault):
             self.beat(_ENDS.get(kind, "failed"))
         if error is not None and self._step is not None:

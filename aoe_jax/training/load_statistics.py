@@ -1,4 +1,4 @@
-"""Load statistics for L layers of n experts; `load` is each expert's share of the tokens."""
+"""Load statistics of L layers of n experts; `load` is the fraction of tokens per expert."""
 
 import numpy as np
 from scipy.special import entr
@@ -19,9 +19,10 @@ def load_spread(load, live=None):
 def layer_statistics(load, live=None):
     """Returns `{name: statistic [L]}`, from loads `[L, n]`.
 
-    `load_entropy` is in nats. `load_max_over_mean` is 1 in perfect balance, and 0 in a layer where
-    no token is routed to an expert. `dead_experts` is the number of experts without a token. If a
-    method adds and removes experts, `live` `[L, n]` is 0 for absent experts, which are not counted.
+    `load_entropy` is in nats. `load_max_over_mean` is the largest divided by the mean load: 1 in
+    perfect balance, and 0 if no token is routed to any expert. `dead_experts` is the number of
+    experts without tokens. If a method adds and removes experts, `live [L, n]` is 0 for experts
+    that do not exist at this step; no statistic counts them.
     """
     n_live = load.shape[-1] if live is None else (live > 0).sum(axis=-1)
     is_dead = load == 0 if live is None else (load == 0) & (live > 0)

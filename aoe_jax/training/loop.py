@@ -44,7 +44,7 @@ class Now:
 
 
 def every(n, call, last=None):
-    """Returns `hook(step)`: runs `call()` if `step` is a multiple of n (n=0: never) or `last`."""
+    """Returns `hook(step)`: runs `call()` if `step` is `last` or, for n > 0, a multiple of n."""
 
     def hook(step):
         if (n and step % n == 0) or step == last:
@@ -67,10 +67,10 @@ def train(
     `checkpoints/`, the tokenizer and, at the end, `summary.json` and `training.png`. It also writes
     a trace of the steps `profile` to `profile/`, and `wandb/` if `wandb` is a project of Weights &
     Biases. `start` has the other arguments of `RunFolder.open`. A run that is stopped at any moment
-    and started again ends in the same state, bit for bit on CPU.
+    and started again ends in the same state as a run without a stop, on CPU bit for bit.
 
     Raises the exceptions of `errors.py`: `UserError` also if the run has already finished, and
-    `Stopped` after a request to stop, when the state is saved.
+    `Stopped` after a request to stop, once the state is saved.
     """
     started, is_main = time.perf_counter(), jax.process_index() == 0
     stop, given = stop or StopRequests(), config
@@ -170,7 +170,7 @@ def train(
         def save(wait=False):
             metrics.flush()
             if not wait and (now.step == steps or now.progress.skipped_in_row):
-                return  # `train` saves the last step at its end; skipped steps are not saved
+                return  # the last step is saved below; after skipped steps nothing is saved
             heartbeat.beat("saving", now.step)
             with metrics.clock("checkpoint"):
                 with together():
@@ -216,7 +216,7 @@ def train(
             save(wait=True)
             checkpoints.close()
             raise
-        except DivergedError:  # the newest checkpoint has the last good state
+        except DivergedError:  # saves nothing, so the next start begins before the skipped steps
             checkpoints.close()
             raise
 

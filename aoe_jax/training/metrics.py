@@ -28,14 +28,14 @@ log = logging.getLogger(__name__)
 
 # Metrics whose names end in these words are measured, so they differ between equal runs.
 MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu", "goodput")
-_IN_SPEED = ("input", "checkpoint")  # tokens/s also count these times, in addition to `compute`
+_IN_SPEED = ("input", "checkpoint")  # the time in tokens/s is the sum of `compute` and these
 
 
 def layer_metrics(metrics):
     """Returns `{name: values [L]}` from the metrics of a step on the host; {} for a dense model.
 
     The values are the `layer_statistics`, `confidence_entropy` in nats, `mean_score` (of AoE's
-    norms or router logits) and `dropped_share`, the fraction of choices that a capacity dropped.
+    norms or router logits) and `dropped_share`, the fraction of choices dropped by full experts.
     """
     load = metrics["load"]
     if load.shape[-1] == 1:
@@ -61,7 +61,7 @@ class Metrics:
         self._config, self._folder, self._start_step = config, folder, start_step
         self._progress, self._began = progress, began
         self._writers, self._lines = {}, None
-        self._unreported = None  # `(step, metrics on devices)` of the newest step, until `flush`
+        self._unreported = None  # `(step, metrics on devices)` until `flush` reports them
         self._program = {}
         self._seconds = Counter()  # clock -> seconds; `compute` counts up to the newest log line
         self._line_step, self._line_time = start_step, time.perf_counter()
@@ -110,7 +110,7 @@ class Metrics:
         self._line_time, self._line_seconds = time.perf_counter(), self._seconds.copy()
 
     def step(self, step, metrics):
-        """Stores the metrics, on devices, of the step just started; reports the previous step."""
+        """Stores the metrics of the newest step, still on devices; reports the previous step."""
         self.flush()
         self._unreported = step, metrics
 
@@ -135,7 +135,7 @@ class Metrics:
         size, limit = self._config.train.batch_size, self._config.train.max_skipped
         log.warning(
             f"step {step} skipped: loss {self._progress.loss:g}, gradient norm {grad_norm:g}; its "
-            f"batch has the sequences {(step - 1) * size} to {step * size - 1} of the run's order"
+            f"batch has the sequences {(step - 1) * size} to {step * size - 1} in the run's order"
         )
         if self._progress.skipped_in_row >= limit:
             raise DivergedError(
@@ -177,7 +177,7 @@ class Metrics:
         )
 
     def _end_interval(self, step):
-        """`(number of steps, {clock: seconds})` since the last log line, without evaluation."""
+        """Returns `(steps, {clock: seconds})` since the last log line, without evaluations."""
         now, clocks = time.perf_counter(), self._seconds - self._line_seconds
         seconds = {name: clocks[name] for name in _IN_SPEED}
         seconds["compute"] = max(now - self._line_time - clocks.total(), 1e-9)
@@ -188,7 +188,7 @@ class Metrics:
         return n_steps, seconds
 
     def _goodput(self):
-        """`compute` time as a fraction of the time since the run began; lost steps do not count."""
+        """`compute` time / time since the run first began. Steps lost in a crash do not count."""
         useful = self._progress.compute_seconds
         return useful / max(time.time() - self._began, useful, 1e-9)
 

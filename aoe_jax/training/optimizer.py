@@ -9,14 +9,14 @@ from aoe_jax.model.declared import declared
 
 
 def learning_rate_schedule(config: TrainConfig):
-    """Linear warm-up from 0 to the peak, then cosine decay to the final rate after all steps."""
+    """Linear warm-up from 0 to the peak, then cosine decay to the final rate at the last step."""
     return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps, config.final_learning_rate
     )
 
 
 def decayed(params):
-    """A tree of bools: whether weight decay applies, as declared in `aoe_jax.parameters`."""
+    """A tree of bools: True where weight decay applies, as `aoe_jax.parameters` declares it."""
     return path_aware_map(lambda path, _: declared("/".join(path)).decays, params)
 
 
@@ -27,7 +27,8 @@ def no_routers(params):
 
 def scale_scoring(experts: ExpertsConfig, rate):
     """An optax transformation that scales, by `rate`, updates of parameters that compute scores."""
-    columns = {"w_router": None, "w_router_hidden": None}  # number of columns; None: all
+    # Parameter -> the number of its first columns, which compute scores; None: all columns.
+    columns = {"w_router": None, "w_router_hidden": None}
     if experts.kind == "aoe":
         columns = {"w_gate_down" if experts.low_rank else "w_gate": experts.score_neurons}
 
@@ -51,7 +52,7 @@ def make_optimizer(config: TrainConfig, experts: ExpertsConfig):
     if config.router_steps:
         zero = optax.masked(optax.set_to_zero(), no_routers)
         frozen = optax.conditionally_transform(zero, lambda step: step < config.router_steps)
-        # The first `frozen` sets gradients to zero, so that norm and moments exclude them. The last
-        # one sets updates to zero, because weight decay also updates weights without a gradient.
+        # The first `frozen` sets the gradients of all but routers to zero, so that the global norm
+        # and the moments exclude them. The last one sets their updates, the weight decay, to zero.
         steps = [frozen, *steps, frozen]
     return optax.chain(*steps)

@@ -27,7 +27,8 @@ def steps_to_trace(text, total_steps):
 
 def tracing(train_step, steps: range, folder: Path, next_step):
     """Returns a `train_step` that writes a trace of the training steps `steps` to `folder`. Its
-    first call is step `next_step`; if `steps` begin earlier, it logs a warning and traces nothing.
+    first call does step `next_step`. If `steps` begin earlier, `tracing` logs a warning, and the
+    returned function traces nothing.
 
     The first traced call waits for all earlier steps, and the last one waits for its own result.
     """

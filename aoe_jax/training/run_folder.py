@@ -26,8 +26,8 @@ from aoe_jax.training.checkpoint import DAMAGED, Checkpoints
 log = logging.getLogger(__name__)
 
 _IDENTITY = ("config.json", "data.json")
-# The files of a run, except its tokenizer, in the order in which `set_aside` moves them. After an
-# interrupted move, `check_history` finds that checkpoints are missing or lack the later files.
+# The files of a run, except its tokenizer, in the order in which `set_aside` moves them: the
+# checkpoints first, so that `check_history` finds that they are missing after an interrupted move.
 _FILES = (
     *("checkpoints", DAMAGED, "tensorboard", "profile", "wandb", "hang", "eval.json", "load.png"),
     *("training.png", "wandb.json", "summary.json", "metrics.jsonl", "heartbeat.json"),
@@ -49,7 +49,7 @@ class RunFolder:
     """The workdir of a run, which all processes share and process 0 owns.
 
     `on_disk` is the folder for `metrics.jsonl`, `tensorboard/`, `wandb/` and `profile/`. It is the
-    workdir or, if the workdir is in an object store, a temporary folder; `upload` copies its files.
+    workdir or, if the workdir is in an object store, a temporary folder that `upload` copies to it.
     """
 
     def __init__(self, workdir: Path):
@@ -59,8 +59,8 @@ class RunFolder:
     def open(self, held: contextlib.ExitStack, start_over=False, go_back=None, take_over=False):
         """Acquires the lease until `held` is closed; with `take_over`, even if its owner may still
         run. `start_over` moves the files of the old run to `set_aside/`; `go_back` moves only files
-        newer than the checkpoint of that step. Raises `InUse` if another process has the lease, and
-        `UserError` if some process of this run cannot read the lease.
+        newer than the checkpoint of that step. Raises `InUse` if another process renews the lease,
+        and `UserError` if some process of this run cannot read the lease.
         """
         workdir, is_main = self.workdir, jax.process_index() == 0
         with together():
@@ -134,7 +134,7 @@ def _fixed(config):
 
 def check_config(workdir: Path, config: Config, has_begun=True):
     """Raises `UserError` if `workdir` contains a model. If the run in it `has_begun` (it has a
-    checkpoint), also raises `UserError` if its configuration is not `config`.
+    checkpoint), also raises `UserError` if a field outside `FREE` differs from `config`.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -146,8 +146,8 @@ def check_config(workdir: Path, config: Config, has_begun=True):
 
 
 def check_history(workdir: Path, steps):
-    """Raises `UserError` if checkpoints, `config.json` or `data.json` are missing. `steps` are the
-    complete checkpoints; a checkpoint in `damaged_checkpoints` does not count as missing.
+    """Raises `UserError` if checkpoints, `config.json` or `data.json` are missing. `steps` are
+    the steps of complete checkpoints. Those in `damaged_checkpoints` do not count as missing.
     """
     if steps and (missing := [n for n in _IDENTITY if not (workdir / n).exists()]):
         raise UserError(
@@ -175,7 +175,7 @@ def check_history(workdir: Path, steps):
 
 
 def read_heartbeat(workdir: Path):
-    """Returns `saved` and `began` of `heartbeat.json`, None if the file or the field is missing."""
+    """Returns `saved` and `began` of `heartbeat.json`; missing ones are None."""
     path = workdir / "heartbeat.json"
     schema = {"saved": files.or_none(COUNT), "began": files.or_none(NUMBER)}
     content = read_json(path, schema=schema) if path.exists() else {}
@@ -200,7 +200,7 @@ def set_aside(workdir: Path, go_back: int | None = None):
     moved = [name for name in names if (workdir / name).exists()]
     for name in moved:
         move(workdir / name, folder / name)
-    if go_back is not None:  # written last: after an interrupted move a run refuses to continue
+    if go_back is not None:  # written last, so that no run continues after an interrupted move
         write_json(workdir / "heartbeat.json", read_heartbeat(workdir) | {"saved": go_back})
     if moved:
         log.info(f"moved {', '.join(sorted(moved))} to {folder}")
@@ -219,7 +219,7 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
 
 
 def read_identities(workdir: Path) -> list[str]:
-    """Identities of the corpora that a run or a model was trained on; [] without `data.json`."""
+    """Reads the identities of a model's training corpora from `data.json`; [] without the file."""
     path = workdir / "data.json"
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""The first state of a run that starts from a trained model, `train.init_from`."""
+"""Makes the first state of a run that starts from a trained model (`train.init_from`)."""
 
 import logging
 from functools import partial
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) -> TrainState:
     """Loads float32 parameters and the routing state from a model; the optimiser state is new.
 
-    `like` has the shapes of the state with their shardings, and `tokenizer` is the file of the
-    corpora's tokenizer. Raises `UserError` if the model cannot be read, has another architecture or
+    `like` has the shapes, dtypes and shardings of the state. `tokenizer` is the tokenizer file of
+    the corpora. Raises `UserError` if the model cannot be read, has another architecture or
     tokenizer, or has a routing state that the run does not use.
     """
     source = config.train.init_from
@@ -52,7 +52,7 @@ def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) ->
 def _check_architecture(config, directory):
     there, here = computed_fields(read_config(directory)), computed_fields(config)
     differing = differences(there, here)
-    # These fields decide how experts are selected and weighted; they do not change the parameters.
+    # Fields that only change how experts are selected and weighted may differ from the model's.
     free = [name for name in differing if name == "experts.top_k" or name.startswith("routing.")]
     if others := [f"config.{text}" for name, text in differing.items() if name not in free]:
         raise UserError(f"it is another model: {'; '.join(others)}")

@@ -22,14 +22,14 @@ class TrainState:
     """The arrays that a step changes."""
 
     step: jax.Array  # [] int32, steps done
-    skipped: jax.Array  # [] int32, steps without an update: loss or gradient was not finite
+    skipped: jax.Array  # [] int32, steps whose update was skipped (loss or gradient not finite)
     params: dict
     routing_state: dict  # `{name: [L, ...]}`, the arrays of `Method.state`, stacked over layers
     opt_state: optax.OptState
 
 
 def init_state(config: Config, seed):
-    """A random state. Jit it with output shardings, because the state may not fit one device."""
+    """A random state. Jit it with output shardings, because the state may not fit on one device."""
     return first_state(config, initial_params(config, seed), initial_routing_state(config))
 
 
@@ -40,7 +40,7 @@ def first_state(config: Config, params, routing_state):
 
 
 def train_step_on(mesh, config: Config):
-    """Returns `(jitted train step, shapes of its state with their shardings)` on a mesh."""
+    """Returns `(jitted train step, TrainState of ShapeDtypeStructs with shardings)` for a mesh."""
     state = jax.eval_shape(lambda: init_state(config, 0))
     shardings = state_shardings(mesh, state)
     results = shardings, replicated(mesh)
@@ -49,13 +49,13 @@ def train_step_on(mesh, config: Config):
 
 
 def new_state(config: Config, like: TrainState):
-    """A random state, with the shardings of `like`, a `TrainState` of shapes."""
+    """A random state, with the shardings of `like`, the `TrainState` of `train_step_on`."""
     shardings = jax.tree.map(lambda a: a.sharding, like)
     return jax.jit(lambda: init_state(config, config.train.seed), out_shardings=shardings)()
 
 
 def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask):
-    """`(weighted sum of nlls over targets [] float32 in nats, LayerStats stacked over layers)`.
+    """Returns `(weighted nll sum [] float32 in nats, LayerStats stacked over layers)`.
 
     `batch` has `inputs`, `targets` and `segment_ids`, `[B, S]` int32, and `weights`, `[B, S]`
     float32. Tokens of segment 0 are padding, and no statistic counts them. With `document_mask`,
@@ -83,10 +83,10 @@ def _sum_over_targets(params, batch, hidden, function=cross_entropy):
 def training_loss(
     config: Config, params, routing_state, batch, key, total_weight=None, so_far=None
 ):
-    """Returns `(loss, metrics)`; the loss is the mean nll plus the losses of balance and method.
+    """Returns `(loss, metrics)`; loss = mean nll + load balance losses + the method's losses.
 
     The nll is divided by the total weight of the batch or, for one of several micro-batches, by
-    `total_weight`. `so_far` is the entry of this name in the metrics of the previous micro-batch.
+    `total_weight`. `so_far` is `metrics["so_far"]` of the previous micro-batch.
     """
     decoder, method = Decoder.from_config(config, training=True), config.routing
     total_weight = jnp.maximum(batch["weights"].sum() if total_weight is None else total_weight, 1)
@@ -117,9 +117,10 @@ def training_loss(
 
 
 def _with_shares_so_far(stats, before):
-    """`(stats, sums)`; in `stats`, load and shares are averaged over the micro-batches so far.
+    """Returns `(stats, so_far)`. In `stats`, `load` and `shares` are means over the micro-batches
+    so far; `so_far` is the number of these micro-batches, and the sums of `load` and `shares`.
 
-    Both have no gradient. Qiu et al. 2025 (arXiv 2501.11873) balance the global batch in this way.
+    They have no gradient. Qiu et al. 2025 (arXiv 2501.11873) balance the global batch in this way.
     """
     so_far = jnp.ones(()), {"load": stats.load, "shares": stats.shares}
     if before is None:

@@ -1,7 +1,7 @@
-"""Measures the times of training steps of several arms, alternately in one process.
+"""Measures the step times of several arms (configurations), alternately in one process.
 
 In each round every arm does a few steps on its batch, because times of separate runs on a shared
-machine are hard to compare. On CPU, the unit is seconds of processor time.
+machine are hard to compare. On CPU the result is processor time, elsewhere wall-clock time.
 """
 
 import statistics
@@ -37,7 +37,7 @@ class RepeatedStep:
     """
 
     def __init__(self, config: Config, batch=None, folder: Path | None = None):
-        """Compiles for all devices of all processes, on the mesh of the configuration.
+        """Compiles the step for all devices of all processes, on the mesh of the configuration.
 
         `batch` defaults to random tokens. The state comes from the newest checkpoint in `folder`,
         or is random if `folder` is None. Raises `UserError` if there is no checkpoint.
@@ -53,7 +53,7 @@ class RepeatedStep:
                 self._state, *_ = checkpoints.restore(checkpoints.find("newest"), like)
             else:
                 self._state = new_state(config, like)
-            # If the model was trained on this machine, the compilation cache has this program.
+            # This is fast if the compilation cache has the program from training on this machine.
             self.program = step.lower(self._state, self._batch).compile()
         self.memory = program_memory(self._state, self.program)
 
@@ -64,7 +64,7 @@ class RepeatedStep:
 
 
 def seconds_in_turn(steps: Mapping[str, Callable], rounds=ROUNDS):
-    """Returns `{name: median seconds}` of `steps`, `{name: function without arguments}`."""
+    """Returns `{name: median seconds of a call}` for functions without arguments, by name."""
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     seconds = {name: [] for name in steps}
     for _ in range(rounds):

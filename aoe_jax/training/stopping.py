@@ -11,8 +11,8 @@ from aoe_jax.errors import Interrupted, Preempted, Terminated
 
 
 class StopRequests:
-    """Records the first SIGTERM or SIGINT, which the run checks between steps. A second signal ends
-    the process at once, with exit status 143 (SIGTERM) or 130 (SIGINT).
+    """Records the first SIGTERM or SIGINT; the run calls `asked` between steps. A second signal
+    ends the process at once, with exit status 143 (SIGTERM) or 130 (SIGINT).
 
     Once `jax.distributed` has started, JAX handles a SIGTERM to any process: all processes stop at
     the same step, and further SIGTERMs have no effect.

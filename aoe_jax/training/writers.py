@@ -24,7 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from aoe_jax.errors import UserError
 from aoe_jax.storage.files import TEXT, finite, read_json, write_json
 
-# tensorboardX would import PyTorch, which takes seconds and is not needed for these events.
+# tensorboardX must not import PyTorch, which takes seconds and is not needed for these events.
 _has_torch = sys.modules.setdefault("torch", None)
 try:
     from tensorboardX.event_file_writer import EventsWriter
@@ -56,7 +56,7 @@ class JsonLines:
         self._file.seek(max(size - 1, 0))
         if there < size or (size and self._file.read(1) != b"\n"):
             self._file.close()
-            lost = f"its checkpoint was saved after {size} bytes of lines, it has {there} bytes"
+            lost = f"it had {size} bytes at the checkpoint, and now has {there} bytes"
             raise UserError(
                 f"{path} has lost lines: {lost}. Bring it back; or --start-over begins anew"
             )
@@ -109,13 +109,13 @@ def _tags(group, scalars, layers):
 
 
 class TensorBoard:
-    """Writes event files. The first event makes TensorBoard hide later steps of a killed run."""
+    """Writes event files. The event `START` makes TensorBoard hide a killed run's later steps."""
 
     name = "tensorboard/"
 
     def __init__(self, folder: Path, start_step):
         folder.mkdir(parents=True, exist_ok=True)
-        # After a fault, a flush of tensorboardX's SummaryWriter would wait forever for its thread.
+        # tensorboardX's SummaryWriter is not used: after a fault, its `flush` would wait forever.
         self._events = EventsWriter(str(folder / "events"))
         self._add(start_step + 1, file_version="brain.Event:2")
         self._add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
@@ -166,7 +166,7 @@ class Wandb:
     """A run at Weights & Biases. `wandb.json` stores its id, so a continued run keeps the id.
 
     Raises `UserError` if Weights & Biases refuses the run, for example without a login, and
-    `ConnectionError` if it cannot be reached. After a kill, a run sends some steps a second time.
+    `ConnectionError` if it cannot be reached. After a kill, the next start sends some steps again.
     """
 
     name = "wandb"
@@ -185,7 +185,7 @@ class Wandb:
                 name=workdir.absolute().name,
                 dir=str(workdir),
                 config=config,
-                # wandb must not capture stdout. `wandb sync` uploads what exceeds the timeout.
+                # wandb must not capture stdout. After the timeout, `wandb sync` uploads the rest.
                 settings=wandb.Settings(console="off", finish_timeout=60.0),
             )
         except wandb.Error as e:
