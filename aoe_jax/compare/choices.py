@@ -45,7 +45,7 @@ def observing(decoder: Decoder):
 
 
 def overlap(chosen, final):
-    """Returns `[L]`, the mean share of a token's experts in `final` that `chosen` has, too.
+    """Returns `[L]`, the mean fraction of a token's experts in `final` that are also in `chosen`.
 
     Both are `[L, T, n]` bool. The mean is over the tokens that have experts in `final`; 1 if none.
     """
@@ -72,9 +72,8 @@ def validation_batches(folder, config, size):
 
 
 def analyse(folder: Path, n_tokens: int):
-    """Writes `routing.json` of a run, from whole batches of about `n_tokens` validation tokens.
-
-    Raises `UserError` if the run cannot be read.
+    """Writes a run's `routing.json`, from the first `n_tokens` validation tokens, rounded up to
+    full batches. Raises `UserError` if the run cannot be read.
     """
     steps, model = Checkpoints(folder).steps(), load_model(folder, "newest")
     config = model.config

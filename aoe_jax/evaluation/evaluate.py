@@ -28,7 +28,7 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
 
     The arguments are the flags of `eval.py`. Returns the content of `eval.json`: `split`, `data`
     (None: the run's corpora), `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte`,
-    `load_statistics` (None for a dense model) and `sources` (the results of each corpus, if several).
+    `load_statistics` (None for a dense model) and `sources` (results of each corpus, if several).
     Raises `UserError` if a file cannot be read, `DivergedError` if weights or nll are not finite.
     """
     model = load_model(workdir, step, mesh)

@@ -147,8 +147,8 @@ def _batch_arrays(texts, n_contexts, n, length, end):
 
 
 def _score_texts(decoder, params, routing_state, batch):
-    """Returns the log-likelihood `[B]` float32 of the wanted targets in each text, and `[B]` bool,
-    whether each of them is the likeliest token.
+    """Computes the log-likelihood of the wanted targets of each text, `[B]` float32, and whether
+    greedy decoding yields these targets, `[B]` bool.
 
     `batch` has `inputs` and `targets` `[B, S]` int32, `real` `[B, S]` bool, which is false for
     padding in `inputs`, and `wanted` `[B, S]` bool, which is true for targets to score.
