@@ -65,7 +65,7 @@ def validation_batches(folder, config, size):
     check_data(folder, corpus)
     splits = [(store, config.data.seq_len, size) for store in corpus.validation.values()]
     batches = itertools.chain.from_iterable(eval_batches(*split) for split in splits)
-    whole = (batch for batch in batches if batch["weights"].all())  # the last one has padding
+    whole = (batch for batch in batches if batch["weights"].all())  # without padded ones
     first = next(whole, None)
     yield first or next(eval_batches(*splits[0]))
     yield from whole

@@ -36,7 +36,7 @@ class Job:
 
     name: str
     command: tuple[str, ...]
-    output: Path  # what the command writes; OUTPUT.log and OUTPUT.outcome.json are beside it
+    output: Path  # file or folder that it writes; OUTPUT.log and OUTPUT.outcome.json are beside it
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Results:
         return frame[frame["size"] == size].merge(self.finished_runs[KEYS])
 
     def is_comparable(self, size, arm):
-        """Whether losses are comparable with others; False for expert choice, which is not causal."""
+        """Whether losses are comparable; False for expert choice, because it is not causal."""
         return self.configs[size, arm].routing.name != "expert_choice"
 
     def mean(self, size, arm, column):

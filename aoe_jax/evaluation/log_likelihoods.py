@@ -72,7 +72,7 @@ class Scorer:
         for number, (context, _) in enumerate(texts):
             by_context.setdefault(context, []).append(number)
         # (N, S) -> [(length of a context, indices of the N texts with this context)], and
-        # (1, 0) -> [(length of a text, [its index])] for the texts that share no context.
+        # (1, 0) -> [(length of a text, [its index])] for texts that are scored whole.
         groups = {(1, 0): []}
         for context, numbers in by_context.items():
             lengths = [len(texts[number][1]) for number in numbers]
@@ -134,7 +134,7 @@ def _texts_arrays(texts, rows, length):
 
 
 def _batch_arrays(texts, n_contexts, n, length, end):
-    """Makes the batch of `_score_texts` if `end` is 0, else of `_score_choices` (`n` = N)."""
+    """Makes the batch of `_score_texts` if `end` is 0, else of `_score_choices`, with N = `n`."""
     if not end:
         return _texts_arrays(texts, n_contexts, length)
     contexts, known = np.zeros((n_contexts, length), np.int32), np.zeros((n_contexts, length), bool)

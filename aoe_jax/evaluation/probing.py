@@ -1,6 +1,6 @@
 """Evaluates a router MoE that chooses experts by norms of their activations (`aoe_jax.probe`).
 
-Every expert computes one intermediate result of its formula, such as `x w_gate`. The norms
+Every expert computes one intermediate result, such as `x w_gate`. The norms of these results
 replace the router's logits, and the top K experts process the token (the paper's Tables 1, 6, 7).
 """
 
@@ -48,7 +48,7 @@ def by_chance(logits, weights, ctx):
 
 
 def by_norm(node, norm):
-    """Returns a choice: scores are a norm (key of `NORMS`) of a result (one of `NODES`)."""
+    """Returns a choice that scores experts by a norm (of `NORMS`) of a result (of `NODES`)."""
 
     def choose(logits, weights, ctx):
         devices = ctx.devices
@@ -74,7 +74,7 @@ def by_norm(node, norm):
 
 @dataclass(frozen=True)
 class ProbeRouter(Method):
-    """Top-k routing by the scores that `choose` computes.
+    """Routes each token to the K experts with the highest scores of `choose`.
 
     The record `agreement []` is the mean share of a token's experts that the router chooses too.
     """

@@ -47,7 +47,7 @@ _PAPER = {
 }
 PAPER_TASKS = tuple(_PAPER)
 AVERAGED = PAPER_TASKS[:8]  # their mean is AVG in the paper's Tables 2, 3 and 5
-_BOOTSTRAPS = 1000  # resamples, for standard errors without a formula (such as of F1)
+_BOOTSTRAPS = 1000  # resamples, for standard errors without a formula, such as that of F1
 _SHOTS_SEED = 1234  # lm-eval's default
 
 
@@ -70,7 +70,7 @@ def load_tasks(names, fewshot=None, data: Path | None = None):
         except Exception as e:  # data sets and templates fail in many ways
             raise UserError(f"--tasks={','.join(names)}: {_cause(e, data)}") from e
     if data:
-        loaded = {"tasks": loaded["tasks"]}  # drops the groups of _on_local_data
+        loaded = {"tasks": loaded["tasks"]}  # drops the groups that _on_local_data made
     for name, task in loaded["tasks"].items():
         _, default = _PAPER.get(name, (None, task.get_config("num_fewshot") or 0))
         shots = default if fewshot is None else fewshot
@@ -106,7 +106,7 @@ def _on_local_data(index, name, data):
     evaluated = splits["test_split"] or splits["validation_split"]
     files = {split: data / name / f"{split}.jsonl" for split in splits.values() if split}
     found = {split: str(file) for split, file in files.items() if file.is_file()}
-    wanted = f"{files[evaluated]} is missing; write the examples of {name} to it"
+    wanted = f"{files[evaluated]} is missing; write the examples of {name} to it, one per line"
     require_flag(evaluated in found, "tasks-data", data, wanted)
     local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": found}}
     local |= {key: split if split in found else None for key, split in splits.items()}
@@ -128,7 +128,7 @@ def _cause(error, data):
         error = error.__cause__
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if data:
-        wanted = "each line must be a JSON object with the hub's fields"
+        wanted = "each line must be a JSON object with the fields of the hub's data set"
         return f"the examples in {data} cannot be used ({reason}); {wanted}"
     wanted = "give --tasks-data=DIR, see docs/evaluation.md"
     return f"the data set cannot be loaded from the hub ({reason}); {wanted}"

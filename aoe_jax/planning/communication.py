@@ -17,7 +17,7 @@ _RECEIVED = {
 }
 # The compiler merges equal equations of these kinds.
 _MERGED = {"all_gather", "convert_element_type", "reshape", "squeeze", "transpose"}
-# Equations inside the jaxprs of these kinds may merge with equations of the enclosing jaxpr.
+# Equations in the jaxprs of these primitives may merge with equations of the enclosing jaxpr.
 _INLINE = {"closed_call", "custom_vjp_call", "jit", "pjit", "remat2", "checkpoint", "shard_map"}
 
 

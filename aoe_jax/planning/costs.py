@@ -219,7 +219,7 @@ class Program:
         return reads + self._written(i, known)
 
     def _read(self, user, index, whole):
-        """Returns the bytes that `user` reads of its operand `index`, of `whole` bytes in HBM."""
+        """Returns the bytes `user` reads from operand `index`, which has `whole` bytes in HBM."""
         if not whole:
             return 0.0
         if user.opcode in ("dynamic-slice", "slice", "gather") and index == 0:
@@ -260,7 +260,7 @@ class Program:
         )
 
     def _written_by(self, part, inside, whole):
-        """Returns the bytes that `part` writes; an update writes only the changed elements."""
+        """Returns the written bytes: 0 for a parameter, the changed elements for an update."""
         while part.opcode == "bitcast" and part.operands[0] in inside:
             part = inside[part.operands[0]]
         if part.opcode == "parameter" or part.collective or part.target in _ASYNC:

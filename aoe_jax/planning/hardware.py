@@ -1,5 +1,5 @@
-"""Has the published peaks of accelerators, and makes devices of TPU slices and GPU nodes, for
-which programs can be compiled on a machine without these devices.
+"""Provides the published peaks of accelerators, and devices of TPU slices and GPU nodes, for which
+programs can be compiled on a machine without these devices.
 
 Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.google.com/tpu/docs
 (peak compute, HBM, and one direction of the inter-chip bandwidth); the Google Cloud machine types
@@ -123,7 +123,7 @@ def topology_devices(topology, n_slices=1):
     known = f"{', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 or h100:8"
     is_known = generation in CHIPS and re.fullmatch(r"[0-9]{1,6}(x[0-9]{1,6})*", shape)
     require_flag(is_known, "topology", topology, f"is unknown; name one of {known}")
-    jax.config.update("jax_platforms", "cpu")  # leaves devices to other processes
+    jax.config.update("jax_platforms", "cpu")  # leaves the devices to other processes
     target = Path(__file__).parent / f"{generation}.txtpb"  # description of a GPU for XLA
     if target.exists():
         count = f"takes the number of GPUs of a node, as {generation}:N"

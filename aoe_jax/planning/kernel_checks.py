@@ -158,7 +158,7 @@ def attention_cases(config: Config, backend):
 
 
 def attention_case(backend, shape, inputs):
-    """Returns the case with H query and G key heads; an input is () or `(documents [B, S],)`."""
+    """Returns the case of shape `(B, H, G, S, h)`; an input is () or `(documents [B, S],)`."""
     b, n_heads, n_kv, s, h = shape
 
     def plain(q, k, v, *documents):

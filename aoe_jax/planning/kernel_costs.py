@@ -1,4 +1,4 @@
-"""The costs of kernels whose FLOPs and traffic a compiled program does not state.
+"""Computes the costs of kernels whose FLOPs and traffic a compiled program does not state.
 
 Each function maps `(name, operands, results)` of a custom call to `(FLOPs, bytes of HBM traffic,
 occupied FLOPs)`, or to None if it does not know the kernel.

@@ -120,7 +120,7 @@ def _bytes_per_device(abstract):
 
 
 def _compile(traced):
-    """Returns `(bytes, temporary bytes, HLO)` of a device; the last two are None if out of memory."""
+    """Returns `(bytes, temporary bytes, HLO)`; the last two are None if the memory is too small."""
     try:
         compiled, text = compile_and_read(traced.lower())
     except jax.errors.JaxRuntimeError as e:
