@@ -18,7 +18,7 @@ def pair_table(folder: Path, arms):
     runs = _finished_runs(folder)
     known = runs["arm"].unique()
     are_two = len({*arms} & {*known}) == len(arms) == 2
-    wanted = f"name two of the arms with finished runs: {', '.join(known)}"
+    wanted = f"name two of the finished arms: {', '.join(known)}"
     require_flag(are_two, "arms", ",".join(arms), wanted)
     of_both = runs[runs["arm"].isin(arms)]
     nlls = of_both.pivot_table("validation_nll", ["size", "seed"], "arm").dropna()

@@ -1,4 +1,4 @@
-"""Suites of training runs (every arm at every size with every seed), and sweeps of step costs.
+"""Defines suites of runs (every arm at every size with every seed), and sweeps of step costs.
 
 A suite file has a function `get_suite()` that returns a `Suite`. `configs/compare/` has examples.
 """

@@ -60,7 +60,7 @@ def _add(report, verdict, show):
 
 
 def fitted(config: Config, n_devices):
-    """Returns `config` with one micro-batch per step, of at most `MAX_TOKENS` tokens per device."""
+    """Returns `config` with one micro-batch per step, of at most `MAX_TOKENS` or one sequence."""
     config = fill_mesh(config, n_devices)
     shards, train = math.prod(config.mesh.shape[:3]), config.train
     sequences = train.batch_size // train.accumulate // shards
@@ -81,7 +81,7 @@ def _attempt(function, *args):
 
 
 def choose_backends(config, device):
-    """Returns `{"kernel", "backend", "why"}` for attention, then for products, with "shape"."""
+    """Returns `{"kernel", "backend", "why"}` of attention and, with "shape", of each product."""
     m, dtype, chosen = config.model, jnp.dtype(config.model.dtype), config.experts.grouped_matmul
     name = attention_backend(device, dtype, m.head_width)
     why = _why(device, name == "blocks", partial(check_cudnn, dtype, m.head_width))

@@ -41,7 +41,7 @@ def test_the_command_prints_the_differences_of_the_committed_results(capsys):
 
 def test_wrong_arms_and_folders(tmp_path):
     for arms in (["moe_aux"], ["moe_aux", "moe_aux"], ["moe_aux", "aoe"]):
-        words = f"--arms={','.join(arms)}: name two of the arms with finished runs: moe_aux, moe"
+        words = f"--arms={','.join(arms)}: name two of the finished arms: moe_aux, moe_free"
         with pytest.raises(UserError, match=words):
             pair_table(SMALL, arms)
     with pytest.raises(UserError, match=r"runs\.csv cannot be read \(No such file or directory\)"):
