@@ -130,7 +130,7 @@ def load_model(directory: Path, step="newest", mesh=None):
         there = loading.read_step(directory)
         if step not in ("newest", str(there) if there is not None else None):
             of_step = "" if there is None else f", of step {there}"
-            raise UserError(f"--step={step}: {directory} has only one model{of_step}")
+            raise UserError(f"--step={step}: {directory} has a single model{of_step}")
         step = there
         params, routing_state = loading.load_params(directory, config, devices)
         begin = loading.read_begin_token(directory, config.model.vocab_size)
