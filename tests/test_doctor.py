@@ -237,7 +237,7 @@ def test_steps_that_are_not_finite_fail():
     steps |= {"finite": False, "loss": math.nan, "mfu": None}
     verdict = examination.steps_verdict(steps)
     assert not verdict["passed"]
-    assert verdict["text"].startswith("loss nan, not finite in every step; ")
+    assert verdict["text"].startswith("loss nan, not finite in some steps; ")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Comparisons of arms: suites of training runs, measurements and reports."""
+"""Compares arms: trains the runs of a suite, measures them and writes reports."""

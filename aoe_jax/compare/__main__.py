@@ -2,10 +2,10 @@
 
     python -m aoe_jax.compare --suite=configs/compare/NAME.py --workdir=DIR
 
-Trains every arm of the suite at every size with every seed; on CPU one run per core at a time.
-Finished runs are not repeated, so the same command continues a stopped suite. `--report` trains
-nothing and only writes the report: `DIR/report.md`, `DIR/report.html` (one file), CSV files, and
-pictures as PNG and SVG. `--set=GROUP.FIELD=VALUE` changes a setting of all runs.
+Trains every arm of the suite at every size with every seed. On CPU, each core trains one run at a
+time. Finished runs are not repeated, so the same command continues a stopped suite. `--report`
+trains nothing and only writes the report: `DIR/report.md`, `DIR/report.html` (one file), CSV files,
+and pictures as PNG and SVG. `--set=GROUP.FIELD=VALUE` changes a setting of all runs.
 
     python -m aoe_jax.compare --workdir=DIR --arms=ARM,ARM
 
@@ -21,12 +21,12 @@ from aoe_jax.storage.lease import leased
 
 _SUITE = flags.DEFINE_string("suite", None, "file of a suite, such as configs/compare/tiny.py")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "a directory for runs and report; one with runs goes on from them"
+    "workdir", None, "directory of runs and report; existing runs are continued"
 )
 _JOBS = flags.DEFINE_integer(
     "jobs",
     None,
-    "runs at a time, among which GPUs are divided; default: one per CPU core, elsewhere one",
+    "runs at a time; they share the GPUs equally; default: one per core on CPU, else one",
     1,
 )
 _REPORT = flags.DEFINE_bool("report", False, "write the report of finished runs, train nothing")

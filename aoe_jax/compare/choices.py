@@ -45,7 +45,7 @@ def observing(decoder: Decoder):
 
 
 def overlap(chosen, final):
-    """Returns `[L]`, the mean share of a token's experts in `final` that `chosen` has, too.
+    """Returns `[L]`, the mean fraction of a token's experts in `final` that are also in `chosen`.
 
     Both are `[L, T, n]` bool. The mean is over the tokens that have experts in `final`; 1 if none.
     """
@@ -65,16 +65,15 @@ def validation_batches(folder, config, size):
     check_data(folder, corpus)
     splits = [(store, config.data.seq_len, size) for store in corpus.validation.values()]
     batches = itertools.chain.from_iterable(eval_batches(*split) for split in splits)
-    whole = (batch for batch in batches if batch["weights"].all())  # the last one has padding
+    whole = (batch for batch in batches if batch["weights"].all())  # without padded ones
     first = next(whole, None)
     yield first or next(eval_batches(*splits[0]))
     yield from whole
 
 
 def analyse(folder: Path, n_tokens: int):
-    """Writes `routing.json` of a run, from whole batches of about `n_tokens` validation tokens.
-
-    Raises `UserError` if the run cannot be read.
+    """Writes a run's `routing.json`, from the first `n_tokens` validation tokens, rounded up to
+    full batches. Raises `UserError` if the run cannot be read.
     """
     steps, model = Checkpoints(folder).steps(), load_model(folder, "newest")
     config = model.config

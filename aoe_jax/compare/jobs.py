@@ -36,8 +36,7 @@ class Job:
 
     name: str
     command: tuple[str, ...]
-    # A file or directory that the command writes, next to OUTPUT.log and OUTPUT.outcome.json.
-    output: Path
+    output: Path  # file or folder that it writes; OUTPUT.log and OUTPUT.outcome.json are beside it
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Machine:
         """
         waiting, free, running = list(jobs), list(self.slots), {}  # running: Job -> (Slot, Popen)
         n_ended, n_failed = 0, 0
-        advice = "what is done is saved; the same command goes on from there"
+        advice = "the work so far is saved; the same command goes on from there"
         try:
             while waiting or running:
                 while free and waiting:

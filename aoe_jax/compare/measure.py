@@ -28,7 +28,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.storage.files import NUMBER, read_json, write_json
 from aoe_jax.training.step_times import RepeatedStep, seconds_in_turn
 
-log = logging.getLogger("aoe_jax.compare.measure")  # as a command, __name__ is __main__
+log = logging.getLogger("aoe_jax.compare.measure")  # `__name__` is "__main__" in the command
 
 
 def measured_file(workdir: Path, point):
@@ -36,7 +36,6 @@ def measured_file(workdir: Path, point):
 
 
 def sweep_point(name, value):
-    """Returns the name of the point for one value of a sweep."""
     return f"{name}_{value}"
 
 
@@ -67,8 +66,8 @@ def _first_seeds(suite, workdir, size):
 
 
 def read_point(workdir: Path, point, configs: Mapping[str, Config]):
-    """Returns `{arm: {"seconds", "memory_bytes"}}` per step, without the arms that failed; {} if
-    the point was not measured with these configurations.
+    """Returns `{arm: {"seconds", "memory_bytes"}}` of a step, without arms that failed. It is {}
+    if the point was not measured with these configurations.
     """
     file = measured_file(workdir, point)
     if not file.exists():
@@ -83,7 +82,7 @@ def read_point(workdir: Path, point, configs: Mapping[str, Config]):
 
 
 def measure_suite(suite: Suite, workdir: Path, machine: Machine, suite_flags):
-    """Measures the points that are not measured yet; raises like `Machine.run`.
+    """Measures the points that are not measured yet. Raises what `Machine.run` raises.
 
     One process runs at a time, so that processes do not slow each other. Steps of trained models
     are timed in turn on CPU only. On other devices the runs' own step times are reliable, and the

@@ -13,16 +13,16 @@ def pair_table(folder: Path, arms):
     """Formats a Markdown table of the final validation nll of two arms at every size.
 
     Nll is in nats per token. Means and differences are over the seeds that both arms have finished.
-    Raises `UserError` if the file cannot be read, or if no size and seed has both arms.
+    Raises `UserError` if the file cannot be read, or if the arms have no size and seed in common.
     """
     runs = _finished_runs(folder)
     known = runs["arm"].unique()
     are_two = len({*arms} & {*known}) == len(arms) == 2
-    wanted = f"name two arms with finished runs, of {', '.join(known)}"
+    wanted = f"name two of the finished arms: {', '.join(known)}"
     require_flag(are_two, "arms", ",".join(arms), wanted)
     of_both = runs[runs["arm"].isin(arms)]
     nlls = of_both.pivot_table("validation_nll", ["size", "seed"], "arm").dropna()
-    require_flag(len(nlls), "arms", ",".join(arms), "no size and seed has both")
+    require_flag(len(nlls), "arms", ",".join(arms), "no size and seed has finished runs of both")
     rows = []
     for size in (size for size in runs["size"].unique() if size in nlls.index):
         first, second = (nlls.loc[size][arm] for arm in arms)
@@ -37,7 +37,7 @@ def _finished_runs(folder):
     columns = ["size", "arm", "seed", "state", "validation_nll"]
     try:
         runs = pd.read_csv(folder / "runs.csv", usecols=columns, dtype={"validation_nll": float})
-    except (OSError, ValueError) as e:  # ValueError: no text, columns or numbers
+    except (OSError, ValueError) as e:  # ValueError: the content is wrong
         reason = getattr(e, "strerror", None) or f"it has no runs of a suite: {e}"
         wanted = f"runs.csv cannot be read ({reason}); name the folder of a report"
         raise UserError(f"--workdir={folder}: {wanted}") from e

@@ -14,8 +14,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from aoe_jax.compare.statistics import mean, number
 from aoe_jax.evaluation.loads import draw_loads
 
-# The colours of Okabe and Ito, distinct for all kinds of colour vision, without yellow (pale on
-# white) and black (invisible on black).
+# The colours of Okabe and Ito, distinct for all kinds of colour vision, with grey in place of
+# yellow (pale on white) and black (invisible on black).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (8, 3)), (0, (1, 3)))
 WIDTH, DPI = 4.6, 140
@@ -107,7 +107,7 @@ def loss_curves(curves, styles, axis):
         late += [*nll[len(nll) // 4 :]]
         lowest += [min(late), *points["nll"]]
         first_x.append(train[axis].iloc[len(train) // 12])
-    axes.set_xlim(left=min(first_x))  # the steep beginning would hide all differences
+    axes.set_xlim(left=min(first_x))  # leaves out the steep start, which would hide differences
     _log_x(axes)
     margin = 0.08 * (max(late) - min(late))
     axes.set_ylim(min(lowest) - margin, max(late) + 3 * margin)
@@ -118,7 +118,7 @@ def loss_curves(curves, styles, axis):
 
 @drawn
 def scaling(fitted, styles, xlabel):
-    """Draws `{arm: ({x: [loss of each seed]}, PowerLaw)}`: means, standard errors, fits, bands."""
+    """Draws means, standard errors, fits and bands; `fitted` is the result of `Results.scaling`."""
     figure, (axes,) = _new(3.8, n_arms=len(fitted))
     for arm, (groups, fit) in fitted.items():
         colour, means = styles[arm]["color"], [mean(losses) for losses in groups.values()]
@@ -136,7 +136,7 @@ def scaling(fitted, styles, xlabel):
 
 @drawn
 def differences(rows, styles):
-    """Draws differences and their intervals, a line for each `(arm, label, Estimate)` in `rows`."""
+    """Draws differences and their intervals, one for each `(arm, label, Estimate)` in `rows`."""
     rows = [(arm, textwrap.fill(label, width=34), found) for arm, label, found in rows]
     lines = sum(1 + label.count("\n") for _, label, _ in rows)
     figure, (axes,) = _new(0.9 + 0.09 * len(rows) + 0.15 * lines)
@@ -153,7 +153,7 @@ def differences(rows, styles):
 
 @drawn
 def against_setting(panels, styles, xlabel):
-    """Draws a panel for each `{name: frame}`; a frame has a row per setting, a column per arm."""
+    """Draws a panel for each `name: frame`; rows are values of the setting, columns are arms."""
     figure, rows = _new(0.6 + 1.9 * len(panels), len(panels))
     for axes, (name, frame) in zip(rows, panels.items(), strict=True):
         for arm in frame:
@@ -207,7 +207,7 @@ def scores_through_training(choices, name, title):
         axes.set_ylabel(f"mean {name}")
     panels[-1].set_xlabel("step")
     figure.suptitle(title, x=0.02, ha="left", fontsize=9)
-    if n <= 16:  # with more lines, some would look alike
+    if n <= 16:  # more lines are hard to tell apart
         options = {"title": "expert", "title_fontsize": 8, "handlelength": 1.6}
         figure.legend(handles=[*panels[0].lines], loc="outside right upper", **options)
     return figure

@@ -1,7 +1,7 @@
 """Writes the report of a suite: `report.md`, `report.html`, CSV files and pictures.
 
 The text and most tables are in `templates/report.md.j2`, which is rendered with `Results`. The HTML
-page is made from the Markdown. This module computes the values that are too long for the template.
+page is made from the Markdown. This module computes what would be too long for the template.
 """
 
 from base64 import b64encode
@@ -40,7 +40,7 @@ def write_report(suite: Suite, workdir: Path, command):
     """Writes the report of all runs that exist, and returns the path of `report.html`.
 
     The report contains `command`, which writes it again. Raises `UserError` if a run in `workdir`
-    has another configuration than in the suite.
+    does not have the configuration that the suite gives it.
     """
     check_runs({run: folder_of(workdir, run) for run in suite.runs()})
     results, costs = read_results(suite, workdir), read_costs(suite, workdir)
@@ -149,7 +149,7 @@ def _as_code(line):
 
 
 def sweep_of(r, name, frame):
-    """Returns `name`, `figure`, `caption` and table `rows` of a sweep, whose costs are `frame`."""
+    """Returns "name", "figure", "caption" and table "rows" of a sweep; `frame` has its costs."""
     setting, base = r.suite.throughput[name].setting, r.suite.baseline
     label, arms = r.labels[base], frame["arm"].unique()
     table = frame.pivot(index="x", columns="arm", values=["tokens_per_second", "memory_bytes"])

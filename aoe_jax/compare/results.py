@@ -38,9 +38,9 @@ RUN_COLUMNS = [  # columns of runs.csv
     "dropped_share",  # dropped (token, expert) pairs / all pairs, for experts with a capacity
     "seconds_per_step",  # without compilation and validation
     "tokens_per_second",
-    "memory_bytes",  # per device, by the compiler: state and temporaries
+    "memory_bytes",  # per device: the train state, and the temporaries that the compiler reports
 ]
-# Routing statistic after the last step -> its digits after the point in the report.
+# Routing statistic after the last step -> number of its decimals in the report.
 ROUTING_DIGITS = {
     "experts_per_token": 2,
     "confidence_entropy": 3,
@@ -52,7 +52,7 @@ ROUTING_DIGITS = {
 MORE_RUN_COLUMNS = [
     *ROUTING_DIGITS,
     "seconds",  # of all training steps together
-    "timed_in_turn",  # False: step times are the median of the run's log
+    "timed_in_turn",  # True: step times are from `measure_point`; False: from metrics.jsonl
     "last_line",  # last line of the log
     "config",
     "choices",  # the content of routing.json, or NaN
@@ -128,14 +128,14 @@ class Results:
         return frame[frame["size"] == size].merge(self.finished_runs[KEYS])
 
     def is_comparable(self, size, arm):
-        """Whether losses are comparable; False for expert choice, which is not causal."""
+        """Whether losses are comparable; False for expert choice, because it is not causal."""
         return self.configs[size, arm].routing.name != "expert_choice"
 
     def mean(self, size, arm, column):
         return mean(self.finished(size, arm)[column])
 
     def ratio(self, size, arm, column):
-        """Formats (an arm's mean of a column) / (the baseline's mean); "-" without the latter."""
+        """Formats (an arm's mean of a column) / (the baseline's mean), or "-" without baseline."""
         other = self.mean(size, self.suite.baseline, column)
         return f"{self.mean(size, arm, column).value / other.value:.2f}" if other.n else "-"
 
@@ -289,7 +289,7 @@ def _at_the_end(choices):
         return {}
     checkpoints, last = choices["checkpoints"], choices["checkpoints"][-1]
     found = {name: np.mean(last[name]) for name in LAYER_MEANS}
-    # The loads of a layer add up to a whole number, up to rounding errors.
+    # If K is fixed, the loads of a layer add up to K plus rounding errors, which `round` removes.
     found["experts_per_token"] = round(float(np.sum(last["load"], axis=1).mean()), 6)
     found["dead_experts"] = np.sum(last["dead_experts"])
     found["settled_first"] = np.mean(checkpoints[0]["overlap_with_final"])

@@ -1,4 +1,4 @@
-"""Means over seeds, paired differences, power laws over sizes, and formats of numbers."""
+"""Computes means over seeds, paired differences and power laws over sizes; formats numbers."""
 
 import math
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def at(curve_x, curve_y, x):
 
 def number(value):
     """Formats a number with three digits and a unit, such as 1.02k."""
-    # The limit is 0.9995 of a unit: 999.6 has three digits as 1000, which is written as 1k.
+    # The limit is 0.9995 of a unit, because 999.6 rounded to three digits is 1000, written as 1k.
     for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * unit:
             return f"{value / unit:.3g}{name}"

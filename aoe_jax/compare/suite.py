@@ -1,4 +1,4 @@
-"""Suites of training runs (every arm at every size with every seed), and sweeps of step costs.
+"""Defines suites of runs (every arm at every size with every seed), and sweeps of step costs.
 
 A suite file has a function `get_suite()` that returns a `Suite`. `configs/compare/` has examples.
 """
@@ -72,7 +72,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Suite:
-    """Arms x sizes x seeds as changes of `base`; arms of a size get the same batches in order."""
+    """One run for each arm, size and seed: its configuration is `base` with their changes. With
+    equal seeds, all arms of a size get the same batches in the same order.
+    """
 
     name: str
     base: ConfigDict
@@ -81,7 +83,7 @@ class Suite:
     baseline: str  # arm to compare the others with, unless they have a `reference`
     throughput: Mapping[str, Sweep] = field(default_factory=dict)
     routing_tokens: int = 16_384  # minimum of validation tokens for the analysis of routing
-    # Group -> field -> value for all runs; overrides sizes and arms.
+    # Group -> field -> value for all runs; these override the changes of sizes and arms.
     settings: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
@@ -134,7 +136,7 @@ class Suite:
     def runs(self):
         """Returns all runs, size by size and seed by seed; the first seed is `base.train.seed`.
 
-        Raises `UserError` if a configuration is invalid, if arms of a size differ in `_recipe`,
+        Raises `UserError` if a configuration is invalid, if the arms of a size differ in `_recipe`,
         or if matched arms differ in total parameters.
         """
         runs, first_seed = [], self.base.train.seed
@@ -146,7 +148,7 @@ class Suite:
         return runs
 
     def swept(self, name):
-        """Returns `{value: {arm: Config}}` of a sweep; raises `UserError` like `runs`."""
+        """Returns `{value: {arm: Config}}` of a sweep; raises `UserError` as `runs` does."""
         sweep, found = self.throughput[name], {}
         group, _, field_name = sweep.setting.partition(".")
         for value in sweep.values:
@@ -180,7 +182,7 @@ class Suite:
 
 
 def _recipe(config):
-    """Returns settings that must be equal in all arms of a size: data; training without rates."""
+    """Returns what must be equal in all arms of a size: `data`, and `train` without the rates."""
     groups = config.to_dict()
     return {
         f"{group}.{name}": value

@@ -67,7 +67,7 @@ def train_suite(suite: Suite, workdir: Path, machine: Machine):
     """Trains the missing runs of a suite.
 
     The caller must have made and locked `workdir`. Raises `UserError` if `workdir` has a run of
-    another configuration, and `Preempted` or `Interrupted` like `Machine.run`.
+    another configuration, and `Preempted` or `Interrupted` as `Machine.run` does.
     """
     folders = {run: folder_of(workdir, run) for run in suite.runs()}
     check_runs(folders)

@@ -1,6 +1,7 @@
-"""Self-contrast: decodes from the difference of two passes of one model (SCMoE, arXiv 2405.14507).
+"""Decodes with self-contrast: the next token depends on the logits of two passes of one model.
 
-It needs no training. Both passes process the same text, each with its own key-value cache:
+Self-contrast (SCMoE, arXiv 2405.14507) needs no training. Both passes process the same text, each
+with its own key-value cache:
 
     strong   the unchanged model, or the model with another number K of experts per token
     weak     in all layers, each token is routed only to its expert of rank k, with weight 1
@@ -30,14 +31,15 @@ class Contrast:
     """Settings of self-contrast."""
 
     beta: float  # weight of the difference of the logits; 0: the weak pass has no effect
-    alpha: float = 0.1  # minimum probability of a token / largest probability; 0 to 1
+    alpha: float = 0.1  # tokens below alpha * the largest probability are excluded; 0 to 1
     strong_k: int | None = None  # experts per token in the strong pass; None: unchanged
-    weak_rank: int = 2  # rank of the only expert in the weak pass; 1: the highest score
+    weak_rank: int = 2  # rank of each token's only expert in the weak pass; 1: highest score
 
 
 def strong_and_weak(decoder: Decoder, contrast: Contrast):
     """Returns the decoders of the two passes; both use the parameters of `decoder`. Raises
-    `UserError` if the model is no AoE or router MoE with top-k or top-p, or K or ranks do not fit.
+    `UserError` if the model is not an AoE or router MoE with top-k or top-p routing, or if
+    `strong_k` or `weak_rank` does not fit the model.
     """
     experts, k, rank = decoder.experts, contrast.strong_k, contrast.weak_rank
     wanted = "--contrast needs ranks of experts; use a model of kind aoe or router"
@@ -48,7 +50,7 @@ def strong_and_weak(decoder: Decoder, contrast: Contrast):
     wanted = f"cannot be greater than the model's experts.n_experts={experts.n_experts}"
     require_flag(k is None or k <= experts.n_experts, "strong_k", k, wanted)
     require_flag(rank <= experts.n_experts, "weak_rank", rank, wanted)
-    wanted = f"the model's routing.name={name!r} has no K; leave it out, for the model's own choice"
+    wanted = f"the model's routing.name={name!r} has no K; omit this flag"
     require_flag(k is None or name == "top_k", "strong_k", k, wanted)
     strong = dataclasses.replace(experts, top_k=k or experts.top_k)
     weak = dataclasses.replace(experts, top_k=1)

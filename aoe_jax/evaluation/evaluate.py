@@ -28,7 +28,7 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
 
     The arguments are the flags of `eval.py`. Returns the content of `eval.json`: `split`, `data`
     (None: the run's corpora), `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte`,
-    `load_statistics` (None for a dense model) and `sources` (results of each of several corpora).
+    `load_statistics` (None for a dense model) and `sources` (results of each corpus, if several).
     Raises `UserError` if a file cannot be read, `DivergedError` if weights or nll are not finite.
     """
     model = load_model(workdir, step, mesh)
@@ -93,7 +93,7 @@ def _scores(result):
 
 
 class TextTokens:
-    """The tokens `EOT text1 EOT text2 ... EOT` in memory, with the methods of a token store."""
+    """Holds the tokens `EOT text1 EOT ... EOT` in memory, and has the methods of a token store."""
 
     def __init__(self, texts, tokenizer):
         """Tokenises the texts."""
@@ -116,7 +116,7 @@ class TextTokens:
 
 
 def read_text(path: Path):
-    """The text of a file. Raises `UserError` if it cannot be read, is not UTF-8, or is empty."""
+    """Reads a text file. Raises `UserError` if it cannot be read, is not UTF-8, or is empty."""
     text = files.read_text(path, f"--text={path}:", DOCUMENT_BYTES)
     if not text.strip():
         raise UserError(f"--text={path}: is empty; name a file with text")

@@ -1,6 +1,6 @@
 """Generates text: processes the prompts in one pass, then draws tokens in a compiled loop.
 
-B sequences, V vocabulary size, N tokens of a chunk.
+In shapes, B is the number of sequences, V the vocabulary size, N the number of tokens of a chunk.
 """
 
 import math
@@ -29,7 +29,7 @@ class Sampling:
 
     temperature: float = 1.0  # divides the logits; 0: always the likeliest token
     top_k: int | None = None  # draw only among the k likeliest tokens; None: all
-    top_p: float | None = None  # nucleus sampling with this probability mass (1904.09751)
+    top_p: float | None = None  # nucleus sampling with this probability mass (arXiv 1904.09751)
 
 
 def draw(logits, keys, sampling: Sampling):
@@ -84,7 +84,7 @@ class Generator:
         chunk: int = 16,
         is_done: Callable[[list[int]], bool] | None = None,
     ) -> Iterator[list[list[int]]]:
-        """Continues a batch of lists of token ids; yields the tokens of each text so far.
+        """Continues prompts of token ids; after each chunk, yields the tokens of all continuations.
 
         A continuation ends before a token of `Model.ends`, after `max_tokens` tokens, or after a
         chunk for which `is_done(continuation so far)` is true. Draws depend on the seed, the prompt
@@ -103,7 +103,7 @@ class Generator:
             if not prompt:
                 wanted = f"begin a text with the token {self._model.start}"
                 raise UserError(f"prompt {number} is empty; {wanted}")
-        # Padding rows keep the number of compiled shapes small and make the mesh divide the batch.
+        # Padding rows keep the number of compiled shapes small, and let the mesh split the batch.
         n_rows = 2 ** math.ceil(math.log2(len(prompts)))
         n_rows = multiple(n_rows, self._model.batch_shards)
         lengths, left = np.ones(n_rows, np.int32), np.zeros(n_rows, np.int32)
@@ -145,7 +145,7 @@ def _begin(decoders, contrast, params, routing_state, tokens, lengths, rows, key
 def next_logits(decoders, contrast, params, routing_state, token, caches):
     """Processes one token of each sequence with one decoder, or with the two of `strong_and_weak`.
 
-    `params` is the result of `decoding.unstacked`, `token` is `[B]` int32, and no cache is full.
+    `params` is the result of `decoding.unstacked`, `token` is `[B]` int32. No cache may be full.
     Returns the logits `[B, V]` float32 of the next token, and the caches extended by `token`.
     """
     results = [
@@ -161,8 +161,8 @@ def _joined(logits, contrast):
 
 
 def _decode(decoders, contrast, ends, params, routing_state, left, state, sampling, n_tokens):
-    """Draws up to N tokens per sequence. Returns `tokens [B, N]` int32, which are -1 after the end,
-    `left [B]` int32, the number of tokens that each sequence may still get, and the state.
+    """Draws up to N tokens per sequence. Returns `(tokens, left, state)`: `tokens [B, N]` int32 are
+    -1 after the end, and `left [B]` int32 is the number of tokens that each sequence may still get.
     """
 
     def is_needed(carry):

@@ -21,7 +21,7 @@ class HarnessModel(TemplateLM):
     """Implements lm-eval's model class; every process gets all requests and returns all results."""
 
     def __init__(self, model):
-        """Raises `UserError` if the model cannot score a text by itself."""
+        """Raises `UserError` if scores of a text depend on padding, other texts or later tokens."""
         super().__init__()
         self._model, self._tokenizer = model, model.tokenizer
         self._scorer, self._generator = Scorer(model), None
@@ -39,7 +39,7 @@ class HarnessModel(TemplateLM):
         return self._model.config.model.max_len
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
-        """Tokenises a text and puts `Model.prefix` first, unless `add_special_tokens` is False."""
+        """Tokenises a text, with `Model.prefix` in front unless `add_special_tokens` is False."""
         (tokens,) = self._tokenizer.encode([string])
         prefix = [] if add_special_tokens is False else self._model.prefix
         return [*prefix, *tokens.tolist()]
@@ -93,11 +93,12 @@ class HarnessModel(TemplateLM):
         top = {name: settings.pop(name, None) for name in ("top_k", "top_p")}
         if settings:
             known = "until, max_gen_toks, do_sample, temperature, top_k and top_p"
-            raise UserError(f"the task asks to generate with {settings}; known are {known}")
+            raise UserError(f"the task asks to generate with {settings}; use only {known}")
         kept = self.max_length - max_tokens
         sampling = Sampling(temperature, **top) if do_sample and temperature else Sampling(0.0)
         until = [text for text in until if text]
-        longest = max((len(end.encode()) for end in until), default=0)  # bytes >= number of tokens
+        # In bytes, because no text has more tokens than bytes.
+        longest = max((len(end.encode()) for end in until), default=0)
 
         def is_done(tokens):
             text = self._tokenizer.decode(tokens[-_CHUNK - longest :])

@@ -17,8 +17,9 @@ def load_statistics(stats: LayerStats):
 
     The dictionary has `load` `[L][n]`, `load_entropy` and `confidence_entropy` `[L]` in nats,
     `mean_score` `[L][n]` (norms or logits), and for all layers together `load_spread`,
-    `experts_per_token` and `dead_experts` (chosen by no token). If the method computes them, it
-    also has `dropped_share` `[L]` (the share of choices that are dropped) and `live_experts` `[L]`.
+    `experts_per_token` and `dead_experts` (the number of experts that no token chooses). If the
+    method computes them, `dropped_share` `[L]` (the share of choices that are dropped) and
+    `live_experts` `[L]` are added.
     """
     load, live = np.asarray(stats.load), stats.live
     of_layers = layer_statistics(load, live)
@@ -34,7 +35,7 @@ def load_statistics(stats: LayerStats):
 
 
 def load_table(statistics):
-    """The statistics as text, one row per layer, with load shares and dropped choices in %."""
+    """Formats the statistics, one row per layer, with load shares and dropped choices in %."""
     share = _share(statistics)
     columns = {"layer": range(len(share)), "Ent_load": statistics["load_entropy"]}
     columns["Ent_conf"] = statistics["confidence_entropy"]
@@ -53,14 +54,14 @@ def load_table(statistics):
 
 
 def _share(statistics):
-    """`[L, n]`, each expert's share of its layer's load."""
+    """Returns each expert's share of its layer's load, `[L, n]`."""
     load = np.array(statistics["load"])
-    return load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9)  # inactive layers: load 0
+    return load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9)  # an inactive layer has load 0
 
 
 def draw_loads(panels, width=None):
-    """Draws load shares, with both entropies at the right, like the paper's Fig. 3. Returns a
-    matplotlib `Figure`. `panels` maps titles to results of `load_statistics`.
+    """Draws load shares, with Ent_load and Ent_conf at the right, like the paper's Fig. 3. Returns
+    a matplotlib `Figure`. `panels` maps titles to results of `load_statistics`.
     """
     from matplotlib.figure import Figure
 

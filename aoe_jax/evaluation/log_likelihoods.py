@@ -1,7 +1,7 @@
 """Computes log-likelihoods of continuations of contexts, batched by length, on any mesh.
 
-B rows of a batch, S positions, C contexts of a batch, N continuations of each, P positions of
-contexts.
+In shapes, a batch has B rows of S positions. A batch of shared contexts has C contexts of P
+positions, with N continuations of each context.
 """
 
 import dataclasses
@@ -71,7 +71,8 @@ class Scorer:
         by_context = {}
         for number, (context, _) in enumerate(texts):
             by_context.setdefault(context, []).append(number)
-        # (N, S) -> [(context length, its texts' indices)]; (1, 0) -> [(text length, [its index])].
+        # (N, S) -> [(length of a context, indices of the N texts with this context)], and
+        # (1, 0) -> [(length of a text, [its index])] for texts that are scored whole.
         groups = {(1, 0): []}
         for context, numbers in by_context.items():
             lengths = [len(texts[number][1]) for number in numbers]
@@ -91,7 +92,7 @@ class Scorer:
                 yield numbers, self._run(program, params, arrays)[: len(numbers)]
 
     def _batches(self, groups, n, end):
-        """Yields `(indices of texts, padded length, rows)`, the longest texts first."""
+        """Yields `(indices of texts, padded length, number of rows)`, the longest texts first."""
         groups = sorted(groups, key=lambda group: group[0], reverse=True)
         while groups:
             padded = self._rounded(groups[0][0])
@@ -133,7 +134,7 @@ def _texts_arrays(texts, rows, length):
 
 
 def _batch_arrays(texts, n_contexts, n, length, end):
-    """Makes the batch of `_score_texts` if `end` is 0, else of `_score_choices` (N per context)."""
+    """Makes the batch of `_score_texts` if `end` is 0, else of `_score_choices`, with N = `n`."""
     if not end:
         return _texts_arrays(texts, n_contexts, length)
     contexts, known = np.zeros((n_contexts, length), np.int32), np.zeros((n_contexts, length), bool)
@@ -146,7 +147,8 @@ def _batch_arrays(texts, n_contexts, n, length, end):
 
 
 def _score_texts(decoder, params, routing_state, batch):
-    """Computes `(log-likelihood float32, is greedy bool)`, both `[B]`, of targets of whole texts.
+    """Computes the log-likelihood of the wanted targets of each text, `[B]` float32, and whether
+    greedy decoding yields these targets, `[B]` bool.
 
     `batch` has `inputs` and `targets` `[B, S]` int32, `real` `[B, S]` bool, which is false for
     padding in `inputs`, and `wanted` `[B, S]` bool, which is true for targets to score.
@@ -162,7 +164,8 @@ def _score_choices(decoder, params, routing_state, batch):
     """Processes each context once, then computes the results of `_score_texts`, here `[C N]`.
 
     `batch` has `contexts [C, P]` int32 without their last tokens, `known [C, P]` bool (false for
-    padding), and `inputs`, `targets` and `wanted` `[C N, S]`, which begin with these last tokens.
+    padding), and `inputs`, `targets` and `wanted` `[C N, S]`. A row of `inputs` begins with the
+    last token of its context.
     """
     n_contexts, length = batch["contexts"].shape
     n_rows, end = batch["inputs"].shape

@@ -48,7 +48,7 @@ class Model:
     decoder: Decoder
     mesh: Mesh
     params: dict  # stacked over layers; float32 from a run, else in the dtype of the model's files
-    routing_state: dict[str, jax.Array]  # arrays [L, ...] of the selection method by name
+    routing_state: dict[str, jax.Array]  # the arrays [L, ...] of the routing method, by name
     tokenizer: Tokenizer
     start: int  # the token in front of every text
     ends: list[int]  # the tokens that end a generated text
@@ -84,7 +84,7 @@ class Model:
 
 
 def multiple(number, divisor):
-    """The least multiple of `divisor` that is at least `number`."""
+    """Rounds `number` up to a multiple of `divisor`."""
     return -(-number // divisor) * divisor
 
 
@@ -103,9 +103,9 @@ def load_model(directory: Path, step="newest", mesh=None):
     """Loads a `Model` from the workdir of a run or from the directory of a model.
 
     `step` names a checkpoint of a run: "newest", "best" or a number of steps. `mesh` is a text such
-    as "fsdp=4"; None means the mesh of training, if it fits. Raises `UserError` if the model or the
-    step does not exist or cannot be read, or the mesh does not fit, and `DivergedError` if a
-    parameter is not finite.
+    as "fsdp=4"; None means the mesh of training, changed if it does not fit. Raises `UserError` if
+    the model or the step does not exist or cannot be read, or if `mesh` does not fit, and
+    `DivergedError` if a parameter is not finite.
     """
     if is_remote(directory) and loading.is_model(directory):
         directory = local_copy(directory)
@@ -115,8 +115,8 @@ def load_model(directory: Path, step="newest", mesh=None):
     tokenizer = load_tokenizer(saved_tokenizer(directory), setting=setting)
     if tokenizer.token_count > config.model.vocab_size:
         log.warning(
-            "the tokenizer of %s has %d tokens, the model %d: results are wrong for texts with one "
-            "of the other tokens",
+            "the tokenizer of %s has %d tokens, the model %d: results are wrong for texts with a "
+            "token that the model lacks",
             *(directory, tokenizer.token_count, config.model.vocab_size),
         )
     start, ends, prefix = tokenizer.end_of_text, [tokenizer.end_of_text], []
@@ -130,7 +130,7 @@ def load_model(directory: Path, step="newest", mesh=None):
         there = loading.read_step(directory)
         if step not in ("newest", str(there) if there is not None else None):
             of_step = "" if there is None else f", of step {there}"
-            raise UserError(f"--step={step}: {directory} is a single model{of_step}")
+            raise UserError(f"--step={step}: {directory} has a single model{of_step}")
         step = there
         params, routing_state = loading.load_params(directory, config, devices)
         begin = loading.read_begin_token(directory, config.model.vocab_size)
@@ -154,9 +154,10 @@ def load_model(directory: Path, step="newest", mesh=None):
 def corpus_of(model: Model, directory: Path, named: str | None = None):
     """Opens the `TokenisedCorpus` for a model: the corpora `named`, else those of its training run.
 
-    `named` is written like `data.name`. A model may come from a stranger, so without `named` it can
-    only open the bundled corpus and corpora that were tokenised on this machine before. Raises
-    `UserError` if a corpus cannot be read, has changed since the run, or may not be opened.
+    `named` has the syntax of `data.name`. The files of a model may come from a stranger. So without
+    `named`, they can select only the bundled corpus and corpora that were tokenised on this machine
+    before. Raises `UserError` if a corpus cannot be read, has changed since the run, or may not be
+    opened.
     """
     data, vocab_size = model.config.data, model.config.model.vocab_size
     if named is not None:
@@ -188,8 +189,9 @@ def on_devices_here(config, axes=None):
     """Returns the configuration with a mesh of all devices of this run.
 
     `axes` has the sizes of some axes, such as `{"fsdp": 4}`; `data` gets the other devices. None
-    means the mesh of training; if it does not fit, `data` is changed or gets all devices. The batch
-    size may grow, so that the devices divide it. Raises `UserError` if `axes` do not fit.
+    means the mesh of training. If that does not fit, the size of `data` is changed, or if the other
+    axes do not fit either, `data` gets all devices. The batch size may grow, so that the devices
+    divide it. Raises `UserError` if `axes` do not fit.
     """
     n = jax.device_count()
     if axes is None:

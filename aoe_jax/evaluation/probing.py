@@ -1,6 +1,6 @@
 """Evaluates a router MoE that chooses experts by norms of their activations (`aoe_jax.probe`).
 
-All experts compute one node of their formula, such as `x w_gate`. The norms of these activations
+Every expert computes one intermediate result, such as `x w_gate`. The norms of these results
 replace the router's logits, and the top K experts process the token (the paper's Tables 1, 6, 7).
 """
 
@@ -26,7 +26,7 @@ from aoe_jax.storage.paths import parsed_path
 from aoe_jax.training.step_times import seconds_in_turn
 from aoe_jax.training.validation import evaluate_batches
 
-# Nodes of an expert's computation, and norms. The paper's Wg and Wp are w_gate and w_up.
+# Intermediate results (nodes) of an expert's formula; the paper's Wg and Wp are w_gate and w_up.
 NODES = ("x Wg", "x Wp", "SiLU(x Wg)", "SiLU(x Wg) * x Wp", "output")
 NORMS = {"L1": 1, "L2": 2, "Linf": jnp.inf}
 
@@ -40,7 +40,7 @@ def by_router(logits, weights, ctx):
 
 def by_chance(logits, weights, ctx):
     """Returns random scores, different for each layer and token, and the same on every mesh."""
-    # The seed is computed from router weights, which differ between layers but not devices.
+    # The seed is computed from router weights, which differ between layers, not between devices.
     total = weights["w_router"].astype(jnp.float32).sum()
     key = jax.random.fold_in(jax.random.key(0), jax.lax.bitcast_convert_type(total, jnp.int32))
     shape = (logits.shape[0] * ctx.devices.total_size, logits.shape[1])
@@ -48,7 +48,7 @@ def by_chance(logits, weights, ctx):
 
 
 def by_norm(node, norm):
-    """Returns a choice by a norm (of `NORMS`) of experts' activations at a node (of `NODES`)."""
+    """Returns a choice that scores experts by a norm (of `NORMS`) of a result (of `NODES`)."""
 
     def choose(logits, weights, ctx):
         devices = ctx.devices
@@ -65,7 +65,7 @@ def by_norm(node, norm):
             name: devices.gather_weight(EXPERTS[name], weights[name], x.dtype)
             for name in ("w_gate", "w_up", "w_down")
         }
-        # Experts run one after another, because the activations of all need too much memory.
+        # Experts run one after another, because together they need too much memory.
         scores = jax.lax.map(score, whole)
         return devices.exchange(scores.T, split=0, concatenate=1)
 
@@ -74,7 +74,7 @@ def by_norm(node, norm):
 
 @dataclass(frozen=True)
 class ProbeRouter(Method):
-    """Top-k routing by the scores that `choose` computes.
+    """Routes each token to the K experts with the highest scores of `choose`.
 
     The record `agreement []` is the mean share of a token's experts that the router chooses too.
     """
@@ -113,15 +113,15 @@ WEIGHTS = ("softmax", "equal")
 
 
 def check_probes(model: Model):
-    """Raises `UserError` if the model's router cannot be replaced, or its mesh splits experts."""
+    """Raises `UserError` if the model's router cannot be replaced, or `mesh.tensor` is not 1."""
     config, e = model.config, model.config.experts
     settings = (e.kind, config.routing.name, e.factorised_gate, e.large_router)
-    wanted = "a probe drops a router; use a model with a plain one and routing.name='top_k'"
+    wanted = "a probe drops a router; use a plain router MoE with routing.name='top_k'"
     require(settings == ("router", "top_k", False, False), "experts.kind", e.kind, wanted)
     if "selection_bias" in model.routing_state:
         wanted = "experts are chosen by a selection bias too; probe a model without one"
         raise UserError(f"config.balance.bias_rate: {wanted}")
-    wanted = "splits experts, and norms are of their whole width; set 1"
+    wanted = "splits experts, but a norm needs the whole width of an expert; set 1"
     require(config.mesh.tensor == 1, "mesh.tensor", config.mesh.tensor, wanted)
 
 
@@ -138,7 +138,7 @@ def probe_checkpoint(
     limit=None,
     **settings,
 ):
-    """Runs all `PROBES` of a model, prints a table, writes `probe.json`, and returns its content.
+    """Runs all `PROBES` on a model, prints a table, writes `probe.json`, and returns its content.
 
     The arguments are the flags of `aoe_jax.probe`; `settings` are passed to `tasks.load_tasks`. The
     content is `step`, `tokens` and the list `probes`. Each probe has `node`, `norm`, `agreement`
@@ -197,7 +197,7 @@ def _run(model, choose, batches, score_tasks):
 
 
 def probe_table(report):
-    """The report of `probe_checkpoint` as text, one row for each probe and kind of weights."""
+    """Formats the report of `probe_checkpoint`, one row for each probe and kind of weights."""
     rows = []
     for entry in report["probes"]:
         name = f"{entry['norm']} {entry['node']}".strip()

@@ -70,7 +70,7 @@ def load_tasks(names, fewshot=None, data: Path | None = None):
         except Exception as e:  # data sets and templates fail in many ways
             raise UserError(f"--tasks={','.join(names)}: {_cause(e, data)}") from e
     if data:
-        loaded = {"tasks": loaded["tasks"]}  # without the groups of _on_local_data
+        loaded = {"tasks": loaded["tasks"]}  # drops the groups that _on_local_data made
     for name, task in loaded["tasks"].items():
         _, default = _PAPER.get(name, (None, task.get_config("num_fewshot") or 0))
         shots = default if fewshot is None else fewshot
@@ -98,7 +98,7 @@ def _index(names):
 
 def _on_local_data(index, name, data):
     """Returns a group of lm-eval with only this task, which loads its data set from `data`."""
-    wanted = "is a group of tasks; with --tasks-data name single ones"
+    wanted = "is a group of tasks; with --tasks-data name single tasks"
     require_flag(name in index.all_subtasks, "tasks", name, wanted)
     task = index.task_index[name].cfg
     keys = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -106,7 +106,7 @@ def _on_local_data(index, name, data):
     evaluated = splits["test_split"] or splits["validation_split"]
     files = {split: data / name / f"{split}.jsonl" for split in splits.values() if split}
     found = {split: str(file) for split, file in files.items() if file.is_file()}
-    wanted = f"{files[evaluated]} is missing; it holds the examples of {name}, one a line"
+    wanted = f"{files[evaluated]} is missing; write the examples of {name} to it, one per line"
     require_flag(evaluated in found, "tasks-data", data, wanted)
     local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": found}}
     local |= {key: split if split in found else None for key, split in splits.items()}
@@ -116,9 +116,9 @@ def _on_local_data(index, name, data):
 def _check_shots(config, name, data, shots):
     split = config.get("fewshot_split") or config.get("training_split")
     file = data / name / f"{split}.jsonl"
-    wanted = f"{file} must hold more than {shots} examples to take them from"
+    wanted = f"{file} must hold more than {shots} examples"
     if split is None:
-        wanted = f"{name} has no split to take examples from; give --fewshot=0"
+        wanted = f"{name} has no split with examples for prompts; give --fewshot=0"
     enough = file.is_file() and len(file.read_bytes().splitlines()) > shots
     require_flag(enough, "fewshot", shots, wanted)
 
@@ -128,7 +128,7 @@ def _cause(error, data):
         error = error.__cause__
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if data:
-        wanted = "each line is a JSON object with the fields of the hub's"
+        wanted = "each line must be a JSON object with the fields of the hub's data set"
         return f"the examples in {data} cannot be used ({reason}); {wanted}"
     wanted = "give --tasks-data=DIR, see docs/evaluation.md"
     return f"the data set cannot be loaded from the hub ({reason}); {wanted}"
@@ -185,7 +185,7 @@ def _metrics(figures):
 
 
 def tasks_table(report):
-    """The report of `score_model` as text, with the paper's AVG if all tasks of AVG were run."""
+    """Formats the report of `score_model`, with the paper's AVG if all tasks of AVG were run."""
     rows = []
     for task, entry in report.items():
         head = [task, entry["fewshot"], entry["examples"]]
@@ -206,7 +206,7 @@ def tasks_table(report):
 def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, **settings):
     """Evaluates a checkpoint on tasks, prints a table, and returns what `score_model` returns.
 
-    Writes the results to `tasks.json`, which keeps the results of other tasks. The arguments are
+    Writes the results to `tasks.json`, where the results of other tasks stay. The arguments are
     passed to `models.load_model`, `score_model` and `load_tasks`. Raises `UserError` if a task or
     the model cannot be loaded, or if the model's method does not support a task.
     """
@@ -227,5 +227,5 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
 
 
 def _known(file):
-    """The results in a `tasks.json`."""
+    """Returns the results in a `tasks.json`, {} without the file."""
     return read_json(file, "move it away") if file.exists() else {}

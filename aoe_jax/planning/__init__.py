@@ -1,1 +1,1 @@
-"""Estimates of training steps on other devices, and checks of this machine."""
+"""Estimates training steps on other devices, and checks this machine."""

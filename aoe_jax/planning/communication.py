@@ -17,16 +17,17 @@ _RECEIVED = {
 }
 # The compiler merges equal equations of these kinds.
 _MERGED = {"all_gather", "convert_element_type", "reshape", "squeeze", "transpose"}
-# The jaxprs inside these equations are counted as part of the enclosing jaxpr.
+# Equations in the jaxprs of these primitives may merge with equations of the enclosing jaxpr.
 _INLINE = {"closed_call", "custom_vjp_call", "jit", "pjit", "remat2", "checkpoint", "shard_map"}
 
 
 def each_collective(jaxpr, arguments=None, known=None):
-    """Yields `(equation, number of executions)`; the number is 0 in loops of unknown length.
+    """Yields `(collective, number of executions)`; the number is 0 in loops of unknown length.
 
     Two gathers of the same array with no barrier between them count once: the compiler merges them.
-    If `jaxpr` is nested in another one, `arguments` has one object per argument (equal arrays have
-    the same object), and `known` has the results of earlier equations of the kinds in `_MERGED`.
+    `arguments` and `known` are for nested jaxprs. `arguments` has an identifier for each argument;
+    equal arrays have equal identifiers. `known` maps earlier equations of the kinds in `_MERGED` to
+    the identifiers of their results.
     """
     known = {} if known is None else known
     values = dict(zip(jaxpr.invars, arguments or [object() for _ in jaxpr.invars], strict=True))
@@ -62,8 +63,8 @@ def _parts(eqn):
 
 
 def _inside(eqn, inputs):
-    """Returns `arguments` of `each_collective` for a jaxpr in an equation; None: new ones."""
-    if eqn.primitive.name == "shard_map":  # an array that is split in two ways counts as two
+    """Returns `arguments` of `each_collective` for a jaxpr in `eqn`; None: all arrays are new."""
+    if eqn.primitive.name == "shard_map":  # one array with two shardings counts as two arrays
         specs = eqn.params["in_specs"]
         return [(value, str(spec)) for value, spec in zip(inputs, specs, strict=True)]
     if eqn.params.get("prevent_cse") and eqn.params.get("differentiated"):
@@ -74,7 +75,7 @@ def _inside(eqn, inputs):
 def collectives(jaxpr, sizes):
     """Counts the collectives of a program by kind and mesh axes; `sizes` maps an axis to its size.
 
-    Returns `{(kind, axes): [count, bytes received by a device]}`; loops of unknown length count 0.
+    Returns `{(kind, axes): [count, bytes received by a device]}`, without loops of unknown length.
     """
     total = {}
     for eqn, times in each_collective(jaxpr):

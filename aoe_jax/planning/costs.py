@@ -78,7 +78,7 @@ class Program:
         return self._walk(self.computations[self.entry], 1.0)
 
     def _called(self, i, *keys):
-        """Returns `{name: Instruction}` of the computation in an attribute; {} without it."""
+        """Returns `{name: Instruction}` of the computation that an attribute names, or {}."""
         name = i.called(*keys)
         return self.computations[name] if name else {}
 
@@ -99,7 +99,7 @@ class Program:
                 started[i.name] = started.get(i.operands[0])
             if i.opcode in _FREE or i.target in _FREE_KERNELS:
                 continue
-            if i.opcode == "fusion-start":  # its arrays: operands, results, a context
+            if i.opcode == "fusion-start":  # its arrays are operands, results and a context
                 n = sum(len(instructions[name].arrays) for name in i.operands)
                 i = replace(i, opcode="fusion", arrays=i.arrays[n:-1])
             if i.opcode == "while":
@@ -164,7 +164,7 @@ class Program:
 
     def _collectives_of_fusion(self, i, times):
         # A fusion may start a collective, or be a reduce-scatter made of an all-reduce and a slice.
-        # A fusion that only overlaps with a collective contains it, too, with a `chain_id`.
+        # A collective with a `chain_id` only overlaps with the fusion, and is counted elsewhere.
         inside, found = self._fused(i), []
         is_async = any(x.target == "AsyncCollectiveStart" for x in inside.values())
         for x in inside.values():
@@ -219,7 +219,7 @@ class Program:
         return reads + self._written(i, known)
 
     def _read(self, user, index, whole):
-        """Returns the bytes that `user` reads from operand `index` of `whole` bytes in HBM."""
+        """Returns the bytes `user` reads from operand `index`, which has `whole` bytes in HBM."""
         if not whole:
             return 0.0
         if user.opcode in ("dynamic-slice", "slice", "gather") and index == 0:
@@ -260,7 +260,7 @@ class Program:
         )
 
     def _written_by(self, part, inside, whole):
-        """Returns the bytes that `part` writes: 0 for a parameter, the changes for an update."""
+        """Returns the written bytes: 0 for a parameter, the changed elements for an update."""
         while part.opcode == "bitcast" and part.operands[0] in inside:
             part = inside[part.operands[0]]
         if part.opcode == "parameter" or part.collective or part.target in _ASYNC:
@@ -291,10 +291,10 @@ class Program:
 def likely_seconds(operation, chip, shape=()):
     """Returns the likely seconds of one execution of an operation.
 
-    Collectives: the time of a ring algorithm over the links of the group, minus the time of the
-    operations that overlap with it; 0 if these operations are unknown. Other operations: the
-    compiler's cycles or, without cycles, the larger of the times of FLOPs and of memory traffic at
-    the peaks of `chip`. `shape` is the number of chips along each dimension of the slice.
+    A collective takes the time of a ring algorithm over the links of the group, minus the time of
+    the operations that overlap with it, or 0 if these are unknown. Another operation takes the
+    compiler's cycles or, without cycles, the larger of the times for FLOPs and for memory traffic
+    at the peaks of `chip`. `shape` is the number of chips along each dimension of the slice.
     """
     if operation.collective:
         if operation.collective == "collective-permute":  # to a neighbour, over one link
@@ -316,7 +316,7 @@ def likely_seconds(operation, chip, shape=()):
 
 
 def scope(operation):
-    """Returns the scope of an operation: of `SCOPES`, or "network", "copies" or "other"."""
+    """Returns the scope of an operation: one of `SCOPES`, or "network", "copies" or "other"."""
     if operation.collective:
         return "network"
     for part in reversed(operation.op_name.split("/")):

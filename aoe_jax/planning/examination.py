@@ -60,7 +60,7 @@ def _add(report, verdict, show):
 
 
 def fitted(config: Config, n_devices):
-    """Returns the configuration with one micro-batch per step, of <= `MAX_TOKENS` a device."""
+    """Returns `config` with one micro-batch per step, of at most `MAX_TOKENS` or one sequence."""
     config = fill_mesh(config, n_devices)
     shards, train = math.prod(config.mesh.shape[:3]), config.train
     sequences = train.batch_size // train.accumulate // shards
@@ -81,7 +81,7 @@ def _attempt(function, *args):
 
 
 def choose_backends(config, device):
-    """Returns `[{"kernel", "backend", "why"}]`: attention, then grouped products with "shape"."""
+    """Returns `{"kernel", "backend", "why"}` of attention and, with "shape", of each product."""
     m, dtype, chosen = config.model, jnp.dtype(config.model.dtype), config.experts.grouped_matmul
     name = attention_backend(device, dtype, m.head_width)
     why = _why(device, name == "blocks", partial(check_cudnn, dtype, m.head_width))
@@ -162,11 +162,11 @@ def take_steps(config: Config):
 
 
 def steps_verdict(steps):
-    """Returns the verdict on training steps, from `take_steps` or from the `error` it raised."""
+    """Returns the verdict on `steps`, the result of `take_steps` or `{"error": text}`."""
     if "error" in steps:
         text = steps["error"]
     else:
-        finite = "" if steps["finite"] else ", not finite in every step"
+        finite = "" if steps["finite"] else ", not finite in some steps"
         mfu = f", MFU {steps['mfu']:.3f}" if steps["mfu"] else ""
         speed = f"{steps['tokens_per_second']:,.0f} tokens/s{mfu}"
         milliseconds = 1e3 * steps["step_seconds"]
@@ -175,7 +175,7 @@ def steps_verdict(steps):
 
 
 def fallback(kernel, config: Config):
-    """Returns the flag that avoids a kernel; text with "none" if no flag does."""
+    """Returns the flag that avoids a kernel, or a text that begins with "none" if no flag does."""
     kind, _, backend = kernel.rpartition(" ")
     if backend in ("blocks", "blocked", "rowwise"):
         return "none, it is plain JAX"

@@ -1,5 +1,5 @@
-"""Published peaks of accelerators, and devices of TPU slices and GPU nodes for which programs can
-be compiled on a machine without these devices.
+"""Provides the published peaks of accelerators, and devices of TPU slices and GPU nodes, for which
+programs can be compiled on a machine without these devices.
 
 Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.google.com/tpu/docs
 (peak compute, HBM, and one direction of the inter-chip bandwidth); the Google Cloud machine types
@@ -52,10 +52,10 @@ class Chip:
         """Returns the bytes per second that a device receives in a ring algorithm over its group.
 
         JAX meshes place a group along whole dimensions of the slice if possible; otherwise the
-        placement with the most links is assumed. A chip has two links to its group in a whole
-        dimension that is a ring, and one link in any other dimension, because a line has ends.
-        Devices of one chip are assumed to exchange data at the bandwidth of all its links. `shape`
-        is the number of chips along each dimension; () means that all links are used.
+        placement with the most links is assumed. In a whole dimension that is a ring, a chip has
+        two links to its group. In other dimensions one link is counted, because the ends of a
+        line have only one. Devices of a chip are assumed to exchange data over all of its links.
+        `shape` is the number of chips along each dimension; () means that all links are used.
         """
         ways, n_chips = [], max(1, round(n_devices / self.devices))
         for order in itertools.permutations(shape):
@@ -84,7 +84,7 @@ CHIPS = {
     "b200": Chip(PEAK_FLOPS["NVIDIA B200"], 180e9, 7.7e12, 900e9, 50e9),
 }
 _PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # `machine` lists their versions
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # versions that `machine` lists
 
 
 def chip_part(generation, devices):
@@ -123,7 +123,7 @@ def topology_devices(topology, n_slices=1):
     known = f"{', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 or h100:8"
     is_known = generation in CHIPS and re.fullmatch(r"[0-9]{1,6}(x[0-9]{1,6})*", shape)
     require_flag(is_known, "topology", topology, f"is unknown; name one of {known}")
-    jax.config.update("jax_platforms", "cpu")  # other processes may use this machine's devices
+    jax.config.update("jax_platforms", "cpu")  # leaves the devices to other processes
     target = Path(__file__).parent / f"{generation}.txtpb"  # description of a GPU for XLA
     if target.exists():
         count = f"takes the number of GPUs of a node, as {generation}:N"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}  # bits; other names contain the number of bits
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # other dtypes have the number of bits in their name
 _COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "ragged-all-to-all", "reduce-scatter"}
 _COLLECTIVES |= {"collective-broadcast", "collective-permute"}
 
@@ -65,11 +65,11 @@ class Instruction:
         return sum(a.hbm_bytes for a in self.arrays)
 
     def called(self, *keys):
-        """Returns the name of the computation in an attribute of `keys`, or None."""
+        """Returns the name of the computation that one of the attributes `keys` names, or None."""
         return self.attribute(rf"\b(?:{'|'.join(keys)})=\{{?%?([\w.\-]+)")
 
     def attribute(self, pattern):
-        """Returns the first group of a pattern in the attributes, or None."""
+        """Searches the attributes for a regular expression; returns its first group, or None."""
         found = re.search(pattern, self.attributes)
         return found and found.group(1)
 

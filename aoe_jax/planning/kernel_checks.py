@@ -31,13 +31,13 @@ from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.layer import ExpertsLayer, parameters_of
 from aoe_jax.sharding import MESH_AXES, replicated
 
-PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # float32 factors are rounded to bfloat16, TF32
+PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # TPUs round float32 to bfloat16, GPUs to TF32
 BLOCK = 128  # rows whose error is computed together, such as positions of a head
 LAYER_TOKENS, LAYER_EXPERTS = 2048, 8  # limits, because the reference is dense
 
 
 class Case(NamedTuple):
-    """A kernel at one shape, and its reference: functions of the arrays and one of `inputs`."""
+    """A kernel at one shape, and its reference; both take the arrays and a value of `inputs`."""
 
     kernel: str
     shape: str  # in words
@@ -45,7 +45,7 @@ class Case(NamedTuple):
     result: tuple  # shape of the result
     function: Callable
     reference: Callable
-    inputs: dict  # name of an input -> the arguments after the arrays
+    inputs: dict  # name of an input -> tuple of the arguments after the arrays
     roundings: int
     terms: int
     is_collective: bool = False  # True: the devices of the mesh compute `function` together
@@ -130,8 +130,8 @@ def _relative_error(got, want):
         return jax.ops.segment_sum(jnp.square(a).sum(axis=1), block, n_blocks)
 
     norm = squares(want)
-    # The norm has a floor. Some kernels subtract, so a block near zero has rounding errors as large
-    # as those of other blocks. An array may also be all zeros.
+    # The norm has a floor, because an array may be all zeros, and because some kernels subtract
+    # large numbers: then a block near zero has rounding errors as large as those of other blocks.
     floor = jnp.maximum(1e-2 * norm.mean(), jnp.finfo(jnp.float32).tiny)
     error = jnp.sqrt((squares(got - want) / jnp.maximum(norm, floor)).max())
     return jnp.where(jnp.isfinite(error), error, jnp.inf)
@@ -198,7 +198,7 @@ def rows_per_device(config: Config):
 
 
 def group_sizes(m, n_experts):
-    """Returns group sizes by name; "uneven" has an empty group, and m/10 rows in no group."""
+    """Returns group sizes by name; in "uneven" a group is empty, and m/10 rows are in no group."""
     rng = np.random.default_rng(0)
     even = rng.multinomial(m, np.full(n_experts, 1 / n_experts))
     uneven = rng.multinomial(m * 9 // 10, rng.dirichlet(np.full(n_experts, 0.5)))

@@ -1,4 +1,4 @@
-"""The costs of kernels whose FLOPs and traffic a compiled program does not state.
+"""Computes the costs of kernels whose FLOPs and traffic a compiled program does not state.
 
 Each function maps `(name, operands, results)` of a custom call to `(FLOPs, bytes of HBM traffic,
 occupied FLOPs)`, or to None if it does not know the kernel.
@@ -65,7 +65,8 @@ def megablox_cost(name, operands, results, tiles=tiles):
     k, n = out.dims[1:] if name == "tgmm" else (lhs.dims[1], out.dims[1])
     m = math.prod(lhs.dims) // k
     n_groups, n_visits = offsets.dims[0] - 1, listed.dims[0]
-    product = "d_weights" if name == "tgmm" else "forward"  # d_rows is `gmm`, too
+    # d_rows is a `gmm`, too. Its tiles are the forward tiles for its own k and n.
+    product = "d_weights" if name == "tgmm" else "forward"
     itemsize = 2 if lhs.dtype == "bf16" else 4
     _, tk, tn = tiles(m, k, n, n_groups, itemsize)[product]
     rhs_reads = math.ceil(k / tk)

@@ -51,7 +51,7 @@ def plan(config: Config, generation, devices):
     """Compiles the training step of a configuration for the devices of a topology.
 
     `generation` is a key of `hardware.CHIPS`. Returns the dict that `--json` writes. Bytes and
-    FLOPs are per device and step. `likely_mfu` and the keys `LIKELY` are None if there is no HLO.
+    FLOPs are per device and step. `likely_mfu` and the keys in `LIKELY` are None without HLO.
     """
     n_devices, chip = len(devices), chip_part(generation, devices)
     config = sharding.fill_mesh(config, n_devices)
@@ -67,7 +67,7 @@ def plan(config: Config, generation, devices):
     memory = {"state": _bytes_per_device(state), "temp": temp, "total": total}
     likely = read_program(text, chip, slice_shape(devices)) if text else None
     if temp is not None and not text:
-        log.warning("the compiler wrote no program: no FLOPs and no likely step time")
+        log.warning("the compiler wrote no program, so FLOPs and likely step time are unknown")
     found, received = [], Counter()
     for (kind, axes), (count, size) in sorted(collectives(traced.jaxpr.jaxpr, mesh.shape).items()):
         if size:
@@ -120,7 +120,7 @@ def _bytes_per_device(abstract):
 
 
 def _compile(traced):
-    """Returns `(bytes per device, temporary bytes, HLO)`; the last two are None if too large."""
+    """Returns `(bytes, temporary bytes, HLO)`; the last two are None if the memory is too small."""
     try:
         compiled, text = compile_and_read(traced.lower())
     except jax.errors.JaxRuntimeError as e:
@@ -137,7 +137,7 @@ def _compile(traced):
 
 
 def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
-    """Returns a dict with `flops` and the keys `LIKELY` for one step.
+    """Returns a dict with `flops` and the keys in `LIKELY` for one step.
 
     `text` is from `hlo.compile_and_read`, `chip` is the `hardware.Chip` of a device, and `shape` is
     from `hardware.slice_shape`. `seconds_at_peaks` ignores the compiler's cycles.

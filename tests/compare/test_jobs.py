@@ -74,7 +74,7 @@ def test_a_stopped_command_stops_its_jobs_and_waits_for_them(tmp_path, number, s
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == status, stderr
-    assert "what is done is saved; the same command goes on" in stderr
+    assert "the work so far is saved; the same command goes on" in stderr
     assert log.read_text().endswith("saved\n")
     assert not (tmp_path / "next.log").exists()
     assert not (tmp_path / "sleeper.outcome.json").exists()  # it is unfinished, not failed

@@ -41,13 +41,13 @@ def test_the_command_prints_the_differences_of_the_committed_results(capsys):
 
 def test_wrong_arms_and_folders(tmp_path):
     for arms in (["moe_aux"], ["moe_aux", "moe_aux"], ["moe_aux", "aoe"]):
-        words = f"--arms={','.join(arms)}: name two arms with finished runs, of moe_aux, moe_free"
+        words = f"--arms={','.join(arms)}: name two of the finished arms: moe_aux, moe_free"
         with pytest.raises(UserError, match=words):
             pair_table(SMALL, arms)
     with pytest.raises(UserError, match=r"runs\.csv cannot be read \(No such file or directory\)"):
         pair_table(tmp_path, ["a", "b"])
     write_runs(tmp_path, done("s", "a", 0, 3.0), done("s", "b", 1, 3.0), done("t", "b", 0, 3.0))
-    with pytest.raises(UserError, match="--arms=a,b: no size and seed has both"):
+    with pytest.raises(UserError, match="--arms=a,b: no size and seed has finished runs of both"):
         pair_table(tmp_path, ["a", "b"])
     for content in (b"step,loss\n1,2\n", b"", b"\xff\xfe", b"state,size,arm,seed\nfinished,s,a,0"):
         (tmp_path / "runs.csv").write_bytes(content)

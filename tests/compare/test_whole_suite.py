@@ -68,7 +68,7 @@ def rows(name):
 def test_interrupted_it_stops_its_runs_and_continued_it_trains_the_rest():
     folder, (status, stderr), _ = ended()
     assert status == 130
-    words = "interrupted: what is done is saved; the same command goes on from there"
+    words = "interrupted: the work so far is saved; the same command goes on from there"
     assert stderr.strip().splitlines()[-1] == words
     logs = [path.read_text() for path in folder.glob("work/runs/*/*/*.log")]
     assert any("the same command goes on" in log and log.count("$ ") > 1 for log in logs)
