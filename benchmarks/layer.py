@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.model.counts import layer_flops_per_token
+from aoe_jax.moe.collectives import Devices
 from aoe_jax.moe.dispatch import Local
-from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import by_token, top_k
 from aoe_jax.moe.scoring import activation_norms, sparse_scores
 from aoe_jax.moe.swiglu import gate_pre_activations, swiglu

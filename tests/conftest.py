@@ -8,8 +8,7 @@ import tempfile
 import jax
 import pytest
 
-from aoe_jax.moe import grouped_matmul
-from aoe_jax.moe.parallel import transports
+from aoe_jax.moe import grouped_matmul, transports
 from tests.hasty import HASTY, xla_flags
 
 # A shell may ignore SIGINT, and the processes that tests start would ignore it too.

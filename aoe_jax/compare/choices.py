@@ -22,9 +22,9 @@ from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.model.decoder import Decoder
+from aoe_jax.moe.load_balance import layer_statistics
 from aoe_jax.storage.files import COUNT, one_of, read_json, write_json
 from aoe_jax.training.checkpoint import Checkpoints
-from aoe_jax.training.load_statistics import layer_statistics
 from aoe_jax.training.run_folder import check_data
 from aoe_jax.training.validation import compile_eval_step
 

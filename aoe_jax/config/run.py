@@ -5,10 +5,9 @@ import json
 import typing
 from dataclasses import dataclass, field
 
-from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.checks import misfit, require, require_choice
 from aoe_jax.config.data import DataConfig
-from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.training import CheckpointConfig, TrainConfig

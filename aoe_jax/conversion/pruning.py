@@ -15,7 +15,7 @@ from aoe_jax.conversion.observations import calibration_batches, evaluation_on, 
 from aoe_jax.evaluation.models import Model, load_model, source_config
 from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.training.load_statistics import load_entropy
+from aoe_jax.moe.load_balance import load_entropy
 
 log = logging.getLogger(__name__)
 

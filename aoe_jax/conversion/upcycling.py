@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.checks import require, require_flag
+from aoe_jax.config.experts import BalanceConfig
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.conversion.exporting import in_words, write_figures, write_result

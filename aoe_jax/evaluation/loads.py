@@ -6,8 +6,7 @@ L layers, n experts. `load` is `LayerStats.load`, the share of tokens routed to 
 import numpy as np
 from tabulate import tabulate
 
-from aoe_jax.moe.load_balance import LayerStats
-from aoe_jax.training.load_statistics import layer_statistics, load_spread
+from aoe_jax.moe.load_balance import LayerStats, layer_statistics, load_spread
 
 MAX_NUMBERS = 16  # with more experts, a picture shows colours but no numbers
 

@@ -18,11 +18,11 @@ from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import Model, multiple
 from aoe_jax.model.decoder import output_projection
 from aoe_jax.model.decoding import check_decodes, extend, prefill
-from aoe_jax.model.loss import target_log_probs
-from aoe_jax.model.vocabulary import on_each_token
+from aoe_jax.model.vocabulary import chunks, logits, on_each_token
 from aoe_jax.sharding import batch_sharding, put_batch, replicated
 
 BATCH_TOKENS = 8192  # approximate number of tokens in a batch
+_CHUNK_TOKENS = 256  # smaller than in training, because often few tokens of a text are wanted
 SHORTEST = 16  # minimum number of positions in a batch
 SHORTEST_SHARED = 32  # tokens; a longer context is processed once for all of its continuations
 
@@ -181,3 +181,35 @@ def _sums(params, hidden, batch):
         target_log_probs, hidden, output_projection(params), batch["targets"], batch["wanted"]
     )
     return log_probs.sum(axis=1), is_best.all(axis=1)
+
+
+def target_log_probs(hidden, table, targets, wanted):
+    """The log-probability of each wanted target, and whether the target is the likeliest token.
+
+    Only chunks with tokens that are `wanted [T]` compute logits. The other arguments are those
+    of `cross_entropy`.
+
+    Returns:
+      `(log_prob, is_best)`: `[T]` float32, 0 where not wanted; and `[T]` bool, true where not
+      wanted. If tokens are equally likely, the first counts as the likeliest.
+    """
+    cast = table.astype(hidden.dtype)
+    order = jnp.argsort(~wanted)  # wanted tokens first
+
+    def score(token, target):
+        values = logits(hidden[token], cast)
+        of_target = jnp.take_along_axis(values, target[:, None], axis=1)[:, 0]
+        log_prob = of_target - jax.nn.logsumexp(values, axis=1)
+        return log_prob.astype(jnp.float32), values.argmax(axis=1) == target
+
+    def skip(token, target):
+        return jnp.zeros(token.shape, jnp.float32), jnp.ones(token.shape, bool)
+
+    def chunk_scores(chunk):
+        token, target, is_wanted = chunk
+        return jax.lax.cond(is_wanted.any(), score, skip, token, target)
+
+    sorted_tokens = chunks(_CHUNK_TOKENS, order, targets[order], wanted[order])
+    scores = [a.reshape(-1)[: wanted.shape[0]] for a in jax.lax.map(chunk_scores, sorted_tokens)]
+    log_prob, is_best = (jnp.zeros_like(a).at[order].set(a, unique_indices=True) for a in scores)
+    return jnp.where(wanted, log_prob, 0), is_best | ~wanted

@@ -11,9 +11,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.checks import differences
 from aoe_jax.config.data import DataConfig
+from aoe_jax.config.experts import BalanceConfig
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.config.training import TrainConfig

@@ -28,7 +28,7 @@ import numpy as np
 
 from aoe_jax.config.checks import setting
 from aoe_jax.methods.unchosen import Unchosen
-from aoe_jax.model.loss import sums_over_chunks
+from aoe_jax.model.vocabulary import sums_over_chunks
 from aoe_jax.moe.layer import apply_experts, rematerialised
 from aoe_jax.moe.load_balance import LayerStats
 from aoe_jax.moe.routing import Hooks, by_token

@@ -9,8 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.methods import find_method

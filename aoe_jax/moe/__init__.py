@@ -3,7 +3,7 @@
     scoring -> routing -> load_balance (statistics) -> dispatch -> swiglu
 
 `reference` computes the same layer in plain loops, `grouped_matmul` multiplies rows by the weights
-of their experts, and `parallel` distributes rows over a mesh.
+of their experts, and `transports` sends rows over a mesh.
 
 Axis letters in shapes such as `[T, n]`, with the same meaning in the whole package:
 

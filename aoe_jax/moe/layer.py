@@ -10,13 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.experts import ExpertsConfig
-from aoe_jax.moe import load_balance
+from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
+from aoe_jax.moe import collectives, load_balance
 from aoe_jax.moe.dispatch import Local, take_code
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.load_balance import LayerStats
-from aoe_jax.moe.parallel import collectives
 from aoe_jax.moe.routing import Context, Method, TopK
 from aoe_jax.moe.scoring import SCORE_OF_CODE, aoe_scores, router_scores, score_columns
 from aoe_jax.moe.swiglu import (
@@ -146,7 +144,7 @@ def make_transport(devices, routing, experts, method, n_tokens):
     if is_local(devices, routing.slots_per_token == per_token):
         all_used = bool(choice and choice.is_fixed)
         return Local(devices, experts.n_experts, all_used, experts.grouped_matmul)
-    from aoe_jax.moe.parallel.transports import TRANSPORTS  # needed on meshes only
+    from aoe_jax.moe.transports import TRANSPORTS  # needed on meshes only
 
     share = n_tokens * devices.size("tensor") * per_token
     transport = TRANSPORTS[devices.transport]

@@ -22,7 +22,7 @@ from aoe_jax.moe.scoring import KEPT_ROUTING
 class Context:
     """The inputs of a method besides scores and weights."""
 
-    devices: Any  # `parallel.collectives.Devices`, for collectives between devices
+    devices: Any  # `collectives.Devices`, for collectives between devices
     x: jax.Array  # [T, d], the tokens
     token_weights: jax.Array  # [T], 1 for a token that counts, 0 for padding
     top_k: int

@@ -4,7 +4,7 @@ import math
 
 from jax.extend import core as jax_core
 
-from aoe_jax.moe.parallel import transports
+from aoe_jax.moe import transports
 
 # kind -> factor: each of n devices receives factor * (n - 1) / n * max(operand, result) bytes.
 _RECEIVED = {

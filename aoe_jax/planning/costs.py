@@ -8,7 +8,7 @@ cycles, collectives and likely time. The cost of a loop's body is multiplied by 
 - FLOPs are those of matrix products and convolutions, two for each multiply-add, and those of
   kernels. Cycles are the estimate of the TPU compiler. Launching a kernel is assumed to be free.
 - A loop of unknown length is assumed to run zero times. Our programs have such loops only for the
-  extra rounds of expert parallelism (`moe/parallel/transports.py`), and balanced loads need no
+  extra rounds of expert parallelism (`moe/transports.py`), and balanced loads need no
   extra rounds. The cost of a conditional is the cost of its branch with the most FLOPs or, if
   FLOPs are equal, the most traffic.
 """

@@ -18,10 +18,10 @@ import numpy as np
 from aoe_jax.config.run import Config
 from aoe_jax.errors import DivergedError
 from aoe_jax.model.counts import parameter_counts, training_flops_per_token
+from aoe_jax.moe.load_balance import layer_statistics, load_spread
 from aoe_jax.storage.retry import Tolerated
 from aoe_jax.training import devices
 from aoe_jax.training.checkpoint import Progress
-from aoe_jax.training.load_statistics import layer_statistics, load_spread
 from aoe_jax.training.validation import perplexity
 
 log = logging.getLogger(__name__)

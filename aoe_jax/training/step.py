@@ -10,8 +10,7 @@ import optax
 from aoe_jax.config.run import Config
 from aoe_jax.model.declared import state_shardings
 from aoe_jax.model.decoder import Decoder, initial_params, initial_routing_state, output_projection
-from aoe_jax.model.loss import cross_entropy
-from aoe_jax.model.vocabulary import sum_over_tokens
+from aoe_jax.model.vocabulary import cross_entropy, sum_over_tokens
 from aoe_jax.moe.load_balance import balance_loss
 from aoe_jax.sharding import replicated, with_shardings
 from aoe_jax.training.optimizer import learning_rate_schedule, make_optimizer

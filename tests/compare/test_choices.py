@@ -7,8 +7,8 @@ import pytest
 from aoe_jax.compare.choices import LAYER_COLUMNS, observing, overlap, read_choices
 from aoe_jax.errors import UserError
 from aoe_jax.model.decoder import Decoder
+from aoe_jax.moe.load_balance import layer_statistics
 from aoe_jax.storage.files import write_json
-from aoe_jax.training.load_statistics import layer_statistics
 from aoe_jax.training.step import init_state, sequence_nll
 from aoe_jax.training.step_times import random_batch
 from tests.runs import tiny_config

@@ -10,7 +10,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax.methods.erc import ERC, coupling_loss
-from aoe_jax.moe.parallel.collectives import Devices
+from aoe_jax.moe.collectives import Devices
 from aoe_jax.moe.routing import TopK
 from aoe_jax.training.step import init_state, training_loss
 from tests.arrays import assert_close, assert_finite, normal

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.testing import assert_allclose
 
-from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.experts import BalanceConfig
 from aoe_jax.methods.gshard import GShard, top_two
 from aoe_jax.moe import load_balance
 from aoe_jax.moe.routing import top_k

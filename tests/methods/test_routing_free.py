@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.methods.routing_free import RoutingFree
 from tests.arrays import normal

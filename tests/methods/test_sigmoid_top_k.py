@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.experts import BalanceConfig
 from aoe_jax.config.run import Config
 from aoe_jax.methods.sigmoid_top_k import SigmoidTopK
 from aoe_jax.moe.load_balance import balance_loss

@@ -22,7 +22,7 @@ from tests.methods.method_layers import (
     small_config,
     with_gradients,
 )
-from tests.model.test_loss import check_chunks, inputs, plain
+from tests.model.test_vocabulary import check_chunks, inputs, plain
 
 SHAPE, EXPERTS = (3, 12, 8), 4
 FORMS = {"router": {}, "aoe": {"factorised_gate": True, "d_wide": 8}}

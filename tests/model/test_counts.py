@@ -9,8 +9,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from aoe_jax import Decoder
-from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.model.counts import (
     log_run,

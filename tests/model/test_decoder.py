@@ -10,8 +10,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from aoe_jax import Decoder
-from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.methods.capacity import Capacity
 from aoe_jax.methods.dense import Dense

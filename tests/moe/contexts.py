@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.experts import BalanceConfig
 from aoe_jax.methods.expert_choice import ExpertChoice
 from aoe_jax.methods.top_p import TopP
 from aoe_jax.moe import layer as moe_layer
 from aoe_jax.moe import load_balance
-from aoe_jax.moe.parallel.collectives import Devices
+from aoe_jax.moe.collectives import Devices
 from aoe_jax.moe.routing import Context, Routing
 from aoe_jax.moe.scoring import Scores
 

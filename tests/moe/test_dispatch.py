@@ -8,8 +8,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from aoe_jax.moe import dispatch as module
+from aoe_jax.moe.collectives import Devices
 from aoe_jax.moe.dispatch import Local, lay_out
-from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import top_k
 from tests.arrays import normal
 from tests.moe.contexts import expert_choice, top_p

@@ -10,8 +10,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax import AoELayer, DenseLayer, RouterLayer
-from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.methods.dense import Dense
 from aoe_jax.methods.expert_choice import ExpertChoice, expert_capacity
 from aoe_jax.methods.ranked import Ranked

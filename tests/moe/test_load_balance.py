@@ -7,9 +7,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from aoe_jax.moe import load_balance
-from aoe_jax.moe.load_balance import balance_loss, updated_bias
+from aoe_jax.moe.load_balance import balance_loss, load_entropy, load_spread, updated_bias
 from aoe_jax.moe.routing import top_k
-from aoe_jax.training.load_statistics import load_entropy, load_spread
 from tests.arrays import assert_close, normal
 from tests.moe.contexts import expert_choice, layer_stats, sequence_balance_loss, top_p
 

@@ -12,8 +12,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from numpy.testing import assert_allclose, assert_array_equal
 
-from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.methods import LAYERS, find_method
 from aoe_jax.methods.capacity import Capacity
 from aoe_jax.methods.dynmoe import DynMoE
@@ -25,11 +24,11 @@ from aoe_jax.methods.smear import Smear
 from aoe_jax.methods.thor import Thor
 from aoe_jax.methods.top_p import TopP
 from aoe_jax.methods.uoe import UoE
+from aoe_jax.moe import collectives as parallel
 from aoe_jax.moe import layer as moe_layer
 from aoe_jax.moe.grouped_matmul import BACKENDS
 from aoe_jax.moe.layer import ExpertsLayer, make_transport
 from aoe_jax.moe.load_balance import balance_loss
-from aoe_jax.moe.parallel import collectives as parallel
 from aoe_jax.moe.routing import TopK
 from tests.arrays import assert_close, mesh_of, normal, operations
 from tests.moe.contexts import parameters_of, routing_of_slots

@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.model.counts import layer_flops_per_token
+from aoe_jax.moe.collectives import sum_gradients
 from aoe_jax.moe.grouped_matmul import grouped_matmul
-from aoe_jax.moe.parallel.collectives import sum_gradients
 from aoe_jax.planning import costs, hlo
 from aoe_jax.planning.hardware import topology_devices
 from aoe_jax.sharding import fill_mesh, make_mesh

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.moe.parallel.transports import ROW_BUFFER
+from aoe_jax.moe.transports import ROW_BUFFER
 from aoe_jax.sharding import batch_sharding, make_mesh, put_batch
 from aoe_jax.training.step import init_state, train_step_on
 from tests.settings import config_of

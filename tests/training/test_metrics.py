@@ -12,10 +12,9 @@ import pytest
 from aoe_jax.errors import DivergedError
 from aoe_jax.evaluation.loads import load_statistics
 from aoe_jax.model.counts import training_flops_per_token
-from aoe_jax.moe.load_balance import LayerStats
+from aoe_jax.moe.load_balance import LayerStats, load_spread
 from aoe_jax.training import metrics as metrics_module
 from aoe_jax.training.checkpoint import Progress
-from aoe_jax.training.load_statistics import load_spread
 from aoe_jax.training.metrics import Metrics, layer_metrics
 from aoe_jax.training.validation import Evaluation
 from tests.runs import computed, read_events, tiny_config

@@ -15,9 +15,8 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.config.training import TrainConfig
 from aoe_jax.methods import find_method
-from aoe_jax.moe.load_balance import balance_loss
+from aoe_jax.moe.load_balance import balance_loss, load_spread
 from aoe_jax.planning.step_plan import abstract_batch
-from aoe_jax.training.load_statistics import load_spread
 from aoe_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from aoe_jax.training.step import init_state, make_train_step, training_loss
 from configs import paper

@@ -11,7 +11,7 @@ import numpy as np
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.model.attention import causal_attention
 from aoe_jax.model.attention.blocks import product
-from aoe_jax.moe.parallel.collectives import over_mesh, token_spec, weight_specs
+from aoe_jax.moe.collectives import over_mesh, token_spec, weight_specs
 from aoe_jax.parameters import ATTENTION
 from aoe_jax.sharding import spec_of, target_device
 

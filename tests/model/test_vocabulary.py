@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from aoe_jax.model import loss
+from aoe_jax.model import vocabulary
 from tests.arrays import assert_close
 
 pytestmark = pytest.mark.smoke
@@ -26,7 +26,7 @@ def plain(hidden, table, targets, weights):
 
 def check_chunks(monkeypatch, function, want, hidden, table, *others):
     """Compares the sums of two functions, and the gradients of the first sum."""
-    monkeypatch.setattr(loss, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(vocabulary, "CHUNK_TOKENS", 16)
 
     def scaled(function):
         def value(hidden, table, scale):
@@ -50,13 +50,14 @@ def check_chunks(monkeypatch, function, want, hidden, table, *others):
     [(1, "float32"), (64, "float32"), (61, "float32"), (64, "bfloat16")],
 )
 def test_values_and_gradients(monkeypatch, n_tokens, dtype):
-    check_chunks(monkeypatch, lambda *a: (loss.cross_entropy(*a),), plain, *inputs(n_tokens, dtype))
+    function = lambda *a: (vocabulary.cross_entropy(*a),)  # noqa: E731
+    check_chunks(monkeypatch, function, plain, *inputs(n_tokens, dtype))
 
 
 def test_logits_are_never_whole():
-    n_tokens, vocabulary = 4096, 8192
-    hidden, table = jnp.zeros((n_tokens, 8)), jnp.zeros((vocabulary, 8))
+    n_tokens, n_words = 4096, 8192
+    hidden, table = jnp.zeros((n_tokens, 8)), jnp.zeros((n_words, 8))
     targets, weights = jnp.zeros(n_tokens, jnp.int32), jnp.ones(n_tokens)
-    gradient = jax.jit(jax.grad(loss.cross_entropy, (0, 1)))
+    gradient = jax.jit(jax.grad(vocabulary.cross_entropy, (0, 1)))
     compiled = gradient.lower(hidden, table, targets, weights).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < n_tokens * vocabulary * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < n_tokens * n_words * 4

@@ -1,1 +1,0 @@
-"""The layer on a mesh of devices: collectives, and the transports of rows."""
