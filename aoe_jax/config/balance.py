@@ -17,10 +17,10 @@ class BalanceConfig(Group):
     aux_weight: float = setting(0.01, at_least=0)  # alpha of L_aux (Eq. 2 and 6)
     # Weight of the loss Ent_conf (Eq. 8), for top-p; Huang et al. 2024 use 1e-4.
     entropy_weight: float = setting(0.0, at_least=0)
-    # Fraction of the tokens whose softmax the losses average: 1 / a whole number.
+    # Fraction of the tokens whose scores the balance losses use; it must be 1 / a whole number.
     aux_tokens: float = setting(1.0, at_least=1e-9, at_most=1)
     # The tokens over which L_aux averages f and P. global: the batch of all devices; with
-    # train.accumulate, P is averaged over one micro-batch and f over all micro-batches so far.
+    # train.accumulate, P is averaged over one micro-batch, f over the step's micro-batches so far.
     # sequence: each sequence separately.
     aux_batch: str = setting("global", choices=("global", "sequence"))
     # Weight of the z-loss, the mean square of log sum exp of the scores; 1e-3 is usual for logits.
