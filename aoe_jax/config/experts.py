@@ -109,7 +109,7 @@ class ExpertsConfig(Group):
         return self.score_neurons or self.d_low
 
     def width(self, d_model):
-        """Width of an expert: `d_ffn`; with a factorised gate `d_wide`, or Eq. 5 if that is None."""
+        """Width of an expert: `d_ffn`; with a factorised gate `d_wide`, or Eq. 5 if it is None."""
         if not self.low_rank:
             return self.d_ffn
         return self.d_wide or matched_width(d_model, self.d_ffn, self.d_low, self.round_to)

@@ -292,7 +292,7 @@ class Layout:
     def __init__(
         self, axes: str, shape: tuple[int, ...], name: str, stored: str = "", first_layer: int = 0
     ):
-        """`axes` are the declared axes of the parameter, and `shape` includes the axis of layers.
+        """`axes` are the declared axes of the parameter, `shape` includes the axis of layers, and
         `name` and `stored` are columns of the row. In files the first layer is `first_layer`.
         """
         self._name, self._first_layer = name, first_layer

@@ -50,9 +50,10 @@ def computed_fields(config: Config):
 def from_json(values: dict):
     """Returns the `Config` of a model from the content of its `config.json`.
 
-    `model.dtype` is float32. `data.seq_len` is `WINDOW`, or `model.max_len` if that is shorter.
-    Other groups have their defaults. Raises `UserError` if the architecture is unknown, if a field
-    is missing or invalid, or if the model needs something that is not implemented here.
+    `model.dtype` is float32. `data.seq_len` is `WINDOW`, or `model.max_len` if that is shorter or
+    if `WINDOW` is too short for the routing method. `balance.aux_weight` is 0 if the method is
+    usually trained without L_aux. Other fields have their defaults. Raises `UserError` if the
+    architecture is unknown, if a field is missing or invalid, or if a feature is not implemented.
     """
     name, known = values.get("model_type"), f"known are {', '.join(ARCHITECTURES)}"
     if name is None:

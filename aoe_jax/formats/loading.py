@@ -150,7 +150,7 @@ class ModelReader:
         self._layouts = find_layouts(values["model_type"], shapes, self._stored)
         # If the embeddings are tied, an output table is ignored. Transformers ignores it, too.
         known = {"lm_head.weight"} if config.model.tie_embeddings else set()
-        if values.get("num_nextn_predict_layers"):  # the last layer in the files
+        if values.get("num_nextn_predict_layers"):  # it is the last layer in the files
             last = f"model.layers.{n_dense + n_layers}."
             known |= {name for name in self._stored if name.startswith(last)}
             log.info("left out: the layer of multi-token prediction, %s", last.rstrip("."))

@@ -59,8 +59,8 @@ def experts_of_places(x, place, weight, capacity, w, devices):
 class Capacity(FixedK):
     """A top-k router whose experts have C = ceil(capacity_factor K S / n) places per sequence.
 
-    Statistics, balance losses and the selection bias are computed from the choices before any is
-    dropped. `dropped_share` is the fraction of the choices that are dropped.
+    Statistics, balance losses and the selection bias are computed from all choices, also from the
+    dropped ones. `dropped_share` is the fraction of the choices that are dropped.
     """
 
     name = "capacity"

@@ -76,7 +76,7 @@ class DAMoE(Method):
     name = "da_moe"
     hooks = Hooks(attention=head_importance)
 
-    reduce: str = setting("mean", choices=tuple(REDUCE))  # over a token's importances in all heads
+    reduce: str = setting("mean", choices=tuple(REDUCE))  # over the importances in all heads
 
     def __call__(self, scores, weights, ctx):
         if ctx.captured is None:

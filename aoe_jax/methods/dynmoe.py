@@ -21,7 +21,7 @@ added at the first free place of the layer. Its router column is R_S / ||R_S|| a
 With a router the loss is the paper's: `||W' W - I||_F` over the normalised columns of live experts
 ("diversity") plus the mean length of all columns ("simplicity"), summed over layers as in the
 authors' code. Two more terms of their code (a balance loss of gates, and the mean of all gates) and
-its learned temperature are left out. Initial columns are nearly, in the paper exactly orthogonal.
+its learned temperature are left out. Initial columns are almost orthogonal (in the paper: exactly).
 
 The paper does not cover AoE. For AoE this project divides the norm ||x W_i|| by its root mean
 square over random directions of x, and subtracts 1 (`relative_scores`); so the scores are around 0,
@@ -45,7 +45,7 @@ from aoe_jax.moe.routing import Method, by_mask
 from aoe_jax.moe.scoring import KEPT_ROUTING, activation_norms
 from aoe_jax.parameters import vector, zeros_init
 
-NOISE = 0.1  # norm of the noise in the `w_score` of a new expert
+NOISE = 0.1  # norm of the noise in a new expert's `w_score`, whose rank-one part has norm 1
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -121,7 +121,7 @@ def updated_pool(live, fired, unclaimed):
 
 
 def w_score_with_added(w_score, live, added, unclaimed):
-    """Puts new experts into `w_score [L, n, d, r]` at `added [L, n]`; `live` is the old state."""
+    """Puts new experts into `w_score [L, n, d, r]` at `added [L, n]`; `live` is the former state."""
     direction = _directions(unclaimed)
     image = _directions(jnp.einsum("ld,lndr->lnr", direction, w_score))
     lengths = _lengths(w_score)

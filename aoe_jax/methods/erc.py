@@ -58,7 +58,7 @@ def coupling_loss(devices, w_router, w_gate, alpha, key):
 def _norms(devices, rows, w_gate):
     """The norms a_ij of all experts, `[n, n]`, equal on all devices."""
     rows = devices.piece(rows, "fsdp", 1)
-    # One product per expert, because one for all would copy W_gate with d as its first axis.
+    # One product per expert, because one product for all copies W_gate with d as its first axis.
     activations = devices.total(jax.lax.map(lambda w: rows @ w, w_gate), ("fsdp",))
     norms = activation_norms(activations)
     if devices.size("tensor") > 1:
@@ -75,7 +75,7 @@ class ERC(FixedK):
     weight: float = setting(1.0, above=0, training_only=True)  # weight of the loss
     # The norms a_ij and a_ji add to the loss only where they are above alpha a_ii.
     alpha: float = setting(1.0, at_least=0, training_only=True)
-    norm_topk_prob: bool = True  # softmax over the chosen scores; False: over all scores
+    norm_topk_prob: bool = True  # weights are a softmax over the chosen scores; False: over all
 
     def __call__(self, scores, weights, ctx):
         routing = TopK(self.norm_topk_prob)(scores, weights, ctx)

@@ -42,7 +42,7 @@ def top_two(scores, uniform=None):
 
 @dataclass(frozen=True)
 class GShard(Method):
-    """GShard's two experts per token."""
+    """Routes each token to two experts; training draws at random whether the second one is used."""
 
     name = "gshard"
 

@@ -93,7 +93,7 @@ def _normalised(a, axis):
 
 
 def merging_weights(scores, causal):
-    """`scores [B, J, n]` -> `p [B, J, n]`; `causal` uses the scores of the previous segment."""
+    """`scores [B, J, n]` -> `p [B, J, n]`; if `causal`, p uses the previous segment's scores."""
     if causal:
         scores = jnp.pad(scores, ((0, 0), (1, 0), (0, 0)))[:, :-1]
     return jax.nn.softmax(scores)

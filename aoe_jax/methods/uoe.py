@@ -40,7 +40,7 @@ from aoe_jax.moe.scoring import Scores, activation_norms, codes_of_all, safe_roo
 from aoe_jax.moe.swiglu import KEPT_EXPERTS, weighted_product
 from aoe_jax.parameters import EXPERTS
 
-SUFFIX = "_route"  # in the names of routing neurons' matrices
+SUFFIX = "_route"  # ends the names of the routing neurons' matrices
 
 
 def routing_neurons(layer, devices, x, weights):
@@ -79,7 +79,7 @@ class UoE(Method):
     # s, the number of routing neurons of an expert; None: round(experts.d_ffn / experts.top_k).
     routing_neurons: int | None = None
     p: float | None = setting(None, above=0, below=1)  # p of top-p routing; None: top-k routing
-    norm_topk_prob: bool = True  # softmax over the chosen scores; False: over all scores
+    norm_topk_prob: bool = True  # weights are a softmax over the chosen scores; False: over all
 
     @property
     def router(self):
