@@ -35,7 +35,7 @@ class MeshConfig(Group):
     def check(self, config):
         m, e, d = config.model, config.experts, config.model.d_model
         if m.unroll > 1 and self.fsdp > 1:
-            wanted = "unrolled layers would keep gathered weights; set 1"
+            wanted = "unrolled layers would keep gathered weights in memory; set 1"
             m.refuse("unroll", f"with mesh.fsdp={self.fsdp}, {wanted}")
         if self.tensor > 1 and m.qk_norm == "all":
             self.refuse("tensor", "splits heads, and model.qk_norm='all' spans all heads; set 1")

@@ -24,7 +24,7 @@ RENAMED = {
     "experts.capacity_factor": "routing.capacity_factor",
     "experts.ranks": "routing.ranks, with routing.name='ranked'",
     "experts.router_jitter": "routing.jitter, with routing.name='sparsemixer'",
-    "train.warmup_steps": "train.warmup, a share of train.steps",
+    "train.warmup_steps": "train.warmup, a fraction of train.steps",
     "balance.coupling_weight": "routing.weight, with routing.name='erc'",
     "balance.coupling_alpha": "routing.alpha, with routing.name='erc'",
     "top_any": "routing, with routing.name='dynmoe'",

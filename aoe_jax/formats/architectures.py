@@ -293,7 +293,7 @@ class Layout:
         self, axes: str, shape: tuple[int, ...], name: str, stored: str = "", first_layer: int = 0
     ):
         """`axes` are the declared axes of the parameter, `shape` includes the axis of layers, and
-        `name` and `stored` are columns of the row. In files the first layer is `first_layer`.
+        `name` and `stored` are columns of the row. `first_layer` is the number of layer 0 in files.
         """
         self._name, self._first_layer = name, first_layer
         axes, layers = axes.split(), ["L"] if "{L}" in name else []

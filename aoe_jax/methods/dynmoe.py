@@ -121,7 +121,7 @@ def updated_pool(live, fired, unclaimed):
 
 
 def w_score_with_added(w_score, live, added, unclaimed):
-    """Puts new experts into `w_score [L, n, d, r]` at `added [L, n]`; `live` is the former state."""
+    """Puts new experts into `w_score [L, n, d, r]` at `added [L, n]`; `live` is the old state."""
     direction = _directions(unclaimed)
     image = _directions(jnp.einsum("ld,lndr->lnr", direction, w_score))
     lengths = _lengths(w_score)

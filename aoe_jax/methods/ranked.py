@@ -13,7 +13,7 @@ def ranked(scores, ranks, bias=None):
 
     `ranks` are different numbers from 0 (the highest score) to n - 1. Of two equal scores, the one
     of the lower expert number has the lower rank. Weights are the softmax over the chosen scores,
-    so a single expert has weight 1. A `bias [n]` is added to the scores for the ranks only.
+    so a single expert has weight 1. A `bias [n]` is added to the scores only to rank them.
     """
     by_rank = best_experts(scores, max(ranks) + 1, bias)
     expert = jnp.stack([by_rank[:, rank] for rank in ranks], axis=1)

@@ -16,7 +16,7 @@ the losses, and lambda is at most 1. The factor that their code learns for each 
 AoE with this router is the published method, except that AoE's initialisation makes the norms start
 near sqrt(r), where r is the rank of the gates. Each micro-batch has its own mean_t(G). Scores that
 are a router's logits are this project's addition. Logits are around 0, so set the initial b below
-0: otherwise few G reach theta, and an expert that is never active gets no gradient and stays so.
+0: otherwise few G reach theta, and an inactive expert gets no gradient and stays inactive.
 
 The method is causal and needs n slots per token.
 """
