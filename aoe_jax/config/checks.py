@@ -1,4 +1,4 @@
-"""Checks of settings. The `UserError` names the field or flag, its value and allowed values."""
+"""Checks of settings. A `UserError` names the field or flag, its value and the allowed values."""
 
 import dataclasses
 import math
@@ -19,12 +19,12 @@ _BOUNDS = {
 
 
 def setting(default, *, choices=None, kinds=None, training_only=False, **bounds):
-    """A dataclass field with its allowed values.
+    """Returns a dataclass field with its allowed values.
 
     Args:
       default: the default value; if it is None, `bounds` do not apply to None.
       choices: all allowed values.
-      kinds: values of `experts.kind` that use the field; for other kinds it must keep its default.
+      kinds: values of `experts.kind` that use the field; other kinds require its default.
       training_only: whether the field affects only training, not the use of a trained model.
       **bounds: bounds of a number, `NAME=LIMIT`. NAME is a key of `_BOUNDS`; LIMIT is a number or
         the name of another field of the group.

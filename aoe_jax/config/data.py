@@ -10,7 +10,7 @@ from fractions import Fraction
 from aoe_jax.config.checks import Group, absolute_path, require, setting
 from aoe_jax.errors import shown
 
-# An exponent has at most two digits, because Fraction computes 10**EXPONENT exactly.
+# An exponent has at most two digits, because Fraction would compute a huge 10**EXPONENT exactly.
 _WEIGHT = re.compile(r"[0-9]{0,30}\.?[0-9]{0,30}([eE][+-]?[0-9]{1,2})?|[0-9]{1,99}/[0-9]{1,99}")
 _FOLDERS = {"text": "folder of .txt files", "prepared": "folder of a token store"}
 
@@ -56,7 +56,7 @@ class DataConfig(Group):
     tokenizer: str | None = None
     text_field: str = "text"  # the feature of a TFDS data set that contains the text
     seq_len: int = setting(256, above=0)  # tokens of a sequence in training and validation
-    document_mask: bool = False  # tokens attend only to tokens of their own document
+    document_mask: bool = False  # whether tokens attend only to tokens of their own document
     # Whether the first token of a document, which has no context, is left out of the training loss.
     loss_mask: bool = False
 
@@ -82,7 +82,7 @@ class DataConfig(Group):
 
     @property
     def sources(self):
-        """The `SourceConfig`s of the corpora in order, each with its path."""
+        """The `SourceConfig`s of the corpora in order, each with its label and path."""
         sources = _parsed_sources(self.name)
         if self.path is not None:
             sources = [dataclasses.replace(sources[0], path=self.path)]

@@ -19,24 +19,25 @@ class ExpertsConfig(Group):
 
     kind: str = "aoe"  # aoe | router | a layer of `aoe_jax/methods/`, such as dense
     n_experts: int = setting(8, above=0)  # experts of a layer (n)
-    # Experts per token (K), if their number is fixed; other routers document how they use it.
+    # Experts per token (K), if that number is fixed; other routers document how they use the field.
     top_k: int = setting(2, above=0, at_most="n_experts")
     d_ffn: int = setting(512, above=0)  # width of a traditional expert or of the dense layer (f)
     d_low: int = setting(32, above=0)  # rank of a factorised gate (r)
     # None: gates are factorised, and scores are computed from their low-rank activations (the
     # paper). A number s: gates are whole; scores are computed from their first s pre-activations.
     score_neurons: int | None = setting(None, kinds=("aoe",), above=0, at_most="d_ffn")
-    # norm: the score is the L2 norm of these activations; max: it is the largest of them.
+    # norm: a score is the L2 norm of an expert's scoring activations; max: the largest of them.
     score: str = setting("norm", choices=("norm", "max"), kinds=("aoe",))
-    d_wide: int | None = setting(None, above=0)  # width with a factorised gate; None: Eq. 5
+    d_wide: int | None = setting(None, above=0)  # expert width with a factorised gate; None: Eq. 5
     round_to: int = setting(1, above=0)  # the width by Eq. 5 is rounded to a multiple of this
     # sparse: only the scores of chosen experts have a gradient (with a balance loss also all scores
     # of a fraction balance.aux_tokens of the tokens), and only the activations of chosen experts
-    # are kept. The gradient is exact if weights are the softmax over the chosen scores. dense: all
-    # scores have a gradient, and all activations are kept (the paper). None: sparse if it is exact.
+    # are kept. The gradient is exact if weights are the softmax over the chosen scores.
+    # dense: all scores have a gradient, and the activations of all experts are kept (the paper).
+    # None: sparse if its gradient is exact, else dense.
     score_gradient: str | None = setting(None, choices=(None, "sparse", "dense"), kinds=("aoe",))
-    # W_gate = W_gate_down W_gate_up in each expert. With kind="router" it is the ablation of
-    # Table 2, row 3; with "smear" or "thor" the experts are those of AoE.
+    # Whether W_gate is a product W_gate_down W_gate_up in each expert. With kind="router" this is
+    # the ablation of Table 2, row 3; with "smear" or "thor" the experts are those of AoE.
     factorised_gate: bool = setting(False, kinds=("router", "smear", "thor"))
     # dtype in which gradients of experts are summed over fsdp; bfloat16 sends half the bytes.
     gradient_sums: str = setting("float32", choices=("float32", "bfloat16"), kinds=_USUAL)
@@ -45,7 +46,7 @@ class ExpertsConfig(Group):
     # Width of a shared expert, which every token uses in addition to the chosen ones; 0: none.
     d_shared: int = setting(0, kinds=_USUAL, at_least=0)
     shared_gate: bool = False  # multiply the shared expert's output by sigmoid(x w) (Qwen2-MoE)
-    # A router with a hidden layer and about n r d parameters (Table 2, row 4).
+    # Whether the router has a hidden layer and about n r d parameters (Table 2, row 4).
     large_router: bool = setting(False, kinds=("router",))
 
     def __post_init__(self):
@@ -88,7 +89,7 @@ class ExpertsConfig(Group):
             )
 
     def sparse_scoring(self, routing):
-        """Whether AoE computes scores without a gradient, and the chosen ones again with one."""
+        """Whether AoE computes all scores without a gradient, and then the chosen ones with one."""
         if self.kind != "aoe":
             return False
         default = "sparse" if routing.choice(self).is_normalised else "dense"
@@ -110,13 +111,13 @@ class ExpertsConfig(Group):
         return self.score_neurons or self.d_low
 
     def width(self, d_model):
-        """Hidden width of an expert: `d_ffn`; with a factorised gate `d_wide`, else Eq. 5."""
+        """Width of an expert: `d_ffn`; with a factorised gate `d_wide`, or Eq. 5 if it is None."""
         if not self.low_rank:
             return self.d_ffn
         return self.d_wide or matched_width(d_model, self.d_ffn, self.d_low, self.round_to)
 
     def sizes(self, d_model):
-        """The sizes of a layer's parameters by axis letter."""
+        """Returns `{axis letter: size}` for the parameters of a layer."""
         d, n, r = d_model, self.n_experts, self.score_width
         hidden = max(1, round(n * r * d / (d + n)))  # a large router has about n r d parameters
         return {"d": d, "n": n, "r": r, "f": self.width(d), "m": hidden, "u": self.d_shared}
@@ -137,10 +138,10 @@ class BalanceConfig(Group):
     aux_weight: float = setting(0.01, at_least=0)  # alpha of L_aux (Eq. 2 and 6)
     # Weight of the loss Ent_conf (Eq. 8), for top-p; Huang et al. 2024 use 1e-4.
     entropy_weight: float = setting(0.0, at_least=0)
-    # Fraction of the tokens whose softmax the losses average: 1 / a whole number.
+    # Fraction of the tokens whose scores the balance losses use; it must be 1 / a whole number.
     aux_tokens: float = setting(1.0, at_least=1e-9, at_most=1)
     # The tokens over which L_aux averages f and P. global: the batch of all devices; with
-    # train.accumulate, P is averaged over one micro-batch and f over all micro-batches so far.
+    # train.accumulate, P is averaged over one micro-batch, f over the step's micro-batches so far.
     # sequence: each sequence separately.
     aux_batch: str = setting("global", choices=("global", "sequence"))
     # Weight of the z-loss, the mean square of log sum exp of the scores; 1e-3 is usual for logits.

@@ -13,7 +13,7 @@ class MeshConfig(Group):
 
     data: int = -1  # -1: the number of devices / the product of the other axes
     fsdp: int = setting(1, above=0)  # splits parameters and optimiser state, and the batch
-    expert: int = setting(1, above=0)  # splits the experts
+    expert: int = setting(1, above=0)  # splits the experts, and the batch
     tensor: int = setting(1, above=0)  # splits heads, the width of experts, and positions
     # ring: each device along the expert axis gathers the tokens of all devices along it;
     # all_to_all: each token is sent only to the devices of its experts.
@@ -24,7 +24,7 @@ class MeshConfig(Group):
         if self.data != -1 and self.data <= 0:
             self.refuse("data", "must be greater than 0, or -1 for all remaining devices")
         if self.transport == "all_to_all" and self.expert == 1:
-            wanted = "sends rows along the expert axis; set mesh.expert, or leave it at 'ring'"
+            wanted = "sends tokens along the expert axis; set mesh.expert, or leave it at 'ring'"
             self.refuse("transport", wanted)
 
     @property
@@ -35,7 +35,7 @@ class MeshConfig(Group):
     def check(self, config):
         m, e, d = config.model, config.experts, config.model.d_model
         if m.unroll > 1 and self.fsdp > 1:
-            wanted = "unrolled layers would keep gathered weights; set 1"
+            wanted = "unrolled layers would keep gathered weights in memory; set 1"
             m.refuse("unroll", f"with mesh.fsdp={self.fsdp}, {wanted}")
         if self.tensor > 1 and m.qk_norm == "all":
             self.refuse("tensor", "splits heads, and model.qk_norm='all' spans all heads; set 1")
@@ -51,7 +51,7 @@ class MeshConfig(Group):
         ]
         if e.score_neurons is not None and e.score_neurons > e.d_ffn // self.tensor:
             most = f"must be at most experts.d_ffn / mesh.tensor = {e.d_ffn // self.tensor}"
-            e.refuse("score_neurons", f"{most}, because one device along tensor holds them all")
+            e.refuse("score_neurons", f"{most}, because one device along tensor stores them all")
         if e.low_rank:
             splits.append(("fsdp", "experts.d_low", e.d_low))
         for axis, name, size in splits:
@@ -71,6 +71,6 @@ class MeshConfig(Group):
         if shards * self.tensor > 1 and positions % config.balance.aux_stride:
             config.balance.refuse(
                 "aux_tokens",
-                f"on this mesh a device has {positions} positions of a sequence, which the "
-                "denominator must divide",
+                f"on this mesh a device has {positions} positions of a sequence; the denominator "
+                "of aux_tokens must divide this number",
             )

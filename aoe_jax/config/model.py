@@ -12,22 +12,22 @@ class ModelConfig(Group):
 
     group = "model"
 
-    n_layers: int = setting(4, above=0)  # number of layers, without those of n_dense_layers
+    n_layers: int = setting(4, above=0)  # number of layers in addition to n_dense_layers
     n_heads: int = setting(4, above=0)  # attention heads
     d_model: int = setting(128, above=0, at_most=2**20)  # width of the residual stream (d)
     vocab_size: int = setting(4096, above=0)
     max_len: int = setting(2048, above=0)  # tokens of the longest sequence, prompt included
-    tie_embeddings: bool = True  # the output projection is the embedding table
+    tie_embeddings: bool = True  # whether the output projection is the embedding table
     # dtype of the computation; parameters, logits and loss are float32.
     dtype: str = setting("bfloat16", choices=("float32", "bfloat16"))
     # What the backward pass recomputes. experts: everything inside the experts except x W_up and
     # x W_gate (AoE: except x W_up and the low-rank activation). layer: everything except the input
-    # of each layer, its scores, its routing and the output of attention.
+    # of each layer, the output of its attention, its scores and its routing.
     remat: str = setting("none", choices=("none", "experts", "layer"))
     # The backend of `model/attention/`; auto: chosen by platform, dtype and head width.
     attention: str = setting("auto", choices=("auto", "blocks", "splash", "cudnn"))
-    # Layers per step of the scan over layers. A scan copies arrays for the backward pass, which is
-    # slow on CPU. Unrolled layers need longer compilation but fewer copies.
+    # Number of layers in one step of the scan over layers. A scan copies arrays for the backward
+    # pass, which is slow on CPU. Unrolled layers need longer compilation but fewer copies.
     unroll: int = setting(1, above=0)
     # The fields below are needed for checkpoints of other projects.
 
@@ -36,7 +36,7 @@ class ModelConfig(Group):
     # Number of heads of keys and values; None: n_heads.
     n_kv_heads: int | None = setting(None, above=0, divides="n_heads")
     rope_base: float = setting(10_000.0, above=0)  # base of the rotary frequencies
-    rope_share: float = setting(1.0, above=0, at_most=1)  # fraction of head features that rotate
+    rope_share: float = setting(1.0, above=0, at_most=1)  # fraction of a head's features to rotate
     rope_factors: tuple = ()  # one divisor per rotary frequency (Llama 3.1); (): none
     norm_eps: float = setting(1e-6, above=0)  # epsilon of the RMSNorms
     # RMSNorm of queries and of keys. all: over all heads together (OLMoE); head: over each head
@@ -44,7 +44,7 @@ class ModelConfig(Group):
     qk_norm: str = setting("none", choices=("none", "all", "head"))
     attention_bias: bool = False  # whether q, k, v and o have biases
     qkv_bias: bool = False  # whether q, k and v have biases, but not o
-    # Number of layers with a dense SwiGLU of width d_dense before those of experts (DeepSeek-V3).
+    # Number of layers with a dense SwiGLU of width d_dense before the expert layers (DeepSeek-V3).
     n_dense_layers: int = setting(0, at_least=0)
     d_dense: int | None = setting(None, above=0)
 
@@ -52,11 +52,11 @@ class ModelConfig(Group):
         super().__post_init__()
         if self.head_dim is None and self.d_model % (2 * self.n_heads):
             wanted = f"must divide d_model={self.d_model} into heads of even width"
-            self.refuse("n_heads", f"{wanted}, because pairs rotate; or set model.head_dim")
+            self.refuse("n_heads", f"{wanted} (features rotate in pairs); or set model.head_dim")
         if self.head_width % 2:
             self.refuse("head_dim", "must be even, because pairs of features rotate")
         if self.rope_width % 2 or not self.rope_width:
-            wanted = f"must make an even number of the {self.head_width} features of a head"
+            wanted = f"must select an even number of the {self.head_width} features of a head"
             self.refuse("rope_share", wanted)
         frequencies = self.rope_width // 2
         are_factors = all(

@@ -23,7 +23,7 @@ RENAMED = {
     "experts.capacity_factor": "routing.capacity_factor",
     "experts.ranks": "routing.ranks, with routing.name='ranked'",
     "experts.router_jitter": "routing.jitter, with routing.name='sparsemixer'",
-    "train.warmup_steps": "train.warmup, a share of train.steps",
+    "train.warmup_steps": "train.warmup, a fraction of train.steps",
     "balance.coupling_weight": "routing.weight, with routing.name='erc'",
     "balance.coupling_alpha": "routing.alpha, with routing.name='erc'",
     "top_any": "routing, with routing.name='dynmoe'",
@@ -40,7 +40,7 @@ class Config:
     """The configuration of a whole run.
 
     `routing` is the router if `experts.kind` is "aoe" or "router". For any other kind it is the
-    layer of `aoe_jax/methods/` with this name. It contains the settings of this one method only.
+    layer of `aoe_jax/methods/` whose name is the kind. It has the settings of this method only.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -89,8 +89,8 @@ class Config:
 
 
 def field_types(methods=True):
-    """The types of each field of each group: `{group: {field: (type, ...)}}`. The group `routing`
-    has the fields of all methods. If `methods` is False it has only `name`; no method is imported.
+    """Returns the types of all fields, `{group: {field: (type, ...)}}`. The group `routing` has the
+    fields of all methods. If `methods` is False it has only `name`, and no method is imported.
     """
     found = {f.name: _types(f.type) for f in dataclasses.fields(Config) if f.name != "routing"}
     found["routing"] = {"name": (str,)}

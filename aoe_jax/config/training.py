@@ -21,7 +21,7 @@ class TrainConfig(Group):
     # Factor of the learning rate, and so of the weight decay, for the matrices that compute scores:
     # a router, AoE's W_gate_down, or the scoring columns of whole gates.
     scoring_rate: float = setting(1.0, above=0)
-    weight_decay: float = setting(0.1, at_least=0)  # only for matrices, except embeddings
+    weight_decay: float = setting(0.1, at_least=0)  # of all matrices except embeddings
     clip_norm: float = setting(1.0, above=0)  # limit of the global norm of the gradient
     # Micro-batches per step.
     accumulate: int = setting(1, above=0, divides="batch_size")
@@ -64,7 +64,7 @@ class TrainConfig(Group):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Group):
-    """When to save checkpoints, and which to keep: all that at least one `keep` field selects."""
+    """When to save checkpoints, and which to keep: each one that a `keep` field selects is kept."""
 
     group = "checkpoint"
 
@@ -74,7 +74,7 @@ class CheckpointConfig(Group):
     every_minutes: float = setting(0.0, at_least=0)
     # Seconds after which a save in the background counts as failed.
     timeout: float = setting(1200.0, at_least=1, at_most=10**6)
-    keep: int = setting(2, above=0)  # number of newest checkpoints
+    keep: int = setting(2, above=0)  # number of newest checkpoints to keep
     # Keep checkpoints whose step is a multiple of this; 0: none.
     keep_every: int = setting(0, at_least=0, multiple_of="every")
     keep_best: int = setting(0, at_least=0)  # number of checkpoints with the lowest validation nll

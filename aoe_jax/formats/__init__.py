@@ -1,1 +1,1 @@
-"""Reads and writes Hugging Face models and our own format `aoe`."""
+"""Reads and writes models in the formats of Hugging Face and in our own format `aoe`."""

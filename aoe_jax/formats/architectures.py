@@ -1,19 +1,19 @@
-"""Tables of the tensors and the fields of `config.json` in the files of each architecture.
+"""Tables of each architecture: the tensors in its files, and the fields of its `config.json`.
 
-**Tensors.** A row has the path of a decoder parameter, the name of its tensor, and the axes of the
-tensor if they differ from the parameter's. `aoe_jax/parameters.py` declares the parameter's axes,
-and `aoe_jax/moe/__init__.py` explains the letters. A parameter under `layers/` has one tensor per
-layer, with `model.layers.N.` before the name; N counts the layers under `dense_layers/` first. A
-name with `{n}` means one tensor per expert. `Hh d` flattens H and h into one axis, H outermost.
-`f/0` and `f/1` are the first and the second half of an axis that contains two parameters. If a
-parameter has several rows, we can read files with any of them, and write files with the first.
+**Tensors.** A row contains the path of a decoder parameter, the name of its tensor, and the axes of
+the tensor if they differ from the parameter's. `aoe_jax/parameters.py` declares the parameter's
+axes, and `aoe_jax/moe/__init__.py` explains the letters. A parameter under `layers/` has one tensor
+per layer, with `model.layers.N.` before the name; the layers under `dense_layers/` are numbered
+first. A name with `{n}` means one tensor per expert. `Hh d` flattens H and h into one axis, H
+outermost. `f/0` and `f/1` are the first and the second half of an axis that contains two
+parameters. If a parameter has several rows, we read files with any of them, and write the first.
 
 **The format `aoe`** stores models that no architecture of the Hugging Face hub can express. If the
 classes in `huggingface/` can compute the model, `config.json` has the fields of these classes, and
 their source files are copied, too. Otherwise `config.json` has the groups `model`, `experts` and
-`routing`, with the fields of `Config` that decide the results. `aoe_jax.parameters` declares names
-and axes of tensors, and the methods declare the routing state, which is float32. Layers of a dense
-model have the tensors of experts without the axis n. Dense layers before MoE layers have Llama's.
+`routing`, with the fields of `Config` that affect the results. `aoe_jax.parameters` declares names
+and axes of tensors, and the methods declare the routing state, which is float32. A dense model has
+the tensors of experts without the axis n. Dense layers before MoE layers have Llama's tensors.
 """
 
 import ast
@@ -105,7 +105,7 @@ _DENSE_IN_FRONT = {  # dense layers in front of layers with experts
 
 
 def _fields(text):
-    """Returns `{field of config.json: (field of Config, default)}`; no default: required."""
+    """`{field of config.json: (field of Config, default)}`; a field without default is required."""
     rows = (line.split() for line in text.strip().splitlines())
     return {name: (sets, *map(ast.literal_eval, default)) for name, sets, *default in rows}
 
@@ -138,7 +138,7 @@ _DENSE = _FIELDS | _fields("""
     rms_norm_eps                       model.norm_eps                1e-6
 """)
 _ONLY = {"hidden_act": ("silu",), "quantization_config": (None,)}
-_QWEN_ONLY = _ONLY | {"use_sliding_window": (False,)}  # then `sliding_window` has no effect
+_QWEN_ONLY = _ONLY | {"use_sliding_window": (False,)}  # False disables `sliding_window`
 _QWEN_MOE_ONLY = _QWEN_ONLY | {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
 _ROUTER = {"experts.kind": "router"}
 _IS_DENSE = {"experts.kind": "dense", "routing.name": "dense"}
@@ -147,14 +147,14 @@ _IS_DENSE = {"experts.kind": "dense", "routing.name": "dense"}
 class Architecture(NamedTuple):
     """One `model_type`: its tensors, and the fields of `Config` that its `config.json` sets."""
 
-    class_name: str  # of the class in transformers
+    class_name: str  # the name of the class in transformers
     tensors: dict[str, list]  # result of `_table`
     fields: dict[str, tuple]  # result of `_fields`
-    only: dict[str, tuple] = _ONLY  # field -> implemented values, the default first
-    constants: dict[str, Any] = _ROUTER  # field of `Config` -> value for all models
-    rope_theta: float = 1e4  # if config.json has none
+    only: dict[str, tuple] = _ONLY  # field of config.json -> implemented values, the default first
+    constants: dict[str, Any] = _ROUTER  # field of `Config` -> its value in all models
+    rope_theta: float = 1e4  # the default of this field of config.json
     rope_types: tuple[str, ...] = ("default", "longrope")
-    rope_share: float = 1.0  # if config.json has no partial_rotary_factor
+    rope_share: float = 1.0  # the default of partial_rotary_factor in config.json
     aliases: tuple[tuple[str, str], ...] = ()  # (other name of a field, its name in `fields`)
 
 
@@ -292,8 +292,8 @@ class Layout:
     def __init__(
         self, axes: str, shape: tuple[int, ...], name: str, stored: str = "", first_layer: int = 0
     ):
-        """`axes` are the declared axes of the parameter, and `shape` includes the axis of layers.
-        `name` and `stored` are from the row. In files, the first layer has number `first_layer`.
+        """`axes` are the declared axes of the parameter, `shape` includes the axis of layers, and
+        `name` and `stored` are columns of the row. `first_layer` is the number of layer 0 in files.
         """
         self._name, self._first_layer = name, first_layer
         axes, layers = axes.split(), ["L"] if "{L}" in name else []
@@ -301,7 +301,7 @@ class Layout:
         self.whole = {axis: (0, size) for axis, size in zip(axes, shape, strict=True)}
         self._named = [axis for axis in axes if f"{{{axis}}}" in name]
         self._axes = axes[len(self._named) :]
-        # For each axis of a tensor: (parameter axes, index of this parameter, parameters in it).
+        # For each axis of a tensor: (parameter axes, index of the parameter, number of parameters).
         self._groups = [([axis], 0, 1) for axis in self._axes]
         if stored:
             parts = [group.partition("/") for group in stored.split()]
@@ -314,8 +314,8 @@ class Layout:
         return math.prod(self.whole[axis][1] for axis in axes)
 
     def tensors(self, bounds: dict[str, tuple[int, int]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yields `(name, index)` of each tensor with elements in `bounds`, `(first, end)` by axis.
-        `index` selects the elements of the tensor from the part of the parameter in `bounds`.
+        """Yields `(name, index)` of each tensor with elements in `bounds`, `{axis: (first, end)}`.
+        If `part` is the parameter within `bounds`, `part[index]` are the tensor's elements.
         """
         layers, experts = (range(*bounds[a]) if a in self._named else (0,) for a in ("L", "n"))
         for layer in layers:
@@ -325,7 +325,7 @@ class Layout:
                 yield self._name.format(L=layer + self._first_layer, n=expert), index
 
     def read(self, tensor: Stored, bounds: dict[str, tuple[int, int]]) -> np.ndarray:
-        """Returns the elements of a tensor that belong to the part of the parameter in `bounds`."""
+        """Returns the elements of a tensor within `bounds`, with the axes of the parameter."""
         slices = []
         for (outer, *inner), piece, _ in self._groups:
             offset, unit = piece * self._size([outer]), self._size(inner)
@@ -335,7 +335,7 @@ class Layout:
         return part.transpose([self._order.index(axis) for axis in self._axes])
 
     def to_file(self, part: np.ndarray):
-        """Returns a whole tensor with the axes of the file; `part` has those of the parameter."""
+        """Returns a whole tensor with the axes of the file; `part` has the parameter's axes."""
         return part.transpose([self._axes.index(axis) for axis in self._order]).reshape(self.shape)
 
 
@@ -344,13 +344,13 @@ def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str,
 
     `shapes` maps every path to an array or a `ShapeDtypeStruct`, with the axis of layers. If no
     tensor of a parameter is in `names`, its layout is the one that we write. Raises `UserError` if
-    the architecture has no such parameter.
+    the architecture lacks a parameter of `shapes`.
     """
     n_dense = next((a.shape[0] for path, a in shapes.items() if path.startswith("dense_")), 0)
     found = {}
     for path, a in shapes.items():
         parameter = declared(path)
-        axes = parameter.axes if parameter else "n"  # else a routing state
+        axes = parameter.axes if parameter else "n"  # undeclared: a routing state
         rows = ARCHITECTURES[model_type].tensors.get(path)
         if model_type == OWN and not rows:
             group = "experts." if axes.startswith("n ") else ""

@@ -16,7 +16,7 @@ from aoe_jax.storage.files import COUNT, NUMBER
 
 log = logging.getLogger(__name__)
 
-WINDOW = 1024  # default data.seq_len, unless the model's length is shorter
+WINDOW = 1024  # default data.seq_len of a model, unless its model.max_len is shorter
 _AUTO_MAP = {
     "AutoConfig": "configuration_aoe.AoEConfig",
     "AutoModel": "modeling_aoe.AoEModel",
@@ -27,12 +27,12 @@ _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
 
 def computed_fields(config: Config):
-    """Returns `{field: value}` of the settings that, with the parameters, decide the results."""
+    """Returns `{field: value}` of the settings that, with the parameters, determine the outputs."""
     model, experts, routing, groups = config.model, config.experts, config.routing, config.to_dict()
     fields = flatten_dict({name: groups[name] for name in ("model", "experts", "routing")}, sep=".")
     fields |= {"model.n_kv_heads": model.kv_heads, "model.head_dim": model.head_width}
     fields["experts.d_wide"] = experts.width(model.d_model)
-    # These fields do not change the results; d_ffn and round_to do, but only through d_wide.
+    # These fields do not change the results; d_ffn and round_to do so only through d_wide.
     unused = {"model.dtype", "model.remat", "model.unroll", "model.attention", "model.max_len"}
     unused |= {"experts.score_gradient", "experts.gradient_sums", "experts.grouped_matmul"}
     unused |= {"experts.d_ffn", "experts.round_to"}
@@ -50,13 +50,14 @@ def computed_fields(config: Config):
 def from_json(values: dict):
     """Returns the `Config` of a model from the content of its `config.json`.
 
-    `model.dtype` is float32. `data.seq_len` is `WINDOW`, or the model's length if that is shorter.
-    Other groups have their defaults. Raises `UserError` if the architecture is unknown, if a field
-    is missing or invalid, or if the model needs something that is not implemented here.
+    `model.dtype` is float32. `data.seq_len` is `WINDOW`, or `model.max_len` if that is shorter or
+    if `WINDOW` is too short for the routing method. `balance.aux_weight` is 0 if the method is
+    usually trained without L_aux. Other fields have their defaults. Raises `UserError` if the
+    architecture is unknown, if a field is missing or invalid, or if a feature is not implemented.
     """
     name, known = values.get("model_type"), f"known are {', '.join(ARCHITECTURES)}"
     if name is None:
-        take = "`python -m aoe_jax.export` takes the model out of a training run"
+        take = "`python -m aoe_jax.export` exports the model of a training run"
         raise UserError(f"it has no model_type; {take}")
     _check(isinstance(name, str), "model_type", name, f"is no text; {known}")
     _check(name in ARCHITECTURES, "model_type", name, f"is unknown; {known}")
@@ -80,7 +81,7 @@ def from_json(values: dict):
         factors = _rope_factors(values, config.model)
         model = dataclasses.replace(config.model, rope_factors=factors)
         config = dataclasses.replace(config, model=model)
-    with contextlib.suppress(UserError):  # if the routing method needs longer sequences
+    with contextlib.suppress(UserError):  # the routing method may need longer sequences
         window = dataclasses.replace(config.data, seq_len=min(WINDOW, config.model.max_len))
         return dataclasses.replace(config, data=window)
     return config
@@ -160,7 +161,7 @@ def _rotary_settings(values):
 
 
 def _rope_factors(values, model):
-    """Returns the rotary factors of Llama 3.1, or of a LongRoPE that `to_json` wrote.
+    """Returns the divisors of the rotary frequencies: Llama 3.1's, or those that `to_json` wrote.
 
     Llama 3.1 divides a frequency by `factor` if it makes fewer than `low_freq_factor` turns within
     the pretraining length, and by 1 if it makes more than `high_freq_factor` turns. Between these
@@ -190,7 +191,7 @@ def _rope_factors(values, model):
 
 
 def to_json(config: Config, routing_state=()):
-    """Returns `config.json` of a model with `routing_state`, without dtype and special tokens.
+    """Returns the `config.json` of a model with `routing_state`, except dtype and special tokens.
 
     The architecture is the first in `ARCHITECTURES` that can express the whole model. If none can,
     the result is that of `as_own`: only `aoe_jax` can load the model, and the log says why.
@@ -218,7 +219,7 @@ def to_json(config: Config, routing_state=()):
 
 
 def _hub_json(config, model_type):
-    """Returns the `config.json` of an architecture, without fields that the config lacks."""
+    """Returns the `config.json` of an architecture; it omits fields that `config` does not have."""
     architecture = ARCHITECTURES[model_type]
     fields = {"model_type": model_type, "architectures": [architecture.class_name]}
     computed = computed_fields(config)
@@ -239,7 +240,7 @@ def _hub_json(config, model_type):
     fields |= {"hidden_act": "silu", "rope_theta": model.rope_base, "sliding_window": None}
     if model.rope_factors:
         # Transformers 4 reads only `rope_scaling`. Our own format does not use this field, because
-        # `AutoTokenizer` would then fail without our classes.
+        # with it `AutoTokenizer` fails if our classes are not loaded.
         fields["rope_parameters" if model_type == OWN else "rope_scaling"] = {
             "rope_type": "longrope",  # every architecture supports it
             "short_factor": list(model.rope_factors),
@@ -252,7 +253,7 @@ def _hub_json(config, model_type):
 
 
 def as_own(config: Config):
-    """Returns `config.json` in our own format with groups, without dtype and special tokens."""
+    """Returns the `config.json` of our own format in groups, without dtype and special tokens."""
     groups = {"model": {"max_len": config.model.max_len}, "experts": {}, "routing": {}}
     for name, value in computed_fields(config).items():
         group, _, name = name.partition(".")

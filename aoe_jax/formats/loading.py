@@ -1,4 +1,4 @@
-"""Loads the configuration of a model, and its safetensors directly onto a mesh."""
+"""Loads a model's configuration, and its parameters from safetensors directly onto a mesh."""
 
 import dataclasses
 import logging
@@ -38,7 +38,7 @@ _WITHOUT = "remove the file to load the model without it"
 
 
 def is_model(directory: Path) -> bool:
-    """Whether a directory has a model, not a run: only a model's config has a `model_type`."""
+    """Whether a directory has a model, not a run: only a model's config.json has a `model_type`."""
     path = directory / "config.json"
     is_there = patiently(f"{path} cannot be read", path.exists)
     return is_there and "model_type" in read_json(path, _WANTED)
@@ -53,12 +53,12 @@ def read_config(directory: Path) -> Config:
     """Returns the configuration of a model in a directory.
 
     If `aoe_jax.export` wrote the model, it is the configuration of the run, but `data.cache` and
-    the groups `train` and `mesh` have their defaults; `train.batch_size` is the run's micro-batch
-    size if that is smaller. For other models, `model`, `experts` and `routing` are read from
-    `config.json`, and other groups have their defaults; `model.dtype` is bfloat16 if the embedding
-    table is bfloat16, else float32. `data.tokenizer` is always the tokenizer in the directory.
-    Raises `UserError` if a file cannot be read, or if the architecture is unknown or needs
-    something that is not implemented here.
+    the groups `train` and `mesh` have their defaults, except that `train.batch_size` is the run's
+    micro-batch size if that is smaller. For other models, `model`, `experts` and `routing` are read
+    from `config.json`, and other groups have their defaults; `model.dtype` is bfloat16 if the
+    embedding table is bfloat16, else float32. `data.tokenizer` is always the tokenizer in the
+    directory. Raises `UserError` if a file cannot be read, or if the architecture is unknown or
+    needs something that is not implemented here.
     """
     path = directory / "config.json"
     values = read_json(path, _WANTED)
@@ -71,11 +71,11 @@ def read_config(directory: Path) -> Config:
     if (directory / RUN_FILE).exists():
         config = _config_of_run(directory / RUN_FILE, config)
     tokenizer = saved_tokenizer(directory)
-    # The author of the configuration may not be trusted, so its tokenizer and cache are not used.
-    # Its paths of corpora are used in messages only (`evaluation.models.corpus_of`).
+    # A configuration from an untrusted author may name any path, so its tokenizer and cache are not
+    # used. Its paths of corpora are used in messages only (`evaluation.models.corpus_of`).
     own = {"tokenizer": str(tokenizer) if tokenizer.exists() else None, "cache": DataConfig.cache}
     data = dataclasses.replace(config.data, **own)
-    # The default is the limit, because the run may have used the batch size of a pod.
+    # The batch size is at most the default, because that of the run may need many devices.
     rows = config.train.batch_size // config.train.accumulate
     train = TrainConfig(batch_size=min(rows, TrainConfig.batch_size))
     return dataclasses.replace(config, data=data, train=train, mesh=MeshConfig())
@@ -97,7 +97,7 @@ def read_step(directory: Path) -> int | None:
 
 
 def read_begin_token(directory: Path, vocab_size: int) -> int | None:
-    """Returns the first token of every text, or None; raises `UserError` if it is invalid."""
+    """Returns the token that begins every text, or None. Raises `UserError` if it is invalid."""
     path = directory / "config.json"
     token = read_json(path, _WANTED).get("bos_token_id")
     if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
@@ -122,7 +122,7 @@ def read_end_tokens(directory: Path) -> list[int]:
 
 
 def parameter_shapes(config: Config):
-    """Returns `{path: ShapeDtypeStruct}` of all parameters; `[L, ...]` for those of layers."""
+    """Returns `{path: ShapeDtypeStruct}` of all parameters; those of layers are `[L, ...]`."""
     return flatten_dict(jax.eval_shape(lambda: initial_params(config, 0)), sep="/")
 
 
@@ -150,7 +150,7 @@ class ModelReader:
         self._layouts = find_layouts(values["model_type"], shapes, self._stored)
         # If the embeddings are tied, an output table is ignored. Transformers ignores it, too.
         known = {"lm_head.weight"} if config.model.tie_embeddings else set()
-        if values.get("num_nextn_predict_layers"):  # the file has this layer last
+        if values.get("num_nextn_predict_layers"):  # it is the last layer in the files
             last = f"model.layers.{n_dense + n_layers}."
             known |= {name for name in self._stored if name.startswith(last)}
             log.info("left out: the layer of multi-token prediction, %s", last.rstrip("."))
@@ -173,7 +173,7 @@ class ModelReader:
                 names = " and ".join(f"{name} of {dtype}" for dtype, name in dtypes.items())
                 raise UserError(f"{self._directory}: tensors {names} must be of the same type")
         for name in sorted(self._stored.keys() - known):
-            if not name.endswith(".rotary_emb.inv_freq"):  # unused, in old files
+            if not name.endswith(".rotary_emb.inv_freq"):  # old files contain it; nothing uses it
                 wanted = f"tensor {name} is unknown; a model of this config.json has no such tensor"
                 raise UserError(f"{self._stored[name].file}: {wanted}")
 
@@ -196,7 +196,7 @@ class ModelReader:
 def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
     """Returns `(params, routing_state)` of a decoder; the state is float32 `[L, ...]` by name.
 
-    Host memory contains one parameter (of all layers) at a time, the part for the host's devices.
+    Host memory contains one parameter (of all layers) at a time, and only the host's shards of it.
     `config` is the model's configuration with the axes of `mesh`. The parameters are in `dtype`;
     None means the dtype of the files. Raises `UserError` if a tensor is wrong or cannot be read.
     """

@@ -40,7 +40,7 @@ The model (experts.kind={kind!r}) has {counts}.
 ## Use
 
 In the commands and the code, DIR is this directory. {classes}
-With `aoe_jax` (the last command in the root of its repository):
+With `aoe_jax` (run the last command in the root of its repository):
 
     python -m aoe_jax.generate --workdir=DIR --prompt='...'
     python -m aoe_jax.eval --workdir=DIR --tasks=piqa
@@ -49,8 +49,8 @@ With `aoe_jax` (the last command in the root of its repository):
 
 
 def training(config: Config, workdir: Path, step: int) -> str:
-    """Returns the section of a card about a run. It has the figures in `workdir` that were measured
-    at this step on the run's own corpora.
+    """Returns the section "Training" of a card. Its table contains the metrics from `workdir` that
+    were measured at this step on the run's own corpora.
     """
     rows = []
     if (workdir / "summary.json").exists():

@@ -16,7 +16,7 @@ from aoe_jax.storage.retry import patiently
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2_000_000_000
-_INDEX_BYTES = 2**26  # limit of an index; the largest on the hub has 20 MB
+_INDEX_BYTES = 2**26  # size limit of an index file; the largest on the hub has 20 MB
 _FILE = matching(re.compile(r"[^/\0-\x1f]+\.safetensors"), "the name of a safetensors file")
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -47,12 +47,12 @@ class Stored:
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
-    """Returns `{name: Stored}` of `model.safetensors` in a directory, or of its shards.
+    """Returns `{name: Stored}` of a directory's `model.safetensors`, or of the shards of a model.
 
     Reads only the headers of the files. Raises `UserError` if a file is missing or damaged, or if a
     tensor is not float32, float16 or bfloat16. Raises `MachineFault` if a disk fails.
     """
-    if (directory / SINGLE).exists():  # an index is ignored, also by transformers
+    if (directory / SINGLE).exists():  # then transformers ignores an index, too
         return _read_header(directory / SINGLE)
     index = directory / INDEX
     if not index.exists():
@@ -83,14 +83,14 @@ def _read_header(path):
 
 
 def _shapes_and_dtypes(path):
-    path.open("rb").close()  # safetensors reports every fault as a missing file
+    path.open("rb").close()  # raises the fault; safetensors would report a missing file
     with safe_open(path, framework="numpy") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no dict
         return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
 
 
 def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):
-    """Writes named tensors to one file, or to shards and their index; needs memory for one file.
+    """Writes named tensors to one file, or to shards and an index; needs memory for one file.
 
     A shard has at most `SHARD_BYTES`; a larger tensor has a file of its own. Raises `OSError` or
     `SafetensorError` if a file cannot be written.

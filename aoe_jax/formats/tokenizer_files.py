@@ -1,4 +1,4 @@
-"""Writes the tokenizer to the directory of a model, for us and `transformers.AutoTokenizer`."""
+"""The tokenizer in the directory of a model, for `aoe_jax` and `transformers.AutoTokenizer`."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def write_tokenizer(folder: Path, output: Path, max_len: int):
         if tokenizers.Tokenizer.from_file(str(file)).num_special_tokens_to_add(is_pair=False):
             spec = json.loads(file.read_text()) | {"post_processor": None}
             file.write_text(json.dumps(spec, ensure_ascii=False))
-            log.info("the tokenizer adds tokens to a text; here it adds none, as in training")
+            log.info("the tokenizer adds special tokens; its copy adds none, as training did not")
     settings = {
         "tokenizer_class": kind,
         "bos_token": None,
@@ -58,7 +58,7 @@ def write_tokenizer(folder: Path, output: Path, max_len: int):
 def read_prefix(folder: Path, tokenizer, begin_token: int | None) -> list[int]:
     """Returns the tokens that a model's tokenizer adds before every text in `transformers`.
 
-    `tokenizer.json` states them. For a SentencePiece model they are `[begin_token]` if
+    `tokenizer.json` defines them. For a SentencePiece model they are `[begin_token]` if
     `tokenizer_config.json` sets `add_bos_token`. Raises `UserError` if that file is unreadable.
     """
     if not isinstance(tokenizer, SentencePieceTokenizer):

@@ -66,9 +66,9 @@ def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter
     `values` is the content of `config.json` without the dtype. Its `model_type` decides the names
     of the tensors; if it has an `auto_map`, our classes are copied, too. `shapes` maps every path
     to an array or a `ShapeDtypeStruct`, with the axis of layers. `parameter(path, layer)` must
-    return the whole parameter of a layer; `layer` is its number in the stack, or None outside the
-    layers. All parameters of a layer are requested together, in the order of `shapes`. Raises
-    OSError or SafetensorError if a file cannot be written.
+    return the whole parameter of a layer; `layer` is the number of the layer in its stack, or None
+    for a parameter outside the layers. All parameters of a layer are requested together, in the
+    order of `shapes`. Raises OSError or SafetensorError if a file cannot be written.
     """
     layouts = find_layouts(values["model_type"], shapes)
     stacks = {}  # stack of layers, or None for the rest -> paths of parameters
@@ -115,7 +115,7 @@ def parameters_of(params: dict, routing_state=None, dtype: str | None = None):
 
 
 def write_run(directory: Path, source: Path, step: int | None, config: Config):
-    """Writes the step, configuration and data identity of a run, if `source` belongs to a run."""
+    """Writes the step, configuration and `data.json` of a run, if `source` belongs to a run."""
     if not is_of_run(source):
         return
     write_json(directory / RUN_FILE, {"step": step, "config": config.to_dict()})

@@ -1,9 +1,9 @@
-"""Methods other than AoE and the top-k router. Each file describes and implements one method.
+"""Methods other than AoE and the routers of `moe/routing.py`. Each file describes one method.
 
 A method is a frozen dataclass that inherits from `Method` (`moe/routing.py`). A router is called as
-`(scores, weights, ctx) -> Routing`, a layer as `(x, weights, layer, ctx) -> (y, LayerStats)`. A run
-uses one method, `config.routing`. The tables below map names to classes, and `find_method` imports
-a class.
+`(scores, weights, ctx) -> Routing`. A layer is called as `(x, weights, layer, ctx) ->
+(y, LayerStats)`. A run uses one method, `config.routing`. The tables below map the names of methods
+to their classes, which `find_method` imports.
 """
 
 from importlib import import_module
@@ -32,11 +32,11 @@ LAYERS = {
 
 
 def find_method(name: str):
-    """The class of a router or layer. Raises `KeyError` for an unknown name."""
+    """Returns the class of a router or layer. Raises `KeyError` for an unknown name."""
     module, _, class_name = (ROUTERS | LAYERS)[name].partition(":")
     return getattr(import_module(module), class_name)
 
 
 def all_methods():
-    """The classes of all methods by name."""
+    """Returns `{name: class}` of all methods."""
     return {name: find_method(name) for name in (*ROUTERS, *LAYERS)}

@@ -1,13 +1,13 @@
 """`experts.kind="capacity"`: a router MoE with expert capacity and token dropping, after GShard
 (arXiv 2006.16668) and Switch (arXiv 2101.03961).
 
-Each sequence is one group of tokens. In a group an expert has C places for tokens. All first
-choices get places before any second choice, in the order of the tokens. If no place is
-free, the choice is dropped and adds nothing to its token's output. Dispatch and combine are
-products with arrays `[B, S, n, C]`, so all shapes are fixed.
+Each sequence is one group of tokens. In each group an expert has C places: it processes at most C
+tokens. The first choices of all tokens get places before any second choice, in the order of the
+tokens. If the chosen expert has no free place, the choice is dropped and adds nothing to the output
+of its token. Dispatch and combine are products with arrays `[B, S, n, C]`; all shapes are fixed.
 
-NOT CAUSAL with more than one expert per token: the first choice of a later token may get the place
-that an earlier token's second choice needs. With one expert per token the layer is causal.
+With more than one expert per token the layer is NOT CAUSAL: the first choice of a later token may
+get the place that an earlier token's second choice needs. With one expert per token it is causal.
 """
 
 from dataclasses import dataclass
@@ -24,10 +24,11 @@ from aoe_jax.parameters import EXPERTS, ROUTER
 
 
 def assign_places(expert, n_experts, capacity):
-    """Assigns places to the choices of each group: all first choices first, in the order of tokens.
+    """Assigns places in each group: all first choices come first, in the order of the tokens.
 
-    `expert [B, S, K]` int32 has the first choices first, and n for padding. Returns the places
-    `[B, S, n]` int32 (C if an expert is full or not chosen), and the number of dropped choices.
+    `expert [B, S, K]` int32 are the choices of each token, the first choice first; n for padding.
+    Returns `(place, number of dropped choices)`. `place [B, S, n]` int32 is a token's place in each
+    expert, from 0 to C - 1, or C if the token has no place in this expert.
     """
     n_groups, n_tokens, k = expert.shape
     chosen = jax.nn.one_hot(expert, n_experts, dtype=jnp.int32)
@@ -39,12 +40,12 @@ def assign_places(expert, n_experts, capacity):
 
 
 def experts_of_places(x, place, weight, capacity, w, devices):
-    """Sums expert outputs over the places of each token, weighted by `weight [B, S, n]`.
+    """Computes the sum of each token's expert outputs, weighted by `weight [B, S, n]`.
 
-    `[B, S, d]` -> `[B, S, d]`, zero for a token without a place. `w` are the matrices of this
-    device's experts in the dtype of `x`.
+    `x [B, S, d]` -> `[B, S, d]`, zero for a token without a place. `place` is the result of
+    `assign_places`. `w` are the matrices of this device's experts in the dtype of `x`.
     """
-    with jax.named_scope("dispatch"):  # `dispatch` is 1 where a token has a place
+    with jax.named_scope("dispatch"):  # dispatch[b, s, n, c]: 1 if token s has place c of expert n
         dispatch = (place[..., None] == jnp.arange(capacity)).astype(x.dtype)
         rows = devices.exchange(jnp.einsum("gtnc,gtd->ngcd", dispatch, x), 0, 1)
     with jax.named_scope("experts"):
@@ -57,16 +58,16 @@ def experts_of_places(x, place, weight, capacity, w, devices):
 
 @dataclass(frozen=True)
 class Capacity(FixedK):
-    """A top-k router whose experts have C = capacity_factor K S / n places per sequence.
+    """A top-k router whose experts have C = ceil(capacity_factor K S / n) places per sequence.
 
-    Statistics, balance losses and the selection bias are computed from the choices before any is
-    dropped. `dropped_share` is the fraction of the choices that are dropped.
+    Statistics, balance losses and the selection bias are computed from all choices, also from the
+    dropped ones. `dropped_share` is the fraction of the choices that are dropped.
     """
 
     name = "capacity"
 
     capacity_factor: float = setting(2.0, above=0)
-    norm_topk_prob: bool = True  # softmax over the chosen scores; False: over all scores
+    norm_topk_prob: bool = True  # weights are a softmax over the chosen scores; False: over all
 
     def __call__(self, x, weights, layer, ctx):
         n, devices = layer.experts.n_experts, ctx.devices
@@ -84,7 +85,7 @@ class Capacity(FixedK):
             weight = (weight[..., None] * jax.nn.one_hot(expert, n)).sum(axis=2)
         with jax.named_scope("balance"):
             stats = layer.statistics(scores, routing, weights, ctx)
-            # Divided by the number of devices along tensor, because they count the same groups.
+            # Devices along tensor count the same groups, so the count is divided by their number.
             dropped = dropped / (ctx.top_k * devices.size("tensor"))
             dropped, n_tokens = devices.total((dropped, ctx.token_weights.sum()))
             stats = stats._replace(dropped_share=dropped / jnp.maximum(n_tokens, 1))
@@ -100,7 +101,7 @@ class Capacity(FixedK):
         return rematerialised(compute, devices)(x, place, weight, matrices), stats
 
     def places(self, n_tokens, experts):
-        """C, the number of places of an expert in a sequence of `n_tokens`."""
+        """Returns C, the number of places of an expert in a sequence of `n_tokens` tokens."""
         factor = self.capacity_factor * experts.top_k
         return expert_capacity(n_tokens, experts.n_experts, factor)
 
@@ -111,7 +112,7 @@ class Capacity(FixedK):
         )
         no_decoding = (
             "whether a token gets a place of an expert depends on the other tokens of the text and "
-            "on its length"
+            "on the length of the text"
         )
         reason = reason if experts.top_k > 1 else ""
         return Causality(reason, no_decoding=no_decoding, padding_counts=True)
@@ -120,11 +121,11 @@ class Capacity(FixedK):
         return ROUTER | {name: EXPERTS[name] for name in ("w_up", "w_down", "w_gate")}
 
     def wasted_flops(self, config):
-        """Training FLOPs per token and layer beyond the useful ones.
+        """Returns the training FLOPs per token and layer in addition to those of K experts.
 
-        Experts also compute empty places. Dispatch and combine are products over all tokens,
-        experts and places of a sequence. The forward pass computes one product for each, the
-        backward pass one for dispatch and two for combine.
+        Experts also process their empty places. Dispatch and combine are products over all tokens,
+        experts and places of a sequence. The forward pass computes one product for dispatch and one
+        for combine, the backward pass one for dispatch and two for combine.
         """
         e, length, d = config.experts, config.data.seq_len, config.model.d_model
         places = e.n_experts * self.places(length, e)
@@ -136,5 +137,5 @@ class Capacity(FixedK):
         if self.capacity_factor > n:
             self.refuse("capacity_factor", f"must be at most experts.n_experts={n}")
         if mesh.expert > 1 and mesh.transport != "all_to_all":
-            why = "with experts.kind='capacity' and mesh.expert, places of experts travel"
+            why = "with experts.kind='capacity', mesh.expert sends tokens to their experts' devices"
             mesh.refuse("transport", f"{why}; set 'all_to_all'")

@@ -1,4 +1,4 @@
-"""Attention sets the number of experts per token (DA-MoE, Aghdam et al. 2024, arXiv 2409.06669).
+"""DA-MoE (Aghdam et al. 2024, arXiv 2409.06669): attention determines a token's number of experts.
 
     K[t] = ceil(importance[t] K_max), at least 1;  token t uses its K[t] experts of highest score
 
@@ -6,8 +6,8 @@ Weights are the softmax over these scores; K_max is `experts.top_k`. In DA-MoE t
 token is computed from attention weights, without extra parameters. The paper's formulas were not
 available, so the formulas below are this project's. The importance is `(N p - 1) / (N - 1)`, where
 p is the largest attention probability of the token over the N tokens that it attends to. It is 0
-for uniform attention, 1 for attention to one token, and 0 for the first token of a document. Each
-head computes an importance, with one more product of the layer's queries and keys.
+for uniform attention, 1 for attention to one token, and 0 if N is 1. It is computed for each head,
+from one more product of the layer's queries and keys; `reduce` combines the results of the heads.
 
 K[t] has no gradient. A layer reserves K_max slots per token and computes only the used slots. L_aux
 counts only used slots. The method is causal.
@@ -38,7 +38,7 @@ def concentration(peaks, n_visible):
 
 def head_importance(q, k, visible):
     """The importance of each token in each head, for `Hooks.attention`: `[B, H, S]` float32 or
-    wider, without a gradient. Heads are computed one by one, so only one `[B, S, c]` is in memory.
+    wider, without a gradient. One head is computed at a time, so one `[B, S, c]` is in memory.
     """
     q, k = jax.lax.stop_gradient((q.swapaxes(0, 1), k.swapaxes(0, 1)))
     share, dtype = q.shape[0] // k.shape[0], jnp.promote_types(q.dtype, jnp.float32)
@@ -59,7 +59,7 @@ def experts_of(importance, k_max):
 def best(scores, count, k_max):
     """Routes each token to its `count [T]` experts of highest score, with softmax weights.
 
-    `scores [T, n]`, `count` from 1 to `k_max` -> a `Routing` with `P = T k_max`.
+    `scores [T, n]`, `count` from 1 to `k_max` -> a `Routing` with `P = T k_max` slots.
     """
     n_experts = scores.shape[1]
     expert = jax.lax.top_k(jax.lax.stop_gradient(scores), k_max)[1]
@@ -71,15 +71,15 @@ def best(scores, count, k_max):
 
 @dataclass(frozen=True)
 class DAMoE(Method):
-    """At most `experts.top_k` experts per token: more if its attention is concentrated."""
+    """Routes a token to 1 to `experts.top_k` experts, to more if its attention is concentrated."""
 
     name = "da_moe"
     hooks = Hooks(attention=head_importance)
 
-    reduce: str = setting("mean", choices=tuple(REDUCE))  # combines the importances of heads
+    reduce: str = setting("mean", choices=tuple(REDUCE))  # over the importances in all heads
 
     def __call__(self, scores, weights, ctx):
         if ctx.captured is None:
-            raise ValueError(f"router {self.name!r} works only in a decoder, behind attention")
+            raise ValueError(f"router {self.name!r} works only in a decoder, after attention")
         importance = REDUCE[self.reduce](ctx.captured, axis=1)
         return best(scores, experts_of(importance, ctx.top_k), ctx.top_k)

@@ -47,7 +47,7 @@ class Dense(Unchosen):
         if config.mesh.expert > 1:
             config.mesh.refuse("expert", "a dense model has no experts to split; use fsdp")
         if config.model.remat == "experts":
-            wanted = "is for layers of experts; use none or layer with a dense model"
+            wanted = "is for layers of experts; use 'none' or 'layer' with a dense model"
             config.model.refuse("remat", wanted)
 
 

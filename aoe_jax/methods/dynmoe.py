@@ -5,28 +5,30 @@ adds and removes experts.
     gap[t, i] = ReLU(sigmoid(tau c[t, i]) - sigmoid(tau G[i]))
     expert i processes token t if gap > 0;  weight = 1 / (the number of the token's experts)
 
-The threshold G[i] is a parameter with initial value 0, so at first about half of the experts are
-chosen. The gate is 1 where the gap is above 0, with the gradient of the gap, so an expert gets no
-gradient from tokens that it does not process. In training the output of a token without
-an expert is 0; in evaluation it is routed to the expert of the highest score.
+The threshold G[i] is a parameter with initial value 0, so at first each token is routed to about
+half of the experts. In the computation a gate replaces the gap: it is 1 if the gap is above 0, else
+0, and its gradient is that of the gap. So an expert gets no gradient from tokens that it does not
+process. In training the output of a token without an expert is 0; in evaluation such a token is
+routed to the expert of the highest score.
 
-The layer has parameters for n experts (places); experts in use are "live". Every period of
-`period_steps` steps begins with `idle_steps` steps without recording. The next `record_steps` steps
-record how often each expert is chosen (R_E) and the sum of the tokens without an expert (R_S). Then
-experts that were never chosen are removed. If R_S is not zero, an expert is added at the first free
-place of the layer. Its router column is R_S / ||R_S|| and its threshold is 0. Its other matrices
-are those stored at the place, which weight decay has shrunk.
+The layer has n places, each with the parameters of one expert; experts in use are "live". Every
+period of `period_steps` steps begins with `idle_steps` steps without recording. The next
+`record_steps` steps record how often each expert is chosen (R_E) and the sum of the tokens without
+an expert (R_S). Then experts that were never chosen are removed. If R_S is not zero, an expert is
+added at the first free place of the layer. Its router column is R_S / ||R_S|| and its threshold is
+0. Its other matrices are those stored at the place, which weight decay has shrunk.
 
 With a router the loss is the paper's: `||W' W - I||_F` over the normalised columns of live experts
 ("diversity") plus the mean length of all columns ("simplicity"), summed over layers as in the
 authors' code. Two more terms of their code (a balance loss of gates, and the mean of all gates) and
-its learned temperature are left out. Initial columns are almost orthogonal, the paper's exactly.
+its learned temperature are left out. Initial columns are almost orthogonal (in the paper: exactly).
 
-The paper does not cover AoE. For AoE this project divides the norm by the norm that a random
-direction has on average and subtracts 1 (`relative_scores`), so scores are around 0 like a cosine.
-There is no loss on columns. The scoring matrix of a new expert (`w_score`) is a matrix of rank one
-plus noise. The former has norm 1 and maps R_S / ||R_S|| to the direction of R_S W, where W is the
-old matrix at the place; the noise is W scaled to norm 0.1. The sum is scaled to the median norm.
+The paper does not cover AoE. For AoE this project divides the norm ||x W_i|| by its root mean
+square over random directions of x, and subtracts 1 (`relative_scores`); so the scores are around 0,
+as cosines are. AoE has no router columns, so it has neither loss. The scoring matrix (`w_score`) of
+a new expert is a matrix of rank one plus noise. The matrix of rank one has norm 1 and maps
+R_S / ||R_S|| to the direction of R_S W, where W is the old matrix at the place; the noise is W
+scaled to norm 0.1. The sum is scaled to the median norm of the live experts' matrices.
 
 The method is causal, because each token is routed independently. It needs n slots per token.
 """
@@ -43,19 +45,20 @@ from aoe_jax.moe.routing import Method, by_mask
 from aoe_jax.moe.scoring import KEPT_ROUTING, activation_norms
 from aoe_jax.parameters import vector, zeros_init
 
-NOISE = 0.1  # noise in the `w_score` of a new expert, relative to its rank-one part
+NOISE = 0.1  # norm of the noise in a new expert's `w_score`, whose rank-one part has norm 1
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def relative_scores(scores, weights, ctx):
-    """Scores around 0 that do not depend on the lengths of tokens and weights.
+    """Returns scores `[T, n]` around 0 that do not depend on the lengths of tokens and weights.
 
     With a router they are the cosines of tokens and columns. With AoE they are
-    `||x W_i|| sqrt(d) / (||x|| ||W_i||) - 1`, where W_i is the expert's `w_score`: 0 if the norm
-    is that of a random direction. Their initial standard deviation is `1 / sqrt(2 r)`.
+    `||x W_i|| sqrt(d) / (||x|| ||W_i||) - 1`, where W_i is the expert's `w_score`. This is 0 if
+    ||x W_i|| equals its root mean square over random x. The initial standard deviation of AoE's
+    scores is `1 / sqrt(2 r)`.
 
-    `scores [T, n]` are logits or norms; `weights` have `w_router [d, n]` or `w_score [n, d, r]`. A
-    cosine is 0 and a relative norm -1 where the token or the weights are 0.
+    `scores [T, n]` are logits or norms; `weights` contain `w_router [d, n]` or `w_score [n, d, r]`.
+    Where the token or the weights are 0, a cosine is 0 and AoE's score is -1.
     """
     if "w_router" in weights:
         return _by_lengths(scores, ctx.x, activation_norms(weights["w_router"].T))
@@ -70,7 +73,7 @@ def _by_lengths(scores, x, weight_lengths):
 
 @jax.custom_jvp
 def straight_through_sign(gap):
-    """1 where `gap`, which is never negative, is above 0, else 0; with the gradient of `gap`."""
+    """Returns 1 where `gap` is above 0, else 0, with the gradient of `gap`. No gap is negative."""
     return jnp.sign(gap)
 
 
@@ -78,13 +81,13 @@ straight_through_sign.defjvps(lambda tangent, _, gap: tangent)
 
 
 def gates(scores, thresholds, temperature):
-    """1, with a gradient, where an expert is chosen, else 0: `[T, n]`, `[n]` -> `[T, n]`."""
+    """The gates, 1 where an expert is chosen, else 0: `[T, n]`, thresholds `[n]` -> `[T, n]`."""
     gap = jax.nn.sigmoid(temperature * scores) - jax.nn.sigmoid(temperature * thresholds)
     return straight_through_sign(jax.nn.relu(gap))
 
 
 def best_where_none(chosen, scores, live):
-    """Adds the best live expert to `chosen [T, n]` bool for tokens without an expert."""
+    """Adds the live expert of highest score to `chosen [T, n]` bool where a token has no expert."""
     best = jnp.argmax(jnp.where(live, scores, -jnp.inf), axis=1)
     alone = best[:, None] == jnp.arange(scores.shape[1])
     return jnp.where(chosen.any(axis=1, keepdims=True), chosen, alone)
@@ -105,7 +108,10 @@ def simplicity(w_router):
 
 
 def updated_pool(live, fired, unclaimed):
-    """`(live, added) [L, n]` bool after an update by R_E `fired [L, n]`, R_S `unclaimed [L, d]`."""
+    """Returns the experts that are live after an update, and the added ones, both `[L, n]` bool.
+
+    `live [L, n]` bool is before the update; `fired [L, n]` is R_E and `unclaimed [L, d]` is R_S.
+    """
     wanted = (unclaimed != 0).any(axis=1, keepdims=True)
     recorded = wanted | (fired > 0).any(axis=1, keepdims=True)
     left = live & ((fired > 0) | ~recorded)
@@ -115,7 +121,7 @@ def updated_pool(live, fired, unclaimed):
 
 
 def w_score_with_added(w_score, live, added, unclaimed):
-    """`w_score [L, n, d, r]` with new experts at `added [L, n]`; `live` before the update."""
+    """Puts new experts into `w_score [L, n, d, r]` at `added [L, n]`; `live` is the old state."""
     direction = _directions(unclaimed)
     image = _directions(jnp.einsum("ld,lndr->lnr", direction, w_score))
     lengths = _lengths(w_score)
@@ -138,8 +144,7 @@ def _lengths(matrices):
 
 @dataclass(frozen=True)
 class DynMoE(Method):
-    """DynMoE; `experts.n_experts` is the number of places.
-
+    """The router of DynMoE. `experts.n_experts` is the number of places for experts.
     The parameter `firing_threshold [n]` is G. The state is `live [n]`, `fired [n]` (R_E),
     `unclaimed [d]` (R_S) and `updates []`, the number of steps so far.
     """
@@ -147,13 +152,13 @@ class DynMoE(Method):
     name = "dynmoe"
 
     temperature: float = setting(1.0, above=0)  # tau
-    # Weight of the losses `diversity` and `simplicity`, which only a router has.
+    # Weight of the losses `diversity` and `simplicity`, which exist only for experts.kind="router".
     loss_weight: float = setting(0.01, at_least=0, training_only=True)
     # Number of live experts at the start of training; None: all n.
     initial_experts: int | None = setting(None, above=0, training_only=True)
     period_steps: int = setting(900, above=0, training_only=True)
     idle_steps: int = setting(300, at_least=0, training_only=True)
-    record_steps: int = setting(300, at_least=0, training_only=True)  # 0: experts stay the same
+    record_steps: int = setting(300, at_least=0, training_only=True)  # 0: live experts never change
 
     def __call__(self, scores, weights, ctx):
         scores = relative_scores(scores, weights, ctx)
@@ -192,7 +197,7 @@ class DynMoE(Method):
 
     def update(self, config, state, stats, weights):
         # The optimiser's moments of a new expert need no reset, because its place has had no
-        # gradient from tokens for `record_steps` steps (a router column has that of `simplicity`).
+        # gradient from tokens for `record_steps` steps (only its router column, from `simplicity`).
         step = state["updates"][0] % self.period_steps - self.idle_steps
         is_recorded = (step >= 0) & (step < self.record_steps)
         is_due = is_recorded & (step == self.record_steps - 1)

@@ -11,13 +11,14 @@ to any other column. The loss is small if R~_i activates its own expert more tha
 if other columns activate expert i less than R~_i does. The cost does not grow with the number of
 tokens. The gradient flows through R and W_gate, not through eps.
 
-Formula, noise and weight 1 are the paper's; its alpha is 1, or 0.5 with 256 experts. As in the
-paper, the loss is added to the ordinary balance loss, in training only, and tokens are routed by R
-without noise. This project draws noise for each layer and micro-batch, and sums in float32.
+The formula, the noise and the weight 1 of the loss are the paper's; its alpha is 1, or 0.5 with 256
+experts. The loss is added to the ordinary balance loss, in training only, and tokens are routed by
+R without noise; the paper does the same. This project draws new noise for each layer and
+micro-batch, and computes the sums in float32.
 
 The loss costs 6 n^2 d f FLOPs per layer and micro-batch, plus 2 n^2 d f because the backward pass
 recomputes the norms. Every device of a mesh uses its own shard of W_gate; devices along
-`data` repeat the same computation. The largest array is `[n of a device, n, f]`.
+`data` repeat the same computation. The largest array is `[experts of a device, n, f]`.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from aoe_jax.moe.scoring import activation_norms, safe_root
 
 
 def with_noise(rows, key):
-    """`R~ [n, d]` from the router's columns R as `rows [n, d]`; eps has no gradient."""
+    """Returns `R~ [n, d]`; `rows [n, d]` are the router's columns R, and eps has no gradient."""
     constant = jax.lax.stop_gradient(rows)
     distances = jnp.linalg.norm(constant[:, None] - constant[None], axis=-1)
     nearest = jnp.min(jnp.where(jnp.eye(len(rows), dtype=bool), jnp.inf, distances), axis=1)
@@ -57,7 +58,7 @@ def coupling_loss(devices, w_router, w_gate, alpha, key):
 def _norms(devices, rows, w_gate):
     """The norms a_ij of all experts, `[n, n]`, equal on all devices."""
     rows = devices.piece(rows, "fsdp", 1)
-    # One expert after another, because a product with all would copy W_gate with d as first axis.
+    # One product per expert, because one product for all copies W_gate with d as its first axis.
     activations = devices.total(jax.lax.map(lambda w: rows @ w, w_gate), ("fsdp",))
     norms = activation_norms(activations)
     if devices.size("tensor") > 1:
@@ -67,20 +68,20 @@ def _norms(devices, rows, w_gate):
 
 @dataclass(frozen=True)
 class ERC(FixedK):
-    """Top-k routing with the coupling loss, and with the selection bias of top-k. It is causal."""
+    """Top-k routing with the coupling loss. It supports a selection bias, and it is causal."""
 
     name = "erc"
 
     weight: float = setting(1.0, above=0, training_only=True)  # weight of the loss
     # The norms a_ij and a_ji add to the loss only where they are above alpha a_ii.
     alpha: float = setting(1.0, at_least=0, training_only=True)
-    norm_topk_prob: bool = True  # softmax over the chosen scores; False: over all scores
+    norm_topk_prob: bool = True  # weights are a softmax over the chosen scores; False: over all
 
     def __call__(self, scores, weights, ctx):
         routing = TopK(self.norm_topk_prob)(scores, weights, ctx)
         if not ctx.training:
             return routing
-        # Computed in the layer, so that devices sum its gradient with the layer's gradients.
+        # The layer computes the loss, so that its gradient is summed over devices like the others.
         with jax.named_scope("coupling"):
             key = jax.random.fold_in(ctx.key(), 0)
             matrices = weights["w_router"], weights["w_gate"]
@@ -100,5 +101,5 @@ class ERC(FixedK):
         e = config.experts
         is_plain = e.kind == "router" and not e.factorised_gate and not e.large_router
         if not is_plain or e.n_experts == 1:
-            what = "couples the columns of a plain router with whole gates, of several experts"
-            self.refuse("name", f"{what} (experts.kind='router')")
+            what = "couples the columns of a plain router (experts.kind='router') with the"
+            self.refuse("name", f"{what} whole gates of several experts")

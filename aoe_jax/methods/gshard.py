@@ -7,9 +7,9 @@
 
 Here g is the softmax over all scores. Two points of the paper's Algorithm 1 are written from
 memory: w2 in `2 w2` is the normalised weight, and w1 does not change if the second expert is
-not drawn. That evaluation uses both experts is this project's choice. The loss is the paper's
-`mean_i(f_i P_i)` times n^2, the scale of Switch: 1 in perfect balance, n if all tokens choose one
-expert. The method is causal, because a draw does not depend on other tokens.
+not drawn. In evaluation both experts are used, which is this project's choice. The loss is the
+paper's `mean_i(f_i P_i)` times n^2, as Switch scales it: it is 1 in perfect balance, and n if all
+tokens choose one expert. The method is causal, because a draw does not depend on other tokens.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ from aoe_jax.moe.scoring import KEPT_ROUTING
 
 
 def top_two(scores, uniform=None):
-    """A `Routing` with the two experts of highest score; `scores [T, n]` float32, `P = 2 T`.
+    """Routes each token to its two experts of highest `scores [T, n]` float32; `P = 2 T` slots.
 
-    The second expert is dropped where `uniform [T]`, in [0, 1), is at least twice its weight; never
-    if `uniform` is None.
+    The second expert is dropped where `uniform [T]`, in [0, 1), is at least twice its weight. If
+    `uniform` is None, no expert is dropped.
     """
     n_experts = scores.shape[1]
     expert = jax.lax.top_k(jax.lax.stop_gradient(scores), 2)[1]
@@ -42,7 +42,7 @@ def top_two(scores, uniform=None):
 
 @dataclass(frozen=True)
 class GShard(Method):
-    """GShard's two experts per token."""
+    """Routes each token to two experts; training draws at random whether the second one is used."""
 
     name = "gshard"
 

@@ -11,9 +11,9 @@ from aoe_jax.moe.routing import FixedK, best_experts, by_token
 def ranked(scores, ranks, bias=None):
     """Routes tokens to the experts whose `scores [T, n]` have these ranks; `T len(ranks)` slots.
 
-    `ranks` are different numbers from 0, the highest score, to n - 1; in ties the lower expert
-    number is first. Weights are the softmax over the chosen scores, so a single expert
-    has weight 1. A `bias [n]` is added to the scores for the choice only.
+    `ranks` are different numbers from 0 (the highest score) to n - 1. Of two equal scores, the one
+    of the lower expert number has the lower rank. Weights are the softmax over the chosen scores,
+    so a single expert has weight 1. A `bias [n]` is added to the scores only to rank them.
     """
     by_rank = best_experts(scores, max(ranks) + 1, bias)
     expert = jnp.stack([by_rank[:, rank] for rank in ranks], axis=1)
@@ -22,7 +22,7 @@ def ranked(scores, ranks, bias=None):
 
 @dataclass(frozen=True)
 class Ranked(FixedK):
-    """Routes each token to its experts of these `ranks`, with the selection bias of top-k."""
+    """Routes each token to its experts of these `ranks`; a selection bias can change the ranks."""
 
     name = "ranked"
     norm_topk_prob = True

@@ -7,16 +7,16 @@ b is a parameter. f[t, i] is 1 where G >= theta and 0 elsewhere. The loss L and 
 use means over the experts of all layers together:
 
     L = lambda (mu mean_i(mean_t(f) mean_t(G)) + (1 - mu) mean_t(mean_i(f) mean_i(G)))
-    after each step  lambda <- lambda (1 + eta)^sign(share of active pairs - K / n),  at most 1
+    after each step  lambda <- lambda (1 + eta)^sign(mean_ti(f) - K / n),  at most 1
 
 So the mean number of experts per token and layer approaches K = `experts.top_k`.
 
 The method follows the paper. Two details come from the authors' code: G below theta counts as 0 in
 the losses, and lambda is at most 1. The factor that their code learns for each score is left out.
 AoE with this router is the published method, except that AoE's initialisation makes the norms start
-near sqrt(r), where r is the rank of the gates. Each micro-batch has its own mean_t(G). A router's
-logits instead of norms are this project's addition. Logits are around 0, so start with b below 0:
-else few pairs are active, and an expert that is never active has no gradient and stays inactive.
+near sqrt(r), where r is the rank of the gates. Each micro-batch has its own mean_t(G). Scores that
+are a router's logits are this project's addition. Logits are around 0, so set the initial b below
+0: otherwise few G reach theta, and an inactive expert gets no gradient and stays inactive.
 
 The method is causal and needs n slots per token.
 """
@@ -37,7 +37,7 @@ from aoe_jax.parameters import vector
 
 @dataclass(frozen=True)
 class RoutingFree(Method):
-    """Routing-Free MoE. The parameter `score_bias [n]` is b, the state `multiplier []` lambda."""
+    """The router. The parameter `score_bias [n]` is b, and the state `multiplier []` is lambda."""
 
     name = "routing_free"
 
@@ -45,7 +45,7 @@ class RoutingFree(Method):
     bias: float = setting(1e-6, training_only=True)  # initial b
     multiplier: float = setting(1e-10, above=0, at_most=1, training_only=True)  # initial lambda
     rate: float = setting(0.02, at_least=0, training_only=True)  # eta
-    # mu: the weight of the term that balances experts; the other term, 1 - mu, balances tokens.
+    # mu, the weight of the term that balances experts; the term for tokens has the weight 1 - mu.
     expert_share: float = setting(0.5, at_least=0, at_most=1, training_only=True)
 
     def __call__(self, scores, weights, ctx):
@@ -74,7 +74,7 @@ class RoutingFree(Method):
         return {"multiplier": jnp.full((), self.multiplier, jnp.float32)}
 
     def losses(self, stats, state, weights):
-        # Means over tokens are `[L, n]`; means over the experts of a layer are `[L, B, S]`.
+        # The means over tokens are `[L, n]`; the means over the experts of a layer are `[L, B, S]`.
         by_expert = stats.load * stats.records["gates"]
         means, token_weights = stats.per_token, stats.per_token["weight"][0]
         by_token = means["active"].mean(axis=0) * means["gates"].mean(axis=0) * token_weights

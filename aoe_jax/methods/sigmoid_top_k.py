@@ -4,12 +4,12 @@
     token t is routed to the K experts of highest ranked[t, i] in its G best groups
     weight of a chosen expert = scale s[t, i] / (sum of s[t, j] over the chosen j)
 
-Groups are equal ranges of consecutive experts; the best groups have the highest sums of their two
-highest `ranked`. With `norm_topk_prob=False` the weight is `scale s[t, i]`. The selection
-bias b has no gradient. With `balance.bias_rate` a step adds this rate to b for experts below the
-mean load and subtracts it for experts above it (loss-free balancing with the published rate,
-because scores are in (0, 1)). In L_aux, P is the mean of `s[t, i] / sum_j s[t, j]`; with
-`balance.aux_batch="sequence"` L_aux is the sequence-wise loss of the paper.
+Groups are ranges of consecutive experts, of equal size; a token's best groups are those with the
+highest sums of their two highest `ranked[t, i]`. With `norm_topk_prob=False` the weight is
+`scale s[t, i]`. The selection bias b has no gradient. With `balance.bias_rate` a step adds this
+rate to b for experts below the mean load and subtracts it for experts above it (loss-free
+balancing; the published rate fits scores in (0, 1)). In L_aux, P is the mean of `s[t, i] / sum_j
+s[t, j]`; with `balance.aux_batch="sequence"` L_aux is the sequence-wise loss of the paper.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from aoe_jax.moe.routing import Choice, FixedK, Hooks, best_experts, by_token
 
 
 def in_best_groups(ranked, n_groups, groups_per_token):
-    """`ranked [T, n]`, with -inf for experts outside the best groups of their token."""
+    """Returns `ranked [T, n]`, with -inf for experts outside the best groups of the token."""
     by_group = ranked.reshape(ranked.shape[0], n_groups, -1)
     of_groups = jax.lax.top_k(by_group, 2)[0].sum(axis=2)
     best = jax.lax.top_k(of_groups, groups_per_token)[1]
@@ -32,12 +32,12 @@ def in_best_groups(ranked, n_groups, groups_per_token):
 
 @dataclass(frozen=True)
 class SigmoidTopK(FixedK):
-    """Top-k of sigmoid scores, in groups. The state is `selection_bias [n]`."""
+    """Top-k by sigmoid scores, within the best groups. The state is `selection_bias [n]`."""
 
     name = "sigmoid_top_k"
     hooks = Hooks(balance_logits=jax.nn.log_sigmoid)
 
-    norm_topk_prob: bool = True  # weights of a token sum to `scale`
+    norm_topk_prob: bool = True  # True: the weights of a token sum to `scale`
     scale: float = setting(1.0, above=0)  # factor of all weights (routed_scaling_factor)
     n_groups: int = setting(1, above=0)  # number of groups of experts
     # G, the number of groups from which a token's experts are chosen.

@@ -4,28 +4,28 @@ and one merged expert processes a whole sequence.
     v = mean of the sequence's tokens;   p = softmax(scores(v))
     W = sum_i p_i W_i, for every matrix
 
-Every expert has a gradient, and there is no balance loss. In training each p_i is dropped with the
-probability `expert_dropout`, and the others are normalised again.
+Every expert has a gradient, and there is no balance loss. In training each p_i is set to 0 with the
+probability `expert_dropout`, and the others are divided by their sum.
 
-Scores are those of the authors' router: LayerNorm(v) times the router's weights. A second
-LayerNorm, over d, normalises the weights of each expert; its gain starts at 0.01, so p starts
-nearly uniform. (The second norm has no bias, because it would add the same to all scores.)
-With `experts.factorised_gate` the experts are AoE's, and scores are the norms ||v W_gate_down_i||;
-this is the project's version for AoE.
+Scores are those of the authors' router: LayerNorm(v) times the router's weights, plus a bias. A
+second LayerNorm, over d, normalises the weights of each expert; its gain starts at 0.01, so p
+starts nearly uniform. (It has no bias, which would add the same number to all scores.) With
+`experts.factorised_gate` the experts are AoE's, and scores are the norms ||v W_gate_down_i||; this
+variant for AoE is this project's addition.
 
 In a decoder the mean over a whole sequence would depend on later tokens. So sequences are cut into
 segments of `segment` tokens, and the mean of the PREVIOUS segment determines p (Lory, Zhong et
 al., arXiv 2405.03133). This is causal in training and at inference. In the first segment p is
 uniform, which is this project's choice. With `segment=0` v is the mean of the whole sequence, for
-classifiers and encoders; a decoder refuses it.
+classifiers and encoders; a decoder refuses this value.
 
-A merged expert does not compute the mean of the experts: (W_gate_down, W_gate_up) and
-(W_gate_down Q, Q^T W_gate_up) are the same expert, but merge differently with others. So initial
-experts are near each other: a fraction `own_share` of the variance of their matrices is their own,
-the rest is common; 1 makes them independent. (The authors' code can start from equal experts.)
+The output of a merged expert is not the mean of the experts' outputs: (W_gate_down, W_gate_up) and
+(W_gate_down Q, Q^T W_gate_up) are the same expert if Q is orthogonal, but merge differently with
+others. So initial experts are similar: a fraction `own_share` of the variance of their matrices is
+their own, the rest is common. (1 makes them independent; the authors' code can make them equal.)
 
-Merging costs 2 n |expert| FLOPs per segment; |expert| is the size of an expert. Unless
-`model.remat` is experts or layer, it also needs memory for one merged expert per segment.
+Merging costs 2 n |expert| FLOPs per segment; |expert| is the number of parameters of an expert.
+Unless `model.remat` is experts or layer, it also needs memory for one merged expert per segment.
 
 J is the number of segments of a sequence.
 """
@@ -49,9 +49,9 @@ from aoe_jax.moe.scoring import scores_of_all
 from aoe_jax.moe.swiglu import KEPT_EXPERTS, single_expert
 from aoe_jax.parameters import Parameter, expert_init, matrices_of, ones_init, vector, zeros_init
 
-ROUTER_SCALE = 0.01  # initial deviation of the router's weights, and gain of their LayerNorm
+ROUTER_SCALE = 0.01  # initial standard deviation of w_router, and initial gain of its LayerNorm
 NORM_EPS = 1e-5
-DROPPED = 1e-10  # weight of a dropped expert; if all are dropped, weights are uniform
+DROPPED = 1e-10  # added to each p_i, so that p is uniform if all experts are dropped
 HIGHEST = jax.lax.Precision.HIGHEST
 
 ROUTER = {
@@ -64,7 +64,7 @@ ROUTER = {
 
 
 def cut_segments(a, size):
-    """`[B, S, ...]` -> `[B, J, size, ...]`, with zeros at the end."""
+    """Cuts `[B, S, ...]` into segments `[B, J, size, ...]`; zeros fill the last segment."""
     padded = jnp.pad(a, ((0, 0), (0, -a.shape[1] % size), *((0, 0) for _ in a.shape[2:])))
     return padded.reshape(a.shape[0], -1, size, *a.shape[2:])
 
@@ -77,7 +77,7 @@ def mean_tokens(segments, token_weights):
 
 
 def router_scores(v, router):
-    """The authors' router: mean tokens `v [..., d]` -> `[..., n]`, float32 at least."""
+    """Scores of the authors' router: mean tokens `v [..., d]` -> `[..., n]`, float32 at least."""
     normed = _normalised(v, axis=-1) * router["pooled_scale"] + router["pooled_bias"]
     columns = _normalised(router["w_router"], axis=0) * router["router_scale"][:, None]
     return jnp.matmul(normed, columns, precision=HIGHEST) + router["expert_bias"]
@@ -93,27 +93,27 @@ def _normalised(a, axis):
 
 
 def merging_weights(scores, causal):
-    """`scores [B, J, n]` -> `p [B, J, n]`; if `causal`, from the scores of the previous segment."""
+    """`scores [B, J, n]` -> `p [B, J, n]`; if `causal`, p uses the previous segment's scores."""
     if causal:
         scores = jnp.pad(scores, ((0, 0), (1, 0), (0, 0)))[:, :-1]
     return jax.nn.softmax(scores)
 
 
 def drop_experts(p, kept):
-    """`p [..., n]` restricted to the experts in `kept [..., n]` bool, and normalised again."""
+    """Sets `p [..., n]` to 0 where `kept [..., n]` bool is false, and divides it by its sum."""
     p = p * kept + DROPPED
     return p / p.sum(axis=-1, keepdims=True)
 
 
 def merge(p, weights):
-    """The merged experts: `p [..., n]`, matrices `[n, a, b]` by name -> `[..., a, b]`."""
+    """Merges experts: `p [..., n]`, matrices `[n, a, b]` by name -> `[..., a, b]` by name."""
     return {
         name: jnp.einsum("...n,nab->...ab", p.astype(w.dtype), w) for name, w in weights.items()
     }
 
 
 def merging_stats(scores, p, counts, total):
-    """The statistics of a layer; an expert's load is its mean weight p in merged experts.
+    """Returns the statistics of a layer; an expert's load is the mean over tokens of its p.
 
     `scores` and `p` are `[B, J, n]`, and `counts [B, J]` are the numbers of real tokens.
     """
@@ -130,7 +130,7 @@ def merging_stats(scores, p, counts, total):
 
 
 def near_copies(own_share):
-    """Initialises like `expert_init`; only `own_share` of the variance differs between experts."""
+    """An initialiser with the variance of `expert_init`; `own_share` of it differs by expert."""
 
     def init(key, shape, dtype=jnp.float32):
         common_key, own_key = jax.random.split(key)
@@ -144,12 +144,12 @@ def near_copies(own_share):
 
 @dataclass(frozen=True)
 class Smear(Unchosen):
-    """SMEAR. The second to last axis of the layer's input is the sequence."""
+    """The SMEAR layer. The second to last axis of its input is the sequence."""
 
     name = "smear"
 
-    # Tokens of a segment, which use one merged expert; p is computed from the segment before. 0: a
-    # whole sequence uses one merged expert, and p is computed from its own mean.
+    # Number of tokens of a segment. They use one merged expert, with p from the previous segment.
+    # 0: a whole sequence uses one merged expert, with p from the mean of this sequence.
     segment: int = setting(64, at_least=0)
     # Probability in training that an expert is left out of a merged expert.
     expert_dropout: float = setting(0.1, at_least=0, below=1, training_only=True)
@@ -195,7 +195,7 @@ class Smear(Unchosen):
         return y, merging_stats(scores, p, token_weights.sum(axis=-1), devices.total)
 
     def _kept(self, ctx, shape, n_experts):
-        """`[B, J, n]` bool, the experts that a device's segments keep; None: all are kept."""
+        """The experts that this device's segments keep, `[B, J, n]` bool; None: all experts."""
         if not ctx.training:
             return None
         n_sequences, n_segments = shape
@@ -206,8 +206,8 @@ class Smear(Unchosen):
     def causality(self, experts):
         return Causality(
             reason="" if self.segment else "experts are merged by the mean of the whole sequence",
-            no_decoding="the expert of a segment is merged by the mean of the segment before it, "
-            "which no cache of a text keeps",
+            no_decoding="the merged expert of a segment depends on the mean of the segment before "
+            "it, which the cache of decoding does not contain",
         )
 
     def parameters(self, experts):
@@ -232,8 +232,8 @@ class Smear(Unchosen):
             why = "0 would merge by the mean of a whole sequence, which depends on later tokens"
             self.refuse("segment", f"must be at least 2 in a decoder: {why}")
         if self.segment >= length:
-            why = "the first segment decides for the second"
+            why = "the first segment determines p of the second"
             self.refuse("segment", f"must be below data.seq_len={length}: {why}")
         if config.data.document_mask:
             wanted = "is not implemented for experts.kind='smear'"
-            config.data.refuse("document_mask", f"{wanted}: a segment can hold several documents")
+            config.data.refuse("document_mask", f"{wanted}: a segment may contain two documents")

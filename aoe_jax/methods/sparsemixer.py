@@ -1,9 +1,9 @@
 """Inference of SparseMixer-v2, for trained models such as Phi-3.5-MoE (GRIN, arXiv 2409.12136).
 
-The experts are those of top-k. The weight of the i-th expert is a softmax over the experts that are
-left after i - 1 choices and have scores near its own. A score is near if it is smaller by at most
-`2 jitter` times the larger of the two absolute values. Training samples experts; it is not
-implemented.
+Each token is routed to its K experts of highest score. The weight of the i-th of them is its
+probability in a softmax over the experts that are left after i - 1 choices and have scores near its
+own. A score is near if it is smaller by at most `2 jitter` times the larger of the two absolute
+values. In training SparseMixer samples experts; training is not implemented.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ def sparsemixer_weights(scores, expert, jitter):
     weights, left = [], scores
     for chosen in expert.T:
         best = jnp.take_along_axis(scores, chosen[:, None], axis=1)
-        # If both scores are zero, 0 / 0 is NaN, which compares as near.
+        # If both scores are 0, 0 / 0 is NaN, and NaN > 2 jitter is false: the scores are near.
         is_far = (best - scores) / jnp.maximum(jnp.abs(scores), best) > 2 * jitter
         probability = jax.nn.softmax(jnp.where(is_far, -jnp.inf, left))
         weights.append(jnp.take_along_axis(probability, chosen[:, None], axis=1))
@@ -35,7 +35,7 @@ class SparseMixer(FixedK):
 
     name = "sparsemixer"
 
-    # Scores are near if they differ by at most 2 jitter, relative to the larger one.
+    # Scores are near if they differ by at most 2 jitter times the larger absolute value.
     jitter: float = setting(0.01, at_least=0)
 
     def __call__(self, scores, weights, ctx):

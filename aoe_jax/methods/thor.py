@@ -2,21 +2,21 @@
 trained to agree.
 
 In training every layer draws one expert, uniformly, for all tokens of a micro-batch. A step makes
-two forward passes over the batch with different draws; both passes have a gradient:
+two forward passes with different draws; both have a gradient. The loss of the predictions p1, p2 is
 
     L = CE(p1) + CE(p2) + alpha CR,   CR = (KL(p1 || p2) + KL(p2 || p1)) / 2
 
-L is summed over targets and divided by their weight; alpha is `consistency_weight`. The reported
-`nll` is the mean of both passes. There is no router and no balance loss: the load in the statistics
-is the probability of the draw.
+L is summed over targets and divided by the sum of their weights; alpha is `consistency_weight`. The
+reported `nll` is the mean of both passes. There is no router and no balance loss. The load of an
+expert in the statistics is 1 / n, the probability that it is drawn.
 
-At inference every token (`inference="token"`) or every sequence ("sequence") draws an expert in
-each layer, by a key made of `inference_seed`, the layer index and, for "token", the position. So
-draws do not depend on the text, the batch, the mesh or the use of a cache.
+At inference each layer draws one expert for all tokens (`inference="sequence"`), or one for each
+position ("token"). The random key is made of `inference_seed`, the layer index and, for "token",
+the position. So draws do not depend on the text, the batch, the mesh or the use of a cache.
 
-The method follows the authors' text and code, except that experts are in every layer, not in every
-second, and that there is no label smoothing and no dropout. With `experts.factorised_gate` the
-experts are AoE's; the AoE paper compares with this random routing. A step costs two passes.
+The method follows the authors' text and code, except that every layer has experts, not every second
+one, and that there is no label smoothing and no dropout. With `experts.factorised_gate` the experts
+are AoE's; the AoE paper compares AoE with this random routing.
 """
 
 from dataclasses import dataclass
@@ -92,15 +92,15 @@ def _of_two_passes(consistency, logits, targets, weights):
 
 @dataclass(frozen=True)
 class Thor(Unchosen):
-    """THOR. The second to last axis of the layer's input is the sequence."""
+    """The THOR layer. The second to last axis of its input is the sequence."""
 
     name = "thor"
 
     # alpha: weight of the symmetric KL divergence between the two passes.
     consistency_weight: float = setting(5.0, at_least=0, training_only=True)
-    # Whether each sequence or each token draws an expert at inference.
+    # At inference a layer draws one expert for all tokens (sequence) or for each position (token).
     inference: str = setting("sequence", choices=("sequence", "token"))
-    inference_seed: int = setting(0, at_least=0)  # seed of these draws
+    inference_seed: int = setting(0, at_least=0)  # seed of the draws at inference
 
     def __call__(self, x, weights, layer, ctx):
         n, devices = layer.experts.n_experts, ctx.devices
@@ -136,7 +136,7 @@ class Thor(Unchosen):
 
 
 def _stats_of_draws(n_experts):
-    """The statistics of a random draw: load is its probabilities, and scores are 0."""
+    """The statistics of a random draw: the load is the probability 1 / n, and scores are 0."""
     chance, nothing = jnp.full(n_experts, 1 / n_experts), jnp.zeros(n_experts)
     entropy = jnp.float32(np.log(n_experts))
     return LayerStats(chance, chance, entropy, nothing, jnp.zeros(()))

@@ -6,15 +6,15 @@ for which its score is above the expert's threshold.
 
 Each step uses thresholds from earlier steps, so the experts of a token do not depend on other
 tokens: routing is causal. A token may have any number of experts, K = `experts.top_k` on average.
-In the first `warmup_steps` steps experts choose their k tokens (expert choice), which is not
-causal.
+In the first `warmup_steps` steps each expert chooses its k tokens of highest score (expert choice),
+which is not causal.
 
-The method follows the paper's text, with these exceptions. There is no shared expert and no bound
-on the tokens of an expert. The first threshold is the k-th largest score of the first batch. With
-micro-batches, experts choose within each micro-batch in the warm-up, and thresholds are updated by
-the mean of the micro-batches' k-th largest scores. `weights="relative"`, an addition for AoE, uses
-sigmoid(score - threshold): norms are positive, so sigmoid(score) would never be below 1/2. No
-balance loss is needed. The method needs n slots per token.
+The method follows the paper's text, with these exceptions. There is no shared expert and no limit
+for the number of tokens of an expert. The first threshold is the k-th largest score of the first
+batch. With micro-batches, experts choose within each micro-batch in the warm-up, and thresholds are
+updated with the mean of the micro-batches' k-th largest scores. `weights="relative"` is an addition
+for AoE: the weight is sigmoid(score - threshold), because norms are positive and sigmoid(score)
+would never be below 1/2. No balance loss is needed. The method needs n slots per token.
 """
 
 import math
@@ -30,8 +30,8 @@ from aoe_jax.moe.scoring import KEPT_ROUTING
 
 
 def kth_largest(scores, token_weights, share):
-    """The `ceil(share t)`-th largest score of each expert over the t tokens that count:
-    `[T, n]`, `[T]` -> `[n]`; -inf if none counts.
+    """Returns the k-th largest score of each expert over the t tokens with a weight above 0, for
+    `k = ceil(share t)`: `[T, n]`, `[T]` -> `[n]`; -inf if t is 0.
     """
     n_tokens = scores.shape[0]
     real = jnp.where(token_weights[:, None] > 0, scores, -jnp.inf)
@@ -42,14 +42,14 @@ def kth_largest(scores, token_weights, share):
 
 @dataclass(frozen=True)
 class Threshold(Method):
-    """Expert Threshold. The state is `threshold [n]` and `updates []`, the number of updates."""
+    """The router. Its state is `threshold [n]` and `updates []`, the number of updates so far."""
 
     name = "threshold"
 
     # Decay of the moving average that updates an expert's threshold.
     decay: float = setting(0.999, at_least=0, below=1, training_only=True)
     warmup_steps: int = setting(4000, at_least=0, training_only=True)  # steps of expert choice
-    # sigmoid: sigmoid(score); relative: sigmoid(score - threshold).
+    # The weight of an expert. sigmoid: sigmoid(score); relative: sigmoid(score - threshold).
     weights: str = setting("sigmoid", choices=("sigmoid", "relative"))
 
     def __call__(self, scores, weights, ctx):
@@ -67,7 +67,7 @@ class Threshold(Method):
         return by_mask(chosen, weight)._replace(records=records)
 
     def causality(self, experts):
-        reason = "experts choose tokens while thresholds settle (routing.warmup_steps)"
+        reason = "experts choose tokens of the whole batch in the first routing.warmup_steps steps"
         return Causality(reason, self.warmup_steps) if self.warmup_steps else Causality()
 
     def choice(self, experts):
@@ -79,7 +79,7 @@ class Threshold(Method):
     def update(self, config, state, stats, weights):
         updates, found = state["updates"], stats.records["kth_largest"]
         kept = jnp.where(updates == 0, 0, self.decay)[:, None]
-        has_tokens = jnp.isfinite(found).all(axis=1)  # a batch without tokens changes nothing
+        has_tokens = jnp.isfinite(found).all(axis=1)  # without tokens nothing changes
         threshold = kept * state["threshold"] + (1 - kept) * found
         threshold = jnp.where(has_tokens[:, None], threshold, state["threshold"])
         return {"threshold": threshold, "updates": updates + has_tokens}, {}

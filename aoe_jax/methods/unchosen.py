@@ -1,10 +1,10 @@
-"""The base of dense, SMEAR and THOR layers."""
+"""The base class of the dense, SMEAR and THOR layers."""
 
 from aoe_jax.moe.routing import Method
 
 
 class Unchosen(Method):
-    """The base class of layers in which tokens do not choose experts."""
+    """A layer in which tokens do not choose experts."""
 
     def choice(self, experts):
         return None

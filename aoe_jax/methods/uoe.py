@@ -1,4 +1,4 @@
-"""`experts.kind="uoe"`: Union-of-Experts-style layers (after Wu, Lv et al., "Neurons in
+"""`experts.kind="uoe"`: layers in the style of Union-of-Experts (Wu, Lv et al., "Neurons in
 Mixture-of-Experts are Secretly Routers", OpenReview Ksgiup7ZNZ).
 
 The first s neurons of every expert are its routing neurons. Every expert computes them for every
@@ -14,14 +14,14 @@ as a traditional one. The layer is causal.
 Only abstracts and reviews of the paper were available. They describe routing neurons, the L2 norm
 of their activation (a review mentions SiLU), top-K, the virtual shared expert, and
 s = round(f / K), which a review quotes without a definition of K. This project assumes: K is the
-number of chosen experts; the activation is that of the whole SwiGLU; chosen experts add only the
-rest of their neurons, so that no neuron counts twice; weights are the softmax over the chosen
-norms. No balance loss is needed: the reviews say that the load is better balanced without one.
+number of chosen experts; the activation a_i includes the up projection; chosen experts add only the
+outputs of their other neurons, so that no neuron counts twice; the weights w_i are the softmax over
+the chosen norms. The reviews say that the load is better balanced without a balance loss.
 
-A token costs `6 d (n s + K (f - s))` FLOPs forward. The backward pass keeps 3 n s numbers a token,
-or 2 n s with `model.remat="experts"`. On a mesh the routing neurons of a device process the tokens
-of all devices along `expert` and `tensor`. The two parts of an expert are separate parameters,
-because each is split over `tensor`.
+The forward pass of a token costs `6 d (n s + K (f - s))` FLOPs. The backward pass needs 3 n s
+numbers per token, or 2 n s with `model.remat="experts"`. On a mesh the routing neurons of a device
+process the tokens of all devices along `expert` and `tensor`. The two parts of an expert are
+separate parameters, because each is split over `tensor`.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from aoe_jax.moe.scoring import Scores, activation_norms, codes_of_all, safe_roo
 from aoe_jax.moe.swiglu import KEPT_EXPERTS, weighted_product
 from aoe_jax.parameters import EXPERTS
 
-SUFFIX = "_route"  # in the names of routing neurons' matrices
+SUFFIX = "_route"  # ends the names of the routing neurons' matrices
 
 
 def routing_neurons(layer, devices, x, weights):
@@ -73,14 +73,14 @@ def routing_neurons(layer, devices, x, weights):
 
 @dataclass(frozen=True)
 class UoE(Method):
-    """Scores each expert by the norm of its first activations; gates are not factorised."""
+    """Scores each expert by the norm of its routing neurons' activations, `a_i`."""
 
     name = "uoe"
 
-    # Routing neurons of an expert; None: round(experts.d_ffn / experts.top_k).
+    # s, the number of routing neurons of an expert; None: round(experts.d_ffn / experts.top_k).
     routing_neurons: int | None = None
-    p: float | None = setting(None, above=0, below=1)  # p of top-p; None: top-k
-    norm_topk_prob: bool = True  # softmax over the chosen scores; False: over all scores
+    p: float | None = setting(None, above=0, below=1)  # p of top-p routing; None: top-k routing
+    norm_topk_prob: bool = True  # weights are a softmax over the chosen scores; False: over all
 
     @property
     def router(self):
@@ -139,7 +139,7 @@ class UoE(Method):
         if s % config.mesh.tensor:
             config.mesh.refuse("tensor", f"must divide routing_neurons={s}")
         if self.p is not None and not self.norm_topk_prob:
-            why = f"is a choice of top-k, and routing.p={self.p} chooses by top-p"
+            why = f"is a setting of top-k routing, but routing.p={self.p} selects top-p routing"
             self.refuse("norm_topk_prob", f"{why}; leave it at True")
         for field in ("z_weight", "aux_batch"):
             if getattr(balance, field) != getattr(type(balance), field):

@@ -27,7 +27,7 @@ class AoEConfig(MixtralConfig):
 
     Attributes:
       score_neurons: None: gate projections are factorised, and scores are computed from the outputs
-        of the first factor. A number: scores are computed from so many outputs of the whole gate.
+        of the first factor. A number s: scores are computed from the first s outputs of the gate.
       gate_rank: the rank of a factorised gate projection.
       score: "norm": the score is the L2 norm of these outputs; "max": it is the largest of them.
       norm_topk_prob: True: weights are the softmax over the chosen scores; False: over all scores.

@@ -2,8 +2,8 @@
 
 There is no router: the score of an expert is computed from its own activations, and the K experts
 with the largest scores process a token. Arguments and results are those of Mixtral. With
-`output_router_logits=True` the results also have the scores as `router_logits`, and the auxiliary
-loss. Attention and dense layers are those of GLM-4.5.
+`output_router_logits=True` the results also contain the scores, named `router_logits`, and the
+auxiliary loss. Attention and dense layers are those of GLM-4.5.
 """
 
 from functools import partial
@@ -82,7 +82,7 @@ class AoEExperts(nn.Module):
         """Returns the scoring activations `[T, n, r]` and the scores `[T, n]` float32."""
         count = self.score_neurons
         w = self.w_gate_down if count is None else self.w_gate[..., :count]
-        # In a narrow dtype, the largest activations of two experts would often be equal.
+        # Float32, because in a narrow dtype the maxima of two experts would often be equal.
         dtype = torch.float32 if self.score == "max" else x.dtype
         code = torch.einsum("td,ndr->tnr", x.to(dtype), w.to(dtype))
         return code.to(x.dtype), SCORES[self.score](code.float())
@@ -148,7 +148,7 @@ class AoEDecoderLayer(MixtralDecoderLayer):
     """Attention, then experts or a dense SwiGLU, each with a pre-norm and a residual connection."""
 
     def __init__(self, config: AoEConfig, layer_idx: int):
-        GradientCheckpointingLayer.__init__(self)  # does not make Mixtral's experts
+        GradientCheckpointingLayer.__init__(self)  # Mixtral's __init__ would make Mixtral's experts
         self.self_attn = make_attention(config, layer_idx)
         is_dense = layer_idx < config.first_k_dense_replace
         dense_size = config.dense_intermediate_size
@@ -188,7 +188,7 @@ class AoEModel(AoEPreTrainedModel, MixtralModel):
     """The decoder without the output projection."""
 
     def __init__(self, config: AoEConfig):
-        MixtralPreTrainedModel.__init__(self, config)  # does not make Mixtral's layers
+        MixtralPreTrainedModel.__init__(self, config)  # MixtralModel's would make Mixtral's layers
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         layers = [AoEDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
