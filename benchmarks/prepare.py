@@ -42,7 +42,7 @@ from aoe_jax.storage.files import write_json
 from benchmarks.timing import new_workdir, report, run_benchmark, times
 
 DOCUMENT_CHARACTERS = 4000
-KILLS = 2  # during the large preparation
+KILLS = 2  # number of kills during the preparation of --workdir
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed calls of each function", lower_bound=1)
 _DOCUMENTS = flags.DEFINE_integer(
@@ -50,9 +50,9 @@ _DOCUMENTS = flags.DEFINE_integer(
 )
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32000, "vocabulary size of BPE", lower_bound=257)
 _WORKDIR = flags.DEFINE_string("workdir", None, "a new directory for the large preparation")
-_SIZE = flags.DEFINE_float("size", 2e9, "bytes of text in --workdir", lower_bound=1e7)
+_SIZE = flags.DEFINE_float("size", 2e9, "bytes of text for --workdir", lower_bound=1e7)
 _PROCESSES = flags.DEFINE_integer(
-    "processes", len(os.sched_getaffinity(0)), "processes of the preparation in --workdir", lower_bound=1
+    "processes", len(os.sched_getaffinity(0)), "processes that prepare --workdir", lower_bound=1
 )
 
 

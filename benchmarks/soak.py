@@ -366,5 +366,5 @@ if __name__ == "__main__":  # defined here, because tests import this file
     flags.DEFINE_integer("terms", 20, "how often a process is asked to stop", lower_bound=0)
     flags.DEFINE_integer("pod_size", 1, "processes of a run; more than 1 are supervised", 1)
     flags.DEFINE_integer("events", 20, "how often several processes are disturbed", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "the number that decides the order and the moments of the signals")
+    flags.DEFINE_integer("seed", 0, "decides the order and the moments of the signals")
     run_benchmark(main)
