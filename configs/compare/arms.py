@@ -97,7 +97,7 @@ def weights_over_all(arm):
 
 
 def other_router(arm, name):
-    """Returns `arm` with top_p or expert_choice, and with the loss weights of `configs/paper.py`."""
+    """Returns `arm` with top_p or expert_choice, and the loss weights of `configs/paper.py`."""
     label, fields = {
         "top_p": ("top-p", {"aux_weight": AUX_WEIGHT, "entropy_weight": 1e-4}),
         # Routing depends on later tokens, so the loss is not comparable with that of causal arms.
