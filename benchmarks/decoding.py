@@ -7,8 +7,8 @@ of 8 or top-8 of 64 experts. AoE has r = d/3 or d/12, and as many parameters as 
 dense model is as wide as all experts together, another as wide as all experts of one token. All
 models are timed in turn. A step processes one token of each sequence and selects the likeliest next
 token, after `--length` cached positions. In the file of `--json`, `bytes` is the size of the
-weights that a token needs; `recomputing` and `contrasting` are the times of a token without a cache
-and with self-contrast, divided by the time with a cache and without self-contrast.
+weights that a token needs. `recomputing` is the time of a token without a cache, and `contrasting`
+with a cache and self-contrast; both are divided by the time with a cache alone.
 """
 
 import jax

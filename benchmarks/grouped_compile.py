@@ -2,8 +2,8 @@
 backends compile, and their FLOPs and memory traffic.
 
 `python -m benchmarks.grouped_compile [--generations=v5e,h100,...] [--backends=blocked,...]
-[--dtypes=bfloat16,...] [--shapes=DxF,...|all] [--rows=32768] [--experts=8] [--json=FILE]`, for TPUs
-with `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`), for GPUs with the `jax[cuda13]`
+[--dtypes=bfloat16,...] [--shapes=DxF,...|all] [--rows=32768] [--experts=8] [--json=FILE]`. TPUs
+need `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`), and GPUs need the `jax[cuda13]`
 wheels (`pip install '.[cuda]'`). `--shapes=all` means the shapes of configs/tiny.py and paper.py. A
 star marks the backend that "auto" selects for a chip and dtype. If one product of this backend does
 not compile, or needs more than 1.3 (TPU) or 1.1 times (GPU) the useful FLOPs, the exit status is 1.
@@ -78,7 +78,7 @@ def _figure(device, backend, sizes, dtype, product):
     try:
         lowered = lower_for(device, backend, *sizes, dtype, product)
         compiled, text = hlo.compile_and_read(lowered)
-    except Exception as error:  # compilers and tokamax raise their own types
+    except Exception as error:  # compilers and tokamax raise different types
         return {"error": str(error)}
     operations = costs.Program(text, [*costs.KERNEL_COSTS, _tokamax_cost]).operations
     flops = sum(o.times * max(o.flops, o.occupied_flops) for o in operations)

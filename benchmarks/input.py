@@ -2,7 +2,7 @@
 with and without prefetching.
 
 `python -m benchmarks.input [--data=NAME] [--cache=DIR] [--steps=60] [--json=FILE]`. NAME is written
-like the field `data.name`. By default, half of the tokens are from the embedded addresses, and half
+like the field `data.name`. By default, half of the tokens come from the embedded corpus and half
 from the long descriptions of the installed Python packages. The corpora are tokenised before the
 measurement; batches are packed and shuffled during it.
 

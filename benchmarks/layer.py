@@ -4,7 +4,7 @@ of equal active FLOPs, and AoE with the router MoE.
 `python -m benchmarks.layer [--tokens=4096] [--shapes=256x8x2x512,...] [--dtype=float32]
 [--repeats=9] [--json=FILE]`. A shape is d_model, n_experts, top_k, d_ffn. AoE has as many
 parameters as the router MoE (Eq. 5) and d_low = d_model / 3. `useful FLOPs` (analytic) and `peak
-memory` (arguments, results and temporaries) are divided by those of the baseline.
+memory` (arguments, results and temporaries) are ratios to the layer that it is compared with.
 
 The phases of the AoE layer's forward pass are also timed separately.
 """

@@ -237,7 +237,7 @@ def our_configuration(variant, n_devices):
 
 
 def our_size(config):
-    """Returns the size of our model and of its step, with the keys of `maxtext_compile.py`."""
+    """Returns the sizes of our model and its step, by the keys that `maxtext_compile.py` uses."""
     state = [a for a in jax.tree.leaves(jax.eval_shape(lambda: init_state(config, 0))) if a.ndim]
     return {
         "layers": config.model.n_layers,

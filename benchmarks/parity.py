@@ -175,7 +175,7 @@ def logits_here(directory, tokens=TOKENS, **mesh):
 
 
 def load_there(directory, **settings):
-    """Loads a model in float32 with transformers and the code in the model's directory."""
+    """Loads a model in float32 with transformers, which may run Python code in `directory`."""
     import torch
     import transformers
 

@@ -63,7 +63,7 @@ def plans_of(name):
     for variant in variants:
         figure = plan(configuration(module, variant, fields), generation, devices)
         if not figure["fits"]:
-            raise UserError(f"--rows={name}: {variant} does not fit")
+            raise UserError(f"--rows={name}: {variant} does not fit in memory")
         file = module.__name__.rpartition(".")[2]
         what = {"row": name, "configuration": f"{file}.py:{variant}", "topology": topology}
         yield {**what, "fields": SHARED | fields, **figure}

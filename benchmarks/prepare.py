@@ -46,7 +46,7 @@ KILLS = 2  # number of kills during the preparation of --workdir
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed calls of each function", lower_bound=1)
 _DOCUMENTS = flags.DEFINE_integer(
-    "documents", None, "how many documents are timed; by default all addresses", lower_bound=1
+    "documents", None, "how many documents are timed; by default all", lower_bound=1
 )
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32000, "vocabulary size of BPE", lower_bound=257)
 _WORKDIR = flags.DEFINE_string("workdir", None, "a new directory for the large preparation")
@@ -57,7 +57,7 @@ _PROCESSES = flags.DEFINE_integer(
 
 
 def texts():
-    """Yields the embedded addresses, cut into documents."""
+    """Yields the texts of the embedded corpus, cut into documents."""
     for file in speech_files():
         text = file.read_text()
         for start in range(0, len(text), DOCUMENT_CHARACTERS):

@@ -75,7 +75,7 @@ class Soak:
     """Starts runs of one configuration, all in the folder `root` and on the same texts."""
 
     def __init__(self, root: Path, settings):
-        """Copies the last 40 addresses into `root`. `settings` override `SETTINGS`."""
+        """Copies 40 texts of the embedded corpus into `root`; `settings` override `SETTINGS`."""
         self.root, self.cache, texts = root, root / "cache", root / "texts"
         texts.mkdir(parents=True)
         for file in speech_files()[-40:]:

@@ -62,7 +62,7 @@ ENDINGS = {
     "spread": "class 3 on both experts",
     "other": "class 3 on one expert, 1 and 2 not together on one",
 }
-COLOURS = ("#0072B2", "#E69F00")  # distinct for colour-blind readers and in grey
+COLOURS = ("#0072B2", "#E69F00")  # differ for colour-blind readers, and in grey
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from aoe_jax.moe.routing import Method, by_mask
 
 @dataclass(frozen=True)
 class AboveMean(Method):
-    """Selects experts scored above the token's mean. Weights are the softmax of their scores."""
+    """Selects the experts above a token's mean score. Weights are the softmax of their scores."""
 
     name = "above_mean"
 

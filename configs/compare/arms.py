@@ -1,4 +1,4 @@
-"""Functions that make the arms of suites.
+"""Arms that several suites share. Most functions return an `Arm`.
 
 A size sets `d_ffn` of the MoE's experts. Arms with `matched=True` have the MoE's total parameters.
 """
@@ -18,13 +18,13 @@ ALL_TOKENS = {"aux_tokens": 1.0}
 
 
 def moe(balance):
-    """Returns the arm of a dropless router MoE; `balance` is aux, free or none."""
+    """Returns a dropless router MoE; `balance` is aux, free or none."""
     label, fields = BALANCE[balance]
     return Arm(f"MoE, {label}", {"experts": {"kind": "router"}, "balance": fields | ALL_TOKENS})
 
 
 def capacity(factor):
-    """Returns the arm of a router MoE with L_aux that drops tokens, as GShard and Switch do."""
+    """Returns a router MoE with L_aux and token dropping above a capacity (GShard, Switch)."""
     label, fields = BALANCE["aux"]
     routing = {"name": "capacity", "capacity_factor": factor}
     balance = fields | ALL_TOKENS
@@ -33,7 +33,7 @@ def capacity(factor):
 
 
 def low_rank_moe(divisor, field):
-    """Returns the arm of a Table 2 ablation with L_aux and rank `d_model / divisor`.
+    """Returns an ablation of the paper's Table 2, with L_aux and rank `d_model / divisor`.
 
     `field` is factorised_gate or large_router. An arm with a large router has more parameters.
     """
@@ -49,7 +49,7 @@ def low_rank_moe(divisor, field):
 
 
 def aoe(divisor, balance):
-    """Returns the arm of AoE with rank `d_model / divisor`; `balance` is aux, free or none."""
+    """Returns AoE of rank `d_model / divisor`, width by Eq. 5; `balance` is aux, free or none."""
     label, fields = BALANCE[balance]
 
     def changes(config):
@@ -88,7 +88,7 @@ def at_learning_rate(rate, arm):
 
 
 def weights_over_all(arm):
-    """Returns `arm` with weights from the softmax over all experts, not over the top k only.
+    """Returns `arm` with expert weights from the softmax over all experts, not over the top k.
 
     Switch and the code that AoE's authors released use these weights.
     """

@@ -3,8 +3,8 @@
 The MoE is trained with 4e12 FLOPs at each of five sizes: the smallest model on the most tokens, 1.8
 epochs of the embedded corpus, and the largest model on the fewest tokens, 0.2 epochs. All arms of a
 size are trained on the same tokens. AoE uses 1.01x to 1.04x the FLOPs of the MoE, and a dense model
-of equal active parameters uses about those of the MoE. At the middle size each arm has its best
-learning rate (`rates.py`). At other sizes this rate is scaled by 1 / d_model.
+of equal active parameters uses about 1x. At the middle size each arm has its best learning rate
+(`rates.py`). At other sizes this rate is scaled by 1 / d_model.
 """
 
 from dataclasses import replace
