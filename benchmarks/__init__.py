@@ -1,3 +1,3 @@
-"""Each command of this package measures or computes figures of speed, memory and plans that the
-README and docs/ quote.
+"""The commands of this package measure or compute numbers that README, docs/ and results/ quote;
+the command `soak` tests that training survives interruptions.
 """

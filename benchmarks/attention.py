@@ -1,10 +1,12 @@
-"""Compiles attention for a TPU or GPU that this machine lacks: memory and time of each backend.
+"""Compiles attention for an absent TPU or GPU, and estimates memory and time of each backend.
 
 `python -m benchmarks.attention [--topology=v5e:2x2] [--shapes=BxHxGxSxh,...] [--block=512]
-[--json=FILE]` with `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`), or with
-`--topology=h100:1` and JAX's CUDA wheels. It compiles the forward and backward pass in bfloat16 for
-one device. `aoe_jax/planning/costs.py` computes traffic and likely time. The time does not include
-softmax and transposes inside the kernels, because they overlap with the matrix products.
+[--json=FILE]`. A TPU needs `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`); a GPU, such
+as `--topology=h100:1`, needs JAX's CUDA wheels. A shape has B sequences, H query heads, G key and
+value heads, S positions and the head width h. The forward and backward pass are compiled in
+bfloat16 for one device. `aoe_jax/planning/costs.py` computes HBM traffic and likely time. The time
+does not include softmax and transposes inside the kernels, because they are assumed to overlap with
+the matrix products.
 """
 
 from absl import flags
@@ -15,11 +17,11 @@ from aoe_jax.planning.step_plan import read_program
 from benchmarks.compiling import compiled_attention
 from benchmarks.timing import parse_shapes, run_benchmark, save
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "GENERATION:SHAPE")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "the device, GENERATION:SHAPE")
 _BLOCK = flags.DEFINE_integer(
     "block",
     splash.MAX_BLOCK,
-    f"positions in a block of splash; from {splash.LONG} positions on, twice as many",
+    f"positions in a block of splash; doubled for sequences of {splash.LONG} positions or more",
     lower_bound=splash.LANES,
 )
 _SHAPES = flags.DEFINE_list("shapes", ["8x12x12x2048x64", "2x12x12x8192x64"], "BxHxGxSxh")

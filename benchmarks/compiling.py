@@ -1,7 +1,7 @@
 """Helpers that compile attention, grouped products and stacked layers for devices that this machine
 lacks.
 
-In shapes: M rows, D contracted width, F output width, E experts.
+Shapes are those of a grouped product: M rows, contracted width D, output width F, E experts.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ from aoe_jax.sharding import fill_mesh, make_mesh, replicated
 from benchmarks.timing import check_names
 from configs import paper, tiny
 
-# The smallest topology of each TPU generation that the compiler knows.
+# The smallest topology that the compiler accepts for each TPU generation.
 TPUS = {
     "v4": "v4:2x2x1",
     "v5e": "v5e:2x2",
@@ -39,13 +39,15 @@ PRODUCTS = ("forward", "d_rows", "d_weights")
 
 
 def devices_of(generation):
-    """Returns the devices of the smallest topology of a generation, to compile for."""
+    """Returns the devices of the smallest topology of a generation, for compilation only."""
     check_names("generations", [generation], TOPOLOGIES)
     return topology_devices(TOPOLOGIES[generation])[1]
 
 
 def compiled_attention(devices, backend, shape):
-    """Compiles attention at `shape = (B, H, G, S, h)`; returns the result of `compile_and_read`."""
+    """Compiles attention and its gradients in bfloat16 for the first device, at `shape = (B, H, G,
+    S, h)`. Returns `(compiled program, text of its HLO)`.
+    """
     b, n_heads, n_kv, s, h = shape
     mesh = Mesh(np.array(devices[:1]), ("one",), axis_types=(AxisType.Auto,))
     *arrays, g = (
@@ -58,7 +60,7 @@ def compiled_attention(devices, backend, shape):
 
 
 def expert_shapes():
-    """Returns the sorted `(D, F)` of grouped products in configs/tiny.py and configs/paper.py."""
+    """Returns the sorted `(D, F)` of all grouped products in configs/tiny.py and paper.py."""
     shapes = set()
     for module in (tiny, paper):
         for variant in module.VARIANTS:
@@ -68,8 +70,8 @@ def expert_shapes():
 
 
 def lower_for(device, backend, m, d, f, n_experts, dtype, product=None):
-    """Lowers the product `[M, D] x [E, D, F]` and its two gradients for a device of a topology;
-    only one of them if `product` is a name in `PRODUCTS`. Returns a `jax.stages.Lowered`.
+    """Lowers the grouped product `[M, D] x [E, D, F]` and its two gradients for a device of a
+    topology, or only the one of the three that `product` (a name in `PRODUCTS`) selects.
     """
     here = SingleDeviceSharding(device)
 
@@ -93,7 +95,7 @@ def lower_for(device, backend, m, d, f, n_experts, dtype, product=None):
 
 def megablox_tile_flops(m, d, f, n_experts, itemsize):
     """Returns the ratio of the FLOPs of all computed tiles to the useful `6 M D F`, for the worst
-    group sizes: every group ends within a tile, and this tile is computed for two groups.
+    group sizes: every group ends within a tile, so this tile is computed twice.
     """
     total = 0
     for name, (tm, tk, tn) in tiles(m, d, f, n_experts, itemsize).items():
@@ -114,16 +116,16 @@ def experts_layer(config: Config):
 
 
 def unweighted_aux_loss(stats, balance):
-    """Returns `sum_i f_i P_i`, computed from `LayerStats`; 0 without a balance loss."""
+    """Returns `sum_i f_i P_i` of Eq. 2 (without alpha and n); 0 if there is no balance loss."""
     return (stats.load * stats.mean_probability).sum() if balance.has_loss else 0.0
 
 
 def lower_layers(device, config: Config, n_tokens):
-    """Lowers the gradient of `n_layers` scanned layers of experts with respect to parameters and
-    tokens, for one device of a topology.
+    """Lowers, for one device of a topology, the gradient of a loss with respect to the parameters
+    and tokens of `n_layers` scanned layers of experts.
 
-    A layer is `x + experts(RMSNorm(x))`, in `model.dtype` over float32 parameters, with
-    `model.remat` and the balance loss.
+    A layer is `x + experts(RMSNorm(x))` in `model.dtype` with float32 parameters and `model.remat`.
+    The loss is the mean square of the output plus the balance losses of all layers.
     """
     m, dtype, layer = config.model, jnp.dtype(config.model.dtype), experts_layer(config)
     norm = RMSNorm(dtype=dtype, use_scale=False)

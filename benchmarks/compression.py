@@ -1,10 +1,10 @@
 """Compares the bits per byte of a trained model and of `xz -9e` on the same held-out text.
 
-`python -m benchmarks.compression --workdir=DIR [--json=FILE]`, after `python eval.py --workdir=DIR
-[--split=...]`.
+`python -m benchmarks.compression --workdir=DIR [--json=FILE]`. Run it after `python eval.py
+--workdir=DIR [--split=...]`, which chooses the held-out split.
 
 `xz` compresses the train text alone, and the train text followed by the held-out text. The
-difference of the two sizes is the compressed size of the held-out text.
+difference of the two sizes counts as the compressed size of the held-out text.
 """
 
 import lzma
@@ -32,7 +32,7 @@ def main():
     evaluation = read_json(workdir / "eval.json")
     source = data.sources[0]
     is_text = len(data.sources) == 1 and source.name != "prepared"
-    wanted = f"was trained on data.name={data.name!r}; name a run on the text of one corpus"
+    wanted = f"was trained on data.name={data.name!r}; name a run trained on the text of one corpus"
     require_flag(is_text, "workdir", workdir, wanted)
     corpus = load_corpus(source.name, source.path, data.cache, data.text_field)
     train = "".join(corpus.documents("train")).encode()

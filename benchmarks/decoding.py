@@ -4,10 +4,11 @@ decoding without a cache and with self-contrast.
 `python -m benchmarks.decoding [--length=512] [--batches=1,16] [--d_model=256] [--layers=4]
 [--repeats=7] [--json=FILE]`. Models have random weights in float32, a vocabulary of 4096, and top-2
 of 8 or top-8 of 64 experts. AoE has r = d/3 or d/12, and as many parameters as the router MoE. One
-dense model is as wide as all experts, another as the chosen experts. All models are timed in turn.
-A step processes one token and selects the likeliest next token, after `--length` cached positions.
-`bytes` counts the weights that a token needs. `recomputing` is the time without a cache and
-`contrasting` the time with self-contrast, both divided by the time with a cache.
+dense model is as wide as all experts together, another as wide as all experts of one token. All
+models are timed in turn. A step processes one token of each sequence and selects the likeliest next
+token, after `--length` cached positions. In the file of `--json`, `bytes` is the size of the
+weights that a token needs. `recomputing` is the time of a token without a cache, and `contrasting`
+with a cache and self-contrast; both are divided by the time with a cache alone.
 """
 
 import jax
@@ -23,12 +24,12 @@ from aoe_jax.model.decoding import Cache, unstacked
 from aoe_jax.sharding import make_mesh
 from benchmarks.timing import configuration, machine_in_words, medians, report, run_benchmark
 
-_LENGTH = flags.DEFINE_integer("length", 512, "positions before the token", lower_bound=1)
-_BATCHES = flags.DEFINE_list("batches", ["1", "16"], "sequences that are continued together")
+_LENGTH = flags.DEFINE_integer("length", 512, "cached positions before the token", lower_bound=1)
+_BATCHES = flags.DEFINE_list("batches", ["1", "16"], "numbers of sequences decoded together")
 _D_MODEL = flags.DEFINE_integer(
     "d_model", 256, "width of the models, a multiple of 16", lower_bound=16
 )
-_LAYERS = flags.DEFINE_integer("layers", 4, "of the models", lower_bound=1)
+_LAYERS = flags.DEFINE_integer("layers", 4, "number of layers", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each function", lower_bound=1)
 
 STEPS = 8  # tokens per timed call
@@ -36,7 +37,7 @@ CONTRAST = Contrast(beta=0.5)
 
 
 def variants(d_model):
-    """Returns `{name: (variant of configs/tiny.py, changes of its group experts)}`."""
+    """Returns `{name: (variant of configs/tiny.py, changes to its group `experts`)}`."""
     few = {"n_experts": 8, "top_k": 2, "d_ffn": 2 * d_model}
     many = {"n_experts": 64, "top_k": 8, "d_ffn": d_model // 2}
     return {
@@ -83,7 +84,7 @@ def decoding(decoder, params, batch, length, contrast=None):
 
 
 def recomputing(decoder, params, batch, length):
-    """Returns a function without arguments that computes the next token without a cache."""
+    """Returns a function without arguments that computes one next token, without a cache."""
     tokens = jax.random.randint(jax.random.key(0), (batch, length), 0, decoder.model.vocab_size)
 
     @jax.jit
@@ -147,11 +148,11 @@ def main():
             figures.append(figure)
             print(
                 f"  {name:<32} {1e3 * figure['step_seconds']:7.2f} ms a step, "
-                f"{figure['to_all']:5.2f} of dense with all"
-                + (f", {figure['to_router']:.2f} of router" if router else "")
-                + (f"; from the start {figure['recomputing']:.0f} times as long" if cached else "")
-                + (f"; contrasted {figure['contrasting']:.2f} times as long" if cached else "")
-                + f"; {figure['bytes'] / 1e6:.1f} MB of weights a token"
+                f"{figure['to_all']:5.2f}x dense, as wide as all experts"
+                + (f", {figure['to_router']:.2f}x router" if router else "")
+                + (f"; without a cache {figure['recomputing']:.0f}x" if cached else "")
+                + (f"; with self-contrast {figure['contrasting']:.2f}x" if cached else "")
+                + f"; a token needs {figure['bytes'] / 1e6:.1f} MB of weights"
             )
     report(figures)
 

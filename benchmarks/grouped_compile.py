@@ -2,16 +2,16 @@
 backends compile, and their FLOPs and memory traffic.
 
 `python -m benchmarks.grouped_compile [--generations=v5e,h100,...] [--backends=blocked,...]
-[--dtypes=bfloat16,...] [--shapes=DxF,...|all] [--rows=32768] [--experts=8] [--json=FILE]`, for TPUs
-with `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`), for GPUs with the `jax[cuda13]`
-wheels (`pip install '.[cuda]'`). `--shapes=all` means the shapes of configs/*.py. A star
-marks the backend that "auto" selects for a chip and dtype; if one of its products does not compile,
-or needs more than 1.3 (TPU) or 1.1 times (GPU) the useful FLOPs, the exit status is 1.
+[--dtypes=bfloat16,...] [--shapes=DxF,...|all] [--rows=32768] [--experts=8] [--json=FILE]`. TPUs
+need `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`), and GPUs need the `jax[cuda13]`
+wheels (`pip install '.[cuda]'`). `--shapes=all` means the shapes of configs/tiny.py and paper.py. A
+star marks the backend that "auto" selects for a chip and dtype. If one product of this backend does
+not compile, or needs more than 1.3 (TPU) or 1.1 times (GPU) the useful FLOPs, the exit status is 1.
 
-Each product is compiled alone; `aoe_jax/planning/costs.py` computes its cost. For TPU, a tile with
-rows of two experts counts twice, and the padding of widths to tiles does not count. The cost of
-`blocked` assumes balanced loads. If the package tokamax is installed, its kernels are assumed to do
-the useful FLOPs only, and to read or write every array once.
+Each product is compiled alone; `aoe_jax/planning/costs.py` computes its cost. For TPU, the FLOPs of
+a tile with rows of two experts count twice, and the padding of widths to tiles does not count. The
+cost of `blocked` assumes balanced loads. If the package tokamax is installed, its kernels for GPU
+are compiled, too; their cost is computed in the same way as that of `mosaic_gpu`.
 """
 
 import importlib.util
@@ -33,16 +33,16 @@ from aoe_jax.planning.kernel_costs import mosaic_gpu_cost
 from benchmarks.compiling import PRODUCTS, TOPOLOGIES, devices_of, expert_shapes, lower_for
 from benchmarks.timing import check_names, parse_shapes, report, run_benchmark
 
-_GENERATIONS = flags.DEFINE_list("generations", list(TOPOLOGIES), "to compile for")
+_GENERATIONS = flags.DEFINE_list("generations", list(TOPOLOGIES), "chips to compile for")
 _KERNELS = {"tpu": "megablox", "gpu": "mosaic_gpu"}
 _BACKENDS = flags.DEFINE_list(
-    "backends", ["blocked", *_KERNELS.values(), "ragged"], "to compare, where there is one"
+    "backends", ["blocked", *_KERNELS.values(), "ragged"], "to compare on the chips they support"
 )
-_DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "of rows and weights")
-_SHAPES = flags.DEFINE_list("shapes", ["768x3072"], "DxF of an expert's weights, or all")
+_DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "dtypes of rows and weights")
+_SHAPES = flags.DEFINE_list("shapes", ["768x3072"], "DxF of an expert's weights, or the word all")
 _ROWS = flags.DEFINE_integer("rows", 2 * 16384, "tokens times experts per token")
 _EXPERTS = flags.DEFINE_integer("experts", 8, "number of experts")
-# Limits of a default backend's FLOPs / useful FLOPs. With 64 experts, tiles have 1.25x the rows.
+# Largest allowed FLOPs / useful FLOPs of a default backend; on TPU, 64 experts need 1.25.
 _MOST_FLOPS = {"tpu": 1.3, "gpu": 1.1}
 
 TOKAMAX = ("tokamax_mosaic", "tokamax_triton") if importlib.util.find_spec("tokamax") else ()
@@ -61,13 +61,14 @@ def _tokamax_cost(name, operands, results):
 
 
 def figures(generation, backend, shape, dtype, m, n_experts):
-    """Compiles each product of `PRODUCTS` by a backend. Returns `{product: figures}`: FLOPs over
-    the useful `2 M D F`, bytes of HBM traffic and of temporary memory; or `{"error"}`.
+    """Compiles each product of `PRODUCTS` with a backend. Returns a dict for each product: FLOPs
+    divided by the useful `2 M D F`, and the bytes of HBM traffic and of temporary memory. If a
+    product does not compile, its dict has only the key "error".
     """
     device = devices_of(generation)[0]
     BACKENDS.update({name: partial(_tokamax, name.removeprefix("tokamax_")) for name in TOKAMAX})
     sizes = m, *shape, n_experts
-    # tokamax reads the generation of the default device.
+    # tokamax selects its kernels for JAX's default device.
     here = mock.patch.object(jax_backend, "get_default_device", lambda: device)
     with compiling_for([device]), here:
         return {name: _figure(device, backend, sizes, dtype, name) for name in PRODUCTS}
@@ -77,7 +78,7 @@ def _figure(device, backend, sizes, dtype, product):
     try:
         lowered = lower_for(device, backend, *sizes, dtype, product)
         compiled, text = hlo.compile_and_read(lowered)
-    except Exception as error:  # compilers and tokamax raise their own types
+    except Exception as error:  # compilers and tokamax raise different types
         return {"error": str(error)}
     operations = costs.Program(text, [*costs.KERNEL_COSTS, _tokamax_cost]).operations
     flops = sum(o.times * max(o.flops, o.occupied_flops) for o in operations)
@@ -89,7 +90,7 @@ def _figure(device, backend, sizes, dtype, product):
 
 
 def _in_own_process(*args):
-    """Calls `figures` in another process, because the compiler may end its process."""
+    """Calls `figures` in another process, because the compiler may crash its process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(figures, *args).result()
@@ -105,7 +106,7 @@ def _in_words(figure):
 
 
 def _shapes():
-    """Returns the shapes of `--shapes`, `(D, F)`."""
+    """Returns the list of `(D, F)` that `--shapes` names."""
     if _SHAPES.value == ["all"]:
         return expert_shapes()
     return parse_shapes(_SHAPES.value, "give two sizes, such as 768x3072, or all", n_sizes=2)
@@ -116,7 +117,7 @@ def main():
     devices = {generation: devices_of(generation)[0] for generation in _GENERATIONS.value}
     cases = itertools.product(devices.items(), _shapes(), _DTYPES.value)
     m, n_experts, found, n_failed = _ROWS.value, _EXPERTS.value, [], 0
-    print("FLOPs over the useful ones, HBM traffic, temporary memory of each product:\n")
+    print("For each product: FLOPs / useful FLOPs, HBM traffic, temporary memory\n")
     print(f"| chip | dtype | DxF | backend | {' | '.join(PRODUCTS)} |\n|{'---|' * 7}", flush=True)
     for (generation, device), shape, dtype in cases:
         foreign = {kernel for name, kernel in _KERNELS.items() if name != device.platform}

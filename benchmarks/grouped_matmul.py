@@ -1,9 +1,9 @@
 """Times `grouped_matmul`, forward and backward, and one dense matmul of the same useful FLOPs.
 
 `python -m benchmarks.grouped_matmul [--shapes=4096x512x1024x8,...] [--backends=auto,ragged]
-[--dtype=float32] [--repeats=9] [--json=FILE]`; a shape is M rows, D contracted width, F output
-width, E experts. Rows choose their experts at random. The dense matmul is timed in turn with
-the backends; forward+backward computes the value and both gradients.
+[--dtype=float32] [--repeats=9] [--json=FILE]`. A shape has M rows, the contracted width D, the
+output width F, and E experts. Each row belongs to a random expert. The dense matmul and the
+backends are timed in turn; `forward+backward` computes the value and both gradients.
 """
 
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ from benchmarks.timing import (
 _SHAPES = flags.DEFINE_list(
     "shapes", ["4096x512x1024x8", "4096x512x256x64", "16384x512x256x64"], "MxDxFxE"
 )
-_BACKENDS = flags.DEFINE_list("backends", ["auto"], "of grouped_matmul; ragged is slow on CPU")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of rows and weights")
+_BACKENDS = flags.DEFINE_list("backends", ["auto"], "backends to time; ragged is slow on CPU")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of rows and weights")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each function", lower_bound=1)
 
 
@@ -37,8 +37,8 @@ def _inputs(m, d, f, n_experts, dtype):
 
 
 def _timed(product, rows, weights, g):
-    """Returns two functions without arguments, the product alone and with its gradients, and the
-    temporary memory of the second one.
+    """Returns two functions without arguments, and the bytes of temporary memory of the second. The
+    first function computes the product, the second the product and its gradients.
     """
 
     _, forward = compiled(product, rows, weights)

@@ -1,14 +1,14 @@
-"""Measures how long a training step of configs/tiny.py waits for its batch, on several corpora,
-with and without reading ahead.
+"""Measures how long a training step of configs/tiny.py waits for its batch from several corpora,
+with and without prefetching.
 
-`python -m benchmarks.input [--data=NAME] [--cache=DIR] [--steps=60] [--json=FILE]`. NAME has the
-form of `data.name`. By default, half of the tokens are from the embedded addresses, and half from a
-folder with the long descriptions of the installed packages. The corpora are tokenised beforehand,
-packed and shuffled.
+`python -m benchmarks.input [--data=NAME] [--cache=DIR] [--steps=60] [--json=FILE]`. NAME is written
+like the field `data.name`. By default, half of the tokens come from the embedded corpus and half
+from the long descriptions of the installed Python packages. The corpora are tokenised before the
+measurement; batches are packed and shuffled during it.
 
-The training steps of the arms alternate. A wait is the time of `next(data)` and of copying the
-batch to the device, measured after the step has ended. In training, waits overlap with steps, so
-the measured wait is an upper bound of its cost.
+The training steps of both arms alternate. A wait is the time of `next(data)` and of copying the
+batch to the device, measured after the step has ended. In a training run the device computes a step
+during this time, so the measured wait is an upper bound of the time that a run loses.
 """
 
 import importlib.metadata
@@ -35,13 +35,13 @@ ARMS = {
 }
 WARM_UP = 2  # first steps of each arm, which are not measured
 
-_DATA = flags.DEFINE_string("data", None, "other corpora, as data.name")
+_DATA = flags.DEFINE_string("data", None, "other corpora, written like the field data.name")
 _STEPS = flags.DEFINE_integer("steps", 60, "timed steps of each arm", lower_bound=1)
 _CACHE = flags.DEFINE_string("cache", DataConfig.cache, "a folder for the token stores")
 
 
 def write_descriptions(folder: Path):
-    """Writes the long description of every installed package that has one."""
+    """Writes a file with the long description of every installed package that has one."""
     for package in importlib.metadata.distributions():
         text = package.metadata.get_payload()
         if text and text.strip():

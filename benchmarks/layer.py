@@ -2,11 +2,11 @@
 of equal active FLOPs, and AoE with the router MoE.
 
 `python -m benchmarks.layer [--tokens=4096] [--shapes=256x8x2x512,...] [--dtype=float32]
-[--repeats=9] [--json=FILE]`; a shape is d_model, n_experts, top_k, d_ffn. AoE has as many
-parameters as the router MoE (Eq. 5) and d_low = d_model / 3. `useful` is the ratio of analytic
-FLOPs to the baseline's; `peak memory` is this ratio for arguments, results, temporaries.
+[--repeats=9] [--json=FILE]`. A shape is d_model, n_experts, top_k, d_ffn. AoE has as many
+parameters as the router MoE (Eq. 5) and d_low = d_model / 3. `useful FLOPs` (analytic) and `peak
+memory` (arguments, results and temporaries) are ratios to the layer that it is compared with.
 
-It also times the forward pass of each phase of the AoE layer alone.
+The phases of the AoE layer's forward pass are also timed separately.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ _TOKENS = flags.DEFINE_integer("tokens", 4096, "tokens", lower_bound=1)
 _SHAPES = flags.DEFINE_list(
     "shapes", ["256x8x2x512", "256x64x8x128"], "d_model x n_experts x top_k x d_ffn"
 )
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the computation")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of the computation")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each function", lower_bound=1)
 
 
@@ -70,7 +70,7 @@ def _inputs(config, n_tokens):
 
 
 def _gradient(config, n_tokens):
-    """Returns a function that computes gradients of parameters and tokens, and its bytes."""
+    """Returns a function that computes gradients of parameters and tokens, and its peak memory."""
     layer, x, params = _inputs(config, n_tokens)
 
     def loss(params, x):

@@ -1,12 +1,12 @@
-"""Compares our training step with MaxText's, both compiled for a TPU slice that this machine lacks.
-Also compares likely step times with published step times.
+"""Compares our training step with MaxText's, both compiled for a TPU slice that this machine lacks,
+or compares the likely step time of a MaxText run with its published step time.
 
     python -m benchmarks.maxtext --python=VENV/bin/python --topology=v5e:4x4 [--json=FILE]
     python -m benchmarks.maxtext --python=VENV/bin/python --recipe=mixtral_8x7b_v5p [--json=FILE]
 
-Each program takes minutes. The first form needs `libtpu` (`make .venv/libtpu`,
-`PYTHONPATH=.venv/libtpu`). MaxText needs Python 3.12 or later and other package versions, so it has
-its own environment:
+A program compiles for minutes. The first form needs `libtpu` (`make .venv/libtpu`,
+`PYTHONPATH=.venv/libtpu`). MaxText needs Python 3.12 or later and other package versions than this
+project, so it has its own virtual environment VENV:
 
     python3.13 -m venv VENV && VENV/bin/pip install --no-deps maxtext==0.2.5
     VENV/bin/pip install jax==0.11.1 libtpu==0.0.52 absl-py aqtp cloudpickle datasets drjax \\
@@ -15,8 +15,8 @@ its own environment:
         sympy tensorboardX tiktoken tokamax tqdm transformers
 
 The first form compares models of equal size: `configs/paper.py:moe_aux` and `aoe_r256_aux` with
-`SETTINGS`, and MaxText with `MODEL` and `BEST`. The second form compiles a run whose step time is
-published. `planning/costs.py` computes the traffic and the time of all programs.
+`SETTINGS`, and MaxText with `MODEL` and `BEST`. The second form compiles a MaxText run whose step
+time is published. `planning/costs.py` computes the HBM traffic and the time of all programs.
 """
 
 import importlib.metadata
@@ -76,7 +76,7 @@ MODEL = {
 }
 
 
-# The fastest MaxText settings of those that docs/plans.md compares.
+# Of the MaxText settings that docs/plans.md compares, these are the fastest.
 BEST = {
     "attention": "flash",
     "num_vocab_tiling": 16,
@@ -90,19 +90,19 @@ BEST_XLA_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run with a published step time."""
+    """A MaxText run with a published step time."""
 
-    source: str  # path of the recipe on GitHub
+    source: str  # repository and path of the recipe on GitHub
     seconds: float  # published step time
     topology: str
-    fields: dict
+    fields: dict  # changes to MaxText's `base.yml`
     xla_flags: str
 
 
-# The sources are in repositories of github.com/AI-Hypercomputer. Step times from MaxText's table of
-# models are in maxtext/docs/reference/models/tiering.md. Fields and XLA flags are copied from the
-# source, without those that only matter at run time, and without
-# `xla_tpu_enable_async_collective_fusion`, which this compiler accepts for v5e only.
+# The sources are in repositories of github.com/AI-Hypercomputer. MaxText's table of models is
+# maxtext/docs/reference/models/tiering.md. Fields and XLA flags are copied from the source, except
+# those that only matter at run time, and except `xla_tpu_enable_async_collective_fusion`, which
+# this compiler accepts for v5e only.
 _OVERLAP = (
     "--xla_tpu_enable_data_parallel_all_reduce_opt=true "
     "--xla_tpu_data_parallel_opt_different_sized_ops=true "
@@ -126,8 +126,8 @@ RECIPES = {
         "--xla_tpu_megacore_fusion_allow_ags=false --xla_enable_async_collective_permute=true "
         f"--xla_tpu_enable_ag_backward_pipelining=true {_OVERLAP} {_MOE_VMEM}",
     ),
-    # The recipe of October 2024, which the table of models has, too: 8 sequences per chip without
-    # offloading. The present recipe has 12 sequences, which do not fit with this compiler.
+    # This recipe of October 2024 is also in the table of models. It has 8 sequences per chip and no
+    # offloading. With this compiler, the 12 sequences of the present recipe do not fit in memory.
     "mixtral_8x7b_v6e": Recipe(
         "tpu-recipes/training/trillium/Mixtral-8x7B-MaxText",
         8.409,
@@ -148,7 +148,8 @@ RECIPES = {
         },
         f"{_OVERLAP} {_MOE_VMEM}",
     ),
-    # `llama2_70b_v5p_128`; the step time is computed from 692 tokens/s per chip in the table.
+    # The source names it `llama2_70b_v5p_128`. The step time is computed from 692 tokens per second
+    # and chip in the table of models.
     "llama2_70b_v5p": Recipe(
         "maxtext/benchmarks/maxtext_v5p_model_configs.py",
         23.7,
@@ -164,7 +165,7 @@ RECIPES = {
         },
         _OVERLAP,
     ),
-    # The published line of the log says 2 sequences per chip; the recipe's fields say 3.
+    # The published log says 2 sequences per chip, as here; the recipe's fields say 3.
     "llama2_70b_v6e": Recipe(
         "tpu-recipes/training/trillium/Llama2-70B-MaxText",
         9.052,
@@ -197,9 +198,9 @@ _INSTALL = "the docstring of benchmarks/maxtext.py says how to install MaxText"
 
 
 def compile_maxtext(python, fields, xla_flags):
-    """Compiles a training step of MaxText with `fields` of its `base.yml`; `python` must have
-    MaxText. Returns the figures that `maxtext_compile.py` writes, and the optimised HLO. Raises
-    `UserError` if `python` does not exist or has no MaxText, or if MaxText fails.
+    """Compiles a training step of MaxText; `fields` override its `base.yml`. `python` is the Python
+    of an environment with MaxText. Returns the figures that `maxtext_compile.py` writes, and the
+    optimised HLO. Raises `UserError` if `python` or MaxText does not exist, or if MaxText fails.
     """
     script = Path(__file__).with_name("maxtext_compile.py")
     of_tpu = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -207,7 +208,7 @@ def compile_maxtext(python, fields, xla_flags):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | of_tpu | settings
     with tempfile.TemporaryDirectory() as folder:
         arguments = [f"{name}={value}" for name, value in fields.items()]
-        # -P: otherwise `import maxtext` finds this file, which is next to the script.
+        # Without -P, `import maxtext` would find this file, because it is next to the script.
         command = [python, "-P", str(script), folder, *arguments]
         try:
             done = subprocess.run(
@@ -236,7 +237,7 @@ def our_configuration(variant, n_devices):
 
 
 def our_size(config):
-    """Returns the size of our model and of its step, with the keys of `maxtext_compile.py`."""
+    """Returns the sizes of our model and its step, by the keys that `maxtext_compile.py` uses."""
     state = [a for a in jax.tree.leaves(jax.eval_shape(lambda: init_state(config, 0))) if a.ndim]
     return {
         "layers": config.model.n_layers,
@@ -256,8 +257,8 @@ def our_size(config):
 
 
 def check_sizes(name, size, reference):
-    """Returns a text with the numbers of parameters. Raises `UserError` if they differ by 0.1% or
-    more, or if any other size differs.
+    """Returns a text with both numbers of parameters. Raises `UserError` if the parameters or the
+    numbers in the state differ by 0.1% or more, or if any other size differs.
     """
     close = ("parameters", "state_numbers")
     for field, value in size.items():
@@ -275,7 +276,7 @@ def _tiles(m, k, n, n_experts, itemsize):
 
 
 def _read(text, chip, shape):
-    """Returns the result of `read_program` for a program of MaxText."""
+    """Returns the result of `read_program` for a program of MaxText, with the tiles of MaxText."""
     grouped = partial(megablox_cost, tiles=_tiles)
     others = [cost for cost in KERNEL_COSTS if cost is not megablox_cost]
     return read_program(text, chip, shape, [grouped, *others])
@@ -303,8 +304,8 @@ def table(figures):
         lines.append(
             f"{f['program']:>14}: temporary {f['temp_bytes'] / 1e9:5.2f} GB, HBM traffic "
             f"{f['hbm_traffic_bytes'] / 1e9:6.1f} GB ({traffic:.2f}x), likely step "
-            f"{1e3 * f['likely_step_seconds']:6.1f} ms ({step:.2f}x), of it network "
-            f"{1e3 * f['network_seconds']:5.1f} ms; all operations at the peaks: "
+            f"{1e3 * f['likely_step_seconds']:6.1f} ms ({step:.2f}x) with network time "
+            f"{1e3 * f['network_seconds']:5.1f} ms; step with all operations at the peaks: "
             f"{1e3 * f['seconds_at_peaks']:6.1f} ms ({at_peaks:.2f}x)"
         )
     return "\n".join(lines)
@@ -372,5 +373,5 @@ def main():
 if __name__ == "__main__":  # defined here, because tests import this file
     flags.DEFINE_string("python", None, "the Python of an environment with MaxText")
     flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:4x4")
-    flags.DEFINE_string("recipe", None, f"of {', '.join(RECIPES)}")
+    flags.DEFINE_string("recipe", None, f"one of {', '.join(RECIPES)}")
     run_benchmark(main)

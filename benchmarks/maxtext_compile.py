@@ -16,7 +16,7 @@ import jax
 import maxtext
 from maxtext.trainers.pre_train import train_compile
 
-# The fields that decide the size of a model and of its step.
+# Key in `figures.json` -> field of `base.yml` that decides the size of the model or of its step.
 FIELDS = {
     "layers": "num_decoder_layers",
     "width": "emb_dim",
@@ -36,7 +36,7 @@ def main(folder, *arguments):
 
     def measured(function, shapes, options, mesh, *others):
         config, started = others[-2], time.perf_counter()
-        jax.config.update("jax_use_shardy_partitioner", config.shardy)  # `train.py` sets it, too
+        jax.config.update("jax_use_shardy_partitioner", config.shardy)  # as in MaxText's `train.py`
         compiled = jit_and_compile(function, shapes, options, mesh, *others)
         memory = compiled.memory_analysis()
         is_float = [a for a in jax.tree.leaves(shapes[0]) if "float" in str(a.dtype)]

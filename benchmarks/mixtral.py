@@ -1,11 +1,11 @@
-"""Times a whole training step on one core: our AoE and router MoE, and Mixtral of the same shape in
-`transformers` on torch.
+"""Times whole training steps on one core: of our AoE and router MoE, and of Mixtral with the same
+shape in `transformers` on torch.
 
-`python -m benchmarks.mixtral [--repeats=5] [--json=FILE]`, with `torch` and `transformers`
-installed, too. All models have 4 layers with d=256, 4 heads, top-2 of 8 experts of width 512, and
-a vocabulary of 4096. A step has 16 sequences of 256 random tokens, and uses float32, AdamW,
-clipping and L_aux (unless the arm says otherwise). Mixtral runs eagerly. Steps of the models
-alternate. A matrix product, of which steps mostly consist, is also timed in torch and in JAX.
+`python -m benchmarks.mixtral [--repeats=5] [--json=FILE]` needs `torch` and `transformers`. All
+models have 4 layers with d=256, 4 heads, top-2 of 8 experts of width 512 (AoE: Eq. 5), and a
+vocabulary of 4096. A step has 16 sequences of 256 random tokens, and uses float32, AdamW, clipping
+and L_aux (unless the arm says otherwise). Mixtral runs eagerly. Steps of the models alternate.
+Steps consist mostly of matrix products, so one product is also timed in torch and in JAX.
 """
 
 import os
@@ -75,7 +75,7 @@ def mixtral_step(config):
 
 
 def products(config):
-    """Returns functions that compute 20 products of tokens and one weight, in torch and in JAX."""
+    """Returns functions that multiply tokens by one weight matrix 20 times, in torch and in JAX."""
     import torch
 
     d, f = config.model.d_model, config.experts.d_ffn
@@ -114,7 +114,7 @@ def main():
     print(machine_in_words() + f", {versions}")
     rates = medians(products(router), 5 * _REPEATS.value)
     rate = rates["torch"] / rates["JAX"]
-    print(f"one product of tokens and a weight: JAX at {rate:.2f}x torch's rate")
+    print(f"product of tokens and one weight matrix: JAX at {rate:.2f}x torch's rate")
     tokens, figures = router.tokens_per_step, []
     for name in steps:
         ratio = seconds["Mixtral, transformers"] / seconds[name]

@@ -1,9 +1,9 @@
 """Compares the logits of imported models with those of `transformers`.
 
-`python -m benchmarks.parity [--json=FILE]` makes a tiny random model of every architecture that can
-be imported, saves it in every layout of its tensors in float32 and in bfloat16, and compares the
-logits that both libraries compute in float32. A row has the largest logit and, for each layout and
-dtype, the largest absolute difference. It needs `transformers` and `torch`.
+`python -m benchmarks.parity [--json=FILE]` needs `transformers` and `torch`. It makes a tiny random
+model of every architecture that can be imported, saves it in every layout of its tensors in float32
+and in bfloat16, and compares the logits that both libraries compute in float32. A table row has the
+largest absolute logit and, for each layout and dtype, the largest absolute difference.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ _SHAPE = {
     "pad_token_id": None,
 }
 _MOE = {**_SHAPE, "num_experts_per_tok": 2}
-_ROPE = {"rope_type": "default", "rope_theta": 100.0}  # not the default theta
+_ROPE = {"rope_type": "default", "rope_theta": 100.0}  # not the default, to test the import
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 50.0,
@@ -55,7 +55,7 @@ _QWEN3_MOE = {
     "head_dim": 12,
     "rope_parameters": _ROPE,
 }
-_DEEPSEEK = {  # fields of its router
+_DEEPSEEK = {  # for architectures with the router of DeepSeek-V3
     **_SHAPE,
     "num_hidden_layers": 3,
     "moe_intermediate_size": 20,
@@ -151,7 +151,7 @@ def random_model(name, **changes):
 
 
 def save(model, directory, layout):
-    """Saves a model of transformers; the layout "per expert" is saved in many shards."""
+    """Saves a model of transformers, in many shards if the layout is "per expert"."""
     size = "20KB" if layout == "per expert" else "5GB"
     model.save_pretrained(directory, save_original_format=LAYOUTS[layout], max_shard_size=size)
 
@@ -175,7 +175,7 @@ def logits_here(directory, tokens=TOKENS, **mesh):
 
 
 def load_there(directory, **settings):
-    """Loads a model in float32 with transformers and the code in the model's directory."""
+    """Loads a model in float32 with transformers, which may run Python code in `directory`."""
     import torch
     import transformers
 

@@ -1,8 +1,8 @@
 """Makes the table in docs/plans.md: estimated memory and step time of AoE and of the router MoE.
 
-`python -m benchmarks.plans [--rows=NAME,...] [--json=FILE]`, with `libtpu` for TPUs and JAX's CUDA
-wheels for GPUs; a row takes minutes on two cores. The command computes each row like `python -m
-aoe_jax.plan --config=CONFIGURATION --topology=TOPOLOGY` with the fields in `ROWS` and `SHARED`.
+`python -m benchmarks.plans [--rows=NAME,...] [--json=FILE]` needs `libtpu` for TPUs and JAX's CUDA
+wheels for GPUs; a row takes minutes on two cores. `python -m aoe_jax.plan --config=CONFIGURATION
+--topology=TOPOLOGY` computes the same figures if the fields in `ROWS` and `SHARED` are its flags.
 """
 
 from absl import flags
@@ -19,7 +19,7 @@ SHARED = {"balance.aux_tokens": 0.125, "train.accumulate": 1}
 SMALL = (paper, "aoe_whole_aux", "aoe_r256_aux", "moe_aux")
 MIDDLE = (paper, "aoe_4b", "moe_4b")
 LONG = {"data.seq_len": 32_768, "model.max_len": 32_768}
-# name -> (module, AoE variants, router MoE), topology, sequences per device, other fields
+# name -> (module, AoE variants, MoE variant), topology, sequences per device, other fields
 ROWS = {
     "732M@v5e": (SMALL, "v5e:4x4", 8, {"mesh.fsdp": 16}),
     "732M@v5p": (SMALL, "v5p:4x4x4", 8, {"mesh.fsdp": 64}),
@@ -63,14 +63,14 @@ def plans_of(name):
     for variant in variants:
         figure = plan(configuration(module, variant, fields), generation, devices)
         if not figure["fits"]:
-            raise UserError(f"--rows={name}: {variant} does not fit")
+            raise UserError(f"--rows={name}: {variant} does not fit in memory")
         file = module.__name__.rpartition(".")[2]
         what = {"row": name, "configuration": f"{file}.py:{variant}", "topology": topology}
         yield {**what, "fields": SHARED | fields, **figure}
 
 
 def cells(figure, twin=None):
-    """Returns the table's cells for a plan; for an AoE, `twin` is the plan of the router MoE."""
+    """Returns the table's cells for a plan. For AoE, `twin` is the plan of the router MoE."""
     memory, traffic, step = compared = _compared(figure)
     mesh = (f"{name} {n}" for name, n in figure["mesh"].items() if name != "transport" and n > 1)
     network = figure["seconds_by_scope"].get("network", 0)

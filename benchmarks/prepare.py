@@ -1,14 +1,14 @@
-"""Measures data preparation: its speed on one core compared with the tokenizer library alone, and
-whether a preparation of gigabytes of text that is killed can be continued.
+"""Measures the speed of data preparation on one core, and compares it with the tokenizer library
+alone. Also tests whether a preparation of gigabytes of text can be continued after it was killed.
 
-`python -m benchmarks.prepare [--repeats=5] [--json=FILE]`: times, for each tokenizer, the work of
-a preparation process (read and parse JSON lines, hash, tokenise, write, hash again) and the
-library's encoding of the same texts alone, both in turn. Speeds are in MB of text per second.
+`python -m benchmarks.prepare [--repeats=5] [--json=FILE]` times two functions in turn for each
+tokenizer: the work of a preparation process (read and parse JSON lines, hash, tokenise, write, hash
+again), and the library's encoding of the same texts. Speeds are in MB of text per second.
 
-`python -m benchmarks.prepare --workdir=DIR --size=2e9 [--json=FILE]`: writes 2e9 bytes of JSON
-lines into DIR and prepares them twice: without a break, and with two kills and restarts.
-Then it compares the two stores and reads both completely. Memory is the largest sum of the
-proportional set sizes (PSS) of all processes.
+`python -m benchmarks.prepare --workdir=DIR --size=2e9 [--json=FILE]` writes JSON lines with 2e9
+bytes of text into DIR and prepares them twice: without a break, and with two kills and restarts.
+Then it compares the two stores and reads both completely. The printed memory is the largest sum of
+the proportional set sizes (PSS) of all processes.
 """
 
 import importlib.util
@@ -42,22 +42,22 @@ from aoe_jax.storage.files import write_json
 from benchmarks.timing import new_workdir, report, run_benchmark, times
 
 DOCUMENT_CHARACTERS = 4000
-KILLS = 2  # during the large preparation
+KILLS = 2  # number of kills during the preparation of --workdir
 
-_REPEATS = flags.DEFINE_integer("repeats", 5, "times that each is timed", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "timed calls of each function", lower_bound=1)
 _DOCUMENTS = flags.DEFINE_integer(
-    "documents", None, "how many are timed; all of the addresses unless given", lower_bound=1
+    "documents", None, "how many documents are timed; by default all", lower_bound=1
 )
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32000, "of the byte-level BPE", lower_bound=257)
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32000, "vocabulary size of BPE", lower_bound=257)
 _WORKDIR = flags.DEFINE_string("workdir", None, "a new directory for the large preparation")
-_SIZE = flags.DEFINE_float("size", 2e9, "bytes of its text", lower_bound=1e7)
+_SIZE = flags.DEFINE_float("size", 2e9, "bytes of text for --workdir", lower_bound=1e7)
 _PROCESSES = flags.DEFINE_integer(
-    "processes", len(os.sched_getaffinity(0)), "of the large preparation", lower_bound=1
+    "processes", len(os.sched_getaffinity(0)), "processes that prepare --workdir", lower_bound=1
 )
 
 
 def texts():
-    """Yields the embedded addresses, cut into documents."""
+    """Yields the texts of the embedded corpus, cut into documents."""
     for file in speech_files():
         text = file.read_text()
         for start in range(0, len(text), DOCUMENT_CHARACTERS):
@@ -77,7 +77,7 @@ def llama_model():
 
 
 def rates(repeats, vocab_size, count):
-    """Returns MB of text per second and core: of preparation, and of the library alone."""
+    """Times preparation and the library alone on one core; returns a dict for each tokenizer."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     figures, documents = [], list(itertools.islice(texts(), count))
@@ -113,15 +113,15 @@ def rates(repeats, vocab_size, count):
                 {"tokenizer": name, "mb_per_second": figure, "prepare_to_library": ratio}
             )
             print(
-                f"{name:>14}: {figure['prepare']:.1f} MB of text a second, the library "
-                f"{figure['library']:.1f}; {ratio:.2f} of the library's rate"
+                f"{name:>14}: {figure['prepare']:.1f} MB of text per second, the library alone "
+                f"{figure['library']:.1f}; {ratio:.2f}x the library's speed"
             )
     return figures
 
 
 def write_texts(folder: Path, size):
-    """Writes files of about 64 MB of JSON lines; every document begins with a different number.
-    Returns the number of documents.
+    """Writes JSON lines into files of about 64 MB; all documents differ, because each begins with
+    its own number. Returns the number of documents.
     """
     sources, written, count, number = list(texts()), 0, 0, 0
     while written < size:

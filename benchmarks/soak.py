@@ -12,8 +12,8 @@ longer than `train.hang_timeout`. The supervisors must bring the run to its end.
 
 A run that reaches its end is compared with the undisturbed one: the metrics, every line of
 metrics.jsonl except measured times, the position in the data, and the arrays of the last
-checkpoint. In the first form every checkpoint is also read after each stop. The program fails at
-the first difference, unreadable checkpoint, wrong exit status, or supervisor that gives up.
+checkpoint. In the first form every kept checkpoint is also read after each stop. The program fails
+at the first difference, unreadable checkpoint or wrong exit status, or if a supervisor gives up.
 `--seed` decides the order and the moments of the signals.
 """
 
@@ -66,7 +66,7 @@ SETTINGS = {
 # The moment of a stop -> the longest delay of the signal after this moment, in seconds.
 MOMENTS = {"start": 6, "preparation": 1, "steps": 4, "save": 0.05}
 HANG_TIMEOUT = 30  # seconds; on a busy machine a restore alone may take half of it
-LONGEST = 20  # limit of the seconds between two events of supervised runs
+LONGEST = 20  # longest pause before an event of a supervised run, in seconds
 PATIENCE = 900  # seconds to wait before a missing event counts as a failure
 ROOT = Path(__file__).parents[1]
 
@@ -75,7 +75,7 @@ class Soak:
     """Starts runs of one configuration, all in the folder `root` and on the same texts."""
 
     def __init__(self, root: Path, settings):
-        """Copies texts, the last 40 of the addresses. `settings` override `SETTINGS`."""
+        """Copies 40 texts of the embedded corpus into `root`; `settings` override `SETTINGS`."""
         self.root, self.cache, texts = root, root / "cache", root / "texts"
         texts.mkdir(parents=True)
         for file in speech_files()[-40:]:
@@ -130,7 +130,7 @@ def wait_until(holds, name, workdir):
     deadline = time.monotonic() + PATIENCE
     while not holds():
         if time.monotonic() > deadline:
-            raise Failure(f"{name} did not come within {PATIENCE} s:\n{last_words(workdir)}")
+            raise Failure(f"{name} was not reached within {PATIENCE} s:\n{last_words(workdir)}")
         time.sleep(0.005)
 
 
@@ -142,7 +142,7 @@ def _names(folder):
 
 
 def _is_saving(workdir, known, n_saves):
-    """Whether a checkpoint is being written, after `n_saves` others that are not in `known`."""
+    """Whether a checkpoint is being written after at least `n_saves` others not in `known`."""
     new = set(_names(workdir / "checkpoints")) - known
     return sum(name.isdecimal() for name in new) >= n_saves and any("tmp" in name for name in new)
 
@@ -224,7 +224,7 @@ def soak(root: Path, kills, terms, seed, settings=None):
     for number in tqdm(signals, desc="stops", unit="stop"):
         moment = chance.choice([*MOMENTS])
         status = work.stop(run, moment, number, chance)
-        # Before the run has installed its handler of SIGTERM, the signal ends the process.
+        # A SIGTERM that comes before the run has installed its handler ends the process.
         early = number == signal.SIGTERM and moment == "start"
         allowed = {0, -signal.SIGKILL} | ({-signal.SIGTERM, Terminated.status} if early else set())
         if status not in allowed:
@@ -302,7 +302,7 @@ class SupervisedRun:
 
 
 def _free_port():
-    """Finds a free port outside the system's range for new connections; it stays free."""
+    """Finds a free port outside the range from which the system gives ports to other programs."""
     for port in random.sample(range(20_000, 32_000), 100):
         with contextlib.suppress(OSError), socket.create_server(("localhost", port)):
             return port
@@ -312,7 +312,7 @@ def _free_port():
 def soak_supervised(root: Path, n_processes, n_events, seed, settings=None):
     """Disturbs supervised runs `n_events` times; returns counts of the events.
 
-    Raises `Failure` if a run ends in another state, or does not end.
+    Raises `Failure` if a run ends in another state than the undisturbed run, or does not end.
     """
     chance = random.Random(seed)
     work = Soak(root, {"train.hang_timeout": HANG_TIMEOUT} | (settings or {}))
@@ -325,7 +325,7 @@ def soak_supervised(root: Path, n_processes, n_events, seed, settings=None):
         wanted = result(run.workdir)
         run = SupervisedRun(work, root / "run_0", n_processes)
         for _ in tqdm(range(n_events), desc="events", unit="event"):
-            if chance.random() < 0.5:  # during steps or saves, else at any moment
+            if chance.random() < 0.5:  # half of the events come during steps or saves
                 run.wait_for_steps()
             time.sleep(LONGEST * chance.random())
             if run.has_ended():
@@ -364,7 +364,7 @@ if __name__ == "__main__":  # defined here, because tests import this file
     flags.DEFINE_string("workdir", None, "a directory for the runs")
     flags.DEFINE_integer("kills", 50, "how often a process is killed", lower_bound=0)
     flags.DEFINE_integer("terms", 20, "how often a process is asked to stop", lower_bound=0)
-    flags.DEFINE_integer("pod_size", 1, "processes of a run; several are supervised", 1)
+    flags.DEFINE_integer("pod_size", 1, "processes of a run; more than 1 are supervised", 1)
     flags.DEFINE_integer("events", 20, "how often several processes are disturbed", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "of the order of the events and their moments")
+    flags.DEFINE_integer("seed", 0, "decides the order and the moments of the signals")
     run_benchmark(main)

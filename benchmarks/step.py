@@ -1,8 +1,8 @@
 """Times a whole training step of AoE and of a router MoE of equal total parameters.
 
-`python -m benchmarks.step [--models=tiny,deep,sparse] [--repeats=7] [--json=FILE]`. `useful` is the
-ratio of the useful FLOPs of an AoE step to those of the router MoE; `over` is the measured ratio of
-step times divided by `useful`. Tokens are random; all arms are timed in turn.
+`python -m benchmarks.step [--models=tiny,deep,sparse] [--repeats=7] [--json=FILE]`. `useful FLOPs`
+is the ratio of the useful FLOPs of an AoE step to those of the router MoE; `over` is the measured
+ratio of step times divided by this ratio. Tokens are random; all arms are timed in turn.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from benchmarks.timing import (
     run_benchmark,
 )
 
-# Changes to configs/tiny.py; `RANKS` sets d_low as a fraction of d_model.
+# Changes to configs/tiny.py, except d_low: it is d_model divided by each number in `RANKS`.
 MODELS = {
     "tiny": {},
     "deep": {
@@ -40,7 +40,7 @@ WHOLE_GATES = {
     "norm of 16": {"experts": {"score_neurons": 16}, "balance": EIGHTH},
     "one neuron": {"experts": {"score_neurons": 1, "score": "max"}, "balance": EIGHTH},
 }
-# Balancing of the factorised form: without a loss, or with L_aux of an eighth or of all tokens.
+# AoE with factorised gates is balanced without a loss, or by L_aux of an eighth or of all tokens.
 FACTORISED = {
     "loss-free": {"balance": {"aux_weight": 0.0, "bias_rate": 0.01}},
     "L_aux of 1/8": {"balance": EIGHTH},
@@ -94,6 +94,6 @@ def main():
 
 
 if __name__ == "__main__":  # defined here, because tests import this file
-    flags.DEFINE_list("models", list(MODELS), f"of {', '.join(MODELS)}")
+    flags.DEFINE_list("models", list(MODELS), f"some of {', '.join(MODELS)}")
     flags.DEFINE_integer("repeats", 7, "timed steps of each model", lower_bound=1)
     run_benchmark(main, timed=True)

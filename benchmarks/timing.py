@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: interleaved medians, configurations, flags, the machine in words."""
+"""Functions that benchmarks share, for timing, configurations, flags and machine descriptions."""
 
 import functools
 import os
@@ -19,7 +19,7 @@ from aoe_jax.storage.config_files import update_groups
 from aoe_jax.storage.files import write_json
 from configs import tiny
 
-flags.disclaim_key_flags()  # flags defined by functions here belong to their callers
+flags.disclaim_key_flags()  # flags that functions below define belong to their callers
 
 
 def compiled(function, *args):
@@ -42,7 +42,7 @@ def times(functions, repeats):
 
 
 def medians(functions, repeats):
-    """Returns the median of the `times` of each function."""
+    """Returns `{name: median seconds}` of the calls that `times` makes."""
     return {name: statistics.median(found) for name, found in times(functions, repeats).items()}
 
 
@@ -105,16 +105,16 @@ def parse_shapes(shapes, form, n_sizes=4):
 def run_benchmark(main, timed=False):
     """Runs a benchmark as a command with the flag `--json`.
 
-    If `timed`, it restarts this process with `ALLOCATOR`, unless GLIBC_TUNABLES is set. Without
-    these settings page faults would dominate all times. To measure without them, run
-    `GLIBC_TUNABLES= python -m benchmarks...`.
+    If `timed`, it restarts this process with the glibc settings `ALLOCATOR`, unless GLIBC_TUNABLES
+    is set. Without these settings, the times would include page faults of memory that glibc has
+    returned to the system. To measure without them, run `GLIBC_TUNABLES= python -m benchmarks...`.
     """
     if timed and "GLIBC_TUNABLES" not in os.environ and sys.platform == "linux":
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR
         os.execv(sys.executable, sys.orig_argv)
     flags.DEFINE_string("json", None, "a file for the figures")
 
-    @functools.wraps(main)  # --help shows main's docstring
+    @functools.wraps(main)  # --help shows the docstring of main's module
     def checked():
         cli.file_to_write(flags.FLAGS["json"])  # reports a wrong path now, not after hours
         return main()

@@ -1,27 +1,27 @@
-"""The two-stage classifier of the paper's Appendix B, with AoE and with a router MoE: which expert
-is chosen for a class that is added later?
+"""Trains the two-stage classifier of the paper's Appendix B with AoE and with a router MoE, and
+shows which expert is chosen for a class that is added later.
 
 `python -m benchmarks.two_stage [--seeds=20] [--steps=1000] [--d_model=32] [--json=FILE]
-[--output=DIR]` prints a table. `--json` writes the figures of every seed, and `--output` draws the
-paper's Fig. 5 as `two_stage.png` and `two_stage.svg`.
+[--output=DIR]` prints a table. `--json` writes the figures of every seed, and `--output` draws a
+figure like the paper's Fig. 5 as `two_stage.png` and `two_stage.svg`.
 
 The model is one layer of two experts with top-1 and a linear head. Inputs are Gaussian with
 variance 1: class 1 around +mean, class 2 around -mean, class 3 around 0. Stage one trains on
 classes 1 and 2; stage two trains equally long on all three. The table shows, after each stage, the
-share of each class that is routed to each expert, and how many seeds end like those of the paper:
-one AoE expert processes classes 1 and 2, and the other class 3 (`apart`), while a router divides
-class 3 between both experts (`spread`).
+share of each class that is routed to the expert with most of class 1. It also shows how many seeds
+end as in the paper: one AoE expert processes classes 1 and 2, and the other expert processes class
+3 (`apart`), while a router divides class 3 between both experts (`spread`).
 
 With top-1 the paper's weight, a softmax over the chosen expert alone, is constantly 1. So the
 router receives no gradient and keeps its initial choices, and AoE's choices change only because the
 experts' own weights are trained. With the softmax over both experts
 (`routing.norm_topk_prob=False`), the chosen score receives a gradient. Both weights are tested.
 
-Two properties hold by construction. The norms of x and -x are equal, so AoE chooses the same expert
-for classes 1 and 2. Two logits without a bias divide the inputs by a hyperplane through 0, so half
-of class 3 is on either side. AoE and the router choose by the direction of x, not by its length.
+Three properties hold by construction. AoE's norms for x and for -x are equal, so AoE routes classes
+1 and 2 alike. A router's two logits without a bias divide the inputs by a hyperplane through 0, so
+half of class 3 is on each side. AoE and the router choose by the direction of x, not by its length.
 
-d is the input width, C = 3 classes, n = 2 experts, S seeds, T inputs.
+Letters in shapes: input width d, C = 3 classes, n = 2 experts, S seeds, T inputs.
 """
 
 import dataclasses
@@ -62,12 +62,12 @@ ENDINGS = {
     "spread": "class 3 on both experts",
     "other": "class 3 on one expert, 1 and 2 not together on one",
 }
-COLOURS = ("#0072B2", "#E69F00")  # distinct for colour-blind readers and in grey
+COLOURS = ("#0072B2", "#E69F00")  # differ for colour-blind readers, and in grey
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Choices that the paper leaves open. Experts of both kinds have equally many parameters."""
+    """Settings that the paper does not state. AoE and MoE have equally many parameters."""
 
     steps: int = 1000  # steps of each stage
     d_model: int = 32
@@ -111,7 +111,7 @@ def draw_inputs(key, label, setting):
 
 
 def train(kind, norm_topk_prob, setting, key):
-    """Trains both stages of one seed and returns an `Outcome` stacked over the stages."""
+    """Trains both stages of one seed; returns an `Outcome` with a leading axis of stages."""
     model = Classifier(kind, norm_topk_prob, setting)
     init_key, data_key, test_key = jax.random.split(key, 3)
     optimizer = optax.adam(setting.learning_rate)
@@ -149,7 +149,7 @@ def train_seeds(kind, norm_topk_prob, setting, seeds):
     """Trains all seeds in one program; returns an `Outcome`, in which axis 1 is the stage: `share
     [S, 2, C, n]` and `accuracy [S, 2, C]`.
     """
-    # One seed after the other: a batch of seeds compiles more slowly and runs hardly faster.
+    # Seeds run one after the other: a batch of seeds compiles more slowly and runs hardly faster.
     keys = jax.random.split(jax.random.key(0), seeds)
     return jax.lax.map(partial(train, kind, norm_topk_prob, setting), keys)
 
@@ -209,7 +209,7 @@ def table(figures):
             rows.append(row | stage["endings"])
     alignment = ("left", *["right"] * (len(rows[0]) - 1))
     lines = [tabulate(rows, headers="keys", disable_numparse=True, colalign=alignment)]
-    lines.append("Shares are those of the expert that serves most of class 1. Seeds that end so:")
+    lines.append("Shares are of the expert with most of class 1. Seeds are counted by ending:")
     lines += [f"{name}: {text}" for name, text in ENDINGS.items()]
     return "\n".join(lines)
 
@@ -241,7 +241,7 @@ def draw(figures, setting):
     for row in axes:
         row[0].set_ylabel("share of a class")
     handles, words = axes[0, 0].get_legend_handles_labels()
-    # Matplotlib lists the points first; this moves them behind the bars.
+    # Matplotlib lists the dots first; this moves them after the bars.
     handles, words = handles[1:] + handles[:1], words[1:] + words[:1]
     figure.legend(handles, words, loc="outside lower center", ncols=3, frameon=False)
     seeds, width, steps = len(shares), setting.d_model, setting.steps
@@ -274,10 +274,10 @@ def main():
 
 
 if __name__ == "__main__":  # defined here, because tests import this file
-    flags.DEFINE_integer("seeds", 20, "how often each layer is trained")
+    flags.DEFINE_integer("seeds", 20, "number of trainings of each layer")
     flags.DEFINE_integer("steps", 1000, "training steps of each stage")
     flags.DEFINE_integer(
-        "d_model", 32, "width of the inputs; experts are twice as wide, of a quarter of its rank"
+        "d_model", 32, "width of the inputs; experts have twice this width and a quarter as rank"
     )
     flags.DEFINE_string("json", None, "a file for the figures")
     flags.DEFINE_string("output", None, "a folder for the picture")

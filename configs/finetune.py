@@ -1,8 +1,8 @@
 """Continues the training of a model: `--config=configs/finetune.py:DIR`, where DIR contains the
 model as safetensors.
 
-The groups `model`, `experts`, `routing` and `balance` and the tokenizer are read from the model.
-Set corpus, steps and learning rate. If the model is from the Hugging Face hub, also set `balance`.
+The groups `model`, `experts`, `routing` and `balance` and the tokenizer are read from DIR. Set the
+corpus, the steps and the learning rate, and for models from the Hugging Face hub also `balance`.
 """
 
 from pathlib import Path

@@ -3,9 +3,9 @@
 
 `aoe_64`, `aoe_whole_64`, `moe_64` have the shape of OLMoE (Muennighoff et al. 2024, arXiv
 2409.02060): 16 layers, d=2048, 8 of 64 experts of width 1024. `aoe_256`, `aoe_whole_256`, `moe_256`
-use 8 of 256 experts of width 512. AoE has the total parameters of the MoE. Its gates are factorised
-with r = d / 4 or, in `aoe_whole`, whole: the score is then computed from their first 16 neurons. A
-bias balances the load, without a loss. A step has 4.2M tokens. Name corpus and tokenizer in flags.
+use 8 of 256 experts of width 512. AoE and MoE have about the same total parameters. AoE's gates are
+factorised with r = d / 4; those of `aoe_whole` are whole, and scored by their first 16 neurons. A
+bias, not a loss, balances the load. A step has 4.2M tokens. Set corpus and tokenizer by flags.
 """
 
 from aoe_jax.errors import UserError

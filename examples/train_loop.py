@@ -1,4 +1,4 @@
-"""A complete training loop with optax: it trains a byte-level language model in Linen, whose
+"""A complete training loop with optax. It trains a byte-level language model in Linen, whose
 feed-forward layers are `AoE`, on the text of this project's licence.
 
     python examples/train_loop.py

@@ -19,7 +19,7 @@ N_TRAIN, BATCH = 1400, 100
 
 
 class Classifier(nn.Module):
-    """Attention and a layer of experts over the patches of an image, then a linear layer."""
+    """A classifier with attention and a layer of experts over image patches, and a linear layer."""
 
     layer: type[AoE] | type[MoE]
 
@@ -34,7 +34,7 @@ class Classifier(nn.Module):
 
 
 def accuracies(layer, epochs, seeds):
-    """Trains a classifier for each seed; returns the list of their accuracies on test images."""
+    """Trains a classifier for each seed; returns a list of the accuracies on test images."""
     images, labels = load_digits(return_X_y=True)
     images = jnp.asarray(images / 8 - 1, jnp.float32).reshape(-1, 8, 8)
     labels, model, optimizer = jnp.asarray(labels), Classifier(layer), optax.adamw(3e-3)

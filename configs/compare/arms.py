@@ -1,6 +1,6 @@
-"""The arms that most suites share.
+"""Arms that several suites share. Most functions return an `Arm`.
 
-A size sets `d_ffn` of an MoE expert. All other arms have the same total parameters as this MoE.
+A size sets `d_ffn` of the MoE's experts. Arms with `matched=True` have the MoE's total parameters.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ BALANCE = {
     "free": ("loss-free", {"aux_weight": 0.0, "bias_rate": BIAS_RATE}),
     "none": ("no balancing", {"aux_weight": 0.0, "bias_rate": 0.0}),
 }
-# A router scores all tokens anyway, so L_aux uses them all. AoE uses the fraction of the suite.
+# The MoE's L_aux uses all tokens, which costs little. AoE keeps `aux_tokens` of the suite's base.
 ALL_TOKENS = {"aux_tokens": 1.0}
 
 
@@ -24,7 +24,7 @@ def moe(balance):
 
 
 def capacity(factor):
-    """Returns a router MoE with L_aux and a capacity like GShard and Switch, which drops tokens."""
+    """Returns a router MoE with L_aux and token dropping above a capacity (GShard, Switch)."""
     label, fields = BALANCE["aux"]
     routing = {"name": "capacity", "capacity_factor": factor}
     balance = fields | ALL_TOKENS
@@ -49,10 +49,7 @@ def low_rank_moe(divisor, field):
 
 
 def aoe(divisor, balance):
-    """Returns AoE of rank `d_model / divisor`, with the width of Eq. 5.
-
-    `balance` is aux, free or none.
-    """
+    """Returns AoE of rank `d_model / divisor`, width by Eq. 5; `balance` is aux, free or none."""
     label, fields = BALANCE[balance]
 
     def changes(config):
@@ -63,7 +60,7 @@ def aoe(divisor, balance):
 
 
 def whole_aoe(score_neurons, balance, score="norm"):
-    """Returns AoE with whole gates. Scores use their first `score_neurons` pre-activations."""
+    """Returns AoE with whole gates, scored by the first `score_neurons` neurons of each gate."""
     label, fields = BALANCE[balance]
     experts = {"kind": "aoe", "score_neurons": score_neurons, "score": score}
     name = f"AoE of whole gates, {score} of {score_neurons}, {label}"
@@ -71,7 +68,7 @@ def whole_aoe(score_neurons, balance, score="norm"):
 
 
 def varied(arm, **groups):
-    """Returns an arm with more changes `group={field: value}`, and adds them to its label."""
+    """Returns `arm` with further changes `group={field: value}`, which its label names, too."""
 
     def changes(config):
         found = dict(arm.changes_of(config))
@@ -85,13 +82,13 @@ def varied(arm, **groups):
 
 
 def at_learning_rate(rate, arm):
-    """Returns an arm with the peak learning rate `rate`. It decays to 1/25 of the peak."""
+    """Returns `arm` with the peak learning rate `rate`, which decays to `rate / 25`."""
     train = {"learning_rate": rate, "final_learning_rate": rate / 25}
     return replace(varied(arm, train=train), label=arm.label)
 
 
 def weights_over_all(arm):
-    """Returns an arm whose expert weights are the softmax over all experts, not only the top k.
+    """Returns `arm` with expert weights from the softmax over all experts, not over the top k.
 
     Switch and the code that AoE's authors released use these weights.
     """
@@ -100,10 +97,10 @@ def weights_over_all(arm):
 
 
 def other_router(arm, name):
-    """Returns an arm with top_p or expert_choice and the balance settings of `configs/paper.py`."""
+    """Returns `arm` with top_p or expert_choice, and the loss weights of `configs/paper.py`."""
     label, fields = {
         "top_p": ("top-p", {"aux_weight": AUX_WEIGHT, "entropy_weight": 1e-4}),
-        # The routing of a token depends on later tokens, so its loss is not comparable to others.
+        # Routing depends on later tokens, so the loss is not comparable with that of causal arms.
         "expert_choice": (
             "expert choice (not causal)",
             {"aux_weight": 0.0, "entropy_weight": 0.0},
@@ -128,5 +125,5 @@ def _dense_changes(width):
 
 
 DENSE = Arm("dense", _dense_changes("n_experts"))
-# Its number of parameters is that of the MoE's active ones, so it has about the FLOPs of the MoE.
+# This dense model has as many parameters as the MoE has active ones, so about the same FLOPs.
 DENSE_ACTIVE = Arm("dense, active parameters of the MoE", _dense_changes("top_k"), matched=False)

@@ -1,9 +1,9 @@
 """Compares losses at equal training FLOPs, in two core-hours: `--suite=configs/compare/isoflop.py`.
 
-The MoE is trained with 4e12 FLOPs at each of five sizes: a smaller model on more tokens, up to 1.8
-epochs of the embedded corpus, or a larger model on fewer tokens, down to 0.2 epochs. All arms of a
+The MoE is trained with 4e12 FLOPs at each of five sizes: the smallest model on the most tokens, 1.8
+epochs of the embedded corpus, and the largest model on the fewest tokens, 0.2 epochs. All arms of a
 size are trained on the same tokens. AoE uses 1.01x to 1.04x the FLOPs of the MoE, and a dense model
-of equal active parameters uses the same. At the middle size each arm has its best learning rate
+of equal active parameters uses about 1x. At the middle size each arm has its best learning rate
 (`rates.py`). At other sizes this rate is scaled by 1 / d_model.
 """
 
@@ -27,7 +27,7 @@ BATCH_SIZE = 8
 
 
 def size_at(flops, *shape):
-    """Returns the changes of a size (d_model, layers, heads) whose MoE uses `flops` FLOPs."""
+    """Returns the changes for a size (d_model, layers, heads); its MoE trains for `flops` FLOPs."""
     config = base_config()
     for group, values in size_of(*shape, BATCH_SIZE, 100).items():
         config[group].update(values)

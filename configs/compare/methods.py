@@ -2,11 +2,11 @@
 `--suite=configs/compare/methods.py`.
 
 Arms are the variants of `configs/methods.py`. Each arm with AoE is compared to AoE with top-k, and
-each arm with a router to the router with top-k, which is compared to AoE with top-k. All arms use
-the learning rate of `small.py`, the best one for both AoE and the router with top-k, because tuning
-each arm would take longer than all runs. Some arms use only one expert per token: switch and smear
-have about half the expert FLOPs of the other arms. thor processes every batch twice, so it has as
-many expert FLOPs as the other arms and twice their attention FLOPs.
+each arm with a router to the router with top-k. The router with top-k is compared to AoE with
+top-k. All arms use the learning rate of `small.py`, the best one for both AoE and the router with
+top-k, because tuning each arm would take longer than all runs. switch, smear and thor use only one
+expert per token, so switch and smear have about half the expert FLOPs of the other arms. thor
+processes every batch twice, so it has as many expert FLOPs and twice the attention FLOPs of others.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite, Sweep
@@ -45,11 +45,11 @@ def get_suite():
     return Suite(
         name="methods",
         base=base_config(),
-        # Whole gates have suites of their own: `screen.py` and `confirm.py`.
+        # Whole gates are compared in `screen.py` and `confirm.py`.
         arms={v: _arm(v) for v in methods.VARIANTS if v != "whole_gate"},
         sizes={"42k": Size(SMALLEST, seeds=3)},
         baseline="top_k",
-        # Step times of top-k with other K, for methods that use other numbers of experts per token.
+        # Step times of top-k with other K show the cost of other numbers of experts per token.
         throughput={
             "chosen": Sweep(
                 "experts.top_k", (1, 2, 3, 4, 5, 6), SMALLEST, ("top_k", "top_k_router")

@@ -8,13 +8,14 @@ Arms are the variants of `configs/paper.py`. These commands estimate whether an 
     python -m aoe_jax.plan --config=configs/paper.py:aoe_4b --topology=v5e:16x16 \
         --config.mesh.fsdp=16 --config.train.accumulate=4
 
-A run keeps its newest three checkpoints and, for the analysis of routing, every 2000th step. At the
-end it has 13 checkpoints of 9 GB each; at 4B, of 48 GB each.
+A run keeps its newest three checkpoints and, for the analysis of routing, those of every 2000th
+step. At the end it has 13 checkpoints of 9 GB each (48 GB each at 4B).
 
 Set the corpus and the mesh: `--set=data.name=... --set=data.tokenizer=... --set=mesh.fsdp=16`. To
-use several hosts, first start the command of the suite, which writes `RUN.config.json` for each run
-RUN, `DIR/runs/SIZE/ARM/seed_0`. Then train each run with `train.py --config=RUN.config.json
---workdir=RUN --distributed`. At last the command of the suite analyses the runs and reports.
+use several hosts, start the command of the suite and stop it when the training begins: it has
+written `RUN.config.json` for each run RUN, `DIR/runs/SIZE/ARM/seed_0`. Train each run with
+`train.py --config=RUN.config.json --workdir=RUN --distributed`. Then start the command of the suite
+again: it analyses the runs and writes the report.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite

@@ -2,8 +2,8 @@
 `--suite=configs/compare/rates.py`.
 
 Runs are short: 420 steps at the smallest size, and 400 steps at the middle size of `isoflop.py`.
-Their seed is not used in the other suites. An earlier search over the same rates, at the commit
-that `results/README.md` names, selected the rates of those suites. All arms of `confirm.py` have
+Their seed is not used in the other suites. The rates of the other suites are from an earlier search
+over the same rates, at the commit that `results/README.md` names. All arms of `confirm.py` have
 0.02. In `small.py`, `moe_free` and `dense` have 0.04, and the other arms 0.02. In `isoflop.py`, the
 MoE has 0.02, and the other arms 0.01.
 """

@@ -3,12 +3,12 @@
 
 The name of an arm says from which activations scores are computed: from low-rank activations, as in
 the paper (`d3`), or from the first pre-activations of whole gates (`whole16`: the first 16). All
-arms have L_aux, and the learning rate of MoE and AoE in `small.py` at this size. Both AoE and the
-MoE are also trained with other scoring rates and with a longer warm-up.
+arms have L_aux, and the learning rate of MoE and AoE in `small.py` at this size. The MoE and both
+forms of AoE are also trained with other scoring rates and with a longer warm-up.
 
 The report in `results/screen` has four more arms: scores that are norms of rectified activations
 (`relu_norm`), norms with a learned scale and shift or a learned offset per expert (`scaled_norm`,
-`offset_norm`), and gates without a gradient to the neurons that compute scores. None of the four
+`offset_norm`), and gates that give no gradient to the neurons that compute scores. None of the four
 lowered the loss, so their code was removed; commit f86e4c6 has it.
 """
 

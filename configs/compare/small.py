@@ -25,7 +25,7 @@ AT_ALL_SIZES = tuple(arm for arm in ARMS if not arm.endswith("_none"))
 
 
 def size_of(d_model, n_layers, n_heads, batch_size, steps):
-    """Returns the changes of a size to the base."""
+    """Returns the changes to the base for a size."""
     tenth = steps // 10
     return {
         "model": {"n_layers": n_layers, "unroll": n_layers, "n_heads": n_heads, "d_model": d_model},

@@ -1,9 +1,9 @@
-"""Measures the time of a training step for several numbers of experts, K, ranks and batch sizes:
+"""Measures the time of a training step for several n_experts, top_k, ranks and batch sizes:
 `--suite=configs/compare/throughput.py`.
 
 The suite compares AoE, the dropless MoE of equal total parameters, and dense models of equal total
-and of equal active parameters. The models have two layers of d=192, and are not trained further.
-The suite takes about an hour on two CPU cores.
+and of equal active parameters. The models have two layers of d=192, and random weights. The suite
+takes about an hour on two CPU cores.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A test of the comparison itself, in minutes on two CPU cores: `--suite=configs/compare/tiny.py`.
+"""Tests the comparison itself, in minutes on two CPU cores: `--suite=configs/compare/tiny.py`.
 
 It trains two sizes with two seeds on the embedded corpus, and measures step times of the smaller
 size with 4, 8 and 16 experts. Training is far too short to show which arm is better.

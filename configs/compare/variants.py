@@ -1,10 +1,10 @@
 """Compares variants of MoE and AoE at the middle size of `small.py`, in about four core-hours:
 `--suite=configs/compare/variants.py`.
 
-The arms are the dropless MoE and AoE, MoEs with a capacity as in Switch and GShard, ablations of
-the paper's Table 2, expert weights from the softmax over all experts, and the routing methods of
-the paper's Table 3. AoE with top-p or with weights over all experts is compared to the MoE with the
-same change. All arms have the learning rate of MoE and AoE with L_aux in `small.py` at this size.
+The arms are the dropless MoE and AoE, MoEs that drop tokens as Switch and GShard do, ablations of
+the paper's Table 2, MoE and AoE with weights from the softmax over all experts, and the routing
+methods of the paper's Table 3. AoE with top-p or with weights over all experts is compared to the
+MoE with the same change. All arms have the learning rate of MoE and AoE in `small.py` at this size.
 """
 
 from dataclasses import replace
