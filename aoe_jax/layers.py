@@ -171,8 +171,7 @@ class AoE(_Experts, kw_only=True):
 class MoE(_Experts, kw_only=True):
     """The traditional mixture of SwiGLU experts (Algorithm 1): a router, `x W_router`, scores them.
 
-    Its attributes are those of `AoE` except `d_low`, `score_neurons`, `score`, `d_wide` and
-    `round_to`.
+    `AoE` has the same attributes, and `d_low`, `score_neurons`, `score`, `d_wide`, `round_to`.
     """
 
     kind: ClassVar[str] = "router"

@@ -1,6 +1,4 @@
-"""Reads the results of a suite from the directories of its runs into DataFrames, and compares its
-arms.
-"""
+"""Reads the results of a suite's runs into DataFrames, and compares its arms."""
 
 import dataclasses
 import functools
@@ -151,8 +149,7 @@ class Results:
     def nlls(self, size, arm, kind="end", budget=None):
         """Returns the validation nll of an arm by seed, after the last step or at a budget.
 
-        `kind` is "end", "flops" or "seconds". Seeds whose curve does not reach `budget` are left
-        out.
+        `kind` is "end", "flops" or "seconds". Seeds whose curve ends before `budget` are left out.
         """
         rows = self.finished(size, arm)
         if kind == "end":

@@ -156,8 +156,7 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
 
     `named` has the syntax of `data.name`. The files of a model may come from a stranger. So without
     `named`, they can select only the bundled corpus and corpora that were tokenised on this machine
-    before. Raises `UserError` if a corpus cannot be read, has changed since the run, or may not be
-    opened.
+    before. Raises `UserError` for other corpora, and for one that is unreadable or has changed.
     """
     data, vocab_size = model.config.data, model.config.model.vocab_size
     if named is not None:

@@ -1,5 +1,4 @@
-"""Routing-Free MoE (Liu et al., arXiv 2604.00801): every expert decides by itself which tokens it
-processes.
+"""Routing-Free MoE (Liu et al., arXiv 2604.00801): every expert chooses its tokens by itself.
 
     G[t, i] = ReLU(score[t, i] - b[i]);  expert i processes token t if G >= theta, with weight G
 

@@ -1,8 +1,7 @@
 """`experts.kind="uoe"`: layers in the style of Union-of-Experts (Wu, Lv et al., "Neurons in
 Mixture-of-Experts are Secretly Routers", OpenReview Ksgiup7ZNZ).
 
-The first s neurons of every expert are its routing neurons. Every expert computes them for every
-token:
+The first s neurons of an expert are its routing neurons, which it computes for every token:
 
     a_i = SiLU(x W_gate_i[:, :s]) * (x W_up_i[:, :s]),   score_i = ||a_i||
     y   = sum over all i of a_i W_down_i[:s]  +  sum over the chosen i of w_i rest_i(x)

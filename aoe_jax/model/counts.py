@@ -107,8 +107,7 @@ def layer_flops_per_token(config: Config):
     that are not chosen. Without `sparse_scoring` they have a backward pass for all tokens. With it
     they have one for the fraction `balance.aux_tokens` of the tokens if there is a balance loss,
     and none without a balance loss. Under top-p, `top_k` experts count as chosen. For
-    `kind="capacity"` these are the FLOPs of `kind="router"`; `Capacity.wasted_flops` counts the
-    others.
+    `kind="capacity"` these are the FLOPs of "router", without `Capacity.wasted_flops`.
     """
     c = config.experts
     declared, active = _layer_parameters(config)

@@ -247,8 +247,7 @@ def sum_gradients(g, axis, dimension, in_stages=None):
     stages over groups of about sqrt(axis size) devices, all but small gradients use native
     reduce-scatters, which send half the bytes of the all-reduce.
 
-    `in_stages=None` sums in two stages on TPU if the axis is the whole mesh and has at least 16
-    devices.
+    `in_stages=None` sums in two stages on TPU if the axis is the whole mesh of 16 or more devices.
     """
     n = jax.lax.axis_size(axis)
     scatter = partial(jax.lax.psum_scatter, axis_name=axis, scatter_dimension=dimension, tiled=True)

@@ -10,8 +10,7 @@
 No row is dropped, and memory is bounded: a device computes its rows in rounds of R rows, where R is
 `ROW_BUFFER` times its number of rows under perfect balance. Autodiff applies to the first round. If
 the load is uneven, further rounds follow. They keep nothing for the backward pass, which computes
-them again. So memory for about two rounds is enough, even if all tokens choose the experts of one
-device.
+them again. So about two rounds fit in memory, even if all tokens choose the experts of one device.
 
 N is the number of devices along expert; `aoe_jax/moe/__init__.py` lists all letters in shapes.
 """

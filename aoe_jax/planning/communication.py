@@ -26,8 +26,7 @@ def each_collective(jaxpr, arguments=None, known=None):
 
     Two gathers of the same array with no barrier between them count once: the compiler merges them.
     `arguments` and `known` are for nested jaxprs. `arguments` has an identifier for each argument;
-    equal arrays have equal identifiers. `known` maps earlier equations of the kinds in `_MERGED` to
-    the identifiers of their results.
+    equal arrays have equal identifiers. `known` maps earlier equations (`_MERGED`) to identifiers.
     """
     known = {} if known is None else known
     values = dict(zip(jaxpr.invars, arguments or [object() for _ in jaxpr.invars], strict=True))

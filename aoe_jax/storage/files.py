@@ -171,15 +171,12 @@ def sync(path: Path):
 
 
 def make_folder(folder: Path, flag: str):
-    """Makes a folder if it is missing; returns whether it was missing. Raises `UserError`, which
-    names the `flag` of the folder, if it cannot be made, and `MachineFault` if its disk fails.
-    """
-    is_there = folder.exists() if is_remote(folder) else os.path.lexists(folder)
-    if is_there and not folder.is_dir():
+    """Makes a missing folder. Raises `UserError` if it cannot, `MachineFault` if its disk fails."""
+    exists = folder.exists() if is_remote(folder) else os.path.lexists(folder)
+    if exists and not folder.is_dir():
         raise UserError(f"--{flag}={folder} is a file or a broken link; name a folder")
     if not is_remote(folder):  # a store needs no folders, and mkdir would make the bucket
         write_or_refuse(folder, flag, lambda: folder.mkdir(parents=True, exist_ok=True))
-    return not is_there
 
 
 def write_or_refuse(folder, flag, write):

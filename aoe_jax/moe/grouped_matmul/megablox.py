@@ -1,5 +1,4 @@
-"""Megablox for TPU: the Pallas kernels `gmm` and `tgmm` that come with JAX, with tiles chosen for
-each product.
+"""Megablox for TPU: JAX's Pallas kernels `gmm` and `tgmm`, with tiles chosen for each product.
 
 JAX's own derivative of `gmm` uses the forward tiles for the backward products too, whose blocks may
 then exceed the VMEM. So this module defines the derivative with the same kernels:

@@ -1,5 +1,4 @@
-"""Mosaic GPU kernels for Hopper: `ragged_dot` and `transposed_ragged_dot`, Pallas kernels that come
-with JAX.
+"""Mosaic GPU for Hopper: JAX's Pallas kernels `ragged_dot` and `transposed_ragged_dot`.
 
 They have no derivative; this module defines it:
 
