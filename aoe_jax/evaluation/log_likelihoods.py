@@ -50,8 +50,7 @@ class Scorer:
         several requests share is processed once, if the model supports incremental decoding.
 
         Returns `(log-likelihood in nats, whether greedy decoding generates the continuation)` for
-        each pair. Raises `UserError` if a continuation alone exceeds `model.max_len`, or a
-        log-likelihood is not finite.
+        each pair. Raises `UserError` if one is not finite or a continuation exceeds `max_len`.
         """
         max_len, texts, results = self._model.config.model.max_len, [], {}
         for context, continuation in requests:

@@ -14,8 +14,7 @@ from aoe_jax.moe.grouped_matmul import row_layout
 from aoe_jax.moe.grouped_matmul.groups import NOWHERE, WholeGroups, permute
 from aoe_jax.moe.routing import Routing
 
-# If a token has more slots than this, one gather loads the rows of all of them: many gathers would
-# make a large program.
+# With more slots per token, one gather loads all rows: many gathers make a large program.
 MAX_GATHERS = 16
 
 

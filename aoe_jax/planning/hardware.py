@@ -33,10 +33,8 @@ class Chip:
     flops: float  # FLOPs per second in bfloat16, without sparsity
     hbm_bytes: float
     hbm_bandwidth: float  # bytes per second
-    # Bytes per second that a chip receives over all links within its slice (or GPU node), and from
-    # other slices (or nodes).
-    link_bandwidth: float
-    slice_bandwidth: float
+    link_bandwidth: float  # bytes per second that it receives within its slice (or GPU node)
+    slice_bandwidth: float  # bytes per second that it receives from other slices (or nodes)
     clock: float | None = None  # cycles per second of a TPU core, computed from its peak
     n_links: int = 1  # links of a chip; two in each dimension of a TPU slice
     ring: int = 1  # a dimension is a ring if its number of chips is a multiple of this

@@ -93,8 +93,7 @@ class Instruction:
 def compile_and_read(lowered):
     """Returns `(compiled program, text of its HLO)`; the text is None on CPU or after a cache hit.
 
-    The text is the compiler's dump, because `compiled.as_text()` has no cycles on some versions of
-    JAX, and fails on some programs.
+    The text is the compiler's dump, because `compiled.as_text()` may fail or lack cycles.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
