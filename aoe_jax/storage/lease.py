@@ -63,9 +63,7 @@ def _acquire(lease, flag, take_over):
 
 
 def owner_of(folder: Path) -> dict:
-    """Returns the fields of the lease file, such as token, host and pid; on a disk also `changed`,
-    the time of the last renewal. Returns `{}` if there is no file.
-    """
+    """Returns the fields of the lease file and, on a disk, its time of renewal; {} without it."""
     with contextlib.suppress(FileNotFoundError):
         fields = _FIELD.findall(read_bytes(folder / NAME, 4096).decode("ascii", "replace"))
         changed = {} if is_remote(folder) else {"changed": os.stat(folder / NAME).st_mtime_ns}
