@@ -4,8 +4,8 @@
 
 The command prints devices, versions, and the chosen backends with reasons. It compares kernels and
 the expert layer with plain JAX code at the shapes of the configuration, and runs ten training steps
-of at most 16,384 tokens per device, but at least one sequence. Each check prints whether it passed;
-if a kernel fails, also the setting that avoids it. Exit status 1: a check failed.
+of at most 16,384 tokens, or of one longer sequence, per device. Each check prints whether it passed
+and, if a kernel fails, the setting that avoids it. Exit status 1: a check failed.
 
 All devices work at the same time on the mesh of the configuration. The default configuration is
 `configs/tiny.py` on CPU and `configs/doctor.py` on accelerators. `--config.GROUP.FIELD=VALUE`,

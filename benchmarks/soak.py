@@ -142,7 +142,7 @@ def _names(folder):
 
 
 def _is_saving(workdir, known, n_saves):
-    """Whether a checkpoint is being written after at least `n_saves` others not in `known`."""
+    """Whether a checkpoint is being written and `n_saves` others, not in `known`, are complete."""
     new = set(_names(workdir / "checkpoints")) - known
     return sum(name.isdecimal() for name in new) >= n_saves and any("tmp" in name for name in new)
 

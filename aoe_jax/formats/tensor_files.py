@@ -52,7 +52,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     Reads only the headers of the files. Raises `UserError` if a file is missing or damaged, or if a
     tensor is not float32, float16 or bfloat16. Raises `MachineFault` if a disk fails.
     """
-    if (directory / SINGLE).exists():  # then transformers ignores an index, too
+    if (directory / SINGLE).exists():  # like transformers, do not read an index beside it
         return _read_header(directory / SINGLE)
     index = directory / INDEX
     if not index.exists():

@@ -268,8 +268,8 @@ class ExpertsLayer(nn.Module):
           positions: `[...]` int32, position in the sequence; None: 0, 1, ... on the axis before d.
 
         Returns:
-          `(y [..., d], LayerStats)`, y in the dtype of computation. With sparse scoring the
-          statistics have a gradient only if `balance` has a loss.
+          `(y [..., d], LayerStats)`, y in the dtype of computation. With
+          `experts.sparse_scoring` the statistics have a gradient only if `balance` has a loss.
         """
         method, d = self.routing, x.shape[-1]
         function = moe_block if self.experts.kind in ("aoe", "router") else method

@@ -3,8 +3,8 @@
     Local      All experts are on the device (`dispatch.py`). Tokens are gathered over tensor, and
                outputs are summed and scattered back.
     Ring       Tokens are gathered over expert and tensor. Every device computes the rows of its own
-               experts; outputs are summed and scattered back. A device receives (N - 1) T d numbers
-               and sends as many back, whichever experts are chosen.
+               experts; outputs are summed and scattered back. From the N - 1 others along expert
+               a device receives T d numbers each and sends as many back, for any chosen experts.
     AllToAll   Each row is sent to the device of its expert and back: about K T d numbers each way.
 
 No row is dropped, and memory is bounded: a device computes its rows in rounds of R rows, where R is
@@ -12,7 +12,7 @@ No row is dropped, and memory is bounded: a device computes its rows in rounds o
 the load is uneven, further rounds follow. They keep nothing for the backward pass, which computes
 them again. So about two rounds fit in memory, even if all tokens choose the experts of one device.
 
-N is the number of devices along expert; `aoe_jax/moe/__init__.py` lists all letters in shapes.
+`aoe_jax/moe/__init__.py` lists all letters in shapes.
 """
 
 import math

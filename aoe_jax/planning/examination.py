@@ -81,7 +81,7 @@ def _attempt(function, *args):
 
 
 def choose_backends(config, device):
-    """Returns `{"kernel", "backend", "why"}` of attention and, with "shape", of each product."""
+    """Returns `[{"kernel", "backend", "why"}]`, attention first; products also have "shape"."""
     m, dtype, chosen = config.model, jnp.dtype(config.model.dtype), config.experts.grouped_matmul
     name = attention_backend(device, dtype, m.head_width)
     why = _why(device, name == "blocks", partial(check_cudnn, dtype, m.head_width))

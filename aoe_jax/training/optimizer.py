@@ -27,7 +27,7 @@ def no_routers(params):
 
 def scale_scoring(experts: ExpertsConfig, rate):
     """An optax transformation that scales, by `rate`, updates of parameters that compute scores."""
-    # Parameter -> the number of its first columns, which compute scores; None: all columns.
+    # Parameter -> s: its first s columns compute scores; None: all columns do.
     columns = {"w_router": None, "w_router_hidden": None}
     if experts.kind == "aoe":
         columns = {"w_gate_down" if experts.low_rank else "w_gate": experts.score_neurons}
