@@ -301,10 +301,10 @@ def _flag_mistake(error):
 
 
 def _refuse_field(group, *fields):
-    from aoe_jax.config.run import RENAMED, Config, field_types
+    from aoe_jax.config.run import Config, field_types
 
     field = ".".join(fields) or "FIELD"
-    if group == "routing" and f"routing.{field}" not in RENAMED:
+    if group == "routing":
         known = ", ".join(field_types()["routing"])
         raise UserError(f"config.routing.{field} is unknown; fields of routers are {known}")
     Config.from_config_dict({group: {field: None}})

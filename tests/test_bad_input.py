@@ -232,6 +232,12 @@ RUNS = {
         finished_with("data.json", '{"token_stores": [7]}'),
         {"train__steps": STEPS + 1},
     ),
+    "JAX_ENABLE_X64 has changed": Mistake(
+        TRAIN,
+        ["JAX_ENABLE_X64=0: workdir {workdir} was trained with JAX_ENABLE_X64=1"],
+        finished_with("data.json", '{"x64": true}'),
+        {"train__steps": STEPS + 1},
+    ),
     "workdir is a file": Mistake(
         TRAIN, ["--workdir={workdir}", "file"], lambda workdir, here: workdir.write_text("mine")
     ),

@@ -82,7 +82,7 @@ def train_suite(suite: Suite, workdir: Path, machine: Machine):
     for run, folder in failed_last:
         configuration = beside(folder, ".config.json")
         configuration.parent.mkdir(parents=True, exist_ok=True)
-        write_json(configuration, run.config.to_dict())
+        write_json(configuration, run.config.to_stored())
         given = f"--config={configuration}", f"--workdir={folder}"
         jobs.append(Job(run.name, (sys.executable, "-m", "aoe_jax.train", *given), folder))
     log.info("%d of %d runs to do, %d at a time", len(jobs), len(folders), len(machine.slots))

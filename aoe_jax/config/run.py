@@ -11,28 +11,10 @@ from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.training import CheckpointConfig, TrainConfig
+from aoe_jax.config.versions import VERSION, upgraded
 from aoe_jax.errors import UserError
 from aoe_jax.methods import LAYERS, ROUTERS, all_methods, find_method
 from aoe_jax.moe.routing import Method, TopK
-
-# Fields of older versions, and the fields that replace them.
-RENAMED = {
-    "experts.selection": "routing.name",
-    "experts.gate": "routing.norm_topk_prob (or routing.name='sparsemixer')",
-    "experts.top_p": "routing.p, with routing.name='top_p'",
-    "experts.capacity_factor": "routing.capacity_factor",
-    "experts.ranks": "routing.ranks, with routing.name='ranked'",
-    "experts.router_jitter": "routing.jitter, with routing.name='sparsemixer'",
-    "train.warmup_steps": "train.warmup, a fraction of train.steps",
-    "balance.coupling_weight": "routing.weight, with routing.name='erc'",
-    "balance.coupling_alpha": "routing.alpha, with routing.name='erc'",
-    "top_any": "routing, with routing.name='dynmoe'",
-    "by_attention": "routing, with routing.name='da_moe'",
-    **{
-        name: f"routing, with routing.name={name!r}"
-        for name in ("threshold", "routing_free", "gshard", "uoe", "smear", "thor")
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -81,6 +63,15 @@ class Config:
             classes["routing"] = find_method(method)
         return cls(**{name: _build(classes[name], values) for name, values in groups.items()})
 
+    @classmethod
+    def from_stored(cls, stored):
+        """The `Config` of `to_stored`, of this or an earlier version. Raises `UserError`."""
+        return cls.from_config_dict(upgraded(stored))
+
+    def to_stored(self):
+        """The JSON of a configuration in a file: `to_dict` and the number of its version."""
+        return {"version": VERSION} | self.to_dict()
+
     def to_dict(self):
         """A nested dict for JSON; tuples become lists."""
         groups = dataclasses.asdict(self)
@@ -105,8 +96,6 @@ def _types(group):
 
 def _refuse_unknown(given, known, prefix=""):
     for name in given:
-        if instead := RENAMED.get(prefix + name):
-            raise UserError(f"config.{prefix}{name} is gone; set config.{instead}")
         if name not in known:
             known = ", ".join(known)
             raise UserError(f"config.{prefix}{name[:1000]} is unknown; known are {known}")

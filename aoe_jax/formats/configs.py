@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aoe_jax.config.checks import differences
 from aoe_jax.config.run import Config
+from aoe_jax.config.versions import upgraded
 from aoe_jax.errors import UserError, shown
 from aoe_jax.formats.architectures import ARCHITECTURES, OWN
 from aoe_jax.storage.files import COUNT, NUMBER
@@ -22,6 +23,7 @@ _AUTO_MAP = {
     "AutoModel": "modeling_aoe.AoEModel",
     "AutoModelForCausalLM": "modeling_aoe.AoEForCausalLM",
 }
+_OWN_GROUPS = ("model", "experts", "routing")  # in models that older versions exported
 # Routing methods that are usually trained with the balance loss L_aux.
 _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
@@ -64,10 +66,11 @@ def from_json(values: dict):
     groups = Config().to_dict() | {"routing": {}}
     has_groups = name == OWN and "hidden_size" not in values
     if has_groups:
-        for group in ("model", "experts", "routing"):
-            if not isinstance(values.get(group), dict):
+        own = upgraded({name: values[name] for name in _OWN_GROUPS if name in values})
+        for group in _OWN_GROUPS:
+            if group not in own:
                 raise UserError(f"it has no group {group!r}, which a model of type 'aoe' has")
-            groups[group] |= values[group]
+            groups[group] |= own[group]
     else:
         for group, own in unflatten_dict(_hub_fields(values), sep=".").items():
             groups[group] |= own

@@ -32,7 +32,7 @@ from aoe_jax.storage.retry import patiently
 log = logging.getLogger(__name__)
 
 RUN_FILE = "aoe_jax.json"  # in exported models: {"step", "config"} of the run
-_RUN = {"step": or_none(COUNT), "config": {str: {}}}
+_RUN = {"step": or_none(COUNT), "config": {}}
 _WANTED = "name a directory with a model's config.json and safetensors files"
 _WITHOUT = "remove the file to load the model without it"
 
@@ -84,7 +84,7 @@ def read_config(directory: Path) -> Config:
 def _config_of_run(path, config):
     groups = read_json(path, _WITHOUT, _RUN)["config"]
     with naming(path):
-        of_run = Config.from_config_dict(groups)
+        of_run = Config.from_stored(groups)
     for text in differences(computed_fields(of_run), computed_fields(config)).values():
         raise UserError(f"{path}: config.{text} in config.json; they must agree")
     return of_run

@@ -55,19 +55,15 @@ def read_config(name: str) -> dict:
 
 
 def read_run_config(path: Path) -> Config:
-    """Reads the configuration of a run, `config.json`. Raises `UserError` if the file cannot be
-    read, belongs to a model instead of a run, or has fields of an earlier version.
+    """Reads the configuration of a run, `config.json`, of this or an earlier version. Raises
+    `UserError` if the file cannot be read, or belongs to a model instead of a run.
     """
     groups = read_json(path)
     if "model_type" in groups:
         wanted = "train.init_from starts a run from a model"
         raise UserError(f"{path} belongs to a model, not to a training run; {wanted}")
-    for name, values in groups.items():
-        if not isinstance(values, dict):
-            wanted = "is no group of fields; name a training run's workdir"
-            raise UserError(f"{path}: {name[:100]} {wanted}")
     with naming(path):
-        return Config.from_config_dict(groups)
+        return Config.from_stored(groups)
 
 
 def call_in_file(flag, file, function, *args):

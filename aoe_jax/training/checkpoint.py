@@ -36,8 +36,8 @@ _PROGRESS = {
     "validation": or_none(Kind("metrics", lambda value: misfit(value, {str: NUMBER}) is None)),
     "validated": Kind("true or false", lambda value: isinstance(value, bool)),
     "skipped_in_row": COUNT,
-    "compute_seconds": NUMBER,
-    "metrics_bytes": COUNT,
+    "compute_seconds": or_none(NUMBER),
+    "metrics_bytes": or_none(COUNT),
 }
 _BESIDE = {"data": {}, "progress": _PROGRESS, "arrays": {str: _ARRAY}, "sha256": TEXT}
 _BESIDE_BYTES = 2**28
@@ -53,7 +53,7 @@ class Progress:
     validated: bool = True  # False if the validation of this step was interrupted
     skipped_in_row: int = 0  # how many updates in a row were skipped, up to this step
     compute_seconds: float = 0.0  # time of computation, summed over all steps so far
-    metrics_bytes: int = 0  # size of metrics.jsonl
+    metrics_bytes: int | None = 0  # size of metrics.jsonl; None: saved by an older version
 
 
 class Damaged(Failure):
@@ -141,6 +141,7 @@ class Checkpoints:
         """
         arrays, beside = read_checkpoint(self._path(step), vars(like))
         progress = Progress(**{name: beside["progress"].get(name) for name in _PROGRESS})
+        progress.compute_seconds = progress.compute_seconds or 0.0  # older versions lack it
         return dataclasses.replace(like, **arrays), progress, beside["data"]
 
     def restore_newest(self, like):
@@ -413,5 +414,6 @@ def _sum(a):
         index += jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= a.shape[axis]
     mixed = bits * (2 * index + 1) + index
-    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)  # a constant of MurmurHash3
-    return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # constants of MurmurHash3
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)

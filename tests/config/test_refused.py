@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from aoe_jax.config.run import RENAMED, Config
+from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.methods import all_methods
 
@@ -164,14 +164,6 @@ def test_values_beyond_their_bounds_are_refused(group):
                 group(**{field.name: value})
             start = f"config.{group.group}.{field.name}={value!r}: "
             assert str(error.value).startswith((start + "must be ", start + "choose one of "))
-
-
-@pytest.mark.parametrize("name", RENAMED)
-def test_fields_of_older_versions(name):
-    group, _, field = name.partition(".")
-    with pytest.raises(UserError) as error:
-        Config.from_config_dict({group: {field or "any": 1}})
-    assert str(error.value) == f"config.{name} is gone; set config.{RENAMED[name]}"
 
 
 def test_an_unknown_group():

@@ -269,6 +269,14 @@ def test_what_somebody_else_wrote_is_damage(workdir, name, change):
     assert (workdir / "damaged_checkpoints" / "5").is_dir()
 
 
+def test_a_checkpoint_of_an_older_version(workdir):
+    old = {"loss": 1.0, "nll": 1.0, "validated": True, "skipped_in_row": 0}
+    file = workdir / "checkpoints" / "5" / "run" / "metadata"
+    file.write_text(signed(progress=old)(file.read_text()))
+    step, _, progress, _ = Checkpoints(workdir).restore_newest(LIKE)
+    assert (step, progress) == (5, Progress(1.0, 1.0, metrics_bytes=None))
+
+
 def test_folders_that_are_no_checkpoints(workdir):
     for name in ("007", "\N{ARABIC-INDIC DIGIT NINE}", "9" * 30, "5_copy", "lost+found"):
         (workdir / "checkpoints" / name).mkdir()
@@ -355,6 +363,12 @@ def test_checksums_do_not_depend_on_the_sharding():
         assert checksums({"x": jax.device_put(other, SHARDING)})["['x']"] != one["['x']"]
     ones = jax.device_put(jnp.ones((64, 64)), SHARDING)
     assert checksums({"x": ones.at[:8].set(0)}) != checksums({"x": ones})
+
+
+def test_checksums_do_not_change():
+    """Otherwise every checkpoint of an older version would count as damaged."""
+    tree = [jnp.arange(6.0).reshape(2, 3), jnp.int32(7), jnp.ones(3, jnp.bfloat16)]
+    assert [*checksums(tree).values()] == [3717451469, 415870660, 285527380]
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")

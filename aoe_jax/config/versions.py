@@ -1,0 +1,48 @@
+"""Configurations that earlier versions of this program stored, brought forward by tables."""
+
+from aoe_jax.errors import UserError, shown
+
+VERSION = 2  # stored with every configuration; configurations without a number have version 1
+
+# Field of version 1 that is gone -> the only value that this program can honour; ...: any value.
+_GONE = {
+    "model.norm": "rms",
+    "model.output_bias": False,
+    "model.rope_scale": 1.0,
+    "experts.gate_trains_scores": True,
+    "routing.balance_weight": 0.0,
+    "routing.efficiency_weight": 0.0,
+    "routing.measure": "paid",
+    "train.repeat_every": ...,
+    "checkpoint.local_every": ...,
+    "checkpoint.local_path": ...,
+}
+
+
+def upgraded(stored: dict) -> dict:
+    """The groups `{group: {field: value}}` of a stored configuration of any version, without its
+    number. Raises `UserError` for later versions, and for settings that are gone.
+    """
+    groups, version = dict(stored), stored.get("version", 1)
+    groups.pop("version", None)
+    for name, values in groups.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{name[:100]} is no group of fields; name a training run's workdir")
+        groups[name] = dict(values)
+    if version == VERSION:
+        return groups
+    if version != 1:
+        raise UserError(f"version={shown(version)}: this program reads 1 to {VERSION}; update it")
+    if "selection" in groups.get("experts", {}):
+        raise UserError(
+            "config.experts.selection is older than 2026-11-27; use the program of then"
+        )
+    for name, only in _GONE.items():
+        group, _, field = name.partition(".")
+        value = groups.get(group, {}).pop(field, only)
+        if only is not ... and value != only:
+            raise UserError(f"config.{name}={shown(value)}: only {only!r} is implemented now")
+    model = groups.get("model", {})
+    if type(model.get("qk_norm")) is bool:
+        model["qk_norm"] = "all" if model["qk_norm"] else "none"
+    return groups

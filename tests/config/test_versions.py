@@ -1,0 +1,47 @@
+"""Configurations that earlier versions of this program stored."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from aoe_jax.config.run import Config
+from aoe_jax.config.versions import VERSION
+from aoe_jax.errors import UserError
+from aoe_jax.formats.configs import from_json
+
+STORED = {file.stem: file for file in Path(__file__).with_name("stored").glob("*.json")}
+FIRST = json.loads(STORED["version_1"].read_text())
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_configuration_of_each_version(name):
+    assert Config.from_stored(json.loads(STORED[name].read_text())) == Config()
+
+
+def test_the_number_of_this_version():
+    assert json.loads(STORED[f"version_{VERSION}"].read_text())["version"] == VERSION
+    assert Config().to_stored()["version"] == VERSION
+
+
+def test_a_model_of_the_first_version():
+    groups = {name: FIRST[name] for name in ("model", "experts", "routing")}
+    config = from_json({"model_type": "aoe"} | groups)
+    assert (config.experts, config.routing) == (Config().experts, Config().routing)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"version": 99}, "version=99: this program reads 1 to 2; update it"),
+        ({"version": "2"}, "version='2': "),
+        ({"model": FIRST["model"] | {"norm": "layer"}}, "config.model.norm='layer': only 'rms' is"),
+        ({"routing": {"name": "da_moe", "measure": "all"}}, "config.routing.measure='all': only"),
+        ({"model": 7}, "model is no group of fields"),
+        ({"experts": {"selection": "top_k"}}, "config.experts.selection is older than"),
+    ],
+)
+def test_what_cannot_be_brought_forward(changes, words):
+    with pytest.raises(UserError) as error:
+        Config.from_stored(FIRST | changes)
+    assert str(error.value).startswith(words)
