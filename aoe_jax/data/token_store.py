@@ -73,6 +73,13 @@ def read_manifest(directory: Path) -> dict:
     for split, numbers in manifest["splits"].items():
         if numbers["tokens"] != 1 + sum(shard["tokens"] for shard in numbers["shards"]):
             raise _damaged(directory, f"manifest.json has a wrong number of {split} tokens")
+        # A document has at least one byte of text, one token and an end-of-text token.
+        n_documents, most = numbers["documents"], min(numbers["bytes"], numbers["tokens"] // 2)
+        if not 0 < n_documents <= most:
+            found = ", ".join(
+                f"{numbers[name]} {name}" for name in ("documents", "bytes", "tokens")
+            )
+            raise _damaged(directory, f"manifest.json has {found} in {split}")
     return manifest
 
 

@@ -5,6 +5,7 @@ Hugging Face hub or from a folder of JSON lines.
 """
 
 import io
+import json
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 import jax
 from tabulate import tabulate
 
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, shown
 
 try:
     import lm_eval.tasks
@@ -30,6 +31,7 @@ from aoe_jax.evaluation.harness import HarnessModel
 from aoe_jax.evaluation.models import Model, load_model
 from aoe_jax.model.decoding import check_decodes
 from aoe_jax.storage.files import read_json, write_report
+from aoe_jax.storage.retry import refusing
 
 log = logging.getLogger(__name__)
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -76,6 +78,8 @@ def load_tasks(names, fewshot=None, data: Path | None = None):
         shots = default if fewshot is None else fewshot
         if data and shots:
             _check_shots(index.task_index[name].cfg, name, data, shots)
+        if data and task.OUTPUT_TYPE == "multiple_choice":
+            _check_answers(name, task, data)
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(_SHOTS_SEED)
     return loaded
@@ -108,9 +112,38 @@ def _on_local_data(index, name, data):
     found = {split: str(file) for split, file in files.items() if file.is_file()}
     wanted = f"{files[evaluated]} is missing; write the examples of {name} to it, one per line"
     require_flag(evaluated in found, "tasks-data", data, wanted)
+    for file in found.values():
+        _check_lines(file)
     local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": found}}
     local |= {key: split if split in found else None for key, split in splits.items()}
     return {"group": f"local {name}", "task": [{"task": name, **local}]}
+
+
+def _check_lines(file):
+    """Raises `UserError` for the first line that is no object, or has another type in a field."""
+    kinds = {}
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"line {number} of {file}"
+            with refusing(f"--tasks-data: {where} is no JSON object", kinds=Exception):
+                example = dict(json.loads(line))
+            for name, value in example.items():
+                first, kind = kinds.setdefault(name, (value, type(value)))
+                wanted = f"{where}: {name} is {shown(value)}, but {shown(first)} in an earlier line"
+                require_flag(type(value) is kind, "tasks-data", Path(file).parent.parent, wanted)
+
+
+def _check_answers(name, task, data):
+    """Raises `UserError` for the first example whose label names none of its choices."""
+    answer = task.doc_to_text if task.multiple_input else task.doc_to_target
+    for number, example in enumerate(task.eval_docs, 1):
+        try:
+            choices, found = task.doc_to_choice(example), answer(example)
+        except Exception as e:  # templates fail in many ways
+            choices, found = [], f"{type(e).__name__}: {e}"
+        is_right = found in choices or (type(found) is int and 0 <= found < len(choices))
+        wanted = f"line {number} of {name}: its label gives {shown(found)}, not one of its choices"
+        require_flag(is_right, "tasks-data", data, wanted)
 
 
 def _check_shots(config, name, data, shots):

@@ -161,6 +161,8 @@ DAMAGES = [  # (content of a shard, fields of the manifest or its text, words of
     ("whole", {"end_of_text": 10**6}, "has an end-of-text token outside its vocabulary"),
     ("whole", {"vocab_size": 2}, "has other tokens than manifest.json says"),
     ("whole", {"splits.test.tokens": 10**6}, "has a wrong number of test tokens"),
+    ("whole", {"splits.test.bytes": 0}, r"has \d+ documents, 0 bytes, \d+ tokens in test"),
+    ("whole", {"splits.test.documents": 10**6}, "has 1000000 documents, "),
     ("whole", FEW, f"{SHARD} cannot be read"),
     ("whole", {"splits.test.shards.0.name": f"../{SHARD}"}, f"is '../{SHARD}', not the name of a"),
     ("whole", "{", "manifest.json cannot be read"),

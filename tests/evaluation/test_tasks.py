@@ -70,7 +70,32 @@ def test_missing_and_bad_data(data):
     (data / "piqa/validation.jsonl").write_text('{"goal": "g", "sol1": "a"}\n')
     is_refused("piqa", r"--tasks=piqa: .*cannot be used \(ValueError: ")
     (data / "qqp/validation.jsonl").write_text("{oh\n")
-    is_refused("qqp", "--tasks=qqp: the examples in .* cannot be used")
+    is_refused("qqp", r"--tasks-data: line 1 of .*qqp/validation\.jsonl is no JSON object \(")
+
+
+WRONG = r"--tasks-data=.*: line 2 of "
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "label", "words"),
+    [
+        *(
+            ("sst2", "label", wrong, rf".*jsonl: label is {wrong!r}, but 1")
+            for wrong in (None, 1.0, True)
+        ),
+        ("sst2", "label", "x", ".*jsonl: label is 'x', but 1 in an earlier line"),
+        ("sst2", "label", 7, "sst2: its label gives 7, not one of its choices"),
+        ("winogrande", "answer", "x", "winogrande: its label gives \"KeyError: 'x'\", not one of"),
+        ("social_iqa", "label", "x", "social_iqa: its label gives '-1', not one of its choices"),
+    ],
+)
+def test_wrong_labels(data, task, field, label, words):
+    file = data / task / "validation.jsonl"
+    examples = [json.loads(line) for line in file.read_text().splitlines()]
+    examples[1][field] = label
+    file.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    with pytest.raises(UserError, match=WRONG + words):
+        tasks.load_tasks([task], data=data)
 
 
 def test_unknown_tasks(data, monkeypatch):
