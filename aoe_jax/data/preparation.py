@@ -209,8 +209,8 @@ def _read_plan(output: Path) -> dict:
 def _claim(files: Mapping, planned: dict, output: Path) -> dict:
     """Reads or makes the plan of `output`. Raises `UserError` if settings or files have changed."""
     if not (output / token_store.PLAN_FILE).exists():
-        names = {path.name for path in output.iterdir()} - {f"{token_store.PLAN_FILE}.partial"}
-        is_empty = all(name.startswith(NAME) for name in names)
+        left = (NAME, f"{token_store.PLAN_FILE}.")  # a killed process may leave a partial plan
+        is_empty = all(path.name.startswith(left) for path in output.iterdir())
         wanted = "is not empty, and holds no preparation; use another --output"
         require_flag(is_empty, "output", output, wanted)
         write_json(output / token_store.PLAN_FILE, make_plan(files, planned), indent=None)
@@ -257,6 +257,8 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
         (output / "units").mkdir(exist_ok=True)
         for killed in (output / "units").glob("*.partial-*"):
             remove_folder(killed)
+        for killed in output.glob("*.json.*.partial"):
+            killed.unlink()
     sizes = [unit["size"] for unit in plan["units"]]
     done = sum(sizes) - sum(sizes[unit] for unit in units)
     bar = tqdm(desc="preparing", total=sum(sizes), initial=done, unit="B", unit_scale=True)

@@ -27,7 +27,7 @@ class TokenisedCorpus:
 
     @property
     def identities(self) -> list[str]:
-        """For each source, the name of its corpus and a hash of its text, tokenizer and splits."""
+        """For each source, a hash of its text, tokenizer and splits; independent of its path."""
         return [_identity(store.manifest) for store in self.train.values()]
 
 
@@ -97,7 +97,7 @@ def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | 
 def _identity(manifest: dict) -> str:
     tokens = [manifest["splits"][split]["tokens"] for split in SPLITS]
     content = [manifest["corpus_fingerprint"], manifest["tokenizer_sha256"], tokens]
-    return f"{token_store.slug(manifest['corpus'])}-{token_store.short_hash(content)}"
+    return token_store.short_hash(content)
 
 
 def _opened(data: DataConfig, directories: Mapping[str, Path]) -> TokenisedCorpus:

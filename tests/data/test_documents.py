@@ -128,7 +128,7 @@ MISTAKES = [
     ("a.parquet", b"no parquet", r"a\.parquet cannot be read \(.*[Pp]arquet"),
     ("a.parquet", parquet(body=["x"]), r"'text': .*has no such column; it has \['body'\]"),
     ("a.parquet", parquet(text=[["a"], ["b"]]), r"a\.parquet has a list in this field"),
-    ("a.parquet", NULL, r"'text': row group 2 of .*a\.parquet has a NoneType there"),
+    ("a.parquet", NULL, r"'text': row group 2 of .*a\.parquet has a NoneType in this field"),
     ("a.parquet", NULL[:10] + bytes(200) + NULL[210:], r"a\.parquet cannot be read"),
     ("a.parquet", parquet(text=NO_UTF8), r"a\.parquet cannot be read \('utf-8' codec"),
 ]

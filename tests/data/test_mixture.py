@@ -162,6 +162,15 @@ def test_position_in_other_sources_is_refused(corpus, sources):
         iter(batches_of(corpus)).set_state(state)
 
 
+def test_position_after_a_move(corpus):
+    """The names of folders may change; `check_data` compares the contents."""
+    state = {"next_index": 1, "sources": {"renamed": 3, "large": 2, "digits": 1}}
+    read = iter(batches_of(corpus)).get_state
+    batches = iter(batches_of(corpus))
+    batches.set_state(state)
+    assert batches.get_state()["sources"].keys() == read()["sources"].keys()
+
+
 def test_one_vocabulary_is_trained_on_all(folders):
     corpus = corpus_of(folders, "text@{large}, text@{digits}", vocab_size=300)
     manifests = [store.manifest for split in SPLITS for store in getattr(corpus, split).values()]
