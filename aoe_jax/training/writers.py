@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from aoe_jax.errors import UserError
-from aoe_jax.storage.files import TEXT, finite, read_json, write_json
+from aoe_jax.storage.files import TEXT, finite, read_json, write_json, write_whole
+from aoe_jax.storage.paths import unused
 
 # tensorboardX must not import PyTorch, which takes seconds and is not needed for these events.
 _has_torch = sys.modules.setdefault("torch", None)
@@ -47,12 +49,13 @@ class JsonLines:
 
     name = "metrics.jsonl"
 
-    def __init__(self, path: Path, size: int):
+    def __init__(self, path: Path, size: int | None):
         """Keeps the first `size` bytes, the lines up to a checkpoint, and deletes later lines.
         Raises `UserError` if no line of the file ends at byte `size`.
         """
-        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
+        self._path, self._file = path, open(path, "a+b", buffering=0)  # noqa: SIM115
         there = self._file.seek(0, os.SEEK_END)
+        size = there if size is None else size
         self._file.seek(max(size - 1, 0))
         if there < size or (size and self._file.read(1) != b"\n"):
             self._file.close()
@@ -82,10 +85,28 @@ class JsonLines:
         self._size, self._unwritten, self._failed = self._size + written, b"", False
 
     def sync(self) -> int:
-        """Waits until all lines would survive a power cut; returns the size of the file."""
+        """Puts all lines on the disk, also after the file was replaced; returns its size."""
         self._flush()
+        opened = os.fstat(self._file.fileno())
+        if not self._path.exists() or not os.path.samestat(self._path.stat(), opened):
+            self._restore()
+        if (size := os.fstat(self._file.fileno()).st_size) != self._size:
+            log.warning(f"{self._path} was edited: it had {self._size} bytes, now {size}")
+            self._size = size
         os.fsync(self._file.fileno())
         return self._size
+
+    def _restore(self):
+        kept = ""
+        if self._path.exists():
+            target = unused(self._path.with_name(f"{self.name}.replaced"))
+            shutil.copyfile(self._path, target)
+            kept = f"; the other file is now {target.name}"
+        self._file.seek(0)
+        write_whole(Path(os.path.realpath(self._path)), self._file.read(self._size))
+        self._file.close()
+        self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115
+        log.warning(f"{self._path} was replaced or removed; wrote its lines again{kept}")
 
     def close(self):
         with self._file:

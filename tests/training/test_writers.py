@@ -64,6 +64,53 @@ def test_a_write_that_is_short_loses_nothing(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
+def replaced(path):
+    """As an editor or `sed -i` does: a new file, made from the lines that were there before."""
+    path.with_name("new").write_text("edited\n")
+    path.with_name("new").replace(path)
+
+
+@pytest.mark.parametrize("through_link", [False, True])
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        (lambda path: path.resolve().unlink(), []),
+        (lambda path: path.resolve().rename(path.with_name("metrics.jsonl.1")), []),  # logrotate
+        (lambda path: replaced(path.resolve()), ["edited\n"]),
+    ],
+    ids=["removed", "rotated", "replaced"],
+)
+def test_a_file_that_another_program_changes(tmp_path, caplog, change, kept, through_link):
+    """No line is lost, and a link to a file on another disk stays a link."""
+    path = tmp_path / "metrics.jsonl"
+    if through_link:
+        (tmp_path / "disk").mkdir()
+        path.symlink_to(tmp_path / "disk" / "lines")
+    writer = JsonLines(path, 0)
+    for step in range(1, 4):
+        writer.write(step, "train", {}, {}, {})
+        if step == 1:
+            change(path)
+        if step == 2:
+            assert writer.sync() == path.stat().st_size == 2 * len('{"step": 1}\n')
+    writer.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert path.is_symlink() == through_link and "was replaced or removed" in caplog.text
+    assert [file.read_text() for file in tmp_path.glob("metrics.jsonl.replaced*")] == kept
+
+
+def test_a_file_that_is_cut(tmp_path, caplog):
+    """The run goes on with the shorter file, and the next start accepts it."""
+    writer = JsonLines(tmp_path / "metrics.jsonl", 0)
+    writer.write(1, "train", {}, {}, {})
+    (tmp_path / "metrics.jsonl").write_text("")  # `logrotate` with copytruncate
+    writer.write(2, "train", {}, {}, {})
+    size = writer.sync()
+    writer.close()
+    assert "was edited: it had 24 bytes, now 12" in caplog.text
+    JsonLines(tmp_path / "metrics.jsonl", size).close()
+
+
 def test_numbers_keep_their_precision(tmp_path):
     """A line can be read immediately after it is written."""
     values = np.random.default_rng(0).lognormal(0, 20, 500).astype(np.float32)
