@@ -20,7 +20,6 @@ import itertools
 import json
 import logging
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -30,7 +29,7 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.errors import DivergedError, Failure, Interrupted, MachineFault, UserError
-from aoe_jax.storage.files import COUNT, TEXT, or_none, read_json
+from aoe_jax.storage.files import COUNT, TEXT, host_name, or_none, read_json
 from aoe_jax.storage.paths import is_remote, parsed_path
 
 log = logging.getLogger("aoe_jax.supervise")  # `__name__` is `__main__` with `python -m`
@@ -121,7 +120,7 @@ class Supervisor:
         return {}
 
     def _log(self, line):
-        file = self._workdir / "attempts" / f"{socket.gethostname()}.jsonl"
+        file = self._workdir / "attempts" / f"{host_name()}.jsonl"
         file.parent.mkdir(exist_ok=True)
         # Objects in a store cannot be appended to, so all lines are written again.
         before = file.read_text() if is_remote(file) and file.exists() else ""

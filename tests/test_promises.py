@@ -39,10 +39,13 @@ def ends_as_ever(workdir):
     return stderr
 
 
-INTERRUPT = pytest.param(2, 130, "interrupted", marks=pytest.mark.slow)
+SLOW_STOPS = [
+    pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow),
+    pytest.param(signal.SIGHUP, 0, "preempted", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize(("number", "status", "word"), [(15, 0, "preempted"), INTERRUPT])
+@pytest.mark.parametrize(("number", "status", "word"), [(15, 0, "preempted"), *SLOW_STOPS])
 def test_asked_to_stop_while_training(workdir, number, status, word):
     process = start(dense_command(workdir))
     runs.wait_for(process, lambda: runs.saved(workdir, EVERY))

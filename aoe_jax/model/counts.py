@@ -145,6 +145,10 @@ def log_run(config: Config):
     if jax.device_count() > 1:
         axes = [f"{axis} {getattr(config.mesh, axis)}" for axis in MESH_AXES]
         log.info("mesh: %s", ", ".join(axes))
+    if jax.config.jax_enable_x64:
+        log.warning(
+            "JAX_ENABLE_X64 is set: the run draws and computes other numbers than without it"
+        )
     log.info("%s", parameter_counts(config))
     log.info("%.1f MFLOPs per token in a training step", training_flops_per_token(config) / 1e6)
     if experts_per_token(config) is None:

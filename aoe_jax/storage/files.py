@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -146,10 +147,13 @@ def write_whole(path: Path, content: bytes):
     if is_remote(path):  # a store shows an object only when it is complete
         path.write_bytes(content)
         return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    sync(partial)
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{host_name()}-{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # it still exists after an error
     sync(path.parent)
 
 
@@ -168,6 +172,11 @@ def sync(path: Path):
             raise
     finally:
         os.close(descriptor)
+
+
+def host_name() -> str:
+    """The name of this host, in characters that are safe in names of files."""
+    return re.sub("[^a-zA-Z0-9.-]", "-", socket.gethostname())[:64] or "unnamed"
 
 
 def make_folder(folder: Path, flag: str):
@@ -227,7 +236,7 @@ def new_folder(folder: Path):
     """Yields an empty temporary folder, and renames it to `folder` at the end, unless another host
     has made `folder` meanwhile. After an exception the temporary folder is removed.
     """
-    partial = folder.with_name(f"{folder.name}.partial-{socket.gethostname()}")
+    partial = folder.with_name(f"{folder.name}.partial-{host_name()}")
     shutil.rmtree(partial, ignore_errors=True)  # exists if a process of this host was killed
     partial.mkdir(parents=True)
     try:

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import secrets
-import socket
 import threading
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import filelock
 
 from aoe_jax.errors import InUse, UserError
-from aoe_jax.storage.files import make_folder, read_bytes, write_or_refuse
+from aoe_jax.storage.files import host_name, make_folder, read_bytes, write_or_refuse
 from aoe_jax.storage.paths import create, is_remote
 from aoe_jax.storage.retry import patiently
 
@@ -36,6 +35,7 @@ def leased(folder: Path, flag: str, take_over=False):
     `check` before files are replaced. If another process owns the folder, waits until the lease of
     that process is stale, or raises `InUse` when it is renewed. `take_over` takes over at once.
     """
+    is_new = not is_remote(folder) and not folder.exists()
     make_folder(folder, flag)
     lease = (_InStore if is_remote(folder) else _OnDisk)(folder)
     try:
@@ -43,6 +43,9 @@ def leased(folder: Path, flag: str, take_over=False):
         yield lease
     finally:
         lease.release()
+        if is_new:  # removes it again if it is empty, for example after a mistake in a flag
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _acquire(lease, flag, take_over):
@@ -117,7 +120,7 @@ class _InStore(_OnDisk):
         self._renewer = threading.Thread(target=self._renew, daemon=True, name="renews the lease")
 
     def _content(self):
-        fields = f"token={self.token}\nhost={socket.gethostname()}\npid={os.getpid()}\n"
+        fields = f"token={self.token}\nhost={host_name()}\npid={os.getpid()}\n"
         return f"{fields}renewed={time.monotonic()}\n".encode("ascii", "replace")
 
     def take(self, take_over, waited):

@@ -3,7 +3,6 @@
 import contextlib
 import faulthandler
 import os
-import socket
 import sys
 import tempfile
 import threading
@@ -13,7 +12,7 @@ from pathlib import Path
 import jax
 
 from aoe_jax.errors import DivergedError, Hang, Interrupted, MachineFault, Preempted, UserError
-from aoe_jax.storage.files import write_json
+from aoe_jax.storage.files import host_name, write_json
 from aoe_jax.storage.paths import is_remote
 from aoe_jax.storage.retry import Tolerated
 
@@ -60,7 +59,7 @@ class Heartbeat:
             return
         self._written = self._moved
         value = {"status": status, "step": self._step, "saved": self.saved, "time": time.time()}
-        value |= {"began": self._began, "host": socket.gethostname(), "pid": os.getpid()}
+        value |= {"began": self._began, "host": host_name(), "pid": os.getpid()}
         with self._tolerated:
             write_json(self._workdir / "heartbeat.json", value)
 

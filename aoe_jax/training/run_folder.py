@@ -95,6 +95,7 @@ class RunFolder:
             check_history(self.workdir, steps)
             check_config(self.workdir, config, has_begun=bool(steps))
             if steps:
+                _check_x64(self.workdir)
                 check_data(self.workdir, corpus)
         agree("the configuration or data", f"{config} {corpus.identities}")
 
@@ -115,8 +116,9 @@ class RunFolder:
         """
         tokenizer = corpus.tokenizer
         files.write_whole(self.workdir / tokenizer.name, tokenizer.read_bytes())
-        write_json(self.workdir / "data.json", {"token_stores": corpus.identities})
-        write_json(self.workdir / "config.json", config.to_dict())
+        identity = {"token_stores": corpus.identities, "x64": jax.config.jax_enable_x64}
+        write_json(self.workdir / "data.json", identity)
+        write_json(self.workdir / "config.json", config.to_stored())
         (self.workdir / "summary.json").unlink(missing_ok=True)
 
 
@@ -218,9 +220,17 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
         )
 
 
+def _check_x64(workdir):
+    before, here = bool(read_json(workdir / "data.json").get("x64")), jax.config.jax_enable_x64
+    if before != here:
+        wanted = f"workdir {workdir} was trained with JAX_ENABLE_X64={before:d}; set it again"
+        raise UserError(f"JAX_ENABLE_X64={here:d}: {wanted}")
+
+
 def read_identities(workdir: Path) -> list[str]:
     """Reads the identities of a model's training corpora from `data.json`; [] without the file."""
     path = workdir / "data.json"
     if not path.exists():
         return []
-    return read_json(path, schema={"token_stores": [TEXT]})["token_stores"]
+    stores = read_json(path, schema={"token_stores": [TEXT]})["token_stores"]
+    return [store.rpartition("-")[2] for store in stores]  # older files begin with a name

@@ -1,4 +1,4 @@
-"""Requests to stop a training run: SIGTERM, for example before a preemption, and Ctrl-C."""
+"""Requests to stop a training run: SIGTERM (preemption), SIGHUP (a closed terminal) and Ctrl-C."""
 
 import os
 import signal
@@ -11,8 +11,8 @@ from aoe_jax.errors import Interrupted, Preempted, Terminated
 
 
 class StopRequests:
-    """Records the first SIGTERM or SIGINT; the run calls `asked` between steps. A second signal
-    ends the process at once, with exit status 143 (SIGTERM) or 130 (SIGINT).
+    """Records the first SIGTERM, SIGHUP or SIGINT; the run calls `asked` between steps. A second
+    signal ends the process at once, with exit status 130 (SIGINT) or 143 (the others).
 
     Once `jax.distributed` has started, JAX handles a SIGTERM to any process: all processes stop at
     the same step, and further SIGTERMs have no effect.
@@ -23,13 +23,14 @@ class StopRequests:
 
     def listen(self):
         """Handles signals from now on; call it before `jax.distributed` starts."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._take)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
+                signal.signal(number, self._take)
 
     def _take(self, number, frame):
         if self._signal is not None:
             print("stopped at once by a second signal", file=sys.stderr, flush=True)
-            os._exit(Terminated.status if number == signal.SIGTERM else Interrupted.status)
+            os._exit(Interrupted.status if number == signal.SIGINT else Terminated.status)
         self._signal = number
 
     def asked(self):
@@ -47,6 +48,6 @@ class StopRequests:
 
     def end(self, message):
         """The exception that ends the run."""
-        if self._signal == signal.SIGTERM:
-            return Preempted(f"preempted: {message}")
-        return Interrupted(f"interrupted: {message}")
+        if self._signal == signal.SIGINT:
+            return Interrupted(f"interrupted: {message}")
+        return Preempted(f"preempted: {message}")

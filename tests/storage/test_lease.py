@@ -4,6 +4,7 @@ other hosts, and several processes that start at the same time.
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from aoe_jax.errors import InUse, MachineFault, UserError
 from aoe_jax.storage import lease, retry
+from aoe_jax.storage.files import new_folder, write_json
 from aoe_jax.storage.lease import NAME, leased, owner_of
 from aoe_jax.storage.paths import is_remote
 from tests.runs import ROOT
@@ -106,7 +108,33 @@ def test_a_file_that_is_no_lease(tmp_path, content, take_over):
         owner.check()
 
 
-def test_a_path_that_is_no_folder(tmp_path):
+@pytest.mark.parametrize("name", ["", "r\u00fcbe", "a b", "a/b", "a\nhost=b", "\udcff", "h" * 300])
+@everywhere
+def test_names_of_hosts(folder, name, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: name)
+    with leased(folder, "workdir") as owner:
+        owner.check()
+        words = f"is in use by process {os.getpid()} on "
+        with pytest.raises(InUse, match=words), leased(folder, "workdir"):
+            pass
+        if not is_remote(folder):
+            write_json(folder / "file.json", {})
+            with new_folder(folder / "store") as new:
+                (new / "shard").touch()
+            assert {path.name for path in folder.iterdir()} == {NAME, "file.json", "store"}
+
+
+def test_a_copy_of_a_folder_in_use(tmp_path):
+    with leased(tmp_path / "run", "workdir"):
+        copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        with leased(copy, "workdir") as owner:
+            owner.check()
+
+
+def test_a_folder_that_stays_empty_goes(tmp_path):
+    with pytest.raises(UserError, match="a mistake"), leased(tmp_path / "a" / "b", "workdir"):
+        raise UserError("a mistake")
+    assert not (tmp_path / "a" / "b").exists()
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     for name in ("file", "link"):

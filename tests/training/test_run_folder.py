@@ -65,12 +65,12 @@ def changed(**groups):
 
 
 def test_claimed_workdir(workdir, corpus, tmp_path):
-    assert json.loads((workdir / "config.json").read_text()) == Config().to_dict()
+    assert json.loads((workdir / "config.json").read_text()) == Config().to_stored()
     assert contents(workdir).keys() == {"config.json", "data.json", "tokenizer.json"}
     check_config(workdir, Config())
     check_data(workdir, corpus)
     check_data(workdir, corpus_of(tmp_path / "cache", "some text"))  # same text, other folder
-    words = r"token store text-[0-9a-f]{16}, this is text-[0-9a-f]{16}.*data\.path"
+    words = r"token store [0-9a-f]{16}, this is [0-9a-f]{16}.*data\.path"
     for others in (["other text"], ["some text", "other text"]):
         with pytest.raises(UserError, match=words):
             check_data(workdir, corpus_of(tmp_path, *others))
