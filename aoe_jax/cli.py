@@ -2,6 +2,7 @@
 
 import ast
 import atexit
+import contextlib
 import functools
 import logging
 import os
@@ -36,36 +37,17 @@ _NO_CONFIG = (
 )
 _BROKEN_PIPE = 128 + signal.SIGPIPE  # exit status that shells report after a SIGPIPE
 _NOTES_OF_JAX = ("---", "For simplicity")
-_BOOLEANS = {"true": True, "false": False, "True": True, "False": False, "1": True, "0": False}
-_WANTED = {
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-    "tuple": "numbers, such as (0, 2)",
-}
 
 
-class _FieldParser(flags.ArgumentParser):
-    """Parses the values of a field of type `kind`, and None if `has_none`."""
-
-    def __init__(self, kind, has_none):
-        self.kind, self.has_none = kind, has_none
-
-    def parse(self, argument):
-        if self.has_none and argument == "None":
-            return None
-        try:
-            if self.kind is bool:
-                return _BOOLEANS[argument]
-            if self.kind is tuple:
-                return tuple(ast.literal_eval(f"[{argument.strip('()[]')}]"))
-            return self.kind(argument)
-        except (KeyError, ValueError, SyntaxError, RecursionError, MemoryError) as e:
-            none = " or None" if self.has_none else ""
-            raise ValueError(f"must be {_WANTED[self.kind.__name__]}{none}") from e
-
-    def flag_type(self):
-        return self.kind.__name__
+def _value(text, kinds):
+    """The value in the text of a flag; a text that does not fit stays, and `Config` refuses it."""
+    if text == "None" and type(None) in kinds:
+        return None
+    if str in kinds:
+        return text
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        return ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    return text
 
 
 def define_config_flag():
@@ -75,9 +57,8 @@ def define_config_flag():
     sets_method = any("config.routing." in argument for argument in sys.argv)
     types = field_types(sets_method)
     for group, fields in types.items():
-        for field, (kind, *others) in fields.items():
-            parser = _FieldParser(kind, type(None) in others)
-            flags.DEFINE(parser, f"config.{group}.{field}", None, "", module_name="config")
+        for field in fields:
+            flags.DEFINE_string(f"config.{group}.{field}", None, "", module_name="config")
     about = (
         "FILE.py, FILE.py:VARIANT or the config.json of a run; --config.GROUP.FIELD=VALUE changes "
         f"a field, such as --config.train.steps=2000; the groups are {', '.join(types)}"
@@ -93,7 +74,7 @@ def define_mesh_flag():
 
 def parsed_config(flag, default=None):
     """The checked `Config` of the file `--config`, else `default`, changed by flags of fields."""
-    from aoe_jax.config.run import Config
+    from aoe_jax.config.run import Config, field_types
     from aoe_jax.methods import LAYERS
     from aoe_jax.storage.config_files import read_config
 
@@ -101,11 +82,12 @@ def parsed_config(flag, default=None):
     if not flag.value and not has_default:
         raise UserError(_NO_CONFIG)
     groups, routing = read_config(flag.value or default), {}
-    for name in FLAGS:
-        if name.startswith("config.") and FLAGS[name].present:
-            _, group, field = name.split(".")
-            values = routing if group == "routing" else groups.setdefault(group, {})
-            values[field] = FLAGS[name].value
+    given = [name for name in FLAGS if name.startswith("config.") and FLAGS[name].present]
+    types = field_types(methods="config.routing" in " ".join(given))
+    for name in given:
+        _, group, field = name.split(".")
+        values = routing if group == "routing" else groups.setdefault(group, {})
+        values[field] = _value(FLAGS[name].value, types[group][field])
     if routing:  # changes the file's routing method, or selects the method `routing.name`
         kind, of_file = groups.get("experts", {}).get("kind"), groups.get("routing", {})
         has_router = kind not in LAYERS

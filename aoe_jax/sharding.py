@@ -105,9 +105,7 @@ AXES = MeshAxes()
 
 
 def fill_mesh(config, n_devices):
-    """Computes `mesh.data` of a `Config` if it is -1. Raises `UserError` if the mesh does not have
-    `n_devices` devices.
-    """
+    """Computes `mesh.data` if it is -1. Raises `UserError` for other sizes than `n_devices`."""
     mesh = config.mesh
     inner = mesh.fsdp * mesh.expert * mesh.tensor
     data = n_devices // inner if mesh.data == -1 else mesh.data

@@ -76,7 +76,7 @@ def test_only_its_own_files_are_written():
 def test_nll_is_exact(ragged):
     """The expected nll is computed from logits in float64, one window at a time without padding."""
     workdir, _, report = evaluated()
-    config = Config.from_config_dict(json.loads((workdir / "config.json").read_text()))
+    config = Config.from_stored(json.loads((workdir / "config.json").read_text()))
     (store,) = open_corpus(config.data, config.model.vocab_size).test.values()
     tokens, params = store.read(0, len(store)), jax.device_get(load_model(workdir).params)
     apply = jax.jit(lambda inputs: Decoder.from_config(config).apply({"params": params}, inputs)[0])

@@ -31,7 +31,7 @@ FILES |= {"summary.json", "training.png", "tensorboard", "checkpoints"}
 def test_what_a_run_leaves_behind():
     workdir, config = finished_run(), runs.tiny_config()
     assert {path.name for path in workdir.iterdir()} == FILES
-    assert json.loads((workdir / "config.json").read_text()) == config.to_dict()
+    assert json.loads((workdir / "config.json").read_text()) == config.to_stored()
     checkpoints = {int(path.name) for path in (workdir / "checkpoints").iterdir()}
     assert checkpoints == {STEPS - EVERY, STEPS}
     (events,) = (workdir / "tensorboard").iterdir()

@@ -3,3 +3,5 @@
 A flag `--config.GROUP.FIELD=VALUE` sets a field. A file of `configs/` returns a `ConfigDict`, which
 `run.Config.from_config_dict` checks: first every group alone, then all groups together.
 """
+
+VERSION = 2  # of stored configurations; those without a number have version 1

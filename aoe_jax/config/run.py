@@ -5,13 +5,13 @@ import json
 import typing
 from dataclasses import dataclass, field
 
+from aoe_jax.config import VERSION
 from aoe_jax.config.checks import misfit, require, require_choice
 from aoe_jax.config.data import DataConfig
 from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.training import CheckpointConfig, TrainConfig
-from aoe_jax.config.versions import VERSION, upgraded
 from aoe_jax.errors import UserError
 from aoe_jax.methods import LAYERS, ROUTERS, all_methods, find_method
 from aoe_jax.moe.routing import Method, TopK
@@ -66,6 +66,8 @@ class Config:
     @classmethod
     def from_stored(cls, stored):
         """The `Config` of `to_stored`, of this or an earlier version. Raises `UserError`."""
+        from aoe_jax.config.versions import upgraded  # a new run does not need it
+
         return cls.from_config_dict(upgraded(stored))
 
     def to_stored(self):

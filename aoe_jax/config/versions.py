@@ -1,8 +1,7 @@
 """Configurations that earlier versions of this program stored, brought forward by tables."""
 
+from aoe_jax.config import VERSION
 from aoe_jax.errors import UserError, shown
-
-VERSION = 2  # stored with every configuration; configurations without a number have version 1
 
 # Field of version 1 that is gone -> the only value that this program can honour; ...: any value.
 _GONE = {

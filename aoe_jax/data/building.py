@@ -1,10 +1,10 @@
-"""Writes the shards and the manifest of token stores, and builds stores of corpora in a cache."""
+"""Builds token stores: tokenises documents, and writes shards and the manifest."""
 
 import contextlib
 import logging
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,26 +14,12 @@ from tqdm import tqdm
 from aoe_jax.data import SPLITS, token_store
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, pieces, train_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.storage.files import exclusive, new_folder, sync, write_json
+from aoe_jax.storage.files import exclusive, host_name, sync, write_json
 
 logger = logging.getLogger(__name__)
 
 RECORDS_PER_SHARD = 32768  # a shard has 256 MiB of uint16 tokens before compression
 _BATCH_CHARACTERS = 2**21
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A text corpus in three splits. `documents(split)` yields the non-empty documents of a split,
-    always in the same order, and raises `UserError` if a document cannot be read.
-
-    `fingerprint` changes when the text changes. But for a TFDS data set it depends only on the
-    name, version, text field and sizes, so it stays the same if an edit keeps all of these.
-    """
-
-    name: str
-    fingerprint: str
-    documents: Callable[[str], Iterator[str]]
 
 
 def write_splits(
@@ -146,49 +132,43 @@ def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.token_count <= 2**16 else np.uint32)
 
 
-def cached_token_stores(
-    corpora: list[Corpus], tokenizer: str | None, vocab_size: int, cache: Path
-) -> list[Path]:
-    """Returns the directory of each corpus's token store, after building the missing stores.
-
-    `tokenizer` is the path of a file. If it is None, byte-level BPE with `vocab_size` tokens is
-    trained on the train splits of all corpora. The folder of a store is `NAME-HASH` in
-    `<cache>/tokens`. The hash depends on the text and the tokenizer, so a change of these makes a
-    new store. If several processes share the cache, one builds a store and the others wait. On a
-    network disk whose locks work only within a host, one process of every host builds the store,
-    and the first result is kept. Raises `UserError` if the tokenizer or a text cannot be used, or
-    `vocab_size` is too small.
+@contextlib.contextmanager
+def new_folder(folder: Path):
+    """Yields an empty temporary folder, and renames it to `folder` at the end, unless another host
+    has made `folder` meanwhile. After an exception the temporary folder is removed.
     """
-    given = load_tokenizer(tokenizer) if tokenizer else None
-    if given:
-        token_store.check_vocab_size(given.token_count, vocab_size)
-    spec = given.sha256 if given else f"byte-level BPE of {vocab_size} tokens"
-    if not given and len(corpora) > 1:
-        spec = [spec, [corpus.fingerprint for corpus in corpora]]
-    directories = []
-    for corpus in corpora:
-        key = token_store.short_hash([token_store.FORMAT_VERSION, corpus.fingerprint, spec])
-        directories.append(Path(cache, "tokens", f"{token_store.slug(corpus.name)}-{key}"))
-    for corpus, directory in zip(corpora, directories, strict=True):
-        if directory.exists():
-            logger.info(f"token store: using {directory}")
-            continue
+    partial = folder.with_name(f"{folder.name}.partial-{host_name()}")
+    shutil.rmtree(partial, ignore_errors=True)  # exists if a process of this host was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if not folder.exists():
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def build_token_stores(stores: Mapping, tokenizer: Tokenizer | None, vocab_size: int):
+    """Builds the stores `{directory: Corpus}` that do not exist, with one tokenizer: the given one,
+    that of an existing store, or byte-level BPE that is trained on all train splits.
+    """
+    for directory, corpus in stores.items():
         with exclusive(directory.with_name(f".{directory.name}.lock")):
-            if not directory.exists():
-                started = time.monotonic()
-                if not given and (built := [folder for folder in directories if folder.exists()]):
-                    given = load_tokenizer(token_store.saved_tokenizer(built[0]))
-                if not given:
-                    texts = (text for corpus in corpora for text in corpus.documents("train"))
-                    given = train_tokenizer(texts, vocab_size)
-                build_token_store(corpus, given, directory)
-                seconds = time.monotonic() - started
-                logger.info(f"token store: built {directory} in {seconds:.1f} s")
-    return directories
+            if directory.exists():
+                continue
+            started = time.monotonic()
+            if not tokenizer and (built := [folder for folder in stores if folder.exists()]):
+                tokenizer = load_tokenizer(token_store.saved_tokenizer(built[0]))
+            if not tokenizer:
+                texts = (text for c in stores.values() for text in c.documents("train"))
+                tokenizer = train_tokenizer(texts, vocab_size)
+            build_token_store(corpus, tokenizer, directory)
+            seconds = time.monotonic() - started
+            logger.info(f"token store: built {directory} in {seconds:.1f} s")
 
 
-def build_token_store(corpus: Corpus, tokenizer: Tokenizer, directory: Path):
-    """Tokenises a corpus into a temporary folder, and renames it to `directory` at the end.
+def build_token_store(corpus, tokenizer: Tokenizer, directory: Path):
+    """Tokenises a `Corpus` into a temporary folder, and renames it to `directory` at the end.
 
     At most one process of a host may build `directory` at a time. Memory must have space for one
     batch of documents, and for the longest document. Raises `UserError` if a split has no
@@ -204,7 +184,7 @@ def build_token_store(corpus: Corpus, tokenizer: Tokenizer, directory: Path):
         write_manifest(new, corpus.name, corpus.fingerprint, tokenizer, splits)
 
 
-def _documents(corpus: Corpus) -> Iterator[tuple[str, str]]:
+def _documents(corpus) -> Iterator[tuple[str, str]]:
     with tqdm(desc=f"tokenising {corpus.name}", unit="B", unit_scale=True, delay=5) as progress:
         for split in SPLITS:
             for text in corpus.documents(split):

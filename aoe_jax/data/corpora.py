@@ -8,7 +8,8 @@ import importlib.util
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from tensorflow_datasets.core.utils.conversion_utils import to_tfds_name
 
 from aoe_jax.config.checks import require
 from aoe_jax.data import DOCUMENT_BYTES, SPLITS
-from aoe_jax.data.building import Corpus
 from aoe_jax.data.token_store import file_sha256, slug
 from aoe_jax.errors import Failure, UserError
 from aoe_jax.storage.files import exclusive, read_text
@@ -33,6 +33,20 @@ from aoe_jax.storage.retry import is_fault, patiently
 logger = logging.getLogger(__name__)
 
 _HUGGING_FACE = "huggingface:"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text corpus in three splits. `documents(split)` yields the non-empty documents of a split,
+    always in the same order, and raises `UserError` if a document cannot be read.
+
+    `fingerprint` changes when the text changes. But for a TFDS data set it depends only on the
+    name, version, text field and sizes, so it stays the same if an edit keeps all of these.
+    """
+
+    name: str
+    fingerprint: str
+    documents: Callable[[str], Iterator[str]]
 
 
 class Sotu(tfds.core.GeneratorBasedBuilder):
@@ -94,8 +108,7 @@ def load_corpus(name: str, path: str | None, cache: str | Path, text_field: str 
     `path` is the folder of .txt files. For any other name, `path` is the TFDS data_dir, by default
     `<cache>/tfds`, and `text_field` is the feature of the data set that contains the text.
 
-    Raises `UserError` if the name is unknown, the folder has fewer than 3 texts, or TFDS cannot
-    prepare the data set.
+    Raises `UserError` if the name is unknown, a folder has fewer than 3 texts, or TFDS fails.
     """
     if name == "text":
         return _text_folder(path)

@@ -54,8 +54,7 @@ class Mixture:
     """Determines the order of the windows in an endless mixture of several sources.
 
     Before any position, the number of windows from a source is `position * weight / total weight`
-    to within a few windows. These numbers are computed in constant time, so that a run can continue
-    from any position.
+    to within a few windows. They are computed in constant time, so a run can go on anywhere.
     """
 
     def __init__(self, weights: Sequence[Fraction | int], batch_size=1, rows=(0,)):

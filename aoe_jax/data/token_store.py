@@ -124,8 +124,7 @@ def _damaged(directory: Path, reason: str) -> UserError:
 class TokenStore:
     """The "train", "validation" or "test" split of a token store.
 
-    `documents` is the number of documents, `text_bytes` their total size in UTF-8, and
-    `end_of_text` the token that separates them.
+    It has `documents` documents, `text_bytes` long in UTF-8, separated by the token `end_of_text`.
     """
 
     def __init__(self, directory: str | Path, split: str):

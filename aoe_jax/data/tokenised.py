@@ -1,7 +1,8 @@
 """Opens the corpora of a run as token stores."""
 
 import contextlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -13,6 +14,8 @@ from aoe_jax.data.token_store import TokenStore
 from aoe_jax.errors import UserError
 from aoe_jax.storage.paths import is_remote, local_copy, parsed_path
 from aoe_jax.storage.retry import patiently, refusing
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,6 @@ def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     texts = [source for source in data.sources if source.name != "prepared"]
     if texts:
         # Imported only here, because prepared stores need neither TFDS nor tokenizer libraries.
-        from aoe_jax.data.building import cached_token_stores
         from aoe_jax.data.corpora import load_corpus
 
         where = {label: path and str(path) for label, path in paths.items()}
@@ -138,3 +140,40 @@ def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: in
         )
     token_store.check_vocab_size(manifest["vocab_size"], vocab_size)
     return given or str(token_store.saved_tokenizer(directories[0]))
+
+
+def cached_token_stores(
+    corpora: Sequence, tokenizer: str | None, vocab_size: int, cache: Path
+) -> list[Path]:
+    """Returns the directory of each `Corpus`'s token store, after building the missing stores.
+
+    `tokenizer` is the path of a file. If it is None, byte-level BPE with `vocab_size` tokens is
+    trained on the train splits of all corpora. The folder of a store is `NAME-HASH` in
+    `<cache>/tokens`. The hash depends on the text and the tokenizer, so a change of these makes a
+    new store. If several processes share the cache, one builds a store and the others wait. On a
+    network disk whose locks work only within a host, one process of every host builds the store,
+    and the first result is kept. Raises `UserError` if the tokenizer or a text cannot be used, or
+    `vocab_size` is too small.
+    """
+    given, spec = None, f"byte-level BPE of {vocab_size} tokens"
+    if tokenizer:
+        from aoe_jax.data.tokenizer import load_tokenizer  # slow to import
+
+        given = load_tokenizer(tokenizer)
+        token_store.check_vocab_size(given.token_count, vocab_size)
+        spec = given.sha256
+    elif len(corpora) > 1:
+        spec = [spec, [corpus.fingerprint for corpus in corpora]]
+    directories = []
+    for corpus in corpora:
+        key = token_store.short_hash([token_store.FORMAT_VERSION, corpus.fingerprint, spec])
+        directories.append(Path(cache, "tokens", f"{token_store.slug(corpus.name)}-{key}"))
+    missing = [directory for directory in directories if not directory.exists()]
+    for directory in set(directories) - set(missing):
+        log.info(f"token store: using {directory}")
+    if missing:
+        from aoe_jax.data.building import build_token_stores  # slow to import
+
+        stores = dict(zip(directories, corpora, strict=True))  # equal texts share a store
+        build_token_stores(stores, given, vocab_size)
+    return directories

@@ -1,6 +1,4 @@
-"""A Llama-style decoder: a scan over layers of causal attention and experts, each after a norm. The
-first layers may be dense.
-"""
+"""A Llama-style decoder: dense layers, if any, then a scan over layers of attention and experts."""
 
 from collections.abc import Callable
 from functools import partial

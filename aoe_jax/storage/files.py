@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -229,19 +228,3 @@ def exclusive(lock_file: Path, flag="config.data.cache"):
 
     with write_or_refuse(lock_file.parent, flag, acquire):
         yield
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path):
-    """Yields an empty temporary folder, and renames it to `folder` at the end, unless another host
-    has made `folder` meanwhile. After an exception the temporary folder is removed.
-    """
-    partial = folder.with_name(f"{folder.name}.partial-{host_name()}")
-    shutil.rmtree(partial, ignore_errors=True)  # exists if a process of this host was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if not folder.exists():
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -1,8 +1,7 @@
 """Leases: at most one process owns a folder on a disk, on a network disk or in an object store.
 
 The owner renews the file `owner.lease`. Another process takes the folder over if the file does not
-change for `STALE` seconds. On a disk it takes the folder over at once if the owner was a process of
-the same host that has ended.
+change for `STALE` seconds; on a disk at once if the owner was a process of the same host and ended.
 """
 
 import contextlib

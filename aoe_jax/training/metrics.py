@@ -73,7 +73,7 @@ class Metrics:
         """Opens the files of the run; only process 0 calls it. Before each line is written,
         `check()` raises if another process owns the files. `wandb` is a project name or None.
         """
-        from aoe_jax.training.writers import Bar, JsonLines, TensorBoard, Wandb
+        from aoe_jax.training.writers import Bar, JsonLines, TensorBoard
 
         self._check = check
         self._lines = JsonLines(self._folder / "metrics.jsonl", self._progress.metrics_bytes)
@@ -83,6 +83,8 @@ class Metrics:
         if sys.stderr.isatty():
             writers.append(Bar(self._start_step, self._config.train.steps))
         if wandb is not None:
+            from aoe_jax.training.wandb_writer import Wandb  # an optional dependency
+
             try:
                 writers.append(Wandb(self._folder, wandb, self._config.to_dict()))
             except ConnectionError as e:
@@ -115,9 +117,7 @@ class Metrics:
         self._unreported = step, metrics
 
     def flush(self):
-        """Waits for the step that is not yet reported, and reports it. Raises `DivergedError` if
-        too many updates in a row were skipped.
-        """
+        """Waits for a step that is not yet reported, and reports it. Raises `DivergedError`."""
         if self._unreported is None:
             return
         (step, metrics), self._unreported = self._unreported, None

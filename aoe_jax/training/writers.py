@@ -1,4 +1,4 @@
-"""Writers of a run's metrics: `metrics.jsonl`, TensorBoard, a progress bar, Weights & Biases.
+"""Writers of a run's metrics: `metrics.jsonl`, TensorBoard, a progress bar.
 
 `write(step, group, scalars, layers, experts)` writes the metrics of one step. `group` is `train` or
 `validation`; `scalars` is `{name: number}`, `layers` is `{name: array [L]}`, and `experts` is
@@ -11,8 +11,6 @@ import errno
 import json
 import logging
 import os
-import re
-import secrets
 import shutil
 import sys
 import time
@@ -23,7 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from aoe_jax.errors import UserError
-from aoe_jax.storage.files import TEXT, finite, read_json, write_json, write_whole
+from aoe_jax.storage.files import finite, write_whole
 from aoe_jax.storage.paths import unused
 
 # tensorboardX must not import PyTorch, which takes seconds and is not needed for these events.
@@ -120,7 +118,7 @@ def _shortest(values):
     return [float(str(value)) for value in values.astype(np.float32)]
 
 
-def _tags(group, scalars, layers):
+def tags(group, scalars, layers):
     """Returns `{name of a chart: number}`."""
     tags = {f"{group}/{name.removeprefix(group + '_')}": value for name, value in scalars.items()}
     for name, values in layers.items():
@@ -149,7 +147,7 @@ class TensorBoard:
         # Writing all values as one event takes a tenth of the time of one event per value.
         values = [
             Summary.Value(tag=tag, simple_value=value)
-            for tag, value in _tags(group, scalars, layers).items()
+            for tag, value in tags(group, scalars, layers).items()
         ]
         for name, of_layers in experts.items():
             for layer, of_experts in enumerate(of_layers):
@@ -181,45 +179,3 @@ class Bar:
 
     def close(self):
         self._held.close()
-
-
-class Wandb:
-    """A run at Weights & Biases. `wandb.json` stores its id, so a continued run keeps the id.
-
-    Raises `UserError` if Weights & Biases refuses the run, for example without a login, and
-    `ConnectionError` if it cannot be reached. After a kill, the next start sends some steps again.
-    """
-
-    name = "wandb"
-
-    def __init__(self, workdir: Path, project, config):
-        import wandb  # an optional dependency
-
-        file = workdir / "wandb.json"
-        if not file.exists():
-            write_json(file, {"id": secrets.token_hex(4)})
-        try:
-            self._run = wandb.init(
-                project=project,
-                id=read_json(file, schema={"id": TEXT})["id"],
-                resume="allow",
-                name=workdir.absolute().name,
-                dir=str(workdir),
-                config=config,
-                # wandb must not capture stdout. After the timeout, `wandb sync` uploads the rest.
-                settings=wandb.Settings(console="off", finish_timeout=60.0),
-            )
-        except wandb.Error as e:
-            reason = " ".join(str(e).split())[:200]
-            refused = wandb.errors.AuthenticationError | wandb.errors.UsageError
-            if isinstance(e, refused) or re.search(r"error 4\d\d", reason):
-                cure = "log in with `wandb login`, or set WANDB_MODE=offline"
-                raise UserError(f"--wandb={project}: {reason}; {cure}") from e
-            raise ConnectionError(reason) from e
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, step, group, scalars, layers, experts):
-        self._run.log({"step": step, **_tags(group, scalars, layers)})
-
-    def close(self):
-        self._run.finish()

@@ -92,7 +92,7 @@ def test_arms_of_a_seed_see_the_same_data_and_seeds_other_data():
     folder = ended()[0] / "work/runs/a"
     first = {}
     for path in folder.glob("[am]o*/seed_?"):
-        config = Config.from_config_dict(read_json(path / "config.json"))
+        config = Config.from_stored(read_json(path / "config.json"))
         corpus, train = open_corpus(config.data, config.model.vocab_size), config.train
         batches = train_batches(
             corpus.train, corpus.weights, config.data.seq_len, train.batch_size, train.seed

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from aoe_jax.config import VERSION
 from aoe_jax.config.run import Config
-from aoe_jax.config.versions import VERSION
 from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import from_json
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from aoe_jax.data.building import cached_token_stores
 from aoe_jax.data.corpora import load_corpus
+from aoe_jax.data.tokenised import cached_token_stores
 
 VOCAB_SIZE = 300
 

@@ -9,9 +9,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from aoe_jax.data import SPLITS, building
-from aoe_jax.data.building import Corpus, build_token_store, cached_token_stores
-from aoe_jax.data.corpora import load_corpus
+from aoe_jax.data.building import build_token_store
+from aoe_jax.data.corpora import Corpus, load_corpus
 from aoe_jax.data.token_store import RECORD_TOKENS, TokenStore
+from aoe_jax.data.tokenised import cached_token_stores
 from aoe_jax.data.tokenizer import HuggingFaceTokenizer, load_tokenizer, train_tokenizer
 from aoe_jax.errors import UserError
 from tests.data.texts import stored_documents
@@ -93,11 +94,11 @@ def test_large_vocabulary_is_stored_in_32_bits(text_folder, tmp_path):
 
 PREPARE = """
 import logging, sys
-from aoe_jax.data import building, corpora
+from aoe_jax.data import building, corpora, tokenised
 {before}
 logging.basicConfig(level=logging.INFO)
 corpus = corpora.load_corpus("text", sys.argv[1], sys.argv[2])
-print(*building.cached_token_stores([corpus], None, 300, sys.argv[2]))
+print(*tokenised.cached_token_stores([corpus], None, 300, sys.argv[2]))
 """
 
 DIE_IN_THE_LAST_SPLIT = """

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from aoe_jax.data.building import Corpus
+from aoe_jax.data.corpora import Corpus
 from aoe_jax.data.token_store import TokenStore
 
 WORDS = ["the", "state", "of", "the", "Union", "größe", "你好", "🚀", "naïve", "1790"]

@@ -3,11 +3,11 @@ import socket
 
 import pytest
 
+from aoe_jax.data.building import new_folder
 from aoe_jax.errors import UserError
 from aoe_jax.storage.files import (
     COUNT,
     TEXT,
-    new_folder,
     or_none,
     read_json,
     read_metrics,

@@ -13,9 +13,10 @@ import time
 
 import pytest
 
+from aoe_jax.data.building import new_folder
 from aoe_jax.errors import InUse, MachineFault, UserError
 from aoe_jax.storage import lease, retry
-from aoe_jax.storage.files import new_folder, write_json
+from aoe_jax.storage.files import write_json
 from aoe_jax.storage.lease import NAME, leased, owner_of
 from aoe_jax.storage.paths import is_remote
 from tests.runs import ROOT

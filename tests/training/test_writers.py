@@ -13,7 +13,8 @@ import pytest
 from aoe_jax.errors import UserError
 from aoe_jax.training.checkpoint import Progress
 from aoe_jax.training.metrics import Metrics
-from aoe_jax.training.writers import Bar, JsonLines, Wandb
+from aoe_jax.training.wandb_writer import Wandb
+from aoe_jax.training.writers import Bar, JsonLines
 from tests.in_process import call
 from tests.runs import finish, finished_run, read_metrics, start, tiny_config, train_command
 

@@ -6,8 +6,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 MIN_BLOCK, MAX_BLOCKS = 64, 8  # limits of queries per block and of blocks per sequence
-# The name of the arrays that the backward pass needs beside q, k and v. All backends set it except
-# cuDNN, whose arrays JAX hides.
+# Name of the arrays that the backward pass needs beside q, k and v (not of cuDNN: JAX hides them).
 KEPT_ATTENTION = "attention"
 
 
