@@ -31,10 +31,7 @@ flags.DEFINE_float(
 flags.DEFINE_bool("help", False, "show this help", short_name="h")
 flags.disclaim_key_flags()  # flags that functions below define belong to the calling module
 
-_NO_CONFIG = (
-    "--config is missing; name a Python file with get_config(), such as configs/tiny.py of the "
-    "repository"
-)
+_NO_CONFIG = "--config is missing; name a Python file with get_config(), such as configs/tiny.py"
 _BROKEN_PIPE = 128 + signal.SIGPIPE  # exit status that shells report after a SIGPIPE
 _NOTES_OF_JAX = ("---", "For simplicity")
 
@@ -191,7 +188,8 @@ def execute(main, argv):
         status, last_line, has_traceback = _end_of(e)
         if has_traceback or (debug and isinstance(e, Exception)):
             traceback.print_exception(e)
-        print(last_line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a closed terminal
+            print(last_line, file=sys.stderr, flush=True)
         return status, isinstance(e, Stopped) and not e.others_go_on
 
 
