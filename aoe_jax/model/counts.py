@@ -61,7 +61,7 @@ def experts_per_token(config: Config):
 
 
 def _layer_parameters(config):
-    """`[(Parameter, its size)]` of a layer, and the size of the experts of one token. AoE's
+    """`([(Parameter, its size)], size of the experts that a token uses)`, for one layer. AoE's
     W_gate_down belongs to the expert, so AoE and traditional experts have equal size (Eq. 5).
     """
     c = config.experts
@@ -74,7 +74,7 @@ def _layer_parameters(config):
 
 
 def parameter_counts(config: Config):
-    """Counts the decoder's parameters; if the number of experts varies, `top_k` are active."""
+    """Counts the decoder's parameters; if the number of experts varies, `top_k` count as active."""
     m = config.model
     declared, active = _layer_parameters(config)
     shared = sum(size for parameter, size in declared if not parameter.per_expert)
@@ -101,13 +101,13 @@ def _dense_layers(model):
 
 
 def layer_flops_per_token(config: Config):
-    """Useful matmul FLOPs per token of one layer of experts in training, for one of `Hooks.passes`.
+    """Useful matmul FLOPs per token of one layer of experts, for one forward and one backward pass.
 
-    The backward pass needs twice the FLOPs of the forward pass, except for AoE's scores of experts
-    that are not chosen. Without `sparse_scoring` they have a backward pass for all tokens. With it
-    they have one for the fraction `balance.aux_tokens` of the tokens if there is a balance loss,
-    and none without a balance loss. Under top-p, `top_k` experts count as chosen. For
-    `kind="capacity"` these are the FLOPs of "router", without `Capacity.wasted_flops`.
+    The backward pass needs twice the FLOPs of the forward pass. With `experts.sparse_scoring`,
+    AoE's scores of experts that are not chosen have a backward pass only for the fraction
+    `balance.aux_tokens` of the tokens, and only if there is a balance loss. Under top-p, `top_k`
+    experts count as chosen. For `kind="capacity"` these are the FLOPs of "router", without
+    `Capacity.wasted_flops`.
     """
     c = config.experts
     declared, active = _layer_parameters(config)
@@ -129,8 +129,8 @@ def layer_flops_per_token(config: Config):
 def training_flops_per_token(config: Config):
     """Useful matmul FLOPs per token of a training step.
 
-    `layer_flops_per_token` counts the layers of experts. Of attention only the lower triangle is
-    counted; norms, softmax and the embedding look-up are not counted.
+    `layer_flops_per_token` counts the layers of experts. Of attention scores only the lower
+    triangle is counted; norms, softmax and the embedding look-up are not counted.
     """
     m, counts = config.model, parameter_counts(config)
     # Each query attends to half the positions on average.

@@ -1,4 +1,4 @@
-"""A Llama-style decoder: dense layers, if any, then a scan over layers of attention and experts."""
+"""A Llama-style decoder: a scan over dense layers, if any, and a scan over layers of experts."""
 
 from collections.abc import Callable
 from functools import partial
@@ -154,11 +154,11 @@ class Decoder(nn.Module):
         Args:
           tokens: `[B, S]` int32.
           segment_ids: `[B, S]` int32 document numbers, or None; attention stays within a document.
-          token_weights: `[B, S]`, 0 for padding, which counts in no statistic; None: all count.
-          routing_state: `Method.state` of all layers, `[L, ...]` by name; None: the initial one.
+          token_weights: `[B, S]`, 1, or 0 for padding, which no statistic counts; None: all are 1.
+          routing_state: `Method.state` of all layers, `[L, ...]` by name; None: the initial state.
 
         Returns:
-          `(hidden, stats)`: `[B, S, d]` in the dtype of computation, and `LayerStats`, `[L, ...]`.
+          `(hidden [B, S, d], LayerStats [L, ...])`, hidden in the dtype of computation.
         """
         with jax.named_scope("embed"):
             x = embed(self.embed.embedding, tokens, jnp.dtype(self.model.dtype))

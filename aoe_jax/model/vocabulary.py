@@ -35,7 +35,7 @@ def sum_over_tokens(function, hidden, table, targets, weights):
     """Applies `function` on each device to its tokens, and sums the results over all devices.
 
     Args:
-      function: `(hidden [T, d], table [V, d], targets [T], weights [T]) -> []`, or several scalars.
+      function: `(hidden [T, d], table [V, d], targets [T], weights [T]) -> []`, or a tree of `[]`.
       hidden: `[B, S, d]`, or a tuple of such arrays, which is passed to `function`.
       targets, weights: `[B, S]`.
     """
@@ -86,7 +86,7 @@ def sums_over_chunks(of_chunk, n_sums, hidden, table, targets, weights):
     computed twice. It is written by hand, because autodiff keeps more arrays and is slower. XLA
     removes the gradient from programs that use only the sums.
 
-    `hidden` has one array `[T, d]` per pass, and `of_chunk` is
+    `hidden` has one array `[T, d]` per forward pass, and `of_chunk` is
     `(logits of each pass, targets, weights) -> (sums, gradients of the loss by the logits)`.
     """
     return _forward(of_chunk, n_sums, hidden, table, targets, weights)[0]

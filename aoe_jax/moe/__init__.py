@@ -5,7 +5,7 @@
 `reference` computes the same layer in plain loops, `grouped_matmul` multiplies rows by the weights
 of their experts, and `transports` sends rows over a mesh.
 
-Axis letters in shapes such as `[T, n]`, with the same meaning in the whole package:
+Axis letters in shapes such as `[T, n]`, in all of `aoe_jax` except `moe/grouped_matmul`:
 
     T  tokens of a device           n  experts of a layer          L  layers
     B  sequences                    K  experts per token           V  vocabulary
@@ -14,6 +14,4 @@ Axis letters in shapes such as `[T, n]`, with the same meaning in the whole pack
     f  width of an expert           r  rank of a factorised gate   h  width of a head
     m  hidden width of a router     s  scoring or routing neurons  c  positions of a cache
     u  width of a shared expert     N  devices on the expert axis  C  capacity of an expert
-
-The package `grouped_matmul` uses other letters.
 """

@@ -64,10 +64,10 @@ class Devices:
     def exchange_rows(self, rows, sent, received):
         """Sends `sent[e]` rows to device e of the expert axis and returns the rows received.
 
-        `rows [N R, d]` contains a buffer of R rows for each device, and the result a buffer from
-        each device. A buffer's first rows are used: `sent[e]` in the buffer for device e, and
-        `received[e]` in the buffer from it; `sent` and `received` are `[N]` int32. Platforms with
-        `ragged_all_to_all` send only used rows, others send whole buffers.
+        `rows [N R, d]` contains a buffer of R rows for each device; the result contains a buffer
+        from each device. `sent` and `received`, `[N]` int32, are the numbers of used rows, which
+        are first in their buffers: `sent[e]` to device e, and `received[e]` from device e. On
+        `RAGGED_PLATFORMS` only used rows are sent, on other platforms whole buffers.
         """
         if target_device().device_kind in RAGGED_PLATFORMS:
             return _ragged_exchange(rows, sent, received, self.axes.collective("expert"))
@@ -119,7 +119,7 @@ class Devices:
         return checkpoint_name(gathered, GATHERED_WEIGHT)
 
     def gather_experts(self, parameter: Parameter, w, dtype):
-        """Casts a weight to `dtype` and gathers it over fsdp, and its experts over expert."""
+        """Casts a weight of experts to `dtype` and gathers it over the axes fsdp and expert."""
         if self.size("expert") == 1:
             return self.gather_weight(parameter, w, dtype)
         whole = self.gather_weight(parameter, w)
@@ -161,7 +161,7 @@ class Devices:
         return self.without_whole_weights(scores_by_all)(x, w_score)
 
     def matrix_norms(self, w):
-        """Frobenius norms: this device's shard of `w [n, d, r]` -> `[n]` of all experts."""
+        """Frobenius norms `[n]` of all experts, from this device's shard of `w [n, d, r]`."""
         w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
         squares = self.total(jnp.sum(w * w, axis=(1, 2)), ("fsdp",))
         return self.gather(safe_root(squares), "expert")
@@ -286,10 +286,11 @@ _ragged_exchange.defvjp(
 
 def over_mesh(function, in_specs, out_specs, transport="ring", remat="none", axes=AXES):
     """Wraps `function(devices, *args)` to run on every device of the mesh in context, on its shards
-    of `args`; without a mesh it runs on whole arrays. Raises the ValueError of `MeshAxes.sizes`.
+    of `args`. Without a mesh, and inside another `jax.shard_map`, `function` gets `args` unchanged.
 
     `in_specs` has a tree of `PartitionSpec` for each argument (`token_spec`, `weight_specs`), and
     `out_specs` is the tree of the result. A result that is not split must be equal on all devices.
+    Raises the ValueError of `MeshAxes.sizes`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = Devices(axes.sizes(mesh), transport, remat, axes=axes)
@@ -332,12 +333,12 @@ def _all_but_gathered_weights(primitive, *_, **params):
 
 
 def token_spec(n_axes, *trailing):
-    """The `PartitionSpec` of tokens `[B, S]` (`n_axes=2`) or `[T]` (1) with `trailing` axes."""
+    """The `PartitionSpec` of tokens `[B, S]` or, if `n_axes` is 1, `[T]`, with `trailing` axes."""
     batch, sequence = spec_of("batch", "sequence")
     tokens = (batch, sequence) if n_axes == 2 else ((*batch, sequence),)
     return PartitionSpec(*tokens, *trailing)
 
 
 def weight_specs(parameters, weights):
-    """The `PartitionSpec` of each of `weights`, as `parameters` declares it."""
+    """The `PartitionSpec` of each weight by name, as `parameters` declares it."""
     return {name: spec_of(*parameters[name].split[-w.ndim :]) for name, w in weights.items()}

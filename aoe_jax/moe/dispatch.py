@@ -1,7 +1,7 @@
 """Dispatch gathers tokens into rows in expert order; combine sums the rows of each token.
 
 A transport computes both. `Local` is the transport of a device that stores all experts. The other
-transports, which are for meshes, have the same methods and are in `parallel/transports.py`.
+transports, which are for meshes, have the same methods and are in `transports.py`.
 """
 
 from functools import partial
@@ -14,15 +14,15 @@ from aoe_jax.moe.grouped_matmul import row_layout
 from aoe_jax.moe.grouped_matmul.groups import NOWHERE, WholeGroups, permute
 from aoe_jax.moe.routing import Routing
 
-# With more slots per token, one gather loads all rows: many gathers make a large program.
+# With more slots per token, one gather loads all rows, because many gathers make a big program.
 MAX_GATHERS = 16
 
 
 class Rows(NamedTuple):
     """Maps slots to rows and rows to slots. Rows are in expert order or in a `RowLayout`.
 
-    With a `RowLayout`, R is its number of positions. For a position without a row, `slot` and
-    `token` are `NOWHERE`, and arrays of rows contain zeros. For an unused slot `row` is `NOWHERE`.
+    With a `RowLayout`, R is its number of positions, and `row` of an unused slot is `NOWHERE`. For
+    a position without a row, `slot` and `token` are `NOWHERE`, and arrays of rows contain zeros.
     """
 
     slot: jax.Array  # [R] int32, the slot of each row
@@ -62,7 +62,7 @@ class Local:
         schedule, round          compute the slots and rows of each round, without a gradient
         dispatch                 tokens `[T, d]` -> rows `[R, d]`, and `groups` for `grouped_matmul`
         row_values               moves values from slots to rows, `[P]` -> `[R]`
-        slot_values              moves values from rows to slots, `[R]` -> `[P]`; 0 without a row
+        slot_values              moves values to slots, `[R]` -> `[P]`; a slot without a row gets 0
         complete                 adds the values that other devices computed for slots `[P]`
         combine                  sums each token's rows in float32 at least: `[R, d]` -> `[T, d]`
         further_rounds           adds `function(schedule, number, args)` of later rounds to `first`
@@ -70,7 +70,7 @@ class Local:
     """
 
     def __init__(self, devices, n_experts, all_used=False, backend="auto"):
-        """`all_used` says that every slot has an expert, because each token has exactly K."""
+        """`all_used` says that every slot has an expert, because each token has K experts."""
         self.devices, self.n_experts = devices, n_experts
         self.lay_out = partial(lay_out, n_experts=n_experts, all_used=all_used, backend=backend)
 
@@ -134,7 +134,7 @@ def _take(values, index, fill=0):
 
 def _take_by(values, index, rows):
     """`values[index]` for an index array of `Rows`; zeros where the index is `NOWHERE`."""
-    if isinstance(rows.groups, WholeGroups):  # then no index is `NOWHERE`
+    if isinstance(rows.groups, WholeGroups):  # no index is `NOWHERE`
         return values.at[index].get(mode="promise_in_bounds")
     return _take(values, index)
 

@@ -133,7 +133,7 @@ def apply_shared_expert(x, weights, layer, devices):
 
 
 def is_local(devices, fixed_k):
-    """Whether a device can use `Local`: it stores all experts and, on a mesh, `fixed_k` is true."""
+    """Whether `Local` works: the device has all experts and, on a mesh, each token has K slots."""
     return devices.total_size == 1 or (devices.size("expert") == 1 and fixed_k)
 
 
@@ -201,7 +201,7 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
 
 
 def scores_of_round(transport, product, score, n_slots, schedule, number, args):
-    """AoE's scores `[P]`, 0 for slots outside this later round; `args` is `(x, w_score)`."""
+    """AoE's scores `[P]` of a later round, 0 for other slots; `args` is `(x, w_score)`."""
     x, w_score = args
     round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)
@@ -234,7 +234,7 @@ class ExpertsLayer(nn.Module):
     """
 
     experts: ExpertsConfig = ExpertsConfig()
-    routing: Method = TopK()  # the router; for other kinds the layer from `aoe_jax/methods/`
+    routing: Method = TopK()  # for kind "aoe" or "router" the router, else the layer
     balance: BalanceConfig = BalanceConfig()
     dtype: Any = jnp.float32
     remat: str = "none"  # `model.remat`; for "layer" the caller wraps the layer in `jax.checkpoint`
@@ -338,7 +338,7 @@ class ExpertsLayer(nn.Module):
 
 
 def config_of_kind(kind, experts):
-    """`experts`, or if it is None the default. Raises ValueError if its kind is not `kind`."""
+    """`experts`; None: the defaults of `kind`. Raises ValueError if `experts` has another kind."""
     experts = ExpertsConfig(kind=kind) if experts is None else experts
     if experts.kind != kind:
         raise ValueError(f"ExpertsConfig(kind={experts.kind!r}): this layer needs kind={kind!r}")

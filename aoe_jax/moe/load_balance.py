@@ -22,7 +22,7 @@ class LayerStats(NamedTuple):
     score_spread: jax.Array  # [], mean over tokens of the standard deviation of the n scores
     z_loss: jax.Array | None = None  # [], None if `balance.z_weight` is 0
     sequence_loss: jax.Array | None = None  # [], in training with `aux_batch="sequence"`, else None
-    dropped_share: jax.Array | None = None  # [], fraction of choices dropped by full experts
+    dropped_share: jax.Array | None = None  # [], fraction of token-expert pairs that are dropped
     # The next four fields are copied from `routing.Routing`.
     records: dict[str, jax.Array] | None = None
     shares: dict[str, jax.Array] | None = None
@@ -116,10 +116,10 @@ def sequence_balance_loss(scores, routing, ctx, stride):
 
 def updated_bias(bias, load, score_spread, rate):
     """Loss-free balancing (Wang et al. 2024, arXiv 2408.15664):
-    `bias + rate * spread * sign(mean load - load)`.
+    `bias + rate * score_spread * sign(mean load - load)`.
 
     The published rate, 0.001, is meant for scores in (0, 1). Training changes the scale of norms
-    and logits, so this function multiplies the rate by the spread of scores. `bias [L, n]`,
+    and logits, so this function multiplies the rate by `score_spread`. `bias [L, n]`,
     `load [L, n]`, `score_spread [L]` -> `[L, n]`.
     """
     direction = jnp.sign(load.mean(axis=-1, keepdims=True) - load)
@@ -143,8 +143,8 @@ def layer_statistics(load, live=None):
 
     `load_entropy` is in nats. `load_max_over_mean` is the largest divided by the mean load: 1 in
     perfect balance, and 0 if no token is routed to any expert. `dead_experts` is the number of
-    experts without tokens. If a method adds and removes experts, `live [L, n]` is 0 for experts
-    that do not exist at this step; no statistic counts them.
+    experts without tokens. `live [L, n]`, of methods that add and remove experts, is 0 for experts
+    that do not exist at this step: no statistic counts them, and `live_experts` counts the rest.
     """
     n_live = load.shape[-1] if live is None else (live > 0).sum(axis=-1)
     is_dead = load == 0 if live is None else (load == 0) & (live > 0)

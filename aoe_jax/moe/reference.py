@@ -2,7 +2,7 @@
 the fast implementations.
 
 Every expert processes every token; the weight of an expert that is not chosen is zero. The
-functions are differentiable and compute in the dtype (float64 included) of their arguments:
+functions are differentiable and compute in the dtype of their arguments, which have these shapes:
 
     x        [T, d]      w_gate_down  [n, d, r]      w_up    [n, d, f]
     weights  [T, n]      w_gate_up    [n, r, f]      w_down  [n, f, d]

@@ -1,8 +1,8 @@
 """Routers compute the experts of each token and their weights from scores `[T, n]`.
 
 A router is a frozen dataclass of its own settings with `__call__(scores, weights, ctx) -> Routing`.
-Scores may be norms or logits. This file contains the paper's top-k router, `aoe_jax/methods/` the
-others. `Method` lists what a router or a layer may define in addition to `__call__`.
+Scores may be norms or logits. This file contains the paper's top-k router; the other routers are in
+`aoe_jax/methods/`. `Method` lists what a router or a layer may define in addition to `__call__`.
 """
 
 from collections.abc import Callable
@@ -64,7 +64,7 @@ class Causality:
     """Whether a token's output depends on later tokens or on other sequences."""
 
     reason: str = ""  # why the method is not causal; empty if it is causal
-    until_step: int | None = None  # the training step from which it is causal; None: never
+    until_step: int | None = None  # the step from which a non-causal method is causal; None: never
     no_decoding: str = ""  # why incremental decoding is unsupported; empty if it is supported
     padding_counts: bool = False  # whether padding affects the outputs of real tokens
 
@@ -97,8 +97,8 @@ class Hooks(NamedTuple):
     attention: Callable | None = None
     # Computes sums over the targets of a batch: `(features, key, sum_over_targets) -> (loss, nll,
     # further sums by name, LayerStats)`. `features(key) -> (hidden [B, S, d], LayerStats)` is a
-    # forward pass. `sum_over_targets(hidden, function) -> sums` calls `sum_over_tokens` with this
-    # function, by default the cross-entropy.
+    # forward pass. `sum_over_targets(hidden, function) -> sums` calls `vocabulary.sum_over_tokens`
+    # with this function, by default the cross-entropy.
     training_sums: Callable = one_pass
     passes: int = 1  # number of forward passes in `training_sums`
 

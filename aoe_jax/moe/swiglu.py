@@ -1,4 +1,4 @@
-"""SwiGLU experts on rows in expert order, by `grouped_matmul`, without routing or collectives.
+"""Computes SwiGLU experts with `grouped_matmul`: rows in expert order, no routing or collectives.
 
     E_i(x) = (SiLU(gate_i(x)) * (x W_up_i)) W_down_i
 
@@ -22,8 +22,8 @@ KEPT_EXPERTS = "experts"
 def gate_pre_activations(rows, groups, w, code=None, product=grouped_matmul):
     """The gate projection before SiLU: rows `[R, d]` -> `(gate [R, f], code [R, r])`.
 
-    `code` is the low-rank activation of a factorised gate; if the argument is None, it is computed
-    here. For a whole gate it is None. `groups` is the argument of `grouped_matmul`. `w` contains
+    `code` is the low-rank activation of a factorised gate, computed here if the argument is None.
+    For a whole gate None is returned. `groups` is the argument of `grouped_matmul`. `w` contains
     `w_gate [n, d, f]`, or AoE's `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`.
     """
     if "w_gate" in w:
@@ -74,7 +74,7 @@ def single_expert(x, w):
 
 @jax.custom_vjp
 def weighted_product(gate, up, weight):
-    """`weight SiLU(gate) * up`: `[R, f]`, `[R, f]`, `[R]` -> `[R, f]` in the dtype of `up`; it is
+    """`weight SiLU(gate) * up`: `[R, f]`, `[R, f]`, `[R]` -> `[R, f]` in the dtype of `up`,
     computed in float32 at least.
 
     The derivative keeps only the arguments; autodiff would keep all intermediate results. With

@@ -1,16 +1,16 @@
-"""Transports send tokens to the devices of their experts, by the collectives in `collectives.py`.
+"""Transports send tokens to their experts' devices, with the methods of `collectives.Devices`.
 
     Local      All experts are on the device (`dispatch.py`). Tokens are gathered over tensor, and
                outputs are summed and scattered back.
     Ring       Tokens are gathered over expert and tensor. Every device computes the rows of its own
-               experts; outputs are summed and scattered back. From the N - 1 others along expert
-               a device receives T d numbers each and sends as many back, for any chosen experts.
+               experts; outputs are summed and scattered back. Whichever experts are chosen, a
+               device receives T d numbers from each of N - 1 other devices and sends as many back.
     AllToAll   Each row is sent to the device of its expert and back: about K T d numbers each way.
 
 No row is dropped, and memory is bounded: a device computes its rows in rounds of R rows, where R is
 `ROW_BUFFER` times its number of rows under perfect balance. Autodiff applies to the first round. If
 the load is uneven, further rounds follow. They keep nothing for the backward pass, which computes
-them again. So about two rounds fit in memory, even if all tokens choose the experts of one device.
+them again. So memory for two rounds is enough, even if all tokens choose experts of one device.
 
 `aoe_jax/moe/__init__.py` lists all letters in shapes.
 """
@@ -57,7 +57,7 @@ _add_rows.defvjp(
 
 
 class _Rounds(Local):
-    """Transports with rounds; `share` is the number of a device's rows under perfect balance."""
+    """The base of transports with rounds. `share` is a device's row count in perfect balance."""
 
     def further_rounds(self, first, function, schedule, args):
         """Adds `function(schedule, number, args)` of rounds 1 to `n_rounds - 1` to `first`.
@@ -70,8 +70,8 @@ class _Rounds(Local):
 
 
 class _RingSchedule(NamedTuple):
-    slot: jax.Array  # [P + R] int32, slots in expert order; the last R entries are P
-    end: jax.Array  # [n] int32, the end of each expert's rows
+    slot: jax.Array  # [P + R] int32, slots in expert order, then R entries of value P
+    end: jax.Array  # [n] int32, the end of the rows of each expert of the device
     n_rounds: jax.Array  # [] int32, of this device; other devices may need more or fewer
 
 
@@ -89,7 +89,7 @@ class Ring(_Rounds):
         return self.devices.sum_scatter(self.devices.sum_scatter(y, "tensor"), "expert")
 
     def gather_routing(self, routing):
-        """Numbers this device's experts from 0; experts of other devices get number n."""
+        """Numbers this device's experts from 0; experts of other devices get `self.n_experts`."""
         gathered = super().gather_routing(routing)
         expert = gathered.expert - self.devices.rank("expert") * self.n_experts
         return gathered._replace(
@@ -138,12 +138,12 @@ class _AllToAllSchedule(NamedTuple):
 
 
 class _AllToAllRound(NamedTuple):
-    slot: jax.Array  # [R] int32, the slot of each row to send, by device; P: no row
+    slot: jax.Array  # [R] int32, the slot of each row to send, ordered by receiver; P: no row
     order: jax.Array  # [R] int32, sorts the received rows by expert
     inverse: jax.Array  # [R] int32, the inverse of `order`
     group_sizes: jax.Array  # [n] int32
-    sent: jax.Array  # [N] int32, row count sent to each device
-    received: jax.Array  # [N] int32, row count received from each device
+    sent: jax.Array  # [N] int32, number of rows sent to each device
+    received: jax.Array  # [N] int32, number of rows received from each device
 
 
 class AllToAll(_Rounds):

@@ -26,7 +26,7 @@ def _import_and_attend(name, *arrays):
 
 
 BACKENDS = {name: partial(_import_and_attend, name) for name in ("blocks", "splash", "cudnn")}
-PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}  # the others run on all platforms
+PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}  # "blocks" runs on all platforms
 _WITHOUT_CUDNN = re.compile(r"\b(V100|T4|P100|P40|P4|K80|RTX 20\d0|GTX|TITAN|Quadro)\b")
 
 
@@ -50,8 +50,8 @@ def causal_attention(
         context (`jax.set_mesh`, `jax.shard_map`) or, without a mesh, of this process.
 
     Returns:
-      `[B, H, S, h]`, dtype of `q`. Differentiable in q, k and v in reverse mode. Other arrays that
-      the backward pass needs have the checkpoint name `KEPT_ATTENTION`, except with cuDNN.
+      `[B, H, S, h]`, dtype of `q`. Differentiable in q, k and v in reverse mode. Further arrays
+      of the backward pass have the checkpoint name `KEPT_ATTENTION`, except with cuDNN.
 
     Raises:
       UserError: if the backend is unknown or does not support the platform, dtype or head width.

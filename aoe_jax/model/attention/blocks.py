@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-MIN_BLOCK, MAX_BLOCKS = 64, 8  # limits of queries per block and of blocks per sequence
-# Name of the arrays that the backward pass needs beside q, k and v (not of cuDNN: JAX hides them).
+MIN_BLOCK, MAX_BLOCKS = 64, 8  # least queries of a block, most blocks of a sequence
+# Checkpoint name of the arrays that the backward pass needs, except q, k, v and those of cuDNN.
 KEPT_ATTENTION = "attention"
 
 
@@ -25,7 +25,7 @@ def _blocks(length):
 
 
 def _scores(q, k, segment_ids, first, end):
-    """Scaled scores of queries `first:end` and keys `:end`, `[B, H, Q, P]`; -inf where masked."""
+    """Scores `[B, H, end - first, end]` of queries `first:end` and keys `:end`; -inf if masked."""
     visible = np.arange(first, end)[:, None] >= np.arange(end)
     if segment_ids is not None:
         visible = visible & (segment_ids[:, first:end, None] == segment_ids[:, None, :end])[:, None]

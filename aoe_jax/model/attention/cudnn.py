@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from aoe_jax.errors import UserError
 
 DTYPES = ("bfloat16", "float16")
-MAX_WIDTH = 128  # the widest head on all generations; Hopper and later support 256
+MAX_WIDTH = 128  # the widest head that all generations support; Hopper and later support 256
 
 
 def check(dtype, head_width):

@@ -145,8 +145,8 @@ class Attention(nn.Module):
         """Attends to positions of a cache and to positions of `x`, which follow those of the cache.
 
         `cache` is `(keys, values)`, `[B, G, c, h]` each, and `n_past [B]` int32 is the number of
-        its filled positions; S more must be free. Returns the results of `__call__`; the cache
-        includes the keys and values of `x`.
+        its filled positions; S more positions must be free. Returns the results of `__call__`; the
+        cache includes the keys and values of `x`.
         """
         keys, values = cache
         in_specs = (_CACHE, _CACHE, spec_of("batch"))

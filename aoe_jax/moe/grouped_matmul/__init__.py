@@ -97,7 +97,7 @@ def backend_for(device, dtype, m, shape):
 
 def row_layout(group_sizes, m, backend):
     """The `RowLayout` that a backend or `"auto"` needs for m rows; None: rows in expert order."""
-    if m < group_sizes.shape[0]:  # `backend_for` selects rowwise
+    if m < group_sizes.shape[0]:  # "auto" selects rowwise
         return None
     if backend == "auto":
         backend = _default_backend(target_device())
@@ -122,7 +122,7 @@ def _is_hopper(device):
 
 @lru_cache
 def _that_takes(backend, dtype, d, f):
-    """The backend, or "blocked" with a warning if it does not support the dtype or widths."""
+    """`backend`, or "blocked", with a warning, if `backend` does not support dtype or widths."""
     if backend == "mosaic_gpu":
         from aoe_jax.moe.grouped_matmul import mosaic_gpu
 

@@ -2,13 +2,13 @@
 loop multiplies the other rows block by block.
 
 B is a little more than the mean group size, so with balanced loads the batched matmul computes
-almost all rows. It multiplies E stretches of B positions, stretch e by the weights of expert e. A
-group's head, its first B rows, is stored in the group's stretch. Other rows of large groups are
-stored at free positions of other stretches, where the batched matmul multiplies them by the wrong
-weights. A loop of dynamic length overwrites these products with one dense matmul per block of S
-rows. If less than half of the batched product would be useful, the loop computes all rows. So the
-work is at most about twice the useful work plus two blocks per group. The number of positions is
-N = E B; `__init__.py` lists the other letters.
+almost all rows. Its input has N = E B positions, B for each expert, called the expert's stretch. It
+multiplies each stretch by the weights of its expert. The first B rows of a group, its head, are in
+the stretch of their expert. Other rows of large groups are at free positions of other stretches,
+where the batched matmul multiplies them by the wrong weights. A loop of dynamic length overwrites
+these products with one dense matmul per block of S rows. If less than half of the batched product
+would be useful, the loop computes all rows. So the work is at most about twice the useful work plus
+two blocks per group. `__init__.py` lists the other letters.
 """
 
 import math
@@ -31,8 +31,8 @@ def blocked_matmul(rows, weights, groups):
 
 
 def _head_and_block(m, n_experts):
-    """`(B, S)`: B is the mean group size plus 1.5 standard deviations for random routing. S is a
-    power of two between B / 8 and B / 4, at least `ROW_MULTIPLE` and at most `MAX_BLOCK`.
+    """`(B, S)`, both at most m: B is the mean group size plus 1.5 standard deviations for random
+    routing; S is the least power of two above B / 8, from `ROW_MULTIPLE` to `MAX_BLOCK`.
     """
     mean = m / n_experts
     head = math.ceil((mean + 1.5 * math.sqrt(mean)) / ROW_MULTIPLE) * ROW_MULTIPLE
@@ -55,12 +55,12 @@ class _Blocks(NamedTuple):
 
 
 class RowLayout(NamedTuple):
-    """A group's head is at the start of the group's stretch; other rows are at free positions."""
+    """A group's first B rows are in its expert's stretch; other rows are at free positions."""
 
     # [M] int32, the position of each row, in expert order; NOWHERE for rows past the last group.
     position: jax.Array
     row: jax.Array  # [N] int32, the row at each position; NOWHERE if the position is free
-    # [] bool, whether the batched product is used; if not, no group has a head.
+    # [] bool, whether the batched product is used; if not, row i is at position i.
     is_batched: jax.Array
     blocks: _Blocks  # blocks of the rows outside all heads
 
@@ -74,9 +74,9 @@ def row_layout(group_sizes, m):
     head = jnp.where(is_batched, head, 0)
     end = jnp.cumsum(group_sizes)
     start = end - group_sizes
-    # The i-th row outside all heads is in the i-th free position.
+    # The i-th row outside all heads is at the i-th free position.
     rest_end, free_end = jnp.cumsum(group_sizes - head), jnp.cumsum(size - head)
-    # Offsets: this i-th row is row i + to_row[expert], at position i + to_position[stretch].
+    # Offsets: the i-th of these is row i + to_row[expert], at position i + to_position[stretch].
     to_row = end - rest_end
     to_position = size * jnp.arange(1, n_experts + 1) - free_end
 
@@ -130,8 +130,8 @@ def _add_block_products(out, rows, weights, layout, contracted):
 
 
 def _add_block_gradients(out, rows, g, layout):
-    """Adds each block's gradient to its expert in `out [E, D, F]`, and subtracts it from the expert
-    of its stretch, to which the batched product added it.
+    """Adds each block's gradient to the block's expert in `out [E, D, F]`. The batched product, if
+    it was used, added the gradient to the expert of the stretch; it is subtracted there.
     """
     blocks, size = layout.blocks, _head_and_block(layout.position.shape[0], out.shape[0])[1]
     row = jnp.arange(size)[:, None]

@@ -23,7 +23,7 @@ def zero_past_groups(rows, groups):
     """Sets rows past the last group to zero: `[M, F]`; `groups` are sizes or `WholeGroups`."""
     if isinstance(groups, WholeGroups):
         return rows
-    # JAX would move a constant zero out of the scan over layers, as an array that each layer loads.
+    # No constant: JAX would move it out of the scan over layers, as an array that each layer loads.
     zero = jnp.minimum(groups[0], 0).astype(rows.dtype)
     return jnp.where((jnp.arange(rows.shape[0]) < groups.sum())[:, None], rows, zero)
 

@@ -1,7 +1,7 @@
 """Megablox for TPU: JAX's Pallas kernels `gmm` and `tgmm`, with tiles chosen for each product.
 
-JAX's own derivative of `gmm` uses the forward tiles for the backward products too, whose blocks may
-then exceed the VMEM. So this module defines the derivative with the same kernels:
+JAX's own derivative of `gmm` uses the forward tiles for the backward products. Their blocks can be
+larger and exceed the VMEM, so this module defines the derivative with the same kernels:
 
     forward    rows [M, D]  x weights [E, D, F]   -> [M, F]      gmm
     d_rows     g [M, F]     x weights [E, D, F]^T -> [M, D]      gmm, transpose_rhs
@@ -27,7 +27,7 @@ DTYPES = ("bfloat16", "float32")
 LANES = 128  # a tile of a width is the whole width or a multiple of this
 SUBLANES = 16  # a tile of rows is a multiple of this; float32 needs only 8
 MIN_ROWS, MAX_ROWS = 128, 512
-# The largest tile of a width, by bytes per element; `gmm` may use larger ones that fit into VMEM.
+# Limit of a tile's width, by bytes per element; `gmm` may exceed it with blocks that fit in VMEM.
 MAX_WIDTH = {2: 1024, 4: 512}
 # Limit in bytes for the blocks of a kernel. On TPUs with the least VMEM the compiler allows 16 MiB.
 VMEM_BYTES = 14 * 2**20
@@ -50,8 +50,8 @@ def row_tile(m, n_experts):
     """Rows of a tile: a power of two from 128 to 512, at most a sixteenth of the mean group if
     possible, and a divisor of M if possible. Fewer than 128 rows are one tile.
 
-    A tile with rows of two groups is computed twice, which wastes up to E - 1 tiles, at most 1/16
-    of the work. Small groups waste more: smaller tiles would leave the matrix unit idle.
+    A tile with rows of two groups is computed twice, which wastes up to E - 1 tiles: 1/16 of the
+    work, or more if groups are small. Tiles below 128 rows would leave the matrix unit idle.
     """
     if m < MIN_ROWS:
         return _round_up(m, SUBLANES)
@@ -95,7 +95,7 @@ def _depth_and_width(m, k, n, n_experts, itemsize):
         return math.ceil(n / tn) * m * k + k * n * (n_experts if tk == k else m / tm)
 
     tiles = [(width_tile(k, limit), width_tile(n, limit))]
-    # If k exceeds `limit` and is no multiple of 128, it is split: masked copies would need memory.
+    # tk is k only if k is a multiple of 128 or at most `limit`, else masked copies need memory.
     counts = range(1, math.ceil(n / LANES) + 1) if k <= limit or k % LANES == 0 else ()
     for count in counts:
         tn = n if count == 1 else _round_up(math.ceil(n / count), LANES)

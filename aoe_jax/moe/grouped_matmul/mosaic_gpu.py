@@ -6,8 +6,8 @@ They have no derivative; this module defines it:
     d_rows     g [M, F]     x weights [E, D, F]^T -> [M, D]      ragged_dot, transpose_rhs
     d_weights  rows [M, D]^T x g [M, F]           -> [E, D, F]   transposed_ragged_dot
 
-They use `wgmma` instructions, which only Hopper (compute capability 9.0) has: neither an A100 nor a
-B200 runs them. `transposed_ragged_dot` asks the first device of the process for its number of
+The kernels use `wgmma` instructions of Hopper (compute capability 9.0): neither an A100 nor a B200
+runs them. `transposed_ragged_dot` asks the first device of the process for its number of
 cores, so without a GPU the derivative compiles only inside `hardware.compiling_for`.
 """
 
@@ -18,9 +18,9 @@ from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
 
 DTYPES = ("bfloat16", "float16")
-WIDTH_BLOCK = 64  # D and F must be multiples; 64 elements are a 128-byte row of shared memory
+WIDTH_BLOCK = 64  # D and F must be multiples of 64 elements, a 128-byte row of shared memory
 ROW_BLOCKS = (128, 64)
-# Byte limit of an expert's weights in one pass over its rows, to keep them in the L2 cache (50 MB).
+# Limit in bytes: the weights of one pass over an expert's rows stay in the L2 cache (50 MB).
 CACHED_BYTES = 16 * 2**20
 CONCURRENT_STEPS = 4  # pipeline steps; with blocks of 128 they use 160 of 227 KiB shared memory
 
