@@ -4,4 +4,4 @@ A flag `--config.GROUP.FIELD=VALUE` sets a field. A file of `configs/` returns a
 `run.Config.from_config_dict` checks: first every group alone, then all groups together.
 """
 
-VERSION = 2  # of stored configurations; those without a number have version 1
+VERSION = 2  # the version of stored configurations; a missing number means version 1

@@ -22,7 +22,7 @@ def setting(default, *, choices=None, kinds=None, training_only=False, **bounds)
     """Returns a dataclass field with its allowed values.
 
     Args:
-      default: the default value; if it is None, `bounds` do not apply to None.
+      default: the default value; if it is None, the field may be None or a number in `bounds`.
       choices: all allowed values.
       kinds: values of `experts.kind` that use the field; other kinds require its default.
       training_only: whether the field affects only training, not the use of a trained model.
@@ -62,7 +62,7 @@ class Group:
         require(False, f"{self.group}.{field}", getattr(self, field), wanted)
 
     def make_absolute(self, field):
-        """Makes the path in a field absolute; refuses an empty path or an unknown `~` directory."""
+        """Makes the path in a field absolute; refuses an empty path and an unknown `~NAME`."""
         path = getattr(self, field)
         if path is not None:
             if not path.strip():

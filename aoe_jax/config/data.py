@@ -40,7 +40,7 @@ class DataConfig(Group):
 
     `name` is one corpus, or several in a mixture: `SOURCE[=WEIGHT], SOURCE[=WEIGHT], ...`, where
     SOURCE is `NAME` or `NAME@PATH`. Either all have a weight or none has one. Without weights each
-    corpus is used in proportion to its size: one pass over the mixture is one pass over each.
+    corpus is used in proportion to its size: a pass over the mixture reads every corpus once.
     """
 
     group = "data"

@@ -1,4 +1,4 @@
-"""The groups `experts` (kind, number and size of experts) and `balance` (losses of their load)."""
+"""The groups `experts` (kind, number and size) and `balance` (losses that balance the load)."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ class ExpertsConfig(Group):
 
     kind: str = "aoe"  # aoe | router | a layer of `aoe_jax/methods/`, such as dense
     n_experts: int = setting(8, above=0)  # experts of a layer (n)
-    # Experts per token (K), if that number is fixed; other routers document how they use the field.
+    # Number of experts per token (K). Routers with a varying number document how they use it.
     top_k: int = setting(2, above=0, at_most="n_experts")
     d_ffn: int = setting(512, above=0)  # width of a traditional expert or of the dense layer (f)
     d_low: int = setting(32, above=0)  # rank of a factorised gate (r)
@@ -30,9 +30,9 @@ class ExpertsConfig(Group):
     score: str = setting("norm", choices=("norm", "max"), kinds=("aoe",))
     d_wide: int | None = setting(None, above=0)  # expert width with a factorised gate; None: Eq. 5
     round_to: int = setting(1, above=0)  # the width by Eq. 5 is rounded to a multiple of this
-    # sparse: only the scores of chosen experts have a gradient (with a balance loss also all scores
-    # of a fraction balance.aux_tokens of the tokens), and only the activations of chosen experts
-    # are kept. The gradient is exact if weights are the softmax over the chosen scores.
+    # sparse: only scores of chosen experts have a gradient, and only their activations are kept.
+    # If there is a balance loss, all scores of the tokens that it uses have a gradient from it. The
+    # gradient of `sparse` is exact if weights are the softmax over the chosen scores.
     # dense: all scores have a gradient, and the activations of all experts are kept (the paper).
     # None: sparse if its gradient is exact, else dense.
     score_gradient: str | None = setting(None, choices=(None, "sparse", "dense"), kinds=("aoe",))
@@ -89,7 +89,7 @@ class ExpertsConfig(Group):
             )
 
     def sparse_scoring(self, routing):
-        """Whether AoE computes all scores without a gradient, and then the chosen ones with one."""
+        """Whether AoE computes all scores without a gradient, then chosen ones with a gradient."""
         if self.kind != "aoe":
             return False
         default = "sparse" if routing.choice(self).is_normalised else "dense"
@@ -111,7 +111,7 @@ class ExpertsConfig(Group):
         return self.score_neurons or self.d_low
 
     def width(self, d_model):
-        """Width of an expert: `d_ffn`; with a factorised gate `d_wide`, or Eq. 5 if it is None."""
+        """Width of an expert: `d_ffn`; with a factorised gate `d_wide` (None: width by Eq. 5)."""
         if not self.low_rank:
             return self.d_ffn
         return self.d_wide or matched_width(d_model, self.d_ffn, self.d_low, self.round_to)
@@ -140,9 +140,9 @@ class BalanceConfig(Group):
     entropy_weight: float = setting(0.0, at_least=0)
     # Fraction of the tokens whose scores the balance losses use; it must be 1 / a whole number.
     aux_tokens: float = setting(1.0, at_least=1e-9, at_most=1)
-    # The tokens over which L_aux averages f and P. global: the batch of all devices; with
-    # train.accumulate, P is averaged over one micro-batch, f over the step's micro-batches so far.
-    # sequence: each sequence separately.
+    # The tokens over which L_aux averages the load f and the probability P. global: the batch of
+    # all devices; with train.accumulate, P is averaged over one micro-batch, f over the step's
+    # micro-batches so far. sequence: each sequence separately.
     aux_batch: str = setting("global", choices=("global", "sequence"))
     # Weight of the z-loss, the mean square of log sum exp of the scores; 1e-3 is usual for logits.
     z_weight: float = setting(0.0, at_least=0)

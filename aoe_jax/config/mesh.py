@@ -15,7 +15,7 @@ class MeshConfig(Group):
     fsdp: int = setting(1, above=0)  # splits parameters and optimiser state, and the batch
     expert: int = setting(1, above=0)  # splits the experts, and the batch
     tensor: int = setting(1, above=0)  # splits heads, the width of experts, and positions
-    # ring: each device along the expert axis gathers the tokens of all devices along it;
+    # ring: each device gathers the tokens of all devices along the expert axis;
     # all_to_all: each token is sent only to the devices of its experts.
     transport: str = setting("ring", choices=("ring", "all_to_all"))
 
@@ -51,7 +51,7 @@ class MeshConfig(Group):
         ]
         if e.score_neurons is not None and e.score_neurons > e.d_ffn // self.tensor:
             most = f"must be at most experts.d_ffn / mesh.tensor = {e.d_ffn // self.tensor}"
-            e.refuse("score_neurons", f"{most}, because one device along tensor stores them all")
+            e.refuse("score_neurons", f"{most}, because one device stores all scoring neurons")
         if e.low_rank:
             splits.append(("fsdp", "experts.d_low", e.d_low))
         for axis, name, size in splits:

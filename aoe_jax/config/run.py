@@ -65,13 +65,13 @@ class Config:
 
     @classmethod
     def from_stored(cls, stored):
-        """The `Config` of `to_stored`, of this or an earlier version. Raises `UserError`."""
+        """Builds a `Config` from a `to_stored` result of any version. Raises `UserError`."""
         from aoe_jax.config.versions import upgraded  # a new run does not need it
 
         return cls.from_config_dict(upgraded(stored))
 
     def to_stored(self):
-        """The JSON of a configuration in a file: `to_dict` and the number of its version."""
+        """The content of a configuration file: the fields of `to_dict`, and the version."""
         return {"version": VERSION} | self.to_dict()
 
     def to_dict(self):

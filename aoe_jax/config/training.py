@@ -31,7 +31,7 @@ class TrainConfig(Group):
     # The run stops after this many updates in a row were skipped because they were not finite.
     max_skipped: int = setting(10, above=0)
     # After this many seconds without progress (a step, a validation batch, a save, a restore, the
-    # start or the end) the run ends with status 6; 0: never. Compilation has no limit.
+    # start or the end) the run ends with exit status 6; 0: never. Compilation has no limit.
     hang_timeout: float = setting(1800.0, at_least=0)
     # Directory of a model whose parameters initialise the run; None: random parameters.
     init_from: str | None = None

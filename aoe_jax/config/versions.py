@@ -1,9 +1,9 @@
-"""Configurations that earlier versions of this program stored, brought forward by tables."""
+"""Converts configurations that earlier versions of this program stored."""
 
 from aoe_jax.config import VERSION
 from aoe_jax.errors import UserError, shown
 
-# Field of version 1 that is gone -> the only value that this program can honour; ...: any value.
+# Removed field of version 1 -> the only value still implemented; ...: any value is ignored.
 _GONE = {
     "model.norm": "rms",
     "model.output_bias": False,
@@ -19,8 +19,8 @@ _GONE = {
 
 
 def upgraded(stored: dict) -> dict:
-    """The groups `{group: {field: value}}` of a stored configuration of any version, without its
-    number. Raises `UserError` for later versions, and for settings that are gone.
+    """Returns the groups `{group: {field: value}}` of a stored configuration, with the fields of
+    this version. Raises `UserError` for later versions, and for settings that were removed.
     """
     groups, version = dict(stored), stored.get("version", 1)
     groups.pop("version", None)
@@ -34,7 +34,7 @@ def upgraded(stored: dict) -> dict:
         raise UserError(f"version={shown(version)}: this program reads 1 to {VERSION}; update it")
     if "selection" in groups.get("experts", {}):
         raise UserError(
-            "config.experts.selection is older than 2026-11-27; use the program of then"
+            "config.experts.selection is older than 2026-11-27; use the program of that time"
         )
     for name, only in _GONE.items():
         group, _, field = name.partition(".")

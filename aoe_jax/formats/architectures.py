@@ -32,7 +32,7 @@ _LAYER = "model.layers.{L}."
 
 
 def _table(text):
-    """Returns `{path: [(name, axes of the tensor if they differ from the parameter's)]}`."""
+    """Returns the rows of each path: `{path: [(name,) or (name, axes of the tensor)]}`."""
     rows = {}
     for line in text.strip().splitlines():
         path, name, *stored = line.split(maxsplit=2)
@@ -301,7 +301,7 @@ class Layout:
         self.whole = {axis: (0, size) for axis, size in zip(axes, shape, strict=True)}
         self._named = [axis for axis in axes if f"{{{axis}}}" in name]
         self._axes = axes[len(self._named) :]
-        # For each axis of a tensor: (parameter axes, index of the parameter, number of parameters).
+        # Per axis of a tensor: (parameter axes, index of this parameter on it, parameters on it).
         self._groups = [([axis], 0, 1) for axis in self._axes]
         if stored:
             parts = [group.partition("/") for group in stored.split()]

@@ -1,4 +1,4 @@
-"""Converts the `config.json` of a model to `aoe_jax.config.Config`, and back."""
+"""Converts the `config.json` of a model to a `Config`, and back."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ _AUTO_MAP = {
     "AutoModel": "modeling_aoe.AoEModel",
     "AutoModelForCausalLM": "modeling_aoe.AoEForCausalLM",
 }
-_OWN_GROUPS = ("model", "experts", "routing")  # in models that older versions exported
+_OWN_GROUPS = ("model", "experts", "routing")  # in the config.json that `as_own` returns
 # Routing methods that are usually trained with the balance loss L_aux.
 _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
@@ -34,7 +34,7 @@ def computed_fields(config: Config):
     fields = flatten_dict({name: groups[name] for name in ("model", "experts", "routing")}, sep=".")
     fields |= {"model.n_kv_heads": model.kv_heads, "model.head_dim": model.head_width}
     fields["experts.d_wide"] = experts.width(model.d_model)
-    # These fields do not change the results; d_ffn and round_to do so only through d_wide.
+    # These do not affect the outputs; d_ffn and round_to only determine d_wide, which is included.
     unused = {"model.dtype", "model.remat", "model.unroll", "model.attention", "model.max_len"}
     unused |= {"experts.score_gradient", "experts.gradient_sums", "experts.grouped_matmul"}
     unused |= {"experts.d_ffn", "experts.round_to"}

@@ -52,10 +52,10 @@ def is_of_run(directory: Path) -> bool:
 def read_config(directory: Path) -> Config:
     """Returns the configuration of a model in a directory.
 
-    If `aoe_jax.export` wrote the model, it is the configuration of the run, but `data.cache` and
-    the groups `train` and `mesh` have their defaults, except that `train.batch_size` is the run's
-    micro-batch size if that is smaller. For other models, `model`, `experts` and `routing` are read
-    from `config.json`, and other groups have their defaults; `model.dtype` is bfloat16 if the
+    If `aoe_jax.export` wrote the model, this is the configuration of the run, with the defaults of
+    `data.cache`, `train` and `mesh`. If the run's micro-batches are smaller than the default batch,
+    `train.batch_size` is their size. For other models, `model`, `experts` and `routing` are read
+    from `config.json`, and other groups are set by `from_json`; `model.dtype` is bfloat16 if the
     embedding table is bfloat16, else float32. `data.tokenizer` is always the tokenizer in the
     directory. Raises `UserError` if a file cannot be read, or if the architecture is unknown or
     needs something that is not implemented here.
@@ -148,9 +148,9 @@ class ModelReader:
         values = read_json(directory / "config.json", _WANTED)
         shapes = self.parameters | {f"layers/{name}": a for name, a in self.routing_state.items()}
         self._layouts = find_layouts(values["model_type"], shapes, self._stored)
-        # If the embeddings are tied, an output table is ignored. Transformers ignores it, too.
+        # If the embeddings are tied, an output table in the files is ignored, as in transformers.
         known = {"lm_head.weight"} if config.model.tie_embeddings else set()
-        if values.get("num_nextn_predict_layers"):  # it is the last layer in the files
+        if values.get("num_nextn_predict_layers"):  # the prediction layer follows the others
             last = f"model.layers.{n_dense + n_layers}."
             known |= {name for name in self._stored if name.startswith(last)}
             log.info("left out: the layer of multi-token prediction, %s", last.rstrip("."))

@@ -41,7 +41,7 @@ class Stored:
             raise UserError(f"{what} ({e})") from e
 
     def _read(self, slices):
-        # The file is closed again, because pages of an open file count as memory of the process.
+        # Each read opens the file anew: pages of an open file count as memory of the process.
         with safe_open(self.file, framework="numpy") as file:
             return file.get_slice(self.name)[slices]
 
@@ -73,7 +73,7 @@ def _read_header(path):
     try:
         tensors = patiently(what, lambda: _shapes_and_dtypes(path))
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{what} ({e}); it is no safetensors file, or damaged") from e
+        raise UserError(f"{what} ({e}); it is damaged, or no safetensors file") from e
     for name, (shape, dtype) in tensors.items():
         if dtype not in _DTYPES:
             wanted = f"is of type {dtype}; only {', '.join(_DTYPES)} can be read"
@@ -83,7 +83,7 @@ def _read_header(path):
 
 
 def _shapes_and_dtypes(path):
-    path.open("rb").close()  # raises the fault; safetensors would report a missing file
+    path.open("rb").close()  # raises a disk's OSError; safetensors would call the file missing
     with safe_open(path, framework="numpy") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no dict
         return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
@@ -95,9 +95,9 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):
     A shard has at most `SHARD_BYTES`; a larger tensor has a file of its own. Raises `OSError` or
     `SafetensorError` if a file cannot be written.
     """
-    names, total = [], 0  # the names of the tensors in each file
+    names, total = [], 0  # the names of each file's tensors, and all bytes
     for number, shard in enumerate(_shards(tensors)):
-        # transformers requires this metadata.
+        # transformers requires the metadata "format".
         save_file(shard, directory / f"{number}.partial", {"format": "pt"})
         total += sum(a.nbytes for a in shard.values())
         names.append(list(shard))

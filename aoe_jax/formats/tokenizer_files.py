@@ -20,10 +20,10 @@ _FILES += ("generation_config.json", "chat_template.*")
 
 
 def write_tokenizer(folder: Path, output: Path, max_len: int):
-    """Writes the tokenizer of a run or a model, and returns the special tokens for `config.json`.
+    """Writes the tokenizer of a run or a model, and returns `{field of config.json: token}`.
 
-    The files of a model's tokenizer are copied. The tokenizer of a run adds no special tokens to a
-    text, because training adds none. Raises `UserError` if the tokenizer cannot be read.
+    The files of a model's tokenizer are copied. A run's tokenizer is written so that, like
+    training, it adds no special tokens. Raises `UserError` if the tokenizer cannot be read.
     """
     if is_model(folder):
         for pattern in _FILES:
@@ -64,5 +64,5 @@ def read_prefix(folder: Path, tokenizer, begin_token: int | None) -> list[int]:
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return tokenizer.prefix
     file = folder / "tokenizer_config.json"
-    settings = read_json(file, "remove it to do without") if file.exists() else {}
+    settings = read_json(file, "remove it to add no begin token") if file.exists() else {}
     return [begin_token] if begin_token is not None and settings.get("add_bos_token") else []

@@ -50,7 +50,7 @@ def new_directory(output: Path) -> Iterator[Path]:
     partial = folder / f"{prefix}{uuid.uuid4().hex[:8]}"
     try:
         for left in folder.glob(f"{glob.escape(prefix)}*"):
-            with contextlib.suppress(OSError), _locked(left):  # its process was killed
+            with contextlib.suppress(OSError), _locked(left):  # unlocked: its process was killed
                 shutil.rmtree(left)
         partial.mkdir(parents=True)
         with contextlib.ExitStack() as held:
@@ -92,7 +92,7 @@ def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter
     order of `shapes`. Raises OSError or SafetensorError if a file cannot be written.
     """
     layouts = find_layouts(values["model_type"], shapes)
-    stacks = {}  # stack of layers, or None for the rest -> paths of parameters
+    stacks = {}  # name of a stack of layers (None: outside layers) -> paths of its parameters
     for path in shapes:
         first = path.partition("/")[0]
         stacks.setdefault(first if first in STACKS else None, []).append(path)

@@ -1,4 +1,4 @@
-"""Methods other than AoE and the routers of `moe/routing.py`. Each file describes one method.
+"""Methods other than AoE and the top-k router of `moe/routing.py`. Each file describes one method.
 
 A method is a frozen dataclass that inherits from `Method` (`moe/routing.py`). A router is called as
 `(scores, weights, ctx) -> Routing`. A layer is called as `(x, weights, layer, ctx) ->

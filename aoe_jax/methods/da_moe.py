@@ -38,7 +38,7 @@ def concentration(peaks, n_visible):
 
 def head_importance(q, k, visible):
     """The importance of each token in each head, for `Hooks.attention`: `[B, H, S]` float32 or
-    wider, without a gradient. One head is computed at a time, so one `[B, S, c]` is in memory.
+    wider, without a gradient. Heads are computed one by one, so only one `[B, S, c]` is in memory.
     """
     q, k = jax.lax.stop_gradient((q.swapaxes(0, 1), k.swapaxes(0, 1)))
     share, dtype = q.shape[0] // k.shape[0], jnp.promote_types(q.dtype, jnp.float32)
@@ -71,12 +71,12 @@ def best(scores, count, k_max):
 
 @dataclass(frozen=True)
 class DAMoE(Method):
-    """Routes a token to 1 to `experts.top_k` experts, to more if its attention is concentrated."""
+    """Routes a token to 1 to `experts.top_k` experts; concentrated attention selects more."""
 
     name = "da_moe"
     hooks = Hooks(attention=head_importance)
 
-    reduce: str = setting("mean", choices=tuple(REDUCE))  # over the importances in all heads
+    reduce: str = setting("mean", choices=tuple(REDUCE))  # of the importances in all heads
 
     def __call__(self, scores, weights, ctx):
         if ctx.captured is None:

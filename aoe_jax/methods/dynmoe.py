@@ -5,11 +5,11 @@ adds and removes experts.
     gap[t, i] = ReLU(sigmoid(tau c[t, i]) - sigmoid(tau G[i]))
     expert i processes token t if gap > 0;  weight = 1 / (the number of the token's experts)
 
-The threshold G[i] is a parameter with initial value 0, so at first each token is routed to about
-half of the experts. In the computation a gate replaces the gap: it is 1 if the gap is above 0, else
-0, and its gradient is that of the gap. So an expert gets no gradient from tokens that it does not
-process. In training the output of a token without an expert is 0; in evaluation such a token is
-routed to the expert of the highest score.
+tau is the setting `temperature`. The threshold G[i] is a parameter with initial value 0, so at
+first each token is routed to about half of the experts. In the computation a gate replaces the gap:
+the gate is 1 if the gap is above 0, else 0, and has the gradient of the gap. So an expert gets no
+gradient from tokens that it does not process. In training the output of a token without an expert
+is 0; in evaluation such a token is routed to the expert of the highest score.
 
 The layer has n places, each with the parameters of one expert; experts in use are "live". Every
 period of `period_steps` steps begins with `idle_steps` steps without recording. The next
@@ -73,7 +73,7 @@ def _by_lengths(scores, x, weight_lengths):
 
 @jax.custom_jvp
 def straight_through_sign(gap):
-    """Returns 1 where `gap` is above 0, else 0, with the gradient of `gap`. No gap is negative."""
+    """Returns 1 where `gap` is above 0, 0 where it is 0; the gradient is that of `gap`."""
     return jnp.sign(gap)
 
 
@@ -81,7 +81,7 @@ straight_through_sign.defjvps(lambda tangent, _, gap: tangent)
 
 
 def gates(scores, thresholds, temperature):
-    """The gates, 1 where an expert is chosen, else 0: `[T, n]`, thresholds `[n]` -> `[T, n]`."""
+    """Scores `[T, n]`, thresholds `[n]` -> gates `[T, n]`: 1 where an expert is chosen, else 0."""
     gap = jax.nn.sigmoid(temperature * scores) - jax.nn.sigmoid(temperature * thresholds)
     return straight_through_sign(jax.nn.relu(gap))
 
@@ -121,7 +121,7 @@ def updated_pool(live, fired, unclaimed):
 
 
 def w_score_with_added(w_score, live, added, unclaimed):
-    """Puts new experts into `w_score [L, n, d, r]` at `added [L, n]`; `live` is the old state."""
+    """Puts new experts into `w_score [L, n, d, r]` at `added [L, n]`; `live` excludes them."""
     direction = _directions(unclaimed)
     image = _directions(jnp.einsum("ld,lndr->lnr", direction, w_score))
     lengths = _lengths(w_score)
@@ -196,8 +196,8 @@ class DynMoE(Method):
         }
 
     def update(self, config, state, stats, weights):
-        # The optimiser's moments of a new expert need no reset, because its place has had no
-        # gradient from tokens for `record_steps` steps (only its router column, from `simplicity`).
+        # The optimiser's moments of a new expert need no reset: in the last `record_steps` steps no
+        # token gave its place a gradient; only its router column got one, from `simplicity`.
         step = state["updates"][0] % self.period_steps - self.idle_steps
         is_recorded = (step >= 0) & (step < self.record_steps)
         is_due = is_recorded & (step == self.record_steps - 1)

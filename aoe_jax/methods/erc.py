@@ -11,9 +11,9 @@ to any other column. The loss is small if R~_i activates its own expert more tha
 if other columns activate expert i less than R~_i does. The cost does not grow with the number of
 tokens. The gradient flows through R and W_gate, not through eps.
 
-The formula, the noise and the weight 1 of the loss are the paper's; its alpha is 1, or 0.5 with 256
-experts. The loss is added to the ordinary balance loss, in training only, and tokens are routed by
-R without noise; the paper does the same. This project draws new noise for each layer and
+The formula, the noise and the weight 1 of the loss are the paper's. The paper's alpha is 1, or 0.5
+with 256 experts. As in the paper, the loss is added to the ordinary balance loss, in training only,
+and tokens are routed by R without noise. This project draws new noise for each layer and
 micro-batch, and computes the sums in float32.
 
 The loss costs 6 n^2 d f FLOPs per layer and micro-batch, plus 2 n^2 d f because the backward pass
@@ -58,7 +58,7 @@ def coupling_loss(devices, w_router, w_gate, alpha, key):
 def _norms(devices, rows, w_gate):
     """The norms a_ij of all experts, `[n, n]`, equal on all devices."""
     rows = devices.piece(rows, "fsdp", 1)
-    # One product per expert, because one product for all copies W_gate with d as its first axis.
+    # One product per expert, because a single product would copy W_gate, with d as first axis.
     activations = devices.total(jax.lax.map(lambda w: rows @ w, w_gate), ("fsdp",))
     norms = activation_norms(activations)
     if devices.size("tensor") > 1:
@@ -81,7 +81,7 @@ class ERC(FixedK):
         routing = TopK(self.norm_topk_prob)(scores, weights, ctx)
         if not ctx.training:
             return routing
-        # The layer computes the loss, so that its gradient is summed over devices like the others.
+        # The layer computes the loss, so that devices sum its gradient like that of other losses.
         with jax.named_scope("coupling"):
             key = jax.random.fold_in(ctx.key(), 0)
             matrices = weights["w_router"], weights["w_gate"]

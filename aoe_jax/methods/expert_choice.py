@@ -38,7 +38,7 @@ class ExpertChoice(Method):
         return Routing(token.reshape(-1), expert.reshape(-1), weight.reshape(-1), None)
 
     def _tokens_of_experts(self, probability, token_weights):
-        """The tokens that experts choose, `[n, C]` int32, and their validity, `[n, C]` bool."""
+        """The tokens that experts choose, `[n, C]` int32, and which ones count, `[n, C]` bool."""
         n_tokens, n_experts = probability.shape
         capacity = expert_capacity(n_tokens, n_experts, self.capacity_factor)
         is_real = token_weights > 0

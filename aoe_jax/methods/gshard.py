@@ -5,8 +5,8 @@
     evaluation: y = w1 E_e1(x) + w2 E_e2(x)
     loss = aux_weight n sum_i f_i P_i,  f_i fraction of tokens with first choice i, P_i mean of g_i
 
-Here g is the softmax over all scores. Two points of the paper's Algorithm 1 are written from
-memory: w2 in `2 w2` is the normalised weight, and w1 does not change if the second expert is
+Here g is the softmax over all scores. Two details follow the paper's Algorithm 1 from memory,
+unchecked: w2 in `2 w2` is the normalised weight, and w1 does not change if the second expert is
 not drawn. In evaluation both experts are used, which is this project's choice. The loss is the
 paper's `mean_i(f_i P_i)` times n^2, as Switch scales it: it is 1 in perfect balance, and n if all
 tokens choose one expert. The method is causal, because a draw does not depend on other tokens.
@@ -25,7 +25,7 @@ from aoe_jax.moe.scoring import KEPT_ROUTING
 
 
 def top_two(scores, uniform=None):
-    """Routes each token to its two experts of highest `scores [T, n]` float32; `P = 2 T` slots.
+    """Routes each token to its two experts of highest `scores [T, n]` float32, in `P = 2 T` slots.
 
     The second expert is dropped where `uniform [T]`, in [0, 1), is at least twice its weight. If
     `uniform` is None, no expert is dropped.

@@ -9,7 +9,7 @@ from aoe_jax.moe.routing import FixedK, best_experts, by_token
 
 
 def ranked(scores, ranks, bias=None):
-    """Routes tokens to the experts whose `scores [T, n]` have these ranks; `T len(ranks)` slots.
+    """Routes tokens to the experts whose `scores [T, n]` have these ranks, in `T len(ranks)` slots.
 
     `ranks` are different numbers from 0 (the highest score) to n - 1. Of two equal scores, the one
     of the lower expert number has the lower rank. Weights are the softmax over the chosen scores,

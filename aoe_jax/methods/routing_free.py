@@ -2,8 +2,8 @@
 
     G[t, i] = ReLU(score[t, i] - b[i]);  expert i processes token t if G >= theta, with weight G
 
-b is a parameter. f[t, i] is 1 where G >= theta and 0 elsewhere. The loss L and the update of lambda
-use means over the experts of all layers together:
+b is a parameter; theta, mu and eta are settings. f[t, i] is 1 where G >= theta and 0 elsewhere. The
+loss L and the update of lambda use means over the experts of all layers together:
 
     L = lambda (mu mean_i(mean_t(f) mean_t(G)) + (1 - mu) mean_t(mean_i(f) mean_i(G)))
     after each step  lambda <- lambda (1 + eta)^sign(mean_ti(f) - K / n),  at most 1
@@ -13,8 +13,8 @@ So the mean number of experts per token and layer approaches K = `experts.top_k`
 The method follows the paper. Two details come from the authors' code: G below theta counts as 0 in
 the losses, and lambda is at most 1. The factor that their code learns for each score is left out.
 AoE with this router is the published method, except that AoE's initialisation makes the norms start
-near sqrt(r), where r is the rank of the gates. Each micro-batch has its own mean_t(G). Scores that
-are a router's logits are this project's addition. Logits are around 0, so set the initial b below
+near sqrt(r), where r is the rank of the gates. Each micro-batch has its own mean_t(G). Scores
+from a router are this project's addition. Its logits are around 0, so set the initial b below
 0: otherwise few G reach theta, and an inactive expert gets no gradient and stays inactive.
 
 The method is causal and needs n slots per token.

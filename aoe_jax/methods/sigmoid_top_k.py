@@ -6,10 +6,10 @@
 
 Groups are ranges of consecutive experts, of equal size; a token's best groups are those with the
 highest sums of their two highest `ranked[t, i]`. With `norm_topk_prob=False` the weight is
-`scale s[t, i]`. The selection bias b has no gradient. With `balance.bias_rate` a step adds this
-rate to b for experts below the mean load and subtracts it for experts above it (loss-free
-balancing; the published rate fits scores in (0, 1)). In L_aux, P is the mean of `s[t, i] / sum_j
-s[t, j]`; with `balance.aux_batch="sequence"` L_aux is the sequence-wise loss of the paper.
+`scale s[t, i]`. The selection bias b has no gradient. Loss-free balancing adds `balance.bias_rate`
+to b[i] in each step if expert i has less than the mean load, and subtracts the rate if it has more.
+In L_aux, the probability P[i] is the mean of `s[t, i] / sum_j s[t, j]` over tokens; with
+`balance.aux_batch="sequence"` L_aux is the sequence-wise loss of the paper.
 """
 
 from dataclasses import dataclass

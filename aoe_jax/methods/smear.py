@@ -9,12 +9,12 @@ probability `expert_dropout`, and the others are divided by their sum.
 
 Scores are those of the authors' router: LayerNorm(v) times the router's weights, plus a bias. A
 second LayerNorm, over d, normalises the weights of each expert; its gain starts at 0.01, so p
-starts nearly uniform. (It has no bias, which would add the same number to all scores.) With
+starts nearly uniform. (It needs no bias: a bias would add the same number to all scores.) With
 `experts.factorised_gate` the experts are AoE's, and scores are the norms ||v W_gate_down_i||; this
 variant for AoE is this project's addition.
 
 In a decoder the mean over a whole sequence would depend on later tokens. So sequences are cut into
-segments of `segment` tokens, and the mean of the PREVIOUS segment determines p (Lory, Zhong et
+J segments of `segment` tokens, and the mean of the PREVIOUS segment determines p (Lory, Zhong et
 al., arXiv 2405.03133). This is causal in training and at inference. In the first segment p is
 uniform, which is this project's choice. With `segment=0` v is the mean of the whole sequence, for
 classifiers and encoders; a decoder refuses this value.
@@ -26,8 +26,6 @@ their own, the rest is common. (1 makes them independent; the authors' code can 
 
 Merging costs 2 n |expert| FLOPs per segment; |expert| is the number of parameters of an expert.
 Unless `model.remat` is experts or layer, it also needs memory for one merged expert per segment.
-
-J is the number of segments of a sequence.
 """
 
 import dataclasses
@@ -100,7 +98,7 @@ def merging_weights(scores, causal):
 
 
 def drop_experts(p, kept):
-    """Sets `p [..., n]` to 0 where `kept [..., n]` bool is false, and divides it by its sum."""
+    """Sets `p [..., n]` to 0 where `kept [..., n]` bool is false, and divides p by its sum."""
     p = p * kept + DROPPED
     return p / p.sum(axis=-1, keepdims=True)
 
@@ -130,7 +128,7 @@ def merging_stats(scores, p, counts, total):
 
 
 def near_copies(own_share):
-    """An initialiser with the variance of `expert_init`; `own_share` of it differs by expert."""
+    """An initialiser like `expert_init`; `own_share` of the variance differs between experts."""
 
     def init(key, shape, dtype=jnp.float32):
         common_key, own_key = jax.random.split(key)

@@ -1,8 +1,8 @@
 """Inference of SparseMixer-v2, for trained models such as Phi-3.5-MoE (GRIN, arXiv 2409.12136).
 
-Each token is routed to its K experts of highest score. The weight of the i-th of them is its
-probability in a softmax over the experts that are left after i - 1 choices and have scores near its
-own. A score is near if it is smaller by at most `2 jitter` times the larger of the two absolute
+Each token is routed to its K experts of highest score. The weight of a chosen expert is its
+probability in a softmax over the experts that were not chosen before it and whose scores are near
+its own. A score is near if it is smaller by at most `2 jitter` times the larger of the two absolute
 values. In training SparseMixer samples experts; training is not implemented.
 """
 

@@ -1,5 +1,5 @@
 """Expert Threshold routing (Sun et al., arXiv 2603.11535): a token is routed to every expert
-for which its score is above the expert's threshold.
+for which its score is above the expert's threshold c.
 
     token t is routed to expert i if score[t, i] > c[i];  weight = sigmoid(score[t, i])
     c[i] <- decay c[i] + (1 - decay) (the k-th largest score of expert i in the batch),  k = T K / n

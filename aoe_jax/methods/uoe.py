@@ -17,9 +17,9 @@ number of chosen experts; the activation a_i includes the up projection; chosen 
 outputs of their other neurons, so that no neuron counts twice; the weights w_i are the softmax over
 the chosen norms. The reviews say that the load is better balanced without a balance loss.
 
-The forward pass of a token costs `6 d (n s + K (f - s))` FLOPs. The backward pass needs 3 n s
-numbers per token, or 2 n s with `model.remat="experts"`. On a mesh the routing neurons of a device
-process the tokens of all devices along `expert` and `tensor`. The two parts of an expert are
+The forward pass of a token costs `6 d (n s + K (f - s))` FLOPs. For the backward pass 3 n s numbers
+per token are stored, or 2 n s with `model.remat="experts"`. On a mesh the routing neurons of a
+device process the tokens of all devices along `expert` and `tensor`. The two parts of an expert are
 separate parameters, because each is split over `tensor`.
 """
 

@@ -29,7 +29,7 @@ class AoEConfig(MixtralConfig):
       score_neurons: None: gate projections are factorised, and scores are computed from the outputs
         of the first factor. A number s: scores are computed from the first s outputs of the gate.
       gate_rank: the rank of a factorised gate projection.
-      score: "norm": the score is the L2 norm of these outputs; "max": it is the largest of them.
+      score: "norm": the score is the L2 norm of the outputs above; "max": their largest value.
       norm_topk_prob: True: weights are the softmax over the chosen scores; False: over all scores.
       selection_bias: whether a bias is added to the scores when experts are chosen.
       qk_norm: the RMSNorm of queries and keys: "none", "all" (over all heads together, as in OLMoE)
