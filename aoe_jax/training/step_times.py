@@ -64,7 +64,7 @@ class RepeatedStep:
 
 
 def seconds_in_turn(steps: Mapping[str, Callable], rounds=ROUNDS):
-    """Returns `{name: median seconds of a call}` for functions without arguments, by name."""
+    """Returns `{name: median seconds of a call}`; `steps` maps names to functions to call."""
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     seconds = {name: [] for name in steps}
     for _ in range(rounds):
