@@ -8,9 +8,9 @@ import flax.linen as nn
 # Initialisation preserves variance in every kind of layer: matrices have the standard deviation
 # 1 / sqrt(fan_in). For tokens of unit mean square, the initial gate pre-activations have variance
 # 1, both as `x W_gate` and as `(x W_gate_down) W_gate_up`. The paper does not state its
-# initialisation. With the same small standard deviation for all matrices, the product of both
-# factors would be many times smaller than a whole gate. Initially AoE's norms are near sqrt(d_low).
-# Their standard deviation over experts is 1 / sqrt(2); that of router logits is 1.
+# initialisation. If all matrices had the same small standard deviation, `W_gate_down W_gate_up`
+# would be many times smaller than `W_gate`. Initially AoE's norms are near sqrt(d_low). Their
+# standard deviation over experts is 1 / sqrt(2); that of router logits is 1.
 matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 expert_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
 zeros_init = nn.initializers.zeros_init()
