@@ -25,7 +25,7 @@ def commands():
 
 
 def main():
-    """Prints the list."""
+    """Prints a table of the commands."""
     print(tabulate(commands(), ["command", "or python -m", ""], "plain"))
     print("\nThe --help of a command shows its flags.")
 

@@ -20,7 +20,7 @@ from aoe_jax.storage import retry
 from aoe_jax.storage.paths import parsed_path
 
 FLAGS = flags.FLAGS
-flags.DEFINE_bool("debug", False, "show the traceback of a user's mistake")
+flags.DEFINE_bool("debug", False, "show the traceback of every error")
 flags.DEFINE_float(
     "retry_seconds",
     60.0,
@@ -37,7 +37,7 @@ _NOTES_OF_JAX = ("---", "For simplicity")
 
 
 def _value(text, kinds):
-    """The value in the text of a flag; a text that does not fit stays, and `Config` refuses it."""
+    """Parses the text of a flag. Returns the text if that fails; `Config` then refuses it."""
     if text == "None" and type(None) in kinds:
         return None
     if str in kinds:
@@ -65,12 +65,12 @@ def define_config_flag():
 
 def define_mesh_flag():
     """Defines `--mesh` for commands that use a trained model. `evaluation.models` parses it."""
-    about = "such as fsdp=4,expert=2; default: that of the run, else the whole model on each device"
+    about = "such as fsdp=4,expert=2; default: the run's mesh if it fits, else one model per device"
     return flags.DEFINE_string("mesh", None, f"devices along axes of the mesh, {about}")
 
 
 def parsed_config(flag, default=None):
-    """The checked `Config` of the file `--config`, else `default`, changed by flags of fields."""
+    """The checked `Config` of the file `--config` (else `default`) after the changes by flags."""
     from aoe_jax.config.run import Config, field_types
     from aoe_jax.methods import LAYERS
     from aoe_jax.storage.config_files import read_config
@@ -110,14 +110,14 @@ def path_of(flag, in_store=False):
 
 
 def refuse(wanted, *unused):
-    """Raises `UserError` if one of `unused` is on the command line. `wanted` ends the message."""
+    """Raises `UserError` if one of the flags `unused` is given. `wanted` ends the message."""
     for flag in unused:
         require_flag(not flag.present, flag.name, flag.value, wanted)
 
 
 def file_to_write(flag):
     """Returns the path of a file that the command writes at its end, or None without the flag.
-    Raises `UserError`, already at the beginning, if the folder is missing or the path is a folder.
+    Raises `UserError` if the path is a folder, or if its parent folder is missing.
     """
     if not flag.value:
         return None
@@ -135,7 +135,7 @@ def refuse_empty(*of):
 
 
 def command(main):
-    """Returns the console script's function, which runs `main`. `python -m` calls it at once."""
+    """Returns the console script's function, which runs `main`. With `python -m`, also calls it."""
     script = functools.partial(run, main)
     if main.__module__ == "__main__":
         script()
@@ -146,7 +146,7 @@ def run(main):
     """Runs a command, and ends the program with its exit status."""
     ended_with = []
     # Ends with `os._exit`, because the interpreter could abort if a C++ thread calls Python during
-    # the shutdown. This handler runs after those that libraries register later.
+    # the shutdown. Handlers that libraries register later run before this one.
     atexit.register(lambda: ended_with and os._exit(ended_with[0]))
     signal.signal(signal.SIGTERM, _terminate)
     status, is_orderly = execute(main, sys.argv)
@@ -168,8 +168,8 @@ def execute(main, argv):
 
     After an exception the last line on stderr describes it. The exit status is that of a `Failure`
     or `Stopped`, 2 for a lack of device memory or credentials, 5 for a fault of a disk, a network
-    or memory, 130 for Ctrl-C, 141 for a pipe that nobody reads, and 1 for all others, whose
-    traceback is also printed. `--debug` prints the tracebacks of all exceptions.
+    or host memory, 130 for Ctrl-C, 141 for a pipe that nobody reads, and 1 for any other exception,
+    whose traceback is also printed. `--debug` prints the tracebacks of all errors.
     """
     # Reads `argv` itself, because `FLAGS.debug` is not set if another flag has a mistake.
     debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(argv[1:])
@@ -200,7 +200,7 @@ def _set_up_logging(debug):
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if not debug:  # hides Orbax's tracebacks, as this program reports the same exceptions
+    if not debug:  # hides Orbax's tracebacks, because this program reports the same exceptions
         absl_logging.set_verbosity(absl_logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
 

@@ -8,8 +8,8 @@ the router's choices best; they become the expert's first neurons and compute it
 factorises the gates with rank R. `--upcycle` makes experts from the feed-forward layers of a dense
 model; `conversion/upcycling.py` explains `--granularity` and `--noise`. The command reports the nll
 on held-out text before and after the conversion if an MoE is converted with `--score_neurons`, if a
-dense model is from a training run, or with `--data`. Train the result with `train.py
---config=configs/finetune.py:OUTPUT`.
+dense model is from a training run, or if `--data` is given. `train.py
+--config=configs/finetune.py:OUTPUT` trains the result.
 """
 
 from absl import flags
@@ -21,9 +21,9 @@ from aoe_jax.storage.paths import local_copy
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "the directory of a model or a training run")
 _OUTPUT = flags.DEFINE_string("output", None, "the directory to write, which must not exist yet")
 _D_LOW = flags.DEFINE_integer("d_low", None, "the rank of every expert's factorised gate", 1)
-_NEURONS = flags.DEFINE_integer("score_neurons", None, "neurons per whole gate that score", 1)
-_SCORE = flags.DEFINE_enum("score", "norm", ["norm", "max"], "score of these neurons")
-_UPCYCLE = flags.DEFINE_enum("upcycle", None, ["moe", "aoe"], "result of a dense model")
+_NEURONS = flags.DEFINE_integer("score_neurons", None, "how many neurons score an expert", 1)
+_SCORE = flags.DEFINE_enum("score", "norm", ["norm", "max"], "how their activations give the score")
+_UPCYCLE = flags.DEFINE_enum("upcycle", None, ["moe", "aoe"], "what a dense model becomes")
 _EXPERTS = flags.DEFINE_integer("experts", None, "the number of experts of an upcycled layer", 2)
 _TOP_K = flags.DEFINE_integer("top_k", None, "the experts per token of an upcycled model", 1)
 _GRANULARITY = flags.DEFINE_integer("granularity", 1, "number of pieces of each dense layer", 1)
@@ -32,7 +32,7 @@ _NOISE = flags.DEFINE_float(
 )
 _MESH = cli.define_mesh_flag()
 _DATA = flags.DEFINE_string("data", None, "corpora, written like data.name; default: the run's")
-_TOKENS = flags.DEFINE_integer("tokens", 8192, "tokens of the train and validation splits", 1)
+_TOKENS = flags.DEFINE_integer("tokens", 8192, "tokens from each split, train and validation", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "seed of tokens, of noise and of a drawn router", 0)
 
 

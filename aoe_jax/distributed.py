@@ -33,14 +33,14 @@ _END_DELAY = 1.0  # seconds that a failing process waits for others to read its 
 
 
 def start():
-    """Joins the other processes if the flags name any. Call it before JAX is used.
+    """Joins the other processes if a flag asks for it. Call it before JAX is used.
     Raises `UserError` if the flags contradict each other or there is no cluster, and `MachineFault`
-    if some process does not join or JAX finds no device.
+    if JAX fails or finds no device. If a process does not join in time, exits with status 5.
     """
     of_one = (_COORDINATOR, _PROCESSES, _PROCESS)
     given = [flag for flag in of_one if flag.value is not None]
     if given and _DISTRIBUTED.value:
-        raise UserError(f"--distributed asks the cluster for it; leave out --{given[0].name}")
+        raise UserError(f"--distributed determines this value; leave out --{given[0].name}")
     if missing := [flag.name for flag in of_one if given and flag.value is None]:
         wanted = "give --coordinator, --processes and --process together"
         raise UserError(f"--{missing[0]} is missing; {wanted}")
@@ -145,7 +145,7 @@ def together():
     statuses = gathered(status_of(problem) if problem else 0)
     worst = max(statuses)
     if worst and len(statuses) > 1:
-        # Waits, because others may still read the statuses from the service of process 0.
+        # Waits, because other processes may still read the statuses from process 0.
         time.sleep(_END_DELAY if jax.process_index() else 1.5 * _END_DELAY)
     if worst and statuses[jax.process_index()] == worst:
         raise problem

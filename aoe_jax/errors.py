@@ -64,7 +64,7 @@ class Stopped(BaseException):
 
 
 class Preempted(Stopped):
-    """A run saved its state and ended after SIGTERM."""
+    """A run saved its state and ended after SIGTERM or SIGHUP."""
 
     status = 0
 

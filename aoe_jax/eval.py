@@ -2,8 +2,8 @@
 
     python eval.py --workdir=DIR [--tasks=NAME,... | --text=FILE]
 
-By default the command computes the nll on a held-out split, with `--tasks` the accuracy on tasks of
-lm-eval, and with `--text` the load of experts on a text or on the prompts of a task (`task:NAME`).
+By default the command computes the nll on a held-out split. `--tasks` computes the accuracy on
+tasks of lm-eval, and `--text` the load of experts on a text or on a task's prompts (`task:NAME`).
 """
 
 from absl import flags
@@ -18,9 +18,9 @@ _MESH = cli.define_mesh_flag()
 _TASKS = flags.DEFINE_list("tasks", None, "tasks of lm-eval")
 _TEXT = flags.DEFINE_string("text", None, "a text file, or task:NAME for the prompts of a task")
 _FEWSHOT = flags.DEFINE_integer("fewshot", None, "examples in a prompt; default: the paper's", 0)
-_LIMIT = flags.DEFINE_integer("limit", None, "examples of each task, the first; default: all", 1)
+_LIMIT = flags.DEFINE_integer("limit", None, "the first N examples of each task; default: all", 1)
 _CORPORA = flags.DEFINE_string("data", None, "corpora, written like data.name; default: the run's")
-_DATA = flags.DEFINE_string("tasks-data", None, "a folder of TASK/SPLIT.jsonl, not the hub's data")
+_DATA = flags.DEFINE_string("tasks-data", None, "a folder of TASK/SPLIT.jsonl; default: the hub")
 
 
 def main():

@@ -2,8 +2,8 @@
 
     python -m aoe_jax.generate --workdir=DIR --prompt=TEXT [--prompt=TEXT ...]
 
-The text of the first prompt is printed as it is generated. Several prompts are continued in one
-batch. `--contrast=BETA` turns on self-contrast (`evaluation/contrast.py`).
+The continuation of the first prompt is printed while it is generated. Several prompts are continued
+in one batch. `--contrast=BETA` turns on self-contrast (`evaluation/contrast.py`).
 """
 
 import sys
@@ -24,7 +24,7 @@ _TOP_P = flags.DEFINE_float(
 )
 _CONTRAST = flags.DEFINE_float("contrast", None, "beta of self-contrast, such as 0.5", 0.0)
 _ALPHA = flags.DEFINE_float(
-    "alpha", 0.1, "with --contrast: a token's least relative probability", 0.0, 1.0
+    "alpha", 0.1, "with --contrast: least probability relative to the largest", 0.0, 1.0
 )
 _STRONG_K = flags.DEFINE_integer("strong_k", None, "with --contrast: K of the strong pass", 1)
 _WEAK_RANK = flags.DEFINE_integer("weak_rank", 2, "with --contrast: rank of the weak expert", 1)

@@ -69,7 +69,7 @@ class _Experts(nn.Module, kw_only=True):
           "loss" in the collection "losses".
 
         Raises:
-          ValueError: an argument does not fit the shape of x or the mesh.
+          ValueError: an argument is invalid, or does not fit the shape of x or the mesh.
         """
         x = jnp.asarray(x)
         axes = MeshAxes(*(getattr(self, axis) for axis in MESH_AXES))
@@ -128,7 +128,7 @@ class AoE(_Experts, kw_only=True):
       d_ffn: width of the experts if gates are whole; if they are factorised, width of an MoE expert
         with the same number of parameters.
       d_low: rank of a factorised gate; None: `d // 3`, where d is the model width.
-      score_neurons: s of whole gates; None: factorised gates.
+      score_neurons: s, how many values of a whole gate give the score; None: factorised gates.
       score: "norm", the L2 norm as in the paper, or "max", the maximum.
       d_wide: width of an expert with a factorised gate; None: Eq. 5 computes it from `d_ffn`.
       round_to: the width of Eq. 5 is rounded to a multiple of this number.
@@ -136,12 +136,12 @@ class AoE(_Experts, kw_only=True):
         the softmax over their scores. `aoe_jax.methods` has other methods.
       aux_weight: weight of the load balance loss (Eq. 2) in `Aux.loss`.
       z_weight: weight of the z-loss in `Aux.loss`.
-      dtype: the dtype of computation; None: that of the tokens. Parameters are float32.
+      dtype: the dtype of computation; None: the dtype of x. Parameters are float32.
       data: names of the mesh axes that split the first axis of x.
       fsdp: names of the mesh axes that split the first axis of x, and the parameters.
       expert: names of the mesh axes that split the first axis of x, and the experts.
-      tensor: names of the mesh axes that split the width of experts and, of x, the second axis of
-        `[B, S, d]` or the first of `[T, d]`.
+      tensor: names of the mesh axes that split the width of experts. They also split the second
+        axis of x `[B, S, d]`, or the first axis of x `[T, d]`.
       transport: how tokens reach experts on other devices. "ring": each device receives the tokens
         of all devices along `expert`. "all_to_all": a token is sent only to its experts' devices.
     """
@@ -171,7 +171,7 @@ class AoE(_Experts, kw_only=True):
 class MoE(_Experts, kw_only=True):
     """The traditional mixture of SwiGLU experts (Algorithm 1): a router, `x W_router`, scores them.
 
-    `AoE` has the same attributes, and `d_low`, `score_neurons`, `score`, `d_wide`, `round_to`.
+    It has the attributes of `AoE`, except `d_low`, `score_neurons`, `score`, `d_wide`, `round_to`.
     """
 
     kind: ClassVar[str] = "router"

@@ -8,9 +8,9 @@ import flax.linen as nn
 # Initialisation preserves variance in every kind of layer: matrices have the standard deviation
 # 1 / sqrt(fan_in). For tokens of unit mean square, the initial gate pre-activations have variance
 # 1, both as `x W_gate` and as `(x W_gate_down) W_gate_up`. The paper does not state its
-# initialisation. With one small standard deviation for both factors, their product would be many
-# times smaller than a whole gate. Initially AoE's norms are near sqrt(r), with a standard deviation
-# of 1 / sqrt(2) over experts, close to that of router logits, 1.
+# initialisation. If all matrices had the same small standard deviation, `W_gate_down W_gate_up`
+# would be many times smaller than `W_gate`. Initially AoE's norms are near sqrt(d_low). Their
+# standard deviation over experts is 1 / sqrt(2); that of router logits is 1.
 matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 expert_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
 zeros_init = nn.initializers.zeros_init()
@@ -44,7 +44,7 @@ class Parameter:
 
 
 def matrix_of_experts(axes, split, init=expert_init):
-    """A matrix of every expert, stacked over experts; `axes` such as "n d f"."""
+    """One matrix per expert, stacked over experts; `axes` is, for example, "n d f"."""
     return Parameter(axes, split, init, per_expert=True, cast=True, decays=True)
 
 
@@ -94,7 +94,7 @@ ATTENTION = {
     "q_head_norm": vector("h", ones_init),
     "k_head_norm": vector("h", ones_init),
 }
-STACKS = ("dense_layers", "layers")  # first name in the path of each parameter stacked over layers
+STACKS = ("dense_layers", "layers")  # first names of the paths of parameters with a layer axis
 EMBEDDING = Parameter("V d", ("vocab", "embed"), cast=True)
 DECODER = {
     "embed/embedding": EMBEDDING,

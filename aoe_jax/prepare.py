@@ -2,8 +2,8 @@
 
     python -m aoe_jax.prepare --input=GLOB --tokenizer=T --output=DIR
 
-The input is JSON lines (.jsonl, .ndjson, .json) or plain text (.txt), also compressed (.gz, .zst),
-or Parquet. After a stop the same command continues. `--check` finds damaged shards.
+The input is Parquet, or JSON lines (.jsonl, .ndjson, .json) or plain text (.txt), both of which may
+be compressed (.gz, .zst). After a stop the same command continues. `--check` finds damaged shards.
 """
 
 import logging

@@ -3,9 +3,9 @@
     python -m aoe_jax.probe --checkpoint=DIR [--text=FILE]
 
 Each token is processed by the top-k experts, those with the largest norm of an intermediate result
-such as `x W_gate`. The command prints a table for several such results and norms, for the router
-itself and for random experts: nll, accuracy on tasks, agreement with the router, and time, like the
-paper's Tables 1, 6 and 7. It also writes `probe.json`.
+such as `x W_gate`. The command evaluates several results and norms, the router itself and random
+experts. It prints a table of nll, accuracy on tasks, agreement with the router and time, like the
+paper's Tables 1, 6 and 7, and writes `probe.json`.
 """
 
 from absl import flags
@@ -21,8 +21,8 @@ _SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "test"], "the h
 _TOKENS = flags.DEFINE_integer("tokens", 100_000, "first tokens of each corpus", 1)
 _TASKS = flags.DEFINE_list("tasks", None, "tasks of lm-eval")
 _FEWSHOT = flags.DEFINE_integer("fewshot", None, "examples in a prompt; default: the paper's", 0)
-_LIMIT = flags.DEFINE_integer("limit", None, "examples of each task, the first; default: all", 1)
-_DATA = flags.DEFINE_string("tasks-data", None, "a folder of TASK/SPLIT.jsonl, not the hub's data")
+_LIMIT = flags.DEFINE_integer("limit", None, "the first N examples of each task; default: all", 1)
+_DATA = flags.DEFINE_string("tasks-data", None, "a folder of TASK/SPLIT.jsonl; default: the hub")
 _OUTPUT = flags.DEFINE_string("output", None, "where probe.json goes; default: --checkpoint")
 
 

@@ -7,7 +7,7 @@ similar experts. `frequency_merge` merges each expert into the most similar of t
 the largest loads. `greedy` keeps these D experts and deletes all others. Similar experts are those
 with similar scores on tokens of a corpus (`--data`). `aoe_jax/conversion/merging.py` has details.
 
-The output has the format of `aoe_jax.export`, and a report `prune.json`. `train.init_from=DIR`
+The output has the format of `aoe_jax.export` and also a report, `prune.json`. `train.init_from=DIR`
 continues the training of the pruned model.
 """
 
@@ -23,7 +23,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "the directory to write, which mus
 _METHODS = ["uncurl", "frequency_merge", "greedy"]
 _METHOD = flags.DEFINE_enum("method", "uncurl", _METHODS, "how experts are merged or dropped")
 _DATA = flags.DEFINE_string("data", None, "corpora, written like data.name; default: the run's")
-_TOKENS = flags.DEFINE_integer("tokens", 100_000, "tokens of the train and validation splits", 1)
+_TOKENS = flags.DEFINE_integer("tokens", 100_000, "tokens from each split, train and validation", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the tokens, of k-means and of a new router", 0)
 
 

@@ -1,9 +1,9 @@
 """Splits arrays over the mesh. `RULES` maps logical axes of arrays to these axes of the mesh:
 
-    data    splits batches; each index along it has a copy of the model
+    data    splits batches; the devices at each index along `data` have a copy of the model
     fsdp    splits batches, parameters and optimiser state
     expert  splits batches and experts
-    tensor  splits attention heads, the width of experts and, outside both, positions
+    tensor  splits the heads of attention, the width of experts, and positions in all other layers
 
 A single device has the mesh (1, 1, 1, 1). `MeshAxes` maps these axes to those of a user's mesh.
 """
@@ -80,7 +80,7 @@ class MeshAxes:
         """The number of devices along each of `MESH_AXES`; 1 without a mesh.
 
         Raises `ValueError` if the mesh lacks a named axis, or if a name is given twice.
-        Parameters are not split inside `jax.shard_map`, so there all names but `data` must be None.
+        Inside `jax.shard_map` parameters are not split: all names except `data` must be None.
         """
         if mesh.empty:
             return (1,) * len(MESH_AXES)
@@ -105,7 +105,7 @@ AXES = MeshAxes()
 
 
 def fill_mesh(config, n_devices):
-    """Computes `mesh.data` if it is -1. Raises `UserError` for other sizes than `n_devices`."""
+    """Replaces `mesh.data=-1`. Raises `UserError` unless the mesh has `n_devices` devices."""
     mesh = config.mesh
     inner = mesh.fsdp * mesh.expert * mesh.tensor
     data = n_devices // inner if mesh.data == -1 else mesh.data
@@ -169,7 +169,7 @@ def with_shardings(abstract, shardings):
 
 def put_batch(sharding, batch, n_rows=None):
     """Makes a global batch on devices from arrays `{name: array}` of this process. The arrays have
-    all rows of the batch or, if `n_rows` (their number) is given, only those of `rows_of_process`.
+    all rows of the batch. If the batch size `n_rows` is given, they have only `rows_of_process`.
     """
     shapes = {name: (n_rows or len(a), *a.shape[1:]) for name, a in batch.items()}
     with jax.transfer_guard("allow"):  # these transfers are intended

@@ -8,7 +8,7 @@ the machine or an unforeseen error, and while another process owns the workdir. 
 mistake of the user (exit status 2), divergence (4), Ctrl-C, or `--restarts` restarts in a row
 without a new checkpoint.
 
-It forwards SIGTERM, SIGINT and SIGHUP (as SIGTERM) to the command, and ends when the command ends.
+After forwarding SIGTERM, SIGINT or SIGHUP (as SIGTERM) to the command, it ends with the command.
 `--start-over` and `--go-back` are passed on until an attempt has moved the old files; `--take-over`
 is passed on only to the first attempt. `WORKDIR/attempts/HOST.jsonl` has a line for every attempt.
 The exit status is 0 if the run has finished, else that of the last attempt.
@@ -35,12 +35,12 @@ from aoe_jax.storage.paths import is_remote, parsed_path
 log = logging.getLogger("aoe_jax.supervise")  # `__name__` is `__main__` with `python -m`
 
 _RESTARTS = flags.DEFINE_integer(
-    "restarts", 5, "restarts in a row without a new step before it gives up", lower_bound=0
+    "restarts", 5, "restarts in a row without a new checkpoint before giving up", lower_bound=0
 )
 _PAUSE = flags.DEFINE_float(
     "pause",
     5.0,
-    "seconds before the first restart, doubled for each attempt without a new step",
+    "seconds before the first restart, doubled for each attempt without a new checkpoint",
     lower_bound=0,
 )
 _LONGEST_PAUSE = 60.0  # seconds; below --join_timeout, so that attempts on several hosts can join
@@ -122,7 +122,7 @@ class Supervisor:
     def _log(self, line):
         file = self._workdir / "attempts" / f"{host_name()}.jsonl"
         file.parent.mkdir(exist_ok=True)
-        # Objects in a store cannot be appended to, so all lines are written again.
+        # Objects in an object store cannot be appended to, so all lines are written again.
         before = file.read_text() if is_remote(file) and file.exists() else ""
         with file.open("w" if is_remote(file) else "a") as lines:
             lines.write(before + line)

@@ -17,7 +17,7 @@ from aoe_jax.training.stopping import StopRequests
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "the directory of the run, which continues from a checkpoint there"
+    "workdir", None, "the directory of the run; if it has checkpoints, the run continues"
 )
 _PROFILE = flags.DEFINE_string(
     "profile", None, "STEP:N, trace N steps, beginning with step STEP, into WORKDIR/profile"
@@ -29,7 +29,7 @@ _START_OVER = flags.DEFINE_bool(
     "start-over", False, "begin anew; the files of the run in WORKDIR are moved to its set_aside/"
 )
 _GO_BACK = flags.DEFINE_integer(
-    "go-back", None, "continue from the checkpoint of this step; newer files are moved likewise", 1
+    "go-back", None, "continue from the checkpoint of this step; newer files move to set_aside/", 1
 )
 _TAKE_OVER = flags.DEFINE_bool(
     "take-over", False, "take WORKDIR over at once, even if its owner may still run"

@@ -152,7 +152,7 @@ class Checkpoints:
         while True:
             with together():
                 steps = self.steps()
-            # The list of process 0 counts: on a network disk, others may still see moved folders.
+            # All use the list of process 0: on a network disk, others may still see moved folders.
             step, n_steps = gathered(max(steps, default=0))[0], gathered(len(steps))[0]
             try:
                 return step, *self.restore(step, like)
@@ -193,7 +193,7 @@ class Checkpoints:
             preservation_policy=self,
             async_options=ocp.AsyncOptions(
                 timeout_secs=int(self._config.timeout),
-                # False for one process: if a background thread fails, others would wait for 300 s.
+                # False for one process: after a thread's fault, other threads would wait for 300 s.
                 create_directories_asynchronously=jax.process_count() > 1,
             ),
         )
@@ -216,7 +216,7 @@ class Checkpoints:
         return [step in kept for step in steps]
 
     def save(self, step, state, position, progress: Progress, wait=False):
-        """Starts a save, in the background, of the state after `step` updates. After the call the
+        """Starts to save, in the background, the state after `step` updates. After the call the
         caller may donate the state. With `wait`, or if the previous save failed, the call returns
         only when the save has succeeded. `position` is the position in the data as JSON, the same
         in every process. A single process repeats a failed save for `retry_seconds`, then
@@ -303,7 +303,7 @@ def read_checkpoint(path, wanted):
         raise damage or Damaged("another process cannot read it")
     found = checksums(arrays)
     differing = [name for name, value in found.items() if beside["arrays"][name][2] != value]
-    # Each process reads its own copy of a replicated array, so only one process may see damage.
+    # Processes read their own copies of replicated arrays, so perhaps only one finds damage.
     if not all_agree(not differing):
         names = ", ".join(differing[:3]) or "in another process"
         raise Damaged(f"{names}: the values are not those that were saved")
@@ -343,7 +343,7 @@ def read_beside(path):
 
 @contextlib.contextmanager
 def _as_damage():
-    """Turns exceptions into `Damaged`, except machine faults and those of JAX or this program.
+    """Turns exceptions, except machine faults and errors of JAX or this program, into `Damaged`.
     Orbax and tensorstore raise exceptions of many types for files that they cannot parse.
     """
     try:

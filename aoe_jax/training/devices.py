@@ -41,14 +41,14 @@ def count_chips(devices):
 
 
 def peak_flops_per_device(devices):
-    """Peak bfloat16 FLOPs per second of one of `devices`, all of one kind; None if unknown."""
+    """Peak bfloat16 FLOPs per second of each of `devices`, which are of one kind; None: unknown."""
     peak = PEAK_FLOPS.get(devices[0].device_kind)
     return peak and peak * count_chips(devices) / len(devices)
 
 
 def process_memory():
-    """Current and peak memory use of this process in bytes, on the host (only on Linux) and on the
-    local device that uses the most memory (not on CPU).
+    """Returns `{name: bytes}`: the current and peak memory use of this process on the host (only on
+    Linux) and, except on CPU, on the local device that uses the most memory.
     """
     found = {}
     if _STATUS.exists():

@@ -18,7 +18,7 @@ from aoe_jax.storage.retry import Tolerated
 
 _UNLIMITED = ("preparing", "compiling")  # statuses that may last longer than `train.hang_timeout`
 _LOOK = 0.2  # seconds between two checks of the heartbeat
-_REPORT_SECONDS = 15.0  # time limit for writing the stacks, because the disk may hang too
+_REPORT_SECONDS = 15.0  # time limit for writing the stacks, because the disk may hang
 _ENDS = {Preempted: "preempted", Interrupted: "interrupted", DivergedError: "diverged"}
 
 
@@ -64,7 +64,7 @@ class Heartbeat:
             write_json(self._workdir / "heartbeat.json", value)
 
     def __exit__(self, kind, error, trace):
-        # Writes nothing after a `UserError` such as a lost lease: the file may have a new owner.
+        # Writes nothing after a `UserError` or `MachineFault`: another process may own the file.
         if error is not None and not isinstance(error, UserError | MachineFault):
             self.beat(_ENDS.get(kind, "failed"))
         if error is not None and self._step is not None:

@@ -44,7 +44,7 @@ class Now:
 
 
 def every(n, call, last=None):
-    """Returns `hook(step)`: runs `call()` if `step` is `last` or, for n > 0, a multiple of n."""
+    """Returns `hook(step)`. It runs `call()` if `step` is `last`, or n > 0 divides `step`."""
 
     def hook(step):
         if (n and step % n == 0) or step == last:
@@ -66,7 +66,7 @@ def train(
     Writes `config.json`, `data.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`,
     `checkpoints/`, the tokenizer and, at the end, `summary.json` and `training.png`. It also writes
     a trace of the steps `profile` to `profile/`, and `wandb/` if `wandb` is a project of Weights &
-    Biases. `start` has the other arguments of `RunFolder.open`. A run that is stopped at any moment
+    Biases. `start` has arguments of `RunFolder.open`. A run that is stopped at any moment
     and started again ends in the same state as a run without a stop, on CPU bit for bit.
 
     Raises the exceptions of `errors.py`: `UserError` also if the run has already finished, and

@@ -1,7 +1,7 @@
 """The metrics of a run: loss, load of experts, speed, memory, and time by activity.
 
 Every `train.log_every` steps, `Metrics` writes one line to the log and passes all metrics to the
-writers of `writers.py`. Below, L is the number of layers and n the number of experts.
+writers of `writers.py`. Below, L is the number of layers.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # Metrics whose names end in these words are measured, so they differ between equal runs.
 MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu", "goodput")
-_IN_SPEED = ("input", "checkpoint")  # the time in tokens/s is the sum of `compute` and these
+_IN_SPEED = ("input", "checkpoint")  # tokens/s = tokens / time of these and `compute`
 
 
 def layer_metrics(metrics):

@@ -53,6 +53,6 @@ def make_optimizer(config: TrainConfig, experts: ExpertsConfig):
         zero = optax.masked(optax.set_to_zero(), no_routers)
         frozen = optax.conditionally_transform(zero, lambda step: step < config.router_steps)
         # The first `frozen` sets the gradients of all but routers to zero, so that the global norm
-        # and the moments exclude them. The last one sets their updates, the weight decay, to zero.
+        # and the moments exclude them. The last `frozen` removes their weight decay.
         steps = [frozen, *steps, frozen]
     return optax.chain(*steps)

@@ -15,8 +15,8 @@ _MAX_LEGEND = 8  # largest number of layers in a legend
 
 
 def draw_run(lines, title):
-    """Returns a matplotlib `Figure` of the `lines` of a `metrics.jsonl`: the nll over steps and,
-    except for a dense model, the largest load of an expert divided by the mean load, by layer.
+    """Returns a matplotlib `Figure` of the `lines` of a `metrics.jsonl`. It shows the nll and, if
+    the model has experts, the largest load of an expert divided by the mean load, for each layer.
     """
     train = [line for line in lines if line.get("nll") is not None]
     validation = [line for line in lines if line.get("validation_nll") is not None]

@@ -48,8 +48,8 @@ FREE = {
 class RunFolder:
     """The workdir of a run, which all processes share and process 0 owns.
 
-    `on_disk` is the folder for `metrics.jsonl`, `tensorboard/`, `wandb/` and `profile/`. It is the
-    workdir or, if the workdir is in an object store, a temporary folder that `upload` copies to it.
+    `on_disk` is the folder for `metrics.jsonl`, `tensorboard/`, `wandb/` and `profile/`: the
+    workdir or, for a workdir in an object store, a temporary folder that `upload` copies there.
     """
 
     def __init__(self, workdir: Path):
@@ -58,8 +58,8 @@ class RunFolder:
 
     def open(self, held: contextlib.ExitStack, start_over=False, go_back=None, take_over=False):
         """Acquires the lease until `held` is closed; with `take_over`, even if its owner may still
-        run. `start_over` moves the files of the old run to `set_aside/`; `go_back` moves only files
-        newer than the checkpoint of that step. Raises `InUse` if another process renews the lease,
+        run. `start_over` moves the files of the old run to `set_aside/`; `go_back=STEP` moves only
+        files newer than the checkpoint of STEP. Raises `InUse` if another process renews the lease,
         and `UserError` if some process of this run cannot read the lease.
         """
         workdir, is_main = self.workdir, jax.process_index() == 0
@@ -135,8 +135,8 @@ def _fixed(config):
 
 
 def check_config(workdir: Path, config: Config, has_begun=True):
-    """Raises `UserError` if `workdir` contains a model. If the run in it `has_begun` (it has a
-    checkpoint), also raises `UserError` if a field outside `FREE` differs from `config`.
+    """Raises `UserError` if `workdir` contains an exported model, or if it contains a run that
+    `has_begun` (saved a checkpoint) and a field outside `FREE` differs from `config`.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -149,7 +149,7 @@ def check_config(workdir: Path, config: Config, has_begun=True):
 
 def check_history(workdir: Path, steps):
     """Raises `UserError` if checkpoints, `config.json` or `data.json` are missing. `steps` are
-    the steps of complete checkpoints. Those in `damaged_checkpoints` do not count as missing.
+    the steps of complete checkpoints. A checkpoint in `damaged_checkpoints` is not missing.
     """
     if steps and (missing := [n for n in _IDENTITY if not (workdir / n).exists()]):
         raise UserError(
@@ -233,4 +233,4 @@ def read_identities(workdir: Path) -> list[str]:
     if not path.exists():
         return []
     stores = read_json(path, schema={"token_stores": [TEXT]})["token_stores"]
-    return [store.rpartition("-")[2] for store in stores]  # older files begin with a name
+    return [store.rpartition("-")[2] for store in stores]  # older versions wrote NAME-IDENTITY

@@ -117,9 +117,9 @@ def training_loss(
 
 def _with_shares_so_far(stats, before):
     """Returns `(stats, so_far)`. In `stats`, `load` and `shares` are means over the micro-batches
-    so far; `so_far` is the number of these micro-batches, and the sums of `load` and `shares`.
+    so far; `so_far` is `(number of these micro-batches, {name: sum})` for `load` and `shares`.
 
-    They have no gradient. Qiu et al. 2025 (arXiv 2501.11873) balance the global batch in this way.
+    Neither has a gradient. Qiu et al. 2025 (arXiv 2501.11873) balance the global batch in this way.
     """
     so_far = jnp.ones(()), {"load": stats.load, "shares": stats.shares}
     if before is None:
@@ -182,7 +182,7 @@ def _mean_gradient(config, params, routing_state, batch, key):
         grads, metrics = gradient(params, routing_state, batch, key)
         del metrics["so_far"]
         return grads, metrics
-    # A micro-batch has every n-th sequence, so it is split evenly over the devices.
+    # A micro-batch has every `n_micro`-th sequence, so it is split evenly over the devices.
     micro = jax.tree.map(lambda a: a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
     # The nlls of all micro-batches are divided by the same weight, so all targets count equally.
     mean_weight = batch["weights"].sum() / n_micro

@@ -1,7 +1,7 @@
 """Measures the step times of several arms (configurations), alternately in one process.
 
-In each round every arm does a few steps on its batch, because times of separate runs on a shared
-machine are hard to compare. On CPU the result is processor time, elsewhere wall-clock time.
+In each round every arm in turn does a few steps on its batch, because times of separate runs on a
+shared machine are hard to compare. Times are processor time on CPU, elsewhere wall-clock time.
 """
 
 import statistics
@@ -64,7 +64,7 @@ class RepeatedStep:
 
 
 def seconds_in_turn(steps: Mapping[str, Callable], rounds=ROUNDS):
-    """Returns `{name: median seconds of a call}` for functions without arguments, by name."""
+    """Returns `{name: median seconds of a call}`; `steps` maps names to functions to call."""
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     seconds = {name: [] for name in steps}
     for _ in range(rounds):

@@ -50,7 +50,7 @@ class Evaluation:
         return self.nll_sum / math.log(2) / self.text_bytes
 
     def metrics(self):
-        """`nll` and `bits_per_byte`; for each of several sources also `nll/SOURCE` and so on."""
+        """`{name: value}`: `nll`, `bits_per_byte` and, for several sources, `NAME/SOURCE`."""
         found = {"nll": self.nll, "bits_per_byte": self.bits_per_byte}
         for source, result in self.sources.items():
             found |= {f"{name}/{source}": value for name, value in result.metrics().items()}
@@ -67,7 +67,7 @@ class Evaluation:
 
 
 def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
-    """A jitted `(params, routing_state, batch) -> (nll sum, tokens, stats)`; all replicated."""
+    """Jits `(params, routing_state, batch) -> (nll sum, tokens, stats)`; results are replicated."""
     decoder = decoder.clone(balance=dataclasses.replace(decoder.balance, aux_tokens=1.0))
 
     def eval_step(params, routing_state, batch):
@@ -78,7 +78,7 @@ def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
 
 
 def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put, progress=False):
-    """Evaluates a split, whose token stores are `{source: store}`; every target counts once.
+    """Returns the `Evaluation` of a split given as `{source: store}`; every target counts once.
 
     `score(batch)` calls the function of `compile_eval_step` with parameters and routing state.
     `put(batch)` moves a host batch, `batch_size` windows of `seq_len` tokens, to the devices.

@@ -32,7 +32,7 @@ class Wandb:
                 name=workdir.absolute().name,
                 dir=str(workdir),
                 config=config,
-                # wandb must not capture stdout. After the timeout, `wandb sync` uploads the rest.
+                # wandb must not capture stdout. After the timeout, `wandb sync` can send the rest.
                 settings=wandb.Settings(console="off", finish_timeout=60.0),
             )
         except wandb.Error as e:

@@ -48,7 +48,7 @@ class JsonLines:
     name = "metrics.jsonl"
 
     def __init__(self, path: Path, size: int | None):
-        """Keeps the first `size` bytes, the lines up to a checkpoint, and deletes later lines.
+        """Keeps the first `size` bytes (None: all), the lines up to a checkpoint; deletes the rest.
         Raises `UserError` if no line of the file ends at byte `size`.
         """
         self._path, self._file = path, open(path, "a+b", buffering=0)  # noqa: SIM115
@@ -83,7 +83,7 @@ class JsonLines:
         self._size, self._unwritten, self._failed = self._size + written, b"", False
 
     def sync(self) -> int:
-        """Puts all lines on the disk, also after the file was replaced; returns its size."""
+        """Puts all lines on the disk, even if the file was replaced; returns the file's size."""
         self._flush()
         opened = os.fstat(self._file.fileno())
         if not self._path.exists() or not os.path.samestat(self._path.stat(), opened):
@@ -128,7 +128,7 @@ def tags(group, scalars, layers):
 
 
 class TensorBoard:
-    """Writes event files. The event `START` makes TensorBoard hide a killed run's later steps."""
+    """Writes event files. `START` lets TensorBoard hide a killed run's steps after `start_step`."""
 
     name = "tensorboard/"
 
