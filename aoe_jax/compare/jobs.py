@@ -140,7 +140,7 @@ def _start(job, slot, environment):
             process_group=0,  # so that Ctrl-C reaches the jobs only through `Machine.run`
         )
     if slot.core is not None:
-        os.sched_setaffinity(process.pid, {slot.core})  # threads of the job inherit it
+        os.sched_setaffinity(process.pid, {slot.core})  # threads of the job inherit the core
     return process
 
 

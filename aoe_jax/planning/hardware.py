@@ -112,7 +112,7 @@ def machine():
 
 
 def topology_devices(topology, n_slices=1):
-    """Returns `(generation, devices)` for compilation only; this process then computes on CPU.
+    """Returns `(generation, devices)` for compilation only; afterwards the process computes on CPU.
 
     `topology` names a TPU slice, such as "v5e:16x16", or the GPUs of a node, such as "h100:8".
     Raises `UserError` if the name or the shape is unknown, or the compiler is not installed.
