@@ -185,8 +185,8 @@ def _sums(params, hidden, batch):
 def target_log_probs(hidden, table, targets, wanted):
     """Computes the log-probability of each wanted target and whether it is the likeliest token.
 
-    Chunks of tokens without any `wanted [T]` token compute no logits. The other arguments are
-    those of `vocabulary.cross_entropy`.
+    Only chunks that have a `wanted [T]` token compute logits. The other arguments are those of
+    `vocabulary.cross_entropy`.
 
     Returns:
       `(log_prob, is_best)`: `[T]` float32, 0 where not wanted; and `[T]` bool, true where not

@@ -90,7 +90,7 @@ class Program:
         for i in instructions.values():
             if i.opcode.endswith("-done"):
                 if (k := started.get(i.operands[0])) is not None:
-                    # An operation hides only one collective, because collectives share the links.
+                    # An operation overlaps with one collective only: collectives share the links.
                     beside = [n for n in range(k + 1, len(found)) if n not in hides]
                     hides.update(beside)
                     found[k] = replace(found[k], beside=tuple(found[n] for n in beside))

@@ -1,5 +1,5 @@
-"""Provides the published peaks of accelerators, and devices of TPU slices and GPU nodes, for which
-programs can be compiled on a machine without these devices.
+"""Provides the published peaks of accelerators. Describes TPU slices and GPU nodes, so that
+programs can be compiled for them on a machine without these devices.
 
 Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.google.com/tpu/docs
 (peak compute, HBM, and one direction of the inter-chip bandwidth); the Google Cloud machine types

@@ -6,8 +6,8 @@ How the figures are computed:
 - `aoe_jax/planning/costs.py` computes FLOPs and memory traffic from the optimised program.
 - Collectives are counted in the jaxpr, which has all of them except the sums of a few scalars and
   of the gradients of norm scales. Their bytes are those that a device receives in a step with ring
-  algorithms. For collectives of the optimised program, which are also listed, they are the bytes
-  of the operand or, if it is larger, of the result.
+  algorithms. The collectives of the optimised program are also listed, with the bytes of the
+  operand or of the result, whichever are more.
 - The lower bound of the step time is the longest of three times: arithmetic, HBM (the state is read
   and written once) and network, each at its published peak.
 - The likely step time is the sum of `costs.likely_seconds` over all operations. For collectives,

@@ -1,4 +1,4 @@
-"""Compares AoE with whole gates, AoE as published and the MoE at four sizes, in 14 core-hours:
+"""Compares the MoE, the published AoE, and AoE with whole gates at four sizes, in 14 core-hours:
 `--suite=configs/compare/confirm.py`.
 
 Every size is trained on 20 tokens per active parameter: 0.22, 0.8, 2.2 and 5.4 epochs of the
