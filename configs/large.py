@@ -3,9 +3,9 @@
 
 `aoe_64`, `aoe_whole_64`, `moe_64` have the shape of OLMoE (Muennighoff et al. 2024, arXiv
 2409.02060): 16 layers, d=2048, 8 of 64 experts of width 1024. `aoe_256`, `aoe_whole_256`, `moe_256`
-use 8 of 256 experts of width 512. AoE and MoE have about the same total parameters. AoE's gates are
-factorised with r = d / 4; those of `aoe_whole` are whole, and scored by their first 16 neurons. A
-bias, not a loss, balances the load. A step has 4.2M tokens. Set corpus and tokenizer by flags.
+use 8 of 256 experts of width 512. AoE and MoE have about the same total parameters. The gates of
+`aoe` have rank d / 4; those of `aoe_whole` are whole, and their first 16 neurons compute the score.
+A bias, not a loss, balances the load. A step has 4.2M tokens. Set corpus and tokenizer by flags.
 """
 
 from aoe_jax.errors import UserError

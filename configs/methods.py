@@ -45,7 +45,7 @@ VARIANTS = {
     "erc_router": ({"kind": "router"}, {"name": "erc"}, AUX),
     "uoe": ({"kind": "uoe"}, {"name": "uoe"}, NO_LOSS),
     **_variants("dynmoe", _DYNMOE, NO_LOSS),
-    # Logits start near 0, so bias -2 activates most experts; inactive ones would stay inactive.
+    # Logits start near 0. Bias -2 activates most experts, as inactive experts get no gradient.
     **_variants("routing_free", _ROUTING_FREE, NO_LOSS, router={"bias": -2.0}),
     **_variants("switch", _SWITCH, AUX, top_k=1),
     **_variants("gshard", {"name": "gshard"}, NO_LOSS),

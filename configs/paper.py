@@ -7,7 +7,7 @@ gates that are whole, not factorised.
 
 Optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048 tokens. The
 default corpus is the embedded one, with a tokenizer trained on it. To train on the paper's corpus,
-RedPajama, set `--config.data.name`, and `--config.data.tokenizer` to one of 32,000 tokens.
+RedPajama, set `--config.data.name`, and a tokenizer of 32,000 tokens (`--config.data.tokenizer`).
 """
 
 from aoe_jax.errors import UserError

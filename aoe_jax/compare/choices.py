@@ -1,10 +1,10 @@
 """Analyses which experts the layers of a run choose, checkpoint by checkpoint.
 
-Every kept checkpoint of the run routes the same tokens, the first ones of the validation split.
+Every kept checkpoint of the run routes the same tokens, the beginning of the validation split.
 `RUN/routing.json` has the load, entropies, dead experts, mean scores, and the overlap with the
 choices of the last checkpoint.
 
-L layers, T tokens, n experts.
+Shapes have L layers, T tokens and n experts.
 """
 
 import itertools
@@ -47,7 +47,7 @@ def observing(decoder: Decoder):
 def overlap(chosen, final):
     """Returns `[L]`, the mean fraction of a token's experts in `final` that are also in `chosen`.
 
-    Both are `[L, T, n]` bool. The mean is over the tokens that have experts in `final`; 1 if none.
+    Both are `[L, T, n]` bool. The mean is over tokens with experts in `final`; 1 if none has any.
     """
     wanted, in_common = final.sum(axis=-1), (chosen & final).sum(axis=-1)
     shares = in_common / np.maximum(wanted, 1)  # 0 for tokens without experts
@@ -56,7 +56,7 @@ def overlap(chosen, final):
 
 
 def validation_batches(folder, config, size):
-    """Yields the full batches of `size` sequences of a run's validation split, without padding.
+    """Yields a run's validation split in full batches of `size` sequences, without padding.
 
     Batches are NumPy arrays. If the split is smaller than a batch, its only batch has padding.
     Raises `UserError` if the data differ from those of the run.
@@ -65,7 +65,7 @@ def validation_batches(folder, config, size):
     check_data(folder, corpus)
     splits = [(store, config.data.seq_len, size) for store in corpus.validation.values()]
     batches = itertools.chain.from_iterable(eval_batches(*split) for split in splits)
-    whole = (batch for batch in batches if batch["weights"].all())  # without padded ones
+    whole = (batch for batch in batches if batch["weights"].all())  # without padding
     first = next(whole, None)
     yield first or next(eval_batches(*splits[0]))
     yield from whole

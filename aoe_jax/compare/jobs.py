@@ -78,7 +78,7 @@ class Machine:
     def here(cls, workdir: Path, n_jobs: int | None):
         """Describes this machine, and adds it to `machine.json` in the directory of a suite.
 
-        With other package versions or another commit it counts as another machine. `n_jobs` is the
+        If package versions or the commit differ, it counts as another machine. `n_jobs` is the
         number of jobs that run at a time; None means one per core on CPU, else one. Raises
         `UserError` if JAX does not start, or if this machine cannot run `n_jobs` at a time.
         """
@@ -140,7 +140,7 @@ def _start(job, slot, environment):
             process_group=0,  # so that Ctrl-C reaches the jobs only through `Machine.run`
         )
     if slot.core is not None:
-        os.sched_setaffinity(process.pid, {slot.core})  # threads of the job inherit it
+        os.sched_setaffinity(process.pid, {slot.core})  # threads of the job inherit the core
     return process
 
 

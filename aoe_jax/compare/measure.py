@@ -46,7 +46,7 @@ def finished_runs(suite: Suite, workdir: Path, size):
 
 
 def configs_by_point(suite: Suite, workdir: Path):
-    """Returns `{name of the point: {arm: Config}}`; at a size only for arms with a finished run."""
+    """Returns `{name of the point: {arm: Config}}`; a size has only arms with a finished run."""
     found = {}
     for size in suite.sizes:
         firsts = _first_seeds(suite, workdir, size)
@@ -86,7 +86,7 @@ def measure_suite(suite: Suite, workdir: Path, machine: Machine, suite_flags):
 
     One process runs at a time, so that processes do not slow each other. Steps of trained models
     are timed in turn on CPU only. On other devices the runs' own step times are reliable, and the
-    arms of a size may not fit into memory together. `suite_flags` are the flags of the suite.
+    arms of a size may not fit into memory together. `suite_flags` are `--suite` and `--set`.
     """
     jobs, program = [], (sys.executable, "-m", "aoe_jax.compare.measure", *suite_flags)
     (workdir / "measured").mkdir(exist_ok=True)
@@ -113,7 +113,7 @@ def unanalysed(suite: Suite, workdir: Path, size):
 
 @contextlib.contextmanager
 def _noting(name, failed):
-    """Logs an exception of the `with` block and adds `name` and the exception to `failed`."""
+    """Catches and logs an exception of the `with` block, and adds it to `failed` with `name`."""
     try:
         yield
     except Exception as e:
@@ -140,7 +140,7 @@ def measure_point(suite: Suite, workdir: Path, point, failed):
 
 
 def main():
-    """Measures a point; returns 1 if something failed, after all other measurements."""
+    """Takes all measurements of a point, and then returns 1 if some of them failed, else 0."""
     given, failed = flags.FLAGS, []
     suite, workdir = load_suite(Path(given.suite), given.set), Path(given.workdir)
     point = given.point

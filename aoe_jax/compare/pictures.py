@@ -91,7 +91,7 @@ def _over_seeds(rows, columns):
 
 @drawn
 def loss_curves(curves, styles, axis):
-    """Draws training losses as lines and validation losses as points, against a column of AXES.
+    """Draws lines of training losses and points of validation losses, against `axis` of AXES.
 
     `curves` has the rows of `Results.curves` that belong to the finished runs of a size.
     """
@@ -153,7 +153,7 @@ def differences(rows, styles):
 
 @drawn
 def against_setting(panels, styles, xlabel):
-    """Draws a panel for each `name: frame`; rows are values of the setting, columns are arms."""
+    """Draws a panel for each frame; its rows are values of the setting, its columns are arms."""
     figure, rows = _new(0.6 + 1.9 * len(panels), len(panels))
     for axes, (name, frame) in zip(rows, panels.items(), strict=True):
         for arm in frame:
@@ -191,7 +191,7 @@ def some_layers(n_layers):
 def scores_through_training(choices, name, title):
     """Draws the mean score (`name`) of every expert at each checkpoint, like the paper's Fig. 4.
 
-    `choices` is the content of a routing.json.
+    `choices` is the content of a routing.json. `name` is the kind of score: norm, max or logit.
     """
     steps = [checkpoint["step"] for checkpoint in choices["checkpoints"]]
     scores = np.array([checkpoint["mean_score"] for checkpoint in choices["checkpoints"]])

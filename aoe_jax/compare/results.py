@@ -149,7 +149,7 @@ class Results:
     def nlls(self, size, arm, kind="end", budget=None):
         """Returns the validation nll of an arm by seed, after the last step or at a budget.
 
-        `kind` is "end", "flops" or "seconds". Seeds whose curve ends before `budget` are left out.
+        `kind` is "end", "flops" or "seconds". Seeds without a loss at `budget` are left out.
         """
         rows = self.finished(size, arm)
         if kind == "end":

@@ -72,7 +72,7 @@ class PowerLaw:
 
     factor: float
     exponent: float
-    resampled: np.ndarray  # [2, B], factor and exponent of each bootstrap resample of the seeds
+    resampled: np.ndarray  # [2, N_RESAMPLES], factor and exponent of each bootstrap resample
 
     def __call__(self, x):
         return self.factor * np.asarray(x, float) ** -self.exponent

@@ -26,7 +26,7 @@ class Arm:
     """One of the models or methods that a suite compares."""
 
     label: str  # name in the report
-    # Group -> field -> value, or a function that computes this from the size's `ConfigDict`.
+    # Group -> field -> value, or a function that maps the size's `ConfigDict` to such a mapping.
     changes: Mapping | Callable[[ConfigDict], Mapping] = field(default_factory=dict)
     matched: bool = True  # False: its total parameters may differ; the report says so
     reference: str | None = None  # arm to compare this arm with; None: the suite's baseline
@@ -72,7 +72,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Suite:
-    """One run for each arm, size and seed: its configuration is `base` with their changes. With
+    """One run for each arm, size and seed: `base` with the changes of the size and of the arm. With
     equal seeds, all arms of a size get the same batches in the same order.
     """
 
@@ -82,7 +82,7 @@ class Suite:
     sizes: Mapping[str, Size]
     baseline: str  # arm to compare the others with, unless they have a `reference`
     throughput: Mapping[str, Sweep] = field(default_factory=dict)
-    routing_tokens: int = 16_384  # minimum of validation tokens for the analysis of routing
+    routing_tokens: int = 16_384  # minimum number of validation tokens to analyse routing
     # Group -> field -> value for all runs; these override the changes of sizes and arms.
     settings: Mapping = field(default_factory=dict)
 

@@ -9,7 +9,7 @@ with its own key-value cache:
     z = (1 + beta) z_strong - beta z_weak   where z_strong >= log(alpha) + max z_strong, else -inf
 
 The next token has the largest z, or is drawn from softmax(z). The published settings are alpha =
-0.1, k = 2, and for each task the best beta of 0.1, 0.3, ... 0.9.
+0.1 and k = 2; beta is 0.1, 0.3, 0.5, 0.7 or 0.9, the best value for each task.
 
 This implementation ranks experts by the model's own scores (router logits or AoE's norms, plus the
 bias of loss-free balancing), and applies temperature, top-k and top-p to z. Ranks start at 1 in
@@ -31,7 +31,7 @@ class Contrast:
     """Settings of self-contrast."""
 
     beta: float  # weight of the difference of the logits; 0: the weak pass has no effect
-    alpha: float = 0.1  # tokens below alpha * the largest probability are excluded; 0 to 1
+    alpha: float = 0.1  # 0 to 1; excludes tokens below alpha * the largest probability
     strong_k: int | None = None  # experts per token in the strong pass; None: unchanged
     weak_rank: int = 2  # rank of each token's only expert in the weak pass; 1: highest score
 
@@ -61,5 +61,5 @@ def strong_and_weak(decoder: Decoder, contrast: Contrast):
 def contrasted(strong, weak, contrast: Contrast):
     """Computes z `[..., V]` float32 from the logits of both passes; excluded tokens get -inf."""
     lowest = strong.max(axis=-1, keepdims=True) + jnp.log(contrast.alpha)
-    # The difference is computed first, so that equal logits of both passes stay exactly unchanged.
+    # In this form of the formula, equal logits of both passes stay exactly unchanged.
     return jnp.where(strong >= lowest, strong + contrast.beta * (strong - weak), -jnp.inf)

@@ -20,7 +20,7 @@ from aoe_jax.evaluation.models import Model, multiple
 from aoe_jax.model.decoding import Cache, check_decodes, extend, output_logits, prefill
 from aoe_jax.sharding import replicated, spec_of
 
-LENGTH_MULTIPLE = 64  # prompts and caches are padded to a multiple of it, to compile few shapes
+LENGTH_MULTIPLE = 64  # prompts and caches are padded to multiples of 64, to compile few shapes
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _decode(decoders, contrast, ends, params, routing_state, left, state, sampli
 
 
 def continuations(model: Model, prompts, max_tokens, contrast=None, **settings):
-    """After each chunk, yields the continuations so far as texts, without incomplete characters.
+    """After each chunk, yields the texts generated so far, without incomplete characters.
 
     `model` and `contrast` are passed to `Generator`, and the other arguments to its `stream`.
     """

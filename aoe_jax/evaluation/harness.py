@@ -97,7 +97,7 @@ class HarnessModel(TemplateLM):
         kept = self.max_length - max_tokens
         sampling = Sampling(temperature, **top) if do_sample and temperature else Sampling(0.0)
         until = [text for text in until if text]
-        # In bytes, because no text has more tokens than bytes.
+        # `longest` is in bytes: a text has at most as many tokens as bytes.
         longest = max((len(end.encode()) for end in until), default=0)
 
         def is_done(tokens):

@@ -1,6 +1,6 @@
 """Reports the load of experts as JSON values, a table, and a picture like the paper's Fig. 3.
 
-L layers, n experts. `load` is `LayerStats.load`, the share of tokens routed to each expert.
+Shapes have L layers and n experts. `load` is the share of tokens routed to each expert.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ def load_statistics(stats: LayerStats):
     """Returns the load statistics of all layers as JSON values; `stats` are stacked over layers.
 
     The dictionary has `load` `[L][n]`, `load_entropy` and `confidence_entropy` `[L]` in nats,
-    `mean_score` `[L][n]` (norms or logits), and for all layers together `load_spread`,
+    `mean_score` `[L][n]` (norms or logits), and one number for all layers: `load_spread`,
     `experts_per_token` and `dead_experts` (the number of experts that no token chooses). If the
     method computes them, `dropped_share` `[L]` (the share of choices that are dropped) and
     `live_experts` `[L]` are added.

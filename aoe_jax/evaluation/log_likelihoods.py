@@ -22,7 +22,7 @@ from aoe_jax.model.vocabulary import chunks, logits, on_each_token
 from aoe_jax.sharding import batch_sharding, put_batch, replicated
 
 BATCH_TOKENS = 8192  # approximate number of tokens in a batch
-_CHUNK_TOKENS = 256  # smaller than in training, because often few tokens of a text are wanted
+_CHUNK_TOKENS = 256  # smaller than in training, because often only few tokens of a text are scored
 SHORTEST = 16  # minimum number of positions in a batch
 SHORTEST_SHARED = 32  # tokens; a longer context is processed once for all of its continuations
 
@@ -49,8 +49,8 @@ class Scorer:
         The first tokens of a text that exceeds `model.max_len` are dropped. A long context that
         several requests share is processed once, if the model supports incremental decoding.
 
-        Returns `(log-likelihood in nats, whether greedy decoding generates the continuation)` for
-        each pair. Raises `UserError` if one is not finite or a continuation exceeds `max_len`.
+        Returns a list of pairs: log-likelihood in nats, whether the continuation is the greedy one.
+        Raises `UserError` if a log-likelihood is not finite or a continuation exceeds `max_len`.
         """
         max_len, texts, results = self._model.config.model.max_len, [], {}
         for context, continuation in requests:
@@ -102,7 +102,7 @@ class Scorer:
             groups = groups[rows:]
 
     def _rounded(self, length):
-        """Rounds a length up to 16, 32, 48, 64, 96, 128, ..., but at most to `model.max_len`."""
+        """Rounds up to 16, 32, 48, 64, 96, ... or `max_len`, and to multiples of `mesh.tensor`."""
         power = 2 ** math.ceil(math.log2(max(length, SHORTEST)))
         padded = power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power
         padded = min(padded, self._model.config.model.max_len)
@@ -160,7 +160,7 @@ def _score_texts(decoder, params, routing_state, batch):
 
 
 def _score_choices(decoder, params, routing_state, batch):
-    """Processes each context once, then computes the results of `_score_texts`, here `[C N]`.
+    """Processes each context once, and returns what `_score_texts` returns, with shape `[C N]`.
 
     `batch` has `contexts [C, P]` int32 without their last tokens, `known [C, P]` bool (false for
     padding), and `inputs`, `targets` and `wanted` `[C N, S]`. A row of `inputs` begins with the
@@ -183,10 +183,10 @@ def _sums(params, hidden, batch):
 
 
 def target_log_probs(hidden, table, targets, wanted):
-    """The log-probability of each wanted target, and whether the target is the likeliest token.
+    """Computes the log-probability of each wanted target and whether it is the likeliest token.
 
-    Only chunks with tokens that are `wanted [T]` compute logits. The other arguments are those
-    of `cross_entropy`.
+    Only chunks that have a `wanted [T]` token compute logits. The other arguments are those of
+    `vocabulary.cross_entropy`.
 
     Returns:
       `(log_prob, is_best)`: `[T]` float32, 0 where not wanted; and `[T]` bool, true where not

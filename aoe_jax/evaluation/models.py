@@ -52,7 +52,7 @@ class Model:
     tokenizer: Tokenizer
     start: int  # the token in front of every text
     ends: list[int]  # the tokens that end a generated text
-    prefix: list[int]  # tokens that the hub's tokenizer puts before every text
+    prefix: list[int]  # tokens that `transformers` puts before a text; may be empty
     step: int | None  # training step; None: unknown
 
     @property
@@ -145,7 +145,7 @@ def load_model(directory: Path, step="newest", mesh=None):
         if not is_finite:
             raise DivergedError(
                 f"{directory}: the parameter {path} has values that are not finite; the model has "
-                "diverged or is damaged. Use another one, or another --step"
+                "diverged or is damaged. Use another model or another --step"
             )
     decoder, texts = Decoder.from_config(config), (tokenizer, start, ends, prefix)
     return Model(config, decoder, devices, params, routing_state, *texts, step)
@@ -156,7 +156,7 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
 
     `named` has the syntax of `data.name`. The files of a model may come from a stranger. So without
     `named`, they can select only the bundled corpus and corpora that were tokenised on this machine
-    before. Raises `UserError` for other corpora, and for one that is unreadable or has changed.
+    before. Raises `UserError` for other corpora, and if a corpus is unreadable or has changed.
     """
     data, vocab_size = model.config.data, model.config.model.vocab_size
     if named is not None:
@@ -185,12 +185,12 @@ def first_batches(model: Model, stores, n_tokens):
 
 
 def on_devices_here(config, axes=None):
-    """Returns the configuration with a mesh of all devices of this run.
+    """Returns the configuration with a mesh of all devices that JAX finds.
 
     `axes` has the sizes of some axes, such as `{"fsdp": 4}`; `data` gets the other devices. None
-    means the mesh of training. If that does not fit, the size of `data` is changed, or if the other
-    axes do not fit either, `data` gets all devices. The batch size may grow, so that the devices
-    divide it. Raises `UserError` if `axes` do not fit.
+    means the mesh of training. If that mesh does not fit, only the size of `data` changes; if this
+    does not help, `data` gets all devices. A batch size that the mesh cannot split is increased.
+    Raises `UserError` if `axes` do not fit.
     """
     n = jax.device_count()
     if axes is None:
@@ -216,7 +216,7 @@ def on_devices_here(config, axes=None):
 
 
 def mesh_axes(text):
-    """Parses `--mesh`, such as `fsdp=4,expert=2`; None stays None. Raises `UserError`."""
+    """Parses `--mesh`, such as `fsdp=4,expert=2` or None. Raises `UserError` for other texts."""
     if text is None:
         return None
     form = re.compile(rf"({'|'.join(sharding.MESH_AXES)})=([1-9][0-9]{{0,8}})")

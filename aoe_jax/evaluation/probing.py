@@ -30,7 +30,7 @@ from aoe_jax.training.validation import evaluate_batches
 NODES = ("x Wg", "x Wp", "SiLU(x Wg)", "SiLU(x Wg) * x Wp", "output")
 NORMS = {"L1": 1, "L2": 2, "Linf": jnp.inf}
 
-# A choice is a function `(router logits [T, n], weights, ctx) -> scores [T, n]`.
+# `choose` is a function `(router logits [T, n], weights, ctx) -> scores [T, n]`.
 
 
 def by_router(logits, weights, ctx):
@@ -40,7 +40,7 @@ def by_router(logits, weights, ctx):
 
 def by_chance(logits, weights, ctx):
     """Returns random scores, different for each layer and token, and the same on every mesh."""
-    # The seed is computed from router weights, which differ between layers, not between devices.
+    # The seed is computed from router weights, which differ between layers only.
     total = weights["w_router"].astype(jnp.float32).sum()
     key = jax.random.fold_in(jax.random.key(0), jax.lax.bitcast_convert_type(total, jnp.int32))
     shape = (logits.shape[0] * ctx.devices.total_size, logits.shape[1])
@@ -48,7 +48,7 @@ def by_chance(logits, weights, ctx):
 
 
 def by_norm(node, norm):
-    """Returns a choice that scores experts by a norm (of `NORMS`) of a result (of `NODES`)."""
+    """Returns a `choose` whose scores are norms of a result; see `NORMS` and `NODES`."""
 
     def choose(logits, weights, ctx):
         devices = ctx.devices
@@ -143,7 +143,7 @@ def probe_checkpoint(
     The arguments are the flags of `aoe_jax.probe`; `settings` are passed to `tasks.load_tasks`. The
     content is `step`, `tokens` and the list `probes`. Each probe has `node`, `norm`, `agreement`
     (the share of the chosen experts that the router chooses too), `seconds_per_token`, `time`
-    (relative to the router's time), and `nll` and `tasks` for each of `WEIGHTS`.
+    (relative to the router's time), and the dicts `nll` and `tasks`, with keys of `WEIGHTS`.
     """
     make_folder(output, "output")
     score_tasks = None

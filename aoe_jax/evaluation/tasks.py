@@ -35,7 +35,7 @@ from aoe_jax.storage.retry import refusing
 
 log = logging.getLogger(__name__)
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
-os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval must not fork: JAX's threads make it unsafe
+os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval must not fork: JAX has threads, so forks are unsafe
 
 # Task of the paper -> (folder of lm-eval that defines it, number of shots). The folder is given,
 # because reading lm-eval's index of all tasks takes half a minute.
@@ -61,7 +61,7 @@ def load_tasks(names, fewshot=None, data: Path | None = None):
     other tasks. `data` is a folder of files `TASK/SPLIT.jsonl` with the splits and fields of the
     hub's data sets, such as `mnli/validation_matched.jsonl`; None loads data sets from the hub.
 
-    Raises `UserError` if a task is unknown, or its data set cannot be loaded or has other fields.
+    Raises `UserError` if a task is unknown, or its data set cannot be loaded or has wrong fields.
     """
     names = list(dict.fromkeys(names))
     index = _index(names)
@@ -120,7 +120,7 @@ def _on_local_data(index, name, data):
 
 
 def _check_lines(file):
-    """Raises `UserError` for the first line that is no object, or has another type in a field."""
+    """Raises `UserError` for a line that is no object or that changes the type of a field."""
     kinds = {}
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -239,7 +239,7 @@ def tasks_table(report):
 def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, **settings):
     """Evaluates a checkpoint on tasks, prints a table, and returns what `score_model` returns.
 
-    Writes the results to `tasks.json`, where the results of other tasks stay. The arguments are
+    Writes the results to `tasks.json`, and keeps its results of other tasks. The arguments are
     passed to `models.load_model`, `score_model` and `load_tasks`. Raises `UserError` if a task or
     the model cannot be loaded, or if the model's method does not support a task.
     """
@@ -260,5 +260,5 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
 
 
 def _known(file):
-    """Returns the results in a `tasks.json`, {} without the file."""
+    """Returns the results in a `tasks.json`; {} if it does not exist."""
     return read_json(file, "move it away") if file.exists() else {}

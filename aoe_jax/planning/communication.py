@@ -24,9 +24,9 @@ _INLINE = {"closed_call", "custom_vjp_call", "jit", "pjit", "remat2", "checkpoin
 def each_collective(jaxpr, arguments=None, known=None):
     """Yields `(collective, number of executions)`; the number is 0 in loops of unknown length.
 
-    Two gathers of the same array with no barrier between them count once: the compiler merges them.
-    `arguments` and `known` are for nested jaxprs. `arguments` has an identifier for each argument;
-    equal arrays have equal identifiers. `known` maps earlier equations (`_MERGED`) to identifiers.
+    The compiler merges two gathers of an array with no barrier between them, so they count once.
+    For nested jaxprs, `arguments` has an identifier for each argument (the same for equal arrays),
+    and `known` maps earlier equations of `_MERGED` kinds to identifiers of their results.
     """
     known = {} if known is None else known
     values = dict(zip(jaxpr.invars, arguments or [object() for _ in jaxpr.invars], strict=True))

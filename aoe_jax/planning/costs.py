@@ -43,7 +43,7 @@ class Operation:
     opcode: str
     op_name: str  # the path of named scopes and transformations in JAX
     times: float = 1  # executions per run of the program
-    hbm_bytes: float = 0.0  # bytes per execution; the fields below are per execution, too
+    hbm_bytes: float = 0.0  # bytes per execution, like the fields below
     flops: float = 0.0
     # FLOPs that a fully used matrix unit would compute in the same time; at least `flops`.
     occupied_flops: float = 0.0
@@ -90,7 +90,7 @@ class Program:
         for i in instructions.values():
             if i.opcode.endswith("-done"):
                 if (k := started.get(i.operands[0])) is not None:
-                    # An operation hides only one collective, because collectives share the links.
+                    # An operation overlaps with one collective only: collectives share the links.
                     beside = [n for n in range(k + 1, len(found)) if n not in hides]
                     hides.update(beside)
                     found[k] = replace(found[k], beside=tuple(found[n] for n in beside))
@@ -178,7 +178,7 @@ class Program:
 
     def _group_size(self, i):
         if i.collective == "collective-permute":
-            return math.inf  # a device receives all bytes that one device sends
+            return math.inf  # so 1 - 1 / size is 1: a device receives all bytes that another sends
         if sizes := i.attribute(r"replica_groups=\[([\d,]+)\]"):  # [groups, devices per group]
             return int(sizes.split(",")[-1])
         if group := i.attribute(r"replica_groups=\{\{([\d,]+)\}"):
@@ -260,7 +260,7 @@ class Program:
         )
 
     def _written_by(self, part, inside, whole):
-        """Returns the written bytes: 0 for a parameter, the changed elements for an update."""
+        """Returns the bytes of `whole` that `part` writes, such as the changed elements."""
         while part.opcode == "bitcast" and part.operands[0] in inside:
             part = inside[part.operands[0]]
         if part.opcode == "parameter" or part.collective or part.target in _ASYNC:
@@ -291,10 +291,10 @@ class Program:
 def likely_seconds(operation, chip, shape=()):
     """Returns the likely seconds of one execution of an operation.
 
-    A collective takes the time of a ring algorithm over the links of the group, minus the time of
-    the operations that overlap with it, or 0 if these are unknown. Another operation takes the
-    compiler's cycles or, without cycles, the larger of the times for FLOPs and for memory traffic
-    at the peaks of `chip`. `shape` is the number of chips along each dimension of the slice.
+    A collective takes the time of a ring algorithm over the links of its group, minus the time of
+    the operations that overlap with it; if these are unknown, it is assumed to take no time. Other
+    operations take the compiler's cycles or, without cycles, the larger of the times for FLOPs and
+    for memory traffic at the peaks of `chip`. `shape` is the result of `hardware.slice_shape`.
     """
     if operation.collective:
         if operation.collective == "collective-permute":  # to a neighbour, over one link

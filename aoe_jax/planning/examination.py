@@ -60,7 +60,7 @@ def _add(report, verdict, show):
 
 
 def fitted(config: Config, n_devices):
-    """Returns `config` with one micro-batch per step, of at most `MAX_TOKENS` or one sequence."""
+    """Returns `config` with short steps: at most `MAX_TOKENS` per device or one longer sequence."""
     config = fill_mesh(config, n_devices)
     shards, train = math.prod(config.mesh.shape[:3]), config.train
     sequences = train.batch_size // train.accumulate // shards
@@ -140,7 +140,7 @@ def kernel_verdicts(config, mesh, backends):
 
 def take_steps(config: Config):
     """Runs `STEPS` training steps on random tokens. Returns the last loss and the speed of the
-    median step. `mfu` is None if the peak is unknown; `finite` is true if all steps were finite.
+    median step. `mfu` is None without known peak FLOPs; `finite` is true if all steps were finite.
     """
     step, seconds, finite = RepeatedStep(config), [], []
     jax.block_until_ready(step())

@@ -1,5 +1,5 @@
-"""Provides the published peaks of accelerators, and devices of TPU slices and GPU nodes, for which
-programs can be compiled on a machine without these devices.
+"""Provides the published peaks of accelerators. Describes TPU slices and GPU nodes, so that
+programs can be compiled for them on a machine without these devices.
 
 Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.google.com/tpu/docs
 (peak compute, HBM, and one direction of the inter-chip bandwidth); the Google Cloud machine types
@@ -112,7 +112,7 @@ def machine():
 
 
 def topology_devices(topology, n_slices=1):
-    """Returns `(generation, devices)` for compilation only; this process then computes on CPU.
+    """Returns `(generation, devices)` for compilation only; afterwards the process computes on CPU.
 
     `topology` names a TPU slice, such as "v5e:16x16", or the GPUs of a node, such as "h100:8".
     Raises `UserError` if the name or the shape is unknown, or the compiler is not installed.

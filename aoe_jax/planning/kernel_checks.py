@@ -33,11 +33,11 @@ from aoe_jax.sharding import MESH_AXES, replicated
 
 PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # TPUs round float32 to bfloat16, GPUs to TF32
 BLOCK = 128  # rows whose error is computed together, such as positions of a head
-LAYER_TOKENS, LAYER_EXPERTS = 2048, 8  # limits, because the reference is dense
+LAYER_TOKENS, LAYER_EXPERTS = 2048, 8  # limits, as the reference runs all experts on all tokens
 
 
 class Case(NamedTuple):
-    """A kernel at one shape, and its reference; both take the arrays and a value of `inputs`."""
+    """A kernel at one shape, and its reference; both take arrays and the arguments of an input."""
 
     kernel: str
     shape: str  # in words
@@ -65,7 +65,7 @@ def drawn(mesh, shapes, dtype):
 
 
 def with_gradients(function):
-    """Returns a function `(arrays, g, given) -> (y, *gradients)`; g is the gradient of y."""
+    """Returns `(arrays, g, given) -> (y, *gradients)`; y = function(*arrays, *given), g = dL/dy."""
 
     def call(arrays, g, given):
         y, pull_back = jax.vjp(lambda *arrays: function(*arrays, *given), *arrays)
@@ -158,7 +158,7 @@ def attention_cases(config: Config, backend):
 
 
 def attention_case(backend, shape, inputs):
-    """Returns the case of shape `(B, H, G, S, h)`; an input is () or `(documents [B, S],)`."""
+    """Returns the case of shape (B, heads, key heads, S, width); inputs are () or (documents,)."""
     b, n_heads, n_kv, s, h = shape
 
     def plain(q, k, v, *documents):

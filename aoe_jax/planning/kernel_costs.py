@@ -10,7 +10,7 @@ from aoe_jax.model.attention.splash import LANES
 from aoe_jax.moe.grouped_matmul.megablox import tiles
 from aoe_jax.moe.grouped_matmul.mosaic_gpu import blocks_at_once, width_block
 
-# Kernel -> number of matrix products for each pair of a query block and a key block.
+# Kernel (result, gradient of q, gradients of k and v) -> matrix products per pair of blocks.
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
@@ -56,8 +56,8 @@ def megablox_cost(name, operands, results, tiles=tiles):
     """Returns the cost of a grouped product by Megablox with these `tiles`.
 
     `lhs` is read once for each tile of the output width. `gmm` reads the weights once if a tile has
-    the whole contracted width, otherwise once for each tile of rows. `tgmm` reads `rhs` once for
-    each tile of k. A tile with rows of two groups is listed and computed twice.
+    the whole contracted width, else once for each tile of rows. `tgmm` computes weight gradients
+    `[E, k, n]`: it reads `rhs` once for each tile of k. A tile with two groups is computed twice.
     """
     if name not in ("gmm", "tgmm"):
         return None
@@ -65,7 +65,7 @@ def megablox_cost(name, operands, results, tiles=tiles):
     k, n = out.dims[1:] if name == "tgmm" else (lhs.dims[1], out.dims[1])
     m = math.prod(lhs.dims) // k
     n_groups, n_visits = offsets.dims[0] - 1, listed.dims[0]
-    # d_rows is a `gmm`, too. Its tiles are the forward tiles for its own k and n.
+    # The gradient of the rows is another `gmm`, with the forward tiles for its own k and n.
     product = "d_weights" if name == "tgmm" else "forward"
     itemsize = 2 if lhs.dtype == "bf16" else 4
     _, tk, tn = tiles(m, k, n, n_groups, itemsize)[product]
@@ -80,8 +80,8 @@ def megablox_cost(name, operands, results, tiles=tiles):
 def mosaic_gpu_cost(name, operands, results):
     """Returns the cost of a grouped product by Mosaic GPU.
 
-    Each pass over the output width reads all rows. `d_weights` needs only one pass, because all
-    blocks of an expert are computed together, in one loop over the expert's rows.
+    Each pass over the output width reads all rows. Weight gradients need only one pass, because
+    all blocks of an expert are computed together, in one loop over the expert's rows.
     """
     matrices = [a for a in operands if len(a.dims) > 1]
     if not name.startswith("mosaic_gpu") or len(matrices) != 2:

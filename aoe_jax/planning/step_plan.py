@@ -6,12 +6,12 @@ How the figures are computed:
 - `aoe_jax/planning/costs.py` computes FLOPs and memory traffic from the optimised program.
 - Collectives are counted in the jaxpr, which has all of them except the sums of a few scalars and
   of the gradients of norm scales. Their bytes are those that a device receives in a step with ring
-  algorithms. The collectives of the optimised program are listed, too; their bytes are the larger
-  of operand and result.
+  algorithms. The collectives of the optimised program are also listed, with the bytes of the
+  operand or of the result, whichever are more.
 - The lower bound of the step time is the longest of three times: arithmetic, HBM (the state is read
   and written once) and network, each at its published peak.
-- The likely step time is a sum over all operations. `costs.likely_seconds` computes the time of
-  each operation, and the time of a collective that does not overlap with other operations.
+- The likely step time is the sum of `costs.likely_seconds` over all operations. For collectives,
+  this is only the time that does not overlap with other operations.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Arms that several suites share. Most functions return an `Arm`.
 
-A size sets `d_ffn` of the MoE's experts. Arms with `matched=True` have the MoE's total parameters.
+A size sets `d_ffn` of MoE experts. Arms with `matched=True` have the total parameters of the MoE.
 """
 
 from dataclasses import replace
@@ -49,7 +49,7 @@ def low_rank_moe(divisor, field):
 
 
 def aoe(divisor, balance):
-    """Returns AoE of rank `d_model / divisor`, width by Eq. 5; `balance` is aux, free or none."""
+    """Returns AoE of rank `d_model / divisor` and width by Eq. 5; `balance` is a key of BALANCE."""
     label, fields = BALANCE[balance]
 
     def changes(config):
@@ -68,7 +68,7 @@ def whole_aoe(score_neurons, balance, score="norm"):
 
 
 def varied(arm, **groups):
-    """Returns `arm` with further changes `group={field: value}`, which its label names, too."""
+    """Returns `arm` with further changes `group={field: value}`, which are added to its label."""
 
     def changes(config):
         found = dict(arm.changes_of(config))
@@ -125,5 +125,5 @@ def _dense_changes(width):
 
 
 DENSE = Arm("dense", _dense_changes("n_experts"))
-# This dense model has as many parameters as the MoE has active ones, so about the same FLOPs.
+# This dense model has as many parameters as the MoE has active ones, so about as many FLOPs.
 DENSE_ACTIVE = Arm("dense, active parameters of the MoE", _dense_changes("top_k"), matched=False)

@@ -1,13 +1,13 @@
-"""Compares AoE with whole gates, AoE as published and the MoE at four sizes, in 14 core-hours:
+"""Compares the MoE, the published AoE, and AoE with whole gates at four sizes, in 14 core-hours:
 `--suite=configs/compare/confirm.py`.
 
 Every size is trained on 20 tokens per active parameter: 0.22, 0.8, 2.2 and 5.4 epochs of the
 embedded corpus. The scoring rate, a factor of the learning rate of weights that compute scores, has
 the value with the lowest mean loss in `screen.py`: 0.1 for the published AoE, 0.3 for the other
 arms. Experts of `aoe_whole` have whole gates, and their score is the norm of 16 neurons. In
-`aoe_one` the score is the value of one neuron. At 149k, seeds 0 to 2 repeat runs of `screen.py`;
-seeds 3 and 4 are new. All arms have the same best learning rate (`rates.py`), which is scaled by
-1 / d_model at larger sizes. The larger two sizes leave out `aoe_one`. Only the smallest size has
+`aoe_one` the score is the value of one neuron. At size 149k, seeds 0 to 2 repeat runs of
+`screen.py`; seeds 3 and 4 are new. All arms have the same best learning rate (`rates.py`), scaled
+by 1 / d_model at larger sizes. The larger two sizes leave out `aoe_one`. Only the smallest size has
 the arms without L_aux: `none` arms have no balancing, `free` arms have the loss-free bias.
 """
 

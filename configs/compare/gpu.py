@@ -6,10 +6,10 @@ corpus is too small, so STORE is a token store that `python -m aoe_jax.prepare` 
 vocabulary of at most 32,000 tokens. The GPU kernel needs widths and ranks that are multiples of 64,
 so the published AoE has a rank near d/3 and experts with up to 3% more parameters.
 
-On one H100, `aoe_jax.plan` estimates for whole gates 90 ms per step and 4 minutes per run at 20M,
-and 250 ms and 67 minutes at 100M. You can stop the suite at any time, for example by `timeout 600`,
-and the same command continues it. A run keeps the checkpoints of the middle and the end of its
-training; the checkpoints of all runs need 120 GB.
+For whole gates on one H100, `aoe_jax.plan` estimates 4 minutes per run at 20M (90 ms per step) and
+67 minutes per run at 100M (250 ms per step). You can stop the suite at any time, for example by
+`timeout 600`, and the same command continues it. A run keeps the checkpoints of the middle and the
+end of its training; the checkpoints of all runs need 120 GB.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ SEQUENCES, LENGTH = 128, 1024
 
 
 def size_of(d_model, n_layers, active):
-    """Returns the changes to the base for a size; its `active` parameters decide the steps."""
+    """Returns the changes to the base for a size; steps are proportional to `active` parameters."""
     tenth = round(TOKENS_PER_PARAMETER * active / (SEQUENCES * LENGTH) / 10)
     return {
         "model": {"n_layers": n_layers, "n_heads": d_model // 64, "d_model": d_model},

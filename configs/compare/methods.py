@@ -3,10 +3,10 @@
 
 Arms are the variants of `configs/methods.py`. Each arm with AoE is compared to AoE with top-k, and
 each arm with a router to the router with top-k. The router with top-k is compared to AoE with
-top-k. All arms use the learning rate of `small.py`, the best one for both AoE and the router with
-top-k, because tuning each arm would take longer than all runs. switch, smear and thor use only one
-expert per token, so switch and smear have about half the expert FLOPs of the other arms. thor
-processes every batch twice, so it has as many expert FLOPs and twice the attention FLOPs of others.
+top-k. All arms use the learning rate of `small.py`, which is best for AoE and for the router with
+top-k; to tune each arm would take longer than all runs. switch, smear and thor use only one expert
+per token, so switch and smear have about half the expert FLOPs of the other arms. thor processes
+every batch twice: it has the expert FLOPs of most arms, and twice the attention FLOPs.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite, Sweep

@@ -1,10 +1,10 @@
 """Compares the three main arms of `confirm.py` with other batch sizes and numbers of experts:
 `--suite=configs/compare/other.py`.
 
-The suite takes four core-hours. It changes the middle size of `small.py` in four ways, at the same
+The suite takes four core-hours. It changes the middle size of `small.py` in four ways, at its own
 learning rate: batches that are four times as large, 2 of 16 experts, 8 of 64 experts, and 8 of 256
-experts. The experts of the last two have a quarter of the width. AoE has no router, so it has 1.2%
-fewer parameters than the MoE with 64 experts, and 1.4% fewer with 256. The report in
+experts. Experts of the last two models have a quarter of the width. AoE has no router, so it has
+1.2% fewer parameters than the MoE with 64 experts, and 1.4% fewer with 256. The report in
 `results/other` also has runs on a second corpus, `manuals`.
 """
 

@@ -12,8 +12,8 @@ A run keeps its newest three checkpoints and, for the analysis of routing, those
 step. At the end it has 13 checkpoints of 9 GB each (48 GB each at 4B).
 
 Set the corpus and the mesh: `--set=data.name=... --set=data.tokenizer=... --set=mesh.fsdp=16`. To
-use several hosts, start the command of the suite and stop it when the training begins: it has
-written `RUN.config.json` for each run RUN, `DIR/runs/SIZE/ARM/seed_0`. Train each run with
+use several hosts, start the command of the suite and stop it when the training begins. By then
+it has written `RUN.config.json` for each run; RUN is `DIR/runs/SIZE/ARM/seed_0`. Train a run with
 `train.py --config=RUN.config.json --workdir=RUN --distributed`. Then start the command of the suite
 again: it analyses the runs and writes the report.
 """
@@ -21,7 +21,7 @@ again: it analyses the runs and writes the report.
 from aoe_jax.compare.suite import Arm, Size, Suite
 from configs import paper
 
-# The large router adds n r d parameters, which are 2.6% of all parameters.
+# The large router adds n_experts * d_low * d_model parameters, which are 2.6% of all parameters.
 UNMATCHED = ("moe_aux_large_router",)
 
 # AoE without L_aux is compared to the MoE without L_aux, and AoE with top-p to the MoE with top-p.

@@ -25,7 +25,7 @@ def with_rates(name, arm):
 
 
 def routing_neurons(count):
-    """Returns an arm with layers in the style of Union-of-Experts and `count` routing neurons."""
+    """Returns an arm in the style of Union-of-Experts with `count` routing neurons per expert."""
     routing = {"name": "uoe", "routing_neurons": count}
     changes = {"experts": {"kind": "uoe"}, "routing": routing}
     return Arm(f"AoE of routing neurons (UoE-style), {count}", changes)

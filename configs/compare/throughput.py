@@ -1,9 +1,9 @@
 """Measures the time of a training step for several n_experts, top_k, ranks and batch sizes:
 `--suite=configs/compare/throughput.py`.
 
-The suite compares AoE, the dropless MoE of equal total parameters, and dense models of equal total
-and of equal active parameters. The models have two layers of d=192, and random weights. The suite
-takes about an hour on two CPU cores.
+The suite compares AoE with the dropless MoE of equal total parameters and with two dense models:
+one of equal total and one of equal active parameters. All models have two layers of width 192 and
+random weights. The suite takes about an hour on two CPU cores.
 """
 
 from dataclasses import replace
