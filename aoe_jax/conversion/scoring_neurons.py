@@ -30,7 +30,7 @@ def telling_neurons(x, logits, chosen, w_gate, count, score):
     pre-activations, `[n, T, f]` float32, are in memory at once.
 
     `x [T, d]`, `logits [T, n]` and `chosen [T, n]` are the router's inputs, logits and choices in a
-    layer, and `w_gate` is `[n, d, f]`. `score` is "norm" or "max", and `count` at most f. Returns
+    layer, and `w_gate` is `[n, d, f]`. `score` is "norm" or "max", `count` is at most f. Returns
     `[n, count]` int32, in the order of choice.
     """
     gate = jnp.einsum("td,ndf->ntf", x.astype(jnp.float32), w_gate.astype(jnp.float32))

@@ -19,7 +19,7 @@ With G > 1, a token may be routed to only some pieces of a copy.
 **Noise.** Gaussian noise is added to every matrix of every expert. Its standard deviation is
 `noise` times that of the dense matrix; the noise of `w_down` is multiplied by G, like `w_down`.
 
-Without noise, the MoE, and the AoE with G = 1, compute exactly the outputs of the dense model.
+Without noise, the MoE computes exactly the outputs of the dense model; so does the AoE if G = 1.
 """
 
 import dataclasses

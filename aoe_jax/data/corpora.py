@@ -265,7 +265,7 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     try:  # loads a prepared data set from the disk, without access to the hub
         return tfds.core.read_only_builder.builder_from_files(local, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
-        importlib.import_module("datasets")  # if it is missing, TFDS would raise an unclear error
+        importlib.import_module("datasets")  # without this package, TFDS raises an unclear error
         return HuggingfaceDatasetBuilder(
             hf_repo_id=f"{owner}/{repository}",
             hf_config=config or None,

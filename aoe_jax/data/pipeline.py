@@ -129,7 +129,7 @@ def train_batches(
     loss_mask: bool = False,
     read_options: grain.ReadOptions = READ_OPTIONS,
 ) -> grain.DatasetIterator:
-    """Yields training batches without end. Every epoch shuffles a source in another order.
+    """Yields training batches without end. A source has a new order in every epoch.
 
     A batch has the arrays of `PackedWindows`, `[len(rows), seq_len]`; `rows` are the rows of the
     global batch that this process reads, by default all. The global batch of a step does not depend
