@@ -45,8 +45,8 @@ def devices_of(generation):
 
 
 def compiled_attention(devices, backend, shape):
-    """Compiles attention and its gradients in bfloat16 for the first device, at `shape = (B, H, G,
-    S, h)`. Returns `(compiled program, text of its HLO)`.
+    """Compiles attention and its gradients in bfloat16 for the first device. `shape` is (sequences,
+    query heads, key and value heads, positions, head width). Returns `(program, text of its HLO)`.
     """
     b, n_heads, n_kv, s, h = shape
     mesh = Mesh(np.array(devices[:1]), ("one",), axis_types=(AxisType.Auto,))
@@ -71,7 +71,7 @@ def expert_shapes():
 
 def lower_for(device, backend, m, d, f, n_experts, dtype, product=None):
     """Lowers the grouped product `[M, D] x [E, D, F]` and its two gradients for a device of a
-    topology, or only the one of the three that `product` (a name in `PRODUCTS`) selects.
+    topology. With `product`, a name in `PRODUCTS`, it lowers only this one of the three.
     """
     here = SingleDeviceSharding(device)
 

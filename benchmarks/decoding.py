@@ -1,14 +1,14 @@
 """Times incremental decoding of AoE and router MoE with few and many experts, and compares it with
-decoding without a cache and with self-contrast.
+two variants: decoding without a cache, and decoding with self-contrast.
 
 `python -m benchmarks.decoding [--length=512] [--batches=1,16] [--d_model=256] [--layers=4]
 [--repeats=7] [--json=FILE]`. Models have random weights in float32, a vocabulary of 4096, and top-2
-of 8 or top-8 of 64 experts. AoE has r = d/3 or d/12, and as many parameters as the router MoE. One
-dense model is as wide as all experts together, another as wide as all experts of one token. All
-models are timed in turn. A step processes one token of each sequence and selects the likeliest next
-token, after `--length` cached positions. In the file of `--json`, `bytes` is the size of the
-weights that a token needs. `recomputing` is the time of a token without a cache, and `contrasting`
-with a cache and self-contrast; both are divided by the time with a cache alone.
+of 8 or top-8 of 64 experts. AoE has gates of rank r = d/3 or d/12, and as many parameters as the
+router MoE. One dense model is as wide as all experts together, another as wide as all experts of
+one token. All models are timed in turn. A step processes one token of each sequence and selects the
+likeliest next token, after `--length` cached positions. In the file of `--json`, `bytes` is the
+size of the weights that a token needs. `recomputing` is the time of a token without a cache, and
+`contrasting` with a cache and self-contrast; both are divided by the time with a cache alone.
 """
 
 import jax

@@ -61,14 +61,14 @@ def _tokamax_cost(name, operands, results):
 
 
 def figures(generation, backend, shape, dtype, m, n_experts):
-    """Compiles each product of `PRODUCTS` with a backend. Returns a dict for each product: FLOPs
+    """Compiles each product of `PRODUCTS` with a backend. Returns `{product: dict}`: FLOPs
     divided by the useful `2 M D F`, and the bytes of HBM traffic and of temporary memory. If a
     product does not compile, its dict has only the key "error".
     """
     device = devices_of(generation)[0]
     BACKENDS.update({name: partial(_tokamax, name.removeprefix("tokamax_")) for name in TOKAMAX})
     sizes = m, *shape, n_experts
-    # tokamax selects its kernels for JAX's default device.
+    # tokamax selects its kernels for JAX's default device, so `device` becomes the default.
     here = mock.patch.object(jax_backend, "get_default_device", lambda: device)
     with compiling_for([device]), here:
         return {name: _figure(device, backend, sizes, dtype, name) for name in PRODUCTS}

@@ -6,7 +6,7 @@ like the field `data.name`. By default, half of the tokens come from the embedde
 from the long descriptions of the installed Python packages. The corpora are tokenised before the
 measurement; batches are packed and shuffled during it.
 
-The training steps of both arms alternate. A wait is the time of `next(data)` and of copying the
+Steps with and without prefetching alternate. A wait is the time of `next(data)` and of copying the
 batch to the device, measured after the step has ended. In a training run the device computes a step
 during this time, so the measured wait is an upper bound of the time that a run loses.
 """

@@ -4,7 +4,7 @@ of equal active FLOPs, and AoE with the router MoE.
 `python -m benchmarks.layer [--tokens=4096] [--shapes=256x8x2x512,...] [--dtype=float32]
 [--repeats=9] [--json=FILE]`. A shape is d_model, n_experts, top_k, d_ffn. AoE has as many
 parameters as the router MoE (Eq. 5) and d_low = d_model / 3. `useful FLOPs` (analytic) and `peak
-memory` (arguments, results and temporaries) are ratios to the layer that it is compared with.
+memory` (arguments, results and temporaries) are ratios to those of the layer's baseline.
 
 The phases of the AoE layer's forward pass are also timed separately.
 """
@@ -70,7 +70,7 @@ def _inputs(config, n_tokens):
 
 
 def _gradient(config, n_tokens):
-    """Returns a function that computes gradients of parameters and tokens, and its peak memory."""
+    """Returns a function that computes the gradients of a loss, and its peak memory in bytes."""
     layer, x, params = _inputs(config, n_tokens)
 
     def loss(params, x):
@@ -85,7 +85,7 @@ def _gradient(config, n_tokens):
 
 
 def _phases(config, n_tokens):
-    """Returns `{name: function}`; each runs the forward pass of one phase of an AoE layer."""
+    """Returns `{name: function}`; a function runs the forward pass of one phase of an AoE layer."""
     layer, x, params = _inputs(config, n_tokens)
     w, k = {name: a.astype(layer.dtype) for name, a in params.items()}, config.experts.top_k
     transport = Local(Devices(), config.experts.n_experts, all_used=True)

@@ -4,7 +4,7 @@ or compares the likely step time of a MaxText run with its published step time.
     python -m benchmarks.maxtext --python=VENV/bin/python --topology=v5e:4x4 [--json=FILE]
     python -m benchmarks.maxtext --python=VENV/bin/python --recipe=mixtral_8x7b_v5p [--json=FILE]
 
-A program compiles for minutes. The first form needs `libtpu` (`make .venv/libtpu`,
+Compiling a program takes minutes. The first form needs `libtpu` (`make .venv/libtpu`,
 `PYTHONPATH=.venv/libtpu`). MaxText needs Python 3.12 or later and other package versions than this
 project, so it has its own virtual environment VENV:
 
@@ -127,7 +127,7 @@ RECIPES = {
         f"--xla_tpu_enable_ag_backward_pipelining=true {_OVERLAP} {_MOE_VMEM}",
     ),
     # This recipe of October 2024 is also in the table of models. It has 8 sequences per chip and no
-    # offloading. With this compiler, the 12 sequences of the present recipe do not fit in memory.
+    # offloading. With this compiler, the later recipe with 12 sequences does not fit in memory.
     "mixtral_8x7b_v6e": Recipe(
         "tpu-recipes/training/trillium/Mixtral-8x7B-MaxText",
         8.409,
@@ -340,7 +340,7 @@ def compare(python, topology):
 
 
 def calibrate(python, name):
-    """Compiles a recipe, prints its likely step time beside the published one, and returns both."""
+    """Compiles a recipe; prints and returns its likely step time and the published step time."""
     recipe = RECIPES[name]
     compiled, text = compile_maxtext(python, recipe.fields, recipe.xla_flags)
     generation, _, shape = recipe.topology.partition(":")

@@ -1,10 +1,10 @@
-"""Times whole training steps on one core: of our AoE and router MoE, and of Mixtral with the same
-shape in `transformers` on torch.
+"""Times whole training steps on one core: our AoE and router MoE, and Mixtral of the same shape in
+`transformers` on torch.
 
 `python -m benchmarks.mixtral [--repeats=5] [--json=FILE]` needs `torch` and `transformers`. All
-models have 4 layers with d=256, 4 heads, top-2 of 8 experts of width 512 (AoE: Eq. 5), and a
+models have 4 layers with d=256, 4 heads, top-2 of 8 experts of width 512 (for AoE by Eq. 5), and a
 vocabulary of 4096. A step has 16 sequences of 256 random tokens, and uses float32, AdamW, clipping
-and L_aux (unless the arm says otherwise). Mixtral runs eagerly. Steps of the models alternate.
+and L_aux (unless a model's name says otherwise). Mixtral runs eagerly. The models' steps alternate.
 Steps consist mostly of matrix products, so one product is also timed in torch and in JAX.
 """
 
@@ -75,7 +75,7 @@ def mixtral_step(config):
 
 
 def products(config):
-    """Returns functions that multiply tokens by one weight matrix 20 times, in torch and in JAX."""
+    """Returns `{library: function}`; a function multiplies tokens by one weight matrix 20 times."""
     import torch
 
     d, f = config.model.d_model, config.experts.d_ffn

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.plans [--rows=NAME,...] [--json=FILE]` needs `libtpu` for TPUs and JAX's CUDA
 wheels for GPUs; a row takes minutes on two cores. `python -m aoe_jax.plan --config=CONFIGURATION
---topology=TOPOLOGY` computes the same figures if the fields in `ROWS` and `SHARED` are its flags.
+--topology=TOPOLOGY` computes the same figures if its flags set the fields in `ROWS` and `SHARED`.
 """
 
 from absl import flags

@@ -77,7 +77,7 @@ def llama_model():
 
 
 def rates(repeats, vocab_size, count):
-    """Times preparation and the library alone on one core; returns a dict for each tokenizer."""
+    """Times preparation and the library alone on one core; returns a list with a dict for each."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     figures, documents = [], list(itertools.islice(texts(), count))

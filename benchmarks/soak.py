@@ -7,8 +7,8 @@ same state as an undisturbed run, bit for bit.
 The first form trains a small model in one process without a break. Then it starts the same run many
 times, and kills it (SIGKILL) or asks it to stop (SIGTERM) right after its start, during data
 preparation, during its steps, or during a save. The second form trains with several processes, each
-under `aoe_jax.supervise`, and sends SIGKILL or SIGTERM to one or all of them, or SIGSTOP to one for
-longer than `train.hang_timeout`. The supervisors must bring the run to its end.
+under `aoe_jax.supervise`. It sends SIGKILL or SIGTERM to one or all of the processes, or pauses one
+(SIGSTOP) for longer than `train.hang_timeout`. The supervisors must bring the run to its end.
 
 A run that reaches its end is compared with the undisturbed one: the metrics, every line of
 metrics.jsonl except measured times, the position in the data, and the arrays of the last
@@ -211,7 +211,7 @@ def compare(workdir, wanted):
 
 
 def soak(root: Path, kills, terms, seed, settings=None):
-    """Stops runs by SIGKILL `kills` times and by SIGTERM `terms` times; returns counts.
+    """Stops runs by SIGKILL `kills` times and by SIGTERM `terms` times; counts runs and stops.
 
     Raises `Failure` at the first difference, unreadable checkpoint or wrong exit status.
     """
@@ -267,7 +267,7 @@ class SupervisedRun:
                 yield from psutil.Process(supervisor.pid).children()
 
     def wait_for_steps(self):
-        """Waits until a new heartbeat says that the run computes steps, or until it has ended."""
+        """Waits until a new heartbeat says that the run computes steps, or until the run ends."""
         before = read_heartbeat(self.workdir)
 
         def computes():

@@ -1,4 +1,4 @@
-"""Times a whole training step of AoE and of a router MoE of equal total parameters.
+"""Times a whole training step of AoE and of a router MoE with equally many parameters.
 
 `python -m benchmarks.step [--models=tiny,deep,sparse] [--repeats=7] [--json=FILE]`. `useful FLOPs`
 is the ratio of the useful FLOPs of an AoE step to those of the router MoE; `over` is the measured

@@ -74,7 +74,7 @@ def torch_packages():
 
 
 def new_workdir(flag):
-    """Returns the path of `--workdir`; raises `UserError` without it, or if the path exists."""
+    """Returns the path of `--workdir`; raises `UserError` if it is not given or exists."""
     root = cli.path_of(flag).absolute()
     if root.exists():
         raise UserError(f"--workdir={root} exists already; name a new directory")

@@ -277,7 +277,7 @@ if __name__ == "__main__":  # defined here, because tests import this file
     flags.DEFINE_integer("seeds", 20, "number of trainings of each layer")
     flags.DEFINE_integer("steps", 1000, "training steps of each stage")
     flags.DEFINE_integer(
-        "d_model", 32, "width of the inputs; experts have twice this width and a quarter as rank"
+        "d_model", 32, "width d of the inputs; experts have width 2 d and gates of rank d / 4"
     )
     flags.DEFINE_string("json", None, "a file for the figures")
     flags.DEFINE_string("output", None, "a folder for the picture")

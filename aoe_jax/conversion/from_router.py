@@ -115,8 +115,8 @@ def _observed(model, batches):
 
 
 def _factorised(read, rank, energy):
-    """Returns a function for `write_model`, which factorises gates `[n, d, f]` by a truncated
-    singular value decomposition `U S V^T` in float32: `w_gate_down = U_r S_r [n, d, r]` and
+    """Returns a function for `write_model`. It factorises gates `[n, d, f]` to rank r by a singular
+    value decomposition `U S V^T` in float32: `w_gate_down = U_r S_r [n, d, r]` and
     `w_gate_up = V_r^T [n, r, f]`, so that `|x w_gate_down| = |x w_gate_down w_gate_up|`. For each
     layer, the function appends to `energy` the fraction of `|W_gate|^2` that each expert keeps.
     """
@@ -138,7 +138,7 @@ def _factorised(read, rank, energy):
 
 
 def _reordered(read, observed, count, score):
-    """Returns a function for `write_model`, which puts the scoring neurons of each expert first."""
+    """Returns a function for `write_model`; it puts the scoring neurons of each expert first."""
 
     @functools.lru_cache(maxsize=1)
     def order(layer):  # [n, f]

@@ -16,7 +16,7 @@ The scores of a router MoE are its logits. `greedy` keeps the router columns of 
 the paper does not mention the router here. The other methods make a random router, which must be
 trained alone first (`train.router_steps`). The paper does not prune the first layer, but here all
 layers get D experts, because scanned layers must have equal shapes. Negating both w_up and w_down
-of a hidden unit does not change its output, but the alignment does not change signs.
+of a hidden unit does not change its output, but the alignment does not try this.
 
 The paper does not treat AoE. AoE's scores are norms, whose means are far from 0, so cosines are
 computed from centred norms. The low-rank axis of w_gate_down and w_gate_up is aligned too, by a
@@ -125,7 +125,7 @@ def find_clusters(method, similarity, load, n_clusters, seed=0):
 
 
 def aligned(reference, expert):
-    """Permutes and rotates `expert` to be nearest to `reference`; its function does not change.
+    """Permutes and rotates `expert` to be nearest to `reference`, and keeps the expert's outputs.
 
     The permutation of hidden units solves one assignment problem for w_up, w_down and the gate. The
     rotation Q changes a factorised gate to `w_gate_down Q` and `Q^T w_gate_up`, and keeps the norms

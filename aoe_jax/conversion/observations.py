@@ -46,7 +46,7 @@ def observations(model: Model, batches: Iterable[dict], with_inputs=False):
     """Yields `(scores, chosen)` as host arrays for each host batch, without padding tokens.
 
     `scores [L, T, Z]` float32 are AoE's scores or router logits. `chosen [L, T, Z]` bool marks the
-    selected experts, with any selection bias. `with_inputs` adds the experts' input `x [L, T, d]`.
+    selected experts (by scores plus any bias). `with_inputs` adds the experts' input `x [L, T, d]`.
     """
 
     def observe(scores, routing, weights, ctx):

@@ -75,8 +75,8 @@ def prune(
     print(prune_table(report))
     if "selection_bias" in model.routing_state:
         log.warning(
-            "the selection bias of loss-free balancing was made for the old experts: it starts at "
-            "0 again, and balance.bias_rate=0 in the result; set a rate to train with it"
+            "the selection bias of loss-free balancing was made for the old experts, so the result "
+            "has none and balance.bias_rate=0; set a rate to train with a new bias"
         )
     if model.config.experts.has_router and method != "greedy":
         log.warning(

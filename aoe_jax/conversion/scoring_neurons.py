@@ -1,7 +1,7 @@
 """Finds neurons of a router MoE's experts whose activations predict the router's choices.
 
-Notation: L layers, T tokens, n experts, d model width, f expert width. A neuron of an expert is a
-column of w_gate and w_up and a row of w_down. The order of the neurons does not affect the output.
+Notation: L layers, T tokens, n experts, d model width, f expert width, r scoring columns. A neuron
+is a column of w_gate and w_up and a row of w_down. The order of neurons does not affect the output.
 """
 
 from functools import partial
@@ -30,7 +30,7 @@ def telling_neurons(x, logits, chosen, w_gate, count, score):
     pre-activations, `[n, T, f]` float32, are in memory at once.
 
     `x [T, d]`, `logits [T, n]` and `chosen [T, n]` are the router's inputs, logits and choices in a
-    layer, and `w_gate` is `[n, d, f]`. `score` is "norm" or "max", and `count` at most f. Returns
+    layer, and `w_gate` is `[n, d, f]`. `score` is "norm" or "max", `count` is at most f. Returns
     `[n, count]` int32, in the order of choice.
     """
     gate = jnp.einsum("td,ndf->ntf", x.astype(jnp.float32), w_gate.astype(jnp.float32))
@@ -73,8 +73,8 @@ def agreement(observed, w_score, score):
     """Computes the fraction of the router's choices that the neurons' scores would make too.
 
     `observed` has `logits [L, T, n]`, `chosen [L, T, n]` and `x [L, T, d]` of a router MoE. Scores
-    are `SCORE_OF_CODE[score]` of `x w_score`, with `w_score [L, n, d, r]`. Each token keeps its
-    number of experts. Returns `(fractions [L], expected fraction of a random choice)`.
+    are `SCORE_OF_CODE[score]` of `x w_score`, with `w_score [L, n, d, r]`. A token gets as many
+    experts as the router chose. Returns `(fractions [L], expected fraction of a random choice)`.
     """
     _, chosen, x = observed
     of_layers = [

@@ -1,14 +1,14 @@
 """Turns a dense model into an MoE or an AoE whose experts are copies or pieces of its feed-forward
 layer (Sparse Upcycling, arXiv 2212.05055; fine-grained experts: arXiv 2410.07524).
 
-Notation: N experts, K of them per token; granularity G, C = N / G copies; f dense-layer width.
+Notation: N experts, K per token; granularity G; C = N / G copies; model width d, dense width f.
 
 **Experts.** The f neurons of a layer are divided into G pieces of f / G neurons, and each piece is
 copied C times: expert `c G + g` is copy c of piece g. A dense layer computes the sum of the pieces,
 an MoE layer a weighted mean, so `w_down` is multiplied by G (the second paper scales all matrices).
 
 **Router of an MoE.** The G experts of a copy (a virtual group of the second paper) have the same
-router column, random with variance 1 / d. As G divides K, a token is routed to all G or to none.
+router column, random with variance 1 / d. G divides K, so a token chooses all G of them or none.
 
 **Scores of an AoE.** Gates are not factorised, and the score of an expert is computed from its
 first S neurons. Neurons are sorted by the norm of their gate column and assigned to the pieces in
@@ -17,9 +17,9 @@ turn. So all experts have scoring neurons of similar norms, and no two experts s
 With G > 1, a token may be routed to only some pieces of a copy.
 
 **Noise.** Gaussian noise is added to every matrix of every expert. Its standard deviation is
-`noise` times that of the dense matrix; the noise of `w_down` is multiplied by G, too.
+`noise` times that of the dense matrix; the noise of `w_down` is multiplied by G, like `w_down`.
 
-Without noise, the MoE, and the AoE with G = 1, compute exactly the outputs of the dense model.
+Without noise, the MoE computes exactly the outputs of the dense model; so does the AoE if G = 1.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ class Upcycling:
 
     def config(self, dense: Config) -> Config:
         """Returns the configuration of the result, with the default balance losses. Raises
-        `UserError` if the model is not dense, or a setting does not fit it or another setting.
+        `UserError` if the model is not dense, or settings do not fit it or each other.
         """
         width, kind = dense.experts.d_ffn, dense.experts.kind
         require(kind == "dense", "experts.kind", kind, "only a dense model can be upcycled")
@@ -132,8 +132,8 @@ def upcycle(
 
     `checkpoint` is the directory of a model or of a run, whose newest checkpoint is loaded. Dtypes
     do not change. Returns the content of `convert.json` in `output`: the fields of `form`, and, if
-    `data` is given or the model is from a run, `nll` `before` and `after`, on `n_tokens` tokens of
-    each corpus in validation. Raises `UserError` if a file cannot be read or `form` does not fit.
+    `data` is given or the model is from a run, `nll` `before` and `after`, on `n_tokens` validation
+    tokens of each corpus. Raises `UserError` if a file cannot be read or `form` does not fit.
     """
     config = form.config(source_config(checkpoint))
     is_measured = is_of_run(checkpoint) or data is not None

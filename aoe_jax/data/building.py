@@ -18,7 +18,7 @@ from aoe_jax.storage.files import exclusive, host_name, sync, write_json
 
 logger = logging.getLogger(__name__)
 
-RECORDS_PER_SHARD = 32768  # a shard has 256 MiB of uint16 tokens before compression
+RECORDS_PER_SHARD = 32768  # a full shard has 256 MiB of uint16 tokens before compression
 _BATCH_CHARACTERS = 2**21
 
 

@@ -82,7 +82,7 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
 
 def split_of(index: int) -> str:
     """Returns the split of document `index`. Of every twenty documents in a row, the tenth is for
-    validation and the twentieth for test, so every split has documents from the whole corpus.
+    validation and the twentieth for test, so each split's documents are spread over the corpus.
     """
     return {9: "validation", 19: "test"}.get(index % 20, "train")
 
@@ -173,8 +173,8 @@ def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
 
 
 def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) -> Corpus:
-    """Returns a prepared TFDS data set as a corpus. If it has no validation or test split,
-    `split_of` selects documents of the train split for the missing split.
+    """Returns a prepared TFDS data set as a corpus. If the validation or the test split is missing,
+    it consists of the documents of the train split that `split_of` selects for it.
     """
     info = builder.info
     # Scalars are included, because builders of Hugging Face data sets declare texts as scalars.
@@ -265,7 +265,7 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     try:  # loads a prepared data set from the disk, without access to the hub
         return tfds.core.read_only_builder.builder_from_files(local, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
-        importlib.import_module("datasets")  # if it is missing, TFDS would raise an unclear error
+        importlib.import_module("datasets")  # without this package, TFDS raises an unclear error
         return HuggingfaceDatasetBuilder(
             hf_repo_id=f"{owner}/{repository}",
             hf_config=config or None,

@@ -137,7 +137,7 @@ def _parquet(raw: BinaryIO, piece: Piece, text_field: str) -> Iterator[str]:
 
 def _json_lines(file: BinaryIO, piece: Piece, text_field: str) -> Iterator[str]:
     position = piece.start
-    if position > 0:  # skips a line that begins in the previous piece and belongs to it
+    if position > 0:  # skips the rest of a line that begins in the previous piece
         position = file.seek(position - 1)
         position += len(file.readline(piece.stop - position))
     while position < piece.stop and (line := file.readline(DOCUMENT_BYTES + 1)):

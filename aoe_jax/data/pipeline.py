@@ -35,7 +35,7 @@ class PackedWindows:
         return (len(self._store) - 1) // self._seq_len
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
-        """Returns the arrays `[L]` of window `index`. `inputs` and `targets` are int32 tokens.
+        """Returns arrays `[seq_len]` of window `index`. `inputs` and `targets` are int32 tokens.
         `segment_ids`, int32, numbers the documents in the window from 1: each token has the number
         of its document. `weights`, float32, are the weights of the targets in the loss.
 
@@ -53,8 +53,8 @@ class PackedWindows:
 class Mixture:
     """Determines the order of the windows in an endless mixture of several sources.
 
-    Before any position, the number of windows from a source is `position * weight / total weight`
-    to within a few windows. They are computed in constant time, so a run can go on anywhere.
+    Of the first `position` windows, about `position * weight / total weight` are from a source. The
+    exact numbers are computed in constant time, so a run can continue at any position.
     """
 
     def __init__(self, weights: Sequence[Fraction | int], batch_size=1, rows=(0,)):
@@ -79,7 +79,7 @@ class Mixture:
         return counts
 
     def __len__(self) -> int:
-        # More windows than any run reads. Grain converts the number to float, exactly for 2**48.
+        # More windows than any run reads. Grain converts 2**48 to float without rounding.
         return 2**48
 
     def __getitem__(self, index: SupportsIndex) -> tuple[int, int]:
@@ -92,7 +92,7 @@ class Mixture:
 
 
 class _TrainIterator(grain.DatasetIterator):
-    """Yields batches. The saved position has the number of windows read from each source, too."""
+    """Yields batches. The saved position includes the number of windows read from each source."""
 
     def __init__(self, batches: grain.DatasetIterator, windows_read: Callable[[int], dict]):
         super().__init__(batches)
@@ -129,7 +129,7 @@ def train_batches(
     loss_mask: bool = False,
     read_options: grain.ReadOptions = READ_OPTIONS,
 ) -> grain.DatasetIterator:
-    """Yields training batches without end. Every epoch shuffles a source in another order.
+    """Yields training batches without end. A source has a new order in every epoch.
 
     A batch has the arrays of `PackedWindows`, `[len(rows), seq_len]`; `rows` are the rows of the
     global batch that this process reads, by default all. The global batch of a step does not depend
@@ -141,7 +141,7 @@ def train_batches(
     """
     rows = range(batch_size) if rows is None else rows
     windows = [PackedWindows(store, seq_len, loss_mask) for store in stores.values()]
-    # The first source uses the seed itself, so one source has the same order in old versions.
+    # The first source uses the seed itself, so a single source is shuffled as in old versions.
     seeds = [seed, *map(int, np.random.SeedSequence(seed).generate_state(len(windows) - 1))]
     shuffled = [
         grain.MapDataset.source(source).shuffle(seed).repeat()

@@ -78,8 +78,8 @@ class Settings:
     tokenizer: str
     text_field: str = "text"  # the JSON field or Parquet column that contains the text
 
-    # Fractions of the documents in these splits. The hash of a document's text determines its
-    # split, so that all copies of a document are in the same split.
+    # Fractions of the documents in validation and test. A hash of a document's text determines
+    # its split, so that all copies of a document are in the same split.
     validation: float = 0.005
     test: float = 0.005
 
@@ -109,8 +109,8 @@ class Settings:
 def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: int):
     """Makes a token store in `output`, or continues a store that the same call began.
 
-    `inputs` are glob patterns for `find_files`. `output` is a new or empty folder, or has an
-    unfinished store of the same inputs and settings. The store does not depend on the number of
+    `inputs` are glob patterns for `find_files`. `output` is a new or empty folder, or has a
+    store of the same inputs and settings. The content of the store does not depend on the number of
     `processes`. Raises `UserError` if an input or the tokenizer cannot be used, `output` has other
     files, or a split would be empty, and `MachineFault` if the disk fails or is full.
     """
@@ -228,7 +228,7 @@ def _claim(files: Mapping, planned: dict, output: Path) -> dict:
 
 
 def install_tokenizer(output: Path, plan: dict, settings: Settings) -> Tokenizer:
-    """Returns the tokenizer in `output`. If it is missing, trains one or copies the given one."""
+    """Returns the tokenizer in `output`. If none is there, trains one or copies the given one."""
     if token_store.saved_tokenizer(output).exists():
         return load_tokenizer(token_store.saved_tokenizer(output), setting="tokenizer")
     if not settings.bpe_size:

@@ -1,8 +1,8 @@
 """Token stores: a tokenised corpus on disk, written once and read by random access.
 
-For each split a store has one stream of tokens, `EOT doc1 EOT doc2 EOT ... docN EOT`. Shards store
-all tokens except the first. A shard is an ArrayRecord file. Each record has `RECORD_TOKENS` tokens;
-the last record of a shard may have fewer. A store also has a tokenizer file and `manifest.json`.
+For each split a store has a stream of tokens, `EOT doc1 EOT ... docN EOT`; EOT is the end-of-text
+token. Shards, which are ArrayRecord files, store all tokens except the first. A record has
+`RECORD_TOKENS` tokens, or fewer at the end of a shard. A store also has a tokenizer and a manifest.
 """
 
 import functools
@@ -124,7 +124,7 @@ def _damaged(directory: Path, reason: str) -> UserError:
 class TokenStore:
     """The "train", "validation" or "test" split of a token store.
 
-    It has `documents` documents, `text_bytes` long in UTF-8, separated by the token `end_of_text`.
+    Its `documents` documents have `text_bytes` bytes in total; `end_of_text` tokens separate them.
     """
 
     def __init__(self, directory: str | Path, split: str):
@@ -138,7 +138,7 @@ class TokenStore:
         self.documents, self.text_bytes = numbers["documents"], numbers["bytes"]
         self._tokens, self._shards = numbers["tokens"], numbers["shards"]
         self._dtype = np.dtype(self.manifest["dtype"])
-        # Position in the stream of the first token of each shard, then the end of the stream.
+        # Positions in the stream where the shards begin, then the length of the stream.
         self._starts = np.cumsum([1, *(shard["tokens"] for shard in self._shards)])
         for shard in self._shards:
             path, wanted = self._directory / shard["name"], shard["file_bytes"]

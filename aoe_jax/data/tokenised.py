@@ -30,7 +30,7 @@ class TokenisedCorpus:
 
     @property
     def identities(self) -> list[str]:
-        """For each source, a hash of its text, tokenizer and splits; independent of its path."""
+        """A hash for each source. It depends on text, tokenizer and split sizes, not on a path."""
         return [_identity(store.manifest) for store in self.train.values()]
 
 
@@ -38,8 +38,8 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     """Opens the corpora of a `DataConfig`, and first tokenises those without a token store.
 
     Without `data.tokenizer`, all corpora use the tokenizer of the prepared stores, if there are
-    any. Raises `UserError` if a corpus, a store or a tokenizer cannot be used, or if a prepared
-    store has another tokenizer than the other prepared stores or than `data.tokenizer`.
+    any. Raises `UserError` if a corpus, a store or a tokenizer cannot be used, or if the tokenizers
+    of prepared stores differ from each other or from `data.tokenizer`.
     """
     what = f"data.name={data.name!r}: cannot be opened, or tokenised in data.cache={data.cache!r}"
     return patiently(what, partial(_open_at_once, data, vocab_size))
@@ -53,7 +53,7 @@ def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
         if source.name == "prepared":
             path = paths[source.label]
             if is_remote(path):
-                token_store.read_manifest(path)  # raises before a bad store is copied
+                token_store.read_manifest(path)  # refuses a bad store before it is copied
             directories[source.label] = local_copy(path, cache)
     if directories:
         tokenizer = _shared_tokenizer(list(directories.values()), tokenizer, vocab_size)
@@ -147,10 +147,10 @@ def cached_token_stores(
 ) -> list[Path]:
     """Returns the directory of each `Corpus`'s token store, after building the missing stores.
 
-    `tokenizer` is the path of a file. If it is None, byte-level BPE with `vocab_size` tokens is
+    `tokenizer` is the path of a file. If None, byte-level BPE with `vocab_size` tokens is
     trained on the train splits of all corpora. The folder of a store is `NAME-HASH` in
-    `<cache>/tokens`. The hash depends on the text and the tokenizer, so a change of these makes a
-    new store. If several processes share the cache, one builds a store and the others wait. On a
+    `<cache>/tokens`. The hash depends on the text and the tokenizer, so a change of either makes
+    a new store. If several processes share the cache, one builds a store and the others wait. On a
     network disk whose locks work only within a host, one process of every host builds the store,
     and the first result is kept. Raises `UserError` if the tokenizer or a text cannot be used, or
     `vocab_size` is too small.

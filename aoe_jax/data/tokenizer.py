@@ -39,8 +39,8 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
 
     The memory use of tokenizer libraries is up to 100 times the size of a text. If every cut is
     before such a space or line break, byte-level BPE with the pre-tokenizer of GPT-2 returns the
-    same tokens for the pieces as for the whole text. Other tokenizers may return other tokens or
-    one more token at a cut.
+    same tokens for the pieces as for the whole text. Other tokenizers may return different
+    tokens, or one more token, at a cut.
     """
     start = 0
     while len(text) - start > size:
@@ -86,7 +86,7 @@ class Tokenizer:
     prefix: list[int]  # ids of special tokens before each text, such as `<s>`; `encode` omits them
 
     def __init__(self, content: bytes, threads: int | None):
-        """`content` is the file; `encode` uses `threads` threads, or one per core if it is None."""
+        """`content` is the file's content. `encode` uses `threads` threads; None: one per core."""
         self._content, self._threads = content, threads or -1  # -1: SentencePiece uses all cores
         self.sha256 = hashlib.sha256(content).hexdigest()
 
@@ -115,7 +115,7 @@ class HuggingFaceTokenizer(Tokenizer):
     file_name = "tokenizer.json"
 
     def __init__(self, content: str, threads: int | None = None):
-        """Raises `UserError` if there is no end-of-text token, or an error of the library."""
+        """Raises `UserError` without an end-of-text token. Library errors are not caught."""
         super().__init__(content.encode(), threads)
         self._tokenizer = tokenizer = tokenizers.Tokenizer.from_str(content)
         tokenizer.encode_special_tokens = True
@@ -163,7 +163,7 @@ class SentencePieceTokenizer(Tokenizer):
     file_name = "tokenizer.model"
 
     def __init__(self, model: bytes, threads: int | None = None):
-        """Raises `UserError` if there is no end-of-sentence piece, or an error of the library."""
+        """Raises `UserError` without an end-of-sentence piece. Library errors are not caught."""
         if not model:
             raise RuntimeError("it is empty")
         super().__init__(model, threads)

@@ -75,7 +75,7 @@ def call_in_file(flag, file, function, *args):
         example = EXAMPLE if function == "get_config" else "configs/compare/tiny.py"
         wanted = f"name a Python file with {function}(), such as {example}"
         raise UserError(f"{flag}: cannot be read (no such file); {wanted}")
-    if os.getcwd() not in sys.path:  # console scripts do not add this folder
+    if os.getcwd() not in sys.path:  # console scripts do not add the current folder
         sys.path.append(os.getcwd())
     try:
         found = runpy.run_path(str(file))

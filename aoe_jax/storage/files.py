@@ -1,5 +1,5 @@
-"""Reads and writes files, makes folders, and locks them, on a disk or in an object store. Reading
-checks a size limit and a schema. An interrupted write leaves either the old or the new file.
+"""Reads and writes files and makes folders, on a disk or in an object store; makes locks on a disk.
+Reading checks a size limit and a schema. An interrupted write leaves the old or the new file.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _LINE_BYTES = 2**22  # length limit of a line of metrics
 
 
 class Kind(NamedTuple):
-    """A kind of value in a file: its description in error messages, and a test of a value."""
+    """A kind of value in a file. `words` describes it in error messages, `holds` tests a value."""
 
     words: str
     holds: Callable[[object], bool]
@@ -68,7 +68,7 @@ def read_bytes(path: Path | str, at_most: int) -> bytes:
 
 
 def read_text(path: Path, name: str, at_most: int) -> str:
-    """The text of a file in UTF-8. Raises `UserError`, whose message begins with `name`."""
+    """The text of a UTF-8 file. Raises `UserError`, beginning with `name`, if it cannot be read."""
     what = f"{name} cannot be read"
     with refusing(what, "; name a text file"):
         content = patiently(what, lambda: read_bytes(path, at_most))
@@ -82,7 +82,7 @@ def read_json(
     path: Path, wanted="name the workdir of a training run", schema=None, at_most: int = _BYTES
 ):
     """The JSON object in a file. Raises `UserError`, whose message ends with `wanted`, if the file
-    cannot be read, has more than `at_most` bytes, or does not have the schema.
+    cannot be read, has more than `at_most` bytes, or does not match the schema.
 
     A schema has one of four forms. A `Kind` describes a single value. `[schema]` describes a list
     whose items all have that schema. `{str: schema}` describes an object whose values all have that
@@ -122,7 +122,7 @@ def misfit(value, schema, name=""):
 
 
 def read_metrics(path: Path):
-    """Yields the valid lines of a `metrics.jsonl`, if it exists. A line is valid if it has a step
+    """Yields the valid lines of a `metrics.jsonl`, if it exists, as dicts. A valid line has a step,
     and its values, except `layers`, are numbers or null. Raises `UserError` if reading fails.
     """
     if not path.exists():
@@ -179,7 +179,7 @@ def host_name() -> str:
 
 
 def make_folder(folder: Path, flag: str):
-    """Makes a missing folder. Raises `UserError` if it cannot, `MachineFault` if its disk fails."""
+    """Makes a folder. Raises `UserError` if it cannot be made, `MachineFault` if its disk fails."""
     exists = folder.exists() if is_remote(folder) else os.path.lexists(folder)
     if exists and not folder.is_dir():
         raise UserError(f"--{flag}={folder} is a file or a broken link; name a folder")
@@ -188,7 +188,7 @@ def make_folder(folder: Path, flag: str):
 
 
 def write_or_refuse(folder, flag, write):
-    """Returns `write()`, repeated after temporary faults. Other `OSError`s raise `UserError`."""
+    """Returns `write()`, repeated after temporary faults. Other `OSError`s become `UserError`s."""
 
     def attempt():
         try:
@@ -217,8 +217,8 @@ def write_report(file: Path, report: dict, flag):
 
 @contextlib.contextmanager
 def exclusive(lock_file: Path, flag="config.data.cache"):
-    """A context that holds a lock until the context or the process ends. On some network disks the
-    lock excludes only processes of the same host. Raises `UserError`, which names the `flag`, if
+    """A context that holds a lock until the context or the process ends. On some network disks it
+    works only among the processes of a host. Raises `UserError`, which names the `flag`, if
     the folder of the lock cannot be written.
     """
 

@@ -1,7 +1,7 @@
 """Leases: at most one process owns a folder on a disk, on a network disk or in an object store.
 
 The owner renews the file `owner.lease`. Another process takes the folder over if the file does not
-change for `STALE` seconds; on a disk at once if the owner was a process of the same host and ended.
+change for `STALE` seconds. On a disk it takes over at once if the owner ran on its host and ended.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def _acquire(lease, flag, take_over):
 
 
 def owner_of(folder: Path) -> dict:
-    """Returns the fields of the lease file and, on a disk, its time of renewal; {} without it."""
+    """Returns the lease file's fields, and on a disk its time of renewal; {} without the file."""
     with contextlib.suppress(FileNotFoundError):
         fields = _FIELD.findall(read_bytes(folder / NAME, 4096).decode("ascii", "replace"))
         changed = {} if is_remote(folder) else {"changed": os.stat(folder / NAME).st_mtime_ns}

@@ -46,7 +46,7 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False, is_pattern=F
     scheme = re.match(rf"({'|'.join(STORES)})://[^/]", text)
     if not in_store or not scheme:
         raise UserError(f"{name}={text}: {wanted}")
-    if has_magic(text) and not is_pattern:  # clients of stores would take it for a pattern
+    if has_magic(text) and not is_pattern:  # clients of stores would treat it as a pattern
         raise UserError(f"{name}={text}: a path in a store must not have *, ? or [")
     try:
         __import__(STORES[scheme[1]])
@@ -103,7 +103,7 @@ def find(pattern: str) -> dict:
 
 
 class _Disk(LocalFileSystem):
-    """Records the errors of folders that cannot be listed; `glob` alone skips them silently."""
+    """Records the errors of folders that cannot be listed; `glob` alone skips such folders."""
 
     cachable = False
 
@@ -150,7 +150,7 @@ def unused(path):
 
 def move(source, target):
     """Moves a file or folder, also to another disk, and makes the parent folders of `target`. In a
-    store it moves file by file. Raises `UserError` if one of the parents is a file.
+    store, it moves one file after another. Raises `UserError` if one of the parents is a file.
     """
     if is_remote(source):
         file_system(source).mv(os.fspath(source), os.fspath(target), recursive=True)
@@ -164,7 +164,7 @@ def move(source, target):
 
 
 def put(source: Path, target):
-    """Moves a file to `target`, on its disk or in a store. Readers never see an incomplete file."""
+    """Moves a file to `target`, on the same disk or in a store. Readers never see half a file."""
     if is_remote(target):
         file_system(target).put_file(os.fspath(source), os.fspath(target))
         source.unlink()
@@ -181,7 +181,7 @@ def remove_folder(folder):
 
 def local_copy(folder, cache="~/.cache/aoe_jax"):
     """Returns `folder` if it is on a disk, else a copy of it in `cache`. A new copy is made if a
-    file in the store, except for the reports, has changed since the last copy.
+    file of the folder, other than `_REPORTS`, has changed since the last copy.
     """
     if not is_remote(folder):
         return folder

@@ -24,7 +24,7 @@ _AS_TEXT = re.compile(
     "|".join(
         [re.escape(os.strerror(code)) for code in errno.errorcode if code not in _LASTING]
         + [_STATUSES, "ABORTED|CANCELLED", "Out of memory", r"HTTP (response )?code: (429|5\d\d)"]
-        + ["^Forbidden: "]  # gcsfs raises it for status 403
+        + ["^Forbidden: "]  # how gcsfs begins its message for status 403
     )
 )
 # Messages for a lack of device memory. On CPU, allocations within a program fail with INTERNAL.
