@@ -164,12 +164,10 @@ def _terminate(number, frame):
 
 def execute(main, argv):
     """Parses a command line, sets up logging and calls `main()`. Returns `(exit status, whether the
-    interpreter may end normally)`: True without exceptions, and after `Preempted` or `Interrupted`.
+    interpreter may end normally)`; the second is False after a failure.
 
-    After an exception the last line on stderr describes it. The exit status is that of a `Failure`
-    or `Stopped`, 2 for a lack of device memory or credentials, 5 for a fault of a disk, a network
-    or host memory, 130 for Ctrl-C, 141 for a pipe that nobody reads, and 1 for any other exception,
-    whose traceback is also printed. `--debug` prints the tracebacks of all errors.
+    The last line on stderr describes an exception, and its exit status is that of `_end_of`.
+    `--debug` also prints its traceback.
     """
     # Reads `argv` itself, because `FLAGS.debug` is not set if another flag has a mistake.
     debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(argv[1:])
@@ -206,7 +204,9 @@ def _set_up_logging(debug):
 
 
 def _end_of(error):
-    """Returns `(exit status, last line, whether a traceback is printed)` for an exception."""
+    """Returns `(exit status, last line, whether a traceback is printed)` for an exception. Statuses
+    are those of a `Failure` or `Stopped`, 2 (no device memory), 5 (a fault), 141, 130, or 1.
+    """
     if isinstance(error, Stopped):
         return error.status, str(error), False
     if isinstance(error, KeyboardInterrupt):

@@ -119,7 +119,7 @@ def fill_mesh(config, n_devices):
 
 
 def make_mesh(config, devices):
-    """The mesh of a `Config` from `fill_mesh`. Devices are ordered by their network topology, and
+    """The mesh of a result of `fill_mesh`. Devices are ordered by their network topology, and
     slices are along `data`. Raises `UserError` if the topology does not allow the shape.
     """
     shape = config.mesh.shape

@@ -62,7 +62,8 @@ class Supervisor:
         self._process, self._asked_to_stop = None, threading.Event()
         self._files = self._files_of_run()
         for number in _PASSED_ON:
-            signal.signal(number, self._pass_on)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup`
+                signal.signal(number, self._pass_on)
 
     def _pass_on(self, number, frame):
         self._asked_to_stop.set()

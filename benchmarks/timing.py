@@ -19,7 +19,7 @@ from aoe_jax.storage.config_files import update_groups
 from aoe_jax.storage.files import write_json
 from configs import tiny
 
-flags.disclaim_key_flags()  # flags that functions below define belong to their callers
+flags.disclaim_key_flags()  # functions below define flags for the module that calls them
 
 
 def compiled(function, *args):

@@ -28,10 +28,10 @@ def upgraded(stored: dict) -> dict:
         if not isinstance(values, dict):
             raise UserError(f"{name[:100]} is no group of fields; name a training run's workdir")
         groups[name] = dict(values)
+    if type(version) is not int or not 0 < version <= VERSION:
+        raise UserError(f"version={shown(version)}: this program reads 1 to {VERSION}; update it")
     if version == VERSION:
         return groups
-    if version != 1:
-        raise UserError(f"version={shown(version)}: this program reads 1 to {VERSION}; update it")
     if "selection" in groups.get("experts", {}):
         raise UserError(
             "config.experts.selection is older than 2026-11-27; use the program of that time"

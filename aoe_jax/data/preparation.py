@@ -120,6 +120,7 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
         what = f"{output} cannot be prepared"
         plan = patiently(what, lambda: _claim(files, planned, output))
         if (output / "manifest.json").exists():
+            token_store.read_manifest(output)  # raises if it is damaged
             remove_folder(output / "units")
             logger.info(f"{output} is complete already; --check verifies its shards")
             return
@@ -257,8 +258,8 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
         (output / "units").mkdir(exist_ok=True)
         for killed in (output / "units").glob("*.partial-*"):
             remove_folder(killed)
-        for killed in output.glob("*.json.*.partial"):
-            killed.unlink()
+        for killed in output.glob("*.json.*partial"):
+            killed.unlink(missing_ok=True)
     sizes = [unit["size"] for unit in plan["units"]]
     done = sum(sizes) - sum(sizes[unit] for unit in units)
     bar = tqdm(desc="preparing", total=sum(sizes), initial=done, unit="B", unit_scale=True)

@@ -73,12 +73,10 @@ def read_manifest(directory: Path) -> dict:
     for split, numbers in manifest["splits"].items():
         if numbers["tokens"] != 1 + sum(shard["tokens"] for shard in numbers["shards"]):
             raise _damaged(directory, f"manifest.json has a wrong number of {split} tokens")
-        # A document has at least one byte of text, one token and an end-of-text token.
-        n_documents, most = numbers["documents"], min(numbers["bytes"], numbers["tokens"] // 2)
+        # A document has at least one byte of text and an end-of-text token.
+        n_documents, most = numbers["documents"], min(numbers["bytes"], numbers["tokens"] - 1)
         if not 0 < n_documents <= most:
-            found = ", ".join(
-                f"{numbers[name]} {name}" for name in ("documents", "bytes", "tokens")
-            )
+            found = f"{n_documents} documents, {numbers['bytes']} bytes, {numbers['tokens']} tokens"
             raise _damaged(directory, f"manifest.json has {found} in {split}")
     return manifest
 

@@ -79,7 +79,7 @@ def load_tasks(names, fewshot=None, data: Path | None = None):
         if data and shots:
             _check_shots(index.task_index[name].cfg, name, data, shots)
         if data and task.OUTPUT_TYPE == "multiple_choice":
-            _check_answers(name, task, data)
+            _check_answers(name, task, data, shots)
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(_SHOTS_SEED)
     return loaded
@@ -124,26 +124,35 @@ def _check_lines(file):
     kinds = {}
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             where = f"line {number} of {file}"
             with refusing(f"--tasks-data: {where} is no JSON object", kinds=Exception):
-                example = dict(json.loads(line))
-            for name, value in example.items():
-                first, kind = kinds.setdefault(name, (value, type(value)))
+                fields = json.loads(line).items()
+            for name, value in fields:
+                first = value if value is None else kinds.setdefault(name, value)
                 wanted = f"{where}: {name} is {shown(value)}, but {shown(first)} in an earlier line"
-                require_flag(type(value) is kind, "tasks-data", Path(file).parent.parent, wanted)
+                require_flag(
+                    type(value) is type(first), "tasks-data", Path(file).parents[1], wanted
+                )
 
 
-def _check_answers(name, task, data):
+def _check_answers(name, task, data, shots):
     """Raises `UserError` for the first example whose label names none of its choices."""
     answer = task.doc_to_text if task.multiple_input else task.doc_to_target
-    for number, example in enumerate(task.eval_docs, 1):
-        try:
-            choices, found = task.doc_to_choice(example), answer(example)
-        except Exception as e:  # templates fail in many ways
-            choices, found = [], f"{type(e).__name__}: {e}"
-        is_right = found in choices or (type(found) is int and 0 <= found < len(choices))
-        wanted = f"line {number} of {name}: its label gives {shown(found)}, not one of its choices"
-        require_flag(is_right, "tasks-data", data, wanted)
+    splits = {"evaluated": task.eval_docs} | ({"prompt": task.fewshot_docs()} if shots else {})
+    for kind, examples in splits.items():
+        for number, example in enumerate(examples, 1):
+            try:
+                choices, found = task.doc_to_choice(example), answer(example)
+            except Exception as e:  # templates fail in many ways
+                choices, found = [], f"{type(e).__name__}: {e}"
+            answers = found if isinstance(found, list) else [found]
+            numbers = range(len(choices))
+            is_right = all(a in choices or (type(a) is int and a in numbers) for a in answers)
+            where = f"line {number} of the {kind} examples of {name}"
+            wanted = f"{where}: its label names none of its choices ({shown(found)})"
+            require_flag(is_right, "tasks-data", data, wanted)
 
 
 def _check_shots(config, name, data, shots):

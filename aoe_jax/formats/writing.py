@@ -56,6 +56,7 @@ def new_directory(output: Path) -> Iterator[Path]:
         with contextlib.ExitStack() as held:
             with contextlib.suppress(OSError):  # some network disks cannot lock a directory
                 held.enter_context(_locked(partial))
+            partial.mkdir(exist_ok=True)  # another call may have removed it before it was locked
             yield partial
         for file in partial.iterdir():
             sync(file)

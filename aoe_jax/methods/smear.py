@@ -151,7 +151,7 @@ class Smear(Unchosen):
     segment: int = setting(64, at_least=0)
     # Probability in training that an expert is left out of a merged expert.
     expert_dropout: float = setting(0.1, at_least=0, below=1, training_only=True)
-    # Fraction of the initial variance of an expert's matrices that is not common to all experts.
+    # Share of each expert's own part in the variance of initial matrices; the rest is common.
     own_share: float = setting(0.5, above=0, at_most=1, training_only=True)
 
     def __call__(self, x, weights, layer, ctx):

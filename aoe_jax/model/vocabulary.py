@@ -49,8 +49,8 @@ def sum_over_tokens(function, hidden, table, targets, weights):
 def on_each_token(function, hidden, table, *values):
     """Applies `function`, which returns one result per token, on each device to its tokens.
 
-    `function(hidden [T, d], table [V, d], *values [T]) -> arrays [T]`; `values` are `[B, S]`, and
-    the result is a tuple of arrays `[B, S]`. `sum_over_tokens` describes `hidden`.
+    `values` and the arrays in the returned tuple are `[B, S]`. `function` is called on each device:
+    `(hidden [T, d], table [V, d], *values [T]) -> arrays [T]`; `sum_over_tokens` has `hidden`.
     """
     return _over_tokens(function, hidden, table, values, token_spec(2), jnp.reshape)
 

@@ -104,7 +104,7 @@ class Hooks(NamedTuple):
 
 
 class Method(Group):
-    """The base class of routers and layers. By default a method has none of the features below."""
+    """The base class of routers and layers. By default: causal, no parameters, state or losses."""
 
     group = "routing"
     name: ClassVar[str]

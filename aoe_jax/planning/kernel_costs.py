@@ -65,7 +65,7 @@ def megablox_cost(name, operands, results, tiles=tiles):
     k, n = out.dims[1:] if name == "tgmm" else (lhs.dims[1], out.dims[1])
     m = math.prod(lhs.dims) // k
     n_groups, n_visits = offsets.dims[0] - 1, listed.dims[0]
-    # The gradient of the rows is another `gmm`, with the forward tiles for its own k and n.
+    # A `gmm` is a forward product or a gradient of rows; both choose tiles by the same rule.
     product = "d_weights" if name == "tgmm" else "forward"
     itemsize = 2 if lhs.dtype == "bf16" else 4
     _, tk, tn = tiles(m, k, n, n_groups, itemsize)[product]

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import socket
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -146,7 +147,7 @@ def write_whole(path: Path, content: bytes):
     if is_remote(path):  # a store shows an object only when it is complete
         path.write_bytes(content)
         return
-    partial = path.with_name(f"{path.name}.{host_name()}-{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         partial.write_bytes(content)
         sync(partial)

@@ -34,7 +34,7 @@ def leased(folder: Path, flag: str, take_over=False):
     `check` before files are replaced. If another process owns the folder, waits until the lease of
     that process is stale, or raises `InUse` when it is renewed. `take_over` takes over at once.
     """
-    is_new = not is_remote(folder) and not folder.exists()
+    is_new = not is_remote(folder) and not os.path.lexists(folder)
     make_folder(folder, flag)
     lease = (_InStore if is_remote(folder) else _OnDisk)(folder)
     try:
@@ -69,7 +69,7 @@ def owner_of(folder: Path) -> dict:
     with contextlib.suppress(FileNotFoundError):
         fields = _FIELD.findall(read_bytes(folder / NAME, 4096).decode("ascii", "replace"))
         changed = {} if is_remote(folder) else {"changed": os.stat(folder / NAME).st_mtime_ns}
-        return dict(fields) | changed
+        return {"token": ""} | dict(fields) | changed
     return {}
 
 

@@ -42,11 +42,11 @@ class Heartbeat:
             threading.Thread(target=self._watch, daemon=True, name="watches the heartbeat").start()
         return self
 
-    def begin(self, saved, began):
-        """From now on `beat` writes the file; only process 0 calls this method. `saved` is the step
-        of the newest checkpoint, and `began` the time of the run's first start.
+    def begin(self, saved, began, is_owner=lambda: True):
+        """From now on `beat` writes the file while `is_owner()`; only process 0 calls this method.
+        `saved` is the step of the newest checkpoint, `began` the time of the run's first start.
         """
-        self.saved, self._began = saved, began
+        self.saved, self._began, self._is_owner = saved, began, is_owner
 
     def beat(self, status, step=None):
         """Records a status and, if given, the step. Writes the file when the status changes, and
@@ -61,7 +61,8 @@ class Heartbeat:
         value = {"status": status, "step": self._step, "saved": self.saved, "time": time.time()}
         value |= {"began": self._began, "host": host_name(), "pid": os.getpid()}
         with self._tolerated:
-            write_json(self._workdir / "heartbeat.json", value)
+            if self._is_owner():
+                write_json(self._workdir / "heartbeat.json", value)
 
     def __exit__(self, kind, error, trace):
         # Writes nothing after a `UserError` or `MachineFault`: another process may own the file.

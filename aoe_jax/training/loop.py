@@ -128,7 +128,7 @@ def train(
                 cannot = f"--workdir={workdir} cannot be written"
                 patiently(cannot, lambda: folder.claim(given, corpus))
                 patiently(cannot, lambda: metrics.open(folder.check_lease, wandb))
-                heartbeat.begin(now.step, began)
+                heartbeat.begin(now.step, began, folder.is_owner)
         checkpoints.open(config.checkpoint)
 
         heartbeat.beat("compiling", now.step)

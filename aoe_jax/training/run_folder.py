@@ -66,6 +66,8 @@ class RunFolder:
         with together():
             if is_main:
                 self._lease = held.enter_context(leased(workdir, "workdir", take_over))
+                for killed in () if is_remote(workdir) else workdir.glob("[chd]*.json.*.partial"):
+                    killed.unlink(missing_ok=True)  # a process was killed while it wrote the file
         number = self._lease and _number(self._lease.token)
         see_the_same(
             number, lambda: _number(owner_of(workdir).get("token")), f"--workdir={workdir}"
@@ -97,12 +99,18 @@ class RunFolder:
             if steps:
                 _check_x64(self.workdir)
                 check_data(self.workdir, corpus)
-        agree("the configuration or data", f"{config} {corpus.identities}")
+        agree(
+            "the configuration or data", f"{config} {corpus.identities} {jax.config.jax_enable_x64}"
+        )
 
     def check_lease(self):
         """Raises `UserError` if another process has taken over the lease. Only process 0 checks."""
         if self._lease:
             self._lease.check()
+
+    def is_owner(self):
+        """Whether this process still has the lease; it neither waits nor raises `UserError`."""
+        return owner_of(self.workdir).get("token") == self._lease.token
 
     def upload(self):
         """Copies `on_disk` to a workdir in an object store; raises the error of `check_lease`."""
@@ -214,15 +222,16 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
     if found != corpus.identities:
         there, here = (", ".join(stores)[:1000] for stores in (found, corpus.identities))
         raise UserError(
-            f"workdir {workdir} was trained on token store {there}, this is {here}: the text or "
-            "the tokenizer has changed. Bring it back (data.path, or the paths in data.name), or "
-            "use another --workdir"
+            f"workdir {workdir} was trained on token store {there}, this is {here}: the text, its "
+            "order or the tokenizer has changed. Correct data.path or data.name, or use another "
+            "--workdir"
         )
 
 
 def _check_x64(workdir):
-    before, here = bool(read_json(workdir / "data.json").get("x64")), jax.config.jax_enable_x64
-    if before != here:
+    here = jax.config.jax_enable_x64
+    before = read_json(workdir / "data.json").get("x64")  # None: a run of an older version
+    if before not in (None, here):
         wanted = f"workdir {workdir} was trained with JAX_ENABLE_X64={before:d}; set it again"
         raise UserError(f"JAX_ENABLE_X64={here:d}: {wanted}")
 

@@ -24,7 +24,7 @@ class StopRequests:
     def listen(self):
         """Handles signals from now on; call it before `jax.distributed` starts."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup`
                 signal.signal(number, self._take)
 
     def _take(self, number, frame):

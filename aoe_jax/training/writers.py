@@ -11,7 +11,6 @@ import errno
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from aoe_jax.errors import UserError
 from aoe_jax.storage.files import finite, write_whole
-from aoe_jax.storage.paths import unused
+from aoe_jax.storage.paths import move, unused
 
 # tensorboardX must not import PyTorch, which takes seconds and is not needed for these events.
 _has_torch = sys.modules.setdefault("torch", None)
@@ -75,7 +74,7 @@ class JsonLines:
 
     def _flush(self):
         if self._failed:  # deletes a part of a line that the previous write may have left
-            self._file.truncate(self._size)
+            self._file.truncate(min(self._size, self._file.seek(0, os.SEEK_END)))
         self._failed = True
         written = self._file.write(self._unwritten)
         if written < len(self._unwritten):
@@ -85,26 +84,31 @@ class JsonLines:
     def sync(self) -> int:
         """Puts all lines on the disk, even if the file was replaced; returns the file's size."""
         self._flush()
-        opened = os.fstat(self._file.fileno())
-        if not self._path.exists() or not os.path.samestat(self._path.stat(), opened):
-            self._restore()
-        if (size := os.fstat(self._file.fileno()).st_size) != self._size:
+        try:
+            if not self._path.exists() or not self._path.samefile(f"/dev/fd/{self._file.fileno()}"):
+                self._restore()
+        except OSError as e:  # the save of the checkpoint must go on
+            log.warning(f"{self._path} was removed or replaced, and cannot be written again ({e})")
+        size = self._file.seek(0, os.SEEK_END)
+        if size != self._size:
             log.warning(f"{self._path} was edited: it had {self._size} bytes, now {size}")
-            self._size = size
+            self._file.seek(max(size - 1, 0))
+            self._size = size + self._file.write(b"" if self._file.read(1) in b"\n" else b"\n")
         os.fsync(self._file.fileno())
         return self._size
 
     def _restore(self):
-        kept = ""
-        if self._path.exists():
-            target = unused(self._path.with_name(f"{self.name}.replaced"))
-            shutil.copyfile(self._path, target)
-            kept = f"; the other file is now {target.name}"
+        target, kept = Path(os.path.realpath(self._path)), ""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            aside = unused(self._path.with_name(f"{self.name}.replaced"))
+            move(target, aside)
+            kept = f"; what was there is now {aside.name}"
         self._file.seek(0)
-        write_whole(Path(os.path.realpath(self._path)), self._file.read(self._size))
-        self._file.close()
-        self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115
-        log.warning(f"{self._path} was replaced or removed; wrote its lines again{kept}")
+        write_whole(target, self._file.read(self._size))
+        opened, self._file = self._file, open(target, "a+b", buffering=0)  # noqa: SIM115
+        opened.close()
+        log.warning(f"{self._path} was removed or replaced; wrote its lines again{kept}")
 
     def close(self):
         with self._file:

@@ -4,7 +4,7 @@
 The name of an arm says from which activations scores are computed: from low-rank activations, as in
 the paper (`d3`), or from the first pre-activations of whole gates (`whole16`: the first 16). All
 arms have L_aux, and the learning rate of MoE and AoE in `small.py` at this size. The MoE and both
-forms of AoE are also trained with other scoring rates and with a longer warm-up.
+forms of AoE are also trained with other values of `train.scoring_rate` and a longer warm-up.
 
 The report in `results/screen` has four more arms: scores that are norms of rectified activations
 (`relu_norm`), norms with a learned scale and shift or a learned offset per expert (`scaled_norm`,

@@ -1,5 +1,4 @@
 import json
-import socket
 
 import pytest
 
@@ -8,6 +7,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.storage.files import (
     COUNT,
     TEXT,
+    host_name,
     or_none,
     read_json,
     read_metrics,
@@ -93,7 +93,7 @@ def names(folder):
 
 def test_a_new_folder_appears_whole(tmp_path, monkeypatch):
     """The first host that finishes makes the folder. Files of killed processes are removed."""
-    left = tmp_path / f"store.partial-{socket.gethostname()}"
+    left = tmp_path / f"store.partial-{host_name()}"
     left.mkdir()
     (left / "shard").touch()
     with new_folder(tmp_path / "store") as ours:

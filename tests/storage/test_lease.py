@@ -136,6 +136,9 @@ def test_a_folder_that_stays_empty_goes(tmp_path):
     with pytest.raises(UserError, match="a mistake"), leased(tmp_path / "a" / "b", "workdir"):
         raise UserError("a mistake")
     assert not (tmp_path / "a" / "b").exists()
+
+
+def test_a_path_that_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     for name in ("file", "link"):

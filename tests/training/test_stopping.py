@@ -22,3 +22,12 @@ def test_several_processes_stop_at_the_same_step(monkeypatch):
         assert [stop.asked() for _ in range(3)] == [False, False, True]
         assert isinstance(stop.end("saved"), kind)
     assert sent == [signal.SIGTERM]
+
+
+def test_nohup_is_respected(monkeypatch):
+    """Shells start background jobs with SIGINT ignored; it stops them nevertheless."""
+    handlers = {}
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    StopRequests().listen()
+    assert handlers.keys() == {signal.SIGTERM, signal.SIGINT}

@@ -78,8 +78,9 @@ def replaced(path):
         (lambda path: path.resolve().unlink(), []),
         (lambda path: path.resolve().rename(path.with_name("metrics.jsonl.1")), []),  # logrotate
         (lambda path: replaced(path.resolve()), ["edited\n"]),
+        (lambda path: (path.resolve().unlink(), path.resolve().mkdir()), ["a folder"]),
     ],
-    ids=["removed", "rotated", "replaced"],
+    ids=["removed", "rotated", "replaced", "replaced by a folder"],
 )
 def test_a_file_that_another_program_changes(tmp_path, caplog, change, kept, through_link):
     """No line is lost, and a link to a file on another disk stays a link."""
@@ -96,20 +97,39 @@ def test_a_file_that_another_program_changes(tmp_path, caplog, change, kept, thr
             assert writer.sync() == path.stat().st_size == 2 * len('{"step": 1}\n')
     writer.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
-    assert path.is_symlink() == through_link and "was replaced or removed" in caplog.text
-    assert [file.read_text() for file in tmp_path.glob("metrics.jsonl.replaced*")] == kept
+    assert path.is_symlink() == through_link and "was removed or replaced" in caplog.text
+    aside = tmp_path.glob("metrics.jsonl.replaced*")
+    assert ["a folder" if file.is_dir() else file.read_text() for file in aside] == kept
 
 
-def test_a_file_that_is_cut(tmp_path, caplog):
+@pytest.mark.parametrize("left", ["", '{"step": 1}', "x\n"])
+def test_a_file_that_is_edited_in_place(tmp_path, caplog, left):
     """The run goes on with the shorter file, and the next start accepts it."""
-    writer = JsonLines(tmp_path / "metrics.jsonl", 0)
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonLines(path, 0)
     writer.write(1, "train", {}, {}, {})
-    (tmp_path / "metrics.jsonl").write_text("")  # `logrotate` with copytruncate
-    writer.write(2, "train", {}, {}, {})
+    path.write_text(left)  # as `logrotate` does with copytruncate
     size = writer.sync()
+    assert "was edited: it had 12 bytes, now" in caplog.text
+    writer.write(2, "train", {}, {}, {})
     writer.close()
-    assert "was edited: it had 24 bytes, now 12" in caplog.text
-    JsonLines(tmp_path / "metrics.jsonl", size).close()
+    assert path.read_text().splitlines() == [*left.splitlines(), '{"step": 2}']
+    JsonLines(path, size).close()
+
+
+def test_a_file_that_cannot_be_restored(tmp_path, caplog):
+    """The checkpoint is saved nevertheless, and a later save writes the lines."""
+    (tmp_path / "disk").mkdir()
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to(tmp_path / "disk" / "lines")
+    writer = JsonLines(path, 0)
+    writer.write(1, "train", {}, {}, {})
+    (tmp_path / "disk").rename(tmp_path / "away")
+    (tmp_path / "disk").touch()
+    assert writer.sync() == 12 and "and cannot be written again (" in caplog.text
+    (tmp_path / "disk").unlink()
+    assert writer.sync() == 12 and path.read_text() == '{"step": 1}\n'
+    writer.close()
 
 
 def test_numbers_keep_their_precision(tmp_path):

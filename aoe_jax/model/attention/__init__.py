@@ -46,8 +46,8 @@ def causal_attention(
       q: `[B, H, S, h]`, floating-point.
       k, v: `[B, G, S, h]` in the dtype of `q`; G divides H.
       segment_ids: `[B, S]` int32 document numbers, or None; attention stays within a document.
-      backend: one of `BACKENDS`, or "auto": chosen by dtype, h and the devices of the mesh in
-        context (`jax.set_mesh`, `jax.shard_map`) or, without a mesh, of this process.
+      backend: one of `BACKENDS`, or "auto", which chooses by dtype, h and devices: those of the
+        mesh in context (`jax.set_mesh`, `jax.shard_map`), else those of this process.
 
     Returns:
       `[B, H, S, h]`, dtype of `q`. Differentiable in q, k and v in reverse mode. Further arrays
