@@ -16,7 +16,9 @@ def test_several_processes_stop_at_the_same_step(monkeypatch):
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
     monkeypatch.setattr(stopping.multihost_utils, reached, lambda question: question == 3)
     first, other = StopRequests(), StopRequests()
+    monkeypatch.setattr(signal, "getsignal", {signal.SIGHUP: signal.SIG_IGN}.get)
     first.listen()
+    assert handlers.keys() == {signal.SIGINT, signal.SIGTERM}  # `nohup` ignores SIGHUP
     handlers[signal.SIGINT](signal.SIGINT, None)
     for stop, kind in ((first, Interrupted), (other, Preempted)):
         assert [stop.asked() for _ in range(3)] == [False, False, True]
