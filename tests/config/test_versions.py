@@ -16,7 +16,9 @@ FIRST = json.loads(STORED["version_1"].read_text())
 
 @pytest.mark.parametrize("name", STORED)
 def test_a_configuration_of_each_version(name):
-    assert Config.from_stored(json.loads(STORED[name].read_text())) == Config()
+    stored = json.loads(STORED[name].read_text())
+    assert Config.from_stored(stored) == Config()
+    assert stored == json.loads(STORED[name].read_text())  # the argument does not change
 
 
 def test_the_number_of_this_version():
