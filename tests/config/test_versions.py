@@ -33,7 +33,9 @@ def test_a_configuration_of_each_version(name):
         checkpoint=CheckpointConfig(keep=4),
         mesh=MeshConfig(fsdp=2),
     )
-    assert Config.from_stored(json.loads(STORED[name].read_text())) == changed
+    stored = json.loads(STORED[name].read_text())
+    assert Config.from_stored(stored) == changed
+    assert stored == json.loads(STORED[name].read_text())  # the argument does not change
 
 
 def test_the_number_of_this_version():

@@ -10,6 +10,7 @@ from aoe_jax.data.pipeline import PackedWindows, eval_batches, train_batches
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
+from aoe_jax.training.validation import evaluate
 from tests.data.texts import corpus_of
 
 
@@ -149,6 +150,18 @@ def test_eval_has_each_target_once_in_order(validation, stream, seq_len, batch_s
     np.testing.assert_array_equal(merged["targets"][real], stream[1:])
     assert np.all(merged["segment_ids"][real] >= 1)
     assert all(not merged[name][~real].any() for name in merged)
+
+
+def test_statistics_of_several_sources_are_of_all_tokens(validation, stream, byte_store):
+    other = byte_store("a short text")
+
+    def score(batch):  # the statistics are the mean token
+        n_tokens = batch["weights"].sum()
+        return 0.0, n_tokens, batch["inputs"].sum() / n_tokens
+
+    found = evaluate(score, {"long": validation, "short": other}, 128, 8, dict)
+    inputs = [*stream[:-1], *other.read(0, len(other) - 1)]
+    np.testing.assert_allclose(found.stats, np.mean(inputs), rtol=1e-6)
 
 
 def test_mistakes(byte_store):

@@ -77,6 +77,8 @@ def test_every_document_is_there_once_and_in_order(inputs, whole):
         assert numbers["tokens"] == 1 + sum(shard["tokens"] for shard in numbers["shards"])
     assert len(manifest["splits"]["train"]["shards"]) > 5
     assert manifest["tokenizer_sha256"] == load_tokenizer(whole / "tokenizer.json").sha256
+    learnt_from = preparation._sample(preparation._read_plan(whole))
+    assert set(learnt_from) <= set(found["train"])
     assert manifest["vocab_size"] == 300 and manifest["corpus"] == "store"
     others = {path.name for path in whole.iterdir() if path.suffix != ".array_record"}
     assert others == {"manifest.json", "plan.json", "tokenizer.json"}

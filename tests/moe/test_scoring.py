@@ -1,14 +1,19 @@
 """Few tokens have codes by another product, and largest activations are hardly ever equal."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from aoe_jax.moe.scoring import FEW_TOKENS, codes_of_all, largest, scores_of_all
+from aoe_jax.moe.scoring import FEW_TOKENS, codes_of_all, largest, safe_root, scores_of_all
 from tests.arrays import normal
 
 pytestmark = pytest.mark.smoke
+
+
+def test_the_root_of_zero_has_no_gradient():
+    assert jax.grad(safe_root)(0.0) == 0
 
 
 @pytest.mark.parametrize("n_tokens", [1, FEW_TOKENS - 1, FEW_TOKENS])

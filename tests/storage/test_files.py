@@ -16,9 +16,12 @@ from aoe_jax.storage.files import (
 )
 
 
-def test_json_is_replaced_whole(tmp_path):
-    path = tmp_path / "value.json"
+def test_json_is_replaced_whole(tmp_path, monkeypatch):
+    """The content, and then the name in its folder, are on the disk when the call returns."""
+    path, synced = tmp_path / "value.json", []
+    monkeypatch.setattr("aoe_jax.storage.files.sync", synced.append)
     write_json(path, {"a": 1})
+    assert synced[0].suffix == ".partial" and synced[1:] == [tmp_path]
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert read_json(path) == json.loads(path.read_text()) == {"a": 1}

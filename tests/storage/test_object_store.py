@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import fsspec
 import pyarrow
@@ -151,9 +152,12 @@ def test_a_store_that_fails_for_a_while(folder, store, tmp_path, monkeypatch, fa
     failed, store.fails_until = store.failed, time.monotonic() + 2
     assert (local_copy(folder, tmp_path / "cache") / str(failure)).read_text() == "1"
     assert store.failed > failed
+    file.write_text("2")  # of the same size
+    assert (local_copy(folder, tmp_path / "cache") / str(failure)).read_text() == "2"
 
 
-def test_a_former_owner_uploads_nothing(folder):
+def test_a_former_owner_uploads_nothing(folder, monkeypatch):
+    """It does not renew the lease either, and does not remove that of the new owner."""
     with contextlib.ExitStack() as held:
         run = RunFolder(folder)
         run.open(held)
@@ -161,8 +165,13 @@ def test_a_former_owner_uploads_nothing(folder):
         run.upload()
         (run.on_disk / "metrics.jsonl").write_text("of the former owner")
         (folder / NAME).write_text(ELSEWHERE)
+        with monkeypatch.context() as patch:
+            once = iter([False, True])
+            patch.setattr(run._lease, "_ended", SimpleNamespace(wait=lambda seconds: next(once)))
+            run._lease._renew()
         with pytest.raises(UserError, match="was taken over by process 11 on tpu-3"):
             run.upload()
+    assert (folder / NAME).read_text() == ELSEWHERE
     assert (folder / "metrics.jsonl").read_text() == "1"
 
 

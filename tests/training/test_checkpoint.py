@@ -136,7 +136,7 @@ NLLS = {1: 5.0, 2: 1.0, 3: 4.0, 4: 2.0, 5: 3.0, 6: 6.0, 7: 7.0}
         ({"keep": 1, "keep_every": 3}, NLLS, "367"),
         ({"keep": 1, "keep_best": 2}, NLLS, "247"),
         ({"keep": 2, "keep_every": 5, "keep_best": 1}, NLLS, "2567"),
-        ({"keep": 1, "keep_best": 1}, NLLS | {2: math.nan, 4: math.inf}, "57"),
+        ({"keep": 1, "keep_best": 1}, NLLS | {1: math.nan, 2: math.nan, 4: math.inf}, "57"),
     ],
 )
 def test_what_is_kept(tmp_path, config, nlls, kept):

@@ -145,6 +145,8 @@ def test_time_is_split_and_gives_the_speed(metrics, clock, tmp_path):
     flops = training_flops_per_token(tiny_config()) * speed / n
     assert first["flops_per_second_per_device"] == pytest.approx(flops)
     assert "mfu" not in first  # the peak of a CPU is unknown
+    metrics._peak = 4 * flops
+    assert metrics._speed(2, 0.6)["mfu"] == pytest.approx(0.25)
     assert 1e7 < first["host_memory_bytes"] <= first["host_memory_peak_bytes"]
 
 

@@ -65,6 +65,8 @@ def changed(**groups):
 
 
 def test_claimed_workdir(workdir, corpus, tmp_path):
+    (workdir / "summary.json").write_text("{}")  # of the run before it got more steps
+    RunFolder(workdir).claim(Config(), corpus)
     assert json.loads((workdir / "config.json").read_text()) == Config().to_stored()
     assert contents(workdir).keys() == {"config.json", "data.json", "tokenizer.json"}
     check_config(workdir, Config())

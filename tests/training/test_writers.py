@@ -21,12 +21,14 @@ from tests.runs import finish, finished_run, read_metrics, start, tiny_config, t
 LAYERS = {"load_entropy": np.array([1 / 3, 2 / 3], np.float32), "dead_experts": np.array([0, 2])}
 
 
-def test_lines_after_the_checkpoint_are_dropped(tmp_path, caplog):
-    path = tmp_path / "metrics.jsonl"
+def test_lines_after_the_checkpoint_are_dropped(tmp_path, caplog, monkeypatch):
+    path, synced = tmp_path / "metrics.jsonl", []
+    monkeypatch.setattr("aoe_jax.training.writers.os.fsync", synced.append)
     writer = JsonLines(path, 0)
     for step in (2, 4):
         writer.write(step, "train", {"loss": step}, {}, {})
     size = writer.sync()
+    assert synced == [writer._file.fileno()]
     writer.write(6, "train", {"loss": 6}, {}, {})
     writer.close()
     with path.open("a") as file:
