@@ -64,7 +64,8 @@ class Heartbeat:
             if self._is_owner():
                 write_json(self._workdir / "heartbeat.json", value)
 
-    def __exit__(self, kind, error, trace):
+    def end(self, kind, error, trace):
+        """Writes the last status; an exit function that runs before the lease is released."""
         # Writes nothing after a `UserError` or `MachineFault`: another process may own the file.
         if error is not None and not isinstance(error, UserError | MachineFault):
             self.beat(_ENDS.get(kind, "failed"))
@@ -72,6 +73,8 @@ class Heartbeat:
             alone = jax.process_count() == 1
             again = "the same command goes on" if alone else "start all processes again: they go on"
             error.add_note(f"after step {self._step}; {again} from the newest checkpoint")
+
+    def __exit__(self, *_):
         self._ended.set()
 
     def _watch(self):

@@ -85,6 +85,7 @@ def train(
 
         # Opens the folder and the data. The run writes its files only after all checks.
         folder.open(held, **start)
+        held.push(heartbeat.end)
         with together():
             log_run(config)
             if any(s.name != "prepared" or "://" in str(s.path) for s in config.data.sources):

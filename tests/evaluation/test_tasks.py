@@ -101,7 +101,8 @@ def test_wrong_labels(data, task, field, label, words):
 
 def test_wrong_labels_of_examples_in_prompts(data):
     file = data / "sst2" / "train.jsonl"
-    examples = [json.loads(line) | {"idx": None} for line in file.read_text().splitlines()]
+    examples = [json.loads(line) for line in file.read_text().splitlines()]
+    examples[2]["idx"] = None
     file.write_text("\n".join(map(json.dumps, examples)) + "\n\n")
     tasks.load_tasks(["sst2"], data=data)  # null in another field and a blank line are fine
     examples[1]["label"] = 7

@@ -1,5 +1,6 @@
 """The heartbeat, and when it ends a process. `tests/test_fault_matrix.py` tests real hangs."""
 
+import contextlib
 import json
 import threading
 import time
@@ -29,10 +30,15 @@ def test_heartbeat(tmp_path):
     assert content(tmp_path) == first
     heartbeat.beat("saving")
     assert (content(tmp_path)["status"], content(tmp_path)["step"]) == ("saving", 5)
+    heartbeat.begin(2, 7.0, is_owner=lambda: False)
+    heartbeat.beat("validating")
+    assert content(tmp_path)["status"] == "saving"
 
 
 def test_a_run_that_fails(tmp_path):
-    with pytest.raises(OSError) as error, Heartbeat(tmp_path, 0) as heartbeat:
+    with pytest.raises(OSError) as error, contextlib.ExitStack() as held:
+        heartbeat = held.enter_context(Heartbeat(tmp_path, 0))
+        held.push(heartbeat.end)
         heartbeat.begin(2, began=7.0)
         heartbeat.beat("training", 4)
         raise OSError
