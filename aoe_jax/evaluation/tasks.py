@@ -248,7 +248,7 @@ def tasks_table(report):
 def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, **settings):
     """Evaluates a checkpoint on tasks, prints a table, and returns what `score_model` returns.
 
-    Writes the results to `tasks.json`, and keeps its results of other tasks. The arguments are
+    Writes the results to `tasks.json`, where the results of other tasks stay. The arguments are
     passed to `models.load_model`, `score_model` and `load_tasks`. Raises `UserError` if a task or
     the model cannot be loaded, or if the model's method does not support a task.
     """

@@ -142,7 +142,7 @@ def scores_of_all(x, w_score, score=activation_norms):
 
 
 def sparse_scores(x, w_score, score, stride):
-    """The scores of all tokens without a gradient, and of every `stride`-th token with one.
+    """The scores of all tokens (without a gradient) and of every `stride`-th token (with one).
 
     `x [T, d]`, `w_score [n, d, r]` -> `(values [T, n], for_balance [ceil(T / stride), n])`, float32
     at least. No code is kept; the backward pass computes codes for the balance losses again. If

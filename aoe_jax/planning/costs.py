@@ -164,7 +164,7 @@ class Program:
 
     def _collectives_of_fusion(self, i, times):
         # A fusion may start a collective, or be a reduce-scatter made of an all-reduce and a slice.
-        # A collective with a `chain_id` only overlaps with the fusion, and is counted elsewhere.
+        # A collective with a `chain_id` is counted only in the fusion that starts it.
         inside, found = self._fused(i), []
         is_async = any(x.target == "AsyncCollectiveStart" for x in inside.values())
         for x in inside.values():

@@ -132,7 +132,7 @@ def tags(group, scalars, layers):
 
 
 class TensorBoard:
-    """Writes event files. `START` lets TensorBoard hide a killed run's steps after `start_step`."""
+    """Writes event files. A `START` event hides a killed run's steps after `start_step`."""
 
     name = "tensorboard/"
 
