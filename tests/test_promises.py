@@ -47,7 +47,8 @@ SLOW_STOPS = [
 
 @pytest.mark.parametrize(("number", "status", "word"), [(15, 0, "preempted"), *SLOW_STOPS])
 def test_asked_to_stop_while_training(workdir, number, status, word):
-    process = start(dense_command(workdir))
+    not_nohup = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    process = start(patched(not_nohup, workdir))
     runs.wait_for(process, lambda: runs.saved(workdir, EVERY))
     process.send_signal(number)
     returned, _, stderr = runs.finish(process)

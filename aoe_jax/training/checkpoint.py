@@ -6,6 +6,7 @@ A checkpoint has the arrays of the `TrainState`, and a JSON file with the positi
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -236,8 +237,10 @@ class Checkpoints:
             self._saving = step
             try:
                 self._manager.save(step, args=ocp.args.Composite(**parts), force=True)
-            except Exception:
+            except Exception as e:
                 self._give_up()
+                if isinstance(e, FileExistsError):  # by a thread of the save that failed before
+                    raise OSError(errno.EBUSY, str(e)) from e
                 raise
             if wait and (problem := self._finish()):
                 raise problem

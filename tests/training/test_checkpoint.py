@@ -375,9 +375,9 @@ def test_checksums_do_not_change():
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-def failing_saves(monkeypatch, count):
-    """Makes the first `count` saves raise `FULL`."""
-    real, left = ocp.CheckpointManager.save, [FULL] * count
+def failing_saves(monkeypatch, count, fault=FULL):
+    """Makes the first `count` saves raise a fault."""
+    real, left = ocp.CheckpointManager.save, [fault] * count
 
     def fail(self, *args, **options):
         if left:
@@ -387,11 +387,13 @@ def failing_saves(monkeypatch, count):
     monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
 
 
-def test_a_save_is_repeated(tmp_path, monkeypatch, caplog):
-    failing_saves(monkeypatch, 2)
+@pytest.mark.parametrize("fault", [FULL, FileExistsError(errno.EEXIST, "File exists")])
+def test_a_save_is_repeated(tmp_path, monkeypatch, caplog, fault):
+    """A thread of a failed save may make a folder that the next save makes, too."""
+    failing_saves(monkeypatch, 2, fault)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     write(tmp_path, [3])
-    assert caplog.text.count("checkpoints/3 cannot be saved (No space left on device)") == 2
+    assert caplog.text.count(f"checkpoints/3 cannot be saved ({fault.strerror})") == 2
     assert Checkpoints(tmp_path).restore_newest(LIKE)[0] == 3
 
 
