@@ -133,9 +133,8 @@ def see_the_same(value, read, what):
 
 @contextlib.contextmanager
 def together():
-    """A context that waits for all processes at its end. If its body fails in one, all raise: those
-    with the highest exit status raise their own exception, and all others raise `FailedElsewhere`.
-    The body must not wait for other processes.
+    """A context that waits for all processes at its end; its body must not. If it fails in one, all
+    raise: those with the highest exit status their own exception, all others `FailedElsewhere`.
     """
     problem = None
     try:

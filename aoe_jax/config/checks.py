@@ -26,8 +26,7 @@ def setting(default, *, choices=None, kinds=None, training_only=False, **bounds)
       choices: all allowed values.
       kinds: values of `experts.kind` that use the field; other kinds require its default.
       training_only: whether the field affects only training, not the use of a trained model.
-      **bounds: bounds of a number, `NAME=LIMIT`. NAME is a key of `_BOUNDS`; LIMIT is a number or
-        the name of another field of the group.
+      **bounds: `NAME=LIMIT`, a key of `_BOUNDS`, and a number or the name of a field of the group.
     """
     metadata = {"choices": choices, "kinds": kinds, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata | {"training_only": training_only})

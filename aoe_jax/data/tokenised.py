@@ -152,8 +152,7 @@ def cached_token_stores(
     `<cache>/tokens`. The hash depends on the text and the tokenizer, so a change of either makes
     a new store. If several processes share the cache, one builds a store and the others wait. On a
     network disk whose locks work only within a host, one process of every host builds the store,
-    and the first result is kept. Raises `UserError` if the tokenizer or a text cannot be used, or
-    `vocab_size` is too small.
+    and the first result is kept. Raises `UserError` for a bad tokenizer, text or `vocab_size`.
     """
     given, spec = None, f"byte-level BPE of {vocab_size} tokens"
     if tokenizer:

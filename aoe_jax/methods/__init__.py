@@ -2,8 +2,7 @@
 
 A method is a frozen dataclass that inherits from `Method` (`moe/routing.py`). A router is called as
 `(scores, weights, ctx) -> Routing`. A layer is called as `(x, weights, layer, ctx) ->
-(y, LayerStats)`. A run uses one method, `config.routing`. The tables below map the names of methods
-to their classes, which `find_method` imports.
+(y, LayerStats)`. A run uses one method, `config.routing`. `find_method` imports its class.
 """
 
 from importlib import import_module

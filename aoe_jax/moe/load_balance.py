@@ -119,8 +119,7 @@ def updated_bias(bias, load, score_spread, rate):
     `bias + rate * score_spread * sign(mean load - load)`.
 
     The published rate, 0.001, is meant for scores in (0, 1). Training changes the scale of norms
-    and logits, so this function multiplies the rate by `score_spread`. `bias [L, n]`,
-    `load [L, n]`, `score_spread [L]` -> `[L, n]`.
+    and logits, so `score_spread [L]` is a factor. `bias [L, n]`, `load [L, n]` -> `[L, n]`.
     """
     direction = jnp.sign(load.mean(axis=-1, keepdims=True) - load)
     return bias + rate * score_spread[:, None] * direction

@@ -129,8 +129,7 @@ class Method(Group):
     def losses(self, stats, state, weights) -> dict[str, tuple]:
         """Further losses of the whole model, name -> `(weight, value)`; the value is logged.
 
-        `stats` (`LayerStats`), `state` (before the step) and `weights` (the layers' parameters by
-        name) are stacked over layers.
+        `stats` (`LayerStats`), `state` (before the step), `weights` (by name): stacked over layers.
         """
         return {}
 
@@ -176,8 +175,7 @@ def top_k(scores, k, norm_topk_prob=True, bias=None):
     """Routes tokens to the k experts of highest `scores [T, n]` (Algorithms 1 and 2); `P = T k`.
 
     Weights are the softmax over the k chosen scores (the paper). Without `norm_topk_prob` they are
-    the softmax over all n scores, not normalised again (the authors' released code). A `bias [n]`
-    is added to the scores for the choice only.
+    the softmax over all n scores (the authors' released code). `bias [n]` affects the choice only.
     """
     expert = best_experts(scores, k, bias)
     if norm_topk_prob:

@@ -87,8 +87,7 @@ def read_json(
 
     A schema has one of four forms. A `Kind` describes a single value. `[schema]` describes a list
     whose items all have that schema. `{str: schema}` describes an object whose values all have that
-    schema. `{name: schema}` describes an object with these fields; other fields are allowed, and a
-    missing field counts as null.
+    schema. `{name: schema}` describes an object with these and other fields; a missing one is null.
     """
     what = f"{path} cannot be read"
     try:
@@ -218,9 +217,8 @@ def write_report(file: Path, report: dict, flag):
 
 @contextlib.contextmanager
 def exclusive(lock_file: Path, flag="config.data.cache"):
-    """A context that holds a lock until the context or the process ends. On some network disks it
-    works only among the processes of a host. Raises `UserError`, which names the `flag`, if
-    the folder of the lock cannot be written.
+    """A context that holds a lock until the context or the process ends; on some network disks only
+    among the processes of a host. Raises `UserError` (`flag`) if its folder cannot be written.
     """
 
     def acquire():

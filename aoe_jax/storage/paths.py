@@ -81,9 +81,8 @@ def file_system(path):
 
 def find(pattern: str) -> dict:
     """Returns `{path: size_and_version, or None for a broken link}` of the files that match a
-    pattern of fsspec's `glob`, on a disk or in a store. `**` matches folders of any depth, but does
-    not follow links. Names that begin with a dot match only if the pattern contains `/.`. Raises
-    `OSError` if a folder cannot be listed.
+    pattern of fsspec's `glob`. `**` matches folders of any depth, but does not follow links. Names
+    that begin with a dot match only if the pattern contains `/.`. Raises `OSError`.
     """
     is_hidden_named = "/." in pattern
     if is_remote(pattern):

@@ -164,9 +164,7 @@ def patiently(what, call):
 
 
 class Tolerated:
-    """A context for writing files that a run does not need. It suppresses exceptions, and logs only
-    the first of several consecutive failures.
-    """
+    """A context for files that a run does not need: logs the first of consecutive exceptions."""
 
     def __init__(self, name):
         """`name` is the file's name in the log."""

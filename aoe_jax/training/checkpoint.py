@@ -369,9 +369,7 @@ def _check_model(path, wanted, saved):
 
 
 def beside_arrays(arrays, position, progress: dict) -> dict:
-    """The JSON of a checkpoint: shapes, dtypes and checksums of its arrays, the position in the
-    data, and the fields of `Progress`.
-    """
+    """The JSON of a checkpoint: its arrays' shapes, dtypes and checksums, position and progress."""
     found = checksums(arrays)
     described = {
         name: [list(a.shape), a.dtype.name, found[name]] for name, a in _by_path(arrays).items()

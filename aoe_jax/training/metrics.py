@@ -55,9 +55,7 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, config: Config, start_step, progress: Progress, began):
-        """Measures a run that has done `start_step` updates and first began at the time `began`.
-        Writes files only after `open`.
-        """
+        """`start_step` is the number of updates done, `began` the time of the run's first start."""
         self._config, self._folder, self._start_step = config, folder, start_step
         self._progress, self._began = progress, began
         self._writers, self._lines = {}, None

@@ -59,8 +59,7 @@ class RunFolder:
     def open(self, held: contextlib.ExitStack, start_over=False, go_back=None, take_over=False):
         """Acquires the lease until `held` is closed; with `take_over`, even if its owner may still
         run. `start_over` moves the files of the old run to `set_aside/`; `go_back=STEP` moves only
-        files newer than the checkpoint of STEP. Raises `InUse` if another process renews the lease,
-        and `UserError` if some process of this run cannot read the lease.
+        files newer than that checkpoint. Raises `InUse`, or `UserError` if a process sees no lease.
         """
         workdir, is_main = self.workdir, jax.process_index() == 0
         with together():

@@ -57,8 +57,7 @@ def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask):
     """Returns `(weighted nll sum [] float32 in nats, LayerStats stacked over layers)`.
 
     `batch` has `inputs`, `targets` and `segment_ids`, `[B, S]` int32, and `weights`, `[B, S]`
-    float32. Tokens of segment 0 are padding, and no statistic counts them. With `document_mask`,
-    tokens attend only within their document.
+    float32. Segment 0 is padding. With `document_mask`, tokens attend only within their document.
     """
     hidden, stats = features(decoder, params, routing_state, batch, document_mask)
     return _sum_over_targets(params, batch, hidden), stats

@@ -40,8 +40,7 @@ log = logging.getLogger(__name__)
 class JsonLines:
     """Writes one JSON object per line, with null for numbers that are not finite.
 
-    A written line is not lost if the process is killed. Lines that cannot be written stay in memory
-    until the next write.
+    A kill loses no written line. Lines that cannot be written stay in memory until the next write.
     """
 
     name = "metrics.jsonl"

@@ -94,8 +94,7 @@ def _rms_norm(x, scale, epsilon):
 def attend_to_cache(q, keys, values, visible):
     """Softmax attention of queries to a cache: `[B, H, S, h]` in the dtype of `values`.
 
-    `q [B, H, S, h]`; `keys` and `values` `[B, G, c, h]`, G divides H; `visible [B, S, c]` bool, the
-    positions of the cache that a query attends to.
+    `q [B, H, S, h]`; `keys`, `values` `[B, G, c, h]`, G divides H; `visible [B, S, c]` is the mask.
     """
     b, _, s, h = q.shape
     grouped = q.reshape(b, keys.shape[1], -1, s, h)
@@ -145,8 +144,7 @@ class Attention(nn.Module):
         """Attends to positions of a cache and to positions of `x`, which follow those of the cache.
 
         `cache` is `(keys, values)`, `[B, G, c, h]` each, and `n_past [B]` int32 is the number of
-        its filled positions; S more positions must be free. Returns the results of `__call__`; the
-        cache includes the keys and values of `x`.
+        its filled positions; S more must be free. Returns `__call__`'s results; `x` is in the cache.
         """
         keys, values = cache
         in_specs = (_CACHE, _CACHE, spec_of("batch"))
