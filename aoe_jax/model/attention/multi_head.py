@@ -144,7 +144,7 @@ class Attention(nn.Module):
         """Attends to positions of a cache and to positions of `x`, which follow those of the cache.
 
         `cache` is `(keys, values)`, `[B, G, c, h]` each, and `n_past [B]` int32 is the number of
-        its filled positions; S more must be free. Returns `__call__`'s results; `x` is in the cache.
+        its filled positions; S more must be free. Returns `__call__`'s results; the cache has `x`.
         """
         keys, values = cache
         in_specs = (_CACHE, _CACHE, spec_of("batch"))
