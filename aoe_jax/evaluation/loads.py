@@ -16,9 +16,8 @@ def load_statistics(stats: LayerStats):
 
     The dictionary has `load` `[L][n]`, `load_entropy` and `confidence_entropy` `[L]` in nats,
     `mean_score` `[L][n]` (norms or logits), and one number for all layers: `load_spread`,
-    `experts_per_token` and `dead_experts` (the number of experts that no token chooses). If the
-    method computes them, `dropped_share` `[L]` (the share of choices that are dropped) and
-    `live_experts` `[L]` are added.
+    `experts_per_token` and `dead_experts` (the number of experts that no token chooses). Some
+    methods add `dropped_share` `[L]` (the share of choices that are dropped) and `live_experts`.
     """
     load, live = np.asarray(stats.load), stats.live
     of_layers = layer_statistics(load, live)

@@ -163,8 +163,7 @@ def _score_choices(decoder, params, routing_state, batch):
     """Processes each context once, and returns what `_score_texts` returns, with shape `[C N]`.
 
     `batch` has `contexts [C, P]` int32 without their last tokens, `known [C, P]` bool (false for
-    padding), and `inputs`, `targets` and `wanted` `[C N, S]`. A row of `inputs` begins with the
-    last token of its context.
+    padding), `inputs`, `targets`, `wanted` `[C N, S]`; `inputs` begin with a context's last token.
     """
     n_contexts, length = batch["contexts"].shape
     n_rows, end = batch["inputs"].shape

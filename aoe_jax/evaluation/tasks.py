@@ -197,8 +197,7 @@ def score_model(model: Model, tasks, limit=None):
     """Evaluates a model on the first `limit` examples of each task (None: all examples).
 
     Returns `{task: {"fewshot", "examples", "metrics": {metric: {"value", "stderr"}}}}`. A standard
-    error is None if it is undefined, for example with a single example. `fewshot` and `examples`
-    may be None for groups of tasks.
+    error is None if it is undefined, as with one example; groups may have no `fewshot`, `examples`.
     """
     settings = {"limit": limit, "bootstrap_iters": _BOOTSTRAPS, "log_samples": False}
     with _quiet():

@@ -23,8 +23,7 @@ def top_k_weights(p, top_k, norm_topk_prob=True):
     """The weights of the K experts of highest score, 0 for others: scores `p [T, n]` -> `[T, n]`.
 
     In ties the lower expert number wins. With `norm_topk_prob` weights are the softmax over the K
-    chosen scores (the paper), otherwise the softmax over all n scores, not normalised again (the
-    authors' released code).
+    chosen scores (the paper), otherwise the softmax over all n scores (the authors' released code).
     """
 
     def weights_of_token(p):

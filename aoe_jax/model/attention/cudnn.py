@@ -30,8 +30,7 @@ def is_cudnn_forward(primitive, *_, **params):
 def cudnn_attention(q, k, v, segment_ids=None):
     """The backend "cudnn" of `causal_attention`, with its arguments.
 
-    With `segment_ids` it uses an explicit mask `[B, 1, S, S]`, which costs time and memory. Raises
-    the `UserError` of `check`.
+    `segment_ids` need a mask `[B, 1, S, S]`, which costs time and memory. Raises like `check`.
     """
     check(q.dtype, q.shape[-1])
     length = q.shape[2]

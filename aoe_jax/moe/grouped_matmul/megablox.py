@@ -62,9 +62,7 @@ def row_tile(m, n_experts):
 
 
 def width_tile(width, limit):
-    """The width if it is at most `limit`, else the multiple of 128 from `limit / 2` to `limit` that
-    needs the least padding.
-    """
+    """The width, at most `limit`; else the multiple of 128 above `limit / 2` with least padding."""
     if width <= limit:
         return width
     return min(range(limit, limit // 2 - 1, -LANES), key=lambda tile: _round_up(width, tile))
