@@ -67,7 +67,7 @@ class Heartbeat:
     def end(self, kind, error, trace):
         """Writes the last status; an exit function that runs before the lease is released."""
         # Writes nothing after a `UserError` or `MachineFault`: another process may own the file.
-        if error is not None and not isinstance(error, UserError | MachineFault):
+        if error and self._status != "finished" and not isinstance(error, UserError | MachineFault):
             self.beat(_ENDS.get(kind, "failed"))
         if error is not None and self._step is not None:
             alone = jax.process_count() == 1

@@ -47,6 +47,17 @@ def test_a_run_that_fails(tmp_path):
     assert error.value.__notes__ == [note]
 
 
+def test_a_run_that_has_finished_stays_finished(tmp_path):
+    """Another process is killed after the last status, so this one cannot meet it."""
+    with pytest.raises(ValueError), contextlib.ExitStack() as held:
+        heartbeat = held.enter_context(Heartbeat(tmp_path, 0))
+        held.push(heartbeat.end)
+        heartbeat.begin(2, began=7.0)
+        heartbeat.beat("finished", 4)
+        raise ValueError
+    assert content(tmp_path)["status"] == "finished"
+
+
 @pytest.fixture
 def ended(monkeypatch):
     """Records the exit statuses with which the process would have ended."""
