@@ -90,7 +90,9 @@ class RunFolder:
         """
         newest, last = max(steps, default=0), config.train.steps
         with together():
-            if newest > last or (newest == last and (self.workdir / "summary.json").exists()):
+            has_ended = read_heartbeat(self.workdir)["status"] in (None, "finished")
+            has_ended = has_ended and (self.workdir / "summary.json").exists()
+            if newest > last or (newest == last and has_ended):
                 wanted = f"{self.workdir} is already at step {newest}; raise it to go on"
                 raise UserError(f"config.train.steps={last}: {wanted}, or use another --workdir")
             check_history(self.workdir, steps)
@@ -184,9 +186,10 @@ def check_history(workdir: Path, steps):
 
 
 def read_heartbeat(workdir: Path):
-    """Returns `saved` and `began` of `heartbeat.json`; missing ones are None."""
+    """Returns `saved`, `began`, `status` of `heartbeat.json`; missing ones are None."""
     path = workdir / "heartbeat.json"
     schema = {"saved": files.or_none(COUNT), "began": files.or_none(NUMBER)}
+    schema |= {"status": files.or_none(TEXT)}
     content = read_json(path, schema=schema) if path.exists() else {}
     return {name: content.get(name) for name in schema}
 
