@@ -104,9 +104,13 @@ def test_killed_run_ends_as_an_uninterrupted_one(tmp_path):
     assert charts[0] == charts[1]
 
 
-def test_run_killed_between_its_last_checkpoint_and_its_summary(tmp_path):
+@pytest.mark.parametrize("has_summary", [False, True])
+def test_run_killed_between_its_last_checkpoint_and_its_last_status(tmp_path, has_summary):
     workdir = shutil.copytree(finished_run(), tmp_path / "run")
-    (workdir / "summary.json").unlink()
+    if not has_summary:
+        (workdir / "summary.json").unlink()
+    heartbeat = workdir / "heartbeat.json"
+    heartbeat.write_text(heartbeat.read_text().replace('"finished"', '"saving"'))
     stderr = succeed(train_command(workdir))
     assert f"going on from step {STEPS}" in stderr and "done: " in stderr
     assert runs.same_end(workdir, finished_run())
