@@ -9,9 +9,9 @@ mistake of the user (exit status 2), divergence (4), Ctrl-C, or `--restarts` res
 without a new checkpoint.
 
 After forwarding SIGTERM, SIGINT or SIGHUP (as SIGTERM) to the command, it ends with the command.
-`--start-over` and `--go-back` are passed on until an attempt has moved the old files; `--take-over`
-is passed on only to the first attempt. `WORKDIR/attempts/HOST.jsonl` has a line for every attempt.
-The exit status is 0 if the run has finished, else that of the last attempt.
+`--start-over` and `--go-back` are passed on until an attempt has moved the old files.
+`WORKDIR/attempts/HOST.jsonl` has a line for every attempt. The exit status is 0 if the run has
+finished, else that of the last attempt.
 """
 
 import argparse
@@ -75,7 +75,7 @@ class Supervisor:
         idle = 0
         for attempt in itertools.count(1):
             before, began = self._heartbeat(), time.time()
-            status = self._attempt(attempt)
+            status = self._attempt()
             now = self._heartbeat()
             line = {"attempt": attempt, "began": began, "ended": time.time(), "exit_status": status}
             line |= {"first_saved": before.get("saved") or 0, "saved": now.get("saved") or 0}
@@ -95,9 +95,8 @@ class Supervisor:
             if self._asked_to_stop.wait(seconds):
                 return status
 
-    def _attempt(self, number):
+    def _attempt(self):
         arguments = [*self._rest, f"--workdir={self._flags.workdir}"]
-        arguments += ["--take-over"] if self._flags.take_over and number == 1 else []
         if self._files_of_run() == self._files:  # no earlier attempt has moved the old files
             arguments += ["--start-over"] if self._flags.start_over else []
             arguments += [f"--go-back={self._flags.go_back}"] if self._flags.go_back else []
@@ -134,8 +133,7 @@ def _split(command):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--workdir", "-workdir")
     parser.add_argument("--go-back", "--go_back")
-    for name in ("start-over", "take-over"):
-        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", action="store_true")
+    parser.add_argument("--start-over", "--start_over", action="store_true")
     return parser.parse_known_args(command)
 
 

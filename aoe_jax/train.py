@@ -31,9 +31,6 @@ _START_OVER = flags.DEFINE_bool(
 _GO_BACK = flags.DEFINE_integer(
     "go-back", None, "continue from the checkpoint of this step; newer files move to set_aside/", 1
 )
-_TAKE_OVER = flags.DEFINE_bool(
-    "take-over", False, "take WORKDIR over at once, even if its owner may still run"
-)
 
 
 def main():
@@ -56,7 +53,6 @@ def main():
     from aoe_jax.training.loop import train  # JAX may start only after `distributed.start`
 
     start = {"start_over": _START_OVER.value, "go_back": _GO_BACK.value}
-    start |= {"take_over": _TAKE_OVER.value}
     summary = train(config, workdir, stop, profile, project, **start)
     import jax
 

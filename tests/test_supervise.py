@@ -93,10 +93,10 @@ def test_files_are_moved_once(tmp_path, flags, given):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "heartbeat.json").write_text('{"status": "finished", "saved": 3}')
     plan = [(5, "silent", 0), (5, "failed", 1), (5, "moves", 0), (0, "finished", 1)]
-    supervisor = Supervisor(command(tmp_path, plan, "--take_over", *flags))
+    supervisor = Supervisor(command(tmp_path, plan, *flags))
     assert supervisor.run(restarts=2, pause=0) == 0
     lines = (tmp_path / "run" / "given").read_text().splitlines()
-    assert lines == [f"--take-over {given}", given, given, ""]
+    assert lines == [given, given, given, ""]
 
 
 def test_a_new_run_starts_over_once(tmp_path):
@@ -114,7 +114,7 @@ def test_a_heartbeat_of_somebody_else_counts_as_none(tmp_path, content):
 
 def test_the_pause_stays_bounded(tmp_path, monkeypatch):
     supervisor, pauses = Supervisor(["train.py", f"--workdir={tmp_path}"]), []
-    monkeypatch.setattr(supervisor, "_attempt", lambda _: 5)
+    monkeypatch.setattr(supervisor, "_attempt", lambda: 5)
     monkeypatch.setattr(supervisor._asked_to_stop, "wait", pauses.append)
     assert supervisor.run(restarts=1100, pause=5.0) == 5
     assert pauses[:5] == [5, 10, 20, 40, 60] and pauses[-1] == 60 and len(pauses) == 1100

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import secrets
 import threading
 import time
@@ -24,57 +23,48 @@ from aoe_jax.storage.retry import patiently
 log = logging.getLogger(__name__)
 NAME = "owner.lease"
 RENEW, STALE = 5.0, 45.0  # seconds; all processes that use the same folder need the same STALE
+_OWNER = "process {pid} on {host}"
 _SETTLE = 1.0  # seconds; if several processes take over, only one is the owner after this time
-_FIELD = re.compile(r"^(token|host|pid|renewed)=([!-~]{1,255})$", re.MULTILINE)
 
 
 @contextlib.contextmanager
-def leased(folder: Path, flag: str, take_over=False):
+def leased(folder: Path, flag: str):
     """A context that owns a folder, and makes it if it is missing. Yields the lease; call its
     `check` before files are replaced. If another process owns the folder, waits until the lease of
-    that process is stale, or raises `InUse` when it is renewed. `take_over` takes over at once.
+    that process is stale, or raises `InUse` when it is renewed.
     """
-    is_new = not is_remote(folder) and not os.path.lexists(folder)
     make_folder(folder, flag)
     lease = (_InStore if is_remote(folder) else _OnDisk)(folder)
     try:
-        write_or_refuse(folder, flag, lambda: _acquire(lease, flag, take_over))
+        write_or_refuse(folder, flag, lambda: _acquire(lease, flag))
         yield lease
     finally:
         lease.release()
-        if is_new:  # removes it again if it is empty, for example after a mistake in a flag
-            with contextlib.suppress(OSError):
-                folder.rmdir()
 
 
-def _acquire(lease, flag, take_over):
-    folder, seen, since, waited = lease.folder, None, time.monotonic(), 0.0
-    while not lease.take(take_over, waited):
-        found = owner_of(folder)
-        if found and not seen:
-            seen, since = found, time.monotonic()
-            wanted = "this process takes over if that process does not renew its lease"
-            log.warning(f"{folder} belongs to {_name(seen)}; {wanted}")
-        elif found and found != seen:
+def _acquire(lease, flag):
+    folder, started, waited = lease.folder, time.monotonic(), 0.0
+    seen = owner_of(folder)
+    while not lease.take(waited):
+        if (found := owner_of(folder)) and found != seen:
             wanted = f"end it, wait while it saves, or use another --{flag}"
-            raise InUse(f"--{flag}={folder} is in use by {_name(found)}; {wanted}")
-        waited = time.monotonic() - since
+            raise InUse(f"--{flag}={folder} is in use by {_OWNER.format_map(found)}; {wanted}")
+        if found and not waited:
+            log.warning(f"{folder} belongs to {_OWNER.format_map(found)}; waiting {STALE:g} s")
+        waited = time.monotonic() - started
         time.sleep(RENEW / 10)
     if seen:
-        log.warning(f"{folder} was taken over from {_name(seen)}")
+        log.warning(f"{folder} was taken over from {_OWNER.format_map(seen)}")
 
 
 def owner_of(folder: Path) -> dict:
     """Returns the lease file's fields, and on a disk its time of renewal; {} without the file."""
     with contextlib.suppress(FileNotFoundError):
-        fields = _FIELD.findall(read_bytes(folder / NAME, 4096).decode("ascii", "replace"))
-        changed = {} if is_remote(folder) else {"changed": os.stat(folder / NAME).st_mtime_ns}
-        return {"token": ""} | dict(fields) | changed
+        lines = read_bytes(folder / NAME, 4096).decode("ascii", "replace").splitlines()
+        changed = 0 if is_remote(folder) else os.stat(folder / NAME).st_mtime_ns
+        known = {"token": "", "pid": "?", "host": "an unknown host", "changed": changed}
+        return known | dict(line.split("=", 1) for line in lines if "=" in line)
     return {}
-
-
-def _name(owner):
-    return f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}"
 
 
 class _OnDisk:
@@ -83,25 +73,25 @@ class _OnDisk:
         settings = {"lease_duration": STALE, "heartbeat_interval": RENEW, "thread_local": False}
         self._lock = filelock.SoftFileLease(os.fspath(folder / NAME), **settings)
 
+    def is_held(self) -> bool:
+        return owner_of(self.folder).get("token") == self.token
+
     def check(self):
-        """Raises `UserError` if another process has taken over the folder, and `MachineFault` if
-        the lease file is missing or unreadable for `retry_seconds`.
-        """
+        """Raises `UserError` after a take-over, and `MachineFault` if the file stays missing."""
         for _ in range(2):  # a failing attempt to take over replaces the file for a moment
             found = patiently(f"{self.folder} cannot be read", self._present)
-            if found.get("token") == self.token:
+            if found["token"] == self.token:
                 return
             time.sleep(_SETTLE)
-        raise UserError(f"{self.folder} was taken over by {_name(found)}")
+        raise UserError(f"{self.folder} was taken over by {_OWNER.format_map(found)}")
 
     def _present(self):
         if found := owner_of(self.folder):
             return found
         raise OSError(errno.ESTALE, f"{NAME} is gone; is its disk mounted?")
 
-    def take(self, take_over, waited):
-        # filelock itself takes over a stale lease, but an unreadable file must be removed first.
-        if take_over or waited > 2 * STALE:
+    def take(self, waited):
+        if waited > 2 * STALE:  # filelock takes over a stale lease, but not an unreadable file
             (self.folder / NAME).unlink(missing_ok=True)
         with contextlib.suppress(filelock.Timeout):
             self._lock.acquire(timeout=0)
@@ -119,27 +109,27 @@ class _InStore(_OnDisk):
         self._renewer = threading.Thread(target=self._renew, daemon=True, name="renews the lease")
 
     def _content(self):
-        fields = f"token={self.token}\nhost={host_name()}\npid={os.getpid()}\n"
-        return f"{fields}renewed={time.monotonic()}\n".encode("ascii", "replace")
+        fields = f"token={self.token}\nhost={host_name()}\npid={os.getpid()}"
+        return f"{fields}\nrenewed={time.monotonic()}\n".encode()
 
-    def take(self, take_over, waited):
+    def take(self, waited):
         file = self.folder / NAME
-        if not create(file, self._content()) and (take_over or waited >= STALE):
+        if not create(file, self._content()) and waited >= STALE:
             file.write_bytes(self._content())  # the last process to write becomes the owner
             time.sleep(_SETTLE)
-        if is_owner := owner_of(self.folder).get("token") == self.token:
+        if is_owner := self.is_held():
             self._renewer.start()
         return is_owner
 
     def _renew(self):
         while not self._ended.wait(RENEW):
             with contextlib.suppress(Exception):  # after an error, the next renewal may succeed
-                if owner_of(self.folder).get("token") == self.token:
+                if self.is_held():
                     (self.folder / NAME).write_bytes(self._content())
 
     def release(self):
         self._ended.set()
         with contextlib.suppress(Exception):
             self._renewer.join(RENEW)  # otherwise the thread could write the file after its removal
-            if owner_of(self.folder).get("token") == self.token:
+            if self.is_held():
                 (self.folder / NAME).unlink()

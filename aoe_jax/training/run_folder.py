@@ -56,15 +56,15 @@ class RunFolder:
         self.workdir, self.on_disk = workdir, workdir
         self._lease = self._mirror = None
 
-    def open(self, held: contextlib.ExitStack, start_over=False, go_back=None, take_over=False):
-        """Acquires the lease until `held` is closed; with `take_over`, even if its owner may still
-        run. `start_over` moves the files of the old run to `set_aside/`; `go_back=STEP` moves only
-        files newer than that checkpoint. Raises `InUse`, or `UserError` if a process sees no lease.
+    def open(self, held: contextlib.ExitStack, start_over=False, go_back=None):
+        """Acquires the lease until `held` is closed. `start_over` moves the files of the old run to
+        `set_aside/`; `go_back=STEP` moves only files newer than that checkpoint. Raises `InUse`, or
+        `UserError` if a process sees no lease.
         """
         workdir, is_main = self.workdir, jax.process_index() == 0
         with together():
             if is_main:
-                self._lease = held.enter_context(leased(workdir, "workdir", take_over))
+                self._lease = held.enter_context(leased(workdir, "workdir"))
                 for killed in () if is_remote(workdir) else workdir.glob("[chd]*.json.*.partial"):
                     killed.unlink(missing_ok=True)  # a process was killed while it wrote the file
         number = self._lease and _number(self._lease.token)
@@ -111,7 +111,7 @@ class RunFolder:
 
     def is_owner(self):
         """Whether this process still has the lease; it neither waits nor raises `UserError`."""
-        return owner_of(self.workdir).get("token") == self._lease.token
+        return self._lease.is_held()
 
     def upload(self):
         """Copies `on_disk` to a workdir in an object store; raises the error of `check_lease`."""
