@@ -7,7 +7,8 @@ card (`README.md`), and the configuration of the run. `eval.py --workdir=OUTPUT`
 model, and `train.init_from` can start another run from it. The architecture is Mixtral, OLMoE,
 Qwen2-MoE, Qwen3-MoE, dots.llm1 or GLM-4.5 (for dense models Llama or Qwen3) if one of these can
 express the whole model. Otherwise it is an architecture of this project
-(`aoe_jax/formats/architectures.py`), and the directory of an AoE has classes for `transformers`.
+(`aoe_jax/formats/architectures.py`), and for an AoE the directory has the classes that
+`transformers` needs to load it.
 """
 
 from absl import flags

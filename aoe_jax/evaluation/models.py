@@ -156,7 +156,8 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
 
     `named` has the syntax of `data.name`. The files of a model may come from a stranger. So without
     `named`, they can select only the bundled corpus and corpora that were tokenised on this machine
-    before. Raises `UserError` for other corpora, and if a corpus is unreadable or has changed.
+    before. Raises `UserError` if a model selects another corpus, and if a corpus is unreadable or
+    has changed.
     """
     data, vocab_size = model.config.data, model.config.model.vocab_size
     if named is not None:

@@ -37,7 +37,9 @@ LAYER_TOKENS, LAYER_EXPERTS = 2048, 8  # limits, as the reference runs all exper
 
 
 class Case(NamedTuple):
-    """A kernel at one shape, and its reference; both take arrays and the arguments of an input."""
+    """A kernel at one shape, and its reference. Both have the same arguments: arrays, then values
+    of one of the `inputs`.
+    """
 
     kernel: str
     shape: str  # in words

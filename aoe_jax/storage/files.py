@@ -218,7 +218,8 @@ def write_report(file: Path, report: dict, flag):
 @contextlib.contextmanager
 def exclusive(lock_file: Path, flag="config.data.cache"):
     """A context that holds a lock until the context or the process ends; on some network disks only
-    among the processes of a host. Raises `UserError` (`flag`) if its folder cannot be written.
+    among the processes of a host. If the file's folder cannot be written, raises a `UserError` that
+    names `flag`.
     """
 
     def acquire():
