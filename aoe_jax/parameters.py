@@ -37,6 +37,21 @@ class Parameter:
     cast: bool = False
     decays: bool = False
 
+    @property
+    def matrix_axes(self):
+        """`(axes of the inputs, axes of the outputs)` if the parameter is a matrix of an expert or
+        of attention, or a stack of them; None for embeddings, norms and routers.
+
+        Axes are counted from the end, because layers may be stacked in front.
+        """
+        if not (self.cast and self.decays):
+            return None
+        letters = self.axes.split()
+        first = letters.index("n") + 1 if "n" in letters else 0
+        split = first + 1 if letters[first] == "d" else len(letters) - 1
+        axes = tuple(range(-len(letters), 0))
+        return axes[first:split], axes[split:]
+
     def shape(self, sizes: dict[str, int]):
         """The shape, given `{letter: size}`. A number in `axes` is itself the size of that axis."""
         axes = self.axes.split()

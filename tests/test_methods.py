@@ -1,5 +1,5 @@
 """Every method of `configs/methods.py` is causal, computes the same results on a mesh, and resumes
-with bit-identical results.
+with bit-identical results. So does AoE with Muon.
 """
 
 import dataclasses
@@ -45,7 +45,8 @@ SOONER = {
 
 @cache
 def configuration(variant, tied=True):
-    config = methods.get_config(variant)
+    config = methods.get_config("top_k" if variant == "muon" else variant)
+    config.train.optimizer = "muon" if variant == "muon" else "adamw"
     for group, values in SMALL.items():
         config[group].update(values)
     if config.experts.kind != "aoe" or variant == "whole_gate":
@@ -99,10 +100,10 @@ class Run:
 
 # The fast tier tests both forms of AoE, and methods with hooks or records. tests/methods/ tests the
 # layers of all methods.
-FAST = ("top_k", "whole_gate", "da_moe", "thor", "sigmoid_top_k_router", "routing_free")
+FAST = ("muon", "top_k", "whole_gate", "da_moe", "thor", "sigmoid_top_k_router", "routing_free")
 VARIANTS = [
     name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-    for name in methods.VARIANTS
+    for name in ("muon", *methods.VARIANTS)
 ]
 
 
@@ -137,7 +138,7 @@ GOLDENS = Path(__file__).with_name("goldens.json")
 
 def test_losses_are_those_that_were_recorded(ragged, variant):
     """Compares the losses of four steps on one device. To record new losses, run
-    `RENEW_GOLDENS=1 pytest tests/test_methods.py -k recorded -p no:xdist`.
+    `RENEW_GOLDENS=1 pytest tests/test_methods.py -k recorded -n 0`.
     """
     losses, goldens = alone(variant)[3], json.loads(GOLDENS.read_text())
     if os.environ.get("RENEW_GOLDENS"):
@@ -154,7 +155,7 @@ MESHES = (
 
 
 def mesh_of(variant):
-    return MESHES[list(methods.VARIANTS).index(variant) % 2]
+    return MESHES[["muon", *methods.VARIANTS].index(variant) % 2]
 
 
 @pytest.mark.slow

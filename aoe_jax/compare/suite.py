@@ -182,13 +182,15 @@ class Suite:
 
 
 def _recipe(config):
-    """Returns what must be equal in all arms of a size: `data`, and `train` without the rates."""
+    """Returns what must be equal in all arms of a size: `data`, and `train` without the optimiser
+    and its rates.
+    """
     groups = config.to_dict()
     return {
         f"{group}.{name}": value
         for group in ("train", "data")
         for name, value in groups[group].items()
-        if not name.endswith(("learning_rate", "scoring_rate"))
+        if not name.endswith(("optimizer", "learning_rate", "scoring_rate"))
     }
 
 

@@ -7,16 +7,22 @@ from aoe_jax.config.checks import Group, setting
 
 @dataclass(frozen=True)
 class TrainConfig(Group):
-    """AdamW, the schedule of the learning rate (linear warm-up, then cosine decay), and logging."""
+    """The optimiser, the schedule of the learning rate, and logging."""
 
     group = "train"
 
     steps: int = setting(1000, above=0)
     # Sequences per step, over all processes and accumulated micro-batches.
     batch_size: int = setting(16, above=0)
+    # adamw: the paper. muon: Muon for the matrices of experts and attention, AdamW for the rest.
+    optimizer: str = setting("adamw", choices=("adamw", "muon"))
+    # After the warm-up: cosine decay until the last step; wsd: constant, then linear decay (Hu et
+    # al., arXiv 2404.06395) in the last `decay` of the steps; or constant.
+    schedule: str = setting("cosine", choices=("cosine", "wsd", "constant"))
     learning_rate: float = setting(3e-3, above=0)  # the peak, at the end of the warm-up
     # Linear warm-up of the learning rate, as a fraction of the steps.
     warmup: float = setting(0.1, at_least=0, below=1)
+    decay: float = setting(0.2, above=0, below=1)  # of "wsd", as a fraction of the steps
     final_learning_rate: float = setting(3e-4, at_least=0, at_most="learning_rate")
     # Factor of the learning rate, and so of the weight decay, for the matrices that compute scores:
     # a router, AoE's W_gate_down, or the scoring columns of whole gates.
@@ -47,6 +53,12 @@ class TrainConfig(Group):
     def warmup_steps(self):
         """The number of warm-up steps, fewer than `steps`."""
         return min(round(self.warmup * self.steps), self.steps - 1)
+
+    @property
+    def decay_steps(self):
+        """The number of steps with linear decay; 0 unless the schedule is "wsd"."""
+        is_wsd = self.schedule == "wsd"
+        return min(round(self.decay * self.steps), self.steps - self.warmup_steps) * is_wsd
 
     def check(self, config):
         kind, has_router = config.experts.kind, config.experts.has_router

@@ -50,6 +50,8 @@ def state_shardings(mesh, abstract_state):
 
     def sharding(path, a):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if names and names[0] in ("muon", "adam"):  # `optax.contrib.muon` has a state for each
+            del names[0]
         if not names or jax.tree_util.GetAttrKey("routing_state") in path:
             return replicated(mesh)
         name = re.sub(r"layer_\d+", "layers", "/".join(names))

@@ -1,4 +1,4 @@
-"""The paper's AdamW: betas (0.9, 0.95), warm-up, cosine decay, and clipping by the global norm."""
+"""AdamW (the paper) or Muon, the schedule of the learning rate, and clipping of the gradient."""
 
 import optax
 from flax.traverse_util import path_aware_map
@@ -7,12 +7,20 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.training import TrainConfig
 from aoe_jax.model.declared import declared
 
+BETAS = {"b1": 0.9, "b2": 0.95}  # of AdamW, as in the paper
+
 
 def learning_rate_schedule(config: TrainConfig):
-    """Linear warm-up from 0 to the peak, then cosine decay to the final rate at the last step."""
-    return optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, config.steps, config.final_learning_rate
-    )
+    """`step -> learning rate`: linear warm-up from 0 to the peak, then by `train.schedule`."""
+    peak, final, steps = config.learning_rate, config.final_learning_rate, config.steps
+    warmup, decay = config.warmup_steps, config.decay_steps
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, final)
+    parts = [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)]
+    if not decay:
+        return optax.join_schedules(parts, [warmup])
+    parts.append(optax.linear_schedule(peak, final, decay))
+    return optax.join_schedules(parts, [warmup, steps - decay])
 
 
 def decayed(params):
@@ -40,13 +48,40 @@ def scale_scoring(experts: ExpertsConfig, rate):
     return optax.stateless(lambda updates, _: path_aware_map(scaled, updates))
 
 
+def orthogonalised(params):
+    """A tree of `MuonDimensionNumbers` for the matrices that Muon updates, None for the others."""
+
+    def numbers(path, _):
+        axes = declared("/".join(path)).matrix_axes
+        return axes and optax.contrib.MuonDimensionNumbers(*axes)
+
+    return path_aware_map(numbers, params)
+
+
+def update_rule(config: TrainConfig, schedule):
+    """AdamW, or Muon (Jordan et al. 2024) with the update size of Liu et al. (arXiv 2502.16982).
+
+    Muon orthogonalises the update of each matrix of attention, and of each expert by itself. AdamW
+    with Nesterov momentum updates the other parameters: embeddings, norms and routers.
+    """
+    decay = config.weight_decay
+    if config.optimizer == "adamw":
+        return optax.adamw(schedule, **BETAS, weight_decay=decay, mask=decayed)
+    names = {f"adam_{name}": beta for name, beta in BETAS.items()}
+    return optax.chain(
+        # A root mean square of 0.2 is that of AdamW's updates, so one learning rate serves both.
+        optax.contrib.muon(
+            1.0, **names, muon_weight_dimension_numbers=orthogonalised, consistent_rms=0.2
+        ),
+        optax.add_decayed_weights(-decay, decayed),  # `muon` has negated the updates
+        optax.scale_by_schedule(schedule),
+    )
+
+
 def make_optimizer(config: TrainConfig, experts: ExpertsConfig):
     """The optax optimiser; in the first `train.router_steps` steps it updates only routers."""
     schedule = learning_rate_schedule(config)
-    steps = [
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=decayed),
-    ]
+    steps = [optax.clip_by_global_norm(config.clip_norm), update_rule(config, schedule)]
     if config.scoring_rate != 1:
         steps.append(scale_scoring(experts, config.scoring_rate))
     if config.router_steps:

@@ -305,6 +305,46 @@ def test_optimiser_is_the_papers():
     assert not np.allclose(want, [[3.0, -2.0]])
 
 
+def test_muon_updates_each_matrix_by_itself():
+    """Every matrix of an expert or of attention has the update of `optax.contrib.muon` for this
+    matrix alone. Every other parameter has the update of AdamW with Nesterov momentum.
+    """
+    config = shrunken("aoe_r64", train={"weight_decay": 0.5, "clip_norm": 100.0})
+    params = new_state(config).params
+    grads = jax.tree.map(lambda a: jax.random.normal(jax.random.key(a.size), a.shape), params)
+    grads = jax.tree.map(lambda a: 99 * a / optax.tree.norm(grads), grads)
+
+    def two_updates(optimizer):
+        state = optimizer.init(params)
+        for scale in (1.0, -0.5):
+            scaled = jax.tree.map(lambda a, scale=scale: scale * a, grads)
+            updates, state = optimizer.update(scaled, state, params)
+        return by_path(updates)
+
+    def matrices(name, a):
+        """The stacked matrices of a parameter, `[number, inputs, outputs]`."""
+        if "attention" not in name:
+            return a.reshape(-1, *a.shape[2:])  # layers and experts
+        return a.reshape(len(a), -1, a.shape[-1] if name.endswith("['o']") else a[0, 0].size)
+
+    schedule, alone = learning_rate_schedule(config.train), optax.contrib.scale_by_muon()
+    muon = dataclasses.replace(config.train, optimizer="muon")
+    by_muon = two_updates(make_optimizer(muon, config.experts))
+    by_adam = two_updates(optax.nadamw(schedule, 0.9, 0.95, weight_decay=0.5, mask=decayed))
+    for name, gradient in by_path(grads).items():
+        if not any(part in name for part in ("w_gate", "w_up", "w_down", "attention']")):
+            np.testing.assert_allclose(by_muon[name], by_adam[name], rtol=1e-6)
+            continue
+        stacks = (matrices(name, a) for a in (gradient, by_path(params)[name], by_muon[name]))
+        for matrix, weight, got in zip(*stacks, strict=True):
+            state = alone.init(matrix)
+            for scale in (1.0, -0.5):
+                update, state = alone.update(scale * matrix, state)
+            size = 0.2 * max(matrix.shape) ** 0.5
+            want = -schedule(1) * (size * update + 0.5 * weight)
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
 def test_routers_alone_in_the_first_steps():
     """Other parameters stay bit-identical, and their moments start after these steps."""
     config, batch = shrunken("moe_aux", train={"router_steps": 2, "steps": 4}), batch_of()
@@ -355,7 +395,17 @@ def test_what_decays():
     }
 
 
-def test_schedule():
-    config = TrainConfig(steps=100, warmup=0.1, learning_rate=1.0, final_learning_rate=0.1)
-    rates = [learning_rate_schedule(config)(step) for step in (0, 5, 10, 55, 100)]
-    np.testing.assert_allclose(rates, [0, 0.5, 1, 0.55, 0.1], atol=1e-6)
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        ("cosine", [0, 0.5, 1, 0.55, 0.1]),
+        ("wsd", [0, 0.5, 1, 1, 1, 0.55, 0.1]),
+        ("constant", [0, 0.5, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_schedules(schedule, wanted):
+    rates = {"learning_rate": 1.0, "final_learning_rate": 0.1, "schedule": schedule}
+    config = TrainConfig(steps=100, warmup=0.1, decay=0.4, **rates)
+    steps = (0, 5, 10, 55, 100) if schedule == "cosine" else (0, 5, 10, 30, 60, 80, 100)
+    rates = [learning_rate_schedule(config)(step) for step in steps]
+    np.testing.assert_allclose(rates, wanted, atol=1e-6)
