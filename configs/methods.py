@@ -42,6 +42,7 @@ VARIANTS = {
     **_variants("top_p", {"name": "top_p"}, AUX | {"entropy_weight": 1e-4}),
     **_variants("expert_choice", {"name": "expert_choice"}, NO_LOSS),
     **_variants("threshold", _THRESHOLD, NO_LOSS, aoe={"weights": "relative"}),
+    **_variants("quantile", {"name": "quantile"}, NO_LOSS),
     "erc_router": ({"kind": "router"}, {"name": "erc"}, AUX),
     "uoe": ({"kind": "uoe"}, {"name": "uoe"}, NO_LOSS),
     **_variants("dynmoe", _DYNMOE, NO_LOSS),

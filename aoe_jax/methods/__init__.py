@@ -15,6 +15,7 @@ ROUTERS = {
     "sparsemixer": "aoe_jax.methods.sparsemixer:SparseMixer",
     "sigmoid_top_k": "aoe_jax.methods.sigmoid_top_k:SigmoidTopK",
     "threshold": "aoe_jax.methods.threshold:Threshold",
+    "quantile": "aoe_jax.methods.quantile:Quantile",
     "dynmoe": "aoe_jax.methods.dynmoe:DynMoE",
     "routing_free": "aoe_jax.methods.routing_free:RoutingFree",
     "gshard": "aoe_jax.methods.gshard:GShard",

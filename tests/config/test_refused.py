@@ -120,6 +120,8 @@ routing.n_groups=8; experts.kind=router; routing.name=sigmoid_top_k => groups of
 routing.n_groups=4; experts.top_k=3; experts.kind=router; routing.name=sigmoid_top_k \
 => routing.groups_per_token=1 ... leaves 2 experts
 routing.groups_per_token=2; experts.kind=router; routing.name=sigmoid_top_k => routing.n_groups=1
+routing.name=quantile; balance.bias_rate=0.01 => has its own bias; set balance.bias_rate=0
+routing.name=quantile; experts.top_k=8 => set experts.top_k below experts.n_experts
 balance.z_weight=0.001; experts.kind=router; routing.name=sigmoid_top_k => is not implemented
 """
 

@@ -1,0 +1,83 @@
+"""Quantile balancing: a bias that would have balanced the last batch exactly.
+
+    token t is routed to the K experts of highest s[t, i] + b[i];  weights come from s alone
+    a[t] = the (K + 1)-th largest of s[t, i] + b[i] over experts i
+    b[i] <- -(the (T K / n + 1)-th largest of s[t, i] - a[t] over the T tokens t of the batch)
+
+With the new b and the old a, expert i has a higher score than a[t] for T K / n tokens. There is no
+loss, no gradient and no rate, and routing is causal, because b comes from earlier batches. Sources:
+kexue.fm/archives/11619, Megatron-LM's quantile balancing, and the report on Kimi K3 (Sec. 2.3.3),
+whose scores are sigmoids. Here scores are logits or norms. T counts the tokens of all devices. With
+micro-batches, b is the mean of their solutions, which is an estimate.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aoe_jax.config.checks import setting
+from aoe_jax.moe.routing import FixedK, top_k
+
+_SIGN = np.uint32(1 << 31)
+
+
+def largest_of_rank(values, counts, rank, total):
+    """The `rank`-th largest value of each column, over the rows of all devices that count.
+
+    `values [T, n]` float32, `counts [T]` bool, `rank []` -> `[n]`; NaN if fewer rows count. Finds
+    the result bit by bit, from numbers of larger values, so no device needs all rows. `total` sums
+    over devices.
+    """
+    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
+    # Unsigned integers in the order of the values; 0 is less than any of them.
+    ordered = jnp.where(bits & _SIGN, ~bits, bits | _SIGN)
+    ordered = jnp.where(counts[:, None], ordered, 0)
+
+    def with_bit(i, found):
+        longer = found | (_SIGN >> i.astype(jnp.uint32))
+        number = total((ordered >= longer).sum(axis=0, dtype=jnp.int32))
+        return jnp.where(number >= rank, longer, found)
+
+    found = jax.lax.fori_loop(0, 32, with_bit, jnp.zeros(values.shape[1], jnp.uint32))
+    return jax.lax.bitcast_convert_type(
+        jnp.where(found & _SIGN, found ^ _SIGN, ~found), jnp.float32
+    )
+
+
+@dataclass(frozen=True)
+class Quantile(FixedK):
+    """The router. Its state is `selection_bias [n]`."""
+
+    name = "quantile"
+
+    norm_topk_prob: bool = True  # weights are the softmax over the chosen scores; False: over all
+    # b is a moving average with this decay; 0: the solution of the last batch alone.
+    decay: float = setting(0.0, at_least=0, below=1, training_only=True)
+
+    def __call__(self, scores, weights, ctx):
+        bias = ctx.state["selection_bias"]
+        routing = top_k(scores, ctx.top_k, self.norm_topk_prob, bias)
+        if not ctx.training:
+            return routing
+        constant, n_experts = jax.lax.stop_gradient(scores), scores.shape[1]
+        next_best = jax.lax.top_k(constant + bias, ctx.top_k + 1)[0][:, -1:]
+        counts, total = ctx.token_weights > 0, ctx.devices.total
+        rank = total(counts.sum()) * ctx.top_k // n_experts + 1
+        solution = -largest_of_rank(constant - next_best, counts, rank, total)
+        return routing._replace(records={"solution": solution})
+
+    def state(self, experts, balance, d):
+        return {"selection_bias": jnp.zeros(experts.n_experts)}
+
+    def update(self, config, state, stats, weights):
+        bias, found = state["selection_bias"], stats.records["solution"]
+        new = self.decay * bias + (1 - self.decay) * found
+        return {"selection_bias": jnp.where(jnp.isfinite(found), new, bias)}, {}
+
+    def check(self, config):
+        if config.balance.bias_rate:
+            self.refuse("name", "has its own bias; set balance.bias_rate=0")
+        if config.experts.top_k == config.experts.n_experts:
+            self.refuse("name", "balances a choice; set experts.top_k below experts.n_experts")
