@@ -13,6 +13,7 @@ from absl import flags
 
 from aoe_jax import cli, distributed
 from aoe_jax.config.checks import require_flag
+from aoe_jax.storage.paths import is_remote, parsed_path
 from aoe_jax.training.stopping import StopRequests
 
 _CONFIG = cli.define_config_flag()
@@ -30,6 +31,9 @@ _START_OVER = flags.DEFINE_bool(
 )
 _GO_BACK = flags.DEFINE_integer(
     "go-back", None, "continue from the checkpoint of this step; newer files move to set_aside/", 1
+)
+_BRANCH = flags.DEFINE_string(
+    "branch", None, "DIR@STEP, begin a new run from that checkpoint of the run in DIR"
 )
 
 
@@ -49,10 +53,17 @@ def main():
         require_flag(find_spec("wandb"), "wandb", project, wanted)
     wanted = "give it without --start-over"
     require_flag(not _START_OVER.value or _GO_BACK.value is None, "go-back", _GO_BACK.value, wanted)
+    branch = None
+    if _BRANCH.value is not None:
+        source, _, step = _BRANCH.value.rpartition("@")
+        wanted = "write it as DIR@STEP, such as runs/long@2000"
+        require_flag(source and step.isdecimal(), "branch", _BRANCH.value, wanted)
+        branch = parsed_path(source, "--branch"), int(step)
+        require_flag(not is_remote(workdir), "branch", _BRANCH.value, "needs a --workdir on a disk")
     distributed.start()
     from aoe_jax.training.loop import train  # JAX may start only after `distributed.start`
 
-    start = {"start_over": _START_OVER.value, "go_back": _GO_BACK.value}
+    start = {"start_over": _START_OVER.value, "go_back": _GO_BACK.value, "branch": branch}
     summary = train(config, workdir, stop, profile, project, **start)
     import jax
 

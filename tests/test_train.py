@@ -132,6 +132,26 @@ def test_finished_run_goes_on_with_more_steps(tmp_path):
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == steps
 
 
+def test_a_branch_ends_as_a_run_with_its_number_of_steps(tmp_path):
+    """A run with the schedule wsd has constant rates until 6 of 12 steps, a branch until 3 of 6."""
+    wsd = {"train__schedule": "wsd", "train__warmup": 0.0, "train__decay": 0.5}
+    wsd |= {"checkpoint__keep_every": EVERY}
+    long, whole, branch = tmp_path / "long", tmp_path / "whole", tmp_path / "branch"
+    succeed(runs.dense_command(long, train__steps=12, **wsd))
+    succeed(runs.dense_command(whole, train__steps=6, **wsd))
+    command = runs.dense_command(branch, train__steps=6, **wsd)
+    for value, words in (
+        ("3", "--branch=3: write it as DIR@STEP, such as"),
+        (f"{long}@5", f"--branch={long}@5: {long} has checkpoints of steps 3, 6, 9, 12; give"),
+    ):
+        status, _, stderr = runs.run([*command, f"--branch={value}"])
+        assert status == 2 and words in runs.last_line(stderr), stderr
+    assert "going on from step 3" in succeed([*command, f"--branch={long}@3"])
+    assert runs.same_end(branch, whole)
+    status, _, stderr = runs.run([*command, f"--branch={long}@3"])
+    assert status == 2 and "is already at step 6" in runs.last_line(stderr)
+
+
 @pytest.mark.parametrize("kind", ["router", "capacity", "dense", "expert_choice"])
 def test_other_kinds_train(kind):
     workdir, stderr = runs.kind_run(kind)

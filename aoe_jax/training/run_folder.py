@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 import tempfile
 import time
 import zlib
@@ -56,10 +57,11 @@ class RunFolder:
         self.workdir, self.on_disk = workdir, workdir
         self._lease = self._mirror = None
 
-    def open(self, held: contextlib.ExitStack, start_over=False, go_back=None):
+    def open(self, held: contextlib.ExitStack, start_over=False, go_back=None, branch=None):
         """Acquires the lease until `held` is closed. `start_over` moves the files of the old run to
-        `set_aside/`; `go_back=STEP` moves only files newer than that checkpoint. Raises `InUse`, or
-        `UserError` if a process sees no lease.
+        `set_aside/`; `go_back=STEP` moves only files newer than that checkpoint. `branch=(DIR,
+        STEP)` begins a new run from a checkpoint of the run in DIR; it does nothing if there is a
+        run. Raises `InUse`, or `UserError` if a process sees no lease.
         """
         workdir, is_main = self.workdir, jax.process_index() == 0
         with together():
@@ -74,6 +76,8 @@ class RunFolder:
         with together():
             if is_main and (start_over or go_back is not None):
                 set_aside(workdir, go_back)
+            if is_main and branch and not (workdir / "config.json").exists():
+                begin_branch(workdir, *branch)
             if is_main and is_remote(workdir):
                 self.on_disk = Path(held.enter_context(tempfile.TemporaryDirectory()))
                 for name in _ON_DISK:
@@ -216,6 +220,19 @@ def set_aside(workdir: Path, go_back: int | None = None):
         write_json(workdir / "heartbeat.json", read_heartbeat(workdir) | {"saved": go_back})
     if moved:
         log.info(f"moved {', '.join(sorted(moved))} to {folder}")
+
+
+def begin_branch(workdir: Path, source: Path, step: int):
+    """Copies the checkpoint of a step, and the files that belong to it, from the run in `source`.
+    Raises `UserError` if there is no such checkpoint.
+    """
+    steps, checkpoint = Checkpoints(source).steps(), f"checkpoints/{step}"
+    if step not in steps:
+        there = f"{source} has checkpoints of steps {', '.join(map(str, steps)) or 'none'}"
+        raise UserError(f"--branch={source}@{step}: {there}; give one of these steps")
+    shutil.copytree(source / checkpoint, workdir / checkpoint, dirs_exist_ok=True)
+    for name in ("metrics.jsonl", "data.json", "config.json"):  # the last one completes the branch
+        shutil.copyfile(source / name, workdir / name)
 
 
 def check_data(workdir: Path, corpus: TokenisedCorpus):
