@@ -1,5 +1,5 @@
 """Every method of `configs/methods.py` is causal, computes the same results on a mesh, and resumes
-with bit-identical results. So does AoE with Muon.
+with bit-identical results. So does AoE with Muon and `train.skip_above`.
 """
 
 import dataclasses
@@ -46,7 +46,8 @@ SOONER = {
 @cache
 def configuration(variant, tied=True):
     config = methods.get_config("top_k" if variant == "muon" else variant)
-    config.train.optimizer = "muon" if variant == "muon" else "adamw"
+    if variant == "muon":
+        config.train.update(optimizer="muon", skip_above=1e3)
     for group, values in SMALL.items():
         config[group].update(values)
     if config.experts.kind != "aoe" or variant == "whole_gate":

@@ -34,7 +34,11 @@ class TrainConfig(Group):
     seed: int = setting(0, at_least=0)
     log_every: int = setting(20, above=0)
     eval_every: int = setting(0, at_least=0)  # steps between validations; 0: only at the end
-    # The run stops after this many updates in a row were skipped because they were not finite.
+    # Skip an update whose gradient norm is this many standard deviations above the mean of about
+    # 100 recent norms; 0: never.
+    skip_above: float = setting(0.0, at_least=0)
+    # The run stops after this many updates in a row were skipped. An update that is not finite is
+    # always skipped.
     max_skipped: int = setting(10, above=0)
     # After this many seconds without progress (a step, a validation batch, a save, a restore, the
     # start or the end) the run ends with exit status 6; 0: never. Compilation has no limit.

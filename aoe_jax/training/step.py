@@ -21,10 +21,11 @@ class TrainState:
     """The arrays that a step changes."""
 
     step: jax.Array  # [] int32, steps done
-    skipped: jax.Array  # [] int32, steps whose update was skipped (loss or gradient not finite)
+    skipped: jax.Array  # [] int32, steps whose update was skipped
     params: dict
     routing_state: dict  # `{name: [L, ...]}`, the arrays of `Method.state`, stacked over layers
     opt_state: optax.OptState
+    recent_norms: jax.Array | None = None  # [3], see `is_spike`; None without `train.skip_above`
 
 
 def init_state(config: Config, seed):
@@ -35,7 +36,8 @@ def init_state(config: Config, seed):
 def first_state(config: Config, params, routing_state):
     """The state before the first step, with these parameters and this routing state."""
     zero, optimizer = jnp.zeros((), jnp.int32), make_optimizer(config.train, config.experts)
-    return TrainState(zero, zero, params, routing_state, optimizer.init(params))
+    norms = jnp.zeros(3) if config.train.skip_above else None
+    return TrainState(zero, zero, params, routing_state, optimizer.init(params), norms)
 
 
 def train_step_on(mesh, config: Config):
@@ -127,11 +129,26 @@ def _with_shares_so_far(stats, before):
     return stats._replace(**jax.tree.map(lambda total: total / number, sums)), so_far
 
 
+def is_spike(norm, recent, limit):
+    """Whether a gradient norm is more than `limit` standard deviations above the mean of recent
+    norms: `(bool [], new recent [3])`.
+
+    `recent` has the moving averages of 1, norm and norm^2 over about 100 steps, in which a norm
+    counts at most as the limit. The first 50 norms are never spikes.
+    """
+    mean, square = recent[1:] / jnp.maximum(recent[0], 1e-9)
+    highest = mean + limit * jnp.sqrt(jnp.maximum(square - mean**2, 0))
+    highest = jnp.where(recent[0] > 1 - 0.99**49.5, highest, jnp.inf)
+    counted = jnp.minimum(norm, highest)
+    return norm > highest, 0.99 * recent + 0.01 * jnp.array([1, counted, counted**2])
+
+
 def make_train_step(config: Config):
     """Returns `train_step(state, batch) -> (state, metrics)`.
 
-    If the loss or the gradient is not finite, parameters, moments and routing state do not change.
-    The step still counts, also in the learning rate schedule.
+    If the loss or the gradient is not finite, or the gradient norm is a spike (`train.skip_above`),
+    parameters, moments and routing state do not change. The step still counts, also in the learning
+    rate schedule.
     """
     optimizer = make_optimizer(config.train, config.experts)
     schedule = learning_rate_schedule(config.train)
@@ -143,32 +160,37 @@ def make_train_step(config: Config):
         with jax.named_scope("update"):
             grad_norm = optax.tree.norm(grads)  # before clipping
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        updated, recent = finite, state.recent_norms
+        if recent is not None:
+            spike, norms = is_spike(grad_norm, recent, config.train.skip_above)
+            updated, recent = finite & ~spike, jnp.where(finite, norms, recent)
 
-        def if_finite(new, old):
-            """The new values if `finite`, else the old ones; integer counters are always new."""
+        def if_updated(new, old):
+            """The new values, or the old ones after a skip; integer counters are always new."""
 
             def choose(n, o):
-                return jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.inexact) else n
+                return jnp.where(updated, n, o) if jnp.issubdtype(n.dtype, jnp.inexact) else n
 
             return jax.tree.map(choose, new, old)
 
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = if_finite(optax.apply_updates(state.params, updates), state.params)
-            opt_state = if_finite(opt_state, state.opt_state)
+            params = if_updated(optax.apply_updates(state.params, updates), state.params)
+            opt_state = if_updated(opt_state, state.opt_state)
             metrics["update_norm"] = optax.tree.norm(updates)
             metrics["param_norm"] = optax.tree.norm(params)
         if routing_state := state.routing_state:
             with jax.named_scope("balance"):
                 layers, weights = params["layers"], params["layers"]["experts"]
                 new_state, changed = config.routing.update(config, routing_state, stats, weights)
-                changed = if_finite(changed, {name: weights[name] for name in changed})
+                changed = if_updated(changed, {name: weights[name] for name in changed})
                 params = params | {"layers": layers | {"experts": weights | changed}}
-                routing_state = if_finite(new_state, routing_state)
-        skipped = state.skipped + ~finite
-        metrics |= {"grad_norm": grad_norm, "finite": finite, "skipped": skipped}
+                routing_state = if_updated(new_state, routing_state)
+        skipped = state.skipped + ~updated
+        metrics |= {"grad_norm": grad_norm, "updated": updated, "skipped": skipped}
         metrics["learning_rate"] = schedule(state.step)
-        return TrainState(state.step + 1, skipped, params, routing_state, opt_state), metrics
+        new = TrainState(state.step + 1, skipped, params, routing_state, opt_state, recent)
+        return new, metrics
 
     return train_step
 

@@ -18,7 +18,7 @@ from aoe_jax.methods import find_method
 from aoe_jax.moe.load_balance import balance_loss, load_spread
 from aoe_jax.planning.step_plan import abstract_batch
 from aoe_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
-from aoe_jax.training.step import init_state, make_train_step, training_loss
+from aoe_jax.training.step import init_state, is_spike, make_train_step, training_loss
 from configs import paper
 
 pytestmark = pytest.mark.usefixtures("ragged")
@@ -77,7 +77,7 @@ def test_every_program_of_the_paper_trains(variant):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
         if t == 0:
-            assert metrics["finite"] and float(metrics["grad_norm"]) > 0
+            assert metrics["updated"] and float(metrics["grad_norm"]) > 0
             # After one step, the first moment is proportional to the gradient.
             ((_, gradient),) = optax.tree.get_all_with_path(state.opt_state, "mu")
     # Embeddings are left out: tokens that do not occur in the batch have no input gradients.
@@ -161,7 +161,7 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
     config, step, state = loss_free("aoe_r64", accumulate)
     batch = batch_of()
     first, metrics = step(state, batch)
-    assert metrics["finite"] and int(first.skipped) == int(metrics["skipped"]) == 0
+    assert metrics["updated"] and int(first.skipped) == int(metrics["skipped"]) == 0
     large = dict(first.params)
     large["embed"] = {"embedding": large["embed"]["embedding"] * 1e22}
     large["final_norm"] = {"scale": large["final_norm"]["scale"] * 1e-22}
@@ -169,7 +169,7 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
     poisoned = batch | {"weights": batch["weights"].at[0, 0].set(jnp.nan)}
     for before, of_step in ((overflows, batch), (first, poisoned)):
         second, metrics = step(before, of_step)
-        assert np.isfinite(metrics["loss"]) == (before is overflows) and not metrics["finite"]
+        assert np.isfinite(metrics["loss"]) == (before is overflows) and not metrics["updated"]
         assert int(second.step) == 2 and int(second.skipped) == int(metrics["skipped"]) == 1
         for name in ("params", "routing_state", "opt_state"):
             trees = (jax.tree.leaves(getattr(s, name)) for s in (before, second))
@@ -177,11 +177,44 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
                 np.testing.assert_array_equal(b, a + (a.dtype == jnp.int32))
 
     third, metrics = step(second, batch)
-    assert metrics["finite"] and int(third.skipped) == 1
+    assert metrics["updated"] and int(third.skipped) == 1
     rate = learning_rate_schedule(config.train)(2)
     np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-6)
     changed = jax.tree.map(lambda a, b: (a != b).any(), second.params, third.params)
     assert any(jax.tree.leaves(changed))
+
+
+def test_spikes_of_the_gradient_are_skipped():
+    """A norm is a spike if it is above the mean of recent ones by a multiple of their standard
+    deviation; neither a changed level nor a spike changes that for long.
+    """
+    draw, recent = np.random.default_rng(0), jnp.zeros(3)
+    norms = 2 + 0.1 * draw.standard_normal(200)
+    norms[[20, 150]] = 3.0
+    found = []
+    for norm in norms:
+        spike, recent = is_spike(norm, recent, 6.0)
+        found.append(bool(spike))
+    assert np.flatnonzero(found).tolist() == [150]
+    weight = 0.01 * 0.99 ** np.arange(200)[::-1]
+    norms[150] = 2 + 6 * 0.1  # counts about as the limit
+    np.testing.assert_allclose(recent, [weight.sum(), weight @ norms, weight @ norms**2], rtol=2e-2)
+    later = []
+    for _ in range(100):
+        spike, recent = is_spike(6.0, recent, 6.0)
+        later.append(bool(spike))
+    assert all(later[:5]) and not any(later[50:])
+
+    config = shrunken("aoe_r64", train={"skip_above": 3.0})
+    state, step, batch = new_state(config), jax.jit(make_train_step(config)), batch_of()
+    for level, updated in ((0.0, False), (1e9, True)):
+        state = dataclasses.replace(state, recent_norms=jnp.array([1, level, level**2 * 1.01]))
+        new, metrics = step(state, batch)
+        assert metrics["updated"] == updated and metrics["skipped"] == (not updated)
+        moved = jax.tree.map(
+            lambda a, b: (a != b).any(), new.opt_state[1][0].mu, state.opt_state[1][0].mu
+        )
+        assert any(jax.tree.leaves(moved)) == updated
 
 
 def masked_batch():
