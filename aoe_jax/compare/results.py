@@ -250,7 +250,7 @@ def _row(run, folder, lines, seconds_in_turn):
         "active_parameters": counts.active,
         "active_non_embedding": counts.active_non_embedding,
         "flops_per_token": flops_per_token,
-        "learning_rate": config.train.learning_rate,
+        "learning_rate": config.rate_factor * config.train.learning_rate,
         "steps": steps,
         "tokens": tokens,
         "flops": tokens * flops_per_token,

@@ -42,7 +42,6 @@ class Size:
     changes: Mapping  # group -> field -> value
     seeds: int  # number of seeds; a seed decides initial parameters and data order
     arms: tuple[str, ...] | None = None  # None: all
-    rate_factor: float = 1.0  # multiplies the learning rates of the base and the arms
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,8 @@ class Suite:
             is_plain = re.fullmatch(r"[\w.+-]+", name)
             self._require(is_plain, "name", name, "must have letters, digits, . + - _ only")
         for name, size in self.sizes.items():
-            for field_name in ("seeds", "rate_factor"):
-                place, value = f"sizes[{name!r}].{field_name}", getattr(size, field_name)
-                self._require(value > 0, place, value, "must be greater than 0")
+            place = f"sizes[{name!r}].seeds"
+            self._require(size.seeds > 0, place, size.seeds, "must be greater than 0")
             self._check_arms(f"sizes[{name!r}].arms", size)
         for name, sweep in self.throughput.items():
             self._check_arms(f"throughput[{name!r}].arms", sweep)
@@ -127,11 +125,7 @@ class Suite:
     def _config(self, size, arm, seed):
         with naming(f"suite {self.name}, size {size}, arm {arm}"):
             groups = self._groups(arm, self.sizes[size].changes)
-            config = Config.from_config_dict(_changed(groups, {"train": {"seed": seed}}))
-            factor, train = self.sizes[size].rate_factor, config.to_dict()["train"]
-            rates = ("learning_rate", "final_learning_rate")
-            scaled = {"train": {name: train[name] * factor for name in rates}}
-            return Config.from_config_dict(_changed(config.to_dict(), scaled))
+            return Config.from_config_dict(_changed(groups, {"train": {"seed": seed}}))
 
     def runs(self):
         """Returns all runs, size by size and seed by seed; the first seed is `base.train.seed`.

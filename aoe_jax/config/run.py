@@ -49,6 +49,11 @@ class Config:
         """Tokens of a training step, over all devices."""
         return self.train.batch_size * self.data.seq_len
 
+    @property
+    def rate_factor(self):
+        """The factor of both learning rates by `train.rate_width`."""
+        return (self.train.rate_width or self.model.d_model) / self.model.d_model
+
     @classmethod
     def from_config_dict(cls, config):
         """Builds a `Config` from nested mappings. Raises `UserError` for any wrong field."""

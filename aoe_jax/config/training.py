@@ -20,6 +20,9 @@ class TrainConfig(Group):
     # al., arXiv 2404.06395) in the last `decay` of the steps; or constant.
     schedule: str = setting("cosine", choices=("cosine", "wsd", "constant"))
     learning_rate: float = setting(3e-3, above=0)  # the peak, at the end of the warm-up
+    # The `model.d_model` for which the learning rates are given. They are scaled by rate_width /
+    # d_model; initialisation scales by fan-in anyway. None: they are given for this model.
+    rate_width: int | None = setting(None, above=0)
     # Linear warm-up of the learning rate, as a fraction of the steps.
     warmup: float = setting(0.1, at_least=0, below=1)
     decay: float = setting(0.2, above=0, below=1)  # of "wsd", as a fraction of the steps

@@ -4,17 +4,18 @@ import optax
 from flax.traverse_util import path_aware_map
 
 from aoe_jax.config.experts import ExpertsConfig
-from aoe_jax.config.training import TrainConfig
+from aoe_jax.config.run import Config
 from aoe_jax.model.declared import declared
 
 BETAS = {"b1": 0.9, "b2": 0.95}  # of AdamW, as in the paper
 
 
-def learning_rate_schedule(config: TrainConfig):
+def learning_rate_schedule(config: Config):
     """`step -> learning rate`: linear warm-up from 0 to the peak, then by `train.schedule`."""
-    peak, final, steps = config.learning_rate, config.final_learning_rate, config.steps
-    warmup, decay = config.warmup_steps, config.decay_steps
-    if config.schedule == "cosine":
+    train, factor = config.train, config.rate_factor
+    peak, final = factor * train.learning_rate, factor * train.final_learning_rate
+    warmup, decay, steps = train.warmup_steps, train.decay_steps, train.steps
+    if train.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, final)
     parts = [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)]
     if not decay:
@@ -58,14 +59,14 @@ def orthogonalised(params):
     return path_aware_map(numbers, params)
 
 
-def update_rule(config: TrainConfig, schedule):
+def update_rule(train, schedule):
     """AdamW, or Muon (Jordan et al. 2024) with the update size of Liu et al. (arXiv 2502.16982).
 
     Muon orthogonalises the update of each matrix of attention, and of each expert by itself. AdamW
     with Nesterov momentum updates the other parameters: embeddings, norms and routers.
     """
-    decay = config.weight_decay
-    if config.optimizer == "adamw":
+    decay = train.weight_decay
+    if train.optimizer == "adamw":
         return optax.adamw(schedule, **BETAS, weight_decay=decay, mask=decayed)
     names = {f"adam_{name}": beta for name, beta in BETAS.items()}
     return optax.chain(
@@ -78,15 +79,15 @@ def update_rule(config: TrainConfig, schedule):
     )
 
 
-def make_optimizer(config: TrainConfig, experts: ExpertsConfig):
+def make_optimizer(config: Config):
     """The optax optimiser; in the first `train.router_steps` steps it updates only routers."""
-    schedule = learning_rate_schedule(config)
-    steps = [optax.clip_by_global_norm(config.clip_norm), update_rule(config, schedule)]
-    if config.scoring_rate != 1:
-        steps.append(scale_scoring(experts, config.scoring_rate))
-    if config.router_steps:
+    train, schedule = config.train, learning_rate_schedule(config)
+    steps = [optax.clip_by_global_norm(train.clip_norm), update_rule(train, schedule)]
+    if train.scoring_rate != 1:
+        steps.append(scale_scoring(config.experts, train.scoring_rate))
+    if train.router_steps:
         zero = optax.masked(optax.set_to_zero(), no_routers)
-        frozen = optax.conditionally_transform(zero, lambda step: step < config.router_steps)
+        frozen = optax.conditionally_transform(zero, lambda step: step < train.router_steps)
         # The first `frozen` sets the gradients of all but routers to zero, so that the global norm
         # and the moments exclude them. The last `frozen` removes their weight decay.
         steps = [frozen, *steps, frozen]

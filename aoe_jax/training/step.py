@@ -35,7 +35,7 @@ def init_state(config: Config, seed):
 
 def first_state(config: Config, params, routing_state):
     """The state before the first step, with these parameters and this routing state."""
-    zero, optimizer = jnp.zeros((), jnp.int32), make_optimizer(config.train, config.experts)
+    zero, optimizer = jnp.zeros((), jnp.int32), make_optimizer(config)
     norms = jnp.zeros(3) if config.train.skip_above else None
     return TrainState(zero, zero, params, routing_state, optimizer.init(params), norms)
 
@@ -150,8 +150,7 @@ def make_train_step(config: Config):
     parameters, moments and routing state do not change. The step still counts, also in the learning
     rate schedule.
     """
-    optimizer = make_optimizer(config.train, config.experts)
-    schedule = learning_rate_schedule(config.train)
+    optimizer, schedule = make_optimizer(config), learning_rate_schedule(config)
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)

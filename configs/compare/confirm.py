@@ -13,7 +13,7 @@ the arms without L_aux: `none` arms have no balancing, `free` arms have the loss
 
 from aoe_jax.compare.suite import Size, Suite
 from configs.compare.arms import aoe, moe, varied, whole_aoe
-from configs.compare.small import LARGEST, MIDDLE, SMALLEST, base_config, size_of, wider
+from configs.compare.small import LARGEST, MIDDLE, SMALLEST, base_config, size_of
 
 
 def _at_rate(rate, arm):
@@ -40,9 +40,9 @@ def get_suite():
         arms=ARMS,
         sizes={
             "42k": Size(SMALLEST, seeds=5),
-            "149k": wider(MIDDLE, 5, (*AT_ALL_SIZES, "aoe_one")),
-            "419k": wider(LARGEST, 3, AT_ALL_SIZES),
-            "1M": wider(size_of(96, 7, 4, batch_size=16, steps=5040), 3, AT_ALL_SIZES),
+            "149k": Size(MIDDLE, 5, (*AT_ALL_SIZES, "aoe_one")),
+            "419k": Size(LARGEST, 3, AT_ALL_SIZES),
+            "1M": Size(size_of(96, 7, 4, batch_size=16, steps=5040), 3, AT_ALL_SIZES),
         },
         baseline="moe",
     )

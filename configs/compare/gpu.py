@@ -51,7 +51,11 @@ def get_suite():
     base.model.max_len = LENGTH
     base.data.seq_len = LENGTH
     base.train.update(
-        batch_size=SEQUENCES, learning_rate=2e-3, final_learning_rate=1e-4, warmup=0.05
+        batch_size=SEQUENCES,
+        learning_rate=2e-3,
+        final_learning_rate=1e-4,
+        warmup=0.05,
+        rate_width=384,
     )
     sizes = {"20M": (384, 8, 19e6), "50M": (512, 12, 50e6), "100M": (640, 16, 105e6)}
     return Suite(
@@ -59,9 +63,6 @@ def get_suite():
         base=base,
         arms={name: ARMS[name] for name in ("moe", "aoe_whole", "aoe_one")}
         | {"aoe_d3": published_aoe()},
-        sizes={
-            name: Size(size_of(*shape), seeds=2, rate_factor=384 / shape[0])
-            for name, shape in sizes.items()
-        },
+        sizes={name: Size(size_of(*shape), seeds=2) for name, shape in sizes.items()},
         baseline="moe",
     )

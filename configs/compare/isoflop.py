@@ -38,17 +38,16 @@ def size_at(flops, *shape):
 
 
 def get_suite():
+    base = base_config()
+    base.train.rate_width = 60
     return Suite(
         name="isoflop",
-        base=base_config(),
+        base=base,
         arms={
             "moe_aux": moe("aux"),
             "aoe_d3_aux": at_learning_rate(1e-2, aoe(3, "aux")),
             "dense_active": at_learning_rate(1e-2, replace(DENSE_ACTIVE, label="dense, active")),
         },
-        sizes={
-            name: Size(size_at(FLOPS, *shape), seeds=2, rate_factor=60 / shape[0])
-            for name, shape in SHAPES.items()
-        },
+        sizes={name: Size(size_at(FLOPS, *shape), seeds=2) for name, shape in SHAPES.items()},
         baseline="moe_aux",
     )

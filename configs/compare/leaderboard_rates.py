@@ -21,7 +21,7 @@ def tuned(family, rate, scoring_rate):
 
 def get_suite():
     base = base_config()
-    base.train.seed = SEED
+    base.train.update(seed=SEED, rate_width=None)
     changes = MIDDLE | {"train": MIDDLE["train"] | {"eval_every": 0}, "checkpoint": {"every": 740}}
     return Suite(
         name="leaderboard_rates",

@@ -30,11 +30,9 @@ def _experts(n_experts, top_k, d_ffn):
 
 
 def get_suite():
-    base = base_config()
-    base.train.update(learning_rate=1.5e-2, final_learning_rate=6e-4)
     return Suite(
         name="other",
-        base=base,
+        base=base_config(),
         arms={name: replace(ARMS[name], matched=name == "moe") for name in AT_ALL_SIZES},
         sizes={
             "large_batch": Size(_changed(**LARGE_BATCH), seeds=3),

@@ -29,6 +29,7 @@ def get_suite():
         for rate in RATES:
             label = f"{arm.label}, rate {rate:g}"
             grid[f"{name}_{rate:g}"] = replace(at_learning_rate(rate, arm), label=label)
+    base.train.rate_width = None
     d60 = small.size_of(60, 4, 6, batch_size=8, steps=400)
     of_d60 = tuple(f"{name}_{rate:g}" for name in D60 for rate in RATES)
     return Suite(

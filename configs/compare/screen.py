@@ -32,12 +32,10 @@ def routing_neurons(count):
 
 
 def get_suite():
-    base = base_config()
-    base.train.update(learning_rate=1.5e-2, final_learning_rate=6e-4)
     published, whole, router = aoe(3, "aux"), whole_aoe(16, "aux"), moe("aux")
     return Suite(
         name="screen",
-        base=base,
+        base=base_config(),
         arms={
             "moe": router,
             "aoe_d3": published,

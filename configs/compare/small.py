@@ -45,17 +45,12 @@ MIDDLE = size_of(48, 4, 4, batch_size=8, steps=1480)
 LARGEST = size_of(72, 5, 4, batch_size=8, steps=4100)
 
 
-def wider(changes, seeds, arms):
-    """Returns a `Size` whose learning rates are those of `SMALLEST`, scaled by 1 / d_model."""
-    rate_factor = SMALLEST["model"]["d_model"] / changes["model"]["d_model"]
-    return Size(changes, seeds, arms, rate_factor)
-
-
 def base_config():
     """Returns the configuration that all runs share."""
     base = tiny.get_config()
     base.model.vocab_size = 1024  # keeps the embeddings small, and splits the text into more tokens
-    base.train.update(learning_rate=2e-2, final_learning_rate=8e-4, log_every=10)
+    width = SMALLEST["model"]["d_model"]
+    base.train.update(learning_rate=2e-2, final_learning_rate=8e-4, rate_width=width, log_every=10)
     return base
 
 
@@ -66,8 +61,8 @@ def get_suite():
         arms=ARMS,
         sizes={
             "42k": Size(SMALLEST, seeds=3),
-            "149k": wider(MIDDLE, 3, AT_ALL_SIZES),
-            "419k": wider(LARGEST, 2, AT_ALL_SIZES),
+            "149k": Size(MIDDLE, 3, AT_ALL_SIZES),
+            "419k": Size(LARGEST, 2, AT_ALL_SIZES),
         },
         baseline="moe_aux",
     )

@@ -15,11 +15,9 @@ from configs.compare.small import MIDDLE, base_config
 
 
 def get_suite():
-    base = base_config()
-    base.train.update(learning_rate=1.5e-2, final_learning_rate=6e-4)
     return Suite(
         name="variants",
-        base=base,
+        base=base_config(),
         arms={
             "moe_aux": moe("aux"),
             "aoe_d3_aux": aoe(3, "aux"),

@@ -178,7 +178,7 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
 
     third, metrics = step(second, batch)
     assert metrics["updated"] and int(third.skipped) == 1
-    rate = learning_rate_schedule(config.train)(2)
+    rate = learning_rate_schedule(config)(2)
     np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-6)
     changed = jax.tree.map(lambda a, b: (a != b).any(), second.params, third.params)
     assert any(jax.tree.leaves(changed))
@@ -315,7 +315,7 @@ def test_optimiser_is_the_papers():
     (0.9, 0.95) and decoupled decay on matrices only.
     """
     rates = {"learning_rate": 0.1, "final_learning_rate": 0.01}
-    config = TrainConfig(steps=10, warmup=0.0, weight_decay=0.5, **rates)
+    config = Config(train=TrainConfig(steps=10, warmup=0.0, weight_decay=0.5, **rates))
 
     def tree(up, scale, embedding):
         rest = {"final_norm": {"scale": jnp.array([scale])}}
@@ -323,7 +323,7 @@ def test_optimiser_is_the_papers():
         return of_experts(w_up=jnp.array([up])) | rest
 
     params, grads = tree([3.0, -2.0], 1.0, 4.0), tree([3.0, 4.0], 12.0, 0.0)
-    optimizer = make_optimizer(config, ExpertsConfig())
+    optimizer = make_optimizer(config)
     state, m, v = optimizer.init(params), 0.0, 0.0
     want = np.array([[3.0, -2.0]])
     for t in (1, 2):
@@ -360,9 +360,9 @@ def test_muon_updates_each_matrix_by_itself():
             return a.reshape(-1, *a.shape[2:])  # layers and experts
         return a.reshape(len(a), -1, a.shape[-1] if name.endswith("['o']") else a[0, 0].size)
 
-    schedule, alone = learning_rate_schedule(config.train), optax.contrib.scale_by_muon()
+    schedule, alone = learning_rate_schedule(config), optax.contrib.scale_by_muon()
     muon = dataclasses.replace(config.train, optimizer="muon")
-    by_muon = two_updates(make_optimizer(muon, config.experts))
+    by_muon = two_updates(make_optimizer(dataclasses.replace(config, train=muon)))
     by_adam = two_updates(optax.nadamw(schedule, 0.9, 0.95, weight_decay=0.5, mask=decayed))
     for name, gradient in by_path(grads).items():
         if not any(part in name for part in ("w_gate", "w_up", "w_down", "attention']")):
@@ -405,16 +405,17 @@ def test_what_scores_has_a_learning_rate_of_its_own(scored, experts):
     names = ("w_gate_down", "w_gate", "w_router", "w_up")
     params = of_experts(**{name: jnp.arange(1.0, 7).reshape(1, 2, 3) for name in names})
     params["dense_layers"] = {"experts": {"w_gate": jnp.ones((1, 2, 3))}}
-    config = TrainConfig(warmup=0.0, weight_decay=0.5)
+    config = Config(experts=experts, train=TrainConfig(warmup=0.0, weight_decay=0.5))
 
     def updates_of(config):
-        optimizer = make_optimizer(config, experts)
+        optimizer = make_optimizer(config)
         return optimizer.update(params, optimizer.init(params), params)[0]
 
     expected = updates_of(config)
     factor = jnp.array([3, 3, 1 if scored == "w_gate" else 3])
     expected["layers"]["experts"][scored] *= factor
-    got = updates_of(dataclasses.replace(config, scoring_rate=3.0))
+    train = dataclasses.replace(config.train, scoring_rate=3.0)
+    got = updates_of(dataclasses.replace(config, train=train))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), got, expected)
 
 
@@ -438,7 +439,11 @@ def test_what_decays():
 )
 def test_schedules(schedule, wanted):
     rates = {"learning_rate": 1.0, "final_learning_rate": 0.1, "schedule": schedule}
-    config = TrainConfig(steps=100, warmup=0.1, decay=0.4, **rates)
+    train = TrainConfig(steps=100, warmup=0.1, decay=0.4, **rates)
+    config = Config(train=train)
     steps = (0, 5, 10, 55, 100) if schedule == "cosine" else (0, 5, 10, 30, 60, 80, 100)
     rates = [learning_rate_schedule(config)(step) for step in steps]
     np.testing.assert_allclose(rates, wanted, atol=1e-6)
+    narrower = dataclasses.replace(train, rate_width=config.model.d_model // 4)
+    schedule = learning_rate_schedule(Config(train=narrower))
+    np.testing.assert_allclose([4 * schedule(step) for step in steps], wanted, atol=1e-6)
