@@ -6,10 +6,11 @@ Trains every arm of the suite at every size with every seed. On CPU, each core t
 time. Finished runs are not repeated, so the same command continues a stopped suite. `--report`
 trains nothing and only writes the report: `DIR/report.md`, `DIR/report.html` (one file), CSV files,
 and pictures as PNG and SVG. `--set=GROUP.FIELD=VALUE` changes a setting of all runs.
+`--arms=ARM,ARM` trains these arms only, and the arms that they are compared with.
 
     python -m aoe_jax.compare --workdir=DIR --arms=ARM,ARM
 
-Compares any two arms from the `runs.csv` of a report, for example with `DIR=results/small`.
+Without `--suite`, compares two arms from the `runs.csv` of a report, such as `DIR=results/small`.
 """
 
 from absl import flags
@@ -33,12 +34,12 @@ _REPORT = flags.DEFINE_bool("report", False, "write the report of finished runs,
 _SET = flags.DEFINE_multi_string(
     "set", [], "GROUP.FIELD=VALUE for all runs, such as data.path=/data/c4"
 )
-_ARMS = flags.DEFINE_list("arms", [], "two arms by their names in the suite, to be compared")
+_ARMS = flags.DEFINE_list("arms", [], "names of arms; without --suite two, to be compared")
 
 
 def main():
-    if _ARMS.present:
-        cli.refuse("leave it out with --arms", _SUITE, _JOBS, _REPORT, _SET)
+    if _ARMS.present and not _SUITE.present:
+        cli.refuse("give it with --suite", _JOBS, _REPORT, _SET)
         from aoe_jax.compare.pair import pair_table
 
         print(pair_table(cli.path_of(_WORKDIR), _ARMS.value))
@@ -48,6 +49,7 @@ def main():
     has_runs = (workdir / "machine.json").exists() or not _REPORT.value
     wanted = "has no runs to report; leave out --report to train them"
     require_flag(has_runs, "workdir", workdir, wanted)
+    suite = suite.of_arms(_ARMS.value) if _ARMS.value else suite
     suite.runs()  # checks all configurations before anything is written
     for name in suite.throughput:
         suite.swept(name)

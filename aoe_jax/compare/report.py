@@ -77,11 +77,14 @@ def to_markdown(r: Results, costs, **of_workdir):
         drawn[name] = figure
         return f"![{caption}](figures/{name}.png)\\\n*{caption}*"
 
+    differences = r.differences()
+    at_end = differences[differences["at_equal"] == "end"] if len(differences) else differences
     compared = [(size, arm, r.difference(size, arm)) for size, arm in r.pairs]
     markdown = TEMPLATES.get_template("report.md.j2").render(
         r=r,
         suite=r.suite,
         base=r.suite.baseline,
+        p_holm={(row.size, row.arm): f"{row.p_holm:.2g}" for row in at_end.itertuples()},
         compared=[row for row in compared if row[1] != r.suite.baseline and row[2].n],
         scaling={scale: r.scaling(scale) for scale in SCALES},
         in_turn=r.finished_runs["timed_in_turn"].all(),

@@ -12,7 +12,7 @@ import pandas as pd
 from aoe_jax.compare.choices import LAYER_COLUMNS, LAYER_MEANS, read_choices
 from aoe_jax.compare.jobs import beside, last_line, read_outcome
 from aoe_jax.compare.measure import configs_by_point, read_point, sweep_point
-from aoe_jax.compare.statistics import at, fit_power_law, mean
+from aoe_jax.compare.statistics import at, fit_power_law, holm, mean
 from aoe_jax.compare.suite import Suite
 from aoe_jax.compare.train_runs import folder_of, has_diverged, is_finished, read_summary
 from aoe_jax.model.counts import experts_per_token, parameter_counts, training_flops_per_token
@@ -180,7 +180,10 @@ class Results:
             for kind in ("end", "flops", "seconds") if arm != self.suite.baseline else ():
                 row = {"size": size, "arm": arm, "to": self.suite.reference(arm), "at_equal": kind}
                 rows.append(row | dataclasses.asdict(self.difference(size, arm, kind)))
-        return pd.DataFrame(rows)
+        found = pd.DataFrame(rows)
+        if len(found):  # corrected over the arms of a size
+            found["p_holm"] = found.groupby(["size", "at_equal"])["p"].transform(holm)
+        return found
 
     def scaling(self, scale):
         """Fits a power law over sizes for each arm: `{arm: ({x: [nll of each seed]}, PowerLaw)}`.

@@ -20,6 +20,7 @@ class Estimate:
     n: int
     low: float  # lower end of the CONFIDENCE interval, by Student's t; NaN if n is below 2
     high: float
+    p: float  # of the two-sided t-test against 0; NaN if n is below 2
 
     def text(self, digits=4):
         if not self.n:
@@ -36,10 +37,18 @@ class Estimate:
 def mean(values):
     """Returns the `Estimate` of the mean of numbers; NaNs are left out."""
     values = pd.Series(values, dtype=float).dropna()
-    value, error, n, reach = values.mean(), values.sem(), len(values), math.nan
-    if n > 1:
-        reach = error * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
-    return Estimate(float(value), float(error), n, float(value - reach), float(value + reach))
+    value, error, n = float(values.mean()), float(values.sem()), len(values)
+    reach = error * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) if n > 1 else math.nan
+    p = float(stats.ttest_1samp(values, 0).pvalue) if n > 1 and error else math.nan
+    return Estimate(value, error, n, value - reach, value + reach, p)
+
+
+def holm(p):
+    """Holm's correction of p-values of several tests, `[M]` -> `[M]`; NaNs are no tests."""
+    p = pd.Series(p, dtype=float)
+    ordered = p.dropna().sort_values()
+    corrected = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1)
+    return corrected.reindex(p.index)
 
 
 def at(curve_x, curve_y, x):

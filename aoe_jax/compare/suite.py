@@ -42,6 +42,7 @@ class Size:
     changes: Mapping  # group -> field -> value
     seeds: int  # number of seeds; a seed decides initial parameters and data order
     arms: tuple[str, ...] | None = None  # None: all
+    more_seeds: Mapping[str, int] = field(default_factory=dict)  # arm -> its own number of seeds
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,23 @@ class Suite:
     def arms_of(self, size):
         return self._arms(self.sizes[size])
 
+    def of_arms(self, arms):
+        """The suite with these arms, their references and the baseline, where it has these arms."""
+        for arm in arms:
+            require_flag(arm in self.arms, "arms", arm, f"choose of {', '.join(self.arms)}")
+        wanted = {self.baseline, *arms, *map(self.reference, arms)}
+
+        def kept(places):
+            found = {name: (of, self._arms(of)) for name, of in places.items()}
+            return {
+                name: dataclasses.replace(of, arms=tuple(arm for arm in there if arm in wanted))
+                for name, (of, there) in found.items()
+                if {*arms} & {*there}
+            }
+
+        changes = {"sizes": kept(self.sizes), "throughput": kept(self.throughput)}
+        return dataclasses.replace(self, **changes)
+
     def reference(self, arm):
         return self.arms[arm].reference or self.baseline
 
@@ -135,9 +153,12 @@ class Suite:
         """
         runs, first_seed = [], self.base.train.seed
         for name, size in self.sizes.items():
-            for seed in range(first_seed, first_seed + size.seeds):
-                configs = {arm: self._config(name, arm, seed) for arm in self.arms_of(name)}
-                self._check_matched(f"size {name}", configs)
+            seeds = {arm: size.more_seeds.get(arm, size.seeds) for arm in self.arms_of(name)}
+            for seed in range(first_seed, first_seed + max(seeds.values())):
+                arms = [arm for arm, n in seeds.items() if seed < first_seed + n]
+                configs = {arm: self._config(name, arm, seed) for arm in arms}
+                if seed == first_seed:  # of all arms
+                    self._check_matched(f"size {name}", configs)
                 runs += [Run(name, arm, seed, config) for arm, config in configs.items()]
         return runs
 

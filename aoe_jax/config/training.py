@@ -29,7 +29,7 @@ class TrainConfig(Group):
     final_learning_rate: float = setting(3e-4, at_least=0, at_most="learning_rate")
     # Factor of the learning rate, and so of the weight decay, for the matrices that compute scores:
     # a router, AoE's W_gate_down, or the scoring columns of whole gates.
-    scoring_rate: float = setting(1.0, above=0)
+    scoring_rate: float = setting(1.0, at_least=0)
     weight_decay: float = setting(0.1, at_least=0)  # of all matrices except embeddings
     clip_norm: float = setting(1.0, above=0)  # limit of the global norm of the gradient
     # Micro-batches per step.

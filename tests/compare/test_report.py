@@ -69,7 +69,7 @@ def test_an_arm_may_be_compared_to_another_than_the_baseline(tmp_path):
         tmp_path, {"a": SIZE}, lambda run: 5.0 + (run.arm == "twin") + 0.01 * run.seed, arms=arms
     )
     assert found.difference("a", "twin").value == pytest.approx(1)
-    assert table(markdown(found), "Final validation loss")[-1][-1].endswith("] to AoE r=d/4, L_aux")
+    assert table(markdown(found), "Final validation loss")[-1][-2].endswith("] to AoE r=d/4, L_aux")
     # Brackets of a log would be links in Markdown, and a pipe would end the cell.
     found.runs.loc[0, ["state", "last_line"]] = "failed", "x['a'][1] | `y`"
     (row,) = failed(found, tmp_path)

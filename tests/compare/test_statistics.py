@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from aoe_jax.compare.statistics import at, fit_power_law, mean, number
+from aoe_jax.compare.statistics import at, fit_power_law, holm, mean, number
 
 
 def test_numbers_have_three_digits():
@@ -26,8 +26,17 @@ def test_means_and_paired_differences():
     assert (found.value, found.n) == (2.0, 3)
     reach = 4.302653 / math.sqrt(3)
     assert (found.low, found.high) == pytest.approx((2 - reach, 2 + reach), rel=1e-6)
+    # t = 2 sqrt(3) with 2 degrees of freedom; its p-value is 1 - t / sqrt(2 + t^2).
+    assert found.p == pytest.approx(1 - math.sqrt(12 / 14), rel=1e-6)
     one = mean(pd.Series({0: 1.0}) - pd.Series({0: 3.0}))
     assert one.value == -2.0 and math.isnan(one.error) and math.isnan(one.low)
+
+
+def test_holms_correction():
+    """The smallest p-value times the number of tests, and so on; never below a smaller one."""
+    found = holm([0.01, math.nan, 0.04, 0.03, 0.5])
+    np.testing.assert_allclose(found, [0.04, math.nan, 0.09, 0.09, 0.5])
+    assert holm([0.9, 0.6]).tolist() == [1, 1] and math.isnan(mean([1.0]).p)
 
 
 def test_a_curve_at_a_budget():

@@ -1,0 +1,118 @@
+"""The leaderboard of routing methods, in 50 core-hours: `--suite=configs/compare/leaderboard.py`.
+
+Rules. All arms have 149k active parameters (without embeddings), the same total parameters within
+1%, 3.03M tokens in the same order, and the same schedule. An arm may change scores, routing,
+balancing and the optimiser. Learning rates are not tuned for each arm: an arm takes the rates of
+its family of scores and its optimiser, which were tuned with one budget for all. For Muon they are
+those with the lowest mean loss in `leaderboard_rates.py`, for AdamW in `rates.py` and `screen.py`.
+A gain that is found for AoE is offered to the MoE too.
+
+A new method enters as one line of `ARMS`, in 40 minutes on two cores: `--arms=NAME` trains it and
+the MoE with 12 seeds.
+"""
+
+from dataclasses import replace
+
+from aoe_jax.compare.suite import Size, Suite
+from configs import methods
+from configs.compare.arms import (
+    DENSE,
+    DENSE_ACTIVE,
+    aoe,
+    at_learning_rate,
+    low_rank_moe,
+    moe,
+    varied,
+    whole_aoe,
+)
+from configs.compare.small import LARGEST, MIDDLE, base_config, size_of
+
+# (optimiser, family of scores) -> (learning rate, its factor for the parameters that score)
+RATES = {
+    ("muon", "logits"): (3e-2, 0.3),
+    ("muon", "whole"): (3e-2, 0.3),
+    ("muon", "published"): (3e-2, 0.3),
+    ("adamw", "logits"): (1.5e-2, 0.3),
+    ("adamw", "whole"): (1.5e-2, 0.3),
+    ("adamw", "published"): (1.5e-2, 0.1),
+}
+
+
+def entry(arm, family, optimizer="muon", **train):
+    """Returns an arm with its optimiser and the rates of its family."""
+    rate, scoring_rate = RATES[optimizer, family]
+    rates = {"optimizer": optimizer, "scoring_rate": scoring_rate} | train
+    label = f"{arm.label}, {'Muon' if optimizer == 'muon' else 'AdamW'}"
+    return replace(varied(at_learning_rate(rate, arm), train=rates), label=label)
+
+
+def method(variant, family):
+    """Returns a method of `configs/methods.py` on logits or on norms of whole gates."""
+    experts, routing, balance = methods.VARIANTS[variant]
+    experts = experts | ({"score_neurons": 16} if family == "whole" else {})
+    name = variant.removesuffix("_router").replace("_", " ")
+    label = f"{'AoE of whole gates' if family == 'whole' else 'MoE'}, {name}"
+    changes = {"experts": experts, "routing": routing, "balance": balance}
+    return entry(replace(moe("none"), label=label, changes=changes), family)
+
+
+def on_both(variant):
+    """Returns a method on logits and on norms, `{arm: Arm}`."""
+    return {
+        f"moe_{variant}": method(f"{variant}_router", "logits"),
+        f"whole_{variant}": method(variant, "whole"),
+    }
+
+
+WITHOUT_ROUTER = {"scoring_rate": 1.0}  # dense models have no parameters that score
+ARMS = {
+    "moe": entry(moe("aux"), "logits"),
+    "whole": entry(whole_aoe(16, "aux"), "whole"),
+    "published": entry(aoe(3, "aux"), "published"),
+    "moe_adamw": entry(moe("aux"), "logits", "adamw"),
+    "whole_adamw": entry(whole_aoe(16, "aux"), "whole", "adamw"),
+    "published_adamw": entry(aoe(3, "aux"), "published", "adamw"),
+    **on_both("quantile"),
+    "moe_free": entry(moe("free"), "logits"),
+    "whole_free": entry(whole_aoe(16, "free"), "whole"),
+    "moe_none": entry(moe("none"), "logits"),
+    "whole_none": entry(whole_aoe(16, "none"), "whole"),
+    "frozen": replace(
+        entry(moe("aux"), "logits", scoring_rate=0.0), label="MoE, frozen random router, Muon"
+    ),
+    "dense": entry(DENSE, "logits", **WITHOUT_ROUTER),
+    "dense_active": entry(DENSE_ACTIVE, "logits", **WITHOUT_ROUTER),
+    "whole_one": entry(whole_aoe(1, "aux", "max"), "whole"),
+    "whole4_max": entry(whole_aoe(4, "aux", "max"), "whole"),
+    "moe_factorised": entry(low_rank_moe(3, "factorised_gate"), "published"),
+    **on_both("threshold"),
+    **on_both("top_p"),
+    **on_both("dynmoe"),
+    **on_both("routing_free"),
+    **on_both("z_loss"),
+    **on_both("sequence_balance"),
+    "moe_erc": method("erc_router", "logits"),
+    "moe_sigmoid_top_k": method("sigmoid_top_k_router", "logits"),
+}
+LEADING = dict.fromkeys(("moe", "whole", "whole_quantile", "published"), 40)
+BOTH = ("moe", "whole", "published", "moe_adamw", "whole_adamw", "published_adamw")
+
+
+def get_suite():
+    base = base_config()
+    base.train.update(rate_width=MIDDLE["model"]["d_model"], eval_every=0)
+    small, large, largest = (
+        size | {"train": size["train"] | {"eval_every": 0}, "checkpoint": {"every": 500, "keep": 1}}
+        for size in (MIDDLE, LARGEST, size_of(96, 7, 4, batch_size=16, steps=5040))
+    )
+    return Suite(
+        name="leaderboard",
+        base=base,
+        arms=ARMS,
+        sizes={
+            "149k": Size(small, seeds=12, more_seeds=LEADING),
+            "419k": Size(large, seeds=8, arms=BOTH),
+            "1M": Size(largest, seeds=4, arms=BOTH[:3]),
+        },
+        baseline="moe",
+    )
