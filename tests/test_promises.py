@@ -261,7 +261,7 @@ loop.train_batches = lambda *arguments: Poisoned(batches(*arguments))
 def test_batch_that_is_not_finite(workdir, tmp_path):
     """It updates nothing, and is counted and logged. A kill between such batches has no effect."""
     whole, code = tmp_path / "whole", POISONED.format(bad="(5, 6, 13)")
-    stderr = runs.succeed(patched(code, whole))
+    stderr = runs.succeed(patched(code, whole, checkpoint__keep=99))
     assert "step 5 skipped: loss nan, gradient norm nan; its batch has the sequences 16" in stderr
     assert stderr.count("skipped:") == 3
     lines, _ = runs.read_metrics(whole)

@@ -3,7 +3,7 @@ statistics.
 """
 
 import dataclasses
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -307,6 +307,11 @@ def test_bfloat16_on_a_mesh(shape, transport):
     """Gradients of weights are summed over devices in float32."""
     arguments = make(KINDS["router"], transport, dtype=jnp.bfloat16)
     assert_near(on_mesh(shape, *arguments)[0], evaluate(*arguments)[0], 0.03)
+    with jax.set_mesh(mesh_of(*shape)):
+        found = operations(partial(evaluate, arguments[0]), *arguments[1:])
+    sums = [eqn for eqn in found if eqn.primitive.name == "reduce_scatter"]
+    over_fsdp = [eqn.invars[0].aval for eqn in sums if "fsdp" in eqn.params["axis_name"]]
+    assert over_fsdp and all(a.dtype == jnp.float32 for a in over_fsdp)
 
 
 def kept(shape, kind, transport="ring", recompute=False):

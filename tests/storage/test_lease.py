@@ -41,7 +41,7 @@ def elsewhere(folder, host="tpu-3", token="aa", duration=1.0):
 
 
 @pytest.mark.parametrize("folder", ["disk", "gs", "s3"], indirect=True)
-def test_one_owner_of_a_folder(folder):
+def test_one_owner_of_a_folder(folder, monkeypatch):
     with leased(folder, "workdir") as owner:
         owner.check()
         assert owner_of(folder)["token"] == owner.token
@@ -49,6 +49,11 @@ def test_one_owner_of_a_folder(folder):
         with pytest.raises(InUse, match=words), leased(folder, "workdir"):
             pass
         owner.check()
+        held = (folder / NAME).read_bytes()
+        with monkeypatch.context() as patch:  # another process fails to take over
+            patch.setattr(time, "sleep", lambda _: (folder / NAME).write_bytes(held))
+            elsewhere(folder)
+            owner.check()
         if is_remote(folder):  # it must not renew the lease after the other process has read it
             owner._ended.set()
         (folder / NAME).unlink()

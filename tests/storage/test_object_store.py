@@ -23,7 +23,7 @@ from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model
-from aoe_jax.storage import retry
+from aoe_jax.storage import paths, retry
 from aoe_jax.storage.config_files import read_config
 from aoe_jax.storage.lease import NAME, leased
 from aoe_jax.storage.paths import Mirror, create, file_system, local_copy, move, parsed_path
@@ -101,13 +101,16 @@ def test_s3_without_credentials(tmp_path):
 
 
 @in_both
-def test_files(folder, tmp_path):
+def test_files(folder, tmp_path, monkeypatch):
     assert create(folder / "a", b"1") and not create(folder / "a", b"2")
     move(folder / "a", folder / "deep" / "b")
     (tmp_path / "old").write_text("old")
     mirror = Mirror(tmp_path, folder)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "new").write_text("new")
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(paths, "file_system", None)  # as if the store could not be reached
+        mirror.upload()
     mirror.upload()
     assert names(folder) == {"deep/b", "sub/new"}
     copy = local_copy(folder, tmp_path / "cache")

@@ -420,5 +420,10 @@ def test_saves_that_fail(tmp_path, monkeypatch, caplog):
     assert "checkpoints/3 cannot be saved: No space left on device" in caplog.text
     save(checkpoints, 4, wait=True)
     assert checkpoints.saved == 4
+    outcomes = [FULL, None]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_finish", lambda: outcomes.pop(0))
+        save(checkpoints, 5)
+    assert not outcomes  # after a save that failed, it waits for the next one
     checkpoints.close()
-    assert Checkpoints(tmp_path).steps()[-1] == 4  # the save of step 3 may end in the background
+    assert Checkpoints(tmp_path).steps()[-1] == 5  # the save of step 3 may end in the background

@@ -91,10 +91,13 @@ def test_a_hang_ends_the_process(tmp_path, ended, capsys, can_report):
 
 
 def test_a_process_that_was_suspended_does_not_hang(tmp_path, ended, monkeypatch):
-    now, seen = [100.0], []
-    monkeypatch.setattr(heartbeat_module.time, "monotonic", lambda: seen.append(1) or now[0])
+    now, looks = [100.0], []
+    monkeypatch.setattr(heartbeat_module.time, "monotonic", lambda: now[0])
     with Heartbeat(tmp_path, 20.0) as heartbeat:
+        wait = heartbeat._ended.wait
+        heartbeat._ended.wait = lambda seconds: looks.append(1) or wait(seconds)
+        assert until(lambda: looks)
         now[0] += 3600
-        before = len(seen)
-        assert until(lambda: len(seen) > before + 3) and not ended
+        looks.clear()
+        assert until(lambda: ended or len(looks) > 3) and not ended
     assert heartbeat._ended.is_set()  # after the run, nothing ends the process

@@ -161,11 +161,13 @@ def test_goodput_counts_the_steps_that_are_kept(tmp_path):
             if kept is None:  # the progress that the checkpoint of this step saves
                 metrics.sync()
                 kept = dataclasses.replace(metrics._progress)
-        share = metrics.summary(step, 9.0)["timing"]["goodput"]
+        timing = metrics.summary(step, 9.0)["timing"]
         metrics.close()
         progress = kept
     seconds = [line["compute_seconds"] for line in lines(tmp_path)]
     assert len(seconds) == 3
+    assert timing["tokens_per_second"] == pytest.approx(4 * TOKENS / sum(seconds[1:]))
+    share = timing["goodput"]
     assert share == pytest.approx(sum(seconds) / (time.time() - began), rel=0.01)
     assert lines(tmp_path)[-1]["goodput"] == pytest.approx(share, rel=0.01)
 
