@@ -59,6 +59,7 @@ def main():
         wanted = "write it as DIR@STEP, such as runs/long@2000"
         require_flag(source and step.isdecimal(), "branch", _BRANCH.value, wanted)
         branch = parsed_path(source, "--branch"), int(step)
+        cli.refuse("leave it out with --branch", _START_OVER, _GO_BACK)
         require_flag(not is_remote(workdir), "branch", _BRANCH.value, "needs a --workdir on a disk")
     distributed.start()
     from aoe_jax.training.loop import train  # JAX may start only after `distributed.start`

@@ -143,12 +143,17 @@ def test_a_branch_ends_as_a_run_with_its_number_of_steps(tmp_path):
     for value, words in (
         ("3", "--branch=3: write it as DIR@STEP, such as"),
         (f"{long}@5", f"--branch={long}@5: {long} has checkpoints of steps 3, 6, 9, 12; give"),
+        (f"{long}@6", "below config.train.steps=6"),
+        (f"{long}@3 --start-over", "leave it out with --branch"),
+        (f"{long}@3 --config.train.seed=7", f"workdir {long} holds another configuration: train"),
     ):
-        status, _, stderr = runs.run([*command, f"--branch={value}"])
+        status, _, stderr = runs.run([*command, *f"--branch={value}".split()])
         assert status == 2 and words in runs.last_line(stderr), stderr
+        assert not (branch / "checkpoints").exists()
     assert "going on from step 3" in succeed([*command, f"--branch={long}@3"])
     assert runs.same_end(branch, whole)
-    status, _, stderr = runs.run([*command, f"--branch={long}@3"])
+    status, _, stderr = runs.run([*command, f"--branch={long}@9"])
+    assert "has a run, which goes on; --branch has no effect" in stderr
     assert status == 2 and "is already at step 6" in runs.last_line(stderr)
 
 

@@ -10,7 +10,7 @@ and pictures as PNG and SVG. `--set=GROUP.FIELD=VALUE` changes a setting of all 
 
     python -m aoe_jax.compare --workdir=DIR --arms=ARM,ARM
 
-Without `--suite`, compares two arms from the `runs.csv` of a report, such as `DIR=results/small`.
+Compares any two arms from the `runs.csv` of a report, for example with `DIR=results/small`.
 """
 
 from absl import flags
@@ -34,7 +34,7 @@ _REPORT = flags.DEFINE_bool("report", False, "write the report of finished runs,
 _SET = flags.DEFINE_multi_string(
     "set", [], "GROUP.FIELD=VALUE for all runs, such as data.path=/data/c4"
 )
-_ARMS = flags.DEFINE_list("arms", [], "names of arms; without --suite two, to be compared")
+_ARMS = flags.DEFINE_list("arms", [], "names of arms of the suite; without --suite, two")
 
 
 def main():
@@ -64,6 +64,7 @@ def main():
             machine = Machine.here(workdir, _JOBS.value)
             train_suite(suite, workdir, machine)
             measure_suite(suite, workdir, machine, given)
+        given += [f"--arms={','.join(_ARMS.value)}"] if _ARMS.value else []
         command = ["python -m aoe_jax.compare", *given, "--workdir=DIR"]
         print(write_report(suite, workdir, " ".join(command)))
 

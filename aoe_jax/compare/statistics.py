@@ -39,12 +39,12 @@ def mean(values):
     values = pd.Series(values, dtype=float).dropna()
     value, error, n = float(values.mean()), float(values.sem()), len(values)
     reach = error * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) if n > 1 else math.nan
-    p = float(stats.ttest_1samp(values, 0).pvalue) if n > 1 and error else math.nan
+    p = 2 * float(stats.t.sf(abs(value / error), n - 1)) if n > 1 and error else math.nan
     return Estimate(value, error, n, value - reach, value + reach, p)
 
 
 def holm(p):
-    """Holm's correction of p-values of several tests, `[M]` -> `[M]`; NaNs are no tests."""
+    """Holm's correction of the p-values of M tests, `[M]` -> `[M]`. NaN stays NaN, uncounted."""
     p = pd.Series(p, dtype=float)
     ordered = p.dropna().sort_values()
     corrected = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1)

@@ -42,7 +42,7 @@ class Size:
     changes: Mapping  # group -> field -> value
     seeds: int  # number of seeds; a seed decides initial parameters and data order
     arms: tuple[str, ...] | None = None  # None: all
-    more_seeds: Mapping[str, int] = field(default_factory=dict)  # arm -> its own number of seeds
+    seeds_of: Mapping[str, int] = field(default_factory=dict)  # arm -> its own number of seeds
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,10 @@ class Suite:
             self._require(is_plain, "name", name, "must have letters, digits, . + - _ only")
         for name, size in self.sizes.items():
             place = f"sizes[{name!r}].seeds"
-            self._require(size.seeds > 0, place, size.seeds, "must be greater than 0")
+            for seeds in (size.seeds, *size.seeds_of.values()):
+                self._require(seeds > 0, place, seeds, "must be greater than 0")
+            for arm in size.seeds_of:
+                self._require(arm in self.arms, f"{place}_of", arm, "is no arm of the suite")
             self._check_arms(f"sizes[{name!r}].arms", size)
         for name, sweep in self.throughput.items():
             self._check_arms(f"throughput[{name!r}].arms", sweep)
@@ -117,21 +120,19 @@ class Suite:
         return self._arms(self.sizes[size])
 
     def of_arms(self, arms):
-        """The suite with these arms, their references and the baseline, where it has these arms."""
+        """Returns a suite of `arms` and the arms that they are compared with, without sweeps. Sizes
+        without any of `arms` are left out. Raises `UserError` for an unknown arm.
+        """
         for arm in arms:
-            require_flag(arm in self.arms, "arms", arm, f"choose of {', '.join(self.arms)}")
-        wanted = {self.baseline, *arms, *map(self.reference, arms)}
-
-        def kept(places):
-            found = {name: (of, self._arms(of)) for name, of in places.items()}
-            return {
-                name: dataclasses.replace(of, arms=tuple(arm for arm in there if arm in wanted))
-                for name, (of, there) in found.items()
-                if {*arms} & {*there}
-            }
-
-        changes = {"sizes": kept(self.sizes), "throughput": kept(self.throughput)}
-        return dataclasses.replace(self, **changes)
+            require_flag(arm in self.arms, "arms", arm, f"choose one of {', '.join(self.arms)}")
+        wanted, sizes = {self.baseline, *arms, *map(self.reference, arms)}, {}
+        for name, size in self.sizes.items():
+            there = tuple(arm for arm in self.arms_of(name) if arm in wanted)
+            seeds = {arm: size.seeds_of.get(arm, size.seeds) for arm in arms if arm in there}
+            if seeds:  # the others need no more seeds than these
+                seeds = dict.fromkeys(there, max(seeds.values())) | seeds
+                sizes[name] = dataclasses.replace(size, arms=there, seeds_of=seeds)
+        return dataclasses.replace(self, sizes=sizes, throughput={})
 
     def reference(self, arm):
         return self.arms[arm].reference or self.baseline
@@ -153,7 +154,7 @@ class Suite:
         """
         runs, first_seed = [], self.base.train.seed
         for name, size in self.sizes.items():
-            seeds = {arm: size.more_seeds.get(arm, size.seeds) for arm in self.arms_of(name)}
+            seeds = {arm: size.seeds_of.get(arm, size.seeds) for arm in self.arms_of(name)}
             for seed in range(first_seed, first_seed + max(seeds.values())):
                 arms = [arm for arm, n in seeds.items() if seed < first_seed + n]
                 configs = {arm: self._config(name, arm, seed) for arm in arms}

@@ -20,8 +20,8 @@ class TrainConfig(Group):
     # al., arXiv 2404.06395) in the last `decay` of the steps; or constant.
     schedule: str = setting("cosine", choices=("cosine", "wsd", "constant"))
     learning_rate: float = setting(3e-3, above=0)  # the peak, at the end of the warm-up
-    # The `model.d_model` for which the learning rates are given. They are scaled by rate_width /
-    # d_model; initialisation scales by fan-in anyway. None: they are given for this model.
+    # The `model.d_model` for which both learning rates are given; they are multiplied by rate_width
+    # / d_model. None: they are given for this model. (Initialisation depends on fan-in already.)
     rate_width: int | None = setting(None, above=0)
     # Linear warm-up of the learning rate, as a fraction of the steps.
     warmup: float = setting(0.1, at_least=0, below=1)
@@ -38,10 +38,9 @@ class TrainConfig(Group):
     log_every: int = setting(20, above=0)
     eval_every: int = setting(0, at_least=0)  # steps between validations; 0: only at the end
     # Skip an update whose gradient norm is this many standard deviations above the mean of about
-    # 100 recent norms; 0: never.
+    # 100 recent norms; 0: never. After a lasting change of norms, some tens of updates are skipped.
     skip_above: float = setting(0.0, at_least=0)
-    # The run stops after this many updates in a row were skipped. An update that is not finite is
-    # always skipped.
+    # The run stops after this many updates in a row were skipped because they were not finite.
     max_skipped: int = setting(10, above=0)
     # After this many seconds without progress (a step, a validation batch, a save, a restore, the
     # start or the end) the run ends with exit status 6; 0: never. Compilation has no limit.
@@ -64,8 +63,9 @@ class TrainConfig(Group):
     @property
     def decay_steps(self):
         """The number of steps with linear decay; 0 unless the schedule is "wsd"."""
-        is_wsd = self.schedule == "wsd"
-        return min(round(self.decay * self.steps), self.steps - self.warmup_steps) * is_wsd
+        if self.schedule != "wsd":
+            return 0
+        return max(1, min(round(self.decay * self.steps), self.steps - self.warmup_steps))
 
     def check(self, config):
         kind, has_router = config.experts.kind, config.experts.has_router

@@ -1,14 +1,17 @@
-"""Quantile balancing: a bias that would have balanced the last batch exactly.
+"""Quantile balancing: top-k with a bias that would have balanced the last batch.
 
     token t is routed to the K experts of highest s[t, i] + b[i];  weights come from s alone
     a[t] = the (K + 1)-th largest of s[t, i] + b[i] over experts i
     b[i] <- -(the (T K / n + 1)-th largest of s[t, i] - a[t] over the T tokens t of the batch)
 
-With the new b and the old a, expert i has a higher score than a[t] for T K / n tokens. There is no
-loss, no gradient and no rate, and routing is causal, because b comes from earlier batches. Sources:
-kexue.fm/archives/11619, Megatron-LM's quantile balancing, and the report on Kimi K3 (Sec. 2.3.3),
-whose scores are sigmoids. Here scores are logits or norms. T counts the tokens of all devices. With
-micro-batches, b is the mean of their solutions, which is an estimate.
+With the new b, except for ties, expert i is above a[t] for T K / n tokens. This is one step of an
+alternating solution, because the new b changes a. There is no loss, no gradient and no rate, and
+routing is causal, because b comes from earlier batches. The mean of b over experts, which changes
+no choice, is subtracted. T counts the tokens of all devices. With micro-batches, b is the mean of
+their solutions, which is an estimate; it does not change if one of them has no tokens.
+
+Sources: kexue.fm/archives/11619, Megatron-LM's quantile balancing, and the report on Kimi K3 (Sec.
+2.3.3), whose scores are sigmoids. Here scores are logits or norms.
 """
 
 from dataclasses import dataclass
@@ -64,7 +67,8 @@ class Quantile(FixedK):
         constant, n_experts = jax.lax.stop_gradient(scores), scores.shape[1]
         next_best = jax.lax.top_k(constant + bias, ctx.top_k + 1)[0][:, -1:]
         counts, total = ctx.token_weights > 0, ctx.devices.total
-        rank = total(counts.sum()) * ctx.top_k // n_experts + 1
+        whole, rest = jnp.divmod(total(counts.sum(dtype=jnp.int32)), n_experts)
+        rank = whole * ctx.top_k + rest * ctx.top_k // n_experts + 1
         solution = -largest_of_rank(constant - next_best, counts, rank, total)
         return routing._replace(records={"solution": solution})
 
@@ -73,6 +77,7 @@ class Quantile(FixedK):
 
     def update(self, config, state, stats, weights):
         bias, found = state["selection_bias"], stats.records["solution"]
+        found -= found.mean(axis=-1, keepdims=True)
         new = self.decay * bias + (1 - self.decay) * found
         return {"selection_bias": jnp.where(jnp.isfinite(found), new, bias)}, {}
 

@@ -148,7 +148,7 @@ def take_steps(config: Config):
         started = time.perf_counter()
         metrics = jax.block_until_ready(step())
         seconds.append(time.perf_counter() - started)
-        finite.append(bool(metrics["updated"]))
+        finite.append(bool(metrics["finite"]))
     median, tokens = statistics.median(seconds), config.tokens_per_step
     peak = peak_flops_per_device(jax.devices())
     flops = tokens * training_flops_per_token(config) / jax.device_count() / median

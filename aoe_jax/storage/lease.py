@@ -8,6 +8,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import secrets
 import threading
 import time
@@ -23,6 +24,7 @@ from aoe_jax.storage.retry import patiently
 log = logging.getLogger(__name__)
 NAME = "owner.lease"
 RENEW, STALE = 5.0, 45.0  # seconds; all processes that use the same folder need the same STALE
+_FIELD = re.compile(r"^(token|host|pid|renewed)=([!-~]{1,255})$", re.MULTILINE)
 _OWNER = "process {pid} on {host}"
 _SETTLE = 1.0  # seconds; if several processes take over, only one is the owner after this time
 
@@ -49,6 +51,8 @@ def _acquire(lease, flag):
         if (found := owner_of(folder)) and found != seen:
             wanted = f"end it, wait while it saves, or use another --{flag}"
             raise InUse(f"--{flag}={folder} is in use by {_OWNER.format_map(found)}; {wanted}")
+        if waited > 2 * STALE and not is_remote(folder):  # filelock cannot read the file
+            (folder / NAME).unlink(missing_ok=True)
         if found and not waited:
             log.warning(f"{folder} belongs to {_OWNER.format_map(found)}; waiting {STALE:g} s")
         waited = time.monotonic() - started
@@ -60,10 +64,10 @@ def _acquire(lease, flag):
 def owner_of(folder: Path) -> dict:
     """Returns the lease file's fields, and on a disk its time of renewal; {} without the file."""
     with contextlib.suppress(FileNotFoundError):
-        lines = read_bytes(folder / NAME, 4096).decode("ascii", "replace").splitlines()
+        fields = _FIELD.findall(read_bytes(folder / NAME, 4096).decode("ascii", "replace"))
         changed = 0 if is_remote(folder) else os.stat(folder / NAME).st_mtime_ns
         known = {"token": "", "pid": "?", "host": "an unknown host", "changed": changed}
-        return known | dict(line.split("=", 1) for line in lines if "=" in line)
+        return known | dict(fields)
     return {}
 
 
@@ -91,8 +95,6 @@ class _OnDisk:
         raise OSError(errno.ESTALE, f"{NAME} is gone; is its disk mounted?")
 
     def take(self, waited):
-        if waited > 2 * STALE:  # filelock takes over a stale lease, but not an unreadable file
-            (self.folder / NAME).unlink(missing_ok=True)
         with contextlib.suppress(filelock.Timeout):
             self._lock.acquire(timeout=0)
             self.token = self._lock.token

@@ -23,7 +23,7 @@ from aoe_jax.storage.retry import Tolerated, patiently
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.heartbeat import Heartbeat
 from aoe_jax.training.metrics import Metrics, in_words
-from aoe_jax.training.run_folder import RunFolder, read_heartbeat
+from aoe_jax.training.run_folder import RunFolder, begin_branch, read_heartbeat
 from aoe_jax.training.step import TrainState, new_state, train_step_on
 from aoe_jax.training.stopping import StopRequests
 from aoe_jax.training.validation import compile_eval_step, evaluate
@@ -59,6 +59,7 @@ def train(
     stop: StopRequests | None = None,
     profile=range(0),
     wandb=None,
+    branch=None,
     **start,
 ):
     """Starts or continues a run in `workdir`; returns the content of its `summary.json`.
@@ -66,8 +67,9 @@ def train(
     Writes `config.json`, `data.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`,
     `checkpoints/`, the tokenizer and, at the end, `summary.json` and `training.png`. It also writes
     a trace of the steps `profile` to `profile/`, and `wandb/` if `wandb` is a project of Weights &
-    Biases. `start` has arguments of `RunFolder.open`. A run that is stopped at any moment
-    and started again ends in the same state as a run without a stop, on CPU bit for bit.
+    Biases. `start` has arguments of `RunFolder.open`. If `branch` is `(DIR, STEP)`, a new run
+    begins with that checkpoint of the run in DIR. A run that is stopped at any moment and started
+    again ends in the same state as a run without a stop, on CPU bit for bit.
 
     Raises the exceptions of `errors.py`: `UserError` also if the run has already finished, and
     `Stopped` after a request to stop, once the state is saved.
@@ -86,6 +88,10 @@ def train(
         # Opens the folder and the data. The run writes its files only after all checks.
         folder.open(held, **start)
         held.push(heartbeat.end)
+        with together():
+            if is_main and branch:
+                heartbeat.beat("preparing")
+                begin_branch(workdir, config, *branch)
         with together():
             log_run(config)
             if any(s.name != "prepared" or "://" in str(s.path) for s in config.data.sources):

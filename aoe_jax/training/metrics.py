@@ -119,12 +119,12 @@ class Metrics:
         if self._unreported is None:
             return
         (step, metrics), self._unreported = self._unreported, None
-        names = ("loss", "nll", "grad_norm", "updated")
+        names = ("loss", "nll", "grad_norm", "finite", "updated")
         small = jax.device_get({name: metrics[name] for name in names})
         progress, train = self._progress, self._config.train
         progress.loss, progress.nll = float(small["loss"]), float(small["nll"])
-        progress.skipped_in_row = 0 if small["updated"] else progress.skipped_in_row + 1
-        if progress.skipped_in_row:
+        progress.skipped_in_row = 0 if small["finite"] else progress.skipped_in_row + 1
+        if not small["updated"]:
             self._skipped(step, small["grad_norm"])
         if step % train.log_every == 0 or step == train.steps:
             self._log(step, jax.device_get(metrics))
@@ -138,9 +138,9 @@ class Metrics:
         if self._progress.skipped_in_row >= limit:
             raise DivergedError(
                 f"stopped at step {step}: the last {self._progress.skipped_in_row} updates were "
-                f"skipped (train.max_skipped={limit}): the loss or the gradient was not finite, or "
-                "above train.skip_above. Look at the data; or, if the model itself is broken, "
-                "continue from an earlier checkpoint with --go-back=STEP, or lower "
+                "skipped because the loss or the gradient was not finite "
+                f"(train.max_skipped={limit}). Look at the data; or, if the model itself is "
+                "broken, continue from an earlier checkpoint with --go-back=STEP, or lower "
                 "train.learning_rate in another --workdir"
             )
 
@@ -149,7 +149,7 @@ class Metrics:
         self._progress.compute_seconds += seconds["compute"]
         speed = self._speed(n_steps, sum(seconds.values()))
         scalars = {name: value.item() for name, value in metrics.items() if value.ndim == 0}
-        scalars.pop("updated")
+        del scalars["finite"], scalars["updated"]
         layers, experts, balance = layer_metrics(metrics), {}, ""
         if layers:
             load, live = metrics["load"], metrics.get("live")

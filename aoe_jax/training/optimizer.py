@@ -7,7 +7,7 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.model.declared import declared
 
-BETAS = {"b1": 0.9, "b2": 0.95}  # of AdamW, as in the paper
+B1, B2 = 0.9, 0.95  # AdamW's betas, as in the paper
 
 
 def learning_rate_schedule(config: Config):
@@ -67,12 +67,15 @@ def update_rule(train, schedule):
     """
     decay = train.weight_decay
     if train.optimizer == "adamw":
-        return optax.adamw(schedule, **BETAS, weight_decay=decay, mask=decayed)
-    names = {f"adam_{name}": beta for name, beta in BETAS.items()}
+        return optax.adamw(schedule, B1, B2, weight_decay=decay, mask=decayed)
     return optax.chain(
         # A root mean square of 0.2 is that of AdamW's updates, so one learning rate serves both.
         optax.contrib.muon(
-            1.0, **names, muon_weight_dimension_numbers=orthogonalised, consistent_rms=0.2
+            1.0,
+            adam_b1=B1,
+            adam_b2=B2,
+            muon_weight_dimension_numbers=orthogonalised,
+            consistent_rms=0.2,
         ),
         optax.add_decayed_weights(-decay, decayed),  # `muon` has negated the updates
         optax.scale_by_schedule(schedule),

@@ -57,11 +57,10 @@ class RunFolder:
         self.workdir, self.on_disk = workdir, workdir
         self._lease = self._mirror = None
 
-    def open(self, held: contextlib.ExitStack, start_over=False, go_back=None, branch=None):
+    def open(self, held: contextlib.ExitStack, start_over=False, go_back=None):
         """Acquires the lease until `held` is closed. `start_over` moves the files of the old run to
-        `set_aside/`; `go_back=STEP` moves only files newer than that checkpoint. `branch=(DIR,
-        STEP)` begins a new run from a checkpoint of the run in DIR; it does nothing if there is a
-        run. Raises `InUse`, or `UserError` if a process sees no lease.
+        `set_aside/`; `go_back=STEP` moves only files newer than that checkpoint. Raises `InUse`, or
+        `UserError` if a process sees no lease.
         """
         workdir, is_main = self.workdir, jax.process_index() == 0
         with together():
@@ -76,8 +75,6 @@ class RunFolder:
         with together():
             if is_main and (start_over or go_back is not None):
                 set_aside(workdir, go_back)
-            if is_main and branch and not (workdir / "config.json").exists():
-                begin_branch(workdir, *branch)
             if is_main and is_remote(workdir):
                 self.on_disk = Path(held.enter_context(tempfile.TemporaryDirectory()))
                 for name in _ON_DISK:
@@ -222,17 +219,32 @@ def set_aside(workdir: Path, go_back: int | None = None):
         log.info(f"moved {', '.join(sorted(moved))} to {folder}")
 
 
-def begin_branch(workdir: Path, source: Path, step: int):
+def begin_branch(workdir: Path, config: Config, source: Path, step: int):
     """Copies the checkpoint of a step, and the files that belong to it, from the run in `source`.
-    Raises `UserError` if there is no such checkpoint.
+    Does nothing if `workdir` has a run. Raises `UserError` if there is no such checkpoint, or if
+    the run has another configuration than `config`.
     """
+    if (workdir / "config.json").exists():
+        log.info(f"{workdir} has a run, which goes on; --branch has no effect")
+        return
     steps, checkpoint = Checkpoints(source).steps(), f"checkpoints/{step}"
-    if step not in steps:
+    if step not in steps or step >= config.train.steps:
         there = f"{source} has checkpoints of steps {', '.join(map(str, steps)) or 'none'}"
-        raise UserError(f"--branch={source}@{step}: {there}; give one of these steps")
-    shutil.copytree(source / checkpoint, workdir / checkpoint, dirs_exist_ok=True)
-    for name in ("metrics.jsonl", "data.json", "config.json"):  # the last one completes the branch
-        shutil.copyfile(source / name, workdir / name)
+        wanted = f"{there}; give one of these steps, below config.train.steps={config.train.steps}"
+        raise UserError(f"--branch={source}@{step}: {wanted}")
+    if set(Checkpoints(workdir).steps()) - {step}:
+        raise UserError(f"--workdir={workdir} has other checkpoints; use another --workdir")
+    check_config(source, config)
+
+    def copy():
+        shutil.copytree(source / checkpoint, workdir / checkpoint, dirs_exist_ok=True)
+        for name in ("metrics.jsonl", "data.json"):
+            shutil.copyfile(source / name, workdir / name)
+        write_json(workdir / "heartbeat.json", read_heartbeat(source) | {"saved": step})
+        shutil.copyfile(source / "config.json", workdir / "config.json")  # completes the branch
+
+    files.write_or_refuse(workdir, "workdir", copy)
+    log.info(f"begins with step {step} of {source}")
 
 
 def check_data(workdir: Path, corpus: TokenisedCorpus):

@@ -133,14 +133,16 @@ def is_spike(norm, recent, limit):
     """Whether a gradient norm is more than `limit` standard deviations above the mean of recent
     norms: `(bool [], new recent [3])`.
 
-    `recent` has the moving averages of 1, norm and norm^2 over about 100 steps, in which a norm
-    counts at most as the limit. The first 50 norms are never spikes.
+    `recent` has the moving averages of 1, of the norm and of its squared distance from the mean
+    over about 100 steps, in which a norm counts at most as the limit. The first 50 norms are never
+    spikes.
     """
-    mean, square = recent[1:] / jnp.maximum(recent[0], 1e-9)
-    highest = mean + limit * jnp.sqrt(jnp.maximum(square - mean**2, 0))
-    highest = jnp.where(recent[0] > 1 - 0.99**49.5, highest, jnp.inf)
+    mean, variance = recent[1:] / jnp.maximum(recent[0], 1e-9)
+    is_settled = recent[0] > 1 - 0.99**49.5
+    highest = jnp.where(is_settled, mean + limit * jnp.sqrt(variance), jnp.inf)
     counted = jnp.minimum(norm, highest)
-    return norm > highest, 0.99 * recent + 0.01 * jnp.array([1, counted, counted**2])
+    distance = jnp.where(recent[0] > 0, counted - mean, 0)
+    return norm > highest, 0.99 * recent + 0.01 * jnp.array([1, counted, distance**2])
 
 
 def make_train_step(config: Config):
@@ -186,7 +188,8 @@ def make_train_step(config: Config):
                 params = params | {"layers": layers | {"experts": weights | changed}}
                 routing_state = if_updated(new_state, routing_state)
         skipped = state.skipped + ~updated
-        metrics |= {"grad_norm": grad_norm, "updated": updated, "skipped": skipped}
+        metrics |= {"grad_norm": grad_norm, "finite": finite, "updated": updated}
+        metrics["skipped"] = skipped
         metrics["learning_rate"] = schedule(state.step)
         new = TrainState(state.step + 1, skipped, params, routing_state, opt_state, recent)
         return new, metrics

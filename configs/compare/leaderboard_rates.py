@@ -1,9 +1,11 @@
-"""Tunes the learning rates of Muon at 149k active parameters, in three core-hours:
+"""Tunes the learning rates of Muon at 149k active parameters, in four core-hours:
 `--suite=configs/compare/leaderboard_rates.py`.
 
-Three families of methods are tuned, each with six settings and two seeds that no other suite uses:
+Three families of methods are tuned, each with nine settings and two seeds that no other suite uses:
 scores that are logits, norms of whole gates, and norms of factorised gates (the published AoE).
 """
+
+from dataclasses import replace
 
 from aoe_jax.compare.suite import Size, Suite
 from configs.compare.arms import aoe, at_learning_rate, moe, varied, whole_aoe
@@ -11,12 +13,14 @@ from configs.compare.small import MIDDLE, base_config
 
 SEED = 1_000_000
 FAMILIES = {"logits": moe("aux"), "whole": whole_aoe(16, "aux"), "published": aoe(3, "aux")}
-RATES, SCORING_RATES = (7.5e-3, 1.5e-2, 3e-2), (0.3, 1.0)
+RATES, SCORING_RATES = (1.5e-2, 3e-2, 6e-2), (0.1, 0.3, 1.0)
 
 
 def tuned(family, rate, scoring_rate):
     train = {"optimizer": "muon", "scoring_rate": scoring_rate}
-    return varied(at_learning_rate(rate, FAMILIES[family]), train=train)
+    arm = varied(at_learning_rate(rate, FAMILIES[family]), train=train)
+    label = f"{FAMILIES[family].label}, Muon, rate {rate:g}, scoring rate {scoring_rate:g}"
+    return replace(arm, label=label)
 
 
 def get_suite():

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from aoe_jax.compare.report import failed
+from aoe_jax.compare.statistics import holm
 from configs.compare.arms import aoe, other_router
 from tests.compare.invented import ARMS, markdown, results, size_at, table
 
@@ -70,6 +71,11 @@ def test_an_arm_may_be_compared_to_another_than_the_baseline(tmp_path):
     )
     assert found.difference("a", "twin").value == pytest.approx(1)
     assert table(markdown(found), "Final validation loss")[-1][-2].endswith("] to AoE r=d/4, L_aux")
+    noisy = results(tmp_path, {"a": SIZE}, lambda run: 5.0 + ord(run.arm[0]) * (run.seed + 2) % 13)
+    ends = noisy.differences()[lambda rows: rows["at_equal"] == "end"]
+    assert len(ends) > 1 and ends["p_holm"].tolist() == holm(ends["p"]).tolist()
+    cells = [row[-1] for row in table(markdown(noisy), "Final validation loss")]
+    assert cells == ["-", *(f"{p:.2g}" for p in ends["p_holm"])]
     # Brackets of a log would be links in Markdown, and a pipe would end the cell.
     found.runs.loc[0, ["state", "last_line"]] = "failed", "x['a'][1] | `y`"
     (row,) = failed(found, tmp_path)

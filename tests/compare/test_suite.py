@@ -28,11 +28,11 @@ def test_runs_resolve_to_configurations():
     wide = Size({"train": {"rate_width": 64}}, seeds=1, arms=("moe", "aoe"))
     base = tiny.get_config()
     base.train.seed = 7
-    more = dataclasses.replace(SMALL, seeds=1, more_seeds={"aoe": 3})
+    more = dataclasses.replace(SMALL, seeds=1, seeds_of={"aoe": 3, "moe": 9})
     runs = suite(base=base, sizes={"small": more, "wide": wide}).of_arms(["active"]).runs()
     assert [run.name for run in runs] == ["small/moe/seed_7", "small/active/seed_7"]
     runs = suite(base=base, sizes={"small": more, "wide": wide}).of_arms(["aoe"]).runs()
-    small = ["small/moe/seed_7", *(f"small/aoe/seed_{seed}" for seed in (7, 8, 9))]
+    small = [f"small/{arm}/seed_{seed}" for seed in (7, 8, 9) for arm in ("moe", "aoe")]
     assert [run.name for run in runs] == [*small, "wide/moe/seed_7", "wide/aoe/seed_7"]
     runs = suite(base=base, sizes={"small": SMALL, "wide": wide}).runs()
     names = [*(f"small/{arm}/seed_{seed}" for seed in (7, 8) for arm in ARMS)]
@@ -76,6 +76,8 @@ TWIN = {"twin": dataclasses.replace(ARMS["aoe"], reference="nobody")}
         ({"sizes": {}}, "sizes={}: must not be empty"),
         ({"sizes": {"small": Size({}, 0)}}, r"sizes\['small'\].seeds=0"),
         ({"sizes": {"small": Size({}, 1, arms=("aoe",))}}, "arms='moe': is the baseline"),
+        ({"sizes": {"small": Size({}, 1, seeds_of={"a": 1})}}, "seeds_of='a': is no arm"),
+        ({"sizes": {"small": Size({}, 1, seeds_of={"aoe": 0})}}, "seeds=0: must be greater"),
     ],
 )
 def test_impossible_suites(changes, words):
@@ -97,7 +99,7 @@ def test_mistakes_on_the_command_line_end_with_status_2(tmp_path):
     for argument, words in (
         ("--report", "has no runs to report"),
         ("--set=train.stepz=1", "config.train.stepz is unknown"),
-        ("--arms=moe_aux,nobody", "--arms=nobody: choose of moe_aux, moe_free"),
+        ("--arms=moe_aux,nobody", "--arms=nobody: choose one of moe_aux, moe_free"),
     ):
         command = ["-m", "aoe_jax.compare", f"--suite={TINY}", f"--workdir={tmp_path}/w", argument]
         status, _, stderr = execute(command)

@@ -7,7 +7,7 @@ import pytest
 
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.model.declared import state_shardings
+from aoe_jax.model.declared import declared, state_shardings
 from aoe_jax.sharding import make_mesh
 from aoe_jax.storage.config_files import default_config
 from aoe_jax.training.step import init_state
@@ -46,6 +46,23 @@ def test_each_device_has_its_share_from_the_start(kind):
     sizes = jax.tree.map(lambda a: a.size, layers)
     held = jax.tree.map(lambda size, share: size / share, sizes, shares)
     assert sum(jax.tree.leaves(held)) < 0.3 * sum(jax.tree.leaves(sizes))
+
+
+@pytest.mark.parametrize(
+    ("path", "axes"),
+    [
+        ("layers/experts/w_gate_up", ((-2,), (-1,))),
+        ("layers/experts/w_shared_down", ((-2,), (-1,))),
+        ("dense_layers/experts/w_up", ((-2,), (-1,))),
+        ("layers/attention/k", ((-3,), (-2, -1))),
+        ("layers/attention/o", ((-3, -2), (-1,))),
+        ("layers/experts/w_router", None),
+        ("layers/attention/q_bias", None),
+        ("embed/embedding", None),
+    ],
+)
+def test_matrices_of_experts_and_attention(path, axes):
+    assert declared(path).matrix_axes == axes
 
 
 def test_an_unknown_parameter_is_refused():

@@ -51,7 +51,7 @@ def opened(workdir, start_step=0, progress=None, began=0.0, **changes):
 
 
 def report(metrics, step, of_step):
-    metrics.step(step, {"updated": np.bool_(True)} | of_step)
+    metrics.step(step, dict.fromkeys(("finite", "updated"), np.bool_(True)) | of_step)
     metrics.flush()
 
 
@@ -179,7 +179,9 @@ def test_when_lines_are_written(metrics, tmp_path):
         raise ValueError("taken over")
 
     for step in (1, 2):
-        metrics.step(step, metrics_of(step) | {"updated": np.bool_(step == 1)})
+        metrics.step(
+            step, metrics_of(step) | dict.fromkeys(("finite", "updated"), np.bool_(step == 1))
+        )
         assert [line["step"] for line in lines(tmp_path)] == [*range(1, step)]
     metrics.flush()
     metrics._check = lost
@@ -204,11 +206,17 @@ def test_skipped_steps_in_a_row_end_the_run(metrics, caplog):
     """The number includes skipped steps before a restart, which are stored in the progress."""
     metrics._progress.skipped_in_row = 9
     for step, finite in ((4, True), (5, False), *((step, False) for step in range(6, 14))):
-        report(metrics, step, metrics_of(step) | {"updated": np.bool_(finite)})
+        report(
+            metrics, step, metrics_of(step) | dict.fromkeys(("finite", "updated"), np.bool_(finite))
+        )
     words = "step 5 skipped: loss 5, gradient norm 8; its batch has the sequences 16 to 19"
     assert words in caplog.text
     with pytest.raises(DivergedError, match=r"step 14: the last 10 updates.*train\.max_skipped=10"):
-        report(metrics, 14, metrics_of(14) | {"updated": np.bool_(False)})
+        report(metrics, 14, metrics_of(14) | dict.fromkeys(("finite", "updated"), np.bool_(False)))
+    report(
+        metrics, 15, metrics_of(15) | {"finite": np.bool_(True), "updated": np.bool_(False)}
+    )  # is skipped, but does not count
+    assert "step 15 skipped" in caplog.text and metrics._progress.skipped_in_row == 0
 
 
 def test_free_places_do_not_count_in_the_load():

@@ -77,7 +77,7 @@ def test_every_program_of_the_paper_trains(variant):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
         if t == 0:
-            assert metrics["updated"] and float(metrics["grad_norm"]) > 0
+            assert metrics["finite"] and float(metrics["grad_norm"]) > 0
             # After one step, the first moment is proportional to the gradient.
             ((_, gradient),) = optax.tree.get_all_with_path(state.opt_state, "mu")
     # Embeddings are left out: tokens that do not occur in the batch have no input gradients.
@@ -161,7 +161,7 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
     config, step, state = loss_free("aoe_r64", accumulate)
     batch = batch_of()
     first, metrics = step(state, batch)
-    assert metrics["updated"] and int(first.skipped) == int(metrics["skipped"]) == 0
+    assert metrics["finite"] and int(first.skipped) == int(metrics["skipped"]) == 0
     large = dict(first.params)
     large["embed"] = {"embedding": large["embed"]["embedding"] * 1e22}
     large["final_norm"] = {"scale": large["final_norm"]["scale"] * 1e-22}
@@ -169,7 +169,7 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
     poisoned = batch | {"weights": batch["weights"].at[0, 0].set(jnp.nan)}
     for before, of_step in ((overflows, batch), (first, poisoned)):
         second, metrics = step(before, of_step)
-        assert np.isfinite(metrics["loss"]) == (before is overflows) and not metrics["updated"]
+        assert np.isfinite(metrics["loss"]) == (before is overflows) and not metrics["finite"]
         assert int(second.step) == 2 and int(second.skipped) == int(metrics["skipped"]) == 1
         for name in ("params", "routing_state", "opt_state"):
             trees = (jax.tree.leaves(getattr(s, name)) for s in (before, second))
@@ -177,7 +177,7 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
                 np.testing.assert_array_equal(b, a + (a.dtype == jnp.int32))
 
     third, metrics = step(second, batch)
-    assert metrics["updated"] and int(third.skipped) == 1
+    assert metrics["finite"] and int(third.skipped) == 1
     rate = learning_rate_schedule(config)(2)
     np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-6)
     changed = jax.tree.map(lambda a, b: (a != b).any(), second.params, third.params)
@@ -198,7 +198,8 @@ def test_spikes_of_the_gradient_are_skipped():
     assert np.flatnonzero(found).tolist() == [150]
     weight = 0.01 * 0.99 ** np.arange(200)[::-1]
     norms[150] = 2 + 6 * 0.1  # counts about as the limit
-    np.testing.assert_allclose(recent, [weight.sum(), weight @ norms, weight @ norms**2], rtol=2e-2)
+    np.testing.assert_allclose(recent[:2], [weight.sum(), weight @ norms], rtol=1e-3)
+    assert 0.1 < np.sqrt(recent[2] / recent[0]) < 0.2
     later = []
     for _ in range(100):
         spike, recent = is_spike(6.0, recent, 6.0)
@@ -208,9 +209,10 @@ def test_spikes_of_the_gradient_are_skipped():
     config = shrunken("aoe_r64", train={"skip_above": 3.0})
     state, step, batch = new_state(config), jax.jit(make_train_step(config)), batch_of()
     for level, updated in ((0.0, False), (1e9, True)):
-        state = dataclasses.replace(state, recent_norms=jnp.array([1, level, level**2 * 1.01]))
+        state = dataclasses.replace(state, recent_norms=jnp.array([1, level, level**2]))
         new, metrics = step(state, batch)
         assert metrics["updated"] == updated and metrics["skipped"] == (not updated)
+        assert metrics["finite"]
         moved = jax.tree.map(
             lambda a, b: (a != b).any(), new.opt_state[1][0].mu, state.opt_state[1][0].mu
         )
@@ -444,6 +446,8 @@ def test_schedules(schedule, wanted):
     steps = (0, 5, 10, 55, 100) if schedule == "cosine" else (0, 5, 10, 30, 60, 80, 100)
     rates = [learning_rate_schedule(config)(step) for step in steps]
     np.testing.assert_allclose(rates, wanted, atol=1e-6)
+    few = Config(train=TrainConfig(steps=2, schedule="wsd", warmup=0.5, decay=0.2))
+    assert (few.train.warmup_steps, few.train.decay_steps) == (1, 1)
     narrower = dataclasses.replace(train, rate_width=config.model.d_model // 4)
     schedule = learning_rate_schedule(Config(train=narrower))
     np.testing.assert_allclose([4 * schedule(step) for step in steps], wanted, atol=1e-6)
