@@ -23,7 +23,7 @@ from aoe_jax.storage.retry import Tolerated, patiently
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.heartbeat import Heartbeat
 from aoe_jax.training.metrics import Metrics, in_words
-from aoe_jax.training.run_folder import RunFolder, begin_branch, read_heartbeat
+from aoe_jax.training.run_folder import RunFolder, read_heartbeat
 from aoe_jax.training.step import TrainState, new_state, train_step_on
 from aoe_jax.training.stopping import StopRequests
 from aoe_jax.training.validation import compile_eval_step, evaluate
@@ -90,6 +90,8 @@ def train(
         held.push(heartbeat.end)
         with together():
             if is_main and branch:
+                from aoe_jax.training.starting import begin_branch  # slow to import
+
                 heartbeat.beat("preparing")
                 begin_branch(workdir, config, *branch)
         with together():

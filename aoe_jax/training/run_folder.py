@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import shutil
 import tempfile
 import time
 import zlib
@@ -217,34 +216,6 @@ def set_aside(workdir: Path, go_back: int | None = None):
         write_json(workdir / "heartbeat.json", read_heartbeat(workdir) | {"saved": go_back})
     if moved:
         log.info(f"moved {', '.join(sorted(moved))} to {folder}")
-
-
-def begin_branch(workdir: Path, config: Config, source: Path, step: int):
-    """Copies the checkpoint of a step, and the files that belong to it, from the run in `source`.
-    Does nothing if `workdir` has a run. Raises `UserError` if there is no such checkpoint, or if
-    the run has another configuration than `config`.
-    """
-    if (workdir / "config.json").exists():
-        log.info(f"{workdir} has a run, which goes on; --branch has no effect")
-        return
-    steps, checkpoint = Checkpoints(source).steps(), f"checkpoints/{step}"
-    if step not in steps or step >= config.train.steps:
-        there = f"{source} has checkpoints of steps {', '.join(map(str, steps)) or 'none'}"
-        wanted = f"{there}; give one of these steps, below config.train.steps={config.train.steps}"
-        raise UserError(f"--branch={source}@{step}: {wanted}")
-    if set(Checkpoints(workdir).steps()) - {step}:
-        raise UserError(f"--workdir={workdir} has other checkpoints; use another --workdir")
-    check_config(source, config)
-
-    def copy():
-        shutil.copytree(source / checkpoint, workdir / checkpoint, dirs_exist_ok=True)
-        for name in ("metrics.jsonl", "data.json"):
-            shutil.copyfile(source / name, workdir / name)
-        write_json(workdir / "heartbeat.json", read_heartbeat(source) | {"saved": step})
-        shutil.copyfile(source / "config.json", workdir / "config.json")  # completes the branch
-
-    files.write_or_refuse(workdir, "workdir", copy)
-    log.info(f"begins with step {step} of {source}")
 
 
 def check_data(workdir: Path, corpus: TokenisedCorpus):

@@ -1,6 +1,7 @@
-"""Makes the first state of a run that starts from a trained model (`train.init_from`)."""
+"""Starts runs from a trained model (`train.init_from`) or from a checkpoint of another run."""
 
 import logging
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from aoe_jax.errors import UserError, naming
 from aoe_jax.formats.configs import computed_fields
 from aoe_jax.formats.loading import load_params, read_config
 from aoe_jax.model.decoder import initial_routing_state
-from aoe_jax.storage.files import read_json
+from aoe_jax.storage.files import read_json, write_json, write_or_refuse
 from aoe_jax.storage.paths import FILE_BYTES, local_copy, parsed_path
 from aoe_jax.storage.retry import refusing
+from aoe_jax.training.checkpoint import Checkpoints
+from aoe_jax.training.run_folder import check_config, read_heartbeat
 from aoe_jax.training.step import TrainState, first_state
 
 log = logging.getLogger(__name__)
@@ -47,6 +50,34 @@ def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) ->
     shardings = jax.tree.map(lambda a: a.sharding, like)
     state = jax.jit(partial(first_state, config), out_shardings=shardings, donate_argnums=(0, 1))
     return state(params, first | routing_state)
+
+
+def begin_branch(workdir: Path, config: Config, source: Path, step: int):
+    """Copies the checkpoint of a step, and the files that belong to it, from the run in `source`.
+    Does nothing if `workdir` has a run. Raises `UserError` if there is no such checkpoint, or if
+    the run has another configuration than `config`.
+    """
+    if (workdir / "config.json").exists():
+        log.info(f"{workdir} has a run, which goes on; --branch has no effect")
+        return
+    steps, checkpoint = Checkpoints(source).steps(), f"checkpoints/{step}"
+    if step not in steps or step >= config.train.steps:
+        there = f"{source} has checkpoints of steps {', '.join(map(str, steps)) or 'none'}"
+        wanted = f"{there}; give one of these steps, below config.train.steps={config.train.steps}"
+        raise UserError(f"--branch={source}@{step}: {wanted}")
+    if set(Checkpoints(workdir).steps()) - {step}:
+        raise UserError(f"--workdir={workdir} has other checkpoints; use another --workdir")
+    check_config(source, config)
+
+    def copy():
+        shutil.copytree(source / checkpoint, workdir / checkpoint, dirs_exist_ok=True)
+        for name in ("metrics.jsonl", "data.json"):
+            shutil.copyfile(source / name, workdir / name)
+        write_json(workdir / "heartbeat.json", read_heartbeat(source) | {"saved": step})
+        shutil.copyfile(source / "config.json", workdir / "config.json")  # completes the branch
+
+    write_or_refuse(workdir, "workdir", copy)
+    log.info(f"begins with step {step} of {source}")
 
 
 def _check_architecture(config, directory):
