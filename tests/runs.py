@@ -113,6 +113,19 @@ def dense_command(workdir, **changes):
     return train_command(workdir, **DENSE | changes)
 
 
+# A save lasts longer than the steps after it.
+SLOW_SAVES = """
+import os, time
+def slowly(move):
+    def moved(source, *arguments, **options):
+        if "orbax-checkpoint-tmp" in os.fspath(source):
+            time.sleep({seconds})
+        return move(source, *arguments, **options)
+    return moved
+os.rename, os.replace = slowly(os.rename), slowly(os.replace)
+"""
+
+
 def patched(code, workdir, **changes):
     """`dense_command` whose program is changed by `code` before it runs."""
     program = f"import train\nfrom aoe_jax import cli\n{code}\ncli.run(train.main)"

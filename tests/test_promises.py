@@ -17,6 +17,7 @@ from tests import runs
 from tests.runs import (
     EVERY,
     LOG_EVERY,
+    SLOW_SAVES,
     STEPS,
     dense_command,
     dense_run,
@@ -87,19 +88,6 @@ def test_asked_to_stop_while_validating(workdir, last):
     assert status == 0 and last_line(stderr).startswith(stopped), stderr
     assert not (workdir / "summary.json").exists()
     ends_as_ever(workdir)
-
-
-# A save lasts longer than the steps after it.
-SLOW_SAVES = """
-import os, time
-def slowly(move):
-    def moved(source, *arguments, **options):
-        if "orbax-checkpoint-tmp" in os.fspath(source):
-            time.sleep({seconds})
-        return move(source, *arguments, **options)
-    return moved
-os.rename, os.replace = slowly(os.rename), slowly(os.replace)
-"""
 
 
 SECOND_INTERRUPT = pytest.param(signal.SIGINT, marks=pytest.mark.slow)

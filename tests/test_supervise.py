@@ -13,7 +13,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.storage import retry
 from aoe_jax.supervise import Supervisor
 from tests.hasty import xla_flags
-from tests.runs import ROOT, dense_command, dense_run, heartbeat, same_end, wait_for
+from tests.runs import ROOT, SLOW_SAVES, dense_run, heartbeat, patched, same_end, wait_for
 
 # Each attempt ends with its (exit status, status of the heartbeat, number of new steps).
 SCRIPT = """
@@ -147,9 +147,20 @@ def test_asked_to_stop(tmp_path):
     assert process.returncode == 0 and len(attempts(tmp_path / "run")) == 1
 
 
+@pytest.mark.parametrize("of_hangup", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_supervisor_under_nohup_ignores_sighup(tmp_path, monkeypatch, of_hangup):
+    handled = []
+    monkeypatch.setattr(signal, "signal", lambda number, _: handled.append(number))
+    monkeypatch.setattr(signal, "getsignal", lambda _: of_hangup)
+    Supervisor(["train.py", f"--workdir={tmp_path}"])
+    hangup = [signal.SIGHUP] if of_hangup == signal.SIG_DFL else []
+    assert sorted(handled) == sorted([signal.SIGTERM, signal.SIGINT, *hangup])
+
+
 def test_a_run_that_is_killed_twice(tmp_path):
+    """It is killed as soon as its heartbeat names a checkpoint, which is complete by then."""
     workdir = tmp_path / "run"
-    process = started(*dense_command(workdir))
+    process = started(*patched(SLOW_SAVES.format(seconds=0.5), workdir))
     for step in (6, 15):
         wait_for(process, lambda step=step: (heartbeat(workdir).get("saved") or 0) >= step)
         os.kill(heartbeat(workdir)["pid"], signal.SIGKILL)

@@ -42,6 +42,9 @@ def leased(folder: Path, flag: str):
         yield lease
     finally:
         lease.release()
+        if not is_remote(folder):
+            with contextlib.suppress(OSError):  # the folder has files, so it stays
+                folder.rmdir()
 
 
 def _acquire(lease, flag):

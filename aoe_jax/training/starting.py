@@ -16,7 +16,7 @@ from aoe_jax.errors import UserError, naming
 from aoe_jax.formats.configs import computed_fields
 from aoe_jax.formats.loading import load_params, read_config
 from aoe_jax.model.decoder import initial_routing_state
-from aoe_jax.storage.files import read_json, write_json, write_or_refuse
+from aoe_jax.storage.files import read_json, write_json, write_or_refuse, write_whole
 from aoe_jax.storage.paths import FILE_BYTES, local_copy, parsed_path
 from aoe_jax.storage.retry import refusing
 from aoe_jax.training.checkpoint import Checkpoints
@@ -74,7 +74,8 @@ def begin_branch(workdir: Path, config: Config, source: Path, step: int):
         for name in ("metrics.jsonl", "data.json"):
             shutil.copyfile(source / name, workdir / name)
         write_json(workdir / "heartbeat.json", read_heartbeat(source) | {"saved": step})
-        shutil.copyfile(source / "config.json", workdir / "config.json")  # completes the branch
+        # The last file, which completes the branch.
+        write_whole(workdir / "config.json", (source / "config.json").read_bytes())
 
     write_or_refuse(workdir, "workdir", copy)
     log.info(f"begins with step {step} of {source}")

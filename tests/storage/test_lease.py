@@ -43,6 +43,7 @@ def elsewhere(folder, host="tpu-3", token="aa", duration=1.0):
 @pytest.mark.parametrize("folder", ["disk", "gs", "s3"], indirect=True)
 def test_one_owner_of_a_folder(folder, monkeypatch):
     with leased(folder, "workdir") as owner:
+        (folder / "file").write_text("")  # an empty folder is removed at the end
         owner.check()
         assert owner_of(folder)["token"] == owner.token
         words = rf"--workdir=.* is in use by process {os.getpid()} on .*use another --workdir"
@@ -61,7 +62,6 @@ def test_one_owner_of_a_folder(folder, monkeypatch):
             other.check()
             with pytest.raises(UserError, match="was taken over by process"):
                 owner.check()
-        (folder / "file").write_text("")
     assert [path.name for path in folder.iterdir()] == ["file"] and not owner_of(folder)
     with leased(folder, "workdir"):
         pass

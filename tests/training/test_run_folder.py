@@ -1,6 +1,7 @@
 """Checks of a workdir's configuration and data, and how files of a workdir are set aside."""
 
 import json
+import shutil
 from resource import RLIMIT_FSIZE, getrlimit, setrlimit
 
 import pytest
@@ -12,12 +13,14 @@ from aoe_jax.errors import UserError
 from aoe_jax.storage.paths import move
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.run_folder import (
+    FREE,
     RunFolder,
     check_config,
     check_data,
     check_history,
     set_aside,
 )
+from aoe_jax.training.starting import begin_branch
 from tests.runs import contents
 
 
@@ -147,6 +150,21 @@ def test_going_back_that_was_interrupted(workdir, interrupted):
     assert json.loads((workdir / "heartbeat.json").read_text())["saved"] == 3
 
 
+def test_a_branch_that_was_interrupted(workdir, tmp_path, monkeypatch):
+    """It has no config.json, so that the repeated command begins the branch again."""
+    make_checkpoints(workdir, 3)
+    record(workdir, 3)
+    branch, copy = tmp_path / "branch", shutil.copyfile
+
+    def copy_before_config(source, target, **options):
+        assert not (branch / "config.json").exists()
+        return copy(source, target, **options)
+
+    monkeypatch.setattr(shutil, "copyfile", copy_before_config)
+    begin_branch(branch, Config(), workdir, 3)
+    assert (branch / "config.json").exists()
+
+
 def test_a_file_in_the_place_of_a_folder(workdir):
     for name in ("set_aside", "damaged_checkpoints"):
         (workdir / name).write_text("mine")
@@ -181,7 +199,8 @@ def test_a_tokenizer_that_is_half_written_leaves_the_old_one(workdir, corpus):
 def test_other_configurations_are_refused(workdir, corpus):
     """Settings that do not change the computation of a step may differ."""
     before = contents(workdir)
-    free = {"steps": 2000, "log_every": 3, "eval_every": 7, "max_skipped": 2}
+    free = {"steps": 2000, "log_every": 3, "eval_every": 7, "max_skipped": 2, "hang_timeout": 9.0}
+    assert {n for n in FREE if n.startswith("train.")} == {f"train.{n}" for n in free}
     data = {"cache": "/elsewhere", "path": "/elsewhere"}
     check_config(workdir, changed(train=free, data=data, checkpoint={"every": 9, "keep_every": 18}))
     other = changed(experts={"top_k": 3}, data={"document_mask": True}, train=free | {"seed": 1})
