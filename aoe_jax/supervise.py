@@ -72,16 +72,22 @@ class Supervisor:
 
     def run(self, restarts: int, pause: float) -> int:
         """Returns 0 if the run has finished, else the last exit status (128 + N for signal N)."""
-        idle = 0
+        idle, first = 0, self._heartbeat()
+
+        def has_finished(heartbeat):
+            return heartbeat.get("status") == "finished" and heartbeat != first
+
         for attempt in itertools.count(1):
             before, began = self._heartbeat(), time.time()
+            if has_finished(before):  # by the other processes, since the last attempt
+                return 0
             status = self._attempt()
             now = self._heartbeat()
             line = {"attempt": attempt, "began": began, "ended": time.time(), "exit_status": status}
             line |= {"first_saved": before.get("saved") or 0, "saved": now.get("saved") or 0}
             with contextlib.suppress(Exception):
                 self._log(json.dumps(line | {"status": now.get("status")}) + "\n")
-            if now.get("status") == "finished" and now != before:
+            if has_finished(now):
                 return 0  # even if the process was killed after the run had finished
             idle = 0 if line["saved"] > line["first_saved"] else idle + 1
             if status in _FINAL or self._asked_to_stop.is_set():

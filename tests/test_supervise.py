@@ -112,6 +112,18 @@ def test_a_heartbeat_of_somebody_else_counts_as_none(tmp_path, content):
     assert Supervisor(given).run(restarts=0, pause=0) == 2
 
 
+def test_a_run_that_other_processes_finish_meanwhile(tmp_path, monkeypatch):
+    """Another attempt of this process alone would wait for the others in vain."""
+    supervisor = Supervisor(command(tmp_path, [(-9, "saving", 1)]))
+
+    def pause(seconds):
+        (tmp_path / "run" / "heartbeat.json").write_text('{"status": "finished", "saved": 1}')
+
+    monkeypatch.setattr(supervisor._asked_to_stop, "wait", pause)
+    assert supervisor.run(restarts=2, pause=0) == 0
+    assert len(attempts(tmp_path / "run")) == 1
+
+
 def test_the_pause_stays_bounded(tmp_path, monkeypatch):
     supervisor, pauses = Supervisor(["train.py", f"--workdir={tmp_path}"]), []
     monkeypatch.setattr(supervisor, "_attempt", lambda: 5)
