@@ -213,7 +213,8 @@ def set_aside(workdir: Path, go_back: int | None = None):
     for name in moved:
         move(workdir / name, folder / name)
     if go_back is not None:  # written last, so that no run continues after an interrupted move
-        write_json(workdir / "heartbeat.json", read_heartbeat(workdir) | {"saved": go_back})
+        found = read_heartbeat(workdir) | {"saved": go_back, "status": None}
+        write_json(workdir / "heartbeat.json", found)
     if moved:
         log.info(f"moved {', '.join(sorted(moved))} to {folder}")
 

@@ -73,7 +73,9 @@ def begin_branch(workdir: Path, config: Config, source: Path, step: int):
         shutil.copytree(source / checkpoint, workdir / checkpoint, dirs_exist_ok=True)
         for name in ("metrics.jsonl", "data.json"):
             shutil.copyfile(source / name, workdir / name)
-        write_json(workdir / "heartbeat.json", read_heartbeat(source) | {"saved": step})
+        write_json(
+            workdir / "heartbeat.json", read_heartbeat(source) | {"saved": step, "status": None}
+        )
         # The last file, which completes the branch.
         write_whole(workdir / "config.json", (source / "config.json").read_bytes())
 

@@ -50,7 +50,7 @@ def workdir(tmp_path, corpus):
 def record(workdir, step):
     """Writes the files of a finished run whose last checkpoint is that of `step`."""
     (workdir / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": 1.0}) + "\n")
-    (workdir / "heartbeat.json").write_text(json.dumps({"saved": step}))
+    (workdir / "heartbeat.json").write_text(json.dumps({"saved": step, "status": "finished"}))
     (workdir / "summary.json").write_text(json.dumps({"metrics": {"step": step}}))
 
 
@@ -147,7 +147,8 @@ def test_going_back_that_was_interrupted(workdir, interrupted):
     set_aside(workdir, 3)
     assert Checkpoints(workdir).steps() == [3]
     check_history(workdir, [3])
-    assert json.loads((workdir / "heartbeat.json").read_text())["saved"] == 3
+    found = json.loads((workdir / "heartbeat.json").read_text())
+    assert (found["saved"], found["status"]) == (3, None)  # a supervisor must not see its old end
 
 
 def test_a_branch_that_was_interrupted(workdir, tmp_path, monkeypatch):
@@ -163,6 +164,7 @@ def test_a_branch_that_was_interrupted(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "copyfile", copy_before_config)
     begin_branch(branch, Config(), workdir, 3)
     assert (branch / "config.json").exists()
+    assert json.loads((branch / "heartbeat.json").read_text())["status"] is None
 
 
 def test_a_file_in_the_place_of_a_folder(workdir):
