@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -51,8 +52,9 @@ def define_config_flag():
     """Defines `--config`, and a flag `--config.GROUP.FIELD` for every field."""
     from aoe_jax.config.run import field_types  # imported late, because it imports JAX
 
-    sets_method = any("config.routing." in argument for argument in sys.argv)
-    types = field_types(sets_method)
+    types = field_types()
+    # Which fields the group has depends on `routing.name`, which may be in the file.
+    types["routing"] = set(re.findall(r"^--?config\.routing\.(\w+)", "\n".join(sys.argv), re.M))
     for group, fields in types.items():
         for field in fields:
             flags.DEFINE_string(f"config.{group}.{field}", None, "", module_name="config")
@@ -71,8 +73,8 @@ def define_mesh_flag():
 
 def parsed_config(flag, default=None):
     """The checked `Config` of the file `--config` (else `default`) after the changes by flags."""
-    from aoe_jax.config.run import Config, field_types
-    from aoe_jax.methods import LAYERS
+    from aoe_jax.config.run import Config, field_types, types_of
+    from aoe_jax.methods import LAYERS, find_method
     from aoe_jax.storage.config_files import read_config
 
     has_default = default and Path(default).exists()
@@ -80,11 +82,14 @@ def parsed_config(flag, default=None):
         raise UserError(_NO_CONFIG)
     groups, routing = read_config(flag.value or default), {}
     given = [name for name in FLAGS if name.startswith("config.") and FLAGS[name].present]
-    types = field_types(methods="config.routing" in " ".join(given))
+    types = field_types()
     for name in given:
         _, group, field = name.split(".")
-        values = routing if group == "routing" else groups.setdefault(group, {})
-        values[field] = _value(FLAGS[name].value, types[group][field])
+        if group == "routing":
+            routing[field] = FLAGS[name].value
+        else:
+            fields = groups.setdefault(group, {})
+            fields[field] = _value(FLAGS[name].value, types[group][field])
     if routing:  # changes the file's routing method, or selects the method `routing.name`
         kind, of_file = groups.get("experts", {}).get("kind"), groups.get("routing", {})
         has_router = kind not in LAYERS
@@ -93,6 +98,8 @@ def parsed_config(flag, default=None):
         name = routing.get("name", before if has_router else kind)
         wanted = f"leave it out, because experts.kind={kind!r} has no router"
         require(has_router or name == kind, "routing.name", name, wanted)
+        types = types_of(find_method(name))
+        routing = {field: _value(text, types.get(field, ())) for field, text in routing.items()}
         groups["routing"] = (of_file if before == name else {}) | routing | {"name": name}
     return Config.from_config_dict(groups)
 
@@ -281,10 +288,6 @@ def _flag_mistake(error):
 
 
 def _refuse_field(group, *fields):
-    from aoe_jax.config.run import Config, field_types
+    from aoe_jax.config.run import Config
 
-    field = ".".join(fields) or "FIELD"
-    if group == "routing":
-        known = ", ".join(field_types()["routing"])
-        raise UserError(f"config.routing.{field} is unknown; fields of routers are {known}")
-    Config.from_config_dict({group: {field: None}})
+    Config.from_config_dict({group: {".".join(fields) or "FIELD": None}})

@@ -2,6 +2,7 @@
 
 import contextlib
 import reprlib
+import traceback
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 1000
@@ -80,6 +81,24 @@ class Interrupted(Stopped):
     """SIGINT (Ctrl-C) ended the program. Shells use the same exit status, 128 + 2."""
 
     status = 130
+
+
+@contextlib.contextmanager
+def running(flag, file, what):
+    """A context that runs code of the user's Python `file`: any exception becomes a `UserError`,
+    whose message begins with `flag`, such as `--config=FILE`. `what` is the code's name.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except SystemExit as e:
+        raise UserError(f"{flag}: {what} called sys.exit({e.code!r})") from e
+    except Exception as e:
+        text = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
+        line = f" (line {frames[-1].lineno} of {file})" if frames else ""
+        raise UserError(f"{flag}: {text}{line}") from e
 
 
 @contextlib.contextmanager

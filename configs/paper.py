@@ -3,11 +3,12 @@
 Table 2: `moe`, `moe_aux`, `moe_aux_factorised`, `moe_aux_large_router`, `aoe_r64`, `aoe_r64_aux`
 ... `aoe_r512_aux`. Table 3: `moe_top_p`, `aoe_top_p`, `moe_expert_choice`, `aoe_expert_choice` (AoE
 with r = 256). Table 5: `moe_4b`, `aoe_4b`. This project adds `aoe_whole_aux`: its experts have
-gates that are whole, not factorised.
+gates that are whole, not factorised. `VARIANT_muon` trains with Muon instead of AdamW.
 
-Optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048 tokens. The
-default corpus is the embedded one, with a tokenizer trained on it. To train on the paper's corpus,
-RedPajama, set `--config.data.name`, and a tokenizer of 32,000 tokens (`--config.data.tokenizer`).
+Without it, optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048
+tokens. The default corpus is the embedded one, with a tokenizer trained on it. To train on the
+paper's corpus, RedPajama, set `--config.data.name`, and a tokenizer of 32,000 tokens
+(`--config.data.tokenizer`).
 """
 
 from aoe_jax.errors import UserError
@@ -63,11 +64,11 @@ VARIANTS = {
 }
 
 
-def get_config(variant=None):
-    if variant not in VARIANTS:
-        raise UserError(
-            f"configs/paper.py:{variant or ''} is no variant; choose one of {', '.join(VARIANTS)}"
-        )
+def get_config(variant=""):
+    name = variant.removesuffix("_muon")
+    if name not in VARIANTS:
+        wanted = f"choose one of {', '.join(VARIANTS)}, with or without _muon"
+        raise UserError(f"configs/paper.py:{variant} is no variant; {wanted}")
     config = default_config()
     config.model.update(
         n_layers=12,
@@ -92,6 +93,7 @@ def get_config(variant=None):
         eval_every=1000,
     )
     config.checkpoint.update(every=1000, keep=3)
-    for change in VARIANTS[variant]:
+    for change in VARIANTS[name]:
         update_groups(config, change)
+    config.train.optimizer = "adamw" if name == variant else "muon"
     return config

@@ -49,7 +49,7 @@ GIVEN = [
     (
         "--config.routing.name=top_p --config.routing.q=1",
         "config.routing.q is unknown",
-        "fields of",
+        "known are p",
     ),
     ("--config.model.n_kv_heads=half", "must be of type int or None"),
     ("--config.train.stepz=3", "config.train.stepz", "unknown", "steps, batch_size"),
@@ -100,6 +100,11 @@ COMMAND_LINE = (
         ),
         "router's field without a configuration": Mistake(
             ["eval.py", "--workdir={workdir}", "--config.routing.p=0.5"], ["--config is missing"]
+        ),
+        "own method with a mistake": Mistake(
+            flags(CONFIG, "--config.routing.name={here}/close.py:Close"),
+            ["config.routing.name=", "No module named 'numpyy' (line 2 of"],
+            with_file("close.py", "x = 1\nimport numpyy\n"),
         ),
         "no config file, but an override": Mistake(
             flags("--config={here}/nope.py", "--config.routing.p=0.5"), ["nope.py", "no such file"]

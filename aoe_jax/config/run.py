@@ -13,7 +13,7 @@ from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.training import CheckpointConfig, TrainConfig
 from aoe_jax.errors import UserError
-from aoe_jax.methods import LAYERS, ROUTERS, all_methods, find_method
+from aoe_jax.methods import LAYERS, ROUTERS, find_method, is_in_file
 from aoe_jax.moe.routing import Method, TopK
 
 
@@ -39,8 +39,9 @@ class Config:
         require_choice("experts.kind", kind, ("aoe", "router", *LAYERS))
         if kind in LAYERS and self.routing == TopK():  # replace the default
             object.__setattr__(self, "routing", find_method(kind)())
-        choices = (kind,) if kind in LAYERS else tuple(ROUTERS)
-        require_choice("routing.name", self.routing.name, choices)
+        choices, name = (kind,) if kind in LAYERS else tuple(ROUTERS), self.routing.name
+        if kind in LAYERS or not is_in_file(name):
+            require_choice("routing.name", name, choices)
         for f in dataclasses.fields(self):
             getattr(self, f.name).check(self)
 
@@ -63,9 +64,7 @@ class Config:
         if "routing" in groups:
             kind = groups.get("experts", {}).get("kind", ExpertsConfig.kind)
             default = kind if kind in tuple(LAYERS) else TopK.name
-            method = groups["routing"].pop("name", default)
-            require_choice("routing.name", method, (*ROUTERS, *LAYERS))
-            classes["routing"] = find_method(method)
+            classes["routing"] = find_method(groups["routing"].pop("name", default))
         return cls(**{name: _build(classes[name], values) for name, values in groups.items()})
 
     @classmethod
@@ -86,19 +85,16 @@ class Config:
         return json.loads(json.dumps(groups))
 
 
-def field_types(methods=True):
-    """Returns the types of all fields, `{group: {field: (type, ...)}}`. The group `routing` has the
-    fields of all methods. If `methods` is False it has only `name`, and no method is imported.
-    """
-    found = {f.name: _types(f.type) for f in dataclasses.fields(Config) if f.name != "routing"}
-    found["routing"] = {"name": (str,)}
-    for method in all_methods().values() if methods else ():
-        found["routing"] |= _types(method)
-    return found
+def field_types():
+    """Returns the types of all fields but those of `routing`, `{group: {field: (type, ...)}}`."""
+    return {f.name: types_of(f.type) for f in dataclasses.fields(Config) if f.name != "routing"}
 
 
-def _types(group):
-    return {f.name: typing.get_args(f.type) or (f.type,) for f in dataclasses.fields(group)}
+def types_of(group):
+    """Returns the types of the fields of a group's class, `{field: (type, ...)}`."""
+    hints = typing.get_type_hints(group)  # also of a file with `from __future__ import annotations`
+    kinds = {f.name: hints[f.name] for f in dataclasses.fields(group)}
+    return {name: typing.get_args(kind) or (kind,) for name, kind in kinds.items()}
 
 
 def _refuse_unknown(given, known, prefix=""):
@@ -109,7 +105,7 @@ def _refuse_unknown(given, known, prefix=""):
 
 
 def _build(group, values):
-    known, typed = _types(group), {}
+    known, typed = types_of(group), {}
     chosen = {f.name for f in dataclasses.fields(group) if f.metadata.get("choices")}
     _refuse_unknown(values, known, f"{group.group}.")
     for name, value in values.items():

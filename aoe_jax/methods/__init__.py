@@ -5,7 +5,15 @@ A method is a frozen dataclass that inherits from `Method` (`moe/routing.py`). A
 (y, LayerStats)`. A run uses one method, `config.routing`. `find_method` imports its class.
 """
 
+import sys
+from dataclasses import is_dataclass
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from aoe_jax.config.checks import require, require_choice
+from aoe_jax.errors import running
+from aoe_jax.moe.routing import Method
 
 ROUTERS = {
     "top_k": "aoe_jax.moe.routing:TopK",
@@ -29,14 +37,45 @@ LAYERS = {
     "smear": "aoe_jax.methods.smear:Smear",
     "thor": "aoe_jax.methods.thor:Thor",
 }
+_OF_FILES = {}  # the classes that were read from files, by name
 
 
 def find_method(name: str):
-    """Returns the class of a router or layer. Raises `KeyError` for an unknown name."""
-    module, _, class_name = (ROUTERS | LAYERS)[name].partition(":")
+    """Returns the class of a router or layer. `name` is a key of `ROUTERS` or `LAYERS`, or
+    `FILE.py:CLASS` for a router in the user's own file. Raises `UserError`.
+    """
+    known = ROUTERS | LAYERS
+    if is_in_file(name):
+        if name not in _OF_FILES:
+            _OF_FILES[name] = _method_of_file(name)
+        return _OF_FILES[name]
+    require_choice("routing.name", name, (*known, "FILE.py:CLASS"))
+    module, _, class_name = known[name].partition(":")
     return getattr(import_module(module), class_name)
 
 
+def is_in_file(name):
+    """Whether a name means a class in the user's own file."""
+    return isinstance(name, str) and ".py:" in name
+
+
+def _method_of_file(name):
+    path, _, class_name = name.rpartition(":")
+    file, field = Path(path), f"config.routing.name={name!r}"
+    require(file.is_file(), "routing.name", name, f"there is no file {file.absolute()}")
+    # A dataclass looks its module up, so the module needs a name that no other module has.
+    spec = spec_from_file_location(str(file.absolute()), file)
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    with running(field, file, path):
+        spec.loader.exec_module(module)
+    method = getattr(module, class_name, None)
+    is_router = isinstance(method, type) and issubclass(method, Method) and is_dataclass(method)
+    wanted = f"{path} has no dataclass {class_name} that inherits from aoe_jax.moe.routing.Method"
+    require(is_router, "routing.name", name, wanted)
+    method.name = name
+    return method
+
+
 def all_methods():
-    """Returns `{name: class}` of all methods."""
-    return {name: find_method(name) for name in (*ROUTERS, *LAYERS)}
+    """Returns `{name: class}` of the methods of this package and of the files that were read."""
+    return {name: find_method(name) for name in (*ROUTERS, *LAYERS, *_OF_FILES)}

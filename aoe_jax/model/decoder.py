@@ -61,12 +61,12 @@ class DecoderLayer(nn.Module):
             name="experts",
         )
 
-    def __call__(self, x, segment_ids, token_weights, routing_state, layer_index):
+    def __call__(self, x, tokens, segment_ids, token_weights, routing_state, layer_index):
         """`x [B, S, d]` -> `([B, S, d], LayerStats)`: carry and output of `nn.scan`."""
         attend = partial(self.attention, segment_ids=segment_ids)
-        return self._layer(attend, x, token_weights, routing_state, layer_index)[0]
+        return self._layer(attend, x, tokens, token_weights, routing_state, layer_index)[0]
 
-    def decode(self, x, past, routing_state, layer_index):
+    def decode(self, x, tokens, past, routing_state, layer_index):
         """`x [B, S, d]` -> `([B, S, d], (keys, values))`.
 
         `past` is the `(cache, n_past)` of `Attention.extend`; None at the beginning of a text.
@@ -75,15 +75,16 @@ class DecoderLayer(nn.Module):
         if past is not None:
             attend = partial(self.attention.extend, cache=past[0], n_past=past[1])
             positions = past[1][:, None] + jnp.arange(x.shape[1])
-        (x, _), cache = self._layer(attend, x, None, routing_state, layer_index, positions)
+        (x, _), cache = self._layer(attend, x, tokens, None, routing_state, layer_index, positions)
         return x, cache
 
-    def _layer(self, attend, x, token_weights, routing_state, layer_index, positions=None):
+    def _layer(self, attend, x, tokens, token_weights, routing_state, layer_index, positions=None):
         with jax.named_scope("attention"):
             y, captured, cache = attend(self.attention_norm(x))
             x = x + y
+        of_tokens = captured, layer_index, positions, tokens
         y, stats = self.experts_layer(
-            self.experts_norm(x), token_weights, routing_state, captured, layer_index, positions
+            self.experts_norm(x), token_weights, routing_state, *of_tokens
         )
         return (x + y, stats), cache
 
@@ -130,7 +131,7 @@ class Decoder(nn.Module):
                 layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "experts": True},
-                in_axes=(nn.broadcast, nn.broadcast, 0, 0),
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
                 length=length,
                 unroll=min(c.unroll, length),
             )
@@ -163,9 +164,10 @@ class Decoder(nn.Module):
         with jax.named_scope("embed"):
             x = embed(self.embed.embedding, tokens, jnp.dtype(self.model.dtype))
         if n_dense := self.model.n_dense_layers:
-            x, _ = self.dense_layers(x, segment_ids, token_weights, {}, jnp.arange(n_dense))
+            numbers = jnp.arange(n_dense)
+            x, _ = self.dense_layers(x, tokens, segment_ids, token_weights, {}, numbers)
         numbers = jnp.arange(self.model.n_layers)
-        x, stats = self.layers(x, segment_ids, token_weights, routing_state, numbers)
+        x, stats = self.layers(x, tokens, segment_ids, token_weights, routing_state, numbers)
         return self.final_norm(x), stats
 
     def __call__(

@@ -124,6 +124,6 @@ def _through_layers(d, params, routing_state, tokens, cache):
             state = jax.tree.map(lambda a: a[i], routing_state if name == "layer" else {})
             past = None if cache is None else (cache.layers[len(layers)], cache.length)
             variables = {"params": params[f"{name}_{i}"]}
-            x, kept = layer.apply(variables, x, past, state, i, method="decode")
+            x, kept = layer.apply(variables, x, tokens, past, state, i, method="decode")
             layers.append(kept)
     return make_norm(d.model).apply({"params": params["final_norm"]}, x), tuple(layers)

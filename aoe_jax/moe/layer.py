@@ -16,7 +16,7 @@ from aoe_jax.moe.dispatch import Local, take_code
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.load_balance import LayerStats
 from aoe_jax.moe.routing import Context, Method, TopK
-from aoe_jax.moe.scoring import SCORE_OF_CODE, aoe_scores, router_scores, score_columns
+from aoe_jax.moe.scoring import SCORE_OF_CODE, Scores, aoe_scores, router_scores, score_columns
 from aoe_jax.moe.swiglu import (
     KEPT_EXPERTS,
     first_neurons,
@@ -45,6 +45,8 @@ def moe_block(x, weights, layer, ctx):
     y = apply_experts(x, routing, weights, layer, ctx, scores.code)
     if layer.experts.d_shared:
         y += apply_shared_expert(x, weights, layer, ctx.devices)
+    if routing.added is not None:
+        y += routing.added.astype(y.dtype)
     return y, stats
 
 
@@ -79,6 +81,8 @@ class Layer:
         return self.experts.sparse_scoring(self.router)
 
     def score(self, x, weights, ctx):
+        if own := self.router.hooks.scores:
+            return Scores.of(own(self.router, x, weights, ctx), self.balance.aux_stride)
         if self.experts.kind != "aoe":
             return router_scores(x, weights, self.balance.aux_stride)
         local = is_local(ctx.devices, self.router.choice(self.experts).is_fixed)
@@ -255,6 +259,7 @@ class ExpertsLayer(nn.Module):
         captured: jax.Array | None = None,
         layer_index: jax.Array | int = 0,
         positions: jax.Array | None = None,
+        token_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerStats]:
         """Applies the layer, on the mesh in context if there is one (`jax.set_mesh`).
 
@@ -266,6 +271,7 @@ class ExpertsLayer(nn.Module):
           captured: `[..., H]`, the result of the method's `Hooks.attention`.
           layer_index: the number of the layer in its model.
           positions: `[...]` int32, position in the sequence; None: 0, 1, ... on the axis before d.
+          token_ids: `[...]` int32, for methods that route by token.
 
         Returns:
           `(y [..., d], LayerStats)`, y in the dtype of computation. With
@@ -292,7 +298,7 @@ class ExpertsLayer(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(x.shape[-2]), x.shape[:-1])
         routing_state = routing_state or method.state(self.experts, self.balance, d)
 
-        def block(devices, x, token_weights, positions, captured, of_layer, weights):
+        def block(devices, x, token_weights, positions, token_ids, captured, of_layer, weights):
             devices = replace(devices, shape=x.shape[:-1])
             flat = lambda a, n_axes=0: a.reshape(-1, *a.shape[a.ndim - n_axes :])  # noqa: E731
             state, rng, layer_index = of_layer
@@ -307,6 +313,7 @@ class ExpertsLayer(nn.Module):
                 captured=None if captured is None else flat(captured, 1),
                 positions=flat(positions),
                 layer_index=layer_index,
+                token_ids=None if token_ids is None else flat(token_ids),
             )
             y, stats = function(ctx.x, weights, layer, ctx)
             per_token = jax.tree.map(lambda a: a.reshape(x.shape[:-1]), stats.per_token)
@@ -315,13 +322,13 @@ class ExpertsLayer(nn.Module):
         n_axes = min(x.ndim - 1, 2)
         tokens, vectors = (collectives.token_spec(n_axes, *last) for last in ((), (None,)))
         weight_specs = collectives.weight_specs(layer.parameters, weights)
-        in_specs = (vectors, tokens, tokens, vectors, PartitionSpec(), weight_specs)
+        in_specs = (vectors, tokens, tokens, tokens, vectors, PartitionSpec(), weight_specs)
         out_specs = (vectors, PartitionSpec(), tokens)
         how = self.transport, self.remat, self.axes or AXES
         run = collectives.over_mesh(block, in_specs, out_specs, *how)
         of_layer = (routing_state, rng, layer_index)
         y, stats, per_token = run(
-            x.astype(self.dtype), token_weights, positions, captured, of_layer, weights
+            x.astype(self.dtype), token_weights, positions, token_ids, captured, of_layer, weights
         )
         return y, stats._replace(per_token=per_token)
 

@@ -32,6 +32,7 @@ class Context:
     captured: jax.Array | None = None  # [T, H], the result of `Hooks.attention`
     positions: jax.Array | None = None  # [T] int32, the position in the sequence
     layer_index: jax.Array | int = 0
+    token_ids: jax.Array | None = None  # [T] int32; None outside a `Decoder`
 
     def key(self):
         """The random key of this layer and step. Raises ValueError if `rng` is None."""
@@ -57,6 +58,7 @@ class Routing(NamedTuple):
     shares: dict[str, jax.Array] | None = None
     per_token: dict[str, jax.Array] | None = None  # [T] each, for `Method.losses`
     live: jax.Array | None = None  # [n], 1 for an expert in use, else 0; None: all are used
+    added: jax.Array | None = None  # [T, d], added to the sum of the experts' outputs
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,9 @@ class Hooks(NamedTuple):
 
     # Maps scores to the logits whose softmax the balance losses use: `[T, n] -> [T, n]`.
     balance_logits: Callable = lambda scores: scores
+    # Computes scores in place of a router's or AoE's: `(method, x [T, d], weights, ctx) -> [T, n]`.
+    # AoE's sparse scoring would replace them, so `choice` must not be `is_normalised`.
+    scores: Callable | None = None
     # Computes a value per head and query from rotated queries and keys of the layer's attention:
     # `(q [B, H, S, h], k [B, G, c, h], visible) -> [B, H, S]`. `visible` is a bool array that
     # broadcasts to `[B, S, c]`. The router gets the result as `Context.captured`.

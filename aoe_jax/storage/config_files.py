@@ -4,7 +4,6 @@ import dataclasses
 import os
 import runpy
 import sys
-import traceback
 from pathlib import Path
 
 import fsspec
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 
 from aoe_jax.config.checks import require
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError, naming
+from aoe_jax.errors import UserError, naming, running
 from aoe_jax.storage.files import read_json
 from aoe_jax.storage.paths import is_remote, parsed_path
 
@@ -77,17 +76,8 @@ def call_in_file(flag, file, function, *args):
         raise UserError(f"{flag}: cannot be read (no such file); {wanted}")
     if os.getcwd() not in sys.path:  # console scripts do not add the current folder
         sys.path.append(os.getcwd())
-    try:
+    with running(flag, file, f"{function}()"):
         found = runpy.run_path(str(file))
         if function not in found:
             raise UserError(f"{flag}: has no function {function}()")
         return found[function](*args)
-    except UserError:
-        raise
-    except SystemExit as e:
-        raise UserError(f"{flag}: {function}() called sys.exit({e.code!r})") from e
-    except Exception as e:  # the user's code can raise any exception
-        text = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
-        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
-        line = f" (line {frames[-1].lineno} of {file})" if frames else ""
-        raise UserError(f"{flag}: {text}{line}") from e

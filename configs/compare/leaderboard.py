@@ -7,8 +7,8 @@ tuned for each arm: an arm takes the rates of its family of scores and its optim
 `leaderboard_rates.py` tunes them with the same grid for all families. For AdamW they are from
 `rates.py` and `screen.py`. A gain that is found for AoE is offered to the MoE too.
 
-A new method enters as one line of `ARMS`, in 40 minutes on two cores: `--arms=NAME` trains it and
-the MoE with 12 seeds.
+A new method enters as a class in a file, as those of `scores.py` do, and as one line of `ARMS`.
+`--arms=NAME` trains it with 12 seeds, and the MoE with as many: an hour each on two cores.
 """
 
 from dataclasses import replace
@@ -65,6 +65,21 @@ def on_both(variant):
     }
 
 
+def in_file(arm, family, routing, label):
+    """Returns `arm` with a router from a file: `routing` has `name="FILE.py:CLASS"`, settings."""
+    return entry(replace(varied(arm, routing=routing), label=label), family)
+
+
+def scores(name, label, **settings):
+    """Returns a class of `scores.py` on an MoE and on AoE of whole gates, `{arm: Arm}`."""
+    routing = {"name": f"configs/compare/scores.py:{name}"} | settings
+    on_aoe = f"AoE of whole gates, {label}"
+    return {
+        f"moe_{name.lower()}": in_file(moe("aux"), "logits", routing, f"MoE, {label}"),
+        f"whole_{name.lower()}": in_file(whole_aoe(16, "aux"), "whole", routing, on_aoe),
+    }
+
+
 WITHOUT_ROUTER = {"scoring_rate": 1.0}  # dense models have no parameters that score
 ARMS = {
     "moe": entry(moe("aux"), "logits"),
@@ -94,6 +109,11 @@ ARMS = {
     **on_both("sequence_balance"),
     "moe_erc": method("erc_router", "logits"),
     "moe_sigmoid_top_k": method("sigmoid_top_k_router", "logits"),
+    **scores("MPI", "MPI"),
+    **scores("Centred", "centred scores"),
+    **scores("DefaultVectors", "default vectors"),
+    "self_routing": scores("SelfRouting", "Self-Routing")["moe_selfrouting"],
+    "hash": scores("Hash", "hash of the token")["moe_hash"],
 }
 LEADING = dict.fromkeys(("moe", "whole", "whole_quantile", "published"), 40)
 BOTH = ("moe", "whole", "published", "moe_adamw", "whole_adamw", "published_adamw")

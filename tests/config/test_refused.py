@@ -70,6 +70,12 @@ train.batch_size=33554432 => raise train.accumulate
 train.router_steps=5 => experts.kind='aoe' has none
 train.final_learning_rate=1.0 => learning_rate
 routing.name=top_q => top_k, top_p, expert_choice, ranked
+routing.name=missing.py:Close => there is no file
+routing.name=examples/add_a_method.py:Close => no dataclass Close that inherits from
+routing.name=examples/add_a_method.py:Method => no dataclass Method that inherits from
+routing.name=examples/add_a_method.py:AboveMean; experts.kind=dense => choose one of dense
+routing.name=configs/compare/scores.py:MPI; experts.kind=aoe => needs whole gates
+routing.name=configs/compare/scores.py:MPI; experts.kind=router; mesh.fsdp=2 => on meshes that split
 routing.name=top_k; routing.p=0.5 => routing.p is unknown ... norm_topk_prob
 routing.ranks=(1, 1); routing.name=ranked => top_k=2 different
 routing.ranks=(1, 8); routing.name=ranked => to 7

@@ -1,4 +1,4 @@
-"""The method that an example adds, in a layer, in training on a mesh, and token by token."""
+"""Methods in files of their own: in a layer, in training on a mesh, and token by token."""
 
 import jax
 import jax.numpy as jnp
@@ -7,32 +7,27 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax.evaluation.generation import Generator, Sampling
-from aoe_jax.methods import ROUTERS
+from aoe_jax.methods import find_method
 from aoe_jax.sharding import batch_sharding, make_mesh, put_batch
 from aoe_jax.training.step import init_state, make_train_step
-from examples.add_a_method import AboveMean
 from tests.evaluation.models import make_config, make_model
 from tests.methods.method_layers import assert_agree, by_loops, make, random_batch, scores_of
 from tests.moe.contexts import context
 
-
-@pytest.fixture
-def added(monkeypatch):
-    """The example's router, registered as docs/add_a_method.md says."""
-    monkeypatch.setitem(ROUTERS, AboveMean.name, "examples.add_a_method:AboveMean")
-    return AboveMean()
+ABOVE_MEAN = "examples/add_a_method.py:AboveMean"
+SCORES = "configs/compare/scores.py"
 
 
-def test_by_hand(added):
+def test_by_hand():
     scores = jnp.array([[1.0, 2.0, 6.0, 4.0], [5.0, 1.0, 1.0, 1.0]])
-    routing = added(scores, {}, context(scores))
+    routing = find_method(ABOVE_MEAN)()(scores, {}, context(scores))
     assert_array_equal(routing.expert.reshape(2, 4), [[4, 4, 2, 3], [0, 4, 4, 4]])
     weight = np.exp([6.0, 4.0]) / np.exp([6.0, 4.0]).sum()
     assert_allclose(routing.weight.reshape(2, 4), [[0, 0, *weight], [1, 0, 0, 0]], rtol=1e-6)
 
 
-def test_in_a_layer(added, x64, ragged):
-    layer, params, x = make("aoe", added)
+def test_in_a_layer(x64, ragged):
+    layer, params, x = make("aoe", find_method(ABOVE_MEAN)())
 
     def formula(params, x):
         scores = scores_of(params, x)
@@ -54,10 +49,20 @@ def losses_of_training(config, n_devices):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["aoe", "router"])
-def test_in_a_model(added, ragged, kind):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("aoe", ABOVE_MEAN),
+        ("router", ABOVE_MEAN),
+        ("router", f"{SCORES}:Hash"),
+        ("router", f"{SCORES}:SelfRouting"),
+        ("aoe", f"{SCORES}:DefaultVectors"),
+        ("aoe", f"{SCORES}:Centred"),
+    ],
+)
+def test_in_a_model(ragged, kind, name):
     """Three steps on eight devices as on one; greedy decoding as by full passes."""
-    settings = {"experts__kind": kind, "routing__name": "above_mean", "train__warmup": 0.1}
+    settings = {"experts__kind": kind, "routing__name": name, "train__warmup": 0.1}
     alone = make_config(**settings, mesh__data=1)
     found = losses_of_training(make_config(**settings, mesh__data=2, mesh__expert=4), 8)
     assert_allclose(found, losses_of_training(alone, 1), rtol=2e-5)

@@ -90,7 +90,7 @@ def test_every_program_of_the_paper_trains(variant):
     assert int(state.step) == 3
 
 
-@pytest.mark.parametrize("variant", paper.VARIANTS)
+@pytest.mark.parametrize("variant", [*paper.VARIANTS, "aoe_r64_muon", "moe_4b_muon"])
 def test_every_configuration_of_the_paper_is_traced(variant):
     """At full size, the state after a step has the shapes and dtypes of the state before."""
     config = Config.from_config_dict(paper.get_config(variant))

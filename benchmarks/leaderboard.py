@@ -1,0 +1,142 @@
+"""Writes the tables and pictures of the leaderboard from the `runs.csv` of its report.
+
+`python -m benchmarks.leaderboard --folder=results/leaderboard`. For each size it writes
+`entries_SIZE.csv`, the table of README.md between the lines `<!-- SIZE -->` and `<!-- end -->`, and
+`figures/entries_SIZE.png`. An entry is an arm that has finished at least two runs.
+
+Differences are paired by seed. `p` is corrected by Holm over the entries of a size. `share` is the
+share of the way from the frozen router (0) to the MoE (1), with the central 95% of 2,000 bootstrap
+resamples of the seeds.
+"""
+
+import numpy as np
+import pandas as pd
+from absl import flags
+from matplotlib.figure import Figure
+
+from aoe_jax import cli
+from aoe_jax.compare.pictures import COLOURS, drawn, save
+from aoe_jax.compare.statistics import holm, markdown_table, mean
+from benchmarks.timing import run_benchmark
+from configs.compare.leaderboard import get_suite
+
+_FOLDER = flags.DEFINE_string("folder", None, "folder with runs.csv and README.md")
+
+MOE, FROZEN = "moe", "frozen"
+FLOORS = ("dense", "dense_active", "frozen", "hash", "self_routing")
+FAMILIES = {  # name in the legend -> colour
+    "AoE: experts choose themselves": COLOURS[1],
+    "MoE: a router chooses": COLOURS[0],
+    "nothing chooses, or nothing learns to": COLOURS[6],
+}
+
+
+def share_of_the_way(nlls, arm):
+    """Returns `(share, low, high)` of an arm; NaN without the frozen router."""
+    if FROZEN not in nlls or MOE not in nlls:
+        return (np.nan,) * 3
+    found = nlls[[FROZEN, MOE, arm]].dropna().to_numpy()
+    if len(found) < 2:
+        return (np.nan,) * 3
+    draws = np.random.default_rng(0).integers(0, len(found), (2000, len(found)))
+    frozen, moe, own = np.concatenate([found.mean(axis=0)[None], found[draws].mean(axis=1)]).T
+    shares = (frozen - own) / (frozen - moe)
+    return shares[0], *np.quantile(shares[1:], [0.025, 0.975])
+
+
+def entries_of(runs, labels):
+    """Returns a row for each entry of a size, from the best one to the worst one."""
+    nlls = runs.pivot_table("validation_nll", "seed", "arm")
+    means, rows = runs.groupby("arm").mean(numeric_only=True), []
+    for arm in nlls:
+        difference, of_arm = mean(nlls[arm] - nlls[MOE]), means.loc[arm]
+        if nlls[arm].count() < 2:
+            continue
+        share, share_low, share_high = share_of_the_way(nlls, arm)
+        rows.append(
+            {
+                "arm": arm,
+                "label": labels.get(arm, arm),
+                "nll": nlls[arm].mean(),
+                "difference": difference.value if arm != MOE else 0.0,
+                "low": difference.low,
+                "high": difference.high,
+                "p": difference.p,
+                "share": share,
+                "share_low": share_low,
+                "share_high": share_high,
+                "bits_per_byte": of_arm["validation_bits_per_byte"],
+                "load_violation": of_arm["max_violation"],
+                "time": of_arm["seconds_per_step"] / means.loc[MOE, "seconds_per_step"],
+                "flops": of_arm["flops_per_token"] / means.loc[MOE, "flops_per_token"],
+                "seeds": nlls[arm].count(),
+            }
+        )
+    found = pd.DataFrame(rows).sort_values("nll", ignore_index=True)
+    found.insert(7, "p_holm", holm(found["p"]))
+    return found
+
+
+def table(entries):
+    """Formats the entries as Markdown."""
+    rows = []
+    for e in entries.itertuples():
+        interval = f"{e.difference:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
+        rows.append(
+            {
+                "entry": e.label,
+                "nll": f"{e.nll:.3f}",
+                "minus the MoE's [95%]": interval if e.arm != MOE else "",
+                "p": f"{e.p_holm:.2g}" if e.arm != MOE else "",
+                "bits/byte": f"{e.bits_per_byte:.3f}",
+                "load": "" if np.isnan(e.load_violation) else f"{e.load_violation:.2f}",
+                "time": f"{e.time:.2f}",
+                "FLOPs": f"{e.flops:.2f}",
+                "seeds": e.seeds,
+            }
+        )
+    return markdown_table(rows)
+
+
+@drawn
+def picture(entries):
+    """Draws the differences with their intervals, the best entry at the top."""
+    figure = Figure(figsize=(6.4, 0.8 + 0.19 * len(entries)), layout="constrained")
+    axes, seen = figure.subplots(), set()
+    for y, e in enumerate(entries[::-1].itertuples()):
+        aoe, moe, floor = FAMILIES
+        name = floor if e.arm in FLOORS else aoe if e.label.startswith("AoE") else moe
+        reach = [[e.difference - e.low], [e.high - e.difference]] if e.arm != MOE else None
+        label = None if name in seen else name
+        seen.add(name)
+        axes.errorbar(
+            e.difference, y, xerr=reach, fmt="o", markersize=4, color=FAMILIES[name], label=label
+        )
+    axes.axvline(0, color=COLOURS[0], linewidth=0.8)
+    axes.set_yticks(range(len(entries)), entries["label"][::-1], fontsize=7)
+    axes.set_ylim(-0.7, len(entries) - 0.3)
+    axes.set_xlabel("nats per token more than the MoE (left is better)")
+    axes.legend(loc="upper right")
+    return figure
+
+
+def main():
+    folder, labels = cli.path_of(_FOLDER), {a: arm.label for a, arm in get_suite().arms.items()}
+    runs = pd.read_csv(folder / "runs.csv")
+    runs = runs[runs["state"] == "finished"]
+    page = (folder / "README.md").read_text()
+    for size, of_size in runs.groupby("size", sort=False):
+        entries = entries_of(of_size, labels)
+        entries.to_csv(folder / f"entries_{size}.csv", index=False)
+        save(picture(entries), folder / f"figures/entries_{size}.png")
+        print(f"{size}\n{table(entries)}\n")
+        begin, end = f"<!-- {size} -->\n", "<!-- end -->"
+        if begin in page:
+            before, _, rest = page.partition(begin)
+            _, _, after = rest.partition(end)
+            page = f"{before}{begin}{table(entries)}\n{end}{after}"
+    (folder / "README.md").write_text(page)
+
+
+if __name__ == "__main__":
+    run_benchmark(main)
