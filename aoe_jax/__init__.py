@@ -1,7 +1,7 @@
 """Autonomy-of-Experts language models (arXiv 2501.13074) in JAX and Flax.
 
-`__all__` is the public interface, described in docs/library.md. Its names are imported when they
-are first used, so that data preparation does not import JAX.
+`__all__` is the public interface, see docs/reference/layer_details.md. Its names are imported when
+they are first used, so that data preparation does not import JAX.
 """
 
 from etils import epy

@@ -2,7 +2,7 @@
 
     python examples/add_a_method.py
 
-docs/add_a_method.md explains this example, and how `train.py` can use the method.
+docs/start_method.md explains this example, and how `train.py` can use the method.
 """
 
 from dataclasses import dataclass

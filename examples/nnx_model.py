@@ -1,4 +1,4 @@
-"""Trains a GPT in Flax NNX, whose `AoE` layers are converted from Linen by `nnx.bridge.ToNNX`.
+"""Trains a GPT in Flax NNX whose feed-forward layers are `aoe_jax.nnx.AoE`.
 
 python examples/nnx_model.py
 """
@@ -10,15 +10,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from aoe_jax import AoE
+from aoe_jax.nnx import AoE
 
 TEXT = Path(__file__).parents[1] / "LICENSE"
 
 
 def aoe(d_model, rngs):
-    """Returns an AoE layer as an NNX module, `x -> (y, aux)`."""
-    layer = AoE(n_experts=8, top_k=2, d_ffn=d_model)
-    return nnx.bridge.ToNNX(layer, rngs=rngs).lazy_init(jnp.zeros((1, 1, d_model)))
+    """Returns an AoE layer, `x -> (y, aux)`."""
+    return AoE(d_model, n_experts=8, top_k=2, d_ffn=d_model, rngs=rngs)
 
 
 class Block(nnx.Module):

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import nbformat
 import numpy as np
 import pytest
 from flax import nnx
 from nbclient import NotebookClient
 
-from aoe_jax import MoE
+from aoe_jax.nnx import MoE
 from examples import add_a_method, nnx_model, train_loop, vision
 from tests.forking import ENVIRONMENT
 from tests.hasty import xla_flags
@@ -25,8 +24,7 @@ def test_train_loop():
 
 
 def moe(d_model, rngs):
-    layer = MoE(n_experts=8, top_k=2, d_ffn=d_model)
-    return nnx.bridge.ToNNX(layer, rngs=rngs).lazy_init(jnp.zeros((1, 1, d_model)))
+    return MoE(d_model, n_experts=8, top_k=2, d_ffn=d_model, rngs=rngs)
 
 
 @pytest.mark.parametrize("layer", [nnx_model.aoe, moe, None])

@@ -1,5 +1,6 @@
 """AoE and MoE as a library: values, gradients, transformations, meshes of other names, refusals."""
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import aoe_jax
 from aoe_jax import AoE, AoELayer, DenseLayer, ExpertsLayer, MoE, RouterLayer
+from aoe_jax import nnx as aoe_nnx
 from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.methods import find_method
 from aoe_jax.methods.dense import Dense
 from aoe_jax.methods.erc import ERC
 from aoe_jax.methods.sparsemixer import SparseMixer
@@ -183,18 +186,36 @@ def test_scan_over_split_layers():
         assert jax.eval_shape(stack.apply, variables, X, None)[1].shape == (3,)
 
 
-@pytest.mark.slow
-def test_nnx_on_a_mesh():
-    """Variables have partition specs, and results equal those of one device."""
-    with jax.set_mesh(mesh_of((4, 2))):
-        module = LAYERS["moe"].clone(expert="a", tensor="b")
-        layer = nnx.bridge.ToNNX(module, rngs=jax.random.key(1)).lazy_init(X)
-        spec = nnx.get_partition_spec(nnx.state(layer))["w_up"].get_value()
-        assert spec == P("a", None, "b")
-        got = nnx.jit(lambda layer, x: layer(x)[0])(layer, X)
-    params = jax.device_get(nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
-    want = LAYERS["moe"].apply({"params": params}, X)[0]
-    assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(
+    "axes", [{}, pytest.param({"expert": "a", "tensor": "b"}, marks=pytest.mark.slow)], ids=str
+)
+@pytest.mark.parametrize(
+    ("layer", "more"), [(aoe_nnx.AoE, {"round_to": 2}), (aoe_nnx.MoE, {})], ids=["aoe", "moe"]
+)
+def test_nnx(layer, more, axes):
+    """Values and gradients are those of the Linen module, and variables have partition specs."""
+    loss_of = lambda y, aux: (y**2).mean() + aux.loss  # noqa: E731
+    with jax.set_mesh(mesh_of((4, 2))) if axes else contextlib.nullcontext():
+        module = layer(D, rngs=nnx.Rngs(0), **SIZES, **more, **axes)
+        spec = nnx.get_partition_spec(nnx.state(module))["w_up"].get_value()
+        assert spec == (P("a", None, "b") if axes else P())
+        gradient = nnx.jit(nnx.value_and_grad(lambda module: loss_of(*module(X))))
+        got, grads = jax.device_get(gradient(module))
+    params = jax.device_get(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    linen = layer.linen(**SIZES, **more)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(
+        np.shape, nn.unbox(linen.init(jax.random.key(0), X)["params"])
+    )
+    want = jax.value_and_grad(lambda params: loss_of(*linen.apply({"params": params}, X)))(params)
+    assert_close((got, nnx.to_pure_dict(grads)), want, 2e-5)
+
+
+def test_nnx_draws_random_numbers():
+    router = find_method("gshard")()
+    layer = aoe_nnx.MoE(D, rngs=nnx.Rngs(0), **SIZES, routing=router, aux_weight=0)
+    rngs = nnx.Rngs(1)
+    first, second = (layer(X, None, True, rngs=rngs)[0] for _ in range(2))
+    assert (first != second).any()
 
 
 def mesh_of(shape, types=AxisType.Auto):
@@ -356,5 +377,5 @@ def test_public_names():
     root = Path(aoe_jax.__file__).parent
     assert (root / "py.typed").exists()
     assert all(callable(getattr(aoe_jax, name)) for name in aoe_jax.__all__)
-    page = (root.parent / "docs/library.md").read_text()
+    page = (root.parent / "docs/reference/layer_details.md").read_text()
     assert set(aoe_jax.__all__) <= set(re.findall(r"`(\w+)", page)) & set(dir(aoe_jax))

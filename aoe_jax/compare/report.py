@@ -1,4 +1,5 @@
-"""Writes the report of a suite: `report.md`, `report.html`, CSV files and pictures.
+"""Writes the report of a suite: `report.md`, `report.html`, `table.md` and `table.tex` for a paper,
+CSV files and pictures.
 
 The text and most tables are in `templates/report.md.j2`, which is rendered with `Results`. The HTML
 page is made from the Markdown. This module computes what would be too long for the template.
@@ -47,6 +48,9 @@ def write_report(suite: Suite, workdir: Path, command):
     of_workdir = {"machines": read_machines(workdir), "failed": failed(results, workdir)}
     markdown, drawn = to_markdown(results, costs, command=command, **of_workdir)
     (workdir / "report.md").write_text(markdown)
+    frame = paper_table(results)
+    (workdir / "table.md").write_text(frame.to_markdown(index=False) + "\n")
+    (workdir / "table.tex").write_text(_to_latex(frame))
     folder, page = workdir / "figures", workdir / "report.html"
     folder.mkdir(exist_ok=True)
     for name, figure in drawn.items():
@@ -63,6 +67,25 @@ def write_report(suite: Suite, workdir: Path, command):
     for name, frame in tables.items():
         frame.to_csv(workdir / f"{name}.csv", index=False)
     return page
+
+
+def paper_table(r: Results):
+    """Returns a table for a paper: the final validation nll of each arm at each size, with standard
+    errors over seeds, and its paired difference.
+    """
+    rows = []
+    for arm in {arm: None for _, arm in r.pairs}:
+        row = {"method": r.labels[arm]}
+        for size in r.sizes:
+            row[f"{size}: nll"] = r.mean(size, arm, "validation_nll").text(3)
+            found = r.difference(size, arm) if arm != r.suite.baseline else mean([])
+            row[f"{size}: difference"] = found.as_difference()
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _to_latex(frame):
+    return frame.to_latex(index=False, escape=True).replace("±", r"$\pm$")
 
 
 def to_markdown(r: Results, costs, **of_workdir):

@@ -84,6 +84,8 @@ def test_interrupted_it_stops_its_runs_and_continued_it_trains_the_rest():
     }
     markdown = (folder / "work/report.md").read_text()
     assert "Runs: 6, 4 finished, 2 failed." in markdown
+    for form, row in (("md", "| MoE, L_aux"), ("tex", "\nMoE, L\\_aux & ")):
+        assert row in (folder / f"work/table.{form}").read_text()
     failed = markdown[markdown.index("## Failed runs") :]
     assert "a: broken, seed 1" in failed and "runs/a/broken/seed_1.log" in failed
 
