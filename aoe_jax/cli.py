@@ -54,7 +54,7 @@ def define_config_flag():
 
     types = field_types()
     # Which fields the group has depends on `routing.name`, which may be in the file.
-    types["routing"] = set(re.findall(r"^--?config\.routing\.(\w+)", "\n".join(sys.argv), re.M))
+    types["routing"] = set(re.findall(r"-config\.routing\.(\w+)", " ".join(sys.argv)))
     for group, fields in types.items():
         for field in fields:
             flags.DEFINE_string(f"config.{group}.{field}", None, "", module_name="config")
