@@ -58,7 +58,8 @@ def _parse(program, lines):
     for line in lines:
         cli._parse([program, *_values(line)])
         config = "config" in flags.FLAGS and flags.FLAGS.config
-        if config and not _MADE_FROM_FILES.fullmatch(config):
+        is_complete = "routing.name=close.py" not in line  # the page says how to write close.py
+        if config and is_complete and not _MADE_FROM_FILES.fullmatch(config):
             cli.parsed_config(flags.FLAGS["config"])
         for flag in flags.FLAGS:
             flags.FLAGS[flag].unparse()
