@@ -13,7 +13,8 @@ from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
-FILES = ["README.md", "docs/**/*.md", "docs/*.css", "docs/images/*.svg"]
+FILES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "docs/**/*.md"]
+FILES += ["docs/*.css", "docs/images/*.svg", "examples/launch/*"]
 FILES += [f"results/**/*.{ending}" for ending in ("md", "png", "txt", "csv")]
 _CODE_LINK = re.compile(r"(\]\((?!\w+://)([^)#]+\.(?:py|ipynb)))\)")
 
