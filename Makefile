@@ -4,6 +4,7 @@ VENV ?= .venv
 CONFIG ?= configs/tiny.py
 WORKDIR ?= runs/tiny
 BIN := $(VENV)/bin
+PACKAGE := $(VENV)/.package
 INSTALLED := $(VENV)/.installed
 # libtpu compiles for TPUs that this machine lacks. It is installed outside the environment's packages,
 # because JAX would look for a TPU at every start if it found libtpu there.
@@ -13,8 +14,13 @@ LIBTPU := $(VENV)/libtpu
 
 setup: $(INSTALLED)
 
-$(INSTALLED): requirements.txt pyproject.toml aoe_jax/commands.ini
+# Training needs the package alone, without the tools of tests and pages.
+$(PACKAGE): requirements.txt pyproject.toml aoe_jax/commands.ini
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --editable .
+	touch $@
+
+$(INSTALLED): $(PACKAGE)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
@@ -27,7 +33,7 @@ $(LIBTPU): $(INSTALLED)
 train: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1
 
 # Trains a model or resumes its training, evaluates it, compares it with xz and prints a sample.
-train: setup
+train: $(PACKAGE)
 	test -f $(WORKDIR)/summary.json || $(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR)
 	$(BIN)/python eval.py --workdir=$(WORKDIR) --split=validation
 	$(BIN)/python -m benchmarks.compression --workdir=$(WORKDIR)
@@ -38,7 +44,7 @@ train: setup
 PROCESSES ?= 2
 PORT ?= 12355
 multiprocess: export JAX_NUM_CPU_DEVICES ?= 1
-multiprocess: setup
+multiprocess: $(PACKAGE)
 	for i in $$(seq 0 $$(($(PROCESSES) - 1))); do \
 	  $(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) \
 	    --coordinator=localhost:$(PORT) --processes=$(PROCESSES) --process=$$i $(ARGS) & pids="$$pids $$!"; \
