@@ -277,11 +277,24 @@ def test_run_that_cannot_get_on(workdir):
     runs.succeed(dense_command(workdir, **changes))  # it continues with valid data
 
 
+# The loop reads the clock at every log line and after every save; each time it is an hour later.
+HOURLY = """
+from types import SimpleNamespace
+from aoe_jax.training import loop
+now, clock = loop.time.monotonic(), loop.time
+def hour_later():
+    global now
+    now += 3600
+    return now
+loop.time = SimpleNamespace(**vars(clock) | {"monotonic": hour_later})
+"""
+
+
 @pytest.mark.slow
 def test_saves_by_the_clock(workdir):
-    """Saves after a time interval do not change the results of a run."""
-    changes = {"checkpoint__every": 100, "checkpoint__every_minutes": 1e-6, "checkpoint__keep": 99}
-    runs.succeed(dense_command(workdir, **changes))
+    """The interval begins anew after each save. The saves do not change the results of a run."""
+    changes = {"checkpoint__every": 100, "checkpoint__every_minutes": 90, "checkpoint__keep": 99}
+    runs.succeed(patched(HOURLY, workdir, **changes))
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert steps == [*range(LOG_EVERY, STEPS + 1, LOG_EVERY)]
+    assert steps == [*range(2 * LOG_EVERY, STEPS + 1, 2 * LOG_EVERY)]
     assert runs.same_end(workdir, dense_run())

@@ -60,19 +60,23 @@ def attempts(workdir):
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+IDLE = (5, "failed", 0)  # an attempt without a new checkpoint
+
+
 @pytest.mark.parametrize(
     ("plan", "status", "count"),
     [
         ([(0, "finished", 5)], 0, 1),
-        ([(0, "preempted", 5), (5, "failed", 0), (6, "training", 1), (0, "finished", 1)], 0, 4),
+        ([(0, "preempted", 5), IDLE, (6, "training", 1), (0, "finished", 1)], 0, 4),
         ([(-9, "training", 3), (1, "failed", 0), (0, "finished", 1)], 0, 3),
+        ([IDLE, IDLE, (5, "failed", 1), IDLE, IDLE, (0, "finished", 1)], 0, 6),
         ([(-9, "finished", 3)], 0, 1),  # killed after the end of the run
         ([(2, "failed", 3)], 2, 1),
         ([(4, "diverged", 3)], 4, 1),
         ([(130, "interrupted", 3)], 130, 1),
-        ([(5, "failed", 0)], 5, 3),
+        ([IDLE], 5, 3),
         ([(0, "preempted", 0)], 5, 3),
-        ([(5, "failed", 1), (5, "failed", 0), (5, "failed", 0), (5, "failed", 0)], 5, 4),
+        ([(5, "failed", 1), IDLE, IDLE, IDLE], 5, 4),
     ],
 )
 def test_what_is_started_again(tmp_path, plan, status, count, caplog):

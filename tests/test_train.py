@@ -128,6 +128,7 @@ def test_finished_run_goes_on_with_more_steps(tmp_path):
     succeed(train_command(workdir, train__steps=steps, checkpoint__every=100, **moved))
     assert (workdir / "metrics.jsonl").read_text().startswith(before)
     assert [line["step"] for line in read_metrics(workdir)[0]] == [*LOGGED, STEPS + 2, steps]
+    assert {("train/loss", STEPS), ("train/loss", steps)} <= runs.read_events(workdir).keys()
     assert json.loads((workdir / "summary.json").read_text())["metrics"]["step"] == steps
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == steps
 

@@ -42,13 +42,16 @@ def elsewhere(folder, host="tpu-3", token="aa", duration=1.0):
 
 @pytest.mark.parametrize("folder", ["disk", "gs", "s3"], indirect=True)
 def test_one_owner_of_a_folder(folder, monkeypatch):
+    monkeypatch.setattr(lease, "STALE", 30.0)
     with leased(folder, "workdir") as owner:
         (folder / "file").write_text("")  # an empty folder is removed at the end
         owner.check()
         assert owner_of(folder)["token"] == owner.token
         words = rf"--workdir=.* is in use by process {os.getpid()} on .*use another --workdir"
+        started = time.monotonic()
         with pytest.raises(InUse, match=words), leased(folder, "workdir"):
             pass
+        assert time.monotonic() - started < lease.STALE / 2  # the owner renews it every RENEW
         owner.check()
         held = (folder / NAME).read_bytes()
         with monkeypatch.context() as patch:  # another process fails to take over
@@ -57,6 +60,7 @@ def test_one_owner_of_a_folder(folder, monkeypatch):
             owner.check()
         if is_remote(folder):  # it must not renew the lease after the other process has read it
             owner._ended.set()
+            owner._renewer.join()
         (folder / NAME).unlink()
         with leased(folder, "workdir") as other:
             other.check()
