@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -161,6 +162,15 @@ def test_asked_to_stop(tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 0 and len(attempts(tmp_path / "run")) == 1
+
+
+def test_asked_to_stop_before_the_command_starts(tmp_path):
+    supervisor = Supervisor(command(tmp_path, [("wait", "preempted", 1)]))
+    supervisor._asked_to_stop.set()
+    assert supervisor.run(restarts=2, pause=0) in (0, 128 + signal.SIGTERM)
+    supervisor._process = mock.Mock()
+    supervisor._pass_on(signal.SIGHUP, None)  # JAX's own handler knows only SIGTERM
+    supervisor._process.send_signal.assert_called_once_with(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("of_hangup", [signal.SIG_DFL, signal.SIG_IGN])

@@ -188,6 +188,14 @@ def test_flat_tokens_of_a_mesh_are_refused_where_sequences_count(x64, kind):
         jax.eval_shape(layer.apply, {"params": params}, x.reshape(-1, D), rngs=KEY)
 
 
+def test_flat_tokens_of_a_mesh_where_experts_choose(x64, ragged):
+    layer, params, x, weights = make(KINDS["router, expert choice"])
+    flat = {"params": params}, x.reshape(-1, D), weights.reshape(-1)
+    want = jax.jit(layer.apply)(*flat)[0]
+    with jax.set_mesh(mesh_of(*THREE)):
+        assert_allclose(jax.jit(layer.apply)(*flat)[0], want, atol=1e-10)
+
+
 def exchange_used_rows(devices, rows, sent, received):
     """`Devices.exchange_rows` of a platform that sends only used rows."""
     is_used = jnp.arange(rows.shape[0] // sent.shape[0]) < sent[:, None]

@@ -22,6 +22,7 @@ from aoe_jax.storage.paths import is_remote
 from tests.runs import ROOT
 
 MARK = "filelock/2\npid=11\nhost={host}\nmode=lease\ntoken={token}\nduration={duration}\n"
+TIMES = lease.RENEW, lease.STALE
 everywhere = pytest.mark.parametrize("folder", ["disk", "gs"], indirect=True)
 
 
@@ -69,6 +70,11 @@ def test_one_owner_of_a_folder(folder, monkeypatch):
     assert [path.name for path in folder.iterdir()] == ["file"] and not owner_of(folder)
     with leased(folder, "workdir"):
         pass
+
+
+def test_times():
+    """docs/training.md names them. Versions that use the same folder need the same times."""
+    assert TIMES == (5, 45)
 
 
 @everywhere
