@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from aoe_jax.config.data import DataConfig
 from aoe_jax.config.training import TrainConfig
@@ -335,7 +335,7 @@ def raw_checkpoint(workdir, step):
 
 def read_events(workdir):
     """Reads the values of the TensorBoard files as `{(tag, step): value}`. A value is a message of
-    TensorBoard's protocol.
+    TensorBoard's protocol. As in TensorBoard, a START event hides earlier values from its step on.
     """
     found = {}
     for path in sorted((workdir / "tensorboard").iterdir()):
@@ -344,6 +344,8 @@ def read_events(workdir):
             (length,) = struct.unpack("<Q", data[position : position + 8])
             event = Event.FromString(data[position + 12 : position + 12 + length])
             position += 12 + length + 4
+            if event.session_log.status == SessionLog.START:
+                found = {place: value for place, value in found.items() if place[1] < event.step}
             found |= {(value.tag, event.step): value for value in event.summary.value}
     return found
 

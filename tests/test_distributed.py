@@ -1,6 +1,7 @@
 """Tests how several processes connect, agree on values, and fail together."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -28,6 +29,23 @@ def test_a_process_that_never_joins(tmp_path, numbers):
         last = "error: not all processes joined within --join_timeout=8 s; start them all, with"
         assert status == 5 and stderr.splitlines()[-1].startswith(last), stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("host", ["localhost", "10.0.0.1", "tpu-3"])
+def test_joining(monkeypatch, host):
+    """The timer ends with the wait. Given an IP address, process 0 listens only at that address."""
+    timer, initialize, address = mock.Mock(), mock.Mock(), f"{host}:9"
+    monkeypatch.setattr(distributed.threading, "Timer", timer)
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    given = {"_COORDINATOR": address, "_PROCESSES": 2, "_PROCESS": 0, "_JOIN_TIMEOUT": 7}
+    for name, value in given.items():
+        monkeypatch.setattr(distributed, name, SimpleNamespace(value=value))
+    distributed._initialize()
+    timer.assert_called_once_with(7, distributed._give_up)
+    timer.return_value.cancel.assert_called_once_with()
+    settings = initialize.call_args.kwargs
+    assert settings["coordinator_bind_address"] == (None if host == "tpu-3" else address)
+    assert settings["initialization_timeout"] > 7  # the timer, whose message is clear, is first
 
 
 @pytest.fixture

@@ -229,6 +229,7 @@ def test_texts_that_cannot_be_tokenised(tmp_path, command, case):
     is_run = result == "run/summary.json"
     words = "cannot be opened, or tokenised in data.cache=" if is_run else ""
     assert words in last_line(stderr) and not (tmp_path / result).exists()
+    assert "it was tried for 1 s" in stderr  # also in the processes that prepare
     fault.passing(command)
     assert (tmp_path / result).exists()
     if is_run:

@@ -6,6 +6,7 @@ import pytest
 from aoe_jax.errors import UserError
 from aoe_jax.planning.hardware import CHIPS, slice_shape, topology_devices
 from aoe_jax.training.devices import count_chips, peak_flops_per_device
+from tests.arrays import Device
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
@@ -41,6 +42,11 @@ def test_unknown_devices_have_no_peak():
     assert peak_flops_per_device(jax.devices()) is None
     assert count_chips(jax.devices()) == 8
     assert slice_shape(jax.devices()) == ()
+
+
+def test_chips_of_several_slices_have_the_same_coordinates():
+    cores = [Device(platform="tpu", coords=(0, 0, 0), slice_index=n // 2) for n in range(4)]
+    assert count_chips(cores) == 2
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Other files test a kill (1, `test_train.py`), the supervisor (8, `test_supervise
 `test_bad_input.py`), and files of strangers (10, `test_fuzz.py` and `data/test_prepare.py`).
 """
 
+import itertools
 import json
 import re
 import shutil
@@ -193,9 +194,13 @@ def test_a_run_that_ends_where_it_goes_back_to(workdir):
     assert [line["step"] for line in runs.read_metrics(workdir)[1]] == [10, 20, last]
 
 
+# The first files cannot be written, and a save in the background has failed when step 4 is done.
 PASSING_FAULT = """
 import errno, os
 from aoe_jax.training import writers
+from aoe_jax.training.checkpoint import Checkpoints
+looks = iter([False, False, False, True])
+Checkpoints.has_failed = lambda self: next(looks, False)
 sync, left = os.fsync, 3
 def faulty(file):
     global left
@@ -208,9 +213,11 @@ writers.os.fsync = faulty
 
 
 def test_a_passing_fault_of_the_disk(workdir):
-    stderr = runs.succeed(patched(PASSING_FAULT, workdir))
+    whole = dense_run()  # makes the token store too
+    stderr = runs.succeed(patched(PASSING_FAULT, workdir, checkpoint__keep=99))
     assert "cannot be written (Input/output error)" in stderr
-    assert runs.same_end(workdir, dense_run())
+    assert (workdir / "checkpoints" / "4").exists()  # at once, not with the next save
+    assert runs.same_end(workdir, whole)
 
 
 HANG = """
@@ -222,12 +229,33 @@ loop.evaluate = read_that_hangs
 """
 
 
+# Prints the statuses of the heartbeat with the newest checkpoint.
+BEATS = """
+import sys
+from aoe_jax.training.heartbeat import Heartbeat
+beat = Heartbeat.beat
+def told(self, status, step=None):
+    beat(self, status, step)
+    print("beat", status, self.saved, file=sys.stderr)
+Heartbeat.beat = told
+"""
+
+
 def test_a_hang(workdir):
     """The run hangs in its first validation, after the checkpoint of step 9."""
     status, _, stderr = run(patched(HANG, workdir, train__hang_timeout=3))
     assert status == 6 and "(validating, after step 10) made no progress" in last_line(stderr)
     assert "read_that_hangs" in (workdir / "hang" / "process_0.txt").read_text()
-    assert "going on from step 9" in ends_as_ever(workdir)
+    began = runs.heartbeat(workdir)["began"]
+    stderr = runs.succeed(patched(BEATS, workdir))
+    assert "going on from step 9" in stderr and runs.same_end(workdir, dense_run())
+    assert runs.heartbeat(workdir)["began"] == began
+    beats = [line[5:] for line in stderr.splitlines() if line.startswith("beat ")]
+    beats = [beat for beat, _ in itertools.groupby(beats)]
+    # Preparing data and compiling, also the first evaluation step, have no time limit.
+    assert beats[:3] == ["preparing None", "restoring None", "compiling None"]
+    words = ("compiling", "training", "validating", "compiling", "validating")
+    assert beats[3:8] == [f"{word} 9" for word in words] and "compiling" not in str(beats[8:])
 
 
 POISONED = """
@@ -277,11 +305,24 @@ def test_run_that_cannot_get_on(workdir):
     runs.succeed(dense_command(workdir, **changes))  # it continues with valid data
 
 
+# The loop reads the clock at every log line and after every save; each time it is an hour later.
+HOURLY = """
+from types import SimpleNamespace
+from aoe_jax.training import loop
+now, clock = loop.time.monotonic(), loop.time
+def hour_later():
+    global now
+    now += 3600
+    return now
+loop.time = SimpleNamespace(**vars(clock) | {"monotonic": hour_later})
+"""
+
+
 @pytest.mark.slow
 def test_saves_by_the_clock(workdir):
-    """Saves after a time interval do not change the results of a run."""
-    changes = {"checkpoint__every": 100, "checkpoint__every_minutes": 1e-6, "checkpoint__keep": 99}
-    runs.succeed(dense_command(workdir, **changes))
+    """The interval begins anew after each save. The saves do not change the results of a run."""
+    changes = {"checkpoint__every": 100, "checkpoint__every_minutes": 90, "checkpoint__keep": 99}
+    runs.succeed(patched(HOURLY, workdir, **changes))
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert steps == [*range(LOG_EVERY, STEPS + 1, LOG_EVERY)]
+    assert steps == [*range(2 * LOG_EVERY, STEPS + 1, 2 * LOG_EVERY)]
     assert runs.same_end(workdir, dense_run())

@@ -13,6 +13,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch, spec_of
 from aoe_jax.storage.config_files import default_config
+from tests.arrays import Device
 
 
 def configuration(**mesh):
@@ -33,6 +34,16 @@ def test_the_rest_of_the_devices():
         fill_mesh(configuration(data=2, fsdp=2), 8)
     with pytest.raises(UserError, match=r"train\.batch_size=16"):
         fill_mesh(configuration(), 32)
+
+
+def test_slices_lie_along_data():
+    of_cpu = {"platform": "cpu", "device_kind": "cpu", "process_index": 0}
+    devices = [Device(id=n, slice_index=n % 2, **of_cpu) for n in range(8)]
+    mesh = make_mesh(configuration(data=4, fsdp=2), devices)
+    slices = [[device.slice_index for device in row.flat] for row in mesh.devices]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(UserError, match=r"mesh\.data=1: must be a multiple of the 2 slices"):
+        make_mesh(configuration(data=1, fsdp=8), devices)
 
 
 @pytest.mark.parametrize("n_rows", [None, 8])

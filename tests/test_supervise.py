@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -60,19 +61,23 @@ def attempts(workdir):
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+IDLE = (5, "failed", 0)  # an attempt without a new checkpoint
+
+
 @pytest.mark.parametrize(
     ("plan", "status", "count"),
     [
         ([(0, "finished", 5)], 0, 1),
-        ([(0, "preempted", 5), (5, "failed", 0), (6, "training", 1), (0, "finished", 1)], 0, 4),
+        ([(0, "preempted", 5), IDLE, (6, "training", 1), (0, "finished", 1)], 0, 4),
         ([(-9, "training", 3), (1, "failed", 0), (0, "finished", 1)], 0, 3),
+        ([IDLE, IDLE, (5, "failed", 1), IDLE, IDLE, (0, "finished", 1)], 0, 6),
         ([(-9, "finished", 3)], 0, 1),  # killed after the end of the run
         ([(2, "failed", 3)], 2, 1),
         ([(4, "diverged", 3)], 4, 1),
         ([(130, "interrupted", 3)], 130, 1),
-        ([(5, "failed", 0)], 5, 3),
+        ([IDLE], 5, 3),
         ([(0, "preempted", 0)], 5, 3),
-        ([(5, "failed", 1), (5, "failed", 0), (5, "failed", 0), (5, "failed", 0)], 5, 4),
+        ([(5, "failed", 1), IDLE, IDLE, IDLE], 5, 4),
     ],
 )
 def test_what_is_started_again(tmp_path, plan, status, count, caplog):
@@ -157,6 +162,15 @@ def test_asked_to_stop(tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 0 and len(attempts(tmp_path / "run")) == 1
+
+
+def test_asked_to_stop_before_the_command_starts(tmp_path):
+    supervisor = Supervisor(command(tmp_path, [("wait", "preempted", 1)]))
+    supervisor._asked_to_stop.set()
+    assert supervisor.run(restarts=2, pause=0) in (0, 128 + signal.SIGTERM)
+    supervisor._process = mock.Mock()
+    supervisor._pass_on(signal.SIGHUP, None)  # JAX's own handler knows only SIGTERM
+    supervisor._process.send_signal.assert_called_once_with(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("of_hangup", [signal.SIG_DFL, signal.SIG_IGN])

@@ -121,13 +121,14 @@ def test_finished_run_goes_on_with_more_steps(tmp_path):
     """The texts may be in another folder, the cache may be another one, and layers may be unrolled.
     None of these changes the result.
     """
-    workdir, steps = shutil.copytree(finished_run(), tmp_path / "run"), STEPS + 4
+    workdir, steps = shutil.copytree(finished_run(), tmp_path / "run"), STEPS + LOG_EVERY + 1
     before = (workdir / "metrics.jsonl").read_text()
     texts = shutil.copytree(runs.corpus_folder(), tmp_path / "texts")
     moved = {"data__path": texts, "data__cache": tmp_path / "cache", "model__unroll": 2}
     succeed(train_command(workdir, train__steps=steps, checkpoint__every=100, **moved))
     assert (workdir / "metrics.jsonl").read_text().startswith(before)
-    assert [line["step"] for line in read_metrics(workdir)[0]] == [*LOGGED, STEPS + 2, steps]
+    assert [line["step"] for line in read_metrics(workdir)[0]] == [*LOGGED, steps - 1, steps]
+    assert {("train/loss", STEPS), ("train/loss", steps)} <= runs.read_events(workdir).keys()
     assert json.loads((workdir / "summary.json").read_text())["metrics"]["step"] == steps
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == steps
 

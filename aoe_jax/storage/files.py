@@ -198,7 +198,7 @@ def write_or_refuse(folder, flag, write):
                 bucket = "/".join(os.fspath(folder).split("/")[:3])
                 raise UserError(f"--{flag}={folder}: there is no bucket {bucket}") from e
             # The folder existed before, so this error is a fault of the disk.
-            raise OSError(errno.ESTALE, "it is gone; is its disk mounted?") from e
+            raise OSError(errno.ESTALE, "it is gone; is its disk mounted?") from None
         except OSError as e:
             if is_fault_of_write(e):
                 raise

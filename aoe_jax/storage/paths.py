@@ -82,8 +82,10 @@ def file_system(path):
 def find(pattern: str) -> dict:
     """Returns `{path: size_and_version, or None for a broken link}` of the files that match a
     pattern of fsspec's `glob`. `**` matches folders of any depth, but does not follow links. Names
-    that begin with a dot match only if the pattern contains `/.`. Raises `OSError`.
+    that begin with a dot match only if the full pattern contains `/.`. Raises `OSError`.
     """
+    if not is_remote(pattern):  # the current folder may be below a folder whose name has a dot
+        pattern = os.path.abspath(os.path.expanduser(pattern))
     is_hidden_named = "/." in pattern
     if is_remote(pattern):
         scheme, found = pattern.partition("://")[0], file_system(pattern).glob(pattern, detail=True)
@@ -93,7 +95,7 @@ def find(pattern: str) -> dict:
             if file["type"] == "file" and (is_hidden_named or "/." not in name)
         }
     disk = _Disk()
-    names = disk.glob(os.path.abspath(os.path.expanduser(pattern)))
+    names = disk.glob(pattern)
     if disk.errors:
         raise disk.errors[0]
     shown = [Path(name) for name in names if is_hidden_named or "/." not in name]

@@ -85,9 +85,20 @@ def test_special_contents(tmp_path, name, content, expected):
 
 def test_files_are_found_once_and_sorted(tmp_path):
     write_everything(tmp_path)
+    for hidden in (".a.txt", ".sub/a.txt"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).write_text("hidden")
     names = ["a.jsonl", "b.jsonl.zst", "c.json.gz", "d.parquet", *(f"sub/{i}.txt" for i in "012")]
     patterns = [str(tmp_path / "sub" / "*.txt"), str(tmp_path / "sub" / ".." / "**")]
     assert [*find_files(patterns, tmp_path / "out")] == [tmp_path / name for name in names]
+
+
+def test_files_below_a_hidden_folder(tmp_path, monkeypatch):
+    (tmp_path / ".data").mkdir()
+    (tmp_path / ".data" / "a.txt").touch()
+    for folder, pattern in ((tmp_path, ".data/*.txt"), (tmp_path / ".data", "*.txt")):
+        monkeypatch.chdir(folder)
+        assert [*find_files([pattern], tmp_path / "out")] == [tmp_path / ".data" / "a.txt"]
 
 
 def damaged(content):

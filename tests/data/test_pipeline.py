@@ -157,11 +157,12 @@ def test_statistics_of_several_sources_are_of_all_tokens(validation, stream, byt
 
     def score(batch):  # the statistics are the mean token
         n_tokens = batch["weights"].sum()
-        return 0.0, n_tokens, batch["inputs"].sum() / n_tokens
+        return 2 * n_tokens, n_tokens, batch["inputs"].sum() / n_tokens
 
     found = evaluate(score, {"long": validation, "short": other}, 128, 8, dict)
     inputs = [*stream[:-1], *other.read(0, len(other) - 1)]
     np.testing.assert_allclose(found.stats, np.mean(inputs), rtol=1e-6)
+    assert found.nll == 2 and found.text_bytes == validation.text_bytes + other.text_bytes
 
 
 def test_mistakes(byte_store):

@@ -17,6 +17,7 @@ from aoe_jax.data.token_store import TokenStore, saved_tokenizer
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.data.tokenizer import load_tokenizer
 from aoe_jax.errors import MachineFault, Preempted, UserError
+from aoe_jax.storage.files import write_json
 from tests.data.texts import json_lines, stored_documents, texts, write_everything
 from tests.runs import contents, damage
 
@@ -61,7 +62,7 @@ def files_of(store):
     return {name: content for name, content in contents(store).items() if name != "plan.json"}
 
 
-def test_every_document_is_there_once_and_in_order(inputs, whole):
+def test_every_document_is_there_once_and_in_order(inputs, whole, monkeypatch):
     found = {split: stored(whole, split) for split in SPLITS}
     places = {text: place for place, text in enumerate(inputs[1])}
     order = {split: [places[text] for text in texts] for split, texts in found.items()}
@@ -79,6 +80,8 @@ def test_every_document_is_there_once_and_in_order(inputs, whole):
     assert manifest["tokenizer_sha256"] == load_tokenizer(whole / "tokenizer.json").sha256
     learnt_from = preparation._sample(preparation._read_plan(whole))
     assert set(learnt_from) <= set(found["train"])
+    monkeypatch.setattr(preparation, "_TRAINING_BYTES", 1)
+    assert len([*preparation._sample(preparation._read_plan(whole))]) > 5  # one of each unit
     assert manifest["vocab_size"] == 300 and manifest["corpus"] == "store"
     others = {path.name for path in whole.iterdir() if path.suffix != ".array_record"}
     assert others == {"manifest.json", "plan.json", "tokenizer.json"}
@@ -127,6 +130,14 @@ def test_stopped_preparation_goes_on(inputs, whole, tmp_path, monkeypatch, caplo
         words = r"store': it is not finished; repeat the command `python -m aoe_jax.prepare`"
         with pytest.raises(UserError, match=words):
             use(output)
+    if units:  # the shards of a unit are on the disk before its note
+        done = []
+        with monkeypatch.context() as patch:
+            note = lambda file, value: done.append(file.name) or write_json(file, value)  # noqa: E731
+            patch.setattr(preparation, "write_json", note)
+            patch.setattr(preparation, "sync", lambda folder: done.append(folder.name))
+            preparation.write_unit(output, 0)
+        assert done == ["store", "00000.json"]
     (output / "units" / "00003.partial-1").mkdir(exist_ok=True)
     caplog.set_level("INFO", "aoe_jax")
     assert files_of(prepared(inputs, output)) == files_of(whole)
@@ -176,6 +187,9 @@ def test_input_that_changes_is_refused(inputs, tmp_path):
     (folder / "new.txt").write_text("new")
     refuses("new.txt")
     (folder / "new.txt").unlink()
+    (folder / "sub" / "2.txt").write_bytes((folder / "sub" / "2.txt").read_bytes()[::-1])
+    refuses("2.txt")  # of the same size
+    shutil.copy2(inputs[0].replace("**", "sub/2.txt"), folder / "sub")
     (folder / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes() + b'{"text": "more"}\n')
     refuses("a.jsonl")
     (folder / "a.jsonl").unlink()

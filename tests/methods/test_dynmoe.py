@@ -136,7 +136,7 @@ def test_the_pool_after_an_update():
 
 def config_of(kind, **settings):
     return small_config(
-        experts={"kind": kind},
+        experts={"kind": "aoe", "score_neurons": 4} if kind == "whole" else {"kind": kind},
         routing={"name": "dynmoe"} | settings,
         balance={"aux_weight": 0.0},
         data={"seq_len": 16},
@@ -151,10 +151,10 @@ def training_of(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["aoe", "router"])
+@pytest.mark.parametrize("kind", ["aoe", "whole", "router"])
 def test_an_expert_for_the_tokens_that_are_left(kind):
     """The first free place gets an expert that is aligned with them; its threshold is 0, and it
-    takes them.
+    takes them. Neurons that compute no score stay as they are.
     """
     config = config_of(kind, period_steps=1, idle_steps=0, record_steps=1, initial_experts=2)
     weights = jax.jit(lambda: init_state(config, 0))().params["layers"]["experts"]
@@ -176,12 +176,15 @@ def test_an_expert_for_the_tokens_that_are_left(kind):
         assert_allclose(scores[0, 2], 1, rtol=1e-5)
         assert_allclose(np.linalg.norm(w[0, 2]), 1, rtol=1e-5)
     else:
-        before, w = weights["w_gate_down"], changed["w_gate_down"]
+        name = "w_gate" if kind == "whole" else "w_gate_down"
+        before, w = weights[name], changed[name]
+        assert_array_equal(w[..., 4:], before[..., 4:])
+        w = w[..., :4]
         lengths = np.linalg.norm(w.reshape(2, n, -1), axis=-1)
         assert_allclose(lengths[0, 2], np.median(lengths[0, :2]), rtol=1e-5)
-        scores = relative_norms(left[:1], w[0])
+        scores, before = relative_norms(left[:1], w[0]), before[..., :4]
         assert scores[0, 2] > 0.9 * 16**0.5 - 1 and scores[0, 2] > 2 * np.delete(scores[0], 2).max()
-    name = "w_router" if kind == "router" else "w_gate_down"
+    name = "w_router" if kind == "router" else name
     assert changed.keys() == {"firing_threshold", name}
     assert_array_equal(w[~added], before[~added])
 

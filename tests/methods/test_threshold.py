@@ -85,17 +85,19 @@ def test_the_share_is_of_tokens_that_count():
 @pytest.mark.parametrize(("kind", "shift"), [("sigmoid", 0.0), ("relative", 0.5)])
 def test_weights(training, kind, shift):
     """They are the sigmoid of the score, or of the score less the threshold; the gradient goes to
-    the score. Thresholds are those before the step.
+    the score. Thresholds are those before the step. Padding has no expert.
     """
+    real = jnp.arange(T)[:, None] % 3 > 0
     state = {"threshold": jnp.full(N, 0.5), "updates": jnp.ones(())}
     scores, method = normal(0, (T, N)), Threshold(weights=kind, warmup_steps=0)
 
     def weights(scores):
-        routing = method(scores, {}, context(scores, training=training, state=state))
+        given = {"training": training, "state": state, "token_weights": real[:, 0] * 1.0}
+        routing = method(scores, {}, context(scores, **given))
         assert (routing.records is None) == (not training)
         return routing.weight.reshape(T, N)
 
-    want = np.where(scores > 0.5, jax.nn.sigmoid(scores - shift), 0)
+    want = np.where((scores > 0.5) & real, jax.nn.sigmoid(scores - shift), 0)
     assert_allclose(weights(scores), want, rtol=1e-6)
     slope = jax.grad(lambda scores: weights(scores).sum())(scores)
     assert_allclose(slope, want * (1 - want), atol=1e-6)

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 from aoe_jax.moe import load_balance
 from aoe_jax.moe.load_balance import balance_loss, load_entropy, load_spread, updated_bias
 from aoe_jax.moe.routing import top_k
-from tests.arrays import assert_close, normal
+from tests.arrays import assert_close, assert_finite, normal
 from tests.moe.contexts import expert_choice, layer_stats, sequence_balance_loss, top_p
 
 
@@ -51,6 +51,8 @@ def test_padding_counts_in_nothing(select, stride):
     got = layer_stats(scores, scores[::stride], select(scores, weights), weights, stride)
     want = layer_stats(real, real[::stride], select(real, ones), ones, stride)
     assert_close(got, want, 1e-6)
+    nothing = 0 * weights
+    assert_finite(layer_stats(scores, scores[::stride], select(scores, nothing), nothing, stride))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -84,6 +86,7 @@ def test_z_loss():
     scores = normal(0, (20, 6))
     want = np.mean(np.log(np.exp(np.asarray(scores[:15])).sum(axis=1)) ** 2)
     assert_allclose(z_loss(scores, jnp.ones(20).at[15:].set(0)), want, rtol=1e-5)
+    assert z_loss(scores, jnp.zeros(20)) == 0
     assert float(z_loss(scores + 1, jnp.ones(20))) > float(z_loss(scores, jnp.ones(20)))
 
 

@@ -39,7 +39,7 @@ THREE = (1, 2, 2, 2)  # all axes except data
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), THREE, (2, 1, 4, 1), (2, 1, 1, 4)]
 KINDS = {
     "aoe": {"kind": "aoe"},
-    "router": {"kind": "router"},
+    "router": {"kind": "router", "z_weight": 0.01},
     "over all": {"kind": "aoe", "routing": TopK(norm_topk_prob=False)},
     "as published": {"kind": "aoe", "score_gradient": "dense"},
     "whole": {"kind": "aoe", "score_neurons": 4},
@@ -70,7 +70,8 @@ TRAINED = DynMoE | RoutingFree | ERC | Smear | Thor  # these differ in training
 
 def make(settings, transport="ring", recompute=False, dtype=jnp.float64):
     settings = {"n_experts": 8, "top_k": 2, "d_ffn": 16, "d_low": 8} | settings
-    balance = {name: settings.pop(name) for name in ("aux_tokens", "aux_batch") if name in settings}
+    names = ("aux_tokens", "aux_batch", "z_weight")
+    balance = {name: settings.pop(name) for name in names if name in settings}
     default = find_method(settings["kind"])() if settings["kind"] in LAYERS else TopK()
     routing = settings.pop("routing", default)
     experts = ExpertsConfig(**settings)
@@ -98,7 +99,7 @@ def evaluate(layer, params, x, weights, routing_state=None):
     def loss(params, x):
         y, stats = layer.apply({"params": params}, x, weights, routing_state, rngs=KEY)
         balance = balance_loss(stats.load, stats.mean_probability) + 0.3 * stats.confidence_entropy
-        extras = stats.records, stats.shares, stats.per_token, stats.sequence_loss
+        extras = stats.records, stats.shares, stats.per_token, stats.sequence_loss, stats.z_loss
         balance += sum((a * a).sum() for a in jax.tree.leaves(extras))
         return (y * cotangent).sum() + balance, (y, stats)
 
@@ -185,6 +186,14 @@ def test_flat_tokens_of_a_mesh_are_refused_where_sequences_count(x64, kind):
     layer, params, x, _ = make(KINDS[kind], dtype=jnp.float32)
     with jax.set_mesh(mesh_of(8, 1, 1, 1)), pytest.raises(ValueError, match="needs sequences"):
         jax.eval_shape(layer.apply, {"params": params}, x.reshape(-1, D), rngs=KEY)
+
+
+def test_flat_tokens_of_a_mesh_where_experts_choose(x64, ragged):
+    layer, params, x, weights = make(KINDS["router, expert choice"])
+    flat = {"params": params}, x.reshape(-1, D), weights.reshape(-1)
+    want = jax.jit(layer.apply)(*flat)[0]
+    with jax.set_mesh(mesh_of(*THREE)):
+        assert_allclose(jax.jit(layer.apply)(*flat)[0], want, atol=1e-10)
 
 
 def exchange_used_rows(devices, rows, sent, received):

@@ -1,9 +1,12 @@
+import errno
 import json
+import os
 
 import pytest
 
 from aoe_jax.data.building import new_folder
-from aoe_jax.errors import UserError
+from aoe_jax.errors import MachineFault, UserError
+from aoe_jax.storage import retry
 from aoe_jax.storage.files import (
     COUNT,
     TEXT,
@@ -12,7 +15,9 @@ from aoe_jax.storage.files import (
     read_json,
     read_metrics,
     read_text,
+    sync,
     write_json,
+    write_report,
 )
 
 
@@ -25,6 +30,23 @@ def test_json_is_replaced_whole(tmp_path, monkeypatch):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert read_json(path) == json.loads(path.read_text()) == {"a": 1}
+
+    def fail(descriptor):
+        raise OSError(code, "no fsync")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    code = errno.EINVAL  # some network disks do not support it for folders
+    sync(tmp_path)
+    code = errno.EIO
+    with pytest.raises(OSError, match="no fsync"):
+        sync(tmp_path)
+
+
+def test_a_folder_that_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(retry, "retry_seconds", 0.1)
+    words = r"--workdir=.*/gone cannot be written \(it is gone; is its disk mounted\?\); it was"
+    with pytest.raises(MachineFault, match=words):
+        write_report(tmp_path / "gone" / "eval.json", {}, "workdir")
 
 
 @pytest.mark.parametrize(

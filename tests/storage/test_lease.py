@@ -22,6 +22,7 @@ from aoe_jax.storage.paths import is_remote
 from tests.runs import ROOT
 
 MARK = "filelock/2\npid=11\nhost={host}\nmode=lease\ntoken={token}\nduration={duration}\n"
+TIMES = lease.RENEW, lease.STALE
 everywhere = pytest.mark.parametrize("folder", ["disk", "gs"], indirect=True)
 
 
@@ -42,13 +43,16 @@ def elsewhere(folder, host="tpu-3", token="aa", duration=1.0):
 
 @pytest.mark.parametrize("folder", ["disk", "gs", "s3"], indirect=True)
 def test_one_owner_of_a_folder(folder, monkeypatch):
+    monkeypatch.setattr(lease, "STALE", 30.0)
     with leased(folder, "workdir") as owner:
         (folder / "file").write_text("")  # an empty folder is removed at the end
         owner.check()
         assert owner_of(folder)["token"] == owner.token
         words = rf"--workdir=.* is in use by process {os.getpid()} on .*use another --workdir"
+        started = time.monotonic()
         with pytest.raises(InUse, match=words), leased(folder, "workdir"):
             pass
+        assert time.monotonic() - started < lease.STALE / 2  # the owner renews it every RENEW
         owner.check()
         held = (folder / NAME).read_bytes()
         with monkeypatch.context() as patch:  # another process fails to take over
@@ -57,6 +61,7 @@ def test_one_owner_of_a_folder(folder, monkeypatch):
             owner.check()
         if is_remote(folder):  # it must not renew the lease after the other process has read it
             owner._ended.set()
+            owner._renewer.join()
         (folder / NAME).unlink()
         with leased(folder, "workdir") as other:
             other.check()
@@ -65,6 +70,11 @@ def test_one_owner_of_a_folder(folder, monkeypatch):
     assert [path.name for path in folder.iterdir()] == ["file"] and not owner_of(folder)
     with leased(folder, "workdir"):
         pass
+
+
+def test_times():
+    """docs/training.md names them. Versions that use the same folder need the same times."""
+    assert TIMES == (5, 45)
 
 
 @everywhere

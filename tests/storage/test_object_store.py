@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import fsspec
 import pyarrow
@@ -113,6 +114,14 @@ def test_files(folder, tmp_path, monkeypatch):
         mirror.upload()
     mirror.upload()
     assert names(folder) == {"deep/b", "sub/new"}
+    sent = []
+    for name in ("a", "config.json", "z"):
+        (tmp_path / name).touch()
+    with monkeypatch.context() as patch:
+        store = SimpleNamespace(put_file=lambda source, target: sent.append(source))
+        patch.setattr(paths, "file_system", lambda path: store)
+        mirror.upload("config.json")
+    assert len(sent) == 3 and sent[-1] == f"{tmp_path}/config.json"
     copy = local_copy(folder, tmp_path / "cache")
     assert (copy / "sub" / "new").read_text() == "new" and local_copy(copy) == copy
     assert local_copy(folder, tmp_path / "cache") == copy
@@ -166,6 +175,12 @@ def test_a_former_owner_uploads_nothing(folder, monkeypatch):
         run.open(held)
         (run.on_disk / "metrics.jsonl").write_text("1")
         run.upload()
+        with monkeypatch.context() as patch:  # a renewal that fails does not end the renewals
+            before, waits = (folder / NAME).read_bytes(), iter([False, False, True])
+            patch.setattr(run._lease, "_ended", SimpleNamespace(wait=lambda seconds: next(waits)))
+            patch.setattr(run._lease, "is_held", mock.Mock(side_effect=[OSError("503"), True]))
+            run._lease._renew()
+            assert (folder / NAME).read_bytes() != before
         (run.on_disk / "metrics.jsonl").write_text("of the former owner")
         (folder / NAME).write_text(ELSEWHERE)
         with monkeypatch.context() as patch:

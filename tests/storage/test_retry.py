@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from types import SimpleNamespace
 
 import google.auth.exceptions
 import pyarrow
@@ -10,6 +11,7 @@ import pytest
 import requests
 from aiohttp import ServerDisconnectedError
 from gcsfs.retry import HttpError
+from huggingface_hub.errors import OfflineModeIsEnabled
 from jax.errors import JaxRuntimeError
 
 from aoe_jax.errors import MachineFault, UserError
@@ -67,6 +69,7 @@ OTHERS = [
     HttpError({"code": 400, "message": "no"}),
     requests.exceptions.InvalidURL("no host"),
     answer(404),
+    OfflineModeIsEnabled("HF_HUB_OFFLINE=1"),  # a ConnectionError
     ValueError("Error decoding zarr metadata"),
     KeyError("arrays"),
 ]
@@ -117,6 +120,21 @@ def test_patience(monkeypatch, caplog):
     with pytest.raises(UserError, match=r"cannot be read \(Permission denied: /a/file\)"):
         patiently("a file cannot be read", call)
     assert len(answers) == 1
+
+    now, pauses = [0.0], []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        now[0] += seconds
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+    monkeypatch.undo()
+    monkeypatch.setattr(retry, "time", clock)
+    monkeypatch.setattr(retry, "retry_seconds", 100)
+    answers[:] = [OSError(errno.EIO, "Input/output error")] * 99
+    with pytest.raises(MachineFault):
+        patiently("a file cannot be read", call)
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30, 8.5]
 
 
 def test_tolerated(caplog):

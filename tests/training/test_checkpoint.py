@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import shutil
+from unittest import mock
 
 import grain
 import jax
@@ -272,7 +273,9 @@ def test_what_somebody_else_wrote_is_damage(workdir, name, change):
 def test_a_checkpoint_of_an_older_version(workdir):
     old = {"loss": 1.0, "nll": 1.0, "validated": True, "skipped_in_row": 0}
     file = workdir / "checkpoints" / "5" / "run" / "metadata"
-    file.write_text(signed(progress=old)(file.read_text()))
+    arrays, sums = json.loads(file.read_text())["arrays"], checksums(vars(state_of(5)), rounds=1)
+    arrays = {name: [*described[:2], sums[name]] for name, described in arrays.items()}
+    file.write_text(signed(progress=old, arrays=arrays)(file.read_text()))
     step, _, progress, _ = Checkpoints(workdir).restore_newest(LIKE)
     assert (step, progress) == (5, Progress(1.0, 1.0, metrics_bytes=None))
 
@@ -337,10 +340,12 @@ def test_damaged_several_times(workdir):
 
 
 def test_another_model_is_refused_not_set_aside(workdir):
-    before, wider = contents(workdir), jax.ShapeDtypeStruct((6,), jnp.float32, sharding=SHARDING)
+    before, mu = contents(workdir), LIKE.opt_state["mu"]
+    wider, half = mu.update(shape=(6,)), mu.update(dtype=jnp.bfloat16)
     for moments, words in (
         ({"mu": wider}, r"\['opt_state'\]\['mu'\] is float32\[5\] there, float32\[6\] here"),
-        ({"nu": LIKE.opt_state["mu"]}, r"\['opt_state'\]\['nu'\] is not there"),
+        ({"mu": half}, r"\['opt_state'\]\['mu'\] is float32\[5\] there, bfloat16\[5\] here"),
+        ({"nu": mu}, r"\['opt_state'\]\['nu'\] is not there"),
     ):
         with pytest.raises(UserError, match=words):
             Checkpoints(workdir).restore_newest(dataclasses.replace(LIKE, opt_state=moments))
@@ -399,7 +404,10 @@ def test_a_save_is_repeated(tmp_path, monkeypatch, caplog, fault):
 
 def test_saves_that_fail(tmp_path, monkeypatch, caplog):
     """Older checkpoints are kept, and a later save succeeds."""
-    checkpoints = opened(tmp_path, every=1, keep=1)
+    options = mock.Mock(wraps=ocp.AsyncOptions)
+    monkeypatch.setattr(ocp, "AsyncOptions", options)
+    checkpoints = opened(tmp_path, every=1, keep=1, timeout=77)
+    assert options.call_args.kwargs["timeout_secs"] == 77
     save(checkpoints, 1, wait=True)
     monkeypatch.setattr(retry, "retry_seconds", 0.1)
     with monkeypatch.context() as patch:
@@ -425,5 +433,10 @@ def test_saves_that_fail(tmp_path, monkeypatch, caplog):
         patch.setattr(checkpoints, "_finish", lambda: outcomes.pop(0))
         save(checkpoints, 5)
     assert not outcomes  # after a save that failed, it waits for the next one
+    checkpoints.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", lambda *_, **__: None)
+        with pytest.raises(OSError, match="checkpoint 6 is not there after its save"):
+            save(checkpoints, 6, wait=True)
     checkpoints.close()
     assert Checkpoints(tmp_path).steps()[-1] == 5  # the save of step 3 may end in the background

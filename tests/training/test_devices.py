@@ -12,6 +12,7 @@ import pytest
 from aoe_jax.model.counts import parameter_counts
 from aoe_jax.training.devices import process_memory
 from aoe_jax.training.step_times import RepeatedStep
+from tests.arrays import Device
 from tests.hasty import HASTY
 from tests.runs import ROOT, tiny_config
 
@@ -33,7 +34,7 @@ def test_memory_of_a_device(fsdp, ragged):
     assert step.memory["temporary_bytes"] == temporary > 0
 
 
-def test_process_memory():
+def test_process_memory(monkeypatch):
     """The two functions measure one after the other, so their results differ a little."""
     grown = np.ones(10**8 // 8)
     memory, process = process_memory(), psutil.Process().memory_info()
@@ -44,6 +45,15 @@ def test_process_memory():
     assert peak >= memory["host_memory_bytes"] > grown.nbytes
     del grown
     assert process_memory()["host_memory_peak_bytes"] == pytest.approx(peak, rel=0.02)
+    # The two values may be of different devices.
+    stats = [
+        {"bytes_in_use": 5, "peak_bytes_in_use": 9},
+        {"bytes_in_use": 7, "peak_bytes_in_use": 8},
+    ]
+    devices = [Device(memory_stats=lambda found=found: found) for found in stats]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    memory = process_memory()
+    assert (memory["device_memory_bytes"], memory["device_memory_peak_bytes"]) == (7, 9)
 
 
 STEP_TAKES = """

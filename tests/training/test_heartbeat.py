@@ -6,8 +6,9 @@ import threading
 import time
 
 import pytest
+from etils import epath
 
-from aoe_jax.errors import Hang
+from aoe_jax.errors import Hang, MachineFault
 from aoe_jax.training import heartbeat as heartbeat_module
 from aoe_jax.training.heartbeat import Heartbeat
 
@@ -35,15 +36,35 @@ def test_heartbeat(tmp_path):
     assert content(tmp_path)["status"] == "saving"
 
 
-@pytest.mark.parametrize(("before", "after"), [("training", "failed"), ("finished", "finished")])
-def test_a_run_that_fails(tmp_path, before, after):
+@pytest.mark.parametrize(("place", "pause"), [("run", 1), ("gs://bucket/run", 10)])
+def test_a_status_is_written_again_after_a_pause(monkeypatch, place, pause):
+    now, written = [100.0], []
+    monkeypatch.setattr(heartbeat_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(heartbeat_module, "write_json", lambda path, value: written.append(now[0]))
+    heartbeat = Heartbeat(epath.Path(place), 0)
+    heartbeat.begin(2, began=7.0)
+    for _ in range(25):
+        heartbeat.beat("training")
+        now[0] += 1
+    assert written == [*range(100, 125, pause)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        ("training", "failed", OSError),
+        ("training", "training", MachineFault),  # another process may own the file
+        ("finished", "finished", OSError),
+    ],
+)
+def test_a_run_that_fails(tmp_path, before, after, kind):
     """A finished run stays finished, if another process is killed after the last status."""
-    with pytest.raises(OSError) as error, contextlib.ExitStack() as held:
+    with pytest.raises(kind) as error, contextlib.ExitStack() as held:
         heartbeat = held.enter_context(Heartbeat(tmp_path, 0))
         held.push(heartbeat.end)
         heartbeat.begin(2, began=7.0)
         heartbeat.beat(before, 4)
-        raise OSError
+        raise kind
     assert content(tmp_path)["status"] == after
     note = "after step 4; the same command goes on from the newest checkpoint"
     assert error.value.__notes__ == [note]

@@ -72,6 +72,7 @@ def test_lines_and_events_hold_the_metrics(metrics, tmp_path, caplog):
     report(metrics, 5, metrics_of(5) | {"load": load, "z_loss": np.float32(7.5)})
     sources = {"books": evaluation_of(2.0), "news": evaluation_of(4.0)}
     metrics.validation(10, dataclasses.replace(evaluation_of(3.0), sources=sources))
+    assert ("validation/nll", 10) in read_events(tmp_path)  # a kill would lose no event
     metrics.close()
     assert "| load entropy 1.024 of 1.386, 2 dead experts | " in caplog.text
     train, validation = lines(tmp_path)
@@ -114,8 +115,9 @@ def clock(metrics, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: now.append(now.pop() + seconds))
 
 
-def test_time_is_split_and_gives_the_speed(metrics, clock, tmp_path):
+def test_time_is_split_and_gives_the_speed(metrics, clock, tmp_path, caplog):
     """The time of evaluation is not part of any speed."""
+    caplog.set_level("INFO")
     for name, seconds in {"input": 0.2, "checkpoint": 0.1, "evaluation": 0.4}.items():
         with metrics.clock(name):
             time.sleep(seconds)
@@ -125,7 +127,10 @@ def test_time_is_split_and_gives_the_speed(metrics, clock, tmp_path):
     metrics.validation(2, evaluation_of())
     time.sleep(0.3)
     report(metrics, 2, metrics_of(2))
+    time.sleep(3.0)
     report(metrics, 4, metrics_of(4))
+    assert "| input 33.3%, checkpoint 16.7% | " in caplog.text
+    assert "| 0:00:30 left" in caplog.text  # 20 steps of 1.5 s
     validation, again, first, second = lines(tmp_path)
     assert [first[name] for name in SPLIT] == pytest.approx([0.2, 0.1, 0.3])
     assert validation["validation_seconds"] == pytest.approx(0.4)

@@ -1,5 +1,6 @@
 """Checks of a workdir's configuration and data, and how files of a workdir are set aside."""
 
+import contextlib
 import json
 import shutil
 from resource import RLIMIT_FSIZE, getrlimit, setrlimit
@@ -71,6 +72,9 @@ def test_claimed_workdir(workdir, corpus, tmp_path):
     (workdir / "summary.json").write_text("{}")  # of the run before it got more steps
     RunFolder(workdir).claim(Config(), corpus)
     assert json.loads((workdir / "config.json").read_text()) == Config().to_stored()
+    (workdir / "heartbeat.json.0a1b2c3d.partial").touch()  # of a process that was killed
+    with contextlib.ExitStack() as held:
+        RunFolder(workdir).open(held)
     assert contents(workdir).keys() == {"config.json", "data.json", "tokenizer.json"}
     check_config(workdir, Config())
     check_data(workdir, corpus)
@@ -163,8 +167,13 @@ def test_a_branch_that_was_interrupted(workdir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "copyfile", copy_before_config)
     begin_branch(branch, Config(), workdir, 3)
-    assert (branch / "config.json").exists()
     assert json.loads((branch / "heartbeat.json").read_text())["status"] is None
+    (branch / "config.json").unlink()
+    begin_branch(branch, Config(), workdir, 3)
+    (branch / "config.json").unlink()
+    make_checkpoints(branch, 6)
+    with pytest.raises(UserError, match="has other checkpoints; use another --workdir"):
+        begin_branch(branch, Config(), workdir, 3)
 
 
 def test_a_file_in_the_place_of_a_folder(workdir):
@@ -196,6 +205,7 @@ def test_a_tokenizer_that_is_half_written_leaves_the_old_one(workdir, corpus):
     finally:
         setrlimit(RLIMIT_FSIZE, limits)
     assert (workdir / "tokenizer.json").read_bytes() == whole
+    assert not [*workdir.glob("*.partial")]
 
 
 def test_other_configurations_are_refused(workdir, corpus):
@@ -205,6 +215,8 @@ def test_other_configurations_are_refused(workdir, corpus):
     assert {n for n in FREE if n.startswith("train.")} == {f"train.{n}" for n in free}
     data = {"cache": "/elsewhere", "path": "/elsewhere"}
     check_config(workdir, changed(train=free, data=data, checkpoint={"every": 9, "keep_every": 18}))
+    how = {"model": {"attention": "blocks", "unroll": 1}, "experts": {"grouped_matmul": "blocked"}}
+    check_config(workdir, changed(mesh={"fsdp": 2}, **how))
     other = changed(experts={"top_k": 3}, data={"document_mask": True}, train=free | {"seed": 1})
     with pytest.raises(UserError) as error:
         check_config(workdir, other)

@@ -15,10 +15,14 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.config.training import TrainConfig
 from aoe_jax.methods import find_method
+from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.load_balance import balance_loss, load_spread
+from aoe_jax.moe.routing import TopK
 from aoe_jax.planning.step_plan import abstract_batch
+from aoe_jax.sharding import fill_mesh, make_mesh
 from aoe_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from aoe_jax.training.step import init_state, is_spike, make_train_step, training_loss
+from aoe_jax.training.validation import compile_eval_step
 from configs import paper
 
 pytestmark = pytest.mark.usefixtures("ragged")
@@ -182,6 +186,16 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
     np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-6)
     changed = jax.tree.map(lambda a, b: (a != b).any(), second.params, third.params)
     assert any(jax.tree.leaves(changed))
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, third.params, second.params))
+    np.testing.assert_allclose(metrics["update_norm"], moved, rtol=1e-3)
+    np.testing.assert_allclose(metrics["param_norm"], optax.tree.norm(third.params), rtol=1e-5)
+
+
+class Shifting(TopK):
+    """A router that changes a parameter itself."""
+
+    def update(self, config, state, stats, weights):
+        return super().update(config, state, stats, weights)[0], {"w_up": weights["w_up"] + 1}
 
 
 def test_spikes_of_the_gradient_are_skipped():
@@ -206,7 +220,8 @@ def test_spikes_of_the_gradient_are_skipped():
         later.append(bool(spike))
     assert all(later[:5]) and not any(later[50:])
 
-    config = shrunken("aoe_r64", train={"skip_above": 3.0})
+    config = shrunken("aoe_r64", train={"skip_above": 3.0}, balance={"bias_rate": 0.1})
+    config = dataclasses.replace(config, routing=Shifting())
     state, step, batch = new_state(config), jax.jit(make_train_step(config)), batch_of()
     for level, updated in ((1e-3, False), (1e9, True)):
         state = dataclasses.replace(state, recent_norms=jnp.array([1, level, level**2]))
@@ -218,6 +233,11 @@ def test_spikes_of_the_gradient_are_skipped():
             lambda a, b: (a != b).any(), new.opt_state[1][0].mu, state.opt_state[1][0].mu
         )
         assert any(jax.tree.leaves(moved)) == updated
+        before, after = (s.params["layers"]["experts"]["w_up"].mean() for s in (state, new))
+        np.testing.assert_allclose(after - before, updated, atol=0.1)
+    poisoned = batch | {"weights": batch["weights"].at[0, 0].set(jnp.nan)}
+    new, _ = step(state, poisoned)
+    np.testing.assert_array_equal(new.recent_norms, state.recent_norms)
 
 
 def masked_batch():
@@ -243,8 +263,21 @@ def test_masked_targets_are_no_padding(router):
         for i in np.flatnonzero(masked["weights"])
     ]
     np.testing.assert_allclose(with_mask["nll"], np.mean(nll), rtol=1e-5)
+    assert loss(whole | {"weights": np.zeros((4, 24), np.float32)})["nll"] == 0
     padded = loss(masked | {"segment_ids": masked["weights"].astype(np.int32)})
     assert not np.allclose(padded["load"], plain["load"], rtol=1e-3)
+
+
+def test_validation_counts_all_tokens():
+    """In training, balance losses may use some of the tokens."""
+    found = []
+    for aux_tokens in (1.0, 0.125):
+        config = shrunken("aoe_r64_aux", balance={"aux_tokens": aux_tokens})
+        mesh = make_mesh(fill_mesh(config, 1), jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            score = compile_eval_step(Decoder.from_config(config), False, mesh)
+            found.append(score(new_state(config).params, {}, batch_of())[2])
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 # router -> the balance loss, the group with its weight, and the routing statistic that it uses.

@@ -60,11 +60,16 @@ def test_a_write_that_is_short_loses_nothing(tmp_path):
     writer._file = SimpleNamespace(write=lambda content: file.write(content[:5]))
     with pytest.raises(OSError, match="No space left"):
         writer.write(2, "train", {"loss": 2}, {}, {})
-    writer._file = file
+    short, writer._file = writer._file, file
     writer.write(3, "train", {"loss": 3}, {}, {})
+    writer._file = short
+    writer._file.truncate = file.truncate
+    with pytest.raises(OSError, match="No space left"):
+        writer.write(4, "train", {"loss": 4}, {}, {})
+    writer._file = file
     writer.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
 def replaced(path):
@@ -198,6 +203,7 @@ def test_wandb_offline(tmp_path):
 def test_the_bar_is_below_the_log(capsys):
     bar = Bar(3, 50)
     bar.write(5, "train", {"loss": 5.4321, "tokens_per_second": 12345.6}, {}, {})
+    bar.write(5, "validation", {"validation_nll": 5.0}, {}, {})
     logging.getLogger("aoe_jax").info("a line of the log")
     bar.close()
     written = capsys.readouterr().err
