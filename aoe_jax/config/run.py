@@ -42,6 +42,8 @@ class Config:
         choices, name = (kind,) if kind in LAYERS else tuple(ROUTERS), self.routing.name
         if kind in LAYERS or not is_in_file(name):
             require_choice("routing.name", name, choices)
+        rank = self.experts.rank(self.model.d_model)
+        object.__setattr__(self, "experts", dataclasses.replace(self.experts, d_low=rank))
         for f in dataclasses.fields(self):
             getattr(self, f.name).check(self)
 

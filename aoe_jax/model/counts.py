@@ -119,7 +119,7 @@ def layer_flops_per_token(config: Config):
     if c.kind != "aoe":
         return training
     n_idle = c.n_experts - (experts_per_token(config) or c.top_k)
-    idle = 2 * round(n_idle * c.score_width * config.model.d_model)
+    idle = 2 * round(n_idle * sizes["r"] * sizes["d"])
     with_gradient = config.balance.aux_tokens if config.balance.has_loss else 0.0
     if not c.sparse_scoring(config.routing):
         with_gradient = 1.0

@@ -22,7 +22,8 @@ def default_config():
     """Returns the default configuration as a `ConfigDict`, which `configs/*.py` change. Its group
     `routing` is empty, which selects the default routing method of `experts.kind`.
     """
-    return ConfigDict(dataclasses.asdict(Config()) | {"routing": {}})
+    groups = {f.name: dataclasses.asdict(f.default_factory()) for f in dataclasses.fields(Config)}
+    return ConfigDict(groups | {"routing": {}})
 
 
 def update_groups(config, changes):

@@ -117,7 +117,7 @@ def test_sparse_scoring_of_idle_experts(balance, backward):
     """It costs one forward pass, and a backward pass of the tokens in balance losses."""
     dense = Config(experts=ExpertsConfig(score_gradient="dense"))
     sparse = Config(balance=BalanceConfig(**balance))
-    idle = 2 * 4 * (8 - 2) * 128 * 32  # 2 FLOPs, layers, idle experts, d, r
+    idle = 2 * 4 * (8 - 2) * 128 * 42  # 2 FLOPs, layers, idle experts, d, r
     saved = training_flops_per_token(dense) - training_flops_per_token(sparse)
     assert saved == (2 - backward) * idle
 
