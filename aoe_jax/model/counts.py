@@ -43,10 +43,12 @@ class ParameterCounts:
         return self.active_experts + self.attention + self.norms
 
     def __str__(self):
+        of_tables = self.n_tables * self.embedding
+        also = ", which is also" if self.n_tables == 1 else " and"
         return (
-            f"{_millions(self.total)} parameters (shared table counted once), "
-            f"{_millions(self.active)} active per token (table counted as input and as output), "
-            f"{_millions(self.active_non_embedding)} active without embeddings"
+            f"{_millions(self.total)} parameters: {_millions(of_tables)} in the embedding table"
+            f"{also} the output projection; {_millions(self.total - of_tables)} in layers, of which "
+            f"{_millions(self.active_non_embedding)} are active per token"
         )
 
 

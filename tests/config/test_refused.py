@@ -17,7 +17,7 @@ mesh.expert=3 => must divide experts.n_experts=8
 mesh.tensor=8 => must divide model.n_heads=4
 mesh.fsdp=3 => must divide model.d_model=128
 mesh.fsdp=64 => must divide experts.d_low=42
-experts.d_low=32; mesh.fsdp=32 => train.batch_size=16 ... divisible by ... * mesh.expert = 32
+experts.d_low=32; mesh.fsdp=32 => train.batch_size=16 ... mesh.data * mesh.fsdp * mesh.expert = 32
 mesh.transport=all_to_all => set mesh.expert
 experts.top_k=9 => n_experts=8
 experts.d_low=128 => smaller than model.d_model=128
