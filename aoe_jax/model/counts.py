@@ -44,10 +44,10 @@ class ParameterCounts:
 
     def __str__(self):
         of_tables = self.n_tables * self.embedding
-        also = ", which is also" if self.n_tables == 1 else " and"
+        tables = "one table for input and output" if self.n_tables == 1 else "two tables"
         return (
-            f"{_millions(self.total)} parameters: {_millions(of_tables)} in the embedding table"
-            f"{also} the output projection; {_millions(self.total - of_tables)} in layers, of which "
+            f"{_millions(self.total)} parameters: {_millions(of_tables)} in embeddings ({tables}), "
+            f"and {_millions(self.total - of_tables)} in layers, of which "
             f"{_millions(self.active_non_embedding)} are active per token"
         )
 
