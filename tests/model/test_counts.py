@@ -102,7 +102,7 @@ def test_parts_and_totals():
     parts = (counts.attention, counts.embedding, counts.experts)  # experts with 0.07M of routers
     assert [round(count / 1e6, 1) for count in parts] == [28.3, 24.6, 679.6]
     of_tables = "24.58M in embeddings (one table for input and output)"
-    of_layers = "707.88M in layers, of which 198.28M are active per token"
+    of_layers = "707.88M in layers, of which 198.27M are active per token"
     assert str(counts) == f"732.46M parameters: {of_tables}, and {of_layers}"
     large = parameter_counts(config_of("paper:moe_aux_large_router")).experts
     wanted = 12 * 8 * 256 * 768
