@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 from absl import logging as absl_logging
 
-from aoe_jax.config.checks import misfit, require, require_flag
+from aoe_jax.config.checks import did_you_mean, misfit, require, require_flag
 from aoe_jax.errors import Failure, Interrupted, MachineFault, Stopped, Terminated, UserError, shown
 from aoe_jax.storage import retry
 from aoe_jax.storage.paths import parsed_path
@@ -282,8 +282,8 @@ def _flag_mistake(error):
             if "config" in FLAGS:
                 _refuse_field(*error.flagname.split(".")[1:])
             return _NO_CONFIG
-        _, _, suggestion = text.partition(". ")
-        return f"--{error.flagname} is no flag; --help lists them. {suggestion}".removesuffix(". ")
+        wrong, names = f"--{error.flagname}", [f"--{name}" for name in FLAGS]
+        return f"{wrong} is no flag; --help lists them{did_you_mean(wrong, names)}"
     return text.removeprefix("flag ")[:400]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from aoe_jax.config.checks import require_flag
+from aoe_jax.config.checks import choose, require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, naming
 from aoe_jax.model.counts import parameter_counts
@@ -97,7 +97,7 @@ class Suite:
             for seeds in (size.seeds, *size.seeds_of.values()):
                 self._require(seeds > 0, place, seeds, "must be greater than 0")
             for arm in size.seeds_of:
-                self._require(arm in self.arms, f"{place}_of", arm, "is no arm of the suite")
+                self._require(arm in self.arms, f"{place}_of", arm, choose(arm, self.arms))
             self._check_arms(f"sizes[{name!r}].arms", size)
         for name, sweep in self.throughput.items():
             self._check_arms(f"throughput[{name!r}].arms", sweep)
@@ -107,9 +107,9 @@ class Suite:
             raise UserError(f"suite {self.name}: {name}={value!r}: {wanted}")
 
     def _check_arms(self, place, of):
-        known, present = ", ".join(self.arms), self._arms(of)
+        present = self._arms(of)
         for arm in (*(of.arms or ()), self.baseline, *map(self.reference, present)):
-            self._require(arm in self.arms, place, arm, f"choose one of {known}")
+            self._require(arm in self.arms, place, arm, choose(arm, self.arms))
             wanted = "is the baseline or a reference of these arms; add it to them"
             self._require(arm in present, place, arm, wanted)
 
@@ -124,7 +124,7 @@ class Suite:
         without any of `arms` are left out. Raises `UserError` for an unknown arm.
         """
         for arm in arms:
-            require_flag(arm in self.arms, "arms", arm, f"choose one of {', '.join(self.arms)}")
+            require_flag(arm in self.arms, "arms", arm, choose(arm, self.arms))
         wanted, sizes = {self.baseline, *arms, *map(self.reference, arms)}, {}
         for name, size in self.sizes.items():
             there = tuple(arm for arm in self.arms_of(name) if arm in wanted)

@@ -6,7 +6,7 @@ import typing
 from dataclasses import dataclass, field
 
 from aoe_jax.config import VERSION
-from aoe_jax.config.checks import misfit, require, require_choice
+from aoe_jax.config.checks import did_you_mean, misfit, require, require_choice
 from aoe_jax.config.data import DataConfig
 from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.mesh import MeshConfig
@@ -102,8 +102,8 @@ def types_of(group):
 def _refuse_unknown(given, known, prefix=""):
     for name in given:
         if name not in known:
-            known = ", ".join(known)
-            raise UserError(f"config.{prefix}{name[:1000]} is unknown; known are {known}")
+            wanted = f"known are {', '.join(known)}{did_you_mean(name, known)}"
+            raise UserError(f"config.{prefix}{name[:1000]} is unknown; {wanted}")
 
 
 def _build(group, values):

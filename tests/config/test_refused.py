@@ -69,6 +69,7 @@ train.accumulate=3 => batch_size=16
 train.batch_size=33554432 => raise train.accumulate
 train.router_steps=5 => experts.kind='aoe' has none
 train.final_learning_rate=1.0 => learning_rate
+routing.name=topk => ; did you mean top_k?
 routing.name=top_q => top_k, top_p, expert_choice, ranked
 routing.name=missing.py:Close => there is no file
 routing.name=examples/add_a_method.py:Close => no dataclass Close that inherits from
