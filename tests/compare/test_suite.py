@@ -78,7 +78,7 @@ TWIN = {"twin": dataclasses.replace(ARMS["aoe"], reference="nobody")}
         ({"sizes": {"small": Size({}, 1, arms=("aoe",))}}, "arms='moe': is the baseline"),
         (
             {"sizes": {"small": Size({}, 1, seeds_of={"a": 1})}},
-            "seeds_of='a': choose one of moe, aoe",
+            "seeds_of='a': choose one of moe",
         ),
         ({"sizes": {"small": Size({}, 1, seeds_of={"aoe": 0})}}, "seeds=0: must be greater"),
     ],
