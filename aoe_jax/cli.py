@@ -72,7 +72,7 @@ def define_mesh_flag():
 
 
 def parsed_config(flag, default=None):
-    """The checked `Config` of the file `--config` (else `default`) after the changes by flags."""
+    """The `Config` of the file `--config` (else `default`) after the changes by flags."""
     from aoe_jax.config.run import Config, field_types, types_of
     from aoe_jax.methods import LAYERS, find_method
     from aoe_jax.storage.config_files import read_config
@@ -101,7 +101,7 @@ def parsed_config(flag, default=None):
         types = types_of(find_method(name))
         routing = {field: _value(text, types.get(field, ())) for field, text in routing.items()}
         groups["routing"] = (of_file if before == name else {}) | routing | {"name": name}
-    return Config.from_config_dict(groups)
+    return Config.for_training(groups)
 
 
 def required(flag):

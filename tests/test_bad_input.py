@@ -53,6 +53,7 @@ GIVEN = [
     ),
     ("--config.model.n_kv_heads=half", "must be of type int or None"),
     ("--config.train.stepz=3", "train.stepz is unknown", "batch_size", "; did you mean steps?"),
+    ("--config.routing.name=sparsemixer", "name='sparsemixer': can be used but not trained"),
     ("--config.routing.name=nope", "config.routing.name='nope'", "top_k, top_p"),
     ("--config.routing.name=top_p --config.routing.p=high", "routing.p='high'", "of type float"),
     ("--config.nonsense.x=1", "config.nonsense", "unknown", "model, experts"),

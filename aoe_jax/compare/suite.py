@@ -144,7 +144,7 @@ class Suite:
     def _config(self, size, arm, seed):
         with naming(f"suite {self.name}, size {size}, arm {arm}"):
             groups = self._groups(arm, self.sizes[size].changes)
-            return Config.from_config_dict(_changed(groups, {"train": {"seed": seed}}))
+            return Config.for_training(_changed(groups, {"train": {"seed": seed}}))
 
     def runs(self):
         """Returns all runs, size by size and seed by seed; the first seed is `base.train.seed`.
@@ -174,7 +174,7 @@ class Suite:
                     at_value = {group: {field_name: value}}
                     groups = self._groups(arm, sweep.changes, at_value)
                     groups = _changed(groups, at_value)  # overrides the arm and the settings
-                    found[value][arm] = Config.from_config_dict(groups)
+                    found[value][arm] = Config.for_training(groups)
             self._check_matched(place, found[value])
         return found
 

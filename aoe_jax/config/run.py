@@ -70,6 +70,13 @@ class Config:
         return cls(**{name: _build(classes[name], values) for name, values in groups.items()})
 
     @classmethod
+    def for_training(cls, config):
+        """As `from_config_dict`; also raises `UserError` if the method cannot be trained."""
+        config = cls.from_config_dict(config)
+        config.routing.check_training()
+        return config
+
+    @classmethod
     def from_stored(cls, stored):
         """Builds a `Config` from a `to_stored` result of any version. Raises `UserError`."""
         from aoe_jax.config.versions import upgraded  # a new run does not need it
