@@ -16,7 +16,7 @@ from aoe_jax.config.checks import choose, require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, naming
 from aoe_jax.model.counts import parameter_counts
-from aoe_jax.storage.config_files import call_in_file
+from aoe_jax.storage.config_files import call_in_file, shipped
 
 TOLERANCE = 0.01  # largest relative difference in total parameters of matched arms
 
@@ -222,13 +222,14 @@ def _changed(groups, *changes):
 
 
 def load_suite(path: Path, settings=()) -> Suite:
-    """Loads the suite of a Python file with `get_suite()`.
+    """Loads the suite of a Python file with `get_suite()`, or `aoe_jax:NAME` of `configs/compare`.
 
     `settings` are `GROUP.FIELD=VALUE` for all runs; VALUE is JSON or plain text. A field that an
     arm sets is refused, because the arm's label may state another value. Raises `UserError` if the
     file, the suite or a setting is invalid.
     """
-    suite = call_in_file(f"--suite={path}", path, "get_suite")
+    file = shipped("--suite", str(path), "compare")
+    suite = call_in_file(f"--suite={path}", file, "get_suite")
     wanted = "get_suite() must return an aoe_jax.compare.suite.Suite"
     require_flag(isinstance(suite, Suite), "suite", path, wanted)
     for setting in settings:
