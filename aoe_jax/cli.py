@@ -10,12 +10,11 @@ import re
 import signal
 import sys
 import traceback
-from pathlib import Path
 
 from absl import flags
 from absl import logging as absl_logging
 
-from aoe_jax.config.checks import misfit, require, require_flag
+from aoe_jax.config.checks import did_you_mean, misfit, require, require_flag
 from aoe_jax.errors import Failure, Interrupted, MachineFault, Stopped, Terminated, UserError, shown
 from aoe_jax.storage import retry
 from aoe_jax.storage.paths import parsed_path
@@ -32,7 +31,7 @@ flags.DEFINE_float(
 flags.DEFINE_bool("help", False, "show this help", short_name="h")
 flags.disclaim_key_flags()  # flags that functions below define belong to the calling module
 
-_NO_CONFIG = "--config is missing; name a Python file with get_config(), such as configs/tiny.py"
+_NO_CONFIG = "--config is missing; name a Python file with get_config(), or aoe_jax:tiny"
 _BROKEN_PIPE = 128 + signal.SIGPIPE  # exit status that shells report after a SIGPIPE
 _NOTES_OF_JAX = ("---", "For simplicity")
 
@@ -59,8 +58,9 @@ def define_config_flag():
         for field in fields:
             flags.DEFINE_string(f"config.{group}.{field}", None, "", module_name="config")
     about = (
-        "FILE.py, FILE.py:VARIANT or the config.json of a run; --config.GROUP.FIELD=VALUE changes "
-        f"a field, such as --config.train.steps=2000; the groups are {', '.join(types)}"
+        "FILE.py, FILE.py:VARIANT, aoe_jax:NAME, aoe_jax:NAME:VARIANT or the config.json of a run; "
+        "--config.GROUP.FIELD=VALUE changes a field, such as --config.train.steps=2000; the groups "
+        f"are {', '.join(types)}"
     )
     return flags.DEFINE_string("config", None, about)
 
@@ -72,13 +72,12 @@ def define_mesh_flag():
 
 
 def parsed_config(flag, default=None):
-    """The checked `Config` of the file `--config` (else `default`) after the changes by flags."""
+    """The `Config` of `--config` (else of `default`) after the changes by flags."""
     from aoe_jax.config.run import Config, field_types, types_of
     from aoe_jax.methods import LAYERS, find_method
     from aoe_jax.storage.config_files import read_config
 
-    has_default = default and Path(default).exists()
-    if not flag.value and not has_default:
+    if not (flag.value or default):
         raise UserError(_NO_CONFIG)
     groups, routing = read_config(flag.value or default), {}
     given = [name for name in FLAGS if name.startswith("config.") and FLAGS[name].present]
@@ -101,7 +100,7 @@ def parsed_config(flag, default=None):
         types = types_of(find_method(name))
         routing = {field: _value(text, types.get(field, ())) for field, text in routing.items()}
         groups["routing"] = (of_file if before == name else {}) | routing | {"name": name}
-    return Config.from_config_dict(groups)
+    return Config.for_training(groups)
 
 
 def required(flag):
@@ -282,8 +281,8 @@ def _flag_mistake(error):
             if "config" in FLAGS:
                 _refuse_field(*error.flagname.split(".")[1:])
             return _NO_CONFIG
-        _, _, suggestion = text.partition(". ")
-        return f"--{error.flagname} is no flag; --help lists them. {suggestion}".removesuffix(". ")
+        wrong, names = f"--{error.flagname}", [f"--{name}" for name in FLAGS]
+        return f"{wrong} is no flag; --help lists them{did_you_mean(wrong, names)}"
     return text.removeprefix("flag ")[:400]
 
 

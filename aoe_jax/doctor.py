@@ -29,7 +29,7 @@ def main():
     from aoe_jax.planning.examination import examine
 
     on_cpu = jax.default_backend() == "cpu"
-    config = cli.parsed_config(_CONFIG, "configs/tiny.py" if on_cpu else "configs/doctor.py")
+    config = cli.parsed_config(_CONFIG, "aoe_jax:tiny" if on_cpu else "aoe_jax:doctor")
     first = jax.process_index() == 0
 
     def show(line):

@@ -160,7 +160,7 @@ class AoE(_Experts, kw_only=True):
             raise ValueError(f"d_low={self.d_low}: {wanted}")
         return super()._config(
             d_model,
-            d_low=max(1, d_model // 3) if self.d_low is None else self.d_low,
+            d_low=self.d_low,
             score_neurons=self.score_neurons,
             score=self.score,
             d_wide=self.d_wide,
@@ -259,7 +259,7 @@ def _check_sizes(layer, experts, sizes, shape):
         ("expert", "n_experts", experts.n_experts, ""),
         ("tensor", "the width of experts", width, "; set round_to" if experts.low_rank else ""),
         ("fsdp", "the width of the model", shape[-1], ""),
-        ("fsdp", "d_low", experts.d_low if experts.low_rank else 0, ""),
+        ("fsdp", "d_low", experts.rank(shape[-1]) if experts.low_rank else 0, ""),
     ]
     for axis, name, size, hint in splits:
         if size % sizes[axis]:

@@ -100,7 +100,8 @@ def token_bytes(config):
     of all AoE experts, and the embedding table.
     """
     c, counts = config.experts, parameter_counts(config)
-    idle = (c.n_experts - c.top_k) * c.score_width * config.model.d_model if c.kind == "aoe" else 0
+    sizes = c.sizes(config.model.d_model)
+    idle = (c.n_experts - c.top_k) * sizes["r"] * sizes["d"] if c.kind == "aoe" else 0
     return 4 * (counts.active_non_embedding + counts.embedding + config.model.n_layers * idle)
 
 

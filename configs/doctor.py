@@ -2,8 +2,8 @@
 with only four layers. It fits in 16 GB, and all kernels support its widths, 256, 768 and 3,840.
 """
 
+from aoe_jax.configs import paper
 from aoe_jax.storage.config_files import update_groups
-from configs import paper
 
 
 def get_config():

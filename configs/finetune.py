@@ -16,7 +16,7 @@ from aoe_jax.storage.config_files import default_config, update_groups
 def get_config(directory=None):
     if not directory:
         raise UserError(
-            "configs/finetune.py: name the directory of a model, --config=configs/finetune.py:DIR"
+            "configs/finetune.py: name the directory of a model, --config=aoe_jax:finetune:DIR"
         )
     directory = Path(directory).expanduser()
     model = read_config(directory)

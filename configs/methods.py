@@ -4,9 +4,10 @@
 Sizes and data are those of `tiny.py`. docs/methods.md describes each method.
 """
 
+from aoe_jax.config.checks import choose
+from aoe_jax.configs import tiny
 from aoe_jax.errors import UserError
 from aoe_jax.storage.config_files import update_groups
-from configs import tiny
 
 AUX = {"aux_weight": 0.01, "aux_tokens": 1.0}  # L_aux of all tokens, as published
 NO_LOSS = {"aux_weight": 0.0, "aux_tokens": 1.0}
@@ -68,8 +69,7 @@ def changes(variant):
 
 def get_config(variant="top_k"):
     if variant not in VARIANTS:
-        known = ", ".join(VARIANTS)
-        raise UserError(f"configs/methods.py:{variant} is no variant; choose one of {known}")
+        raise UserError(f"configs/methods.py:{variant} is no variant; {choose(variant, VARIANTS)}")
     config = tiny.get_config()
     update_groups(config, changes(variant))
     return config

@@ -11,6 +11,7 @@ paper's corpus, RedPajama, set `--config.data.name`, and a tokenizer of 32,000 t
 (`--config.data.tokenizer`).
 """
 
+from aoe_jax.config.checks import choose
 from aoe_jax.errors import UserError
 from aoe_jax.storage.config_files import default_config, update_groups
 
@@ -67,7 +68,7 @@ VARIANTS = {
 def get_config(variant=""):
     name = variant.removesuffix("_muon")
     if name not in VARIANTS:
-        wanted = f"choose one of {', '.join(VARIANTS)}, with or without _muon"
+        wanted = f"with or without _muon, {choose(name, VARIANTS)}"
         raise UserError(f"configs/paper.py:{variant} is no variant; {wanted}")
     config = default_config()
     config.model.update(

@@ -5,6 +5,7 @@ total parameters. `tiny.py:dense_active` is a dense model with as many parameter
 active parameters, so it needs about the same FLOPs as the MoE.
 """
 
+from aoe_jax.config.checks import choose
 from aoe_jax.errors import UserError
 from aoe_jax.storage.config_files import default_config
 
@@ -13,9 +14,7 @@ VARIANTS = ("aoe", "moe", "dense", "dense_active")
 
 def get_config(variant="aoe"):
     if variant not in VARIANTS:
-        raise UserError(
-            f"configs/tiny.py:{variant} is no variant; choose one of {', '.join(VARIANTS)}"
-        )
+        raise UserError(f"configs/tiny.py:{variant} is no variant; {choose(variant, VARIANTS)}")
     config = default_config()
     config.model.update(
         n_layers=4, n_heads=4, d_model=128, vocab_size=4096, max_len=256, dtype="float32", unroll=4

@@ -67,8 +67,10 @@ def check(name):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for part in COPIED:
-            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
-            copy(ROOT / part, root / part)
+            if (ROOT / part).is_dir():
+                shutil.copytree(ROOT / part, root / part, symlinks=True)
+            else:
+                shutil.copy(ROOT / part, root / part)
         remove(root, name)
         command = [sys.executable, "-c", CODE + STEPS]
         result = subprocess.run(command, cwd=root, capture_output=True, text=True)

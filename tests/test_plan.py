@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 from collections import Counter
 
 import jax
@@ -20,6 +22,7 @@ from aoe_jax.storage.config_files import default_config
 from aoe_jax.storage.files import read_json, write_json
 from aoe_jax.training.step import train_step_on
 from tests.in_process import call
+from tests.runs import ROOT
 
 
 def configuration(kind="aoe", mesh=(1, 1, 1, 1), transport="ring", **experts):
@@ -221,6 +224,13 @@ def planned(tmp_path, *arguments):
     file = tmp_path / "report.json"
     status = call("aoe_jax.plan", "--topology=v5e:2x2", f"--json={file}", *arguments)
     return status, read_json(file)
+
+
+@pytest.mark.slow
+def test_libtpu_is_silent():
+    code = "from aoe_jax.planning.hardware import topology_devices; topology_devices('v5e:2x2')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.slow

@@ -20,7 +20,9 @@ from aoe_jax.compare.suite import load_suite
 from aoe_jax.config.checks import require_flag
 from aoe_jax.storage.lease import leased
 
-_SUITE = flags.DEFINE_string("suite", None, "file of a suite, such as configs/compare/tiny.py")
+_SUITE = flags.DEFINE_string(
+    "suite", None, "a suite: FILE.py, or aoe_jax:NAME such as aoe_jax:tiny"
+)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "directory of runs and report; existing runs are continued"
 )

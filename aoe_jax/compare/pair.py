@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from aoe_jax.compare.statistics import markdown_table, mean
-from aoe_jax.config.checks import require_flag
+from aoe_jax.config.checks import did_you_mean, require_flag
 from aoe_jax.errors import UserError
 
 
@@ -19,6 +19,7 @@ def pair_table(folder: Path, arms):
     known = runs["arm"].unique()
     are_two = len({*arms} & {*known}) == len(arms) == 2
     wanted = f"name two of the finished arms: {', '.join(known)}"
+    wanted += "".join(did_you_mean(arm, known) for arm in arms if arm not in known)
     require_flag(are_two, "arms", ",".join(arms), wanted)
     of_both = runs[runs["arm"].isin(arms)]
     nlls = of_both.pivot_table("validation_nll", ["size", "seed"], "arm").dropna()

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from aoe_jax.config.checks import require_flag
+from aoe_jax.config.checks import choose, require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, naming
 from aoe_jax.model.counts import parameter_counts
-from aoe_jax.storage.config_files import call_in_file
+from aoe_jax.storage.config_files import call_in_file, shipped
 
 TOLERANCE = 0.01  # largest relative difference in total parameters of matched arms
 
@@ -97,7 +97,7 @@ class Suite:
             for seeds in (size.seeds, *size.seeds_of.values()):
                 self._require(seeds > 0, place, seeds, "must be greater than 0")
             for arm in size.seeds_of:
-                self._require(arm in self.arms, f"{place}_of", arm, "is no arm of the suite")
+                self._require(arm in self.arms, f"{place}_of", arm, choose(arm, self.arms))
             self._check_arms(f"sizes[{name!r}].arms", size)
         for name, sweep in self.throughput.items():
             self._check_arms(f"throughput[{name!r}].arms", sweep)
@@ -107,9 +107,9 @@ class Suite:
             raise UserError(f"suite {self.name}: {name}={value!r}: {wanted}")
 
     def _check_arms(self, place, of):
-        known, present = ", ".join(self.arms), self._arms(of)
+        present = self._arms(of)
         for arm in (*(of.arms or ()), self.baseline, *map(self.reference, present)):
-            self._require(arm in self.arms, place, arm, f"choose one of {known}")
+            self._require(arm in self.arms, place, arm, choose(arm, self.arms))
             wanted = "is the baseline or a reference of these arms; add it to them"
             self._require(arm in present, place, arm, wanted)
 
@@ -124,7 +124,7 @@ class Suite:
         without any of `arms` are left out. Raises `UserError` for an unknown arm.
         """
         for arm in arms:
-            require_flag(arm in self.arms, "arms", arm, f"choose one of {', '.join(self.arms)}")
+            require_flag(arm in self.arms, "arms", arm, choose(arm, self.arms))
         wanted, sizes = {self.baseline, *arms, *map(self.reference, arms)}, {}
         for name, size in self.sizes.items():
             there = tuple(arm for arm in self.arms_of(name) if arm in wanted)
@@ -144,7 +144,7 @@ class Suite:
     def _config(self, size, arm, seed):
         with naming(f"suite {self.name}, size {size}, arm {arm}"):
             groups = self._groups(arm, self.sizes[size].changes)
-            return Config.from_config_dict(_changed(groups, {"train": {"seed": seed}}))
+            return Config.for_training(_changed(groups, {"train": {"seed": seed}}))
 
     def runs(self):
         """Returns all runs, size by size and seed by seed; the first seed is `base.train.seed`.
@@ -174,7 +174,7 @@ class Suite:
                     at_value = {group: {field_name: value}}
                     groups = self._groups(arm, sweep.changes, at_value)
                     groups = _changed(groups, at_value)  # overrides the arm and the settings
-                    found[value][arm] = Config.from_config_dict(groups)
+                    found[value][arm] = Config.for_training(groups)
             self._check_matched(place, found[value])
         return found
 
@@ -222,13 +222,14 @@ def _changed(groups, *changes):
 
 
 def load_suite(path: Path, settings=()) -> Suite:
-    """Loads the suite of a Python file with `get_suite()`.
+    """Loads the suite of a Python file with `get_suite()`, or `aoe_jax:NAME` of `configs/compare`.
 
     `settings` are `GROUP.FIELD=VALUE` for all runs; VALUE is JSON or plain text. A field that an
     arm sets is refused, because the arm's label may state another value. Raises `UserError` if the
     file, the suite or a setting is invalid.
     """
-    suite = call_in_file(f"--suite={path}", path, "get_suite")
+    file = shipped("--suite", str(path), "compare")
+    suite = call_in_file(f"--suite={path}", file, "get_suite")
     wanted = "get_suite() must return an aoe_jax.compare.suite.Suite"
     require_flag(isinstance(suite, Suite), "suite", path, wanted)
     for setting in settings:

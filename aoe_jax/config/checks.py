@@ -1,6 +1,7 @@
 """Checks of settings. A `UserError` names the field or flag, its value and the allowed values."""
 
 import dataclasses
+import difflib
 import math
 import operator
 import os
@@ -93,7 +94,18 @@ def misfit(value):
 
 def require_choice(name, value, choices):
     """Raises a `UserError` for a value that is not one of the choices."""
-    require(value in choices, name, value, f"choose one of {', '.join(map(str, choices))}")
+    require(value in choices, name, value, choose(value, choices))
+
+
+def choose(wrong, choices):
+    """Returns "choose one of ..." for the error message of a wrong choice."""
+    return f"choose one of {', '.join(map(str, choices))}{did_you_mean(wrong, choices)}"
+
+
+def did_you_mean(wrong, names):
+    """Returns the end of an error message: the name that resembles a wrong one, or ""."""
+    near = difflib.get_close_matches(str(wrong), map(str, names), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def absolute_path(path):

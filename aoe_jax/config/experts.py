@@ -22,7 +22,7 @@ class ExpertsConfig(Group):
     # Number of experts per token (K). Routers with a varying number document how they use it.
     top_k: int = setting(2, above=0, at_most="n_experts")
     d_ffn: int = setting(512, above=0)  # width of a traditional expert or of the dense layer (f)
-    d_low: int = setting(32, above=0)  # rank of a factorised gate (r)
+    d_low: int | None = setting(None, above=0)  # rank of a factorised gate (r); None: d_model // 3
     # None: gates are factorised, and scores are computed from their low-rank activations (the
     # paper). A number s: gates are whole; scores are computed from their first s pre-activations.
     score_neurons: int | None = setting(None, kinds=("aoe",), above=0, at_most="d_ffn")
@@ -78,14 +78,15 @@ class ExpertsConfig(Group):
                 "is exact only where weights are the softmax over the chosen scores, as with "
                 "routing.name='top_k' and norm_topk_prob=True; use 'dense'",
             )
-        if self.low_rank and self.d_low >= d_model:
+        rank = self.rank(d_model)
+        if self.low_rank and rank >= d_model:
             wanted = f"must be smaller than model.d_model={d_model}"
             self.refuse("d_low", f"{wanted}, or the gate is no low-rank product")
         if self.width(d_model) <= 0:
             self.refuse(
                 "d_ffn",
-                f"Eq. 5 finds no width for d_low={self.d_low} and round_to={self.round_to}; set a "
-                "larger d_ffn, or experts.d_wide",
+                f"Eq. 5 finds no width for d_low={rank} and round_to={self.round_to}; set a larger "
+                "d_ffn, or experts.d_wide",
             )
 
     def sparse_scoring(self, routing):
@@ -105,20 +106,19 @@ class ExpertsConfig(Group):
         """Whether the gate of each expert is factorised into W_gate_down W_gate_up."""
         return (self.kind == "aoe" and self.score_neurons is None) or self.factorised_gate
 
-    @property
-    def score_width(self):
-        """The number of activations from which the score of an AoE expert is computed."""
-        return self.score_neurons or self.d_low
+    def rank(self, d_model):
+        """Rank of a factorised gate (r)."""
+        return self.d_low or max(1, d_model // 3)
 
     def width(self, d_model):
         """Width of an expert: `d_ffn`; with a factorised gate `d_wide` (None: width by Eq. 5)."""
         if not self.low_rank:
             return self.d_ffn
-        return self.d_wide or matched_width(d_model, self.d_ffn, self.d_low, self.round_to)
+        return self.d_wide or matched_width(d_model, self.d_ffn, self.rank(d_model), self.round_to)
 
     def sizes(self, d_model):
         """Returns `{axis letter: size}` for the parameters of a layer."""
-        d, n, r = d_model, self.n_experts, self.score_width
+        d, n, r = d_model, self.n_experts, self.score_neurons or self.rank(d_model)
         hidden = max(1, round(n * r * d / (d + n)))  # a large router has about n r d parameters
         return {"d": d, "n": n, "r": r, "f": self.width(d), "m": hidden, "u": self.d_shared}
 

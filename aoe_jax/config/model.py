@@ -18,8 +18,9 @@ class ModelConfig(Group):
     vocab_size: int = setting(4096, above=0)
     max_len: int = setting(2048, above=0)  # tokens of the longest sequence, prompt included
     tie_embeddings: bool = True  # whether the output projection is the embedding table
-    # dtype of the computation; parameters, logits and loss are float32.
-    dtype: str = setting("bfloat16", choices=("float32", "bfloat16"))
+    # dtype of the computation; parameters, logits and loss are float32. On accelerators bfloat16 is
+    # usual; the fastest kernels need it.
+    dtype: str = setting("float32", choices=("float32", "bfloat16"))
     # What the backward pass recomputes. experts: everything inside the experts except x W_up and
     # x W_gate (AoE: except x W_up and the low-rank activation). layer: everything except the input
     # of each layer, the output of its attention, its scores and its routing.

@@ -6,7 +6,7 @@ import typing
 from dataclasses import dataclass, field
 
 from aoe_jax.config import VERSION
-from aoe_jax.config.checks import misfit, require, require_choice
+from aoe_jax.config.checks import did_you_mean, misfit, require, require_choice
 from aoe_jax.config.data import DataConfig
 from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.mesh import MeshConfig
@@ -42,6 +42,8 @@ class Config:
         choices, name = (kind,) if kind in LAYERS else tuple(ROUTERS), self.routing.name
         if kind in LAYERS or not is_in_file(name):
             require_choice("routing.name", name, choices)
+        rank = self.experts.rank(self.model.d_model)
+        object.__setattr__(self, "experts", dataclasses.replace(self.experts, d_low=rank))
         for f in dataclasses.fields(self):
             getattr(self, f.name).check(self)
 
@@ -66,6 +68,13 @@ class Config:
             default = kind if kind in tuple(LAYERS) else TopK.name
             classes["routing"] = find_method(groups["routing"].pop("name", default))
         return cls(**{name: _build(classes[name], values) for name, values in groups.items()})
+
+    @classmethod
+    def for_training(cls, config):
+        """As `from_config_dict`; also raises `UserError` if the method cannot be trained."""
+        config = cls.from_config_dict(config)
+        config.routing.check_training()
+        return config
 
     @classmethod
     def from_stored(cls, stored):
@@ -100,8 +109,8 @@ def types_of(group):
 def _refuse_unknown(given, known, prefix=""):
     for name in given:
         if name not in known:
-            known = ", ".join(known)
-            raise UserError(f"config.{prefix}{name[:1000]} is unknown; known are {known}")
+            wanted = f"known are {', '.join(known)}{did_you_mean(name, known)}"
+            raise UserError(f"config.{prefix}{name[:1000]} is unknown; {wanted}")
 
 
 def _build(group, values):

@@ -1,7 +1,6 @@
 """Text corpora: the embedded addresses, a folder of text files, or a TFDS data set with text."""
 
 import contextlib
-import difflib
 import glob
 import hashlib
 import importlib.util
@@ -22,7 +21,7 @@ from tensorflow_datasets.core.dataset_builders.huggingface_dataset_builder impor
 from tensorflow_datasets.core.utils import dtype_utils
 from tensorflow_datasets.core.utils.conversion_utils import to_tfds_name
 
-from aoe_jax.config.checks import require
+from aoe_jax.config.checks import did_you_mean, require
 from aoe_jax.data import DOCUMENT_BYTES, SPLITS
 from aoe_jax.data.token_store import file_sha256, slug
 from aoe_jax.errors import Failure, UserError
@@ -275,10 +274,8 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 
 def _unknown_name(name: str) -> str:
-    known = ["sotu", "text", *tfds.list_builders(with_community_datasets=False)]
-    close = difflib.get_close_matches(re.split("[/:]", name)[0], known)
-    hint = f"; close names: {', '.join(close)}" if close else ""
+    known = ["text", "prepared", *tfds.list_builders(with_community_datasets=False)]
     return (
-        f"data.name={name!r}: unknown; give sotu, text, a TFDS name such as lm1b, or "
-        f"huggingface:OWNER/NAME{hint}"
+        f"data.name={name!r}: unknown; give sotu, text, prepared, a TFDS name such as lm1b, or "
+        f"huggingface:OWNER/NAME{did_you_mean(re.split('[/:]', name)[0], known)}"
     )

@@ -40,11 +40,11 @@ The model (experts.kind={kind!r}) has {counts}.
 ## Use
 
 In the commands and the code, DIR is this directory. {classes}
-With `aoe_jax` (run the last command in the root of its repository):
+With `aoe_jax`:
 
     python -m aoe_jax.generate --workdir=DIR --prompt='...'
     python -m aoe_jax.eval --workdir=DIR --tasks=piqa
-    python train.py --config=configs/finetune.py:DIR --workdir=runs/new
+    python -m aoe_jax.train --config=aoe_jax:finetune:DIR --workdir=runs/new
 """
 
 

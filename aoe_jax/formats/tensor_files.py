@@ -98,7 +98,9 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):
     names, total = [], 0  # the names of each file's tensors, and all bytes
     for number, shard in enumerate(_shards(tensors)):
         # transformers requires the metadata "format".
-        save_file(shard, directory / f"{number}.partial", {"format": "pt"})
+        file = directory / f"{number}.partial"
+        save_file(shard, file, {"format": "pt"})
+        file.chmod(directory.stat().st_mode & 0o666)  # safetensors lets only the owner read it
         total += sum(a.nbytes for a in shard.values())
         names.append(list(shard))
         shard.clear()  # frees memory before the next shard is collected

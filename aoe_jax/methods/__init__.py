@@ -61,7 +61,8 @@ def is_in_file(name):
 
 def _method_of_file(name):
     path, _, class_name = name.rpartition(":")
-    file, field = Path(path), f"config.routing.name={name!r}"
+    places = Path(path), Path(__file__).parents[1] / path  # the second is for `configs/compare`
+    file, field = next(filter(Path.is_file, places), places[0]), f"config.routing.name={name!r}"
     require(file.is_file(), "routing.name", name, f"there is no file {file.absolute()}")
     # A dataclass looks its module up, so the module needs a name that no other module has.
     spec = spec_from_file_location(str(file.absolute()), file)

@@ -40,6 +40,9 @@ class SparseMixer(FixedK):
 
     def __call__(self, scores, weights, ctx):
         if ctx.training:
-            self.refuse("name", "can be used but not trained; train with 'top_k'")
+            self.check_training()
         expert = best_experts(scores, ctx.top_k, ctx.state.get("selection_bias"))
         return by_token(expert, sparsemixer_weights(scores, expert, self.jitter))
+
+    def check_training(self):
+        self.refuse("name", "can be used but not trained; train with 'top_k'")

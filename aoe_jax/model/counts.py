@@ -43,10 +43,12 @@ class ParameterCounts:
         return self.active_experts + self.attention + self.norms
 
     def __str__(self):
+        of_tables = self.n_tables * self.embedding
+        tables = "one table for input and output" if self.n_tables == 1 else "two tables"
         return (
-            f"{_millions(self.total)} parameters (shared table counted once), "
-            f"{_millions(self.active)} active per token (table counted as input and as output), "
-            f"{_millions(self.active_non_embedding)} active without embeddings"
+            f"{_millions(self.total)} parameters: {_millions(of_tables)} in embeddings ({tables}), "
+            f"and {_millions(self.total - of_tables)} in layers, of which "
+            f"{_millions(self.active_non_embedding)} are active per token"
         )
 
 
@@ -119,7 +121,7 @@ def layer_flops_per_token(config: Config):
     if c.kind != "aoe":
         return training
     n_idle = c.n_experts - (experts_per_token(config) or c.top_k)
-    idle = 2 * round(n_idle * c.score_width * config.model.d_model)
+    idle = 2 * round(n_idle * sizes["r"] * sizes["d"])
     with_gradient = config.balance.aux_tokens if config.balance.has_loss else 0.0
     if not c.sparse_scoring(config.routing):
         with_gradient = 1.0

@@ -119,6 +119,9 @@ class Method(Group):
         """Whether the method is causal with this `ExpertsConfig`."""
         return Causality()
 
+    def check_training(self):
+        """Raises a `UserError` if the method is for trained models only."""
+
     def choice(self, experts) -> Choice | None:
         """How tokens choose experts; None: each token uses one random or merged expert."""
         return Choice()

@@ -142,9 +142,12 @@ def topology_devices(topology, n_slices=1):
 
 
 def _tpu_options(topology, n_slices):
-    # By default libtpu queries a metadata server, and only one process at a time may load it.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # By default libtpu queries a metadata server, and only one process at a time may load it. It
+    # complains on stderr if this machine has no accelerator type and no name.
+    defaults = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    defaults |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
     options = {"platform": "tpu", "topology_name": topology}
     if n_slices > 1:
         options["num_slices"] = n_slices

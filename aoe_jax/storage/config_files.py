@@ -9,20 +9,21 @@ from pathlib import Path
 import fsspec
 from ml_collections import ConfigDict
 
-from aoe_jax.config.checks import require
+from aoe_jax.config.checks import choose, require
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, naming, running
 from aoe_jax.storage.files import read_json
 from aoe_jax.storage.paths import is_remote, parsed_path
 
-EXAMPLE = "configs/tiny.py of the repository"
+_SHIPPED = Path(__file__).parents[1] / "configs"
 
 
 def default_config():
     """Returns the default configuration as a `ConfigDict`, which `configs/*.py` change. Its group
     `routing` is empty, which selects the default routing method of `experts.kind`.
     """
-    return ConfigDict(dataclasses.asdict(Config()) | {"routing": {}})
+    groups = {f.name: dataclasses.asdict(f.default_factory()) for f in dataclasses.fields(Config)}
+    return ConfigDict(groups | {"routing": {}})
 
 
 def update_groups(config, changes):
@@ -33,10 +34,11 @@ def update_groups(config, changes):
 
 
 def read_config(name: str) -> dict:
-    """Reads `FILE.py`, `FILE.py:VARIANT` or a run's `config.json` as `{group: {field: value}}`. The
-    values in a Python file are not checked. Raises `UserError` if the file cannot be read.
+    """Reads `FILE.py`, `FILE.py:VARIANT`, `aoe_jax:NAME`, `aoe_jax:NAME:VARIANT` or a run's
+    `config.json` as `{group: {field: value}}`. The values in a Python file are not checked. Raises
+    `UserError` if the file cannot be read.
     """
-    scheme, slashes, rest = name.rpartition("://")
+    scheme, slashes, rest = shipped("--config", name).rpartition("://")
     file, _, variant = rest.partition(":")
     file = parsed_path(f"{scheme}{slashes}{file}", "--config", in_store=True)
     if is_remote(file) and file.exists():
@@ -51,6 +53,20 @@ def read_config(name: str) -> dict:
         is_group = isinstance(values, ConfigDict)
         require(is_group, group, values, f"must be a group of fields; {wanted}")
     return config.to_dict()
+
+
+def shipped(flag, name, folder=""):
+    """Replaces `aoe_jax:NAME` by the path of the file NAME.py in `configs/FOLDER`. Raises
+    `UserError` if there is no such file.
+    """
+    package, _, rest = name.partition(":")
+    if package != "aoe_jax":
+        return name
+    stem, colon, variant = rest.partition(":")
+    known = sorted(file.stem for file in (_SHIPPED / folder).glob("*.py"))
+    if stem not in known:
+        raise UserError(f"{flag}={name}: {choose(stem, known)}")
+    return f"{_SHIPPED / folder / stem}.py{colon}{variant}"
 
 
 def read_run_config(path: Path) -> Config:
@@ -71,8 +87,7 @@ def call_in_file(flag, file, function, *args):
     function is missing, or the function raises an exception.
     """
     if not Path(file).is_file():
-        example = EXAMPLE if function == "get_config" else "configs/compare/tiny.py"
-        wanted = f"name a Python file with {function}(), such as {example}"
+        wanted = f"name a Python file with {function}(), or a file of this package: aoe_jax:tiny"
         raise UserError(f"{flag}: cannot be read (no such file); {wanted}")
     if os.getcwd() not in sys.path:  # console scripts do not add the current folder
         sys.path.append(os.getcwd())

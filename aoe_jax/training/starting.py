@@ -70,9 +70,13 @@ def begin_branch(workdir: Path, config: Config, source: Path, step: int):
     check_config(source, config)
 
     def copy():
-        shutil.copytree(source / checkpoint, workdir / checkpoint, dirs_exist_ok=True)
-        for name in ("metrics.jsonl", "data.json"):
-            shutil.copyfile(source / name, workdir / name)
+        names = [checkpoint, *(source / checkpoint).rglob("*"), "metrics.jsonl", "data.json"]
+        for path in (source / name for name in names):  # without the modes of the source
+            target = workdir / path.relative_to(source)
+            if path.is_dir():
+                target.mkdir(parents=True, exist_ok=True)
+            else:
+                shutil.copyfile(path, target)
         write_json(
             workdir / "heartbeat.json", read_heartbeat(source) | {"saved": step, "status": None}
         )

@@ -12,8 +12,8 @@ the arms without L_aux: `none` arms have no balancing, `free` arms have the loss
 """
 
 from aoe_jax.compare.suite import Size, Suite
-from configs.compare.arms import aoe, moe, varied, whole_aoe
-from configs.compare.small import LARGEST, MIDDLE, SMALLEST, base_config, size_of
+from aoe_jax.configs.compare.arms import aoe, moe, varied, whole_aoe
+from aoe_jax.configs.compare.small import LARGEST, MIDDLE, SMALLEST, base_config, size_of
 
 
 def _at_rate(rate, arm):

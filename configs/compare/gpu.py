@@ -15,8 +15,8 @@ end of its training; the checkpoints of all runs need 120 GB.
 from dataclasses import replace
 
 from aoe_jax.compare.suite import Size, Suite
-from configs import paper
-from configs.compare.confirm import ARMS
+from aoe_jax.configs import paper
+from aoe_jax.configs.compare.confirm import ARMS
 
 TOKENS_PER_PARAMETER = 20
 SEQUENCES, LENGTH = 128, 1024

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from aoe_jax.compare.suite import Size, Suite
 from aoe_jax.config.run import Config
+from aoe_jax.configs.compare.arms import DENSE_ACTIVE, aoe, at_learning_rate, moe
+from aoe_jax.configs.compare.small import base_config, size_of
 from aoe_jax.model.counts import training_flops_per_token
-from configs.compare.arms import DENSE_ACTIVE, aoe, at_learning_rate, moe
-from configs.compare.small import base_config, size_of
 
 FLOPS = 4e12
 SHAPES = {

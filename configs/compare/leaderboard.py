@@ -14,8 +14,8 @@ A new method enters as a class in a file, as those of `scores.py` do, and as one
 from dataclasses import replace
 
 from aoe_jax.compare.suite import Size, Suite
-from configs import methods
-from configs.compare.arms import (
+from aoe_jax.configs import methods
+from aoe_jax.configs.compare.arms import (
     DENSE,
     DENSE_ACTIVE,
     aoe,
@@ -25,7 +25,7 @@ from configs.compare.arms import (
     varied,
     whole_aoe,
 )
-from configs.compare.small import LARGEST, MIDDLE, base_config, size_of
+from aoe_jax.configs.compare.small import LARGEST, MIDDLE, base_config, size_of
 
 # (optimiser, family of scores) -> (learning rate, its factor for the parameters that score). The
 # rates of Muon are preliminary: they are from one seed, and the grid is not finished.

@@ -8,8 +8,8 @@ scores that are logits, norms of whole gates, and norms of factorised gates (the
 from dataclasses import replace
 
 from aoe_jax.compare.suite import Size, Suite
-from configs.compare.arms import aoe, at_learning_rate, moe, varied, whole_aoe
-from configs.compare.small import MIDDLE, base_config
+from aoe_jax.configs.compare.arms import aoe, at_learning_rate, moe, varied, whole_aoe
+from aoe_jax.configs.compare.small import MIDDLE, base_config
 
 SEED = 1_000_000
 FAMILIES = {"logits": moe("aux"), "whole": whole_aoe(16, "aux"), "published": aoe(3, "aux")}

@@ -11,9 +11,9 @@ every batch twice: it has the expert FLOPs of most arms, and twice the attention
 
 from aoe_jax.compare.suite import Arm, Size, Suite, Sweep
 from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.configs import methods
+from aoe_jax.configs.compare.small import SMALLEST, base_config
 from aoe_jax.methods import find_method
-from configs import methods
-from configs.compare.small import SMALLEST, base_config
 
 
 def _arm(variant):

@@ -11,8 +11,8 @@ experts. Experts of the last two models have a quarter of the width. AoE has no 
 from dataclasses import replace
 
 from aoe_jax.compare.suite import Size, Suite
-from configs.compare.confirm import ARMS, AT_ALL_SIZES
-from configs.compare.small import MIDDLE, base_config
+from aoe_jax.configs.compare.confirm import ARMS, AT_ALL_SIZES
+from aoe_jax.configs.compare.small import MIDDLE, base_config
 
 
 def _changed(**groups):

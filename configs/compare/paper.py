@@ -19,7 +19,7 @@ again: it analyses the runs and writes the report.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite
-from configs import paper
+from aoe_jax.configs import paper
 
 # The large router adds n_experts * d_low * d_model parameters, which are 2.6% of all parameters.
 UNMATCHED = ("moe_aux_large_router",)

@@ -11,8 +11,8 @@ MoE has 0.02, and the other arms 0.01.
 from dataclasses import replace
 
 from aoe_jax.compare.suite import Size, Suite
-from configs.compare import confirm, small
-from configs.compare.arms import DENSE_ACTIVE, at_learning_rate
+from aoe_jax.configs.compare import confirm, small
+from aoe_jax.configs.compare.arms import DENSE_ACTIVE, at_learning_rate
 
 RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 SEED = 1_000_000

@@ -13,8 +13,8 @@ lowered the loss, so their code was removed; commit f86e4c6 has it.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite
-from configs.compare.arms import aoe, low_rank_moe, moe, varied, whole_aoe
-from configs.compare.small import MIDDLE, base_config
+from aoe_jax.configs.compare.arms import aoe, low_rank_moe, moe, varied, whole_aoe
+from aoe_jax.configs.compare.small import MIDDLE, base_config
 
 RATES = (0.1, 0.3, 3.0)
 

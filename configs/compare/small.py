@@ -8,8 +8,8 @@ scaled by 1 / d_model. Only the smallest size has the two arms without balancing
 """
 
 from aoe_jax.compare.suite import Size, Suite
-from configs import tiny
-from configs.compare.arms import DENSE, aoe, at_learning_rate, moe
+from aoe_jax.configs import tiny
+from aoe_jax.configs.compare.arms import DENSE, aoe, at_learning_rate, moe
 
 ARMS = {
     "moe_aux": moe("aux"),

@@ -9,8 +9,8 @@ random weights. The suite takes about an hour on two CPU cores.
 from dataclasses import replace
 
 from aoe_jax.compare.suite import Suite, Sweep
-from configs import tiny
-from configs.compare.arms import DENSE, DENSE_ACTIVE, aoe, moe
+from aoe_jax.configs import tiny
+from aoe_jax.configs.compare.arms import DENSE, DENSE_ACTIVE, aoe, moe
 
 MODEL = {
     "model": {"n_layers": 2, "unroll": 2, "n_heads": 4, "d_model": 192, "vocab_size": 1024},

@@ -5,8 +5,8 @@ size with 4, 8 and 16 experts. Training is far too short to show which arm is be
 """
 
 from aoe_jax.compare.suite import Size, Suite, Sweep
-from configs import tiny
-from configs.compare.arms import DENSE, aoe, moe
+from aoe_jax.configs import tiny
+from aoe_jax.configs.compare.arms import DENSE, aoe, moe
 
 
 def get_suite():

@@ -10,8 +10,15 @@ MoE with the same change. All arms have the learning rate of MoE and AoE in `sma
 from dataclasses import replace
 
 from aoe_jax.compare.suite import Size, Suite
-from configs.compare.arms import aoe, capacity, low_rank_moe, moe, other_router, weights_over_all
-from configs.compare.small import MIDDLE, base_config
+from aoe_jax.configs.compare.arms import (
+    aoe,
+    capacity,
+    low_rank_moe,
+    moe,
+    other_router,
+    weights_over_all,
+)
+from aoe_jax.configs.compare.small import MIDDLE, base_config
 
 
 def get_suite():

@@ -76,7 +76,10 @@ TWIN = {"twin": dataclasses.replace(ARMS["aoe"], reference="nobody")}
         ({"sizes": {}}, "sizes={}: must not be empty"),
         ({"sizes": {"small": Size({}, 0)}}, r"sizes\['small'\].seeds=0"),
         ({"sizes": {"small": Size({}, 1, arms=("aoe",))}}, "arms='moe': is the baseline"),
-        ({"sizes": {"small": Size({}, 1, seeds_of={"a": 1})}}, "seeds_of='a': is no arm"),
+        (
+            {"sizes": {"small": Size({}, 1, seeds_of={"a": 1})}},
+            "seeds_of='a': choose one of moe",
+        ),
         ({"sizes": {"small": Size({}, 1, seeds_of={"aoe": 0})}}, "seeds=0: must be greater"),
     ],
 )

@@ -16,8 +16,8 @@ mesh.data=0 => -1 for all remaining devices
 mesh.expert=3 => must divide experts.n_experts=8
 mesh.tensor=8 => must divide model.n_heads=4
 mesh.fsdp=3 => must divide model.d_model=128
-mesh.fsdp=64 => must divide experts.d_low=32
-mesh.fsdp=32 => train.batch_size=16 ... divisible by mesh.data * mesh.fsdp * mesh.expert = 32
+mesh.fsdp=64 => must divide experts.d_low=42
+experts.d_low=32; mesh.fsdp=32 => train.batch_size=16 ... mesh.data * mesh.fsdp * mesh.expert = 32
 mesh.transport=all_to_all => set mesh.expert
 experts.top_k=9 => n_experts=8
 experts.d_low=128 => smaller than model.d_model=128
@@ -30,7 +30,7 @@ experts.round_to=128; experts.kind=router => d_ffn
 experts.round_to=8; experts.d_wide=64 => Eq. 5
 experts.large_router=True; experts.kind=router; experts.factorised_gate=True => an ablation
 mesh.tensor=4; experts.d_ffn=519; experts.d_low=32 => experts.d_wide=678; set experts.round_to
-experts.d_ffn=8 => Eq. 5 finds no width for d_low=32
+experts.d_ffn=8 => Eq. 5 finds no width for d_low=42
 experts.round_to=4096 => experts.d_ffn=512 ... round_to=4096
 experts.kind=dense => balance.aux_weight=0.01 ... set it to 0
 experts.factorised_gate=True => kind='router'
@@ -69,6 +69,7 @@ train.accumulate=3 => batch_size=16
 train.batch_size=33554432 => raise train.accumulate
 train.router_steps=5 => experts.kind='aoe' has none
 train.final_learning_rate=1.0 => learning_rate
+routing.name=topk => ; did you mean top_k?
 routing.name=top_q => top_k, top_p, expert_choice, ranked
 routing.name=missing.py:Close => there is no file
 routing.name=examples/add_a_method.py:Close => no dataclass Close that inherits from

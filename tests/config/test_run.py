@@ -23,6 +23,13 @@ def test_defaults_are_the_dataclass_defaults():
     assert Config.from_config_dict(default_config()) == Config()
 
 
+def test_the_default_rank_follows_the_width():
+    config = default_config()
+    config.model.update(d_model=768, n_heads=12)
+    config = Config.from_config_dict(config)
+    assert config.experts.d_low == config.to_stored()["experts"]["d_low"] == 256
+
+
 def test_round_trip_through_a_dict():
     ranked = {"name": "ranked", "ranks": (1, 3)}
     config = Config.from_config_dict(

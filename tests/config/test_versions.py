@@ -24,8 +24,8 @@ FIRST = json.loads(STORED["version_1"].read_text())
 def test_a_configuration_of_each_version(name):
     """Each group has a value that is no default."""
     changed = Config(
-        model=ModelConfig(n_layers=3, qk_norm="all"),
-        experts=ExpertsConfig(top_k=3),
+        model=ModelConfig(n_layers=3, dtype="bfloat16", qk_norm="all"),
+        experts=ExpertsConfig(top_k=3, d_low=32),
         routing=TopK(norm_topk_prob=False),
         balance=BalanceConfig(aux_weight=0.5),
         data=DataConfig(seq_len=128),

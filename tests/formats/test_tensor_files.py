@@ -33,7 +33,9 @@ def read_as_written(directory, tensors):
 
 
 def test_one_file(tmp_path):
+    tmp_path.chmod(0o775)
     write_tensors(tmp_path, iter(TENSORS.items()))
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o664
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
     found = load_file(tmp_path / "model.safetensors")
     assert found.keys() == TENSORS.keys()

@@ -156,8 +156,11 @@ def test_going_back_that_was_interrupted(workdir, interrupted):
 
 
 def test_a_branch_that_was_interrupted(workdir, tmp_path, monkeypatch):
-    """It has no config.json, so that the repeated command begins the branch again."""
+    """It has no config.json, so that the repeated command begins the branch again. The source may
+    be read-only.
+    """
     make_checkpoints(workdir, 3)
+    (workdir / "checkpoints/3").chmod(0o555)
     record(workdir, 3)
     branch, copy = tmp_path / "branch", shutil.copyfile
 
@@ -167,6 +170,8 @@ def test_a_branch_that_was_interrupted(workdir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "copyfile", copy_before_config)
     begin_branch(branch, Config(), workdir, 3)
+    assert (branch / "config.json").exists()
+    assert (branch / "checkpoints/3").stat().st_mode & 0o200
     assert json.loads((branch / "heartbeat.json").read_text())["status"] is None
     (branch / "config.json").unlink()
     begin_branch(branch, Config(), workdir, 3)
