@@ -13,7 +13,7 @@ from aoe_jax.data import SPLITS, token_store
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.errors import UserError
 from aoe_jax.storage.paths import is_remote, local_copy, parsed_path
-from aoe_jax.storage.retry import patiently, refusing
+from aoe_jax.storage.retry import patiently
 
 log = logging.getLogger(__name__)
 
@@ -118,12 +118,7 @@ def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: in
     """Returns `given`, or if it is None, the path of the tokenizer's file in the prepared stores.
     Raises `UserError` unless the stores and `given` all have the same tokenizer.
     """
-    hashes = {}
-    if given:
-        what, wanted = f"data.tokenizer={given!r}: cannot be read", "; name a tokenizer's file"
-        with refusing(what, wanted):
-            file = parsed_path(given, "data.tokenizer", in_store=True)
-            hashes[f"data.tokenizer={given!r}"] = token_store.file_sha256(file)
+    files = {f"data.tokenizer={given!r}": given} if given else {}
     for directory in directories:
         if not (directory / "manifest.json").is_file():
             raise UserError(
@@ -131,9 +126,14 @@ def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: in
                 "path, or make one with `python -m aoe_jax.prepare`"
             )
         manifest = token_store.read_manifest(directory)
-        hashes[str(directory)] = manifest["tokenizer_sha256"]
-    if len(set(hashes.values())) > 1:
-        named = "; ".join(f"{name} has {sha256[:12]}" for name, sha256 in hashes.items())
+        files[str(directory)] = token_store.saved_tokenizer(directory)
+    identities = {}
+    if len(files) > 1:
+        from aoe_jax.data.tokenizer import load_tokenizer  # slow to import
+
+        identities = {name: load_tokenizer(file).identity for name, file in files.items()}
+    if len(set(identities.values())) > 1:
+        named = "; ".join(f"{name} has {identity[:12]}" for name, identity in identities.items())
         raise UserError(
             f"data.name: all corpora must have the same tokenizer, but {named}. Prepare them again "
             "with one tokenizer"
@@ -160,7 +160,7 @@ def cached_token_stores(
 
         given = load_tokenizer(tokenizer)
         token_store.check_vocab_size(given.token_count, vocab_size)
-        spec = given.sha256
+        spec = given.identity
     elif len(corpora) > 1:
         spec = [spec, [corpus.fingerprint for corpus in corpora]]
     directories = []

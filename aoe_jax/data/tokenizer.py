@@ -5,6 +5,7 @@ SentencePiece model.
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ from aoe_jax.storage.retry import patiently, refusing
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 _END_OF_TEXT_NAMES += ("<｜end▁of▁sentence｜>", "[SEP]")
+# The fields of tokenizer.json that determine the tokens of a text.
+_ENCODING_FIELDS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 MOST_TOKENS = 2**24
 PIECE_CHARACTERS = 2**21  # length limit of a text that is tokenised at once
 TRAINING_CHARACTERS = 2**24  # BPE is trained on at most this many characters of a document
@@ -82,13 +85,18 @@ class Tokenizer:
     end_of_text: int  # id of the token that separates documents
     end_name: str  # the name of that token
     token_count: int  # the largest token id plus one, the smallest `vocab_size` of a model
-    sha256: str  # the hash of the file, which identifies the tokenizer
+    sha256: str  # the hash of the file
     prefix: list[int]  # ids of special tokens before each text, such as `<s>`; `encode` omits them
 
     def __init__(self, content: bytes, threads: int | None):
         """`content` is the file's content. `encode` uses `threads` threads; None: one per core."""
         self._content, self._threads = content, threads or -1  # -1: SentencePiece uses all cores
         self.sha256 = hashlib.sha256(content).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """A hash that is equal for tokenizers that encode every text alike."""
+        return self.sha256
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the token ids of each text, uint32 `[tokens]`, without special tokens. Callers
@@ -138,6 +146,13 @@ class HuggingFaceTokenizer(Tokenizer):
         example = tokenizer.encode("a")
         is_prefix = itertools.takewhile(bool, example.special_tokens_mask)
         self.prefix = example.ids[: sum(is_prefix)]
+
+    @property
+    def identity(self) -> str:
+        # Other fields, such as the post-processor, only add or remove special tokens.
+        spec = json.loads(self._content)
+        fields = [spec.get(name) for name in _ENCODING_FIELDS]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
