@@ -42,6 +42,9 @@ class Config:
         choices, name = (kind,) if kind in LAYERS else tuple(ROUTERS), self.routing.name
         if kind in LAYERS or not is_in_file(name):
             require_choice("routing.name", name, choices)
+        given = self.data.tokenizer or "prepared" in {source.name for source in self.data.sources}
+        if self.model.vocab_size is None and not given:  # training makes the tokenizer
+            object.__setattr__(self, "model", dataclasses.replace(self.model, vocab_size=4096))
         for f in dataclasses.fields(self):
             getattr(self, f.name).check(self)
 

@@ -278,7 +278,8 @@ def _unknown_name(name: str) -> str:
     known = ["sotu", "text", *tfds.list_builders(with_community_datasets=False)]
     close = difflib.get_close_matches(re.split("[/:]", name)[0], known)
     hint = f"; close names: {', '.join(close)}" if close else ""
+    of_hub = re.fullmatch(r"(\w+:)?(\w[\w.-]*/[\w.-]+)", name)
     return (
         f"data.name={name!r}: unknown; give sotu, text, a TFDS name such as lm1b, or "
-        f"huggingface:OWNER/NAME{hint}"
+        f"{_HUGGING_FACE}{of_hub[2] if of_hub else 'OWNER/NAME'} for the Hugging Face Hub{hint}"
     )

@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from aoe_jax.config.checks import require
+from aoe_jax.data.token_store import saved_tokenizer
 from aoe_jax.errors import UserError, naming
 from aoe_jax.storage.files import read_bytes, write_whole
 from aoe_jax.storage.paths import FILE_BYTES, parsed_path
@@ -27,8 +28,6 @@ from aoe_jax.storage.retry import patiently, refusing
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 _END_OF_TEXT_NAMES += ("<｜end▁of▁sentence｜>", "[SEP]")
-# The fields of tokenizer.json that determine the tokens of a text.
-_ENCODING_FIELDS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 MOST_TOKENS = 2**24
 PIECE_CHARACTERS = 2**21  # length limit of a text that is tokenised at once
 TRAINING_CHARACTERS = 2**24  # BPE is trained on at most this many characters of a document
@@ -150,8 +149,8 @@ class HuggingFaceTokenizer(Tokenizer):
     @property
     def identity(self) -> str:
         # Other fields, such as the post-processor, only add or remove special tokens.
-        spec = json.loads(self._content)
-        fields = [spec.get(name) for name in _ENCODING_FIELDS]
+        spec, names = json.loads(self._content), "added_tokens normalizer pre_tokenizer model"
+        fields = [spec.get(name) for name in names.split()]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -227,12 +226,15 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(
     path: str | Path, threads: int | None = None, setting: str = "data.tokenizer"
 ) -> Tokenizer:
-    """Loads a Hugging Face `tokenizer.json` or a SentencePiece model, from a file of any name.
+    """Loads a Hugging Face `tokenizer.json` or a SentencePiece model, from a file of any name or
+    from a folder with a file of the usual name.
 
     `encode` uses `threads` threads, by default one per core. Raises `UserError`, which names the
     `setting`, if the file is missing, is no tokenizer, or has no end-of-text token.
     """
     path = parsed_path(path, setting, in_store=True)
+    if path.is_dir():
+        path = saved_tokenizer(path)
     wanted = "give the path of a Hugging Face tokenizer.json or a SentencePiece model"
     what = f"{setting}={str(path)!r}: cannot be read"
     with refusing(what, f"; {wanted}"):

@@ -10,6 +10,7 @@ import fsspec
 from ml_collections import ConfigDict
 
 from aoe_jax.config.checks import require
+from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, naming, running
 from aoe_jax.storage.files import read_json
@@ -22,7 +23,8 @@ def default_config():
     """Returns the default configuration as a `ConfigDict`, which `configs/*.py` change. Its group
     `routing` is empty, which selects the default routing method of `experts.kind`.
     """
-    return ConfigDict(dataclasses.asdict(Config()) | {"routing": {}})
+    model = dataclasses.asdict(ModelConfig())  # without the `vocab_size` that `Config` sets
+    return ConfigDict(dataclasses.asdict(Config()) | {"model": model, "routing": {}})
 
 
 def update_groups(config, changes):

@@ -199,6 +199,10 @@ def test_prepared_stores_bring_their_tokenizer(folders):
     assert corpus.identities[0] == corpus_of(folders, "text@{large}", vocab_size=300).identities[0]
     given = corpus_of(here, "prepared@{mine}", 512, tokenizer=str(mine / "tokenizer.json"))
     assert given.identities == corpus.identities[:1]
+    same = mine.parent / "same.json"  # the same tokenizer in another form
+    same.write_text(json.dumps(json.loads((mine / "tokenizer.json").read_text()), sort_keys=True))
+    again = corpus_of(here, "prepared@{mine}, text@{digits}", 512, tokenizer=str(same))
+    assert again.identities == corpus.identities and again.tokenizer == corpus.tokenizer
     alone = open_corpus(DataConfig("prepared", path=str(mine)), 300)
     assert alone.identities == corpus.identities[:1] and list(alone.train) == ["mine"]
 
