@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from aoe_jax.config.data import DataConfig
+from aoe_jax.config.run import Config
 from aoe_jax.data import SPLITS, token_store
 from aoe_jax.data.pipeline import Mixture, train_batches
-from aoe_jax.data.tokenised import open_corpus
+from aoe_jax.data.tokenised import open_corpus, with_vocabulary
 from aoe_jax.errors import UserError
 from tests.runs import damage
 
@@ -208,6 +209,16 @@ def test_prepared_stores_bring_their_tokenizer(folders):
 
 
 TWO = r"all corpora must have the same tokenizer, but .*mine has [0-9a-f]{12}"
+
+
+def test_the_vocabulary_is_that_of_a_given_tokenizer(folders):
+    mine, size = prepared(folders, "mine", "large", vocab_size=300), {"model": {"vocab_size": 512}}
+    given = {"name": "text", "path": str(mine), "tokenizer": str(mine / "tokenizer.json")}
+    for data in ({"name": f"sotu, prepared@{mine}"}, given):
+        assert with_vocabulary(Config.from_config_dict({"data": data})).model.vocab_size == 300
+        set_to = with_vocabulary(Config.from_config_dict({"data": data} | size)).model.vocab_size
+        assert set_to == 512
+    assert Config().model.vocab_size == 4096
 
 
 @pytest.mark.parametrize(
