@@ -11,6 +11,7 @@ with `--topology=h100:8`. TPUs need the wheel of `libtpu`, and GPUs JAX's CUDA w
 from absl import flags
 
 from aoe_jax import cli
+from aoe_jax.data.tokenised import with_vocabulary
 from aoe_jax.planning.hardware import topology_devices
 from aoe_jax.planning.step_plan import plan, table
 from aoe_jax.storage.files import write_json
@@ -22,7 +23,7 @@ _JSON = flags.DEFINE_string("json", None, "a file for the report")
 
 
 def main():
-    config, topology = cli.parsed_config(_CONFIG), cli.required(_TOPOLOGY)
+    config, topology = with_vocabulary(cli.parsed_config(_CONFIG)), cli.required(_TOPOLOGY)
     file = cli.file_to_write(_JSON)
     report = plan(config, *topology_devices(topology, _SLICES.value))
     print(table(report))

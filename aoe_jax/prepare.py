@@ -1,6 +1,6 @@
 """Makes a token store from texts.
 
-    python -m aoe_jax.prepare --input=GLOB --tokenizer=T --output=DIR
+    python -m aoe_jax.prepare --input=FOLDER --tokenizer=T --output=DIR
 
 The input is Parquet, or JSON lines (.jsonl, .ndjson, .json) or plain text (.txt), both of which may
 be compressed (.gz, .zst). After a stop the same command continues. `--check` finds damaged shards.
@@ -19,11 +19,12 @@ log = logging.getLogger("aoe_jax.prepare")  # `__name__` is `__main__` with `pyt
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-_INPUT = flags.DEFINE_multi_string("input", [], "a glob pattern; '**' matches folders of any depth")
+_INPUT = flags.DEFINE_multi_string("input", [], "a folder, or a glob pattern with * and **")
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer",
     None,
-    "a Hugging Face tokenizer.json, a SentencePiece model, or bpe:N, byte-level BPE of N tokens",
+    "a Hugging Face tokenizer.json, a SentencePiece model, a folder with one, ORG/NAME of the Hub, "
+    "or bpe:N, byte-level BPE of N tokens",
 )
 _OUTPUT = flags.DEFINE_string(
     "output", None, "the directory of the token store, also gs://... or s3://..."

@@ -16,9 +16,7 @@ def get_config(variant="aoe"):
     if variant not in VARIANTS:
         raise UserError(f"configs/tiny.py:{variant} is no variant; {choose(variant, VARIANTS)}")
     config = default_config()
-    config.model.update(
-        n_layers=4, n_heads=4, d_model=128, vocab_size=4096, max_len=256, dtype="float32", unroll=4
-    )
+    config.model.update(n_layers=4, n_heads=4, d_model=128, max_len=256, dtype="float32", unroll=4)
     config.experts.update(kind="aoe", n_experts=8, top_k=2, d_ffn=256, d_low=32)
     # L_aux of an eighth of the tokens balances this model as well as L_aux of all tokens.
     config.balance.update(aux_weight=0.01, aux_tokens=0.125)

@@ -9,6 +9,7 @@ import pytest
 
 from aoe_jax.config.data import DataConfig
 from aoe_jax.config.training import TrainConfig
+from aoe_jax.data.tokenizer import load_tokenizer
 from aoe_jax.errors import DivergedError, UserError
 from aoe_jax.evaluation.evaluate import evaluate_workdir
 from aoe_jax.evaluation.models import corpus_of, load_model
@@ -17,12 +18,15 @@ from aoe_jax.formats.model_card import training
 from aoe_jax.storage.files import write_json
 from configs import finetune
 from tests.formats.test_loading import edit
+from tests.formats.test_tokenizer_files import with_a_first_token
 from tests.in_process import call
 from tests.runs import (
     STEPS,
     as_read_from,
     contents,
+    corpus_folder,
     corpus_store,
+    fine_tuned,
     finished_run,
     kind_config,
     kind_run,
@@ -30,7 +34,9 @@ from tests.runs import (
     run,
     scratch,
     shared,
+    succeed,
     tiny_config,
+    train_command,
 )
 
 pytestmark = pytest.mark.usefixtures("ragged")
@@ -154,6 +160,44 @@ def test_mistakes(tmp_path, command, words):
     with pytest.raises(UserError, match=words):
         call(*(word.format(**places) for word in command))
     assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.slow
+def test_an_exported_model_takes_the_token_store_of_its_run(tmp_path):
+    """The tokenizer adds tokens to texts, as that of Llama 3 does, and its exported copy does not.
+    The vocabulary is that of the store.
+    """
+    run_folder, model, store = (tmp_path / name for name in ("run", "model", "store"))
+    with_a_first_token(tmp_path)
+    texts = [f"--input={corpus_folder()}", f"--tokenizer={tmp_path}", f"--output={store}"]
+    succeed(["-m", "aoe_jax.prepare", *texts])
+    short = {"train__steps": 4, "train__warmup": 0.25, "experts__kind": "router"}
+    data = {"data__name": "prepared", "data__path": store, "model__vocab_size": None}
+    succeed(train_command(run_folder, **short, **data))
+    vocab_size = load_tokenizer(tmp_path).token_count
+    assert json.loads((run_folder / "config.json").read_text())["model"]["vocab_size"] == vocab_size
+    succeed(["-m", "aoe_jax.export", f"--workdir={run_folder}", f"--output={model}"])
+    assert load_tokenizer(model).prefix == [] != load_tokenizer(store).prefix
+    succeed(fine_tuned(model, tmp_path / "tuned", **{"data.name": "prepared", "data.path": store}))
+    own, nll = [f"--data=prepared@{store}"], {}
+    for folder, given in ((run_folder, []), (model, own)):
+        succeed(["eval.py", f"--workdir={folder}", *given])
+        nll[folder] = json.loads((folder / "eval.json").read_text())["nll"]
+    assert nll[model] == pytest.approx(nll[run_folder], rel=1e-6)
+    own += ["--tokens=500"]
+    succeed(
+        ["-m", "aoe_jax.prune", f"--workdir={model}", "--experts=2", f"--output={model}2", *own]
+    )
+    to_aoe = [f"--checkpoint={model}", "--score_neurons=4", f"--output={model}3"]
+    succeed(["-m", "aoe_jax.convert", *to_aoe, *own])
+
+
+def test_a_model_without_a_run_has_no_corpus(tmp_path):
+    directory = shutil.copytree(exported()["aoe"], tmp_path / "model")
+    (directory / "aoe_jax.json").unlink()
+    (directory / "data.json").unlink()
+    with pytest.raises(UserError, match="it has no training run. Name corpora with --data"):
+        evaluate_workdir(directory)
 
 
 def test_models_that_a_run_cannot_start_from(tmp_path):

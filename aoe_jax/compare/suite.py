@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from aoe_jax.config.checks import choose, require_flag
 from aoe_jax.config.run import Config
+from aoe_jax.data.tokenised import with_vocabulary
 from aoe_jax.errors import UserError, naming
 from aoe_jax.model.counts import parameter_counts
 from aoe_jax.storage.config_files import call_in_file, shipped
@@ -144,7 +145,8 @@ class Suite:
     def _config(self, size, arm, seed):
         with naming(f"suite {self.name}, size {size}, arm {arm}"):
             groups = self._groups(arm, self.sizes[size].changes)
-            return Config.for_training(_changed(groups, {"train": {"seed": seed}}))
+            groups = _changed(groups, {"train": {"seed": seed}})
+            return with_vocabulary(Config.for_training(groups))
 
     def runs(self):
         """Returns all runs, size by size and seed by seed; the first seed is `base.train.seed`.
@@ -174,7 +176,7 @@ class Suite:
                     at_value = {group: {field_name: value}}
                     groups = self._groups(arm, sweep.changes, at_value)
                     groups = _changed(groups, at_value)  # overrides the arm and the settings
-                    found[value][arm] = Config.for_training(groups)
+                    found[value][arm] = with_vocabulary(Config.for_training(groups))
             self._check_matched(place, found[value])
         return found
 

@@ -8,14 +8,15 @@ from aoe_jax.config.checks import Group, setting
 
 @dataclass(frozen=True)
 class ModelConfig(Group):
-    """The decoder. A tokenizer that is trained on the corpus also has `vocab_size` tokens."""
+    """The decoder."""
 
     group = "model"
 
     n_layers: int = setting(4, above=0)  # number of layers in addition to n_dense_layers
     n_heads: int = setting(4, above=0)  # attention heads
     d_model: int = setting(128, above=0, at_most=2**20)  # width of the residual stream (d)
-    vocab_size: int = setting(4096, above=0)
+    # A trained tokenizer has as many tokens. None: that of a given tokenizer or store, else 4096.
+    vocab_size: int | None = setting(None, above=0)
     max_len: int = setting(2048, above=0)  # tokens of the longest sequence, prompt included
     tie_embeddings: bool = True  # whether the output projection is the embedding table
     # dtype of the computation; parameters, logits and loss are float32. On accelerators bfloat16 is

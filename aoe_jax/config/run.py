@@ -44,6 +44,9 @@ class Config:
             require_choice("routing.name", name, choices)
         rank = self.experts.rank(self.model.d_model)
         object.__setattr__(self, "experts", dataclasses.replace(self.experts, d_low=rank))
+        given = self.data.tokenizer or "prepared" in {source.name for source in self.data.sources}
+        if self.model.vocab_size is None and not given:  # training makes the tokenizer
+            object.__setattr__(self, "model", dataclasses.replace(self.model, vocab_size=4096))
         for f in dataclasses.fields(self):
             getattr(self, f.name).check(self)
 

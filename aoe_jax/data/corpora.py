@@ -274,8 +274,10 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 
 def _unknown_name(name: str) -> str:
-    known = ["text", "prepared", *tfds.list_builders(with_community_datasets=False)]
+    known = ["sotu", "text", "prepared", *tfds.list_builders(with_community_datasets=False)]
+    of_hub = re.fullmatch(r"(\w+:)?(\w[\w.-]*/[\w.-]+)", name)
     return (
         f"data.name={name!r}: unknown; give sotu, text, prepared, a TFDS name such as lm1b, or "
-        f"huggingface:OWNER/NAME{did_you_mean(re.split('[/:]', name)[0], known)}"
+        f"{_HUGGING_FACE}{of_hub[2] if of_hub else 'OWNER/NAME'} for the Hugging Face Hub"
+        f"{did_you_mean(re.split('[/:]', name)[0], known)}"
     )

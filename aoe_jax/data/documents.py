@@ -1,5 +1,6 @@
 """Divides files of JSON lines, Parquet or plain text into pieces, and reads their documents."""
 
+import glob
 import io
 import itertools
 import json
@@ -38,20 +39,24 @@ class Piece(NamedTuple):
 
 def find_files(patterns: Sequence[str], output) -> dict:
     """Returns `{path: size_and_version}`, sorted by path, of the files that match glob patterns. In
-    a pattern, `**` matches folders of any depth.
+    a pattern, `**` matches folders of any depth. A folder means all documents in it.
 
     Broken links and files in `output` are left out. Raises `UserError` if a pattern matches no
     file, a file has an unknown format or is an empty compressed file, or a folder cannot be read.
     """
     found = {}
     for pattern in patterns:
-        parsed_path(pattern, "--input", in_store=True, is_pattern=True)
+        path = parsed_path(pattern, "--input", in_store=True, is_pattern=True)
         what = f"--input={pattern!r}"
+        if is_folder := patiently(f"{what} cannot be read", path.is_dir):
+            pattern = f"{glob.escape(os.fspath(path))}/**"
         matching = patiently(f"{what} cannot be read", partial(find, pattern)).items()
         matching = {path: state for path, state in matching if state and output not in path.parents}
+        if is_folder:
+            matching = {path: state for path, state in matching.items() if _format(path)[0]}
         if not matching:
-            wanted = "matches no file; give a pattern such as 'data/**/*.jsonl.gz'"
-            raise UserError(f"{what}: {wanted}")
+            wanted = "has no documents" if is_folder else "matches no file"
+            raise UserError(f"{what}: {wanted}; give a pattern such as 'data/**/*.jsonl.gz'")
         found |= matching
     for path, (size, _) in found.items():
         kind, compression = _format(path)

@@ -51,6 +51,8 @@ _UNITS = 512  # wanted number of units of work; `_UNIT_BYTES` limits their size
 _UNIT_BYTES = (2**22, 2**29)  # smallest and largest size of a unit, in bytes of the input
 _TRAINING_BYTES = 2**26  # size of the sample that byte-level BPE is trained on, in characters
 _PLAN_BYTES = 2**28  # size limit of plan.json, enough for two million files
+_LARGER_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4)  # of validation and test, for small corpora
+_HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+(?<!\.json)(?<!\.model)")  # ORG/NAME or NAME
 _OTHERWISE = "Delete the folder, or use another --output"
 
 
@@ -74,7 +76,8 @@ _NOTE = {"splits": dict.fromkeys(SPLITS, token_store.SPLITS_SCHEMA), "fingerprin
 class Settings:
     """The settings of `prepare` that determine which tokens a split contains."""
 
-    # Path of a tokenizer's file, or `bpe:N`: byte-level BPE of N tokens, trained on a sample.
+    # Path of a tokenizer's file or of a folder with one, the name of a tokenizer on the Hugging
+    # Face Hub, or `bpe:N`: byte-level BPE of N tokens, trained on a sample.
     tokenizer: str
     text_field: str = "text"  # the JSON field or Parquet column that contains the text
 
@@ -115,7 +118,10 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
     files, or a split would be empty, and `MachineFault` if the disk fails or is full.
     """
     output = output if is_remote(output) else Path(os.path.abspath(output))
-    planned, files = settings.as_planned(), find_files(inputs, output)
+    settings = dataclasses.replace(settings, tokenizer=_found(settings.tokenizer))
+    files = find_files(inputs, output)
+    settings = patiently("--input cannot be read", lambda: _with_all_splits(settings, files))
+    planned = settings.as_planned()
     with leased(output, "output"):
         what = f"{output} cannot be prepared"
         plan = patiently(what, lambda: _claim(files, planned, output))
@@ -124,30 +130,61 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
             remove_folder(output / "units")
             logger.info(f"{output} is complete already; --check verifies its shards")
             return
-        tokenizer = patiently(what, lambda: install_tokenizer(output, plan, settings))
         units = range(len(plan["units"]))
         missing = [unit for unit in units if not _note(output, unit).exists()]
         if n_done := len(units) - len(missing):
             logger.info(f"going on: {n_done} of {len(units)} units of work are done")
-        _write_units(output, plan, processes, missing)
-        results = [read_json(_note(output, unit), _OTHERWISE, _NOTE) for unit in units]
-        patiently(what, lambda: _finish(output, settings, tokenizer, results))
+        try:
+            tokenizer = patiently(what, lambda: install_tokenizer(output, plan, settings))
+            _write_units(output, plan, processes, missing)
+            results = [read_json(_note(output, unit), _OTHERWISE, _NOTE) for unit in units]
+            patiently(what, lambda: _finish(output, tokenizer, results))
+        except UserError:
+            if not n_done:  # a first try with a mistake must not prevent the second try
+                written = (*output.glob("*.array_record"), *output.glob("tokenizer.*"))
+                for path in (output / "units", *written, output / token_store.PLAN_FILE):
+                    patiently(what, functools.partial(remove_folder, path))
+            raise
 
 
-def _finish(output: Path, settings: Settings, tokenizer: Tokenizer, results: list[dict]):
+def _found(tokenizer: str) -> str:
+    """Returns a path or `bpe:N` as it is; downloads `ORG/NAME` from the Hub, and returns a path."""
+    if os.path.exists(tokenizer) or not _HUB_NAME.fullmatch(tokenizer):
+        return tokenizer
+    try:
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(tokenizer, allow_patterns=[*token_store.TOKENIZER_FILES])
+    except Exception as error:  # the library has no common type for its exceptions
+        what = f"--tokenizer={tokenizer!r}: no such file or folder, and the Hugging Face Hub fails"
+        raise UserError(f"{what} ({retry.reason(error)}); correct the path or the name") from error
+
+
+def _with_all_splits(settings: Settings, files: Mapping) -> Settings:
+    """Increases the shares of held-out documents if a split of a small corpus would be empty."""
+    digests, found = set(), set()
+    for path, (size, _) in files.items():
+        for piece, _ in pieces_of(path, size, max(size, 1)):
+            for text in filter(None, documents(piece, settings.text_field)):
+                digests.add(digest := _digest(text))
+                found.add(_split(digest, vars(settings)))
+                if len(found) == len(SPLITS):
+                    return settings
+    for share in _LARGER_SHARES:
+        shares = {name: max(share, getattr(settings, name)) for name in ("validation", "test")}
+        if len({_split(digest, shares) for digest in digests}) == len(SPLITS):
+            logger.info(f"{len(digests)} documents are few; a larger share of them is held out")
+            return dataclasses.replace(settings, **shares)
+    wanted = "are too few for the splits train, validation and test; give more"
+    raise UserError(f"--input: {len(digests)} different documents with text {wanted}")
+
+
+def _finish(output: Path, tokenizer: Tokenizer, results: list[dict]):
     splits = {name: {"tokens": 0, "documents": 0, "bytes": 0, "shards": []} for name in SPLITS}
     for result in results:
         for name, part in result["splits"].items():
             for key, value in part.items():
                 splits[name][key] += value
-    for name, split in splits.items():
-        if split["documents"] == 0:
-            share = "" if name == "train" else f"--{name}={getattr(settings, name)}: "
-            n_documents = sum(split["documents"] for split in splits.values())
-            raise UserError(
-                f"{share}the {name} split got none of {n_documents} documents; delete {output}, "
-                "and prepare it with other shares or more documents"
-            )
     hashes = "".join(result["fingerprint"] for result in results)
     fingerprint = hashlib.sha256(hashes.encode()).hexdigest()
     write_manifest(output, output.name, fingerprint, tokenizer, splits)
@@ -233,7 +270,7 @@ def install_tokenizer(output: Path, plan: dict, settings: Settings) -> Tokenizer
     if token_store.saved_tokenizer(output).exists():
         return load_tokenizer(token_store.saved_tokenizer(output), setting="tokenizer")
     if not settings.bpe_size:
-        tokenizer = load_tokenizer(settings.tokenizer)
+        tokenizer = load_tokenizer(settings.tokenizer, setting="--tokenizer")
     else:
         logger.info("training a tokenizer on a sample of the text")
         tokenizer = train_tokenizer(_sample(plan), settings.bpe_size)
@@ -318,7 +355,7 @@ def _write_at_once(output: Path, plan: dict, unit: int, tokenizer: Tokenizer):
                 now = [*size_and_version(path)]
             if now != before:
                 changed = f"{path} has changed since the preparation began"
-                raise UserError(f"--input: {changed}. Delete {output}, and prepare it again")
+                raise UserError(f"--input: {changed}. Prepare it again, into a new folder")
         for shard in _hashes_of_shards(result):
             put(Path(folder, shard), output / shard)
         if not is_remote(output):
@@ -339,14 +376,20 @@ def _documents(plan: dict, unit: int, fingerprint) -> Iterator[tuple[str, str]]:
     for number, start, stop in plan["units"][unit]["pieces"]:
         piece = Piece(plan["files"][number][0], start, stop)
         for text in filter(None, documents(piece, plan["text_field"])):
-            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            digest = _digest(text)
             fingerprint.update(digest)
-            chance, split = int.from_bytes(digest[:8], "big") / 2**64, "train"
-            if chance < plan["validation"]:
-                split = "validation"
-            elif chance < plan["validation"] + plan["test"]:
-                split = "test"
-            yield split, text
+            yield _split(digest, plan), text
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _split(digest: bytes, shares: Mapping) -> str:
+    chance = int.from_bytes(digest[:8], "big") / 2**64
+    if chance < shares["validation"]:
+        return "validation"
+    return "test" if chance < shares["validation"] + shares["test"] else "train"
 
 
 def _note(output: Path, unit: int) -> Path:

@@ -3,17 +3,18 @@
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 from aoe_jax.config.data import DataConfig, SourceConfig
+from aoe_jax.config.run import Config
 from aoe_jax.data import SPLITS, token_store
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.errors import UserError
 from aoe_jax.storage.paths import is_remote, local_copy, parsed_path
-from aoe_jax.storage.retry import patiently, refusing
+from aoe_jax.storage.retry import patiently
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,19 @@ class TokenisedCorpus:
     def identities(self) -> list[str]:
         """A hash for each source. It depends on text, tokenizer and split sizes, not on a path."""
         return [_identity(store.manifest) for store in self.train.values()]
+
+
+def with_vocabulary(config: Config) -> Config:
+    """Replaces a `model.vocab_size` of None by the number of tokens of the tokenizer."""
+    data, size = config.data, config.model.vocab_size
+    if size is None and data.tokenizer:
+        from aoe_jax.data.tokenizer import load_tokenizer  # slow to import
+
+        size = load_tokenizer(data.tokenizer).token_count
+    elif size is None:
+        path = _path_of(next(s for s in data.sources if s.name == "prepared"), data)
+        size = patiently(f"{path} cannot be read", partial(_read_prepared, path))["vocab_size"]
+    return replace(config, model=replace(config.model, vocab_size=size))
 
 
 def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
@@ -118,28 +132,29 @@ def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: in
     """Returns `given`, or if it is None, the path of the tokenizer's file in the prepared stores.
     Raises `UserError` unless the stores and `given` all have the same tokenizer.
     """
-    hashes = {}
-    if given:
-        what, wanted = f"data.tokenizer={given!r}: cannot be read", "; name a tokenizer's file"
-        with refusing(what, wanted):
-            file = parsed_path(given, "data.tokenizer", in_store=True)
-            hashes[f"data.tokenizer={given!r}"] = token_store.file_sha256(file)
+    files = {f"data.tokenizer={given!r}": given} if given else {}
     for directory in directories:
-        if not (directory / "manifest.json").is_file():
-            raise UserError(
-                f"data.name: 'prepared' names {directory}, which is no token store; correct the "
-                "path, or make one with `python -m aoe_jax.prepare`"
-            )
-        manifest = token_store.read_manifest(directory)
-        hashes[str(directory)] = manifest["tokenizer_sha256"]
-    if len(set(hashes.values())) > 1:
-        named = "; ".join(f"{name} has {sha256[:12]}" for name, sha256 in hashes.items())
-        raise UserError(
-            f"data.name: all corpora must have the same tokenizer, but {named}. Prepare them again "
-            "with one tokenizer"
-        )
+        manifest = _read_prepared(directory)
+        files[str(directory)] = token_store.saved_tokenizer(directory)
+    if len(files) > 1:
+        from aoe_jax.data.tokenizer import load_tokenizer  # slow to import
+
+        found = {name: load_tokenizer(file).identity[:12] for name, file in files.items()}
+        named = "; ".join(f"{name} has {identity}" for name, identity in found.items())
+        wanted = "all corpora must have the same tokenizer"
+        if len(set(found.values())) > 1:
+            raise UserError(f"data.name: {wanted}, but {named}. Prepare them again with one")
     token_store.check_vocab_size(manifest["vocab_size"], vocab_size)
     return given or str(token_store.saved_tokenizer(directories[0]))
+
+
+def _read_prepared(directory) -> dict:
+    if not any((directory / name).exists() for name in ("manifest.json", token_store.PLAN_FILE)):
+        raise UserError(
+            f"data.name: 'prepared' names {directory}, which is no token store; correct the path, "
+            "or make one with `python -m aoe_jax.prepare`"
+        )
+    return token_store.read_manifest(directory)
 
 
 def cached_token_stores(
@@ -160,7 +175,7 @@ def cached_token_stores(
 
         given = load_tokenizer(tokenizer)
         token_store.check_vocab_size(given.token_count, vocab_size)
-        spec = given.sha256
+        spec = given.identity
     elif len(corpora) > 1:
         spec = [spec, [corpus.fingerprint for corpus in corpora]]
     directories = []

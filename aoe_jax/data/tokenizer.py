@@ -5,6 +5,7 @@ SentencePiece model.
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from aoe_jax.config.checks import require
+from aoe_jax.data.token_store import saved_tokenizer
 from aoe_jax.errors import UserError, naming
 from aoe_jax.storage.files import read_bytes, write_whole
 from aoe_jax.storage.paths import FILE_BYTES, parsed_path
@@ -82,13 +84,18 @@ class Tokenizer:
     end_of_text: int  # id of the token that separates documents
     end_name: str  # the name of that token
     token_count: int  # the largest token id plus one, the smallest `vocab_size` of a model
-    sha256: str  # the hash of the file, which identifies the tokenizer
+    sha256: str  # the hash of the file
     prefix: list[int]  # ids of special tokens before each text, such as `<s>`; `encode` omits them
 
     def __init__(self, content: bytes, threads: int | None):
         """`content` is the file's content. `encode` uses `threads` threads; None: one per core."""
         self._content, self._threads = content, threads or -1  # -1: SentencePiece uses all cores
         self.sha256 = hashlib.sha256(content).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """A hash that is equal for tokenizers that encode every text alike."""
+        return self.sha256
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the token ids of each text, uint32 `[tokens]`, without special tokens. Callers
@@ -138,6 +145,13 @@ class HuggingFaceTokenizer(Tokenizer):
         example = tokenizer.encode("a")
         is_prefix = itertools.takewhile(bool, example.special_tokens_mask)
         self.prefix = example.ids[: sum(is_prefix)]
+
+    @property
+    def identity(self) -> str:
+        # Other fields, such as the post-processor, only add or remove special tokens.
+        spec, names = json.loads(self._content), "added_tokens normalizer pre_tokenizer model"
+        fields = [spec.get(name) for name in names.split()]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -212,12 +226,15 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(
     path: str | Path, threads: int | None = None, setting: str = "data.tokenizer"
 ) -> Tokenizer:
-    """Loads a Hugging Face `tokenizer.json` or a SentencePiece model, from a file of any name.
+    """Loads a Hugging Face `tokenizer.json` or a SentencePiece model, from a file of any name or
+    from a folder with a file of the usual name.
 
     `encode` uses `threads` threads, by default one per core. Raises `UserError`, which names the
     `setting`, if the file is missing, is no tokenizer, or has no end-of-text token.
     """
     path = parsed_path(path, setting, in_store=True)
+    if path.is_dir():
+        path = saved_tokenizer(path)
     wanted = "give the path of a Hugging Face tokenizer.json or a SentencePiece model"
     what = f"{setting}={str(path)!r}: cannot be read"
     with refusing(what, f"; {wanted}"):

@@ -156,21 +156,23 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
 
     `named` has the syntax of `data.name`. The files of a model may come from a stranger. So without
     `named`, they can select only the bundled corpus and corpora that were tokenised on this machine
-    before. Raises `UserError` if a model selects another corpus, and if a corpus is unreadable or
-    has changed.
+    before. Raises `UserError` if a model selects another corpus or has no training run, and if a
+    corpus is unreadable or has changed.
     """
     data, vocab_size = model.config.data, model.config.model.vocab_size
     if named is not None:
         with naming(f"--data={named}"):
             own = {"path": None, "tokenizer": str(saved_tokenizer(directory))}
             return open_corpus(dataclasses.replace(data, name=named, **own), vocab_size)
-    if loading.is_model(directory) and (data.name != "sotu" or data.path is not None):
+    of_run = loading.is_of_run(directory)
+    if loading.is_model(directory) and (not of_run or (data.name, data.path) != ("sotu", None)):
         if corpus := opened_before(data, read_identities(directory)):
             return corpus
         sources = ", ".join(f"{s.name}@{s.path}" if s.path else s.name for s in data.sources)
+        read = f"its run read {shown(sources)}" if of_run else "it has no training run"
         raise UserError(
-            f"{directory} is a model, which cannot choose what is read here; its run read "
-            f"{shown(sources)}. Name corpora with --data, such as --data=sotu"
+            f"{directory} is a model, which cannot choose what is read here; {read}. Name corpora "
+            "with --data, such as --data=sotu or --data=text@FOLDER"
         )
     corpus = open_corpus(data, vocab_size)
     check_data(directory, corpus)

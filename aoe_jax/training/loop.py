@@ -13,7 +13,7 @@ import jax
 from aoe_jax import sharding
 from aoe_jax.config.run import Config
 from aoe_jax.data.pipeline import train_batches
-from aoe_jax.data.tokenised import open_corpus
+from aoe_jax.data.tokenised import open_corpus, with_vocabulary
 from aoe_jax.distributed import all_agree, gathered, together
 from aoe_jax.errors import DivergedError, Stopped
 from aoe_jax.model.counts import log_run
@@ -75,7 +75,9 @@ def train(
     `Stopped` after a request to stop, once the state is saved.
     """
     started, is_main = time.perf_counter(), jax.process_index() == 0
-    stop, given = stop or StopRequests(), config
+    stop = stop or StopRequests()
+    with together():
+        given = config = with_vocabulary(config)
     checkpoints, folder = Checkpoints(workdir), RunFolder(workdir)
     config = sharding.fill_mesh(config, jax.device_count())
     mesh = sharding.make_mesh(config, jax.devices())

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from aoe_jax.config.checks import differences
 from aoe_jax.config.run import Config
 from aoe_jax.data.token_store import saved_tokenizer
+from aoe_jax.data.tokenizer import load_tokenizer
 from aoe_jax.distributed import together
 from aoe_jax.errors import UserError, naming
 from aoe_jax.formats.configs import computed_fields
 from aoe_jax.formats.loading import load_params, read_config
 from aoe_jax.model.decoder import initial_routing_state
-from aoe_jax.storage.files import read_json, write_json, write_or_refuse, write_whole
-from aoe_jax.storage.paths import FILE_BYTES, local_copy, parsed_path
+from aoe_jax.storage.files import write_json, write_or_refuse, write_whole
+from aoe_jax.storage.paths import local_copy, parsed_path
 from aoe_jax.storage.retry import refusing
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.run_folder import check_config, read_heartbeat
@@ -100,14 +101,7 @@ def _check_architecture(config, directory):
 
 
 def _check_tokenizer(of_model, of_corpora):
-    if of_model.exists() and _vocabulary(of_model) != _vocabulary(of_corpora):
+    files = (of_model, of_corpora) if of_model.exists() else ()
+    if len({load_tokenizer(file, setting="tokenizer").identity for file in files}) > 1:
         wanted = f"set data.tokenizer={str(of_model)!r}"
         raise UserError(f"the model has another tokenizer than the corpora; {wanted}")
-
-
-def _vocabulary(file):
-    """The fields of a tokenizer's file that determine the tokens of a text."""
-    if file.suffix != ".json":
-        return file.read_bytes()
-    spec = read_json(file, "it is no tokenizer", at_most=FILE_BYTES)
-    return [spec.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")]

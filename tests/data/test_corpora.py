@@ -174,6 +174,7 @@ def test_missing_tfds_splits_are_cut_from_train(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text_field", "failure", "message"),
     [
+        ("hf:a/b", "text", None, r"'hf:a/b': unknown;.* or huggingface:a/b for the Hugging"),
         ("lm1bb", "text", None, r"'lm1bb': unknown; give sotu, text, .*; did you mean lm1b\?"),
         ("wiki40/en", "text", None, r"data.name='wiki40/en': unknown.*wiki40b"),
         (

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from aoe_jax.config.data import DataConfig
+from aoe_jax.config.run import Config
 from aoe_jax.data import SPLITS, token_store
 from aoe_jax.data.pipeline import Mixture, train_batches
-from aoe_jax.data.tokenised import open_corpus
+from aoe_jax.data.tokenised import open_corpus, with_vocabulary
 from aoe_jax.errors import UserError
 from tests.runs import damage
 
@@ -199,11 +200,25 @@ def test_prepared_stores_bring_their_tokenizer(folders):
     assert corpus.identities[0] == corpus_of(folders, "text@{large}", vocab_size=300).identities[0]
     given = corpus_of(here, "prepared@{mine}", 512, tokenizer=str(mine / "tokenizer.json"))
     assert given.identities == corpus.identities[:1]
+    same = mine.parent / "same.json"  # the same tokenizer in another form
+    same.write_text(json.dumps(json.loads((mine / "tokenizer.json").read_text()), sort_keys=True))
+    again = corpus_of(here, "prepared@{mine}, text@{digits}", 512, tokenizer=str(same))
+    assert again.identities == corpus.identities and again.tokenizer == corpus.tokenizer
     alone = open_corpus(DataConfig("prepared", path=str(mine)), 300)
     assert alone.identities == corpus.identities[:1] and list(alone.train) == ["mine"]
 
 
 TWO = r"all corpora must have the same tokenizer, but .*mine has [0-9a-f]{12}"
+
+
+def test_the_vocabulary_is_that_of_a_given_tokenizer(folders):
+    mine, size = prepared(folders, "mine", "large", vocab_size=300), {"model": {"vocab_size": 512}}
+    given = {"name": "text", "path": str(mine), "tokenizer": str(mine / "tokenizer.json")}
+    for data in ({"name": f"sotu, prepared@{mine}"}, given):
+        assert with_vocabulary(Config.from_config_dict({"data": data})).model.vocab_size == 300
+        set_to = with_vocabulary(Config.from_config_dict({"data": data} | size)).model.vocab_size
+        assert set_to == 512
+    assert Config().model.vocab_size == 4096
 
 
 @pytest.mark.parametrize(

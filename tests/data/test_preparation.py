@@ -6,6 +6,8 @@ import itertools
 import multiprocessing
 import os
 import shutil
+import sys
+import types
 from concurrent.futures import as_completed
 
 import pytest
@@ -165,7 +167,6 @@ def test_complete_store_is_left_alone(inputs, whole, caplog):
     for changes, message in (
         ({"tokenizer": "bpe:301"}, r"tokenizer is 'bpe:300' there, 'bpe:301' here"),
         ({"validation": 0.2}, r"validation is 0\.1 there, 0\.2 here"),
-        ({"text_field": "body"}, r"text_field is 'text' there, 'body' here"),
     ):
         words = rf"holds a preparation of something else: {message}\. Delete the folder, or"
         with pytest.raises(UserError, match=words):
@@ -248,20 +249,50 @@ def test_mistakes(inputs, tmp_path):
     with pytest.raises(UserError, match=r"--tokenizer='none.json': cannot be read"):
         prepared(inputs, tmp_path / "store", Settings("none.json"))
     assert not (tmp_path / "store").exists()
-    (tmp_path / "a.jsonl").write_bytes(json_lines([*texts(30), ""]))
-    (tmp_path / "b.jsonl").write_text("{")
-    with pytest.raises(UserError, match=r"the line at byte 0 of .*b\.jsonl is no JSON"):
-        prepared((str(tmp_path / "*.jsonl"), None), tmp_path / "store")
 
 
-def test_empty_documents_are_left_out_and_empty_splits_refused(tmp_path):
+def test_a_mistake_leaves_nothing_that_prevents_the_second_try(tmp_path):
+    """The mistake is found at the start, or in the last unit of work."""
+    folder, output = tmp_path / "in", tmp_path / "store"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(json_lines(texts(300)))
+    (folder / "other.csv").touch()
+    (folder / "z.jsonl").write_text("{")
+    for settings, words in (
+        (dataclasses.replace(SETTINGS, text_field="body"), "--text_field='body': the line at by"),
+        (SETTINGS, r"the line at byte 0 of .*z\.jsonl is no JSON"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prepared((str(folder), None), output, settings)
+        assert not output.exists()
+    (folder / "z.jsonl").unlink()
+    prepared((str(folder), None), output, Settings("bpe:290"))
+
+
+def test_every_split_of_a_small_corpus_has_a_document(tmp_path, caplog):
+    """Empty documents are left out."""
+    caplog.set_level("INFO", "aoe_jax")
     (tmp_path / "a.jsonl").write_bytes(json_lines([*texts(30), "", ""]))
-    pattern = str(tmp_path / "*.jsonl"), None
-    words = r"=0\.0001: the validation split got none of 30 documents; delete .*store"
+    for _ in range(2):  # the second time the store is complete
+        store = prepared((str(tmp_path), None), tmp_path / "store", Settings("bpe:300"))
+        assert "30 documents are few; a larger share of them is held out" in caplog.text
+    numbers = [TokenStore(store, split).documents for split in SPLITS]
+    assert sum(numbers) == 30 and min(numbers) > 0
+    (tmp_path / "a.jsonl").write_bytes(json_lines([*texts(2), ""]))
+    with pytest.raises(UserError, match=r"--input: 2 different documents with text are too few"):
+        prepared((str(tmp_path / "*.jsonl"), None), tmp_path / "two", SETTINGS)
+
+
+def test_a_tokenizer_of_the_hub(inputs, whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub = types.SimpleNamespace(snapshot_download=lambda name, allow_patterns: str(whole))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    settings = dataclasses.replace(SETTINGS, tokenizer="owner/name-1.5")
+    assert files_of(prepared(inputs, tmp_path / "store", settings)) == files_of(whole)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    words = "--tokenizer='owner/name-1.5': no such file or folder, and the Hugging Face Hub fails"
     with pytest.raises(UserError, match=words):
-        prepared(pattern, tmp_path / "store", Settings("bpe:300", validation=0.0001, test=0.3))
-    store = prepared(pattern, tmp_path / "other", Settings("bpe:300", validation=0.3, test=0.3))
-    assert sum(TokenStore(store, split).documents for split in SPLITS) == 30
+        prepared(inputs, tmp_path / "other", settings)
 
 
 def test_two_preparations_of_one_folder(inputs, tmp_path, monkeypatch):
@@ -283,7 +314,7 @@ def test_input_that_changes_meanwhile_is_noticed(inputs, tmp_path, monkeypatch):
     def change(written):
         (folder / "sub" / "2.txt").write_text("changed")
 
-    words = r"--input: .*2\.txt has changed since the preparation began\. Delete .*store"
+    words = r"--input: .*2\.txt has changed since the preparation began\. Prepare it"
     with pytest.raises(UserError, match=words):
         interrupted((str(folder / "**"), None), tmp_path / "store", monkeypatch, change)
     assert not (tmp_path / "store" / "manifest.json").exists()

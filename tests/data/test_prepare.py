@@ -136,9 +136,10 @@ def test_training_on_a_store_of_a_sentencepiece_model(tmp_path):
     ("given", "message"),
     [
         ("--input=x", "--output is missing; name the directory of the token store"),
-        ("--output=x --tokenizer=bpe:300", "--input is missing; name a glob pattern"),
+        ("--output=x --tokenizer=bpe:300", "--input is missing; name a folder, or a glob pattern"),
         ("--output=x --input=README.md", "--tokenizer is missing; name a Hugging Face tokenizer"),
         ("--output=x --input=none* --tokenizer=bpe:300", "--input='none*': matches no file"),
+        ("--output=x --input=aoe_jax --tokenizer=bpe:300", "--input='aoe_jax': has no documents"),
         ("--output=x --input=README.md --tokenizer=bpe:300", "README.md is in no known format"),
         ("--output=x --input=README.md --tokenizer=bpe:3", "--tokenizer='bpe:3': give bpe:N"),
         ("--output=x --processes=0", "--processes=0"),

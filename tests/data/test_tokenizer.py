@@ -204,6 +204,7 @@ def test_special_tokens_before_each_text(tmp_path):
     changed.save(str(file))
     tokenizer = load_tokenizer(file)
     assert tokenizer.prefix == [0] and encode(tokenizer, "the cat") == encode(plain, "the cat")
+    assert tokenizer.identity == plain.identity != train_tokenizer(TEXTS, 263).identity
 
 
 def test_pieces_of_a_text_have_its_tokens(tmp_path):

@@ -1,6 +1,7 @@
 """Runs and models in an object store, which is a server on this machine."""
 
 import contextlib
+import dataclasses
 import gzip
 import json
 import os
@@ -250,11 +251,14 @@ def test_a_corpus_from_texts_in_a_store(folder, tmp_path):
     file_system(folder).put(f"{here}/", f"{folder}/", recursive=True)
     stores = [tmp_path / name for name in ("of_disk", "of_store")]
     for place, output in zip((here, folder), stores, strict=True):
-        prepare([f"{place}/**/*.txt", f"{place}/lines.*"], settings, output, 2)
+        prepare([str(place)], settings, output, 2)
     disk, remote = map(contents, stores)
     assert disk.pop("plan.json") != remote.pop("plan.json")
     assert disk.pop("manifest.json") != remote.pop("manifest.json")  # it has the name of the store
     assert disk == remote and any(name.startswith("train-") for name in disk)
+    with pytest.raises(UserError, match="--text_field='body'"):
+        prepare([str(folder)], dataclasses.replace(settings, text_field="body"), folder / "s", 1)
+    assert not list(folder.glob("s/*"))  # a first try with a mistake leaves nothing
     (folder / "lines.jsonl.gz").write_bytes(gzip.compress(lines[0].encode()))
     with pytest.raises(UserError, match=r"lines\.jsonl\.gz is new, gone or changed since the"):
         prepare([f"{folder}/**/*.txt", f"{folder}/lines.*"], settings, stores[1], 1)
