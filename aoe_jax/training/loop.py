@@ -18,7 +18,7 @@ from aoe_jax.distributed import all_agree, gathered, together
 from aoe_jax.errors import DivergedError, Stopped
 from aoe_jax.model.counts import log_run
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.storage.files import write_json
+from aoe_jax.storage.files import read_metrics, write_json
 from aoe_jax.storage.retry import Tolerated, patiently
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.heartbeat import Heartbeat
@@ -240,10 +240,11 @@ def train(
                 patiently("the metrics cannot be copied", folder.upload)
                 patiently(f"{file} cannot be written", lambda: write_json(file, summary))
                 with Tolerated("training.png"):
-                    from aoe_jax.training.picture import write_picture  # slow to import
+                    from aoe_jax.training.picture import draw_runs, write_png  # slow to import
 
                     title = f"{name}: {config.experts.kind}, {in_words(summary)}"
-                    write_picture(folder.on_disk / "metrics.jsonl", workdir / "training.png", title)
+                    lines = list(read_metrics(folder.on_disk / "metrics.jsonl"))
+                    write_png(workdir / "training.png", draw_runs({name: lines}, title))
             heartbeat.beat("finished", now.step)
         log.info("done: %s", json.dumps(summary["metrics"]))
         return summary
