@@ -40,6 +40,7 @@ class Now:
     batch: dict[str, Any] | None = None  # batch of the next step
     progress: Progress | None = None
     can_score: bool = False  # whether the evaluation step is compiled
+    can_sample: bool = False  # whether the programs that sample text are compiled
     saved_at: float = field(default_factory=time.monotonic)  # time of the newest save, in seconds
 
 
@@ -60,16 +61,19 @@ def train(
     profile=range(0),
     wandb=None,
     branch=None,
+    text_sampler=None,
     **start,
 ):
     """Starts or continues a run in `workdir`; returns the content of its `summary.json`.
 
     Writes `config.json`, `data.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`,
     `checkpoints/`, the tokenizer and, at the end, `summary.json` and `training.png`. It also writes
-    a trace of the steps `profile` to `profile/`, and `wandb/` if `wandb` is a project of Weights &
-    Biases. `start` has arguments of `RunFolder.open`. If `branch` is `(DIR, STEP)`, a new run
-    begins with that checkpoint of the run in DIR. A run that is stopped at any moment and started
-    again ends in the same state as a run without a stop, on CPU bit for bit.
+    a trace of the steps `profile` to `profile/`, `wandb/` if `wandb` is a project of Weights &
+    Biases, and with `train.sample_every` the samples of `text_sampler`, the function in
+    `evaluation/generation.py`, to `samples.jsonl`. `start` has arguments of `RunFolder.open`. If
+    `branch` is `(DIR, STEP)`, a new run begins with that checkpoint of the run in DIR. A run that
+    is stopped at any moment and started again ends in the same state as a run without a stop, on
+    CPU bit for bit.
 
     Raises the exceptions of `errors.py`: `UserError` also if the run has already finished, and
     `Stopped` after a request to stop, once the state is saved.
@@ -100,6 +104,9 @@ def train(
                 heartbeat.beat("preparing")
             corpus = open_corpus(config.data, config.model.vocab_size)
             saved_steps = checkpoints.steps()
+            if config.train.sample_every:
+                store = next(iter(corpus.validation.values()))
+                sample = text_sampler(config, mesh, corpus.tokenizer, store)
         heartbeat.beat("restoring")
         folder.check(config, corpus, saved_steps)
         now = Now(gathered(max(saved_steps, default=0))[0], progress=Progress())
@@ -176,6 +183,14 @@ def train(
             metrics.validation(now.step, result)
             now.progress.validated, now.progress.validation = True, result.metrics()
 
+        def show_sample():
+            metrics.flush()
+            heartbeat.beat("sampling" if now.can_sample else "compiling", now.step)
+            with metrics.clock("sample"), jax.transfer_guard("allow"):
+                text = sample(now.state.params, now.state.routing_state)
+            now.can_sample = True
+            metrics.sample(now.step, text)
+
         def save(wait=False):
             metrics.flush()
             if not wait and (now.step == steps or now.progress.skipped_in_row):
@@ -197,6 +212,7 @@ def train(
 
         hooks = [
             every(config.train.eval_every, validate, last=steps),
+            every(config.train.sample_every, show_sample),  # before the checkpoint of the same step
             every(config.checkpoint.every, save),
             every(config.train.log_every, save_by_clock),
         ]
