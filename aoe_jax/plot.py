@@ -1,8 +1,8 @@
-"""Draws the loss, the load of experts and the speed of training runs in one picture.
+"""Draws loss, load of experts and speed of training runs in one picture.
 
     python -m aoe_jax.plot --runs=DIR,DIR,... [--output=FILE.png]
 
-The runs may still be training. A single run has a line for the load of each layer.
+The runs may still be training.
 """
 
 from absl import flags
@@ -17,10 +17,9 @@ _OUTPUT = flags.DEFINE_string("output", "runs.png", "the picture, a PNG file")
 
 
 def main():
-    cli.required(_RUNS), cli.required(_OUTPUT)
+    require_flag(_OUTPUT.value.endswith(".png"), "output", _OUTPUT.value, "must end in .png")
     output, runs = cli.file_to_write(_OUTPUT), {}
-    require_flag(output.suffix == ".png", "output", output, "the name must end in .png")
-    for given in _RUNS.value:
+    for given in cli.required(_RUNS):
         run = parsed_path(given, "--runs", in_store=True)
         require_flag(run.is_dir(), "runs", given, "there is no such folder")
         lines = list(read_metrics(run / "metrics.jsonl"))

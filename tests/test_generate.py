@@ -55,7 +55,7 @@ def test_samples_in_training():
     model, change = load_model(finished_run()), lambda a: 1.5 * a
     corpus = open_corpus(model.config.data, model.config.model.vocab_size)
     (store,) = corpus.validation.values()
-    sample = text_sampler(model.config, model.mesh, corpus.tokenizer, store)
+    sample = text_sampler(model.config, model.mesh, corpus)
     prompt = store.read(0, 16).tolist()
     (drawn,) = Generator(model).generate([prompt], 48, sampling=Sampling(temperature=0.8))
     for _ in range(2):
@@ -68,7 +68,7 @@ def test_a_model_that_cannot_sample_in_training():
     config = kind_config("expert_choice", train__sample_every=5)
     corpus = open_corpus(config.data, config.model.vocab_size)
     with pytest.raises(UserError, match=r"train\.sample_every=5: .*cannot decode token by token"):
-        text_sampler(config, None, corpus.tokenizer, *corpus.validation.values())
+        text_sampler(config, None, corpus)
 
 
 MISTAKES = [

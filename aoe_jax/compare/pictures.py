@@ -5,22 +5,13 @@
 
 import textwrap
 
-import matplotlib
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from aoe_jax.compare.statistics import mean, number
 from aoe_jax.evaluation.loads import draw_loads
-from aoe_jax.training.picture import (
-    DPI,
-    SETTINGS,
-    VALIDATION,
-    add_legend,
-    drawn,
-    new_figure,
-    smoothed,
-    styles_of,
-)
+from aoe_jax.training import picture
+from aoe_jax.training.picture import add_legend, drawn, new_figure, styles_of
 
 AXES = {
     "tokens": "training tokens",
@@ -61,10 +52,10 @@ def loss_curves(curves, styles, axis):
     late, lowest, first_x = [], [], []
     for arm, of_arm in curves.groupby("arm", sort=False):
         train = _over_seeds(of_arm[of_arm["split"] == "train"], [axis, "nll"])
-        nll = smoothed(train["nll"])
+        nll = picture.smoothed(train["nll"])
         axes.plot(train[axis], nll, **styles[arm])
         points = _over_seeds(of_arm[of_arm["split"] == "validation"], [axis, "nll"])
-        axes.plot(points[axis], points["nll"], color=styles[arm]["color"], **VALIDATION)
+        axes.plot(points[axis], points["nll"], color=styles[arm]["color"], **picture.VALIDATION)
         late += [*nll[len(nll) // 4 :]]
         lowest += [min(late), *points["nll"]]
         first_x.append(train[axis].iloc[len(train) // 12])
@@ -79,14 +70,12 @@ def loss_curves(curves, styles, axis):
 
 @drawn
 def scaling(fitted, styles, xlabel):
-    """Draws means, joined by lines, with standard errors, and the bands of the fits, which may miss
-    them; `fitted` is the result of `Results.scaling`.
+    """Draws means with standard errors, joined by lines, because fits may miss them; `fitted` is
+    the result of `Results.scaling`.
     """
     figure, (axes,) = new_figure(3.8)
-    for arm, (groups, fit) in fitted.items():
+    for arm, (groups, _) in fitted.items():
         colour, means = styles[arm]["color"], [mean(losses) for losses in groups.values()]
-        line = np.geomspace(min(groups), max(groups), 60)
-        axes.fill_between(line, *fit.band(line), color=colour, alpha=0.15, linewidth=0)
         values = [found.value for found in means]
         errors = np.nan_to_num([found.error for found in means])
         axes.errorbar(list(groups), values, errors, color=colour, **POINTS)
@@ -192,8 +181,8 @@ def through_training(routing, styles, name, ylabel):
     return figure
 
 
+@drawn
 def save(figure, file):
     """Saves a figure as PNG in `file`, and as SVG beside it."""
-    with matplotlib.rc_context(SETTINGS):
-        figure.savefig(file, dpi=DPI)
-        figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
+    picture.write_png(file, figure)
+    figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})

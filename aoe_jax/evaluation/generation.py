@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -15,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from aoe_jax.config.run import Config
-from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenizer import load_tokenizer
 from aoe_jax.errors import UserError, naming
 from aoe_jax.evaluation.contrast import Contrast, contrasted, strong_and_weak
@@ -25,7 +22,6 @@ from aoe_jax.model.decoder import Decoder
 from aoe_jax.model.decoding import Cache, check_decodes, extend, output_logits, prefill, unstacked
 from aoe_jax.sharding import replicated, spec_of
 
-SAMPLE_PROMPT, SAMPLE_TOKENS = 16, 64  # tokens of the prompt, and at most drawn, in `text_sampler`
 LENGTH_MULTIPLE = 64  # prompts and caches are padded to multiples of 64, to compile few shapes
 
 
@@ -208,21 +204,19 @@ def continuations(model: Model, prompts, max_tokens, contrast=None, **settings):
         yield [text.removeprefix(head).rstrip("\N{REPLACEMENT CHARACTER}") for head, text in pairs]
 
 
-def text_sampler(config: Config, mesh, tokenizer: Path, store: TokenStore):
-    """Returns `sample(params, routing_state) -> text`, which shows the progress of a training run.
-
-    The text is the beginning of `store` with a continuation at temperature 0.8. All samples use the
-    same random keys. All processes must call `sample`. Raises `UserError` if the model does not
-    support incremental decoding.
+def text_sampler(config, mesh, corpus):
+    """Returns `sample(params, routing_state)`, which all processes of a training run must call. It
+    returns the beginning of the validation split with a continuation at temperature 0.8, always
+    with the same random keys. Raises `UserError` if the model cannot decode token by token.
     """
-    decoder, tokenizer = Decoder.from_config(config), load_tokenizer(tokenizer)
+    store, tokenizer = next(iter(corpus.validation.values())), load_tokenizer(corpus.tokenizer)
+    decoder = Decoder.from_config(config)
     end, longest = tokenizer.end_of_text, config.model.max_len
-    model = Model(config, decoder, mesh, {}, {}, tokenizer, end, [end], [], None)
     with naming(f"config.train.sample_every={config.train.sample_every}"):
-        generator = Generator(model)
-    prompt = store.read(0, min(SAMPLE_PROMPT, longest, len(store))).tolist()
-    n_tokens, sampling = min(SAMPLE_TOKENS, longest - len(prompt)), Sampling(temperature=0.8)
-    unstack = jax.jit(partial(unstacked, decoder, mesh=mesh))
+        generator = Generator(Model(config, decoder, mesh, {}, {}, tokenizer, end, [end], [], None))
+    prompt = store.read(0, min(16, longest, len(store))).tolist()
+    n_tokens, sampling = min(64, longest - len(prompt)), Sampling(temperature=0.8)
+    unstack = jax.jit(partial(unstacked, decoder, mesh=mesh))  # compiles once
 
     def sample(params, routing_state):
         weights = unstack(params), routing_state

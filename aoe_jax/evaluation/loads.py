@@ -61,14 +61,10 @@ def draw_loads(panels):
     """Draws load shares, with Ent_load and Ent_conf at the right, like the paper's Fig. 3. Returns
     a matplotlib `Figure`. `panels` maps titles to results of `load_statistics`.
     """
-    from matplotlib.figure import Figure
+    from aoe_jax.training.picture import new_figure  # slow to import
 
-    from aoe_jax.training.picture import WIDTH  # matplotlib is slow to import
-
-    n_layers = max(len(s["load"]) for s in panels.values())
-    size = WIDTH, len(panels) * (0.95 + 0.24 * n_layers)
-    figure = Figure(figsize=size, layout="constrained")
-    rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    height = 0.95 + 0.24 * max(len(s["load"]) for s in panels.values())
+    figure, rows = new_figure(height * len(panels), len(panels), sharex=False)
     for axes, (title, statistics) in zip(rows, panels.items(), strict=True):
         share, options = _share(statistics), {"va": "center", "fontsize": 7}
         n = share.shape[1]
@@ -78,10 +74,9 @@ def draw_loads(panels):
             axes.text(column, row, f"{100 * value:.0f}", ha="center", color=colour, **options)
         of_load, of_choice = statistics["load_entropy"], statistics["confidence_entropy"]
         for row, pair in enumerate(zip(of_load, of_choice, strict=True)):
-            place = {"x": 1.02, "y": row, "transform": axes.get_yaxis_transform()}
-            axes.text(s="{:.2f}  {:.2f}".format(*pair), **place, **options)
-        means = f"{np.mean(of_load):.3f} and {np.mean(of_choice):.3f}"
-        means = f"right: Ent_load and Ent_conf in nats; their means: {means}"
+            axes.text(1.02 * n - 0.5, row, "{:.2f}  {:.2f}".format(*pair), **options)
+        means = f"means {np.mean(of_load):.3f} and {np.mean(of_choice):.3f}"
+        means = f"right: Ent_load and Ent_conf in nats, {means}"
         axes.set_title(f"{title}\n{means}", loc="left", fontsize=8)
         axes.set_yticks(range(len(share)), [f"layer {i}" for i in range(len(share))], fontsize=7)
         axes.set_xticks([])

@@ -68,12 +68,11 @@ def train(
 
     Writes `config.json`, `data.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`,
     `checkpoints/`, the tokenizer and, at the end, `summary.json` and `training.png`. It also writes
-    a trace of the steps `profile` to `profile/`, `wandb/` if `wandb` is a project of Weights &
-    Biases, and with `train.sample_every` the samples of `text_sampler`, the function in
-    `evaluation/generation.py`, to `samples.jsonl`. `start` has arguments of `RunFolder.open`. If
-    `branch` is `(DIR, STEP)`, a new run begins with that checkpoint of the run in DIR. A run that
-    is stopped at any moment and started again ends in the same state as a run without a stop, on
-    CPU bit for bit.
+    a trace of the steps `profile` to `profile/`, and `wandb/` if `wandb` is a project of Weights &
+    Biases. `text_sampler` is the function of this name in `evaluation`, for `train.sample_every`.
+    `start` has arguments of `RunFolder.open`. If `branch` is `(DIR, STEP)`, a new run begins with
+    that checkpoint of the run in DIR. A run that is stopped at any moment and started again ends in
+    the same state as a run without a stop, on CPU bit for bit.
 
     Raises the exceptions of `errors.py`: `UserError` also if the run has already finished, and
     `Stopped` after a request to stop, once the state is saved.
@@ -105,8 +104,7 @@ def train(
             corpus = open_corpus(config.data, config.model.vocab_size)
             saved_steps = checkpoints.steps()
             if config.train.sample_every:
-                store = next(iter(corpus.validation.values()))
-                sample = text_sampler(config, mesh, corpus.tokenizer, store)
+                sample = text_sampler(config, mesh, corpus)
         heartbeat.beat("restoring")
         folder.check(config, corpus, saved_steps)
         now = Now(gathered(max(saved_steps, default=0))[0], progress=Progress())

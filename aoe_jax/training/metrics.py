@@ -214,20 +214,16 @@ class Metrics:
         log.info(f"step {step}/{self._config.train.steps} | validation {result} | in {duration}")
 
     def sample(self, step, text):
-        """Reports a text that the model generates after a step. In `samples.jsonl` it replaces the
-        texts of this and of later steps, which a run repeats after a kill.
-        """
-        shown = json.dumps(text, ensure_ascii=False)
+        """Reports a text of the model. In `samples.jsonl` it replaces texts of repeated steps."""
+        shown, file = json.dumps(text, ensure_ascii=False), self._folder / "samples.jsonl"
         log.info(f"step {step}/{self._config.train.steps} | sample {shown}")
         if not self._writers:
             return
         self._check()
-        file = self._folder / "samples.jsonl"
         with Tolerated(file.name):
-            lines = file.read_text().splitlines() if file.exists() else []
-            lines = [line for line in lines if json.loads(line)["step"] < step]
-            lines += [json.dumps({"step": step, "text": text}), ""]
-            write_whole(file, "\n".join(lines).encode())
+            lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+            kept = "".join(line for line in lines if json.loads(line)["step"] < step)
+            write_whole(file, f"{kept}{json.dumps({'step': step, 'text': text})}\n".encode())
         if self._board:
             with Tolerated(self._board.name):
                 self._board.write_text(step, text)

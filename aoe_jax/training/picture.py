@@ -1,12 +1,9 @@
-"""Draws the metrics of runs, and defines how all pictures look.
-
-`training.png` shows one run, and the picture of `python -m aoe_jax.plot` several. All pictures are
-`WIDTH` inches wide, so that their text can be read when they are scaled to 400 pixels.
+"""Draws the metrics of one or several runs, and defines how all pictures look. They are `WIDTH`
+inches wide, so that their text can be read when they are scaled to 400 pixels.
 """
 
 import io
 import itertools
-import math
 import textwrap
 
 import matplotlib
@@ -25,7 +22,6 @@ WIDTH, DPI = 4.6, 140
 SETTINGS = {
     "font.size": 9,
     "axes.titlesize": 9,
-    "figure.titlesize": 9,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
     "legend.fontsize": 8,
@@ -42,7 +38,6 @@ SETTINGS = {
 SMOOTHING = 0.04  # fraction of the steps in the moving average of training losses
 # The line that joins the validation losses of a run.
 VALIDATION = {"marker": "o", "markersize": 3.5, "markerfacecolor": "white", "linewidth": 0.9}
-_LATE = 0.05  # the loss axis is scaled to the losses after this fraction of the steps
 _MAX_LEGEND = 8  # largest number of layers in a legend
 
 drawn = matplotlib.rc_context(SETTINGS)  # decorator of functions that draw
@@ -57,10 +52,10 @@ def styles_of(labels):
     }
 
 
-def new_figure(height, n_panels=1):
+def new_figure(height, n_panels=1, sharex=True):
     """Returns a figure of `height` inches, and its panels from top to bottom."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.subplots(n_panels, squeeze=False, sharex=True)[:, 0]
+    return figure, figure.subplots(n_panels, squeeze=False, sharex=sharex)[:, 0]
 
 
 def add_legend(figure, axes):
@@ -68,9 +63,8 @@ def add_legend(figure, axes):
     lines, labels = axes.get_legend_handles_labels()
     lines.sort(key=lambda line: line.get_ydata()[-1], reverse=True)
     columns = max(1, int(WIDTH / (0.6 + 0.07 * max(map(len, labels)))))
-    options = {"handlelength": 2.4, "markerscale": 0, "ncols": columns}
-    figure.legend(handles=lines, loc="outside lower left", **options)
-    figure.set_figheight(figure.get_figheight() + 0.17 * math.ceil(len(lines) / columns))
+    figure.legend(handles=lines, loc="outside lower left", ncols=columns, markerscale=0)
+    figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(lines) // columns))
 
 
 def smoothed(values):
@@ -81,15 +75,12 @@ def smoothed(values):
 
 @drawn
 def draw_runs(runs, title=""):
-    """Draws loss, load of experts and speed; `runs` is `{name: lines of its metrics.jsonl}`.
-
-    The load is the largest load of an expert divided by the mean load: for a single run that of
-    each layer, else the mean over layers. Without experts there is no such panel.
+    """Draws loss, load of experts and speed; `runs` is `{name: lines of its metrics.jsonl}`. Loads
+    are those of each layer for a single run, else means over layers.
     """
     styles = styles_of({name: name for name in runs})
     loads = {name: found for name, lines in runs.items() if (found := _loads(lines))}
-    n_panels = 3 if loads else 2
-    figure, panels = new_figure(2.2 * n_panels, n_panels)
+    figure, panels = new_figure(6.6 if loads else 4.4, 3 if loads else 2)
     _draw_loss(panels[0], runs, styles)
     if loads:
         _draw_load(panels[1], loads, styles)
@@ -98,7 +89,7 @@ def draw_runs(runs, title=""):
     panels[-1].set(title="speed", xlabel="step", ylabel="tokens per second", ylim=(0, None))
     panels[-1].yaxis.set_major_formatter(EngFormatter(sep=""))
     panels[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    figure.suptitle(textwrap.fill(title, 60))
+    figure.suptitle(textwrap.fill(title, 52))
     if len(runs) > 1:
         add_legend(figure, panels[0])
     return figure
@@ -108,11 +99,10 @@ def _draw_loss(axes, runs, styles):
     late, handles = [], []
     for name, lines in runs.items():
         (steps, nll), points = _curve(lines, "nll"), _curve(lines, "validation_nll")
-        colour = styles[name]["color"]
-        axes.plot(steps, nll, color=colour, linewidth=0.8, alpha=0.3)
+        axes.plot(steps, nll, color=styles[name]["color"], linewidth=0.8, alpha=0.3)
         handles += _plot(axes, steps, smoothed(nll), **styles[name])
-        handles += axes.plot(*points, color=colour, **VALIDATION)
-        late += [*nll[steps >= _LATE * steps.max(initial=0)], *points[1]]
+        handles += axes.plot(*points, color=styles[name]["color"], **VALIDATION)
+        late += [*nll[len(nll) // 20 :], *points[1]]  # without the steep beginning
     if late:
         margin = max(0.05 * np.ptp(late), 0.01)
         axes.set_ylim(min(late) - margin, max(late) + margin)
@@ -133,8 +123,8 @@ def _draw_load(axes, loads, styles):
             label = f"layer {layer}" if layer in labelled else None
             _plot(axes, steps, ratio, color=colour, linewidth=1.2, label=label)
     axes.axhline(1, color="black", linewidth=1, linestyle="--", label="balanced")
-    axes.set_title("load of experts" + (", mean over layers" if len(styles) > 1 else ""))
-    axes.set_ylabel("largest load / mean load")
+    title = "load of experts" + (", mean over layers" if len(styles) > 1 else "")
+    axes.set(title=title, ylabel="largest load / mean load")
     axes.legend(ncols=3)
 
 
@@ -144,7 +134,6 @@ def _plot(axes, steps, values, **style):
 
 
 def _curve(lines, name):
-    """Returns the steps `[S]` and the values `[S]` of the lines that have a number `name`."""
     found = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     return np.array(found, float).reshape(-1, 2).T
 

@@ -41,17 +41,15 @@ _ON_DISK = ("metrics.jsonl", "samples.jsonl", "wandb.json")
 FREE = {
     *("checkpoint", "mesh", "data.cache", "data.path", "data.tokenizer", "train.steps"),
     *("train.log_every", "train.eval_every", "train.sample_every", "train.max_skipped"),
-    "train.hang_timeout",
-    *("model.attention", "model.unroll", "experts.grouped_matmul"),
+    *("train.hang_timeout", "model.attention", "model.unroll", "experts.grouped_matmul"),
 }
 
 
 class RunFolder:
     """The workdir of a run, which all processes share and process 0 owns.
 
-    `on_disk` is the folder for `metrics.jsonl`, `samples.jsonl`, `tensorboard/`, `wandb/` and
-    `profile/`: the workdir or, for a workdir in an object store, a temporary folder that `upload`
-    copies there.
+    `on_disk` is the folder for `metrics.jsonl`, `tensorboard/`, `profile/` and the like: the
+    workdir or, for a workdir in an object store, a temporary folder that `upload` copies there.
     """
 
     def __init__(self, workdir: Path):

@@ -161,7 +161,6 @@ class TensorBoard:
         self._add(step, summary=Summary(value=values))
 
     def write_text(self, step, text):
-        """Writes a sample of text."""
         self._add(step, summary=text_summary("sample", text))
 
     def close(self):

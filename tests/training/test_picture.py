@@ -86,8 +86,8 @@ def test_the_command(tmp_path, capsys):
         ([], "--runs is missing"),
         (["--runs=/nowhere"], "--runs=/nowhere: there is no such folder"),
         (["--runs={}"], "--runs=.*: metrics.jsonl there has no step yet, or is missing"),
-        (["--runs={}", "--output=x.pdf"], r"--output=x.pdf: the name must end in \.png"),
-        (["--runs={}", "--output="], "--output is missing"),
+        (["--runs={}", "--output=x.pdf"], r"--output=x.pdf: must end in \.png"),
+        (["--runs={}", "--output="], r"--output=: must end in \.png"),
     ],
 )
 def test_mistakes(arguments, words, tmp_path):
