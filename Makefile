@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # because JAX would look for a TPU at every start if it found libtpu there.
 LIBTPU := $(VENV)/libtpu
 
-.PHONY: setup train multiprocess soak test test-slow smoke lint docs
+.PHONY: setup train watch multiprocess soak test test-slow smoke lint docs
 
 setup: $(INSTALLED)
 
@@ -38,6 +38,10 @@ train: $(PACKAGE)
 	$(BIN)/python eval.py --workdir=$(WORKDIR) --split=validation
 	$(BIN)/python -m benchmarks.compression --workdir=$(WORKDIR)
 	$(BIN)/python -m aoe_jax.generate --workdir=$(WORKDIR) --prompt='Fellow citizens of the Senate and House of Representatives:'
+
+# Shows the metrics of all runs in a browser while they train.
+watch: setup
+	$(BIN)/tensorboard --logdir=runs
 
 # Trains a model with several processes on this machine; they communicate as if each had its own machine:
 # make multiprocess PROCESSES=2 WORKDIR=runs/two ARGS='--config.train.steps=100'

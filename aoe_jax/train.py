@@ -62,10 +62,11 @@ def main():
         cli.refuse("leave it out with --branch", _START_OVER, _GO_BACK)
         require_flag(not is_remote(workdir), "branch", _BRANCH.value, "needs a --workdir on a disk")
     distributed.start()
+    from aoe_jax.evaluation.generation import text_sampler
     from aoe_jax.training.loop import train  # JAX may start only after `distributed.start`
 
     start = {"start_over": _START_OVER.value, "go_back": _GO_BACK.value, "branch": branch}
-    summary = train(config, workdir, stop, profile, project, **start)
+    summary = train(config, workdir, stop, profile, project, text_sampler=text_sampler, **start)
     import jax
 
     if jax.process_index() == 0:

@@ -12,11 +12,11 @@ resamples of the seeds.
 import numpy as np
 import pandas as pd
 from absl import flags
-from matplotlib.figure import Figure
 
 from aoe_jax import cli
-from aoe_jax.compare.pictures import COLOURS, drawn, save
+from aoe_jax.compare.pictures import save
 from aoe_jax.compare.statistics import holm, markdown_table, mean
+from aoe_jax.training.picture import COLOURS, drawn, new_figure
 from benchmarks.timing import run_benchmark
 from configs.compare.leaderboard import get_suite
 
@@ -101,8 +101,7 @@ def table(entries):
 @drawn
 def picture(entries):
     """Draws the differences with their intervals, the best entry at the top."""
-    figure = Figure(figsize=(6.4, 0.8 + 0.19 * len(entries)), layout="constrained")
-    axes, seen = figure.subplots(), set()
+    (figure, (axes,)), seen = new_figure(1.3 + 0.19 * len(entries)), set()
     for y, e in enumerate(entries[::-1].itertuples()):
         aoe, moe, floor = FAMILIES
         name = floor if e.arm in FLOORS else aoe if e.label.startswith("AoE") else moe
@@ -115,8 +114,8 @@ def picture(entries):
     axes.axvline(0, color=COLOURS[0], linewidth=0.8)
     axes.set_yticks(range(len(entries)), entries["label"][::-1], fontsize=7)
     axes.set_ylim(-0.7, len(entries) - 0.3)
-    axes.set_xlabel("nats per token more than the MoE (left is better)")
-    axes.legend(loc="upper right")
+    axes.set_xlabel("nll minus the MoE's, nats a token")
+    figure.legend(loc="outside lower left")
     return figure
 
 

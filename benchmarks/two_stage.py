@@ -46,6 +46,7 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import TopK
 from aoe_jax.storage.files import make_folder, write_json
+from aoe_jax.training.picture import DPI, WIDTH
 
 CLASSES, EXPERTS, STAGES = 3, 2, 2
 MOST = 0.9  # A class is on an expert if at least this share of the class is routed to it.
@@ -215,15 +216,15 @@ def table(figures):
 
 
 def draw(figures, setting):
-    """Draws a `Figure` like the paper's Fig. 5, with a column for each arm, a row for each stage.
+    """Draws a `Figure` like the paper's Fig. 5, with a row for each arm, a column for each stage.
     Bars show the mean share of each class on each expert; dots show single seeds.
     """
-    figure = Figure(figsize=(2.6 * len(figures), 5.6), layout="constrained")
-    axes = figure.subplots(STAGES, len(figures), sharex=True, sharey=True, squeeze=False)
+    figure = Figure(figsize=(WIDTH, 1.2 + 1.7 * len(figures)), layout="constrained")
+    axes = figure.subplots(len(figures), STAGES, sharex=True, sharey=True, squeeze=False)
     places = np.arange(CLASSES)
     dots = {"s": 13, "facecolor": "white", "edgecolor": "black", "linewidth": 0.6, "zorder": 3}
-    for column, arm in zip(axes.T, figures, strict=True):
-        for ax, stage in zip(column, arm["stages"], strict=True):
+    for row, arm in zip(axes, figures, strict=True):
+        for ax, stage in zip(row, arm["stages"], strict=True):
             shares = of_first_expert(np.array(stage["share"]))
             mean, name = shares.mean(axis=0), f"stage {stage['stage']}"
             first, other = "the expert that serves most of class 1", "the other expert"
@@ -233,20 +234,20 @@ def draw(figures, setting):
             ax.scatter(
                 places + offsets, shares, clip_on=False, label="the same in one seed", **dots
             )
-            ax.set_title(f"{arm['arm']}\n{name}" if stage["stage"] == 1 else name, fontsize=10)
-            ax.set_xticks(places, [f"class {c + 1}" for c in places])
+            ax.set_title(f"{arm['arm']}: {name}" if stage["stage"] == 1 else name, fontsize=8)
+            ax.set_xticks(places, [f"class {c + 1}" for c in places], fontsize=8)
+            ax.tick_params(axis="y", labelsize=8)
             ax.set_ylim(0, 1)
             ax.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f}%")
-        column[0].text(2, 0.03, "unseen", ha="center", fontsize=8, color="white")
-    for row in axes:
-        row[0].set_ylabel("share of a class")
+        row[0].text(2, 0.03, "unseen", ha="center", fontsize=8, color="white")
+        row[0].set_ylabel("share of a class", fontsize=8)
     handles, words = axes[0, 0].get_legend_handles_labels()
     # Matplotlib lists the dots first; this moves them after the bars.
     handles, words = handles[1:] + handles[:1], words[1:] + words[:1]
-    figure.legend(handles, words, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, words, loc="outside lower center", fontsize=8, frameon=False)
     seeds, width, steps = len(shares), setting.d_model, setting.steps
     title = f"Two experts, top-1: {seeds} seeds, d={width}, {steps} steps a stage"
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=9)
     return figure
 
 
@@ -270,7 +271,7 @@ def main():
     if folder:
         picture = draw(figures, setting)
         for kind in ("png", "svg"):
-            picture.savefig(folder / f"two_stage.{kind}", dpi=130)
+            picture.savefig(folder / f"two_stage.{kind}", dpi=DPI)
 
 
 if __name__ == "__main__":  # defined here, because tests import this file

@@ -5,7 +5,7 @@ import random
 import socket
 
 from tests.hasty import xla_flags
-from tests.runs import DENSE, finish, scratch, shared, start, train_command
+from tests.runs import DENSE, STEPS, finish, scratch, shared, start, train_command
 
 # For two processes with two devices each.
 MESH = {"mesh__data": 2, "mesh__expert": 2}
@@ -50,7 +50,7 @@ def train_on(workdir, n_processes, n_devices=4, **changes):
 def two_processes():
     """Workdir and stderr of a run of two processes."""
     workdir = scratch("multiprocess") / "two"
-    return workdir, train_on(workdir, 2, **MESH)
+    return workdir, train_on(workdir, 2, train__sample_every=STEPS, **MESH)
 
 
 @shared

@@ -254,9 +254,9 @@ _SHORT = {"train__steps": 6, "train__warmup": 0.3, "train__eval_every": 0}
 _SHORT |= {"train__learning_rate": 1e-2, "checkpoint__every": 100}
 
 
-def kind_config(kind):
-    """The configuration of a `kind_run`."""
-    return tiny_config(**_SHORT, **KINDS[kind])
+def kind_config(kind, **changes):
+    """The configuration of a `kind_run`, with changes."""
+    return tiny_config(**_SHORT, **KINDS[kind], **changes)
 
 
 @shared

@@ -2,13 +2,15 @@
 
 import itertools
 
+import jax
 import pytest
 
+from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.generation import continuations
+from aoe_jax.evaluation.generation import Generator, Sampling, continuations, text_sampler
 from aoe_jax.evaluation.models import load_model
 from tests.in_process import call
-from tests.runs import finished_run, kind_run, run
+from tests.runs import finished_run, kind_config, kind_run, run
 
 pytestmark = pytest.mark.usefixtures("ragged")
 
@@ -46,6 +48,27 @@ def test_a_model_against_itself(capsys):
         generate(*arguments, *own)
         texts.append(capsys.readouterr().out)
     assert texts[1].startswith("the state of") and texts[0] != texts[1]
+
+
+def test_samples_in_training():
+    """A sample continues 16 tokens of the validation split, with the weights that it is given."""
+    model, change = load_model(finished_run()), lambda a: 1.5 * a
+    corpus = open_corpus(model.config.data, model.config.model.vocab_size)
+    (store,) = corpus.validation.values()
+    sample = text_sampler(model.config, model.mesh, corpus)
+    prompt = store.read(0, 16).tolist()
+    (drawn,) = Generator(model).generate([prompt], 48, sampling=Sampling(temperature=0.8))
+    for _ in range(2):
+        text = sample(model.params, model.routing_state)
+        assert text == model.tokenizer.decode(prompt + drawn)
+    assert sample(jax.tree.map(change, model.params), model.routing_state) != text
+
+
+def test_a_model_that_cannot_sample_in_training():
+    config = kind_config("expert_choice", train__sample_every=5)
+    corpus = open_corpus(config.data, config.model.vocab_size)
+    with pytest.raises(UserError, match=r"train\.sample_every=5: .*cannot decode token by token"):
+        text_sampler(config, None, corpus)
 
 
 MISTAKES = [

@@ -38,6 +38,8 @@ def test_two_processes_train_as_one_does():
     np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)
     assert "2 processes, 4 devices" in stderr[0]
     assert not any("step" in text for text in stderr[1:])  # only the first process reports
+    (sample,) = map(json.loads, (workdir / "samples.jsonl").read_text().splitlines())
+    assert sample["step"] == STEPS and json.dumps(sample["text"], ensure_ascii=False) in stderr[0]
 
 
 def test_evaluation_on_other_devices_than_training(tmp_path):

@@ -66,10 +66,10 @@ def test_what_a_run_leaves_behind():
 
 def test_killed_run_ends_as_an_uninterrupted_one(tmp_path):
     """It is killed before its first step, so that the seed may still change. Later it is killed
-    again after a checkpoint.
+    again after a checkpoint. Samples of text change nothing, and none is lost or written twice.
     """
     whole, killed = runs.whole_run(2), tmp_path / "run"
-    command = train_command(killed, train__accumulate=2)
+    command = train_command(killed, train__accumulate=2, train__sample_every=2)
     runs.kill_when(runs.start([*command, "--config.train.seed=1"]), (killed / "config.json").exists)
     assert not list((killed / "checkpoints").glob("[0-9]"))
     first = random.choice([1, 2, 3]) * EVERY
@@ -93,15 +93,19 @@ def test_killed_run_ends_as_an_uninterrupted_one(tmp_path):
     assert beside["data"]["next_index"] == STEPS and beside == killed_beside
     assert [line["step"] for line in runs.untimed(killed)[0]] == LOGGED
 
+    samples = [*map(json.loads, (killed / "samples.jsonl").read_text().splitlines())]
+    assert [sample["step"] for sample in samples] == [*range(2, STEPS + 1, 2)]
     charts = [
         {
             place: value.SerializeToString()
             for place, value in runs.read_events(workdir).items()
-            if not place[0].endswith(MEASURED)
+            if not place[0].endswith((*MEASURED, "text_summary"))
         }
         for workdir in (whole, killed)
     ]
     assert charts[0] == charts[1]
+    last = runs.read_events(killed)["sample/text_summary", STEPS].tensor.string_val
+    assert [text.decode() for text in last] == [samples[-1]["text"]]
 
 
 @pytest.mark.parametrize("has_summary", [False, True])

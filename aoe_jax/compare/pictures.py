@@ -3,69 +3,22 @@
 `styles` is the result of `styles_of`: an arm has the same colour and line style in all pictures.
 """
 
-import itertools
 import textwrap
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from aoe_jax.compare.statistics import mean, number
 from aoe_jax.evaluation.loads import draw_loads
+from aoe_jax.training import picture
+from aoe_jax.training.picture import add_legend, drawn, new_figure, styles_of
 
-# The colours of Okabe and Ito, distinct for all kinds of colour vision, with grey in place of
-# yellow (pale on white) and black (invisible on black).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (8, 3)), (0, (1, 3)))
-WIDTH, DPI = 4.6, 140
-SETTINGS = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text and does not become paths
-    "svg.hashsalt": "aoe_jax",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.alpha": 0.3,
-    "axes.grid": True,
-    "lines.linewidth": 1.6,
-}
 AXES = {
     "tokens": "training tokens",
     "flops": "useful training FLOPs",
     "seconds": "seconds of training steps",
 }
-SMOOTHING = 0.04  # fraction of the steps in the moving average of training losses
 POINTS = {"fmt": "o", "markersize": 4, "capsize": 2}  # points with error bars
-
-drawn = matplotlib.rc_context(SETTINGS)  # decorator of functions that draw
-
-
-def styles_of(labels):
-    """Returns `{arm: options of its lines}`; the first seven arms have different colours."""
-    styles = itertools.cycle(itertools.product(DASHES, COLOURS))
-    return {
-        arm: {"color": colour, "linestyle": dashes, "label": label}
-        for (arm, label), (dashes, colour) in zip(labels.items(), styles, strict=False)
-    }
-
-
-def _new(height, n_panels=1, n_arms=0):
-    """Returns a figure with space for a legend of `n_arms`, and its panels from top to bottom."""
-    figure = Figure(figsize=(WIDTH, max(height, 0.7 + 0.17 * n_arms)), layout="constrained")
-    return figure, figure.subplots(n_panels, squeeze=False, sharex=True)[:, 0]
-
-
-def _legend(figure, axes):
-    """Adds a legend beside the axes, in the order of the lines' last values."""
-    lines, labels = axes.get_legend_handles_labels()
-    lines.sort(key=lambda line: line.get_ydata()[-1], reverse=True)
-    figure.legend(handles=lines, loc="outside right upper", handlelength=2.4, markerscale=0)
-    figure.set_figwidth(3.3 + 0.07 * max(map(len, labels)))
 
 
 def _label(axis, locator):
@@ -91,19 +44,18 @@ def _over_seeds(rows, columns):
 
 @drawn
 def loss_curves(curves, styles, axis):
-    """Draws lines of training losses and points of validation losses, against `axis` of AXES.
+    """Draws lines of training losses and of validation losses, against `axis` of AXES.
 
     `curves` has the rows of `Results.curves` that belong to the finished runs of a size.
     """
-    figure, (axes,) = _new(3.5, n_arms=curves["arm"].nunique())
+    figure, (axes,) = new_figure(3.5)
     late, lowest, first_x = [], [], []
     for arm, of_arm in curves.groupby("arm", sort=False):
         train = _over_seeds(of_arm[of_arm["split"] == "train"], [axis, "nll"])
-        window = max(1, round(len(train) * SMOOTHING))
-        nll = train["nll"].rolling(window, min_periods=1).mean().to_numpy()
+        nll = picture.smoothed(train["nll"])
         axes.plot(train[axis], nll, **styles[arm])
         points = _over_seeds(of_arm[of_arm["split"] == "validation"], [axis, "nll"])
-        axes.scatter(points[axis], points["nll"], s=12, color=styles[arm]["color"])
+        axes.plot(points[axis], points["nll"], color=styles[arm]["color"], **picture.VALIDATION)
         late += [*nll[len(nll) // 4 :]]
         lowest += [min(late), *points["nll"]]
         first_x.append(train[axis].iloc[len(train) // 12])
@@ -112,25 +64,25 @@ def loss_curves(curves, styles, axis):
     margin = 0.08 * (max(late) - min(late))
     axes.set_ylim(min(lowest) - margin, max(late) + 3 * margin)
     axes.set(xlabel=AXES[axis], ylabel="nll, nats a token")
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
 @drawn
 def scaling(fitted, styles, xlabel):
-    """Draws means, standard errors, fits and bands; `fitted` is the result of `Results.scaling`."""
-    figure, (axes,) = _new(3.8, n_arms=len(fitted))
-    for arm, (groups, fit) in fitted.items():
+    """Draws means with standard errors, joined by lines, because fits may miss them; `fitted` is
+    the result of `Results.scaling`.
+    """
+    figure, (axes,) = new_figure(3.8)
+    for arm, (groups, _) in fitted.items():
         colour, means = styles[arm]["color"], [mean(losses) for losses in groups.values()]
-        line = np.geomspace(min(groups), max(groups), 60)
-        axes.plot(line, fit(line), **styles[arm])
-        axes.fill_between(line, *fit.band(line), color=colour, alpha=0.15, linewidth=0)
         values = [found.value for found in means]
         errors = np.nan_to_num([found.error for found in means])
         axes.errorbar(list(groups), values, errors, color=colour, **POINTS)
+        axes.plot(list(groups), values, **styles[arm])
     _log_x(axes)
     axes.set(xlabel=xlabel, ylabel="validation nll, nats a token")
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
@@ -139,14 +91,14 @@ def differences(rows, styles):
     """Draws differences and their intervals, one for each `(arm, label, Estimate)` in `rows`."""
     rows = [(arm, textwrap.fill(label, width=34), found) for arm, label, found in rows]
     lines = sum(1 + label.count("\n") for _, label, _ in rows)
-    figure, (axes,) = _new(0.9 + 0.09 * len(rows) + 0.15 * lines)
+    figure, (axes,) = new_figure(0.9 + 0.09 * len(rows) + 0.15 * lines)
     for height, (arm, _, found) in enumerate(reversed(rows)):
         reach, colour = np.nan_to_num(found.high - found.value), styles[arm]["color"]
         axes.errorbar([found.value], [height], xerr=[reach], color=colour, **POINTS)
     axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [label for _, label, _ in reversed(rows)])
-    axes.set(xlabel="difference of nll, nats")
+    axes.set(xlabel="difference of nll, nats a token")
     axes.grid(axis="y", visible=False)
     return figure
 
@@ -154,7 +106,7 @@ def differences(rows, styles):
 @drawn
 def against_setting(panels, styles, xlabel):
     """Draws a panel for each frame; its rows are values of the setting, its columns are arms."""
-    figure, rows = _new(0.6 + 1.9 * len(panels), len(panels))
+    figure, rows = new_figure(0.6 + 1.9 * len(panels), len(panels))
     for axes, (name, frame) in zip(rows, panels.items(), strict=True):
         for arm in frame:
             values = frame[arm].dropna()
@@ -171,7 +123,7 @@ def against_setting(panels, styles, xlabel):
     bottom.set_xticks(frame.index, [f"{x:g}" for x in frame.index])
     bottom.xaxis.set_minor_locator(NullLocator())
     bottom.set_xlabel(xlabel)
-    _legend(figure, rows[0])
+    add_legend(figure, rows[0])
     return figure
 
 
@@ -180,7 +132,7 @@ def load_heatmaps(results, size):
     """Draws the final loads of the first seed of every analysed arm, with a panel for each arm."""
     of_arms = results.routed(size).items()
     final = {results.labels[arm]: choices[0]["checkpoints"][-1] for arm, choices in of_arms}
-    return draw_loads(final, WIDTH)
+    return draw_loads(final)
 
 
 def some_layers(n_layers):
@@ -198,7 +150,7 @@ def scores_through_training(choices, name, title):
     _, n_layers, n = scores.shape
     layers = some_layers(n_layers)
     experts = styles_of({i: i for i in range(n)})
-    figure, panels = _new(0.6 + 1.35 * len(layers), len(layers))
+    figure, panels = new_figure(0.6 + 1.35 * len(layers), len(layers))
     for axes, layer in zip(panels, layers, strict=True):
         for expert, style in experts.items():
             values = scores[:, layer, expert]
@@ -217,7 +169,7 @@ def scores_through_training(choices, name, title):
 def through_training(routing, styles, name, ylabel):
     """Draws the column `name` of `routing` over training, as means over layers and seeds."""
     by_arm = routing.groupby("arm", sort=False)
-    figure, (axes,) = _new(2.8, n_arms=by_arm.ngroups)
+    figure, (axes,) = new_figure(2.8)
     for arm, rows in by_arm:
         values = _over_seeds(rows, name)
         shares = 100 * values.index / values.index[-1]
@@ -225,12 +177,12 @@ def through_training(routing, styles, name, ylabel):
     axes.set(xlabel="share of the training, %", ylabel=ylabel)
     if not routing[name].any():  # all values are 0, which is common for dead experts
         axes.set_ylim(0, 1)
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
+@drawn
 def save(figure, file):
     """Saves a figure as PNG in `file`, and as SVG beside it."""
-    with matplotlib.rc_context(SETTINGS):
-        figure.savefig(file, dpi=DPI)
-        figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
+    picture.write_png(file, figure)
+    figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})

@@ -81,26 +81,16 @@ class PowerLaw:
 
     factor: float
     exponent: float
-    resampled: np.ndarray  # [2, N_RESAMPLES], factor and exponent of each bootstrap resample
+    resampled: np.ndarray  # [N_RESAMPLES], the exponent of each bootstrap resample
 
     def __call__(self, x):
         return self.factor * np.asarray(x, float) ** -self.exponent
 
-    def band(self, x):
-        """Returns `(low, high)`, the central CONFIDENCE interval of the resampled losses at `x`."""
-        factor, exponent = self.resampled[:, :, None]
-        return _middle(factor * np.atleast_1d(x).astype(float) ** -exponent)
-
     def interval(self):
         """Returns the interval `(low, high)` of the exponent; NaN if all sizes have one seed."""
-        values = self.resampled[1]
-        if np.ptp(values) <= 1e-9 * np.abs(values).max():  # equal up to rounding
+        if np.ptp(self.resampled) <= 1e-9 * np.abs(self.resampled).max():  # equal up to rounding
             return math.nan, math.nan
-        return tuple(_middle(values))
-
-
-def _middle(values):
-    return np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+        return tuple(np.quantile(self.resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
 
 
 def fit_power_law(groups):
@@ -110,6 +100,4 @@ def fit_power_law(groups):
     draws = [rng.choice(of_size, (N_RESAMPLES, of_size.size)).mean(axis=1) for of_size in losses]
     means = [of_size.mean() for of_size in losses]
     slopes, intercepts = np.polyfit(x, np.log(np.column_stack([means, *np.transpose(draws)])), 1)
-    factors, exponents = np.exp(intercepts), -slopes
-    resampled = np.stack([factors[1:], exponents[1:]])
-    return PowerLaw(float(factors[0]), float(exponents[0]), resampled)
+    return PowerLaw(float(np.exp(intercepts[0])), -float(slopes[0]), -slopes[1:])

@@ -37,6 +37,8 @@ class TrainConfig(Group):
     seed: int = setting(0, at_least=0)
     log_every: int = setting(20, above=0)
     eval_every: int = setting(0, at_least=0)  # steps between validations; 0: only at the end
+    # Steps between two samples of text, in the log and in samples.jsonl; 0: no samples.
+    sample_every: int = setting(0, at_least=0)
     # Skip an update whose gradient norm is this many standard deviations above the mean of about
     # 100 recent norms; 0: never. After a lasting change of norms, some tens of updates are skipped.
     skip_above: float = setting(0.0, at_least=0)

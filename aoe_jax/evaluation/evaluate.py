@@ -1,6 +1,5 @@
 """Evaluates a trained model on a held-out split, or on any text."""
 
-import io
 import logging
 import math
 from pathlib import Path
@@ -80,9 +79,9 @@ def _report(model, stores, document_mask, name, about, file, picture):
         if statistics:
             title = f"{config.experts.kind}, {name}, step {model.step}"
             with Tolerated(picture):
-                content = io.BytesIO()
-                draw_loads({title: statistics}).savefig(content, dpi=150)
-                files.write_whole(file.with_name(picture), content.getvalue())
+                from aoe_jax.training.picture import write_png  # slow to import
+
+                write_png(file.with_name(picture), draw_loads({title: statistics}))
                 log.info("wrote %s", file.with_name(picture))
     return report
 

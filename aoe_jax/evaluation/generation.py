@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from aoe_jax.errors import UserError
+from aoe_jax.data.tokenizer import load_tokenizer
+from aoe_jax.errors import UserError, naming
 from aoe_jax.evaluation.contrast import Contrast, contrasted, strong_and_weak
 from aoe_jax.evaluation.models import Model, multiple
-from aoe_jax.model.decoding import Cache, check_decodes, extend, output_logits, prefill
+from aoe_jax.model.decoder import Decoder
+from aoe_jax.model.decoding import Cache, check_decodes, extend, output_logits, prefill, unstacked
 from aoe_jax.sharding import replicated, spec_of
 
 LENGTH_MULTIPLE = 64  # prompts and caches are padded to multiples of 64, to compile few shapes
@@ -83,13 +85,15 @@ class Generator:
         seed: int = 0,
         chunk: int = 16,
         is_done: Callable[[list[int]], bool] | None = None,
+        weights: tuple | None = None,
     ) -> Iterator[list[list[int]]]:
         """Continues prompts of token ids; after each chunk, yields the tokens of all continuations.
 
         A continuation ends before a token of `Model.ends`, after `max_tokens` tokens, or after a
         chunk for which `is_done(continuation so far)` is true. Draws depend on the seed, the prompt
-        and its index in `prompts`, but not on the other prompts. Raises `UserError` if a prompt is
-        empty, or if a prompt and `max_tokens` together exceed `model.max_len`.
+        and its index in `prompts`, but not on the other prompts. `weights` replace those of the
+        model; they are the result of `unstacked` and a routing state. Raises `UserError` if a
+        prompt is empty, or if a prompt and `max_tokens` together exceed `model.max_len`.
         """
         if not prompts:
             return
@@ -114,7 +118,7 @@ class Generator:
             row[: len(prompt)] = prompt
         places = multiple(int(lengths.max()) + max_tokens, LENGTH_MULTIPLE)
         arrays = map(self._put, (tokens, lengths, np.arange(n_rows)))
-        weights = self._model.by_layer, self._model.routing_state
+        weights = weights or (self._model.by_layer, self._model.routing_state)
         with jax.set_mesh(self._model.mesh):
             state = self._begin(*weights, *arrays, jax.random.key(seed), places=places)
         so_far, settings = [[] for _ in prompts], {"sampling": sampling, "n_tokens": chunk}
@@ -198,3 +202,25 @@ def continuations(model: Model, prompts, max_tokens, contrast=None, **settings):
         texts = (tokenizer.decode(row + tokens) for row, tokens in zip(rows, so_far, strict=True))
         pairs = zip(heads, texts, strict=True)
         yield [text.removeprefix(head).rstrip("\N{REPLACEMENT CHARACTER}") for head, text in pairs]
+
+
+def text_sampler(config, mesh, corpus):
+    """Returns `sample(params, routing_state)`, which all processes of a training run must call. It
+    returns the beginning of the validation split with a continuation at temperature 0.8, always
+    with the same random keys. Raises `UserError` if the model cannot decode token by token.
+    """
+    store, tokenizer = next(iter(corpus.validation.values())), load_tokenizer(corpus.tokenizer)
+    decoder = Decoder.from_config(config)
+    end, longest = tokenizer.end_of_text, config.model.max_len
+    with naming(f"config.train.sample_every={config.train.sample_every}"):
+        generator = Generator(Model(config, decoder, mesh, {}, {}, tokenizer, end, [end], [], None))
+    prompt = store.read(0, min(16, longest, len(store))).tolist()
+    n_tokens, sampling = min(64, longest - len(prompt)), Sampling(temperature=0.8)
+    unstack = jax.jit(partial(unstacked, decoder, mesh=mesh))  # compiles once
+
+    def sample(params, routing_state):
+        weights = unstack(params), routing_state
+        drawn = generator.generate([prompt], n_tokens, sampling=sampling, weights=weights)
+        return tokenizer.decode(prompt + drawn[0])
+
+    return sample

@@ -57,16 +57,14 @@ def _share(statistics):
     return load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9)  # an inactive layer has load 0
 
 
-def draw_loads(panels, width=None):
+def draw_loads(panels):
     """Draws load shares, with Ent_load and Ent_conf at the right, like the paper's Fig. 3. Returns
     a matplotlib `Figure`. `panels` maps titles to results of `load_statistics`.
     """
-    from matplotlib.figure import Figure
+    from aoe_jax.training.picture import new_figure  # slow to import
 
-    n_layers, n_experts = (max(np.shape(s["load"])[i] for s in panels.values()) for i in (0, 1))
-    size = width or min(4 + 0.1 * n_experts, 12), len(panels) * (0.65 + 0.24 * n_layers)
-    figure = Figure(figsize=size, layout="constrained")
-    rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    height = 0.95 + 0.24 * max(len(s["load"]) for s in panels.values())
+    figure, rows = new_figure(height * len(panels), len(panels), sharex=False)
     for axes, (title, statistics) in zip(rows, panels.items(), strict=True):
         share, options = _share(statistics), {"va": "center", "fontsize": 7}
         n = share.shape[1]
@@ -76,12 +74,13 @@ def draw_loads(panels, width=None):
             axes.text(column, row, f"{100 * value:.0f}", ha="center", color=colour, **options)
         of_load, of_choice = statistics["load_entropy"], statistics["confidence_entropy"]
         for row, pair in enumerate(zip(of_load, of_choice, strict=True)):
-            axes.text(n - 0.3, row, "{:.2f}  {:.2f}".format(*pair), **options)
-        means = f"mean Ent_load {np.mean(of_load):.3f}, Ent_conf {np.mean(of_choice):.3f}"
-        means += f"; colours from 0 to {2 / n:.1%}"
+            axes.text(1.02 * n - 0.5, row, "{:.2f}  {:.2f}".format(*pair), **options)
+        means = f"means {np.mean(of_load):.3f} and {np.mean(of_choice):.3f}"
+        means = f"right: Ent_load and Ent_conf in nats, {means}"
         axes.set_title(f"{title}\n{means}", loc="left", fontsize=8)
         axes.set_yticks(range(len(share)), [f"layer {i}" for i in range(len(share))], fontsize=7)
         axes.set_xticks([])
+        axes.set_xlabel(f"expert (share of the load in %; colours: 0 to {200 / n:.3g})", fontsize=8)
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
     return figure

@@ -18,7 +18,7 @@ from aoe_jax.distributed import all_agree, gathered, together
 from aoe_jax.errors import DivergedError, Stopped
 from aoe_jax.model.counts import log_run
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.storage.files import write_json
+from aoe_jax.storage.files import read_metrics, write_json
 from aoe_jax.storage.retry import Tolerated, patiently
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.heartbeat import Heartbeat
@@ -40,6 +40,7 @@ class Now:
     batch: dict[str, Any] | None = None  # batch of the next step
     progress: Progress | None = None
     can_score: bool = False  # whether the evaluation step is compiled
+    can_sample: bool = False  # whether the programs that sample text are compiled
     saved_at: float = field(default_factory=time.monotonic)  # time of the newest save, in seconds
 
 
@@ -60,6 +61,7 @@ def train(
     profile=range(0),
     wandb=None,
     branch=None,
+    text_sampler=None,
     **start,
 ):
     """Starts or continues a run in `workdir`; returns the content of its `summary.json`.
@@ -67,9 +69,10 @@ def train(
     Writes `config.json`, `data.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`,
     `checkpoints/`, the tokenizer and, at the end, `summary.json` and `training.png`. It also writes
     a trace of the steps `profile` to `profile/`, and `wandb/` if `wandb` is a project of Weights &
-    Biases. `start` has arguments of `RunFolder.open`. If `branch` is `(DIR, STEP)`, a new run
-    begins with that checkpoint of the run in DIR. A run that is stopped at any moment and started
-    again ends in the same state as a run without a stop, on CPU bit for bit.
+    Biases. `text_sampler` is the function of this name in `evaluation`, for `train.sample_every`.
+    `start` has arguments of `RunFolder.open`. If `branch` is `(DIR, STEP)`, a new run begins with
+    that checkpoint of the run in DIR. A run that is stopped at any moment and started again ends in
+    the same state as a run without a stop, on CPU bit for bit.
 
     Raises the exceptions of `errors.py`: `UserError` also if the run has already finished, and
     `Stopped` after a request to stop, once the state is saved.
@@ -102,6 +105,8 @@ def train(
                 heartbeat.beat("preparing")
             corpus = open_corpus(config.data, config.model.vocab_size)
             saved_steps = checkpoints.steps()
+            if config.train.sample_every:
+                sample = text_sampler(config, mesh, corpus)
         heartbeat.beat("restoring")
         folder.check(config, corpus, saved_steps)
         now = Now(gathered(max(saved_steps, default=0))[0], progress=Progress())
@@ -178,6 +183,14 @@ def train(
             metrics.validation(now.step, result)
             now.progress.validated, now.progress.validation = True, result.metrics()
 
+        def show_sample():
+            metrics.flush()
+            heartbeat.beat("sampling" if now.can_sample else "compiling", now.step)
+            with metrics.clock("sample"), jax.transfer_guard("allow"):
+                text = sample(now.state.params, now.state.routing_state)
+            now.can_sample = True
+            metrics.sample(now.step, text)
+
         def save(wait=False):
             metrics.flush()
             if not wait and (now.step == steps or now.progress.skipped_in_row):
@@ -199,6 +212,7 @@ def train(
 
         hooks = [
             every(config.train.eval_every, validate, last=steps),
+            every(config.train.sample_every, show_sample),  # before the checkpoint of the same step
             every(config.checkpoint.every, save),
             every(config.train.log_every, save_by_clock),
         ]
@@ -242,10 +256,11 @@ def train(
                 patiently("the metrics cannot be copied", folder.upload)
                 patiently(f"{file} cannot be written", lambda: write_json(file, summary))
                 with Tolerated("training.png"):
-                    from aoe_jax.training.picture import write_picture  # slow to import
+                    from aoe_jax.training.picture import draw_runs, write_png  # slow to import
 
                     title = f"{name}: {config.experts.kind}, {in_words(summary)}"
-                    write_picture(folder.on_disk / "metrics.jsonl", workdir / "training.png", title)
+                    lines = list(read_metrics(folder.on_disk / "metrics.jsonl"))
+                    write_png(workdir / "training.png", draw_runs({name: lines}, title))
             heartbeat.beat("finished", now.step)
         log.info("done: %s", json.dumps(summary["metrics"]))
         return summary

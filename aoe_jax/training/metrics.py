@@ -5,6 +5,7 @@ writers of `writers.py`. Below, L is the number of layers.
 """
 
 import contextlib
+import json
 import logging
 import sys
 import time
@@ -19,6 +20,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.errors import DivergedError
 from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.moe.load_balance import layer_statistics, load_spread
+from aoe_jax.storage.files import write_whole
 from aoe_jax.storage.retry import Tolerated
 from aoe_jax.training import devices
 from aoe_jax.training.checkpoint import Progress
@@ -58,7 +60,7 @@ class Metrics:
         """`start_step` is the number of updates done, `began` the time of the run's first start."""
         self._config, self._folder, self._start_step = config, folder, start_step
         self._progress, self._began = progress, began
-        self._writers, self._lines = {}, None
+        self._writers, self._lines, self._board = {}, None, None
         self._unreported = None  # `(step, metrics on devices)` until `flush` reports them
         self._program = {}
         self._seconds = Counter()  # clock -> seconds; `compute` counts up to the newest log line
@@ -77,7 +79,8 @@ class Metrics:
         self._lines = JsonLines(self._folder / "metrics.jsonl", self._progress.metrics_bytes)
         writers = [self._lines]
         with Tolerated(TensorBoard.name):
-            writers.append(TensorBoard(self._folder / "tensorboard", self._start_step))
+            self._board = TensorBoard(self._folder / "tensorboard", self._start_step)
+            writers.append(self._board)
         if sys.stderr.isatty():
             writers.append(Bar(self._start_step, self._config.train.steps))
         if wandb is not None:
@@ -209,6 +212,21 @@ class Metrics:
         self._write(step, "validation", scalars | {"validation_seconds": seconds}, {}, {})
         duration = timedelta(seconds=round(seconds))
         log.info(f"step {step}/{self._config.train.steps} | validation {result} | in {duration}")
+
+    def sample(self, step, text):
+        """Reports a text of the model. In `samples.jsonl` it replaces texts of repeated steps."""
+        shown, file = json.dumps(text, ensure_ascii=False), self._folder / "samples.jsonl"
+        log.info(f"step {step}/{self._config.train.steps} | sample {shown}")
+        if not self._writers:
+            return
+        self._check()
+        with Tolerated(file.name):
+            lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+            kept = "".join(line for line in lines if json.loads(line)["step"] < step)
+            write_whole(file, f"{kept}{json.dumps({'step': step, 'text': text})}\n".encode())
+        if self._board:
+            with Tolerated(self._board.name):
+                self._board.write_text(step, text)
 
     def _write(self, *metrics):
         if self._writers:

@@ -30,25 +30,25 @@ _IDENTITY = ("config.json", "data.json")
 # checkpoints first, so that `check_history` finds that they are missing after an interrupted move.
 _FILES = (
     *("checkpoints", DAMAGED, "tensorboard", "profile", "wandb", "hang", "eval.json", "load.png"),
-    *("training.png", "wandb.json", "summary.json", "metrics.jsonl", "heartbeat.json"),
-    *_IDENTITY,
+    *("training.png", "wandb.json", "summary.json", "metrics.jsonl", "samples.jsonl"),
+    *("heartbeat.json", *_IDENTITY),
 )
 # A run in an object store first copies these files to its temporary folder `on_disk`.
-_ON_DISK = ("metrics.jsonl", "wandb.json")
+_ON_DISK = ("metrics.jsonl", "samples.jsonl", "wandb.json")
 
 # Groups and fields that may change when a run continues. Except `train.steps`, they do not change
 # what a step computes. `check_data` checks the content of `data.path` and `data.tokenizer`.
 FREE = {
     *("checkpoint", "mesh", "data.cache", "data.path", "data.tokenizer", "train.steps"),
-    *("train.log_every", "train.eval_every", "train.max_skipped", "train.hang_timeout"),
-    *("model.attention", "model.unroll", "experts.grouped_matmul"),
+    *("train.log_every", "train.eval_every", "train.sample_every", "train.max_skipped"),
+    *("train.hang_timeout", "model.attention", "model.unroll", "experts.grouped_matmul"),
 }
 
 
 class RunFolder:
     """The workdir of a run, which all processes share and process 0 owns.
 
-    `on_disk` is the folder for `metrics.jsonl`, `tensorboard/`, `wandb/` and `profile/`: the
+    `on_disk` is the folder for `metrics.jsonl`, `tensorboard/`, `profile/` and the like: the
     workdir or, for a workdir in an object store, a temporary folder that `upload` copies there.
     """
 
@@ -65,7 +65,7 @@ class RunFolder:
         with together():
             if is_main:
                 self._lease = held.enter_context(leased(workdir, "workdir"))
-                for killed in () if is_remote(workdir) else workdir.glob("[chd]*.json.*.partial"):
+                for killed in () if is_remote(workdir) else workdir.glob("[chds]*.json*.*.partial"):
                     killed.unlink(missing_ok=True)  # a process was killed while it wrote the file
         number = self._lease and _number(self._lease.token)
         see_the_same(

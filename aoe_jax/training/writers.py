@@ -30,6 +30,7 @@ try:
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
     from tensorboardX.summary import histogram
+    from tensorboardX.summary import text as text_summary
 finally:
     if not _has_torch:
         del sys.modules["torch"]
@@ -158,6 +159,9 @@ class TensorBoard:
                     tag = f"histograms/{name}/layer_{layer}"
                     values += histogram(tag, of_experts, bins=16).value
         self._add(step, summary=Summary(value=values))
+
+    def write_text(self, step, text):
+        self._add(step, summary=text_summary("sample", text))
 
     def close(self):
         self._events.close()

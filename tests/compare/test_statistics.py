@@ -60,10 +60,10 @@ def test_a_power_law_is_a_line_in_logarithms():
     assert low <= fit.exponent <= high and high - low < 0.01
 
 
-def test_bands_widen_with_the_spread_of_seeds():
+def test_intervals_widen_with_the_spread_of_seeds():
     widths = []
     for spread in (0.01, 0.1):
         groups = {x: 3 * x**-0.1 + spread * np.array([-1, 0, 1]) for x in (1e5, 3e5, 1e6)}
-        low, high = fit_power_law(groups).band(3e5)
-        widths.append(high[0] - low[0])
+        low, high = fit_power_law(groups).interval()
+        widths.append(high - low)
     assert widths[1] == pytest.approx(10 * widths[0], rel=0.2)
