@@ -24,6 +24,7 @@ def commands(folder):
         "bpe:32000": "bpe:512 --validation=0.1 --test=0.1",
         "/data/": f"{folder}/",
         "/shared/": f"{folder}/shared/",
+        "1b.png": f"{folder}/1b.png",
         "--topology=v5e:4x4 --config.mesh.fsdp=16": "--topology=v5e:2x2 --config.mesh.fsdp=4",
         "python -m aoe_jax.doctor": "python -m aoe_jax.doctor --config=configs/1b.py:mini",
     }
@@ -39,7 +40,7 @@ def test_the_road_runs_from_top_to_bottom():
     for command in commands(folder):
         status, output, stderr = finish(start(command))
         assert status == 0, (command, stderr)
-    assert (folder / "shared/models/1b/README.md").exists()
+    assert (folder / "shared/models/1b/README.md").exists() and (folder / "1b.png").exists()
     assert "nll" in output + stderr
 
 
