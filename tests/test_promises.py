@@ -87,6 +87,7 @@ def test_asked_to_stop_while_validating(workdir, last):
     status, _, stderr = run(patched(STOPPED_VALIDATION.format(condition=condition), workdir))
     stopped = f"preempted: saved at step {STEPS if last else 10} of"
     assert status == 0 and last_line(stderr).startswith(stopped), stderr
+    assert (workdir / "checkpoints" / str(STEPS if last else 10)).exists()
     assert not (workdir / "summary.json").exists()
     ends_as_ever(workdir)
 

@@ -48,7 +48,7 @@ FAULTS = [
     requests.exceptions.ReadTimeout(),
     google.auth.exceptions.RefreshError("no token"),
     ServerDisconnectedError(),
-    answer(503),
+    *map(answer, (408, 429, 503)),
     requests.ConnectionError("the name is not known"),
     requests.exceptions.ChunkedEncodingError("IncompleteRead(5 bytes read, 7 more expected)"),
     RuntimeError("Failed to get url http://x. HTTP code: 502."),  # of TFDS

@@ -324,13 +324,15 @@ def test_a_fault_of_the_machine_is_no_damage(workdir, monkeypatch, fault, kind, 
 def test_damaged_several_times(workdir):
     for step in ("5", "4"):
         shutil.rmtree(workdir / "checkpoints" / step / "state")
+    (workdir / "damaged_checkpoints" / "5").mkdir(parents=True)  # of an earlier start
     before = contents(workdir)
     wanted = r"checkpoints/5 is damaged .*--step=4 evaluates another"
     with pytest.raises(UserError, match=wanted):
         Checkpoints(workdir).restore_model(5, LIKE)  # evaluation sets nothing aside
     assert contents(workdir) == before
     assert Checkpoints(workdir).restore_newest(LIKE)[0] == 3
-    assert sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir()) == ["4", "5"]
+    aside = (workdir / "damaged_checkpoints").iterdir()
+    assert sorted(path.name for path in aside) == ["4", "5", "5-1"]
 
     shutil.rmtree(workdir / "checkpoints" / "3" / "state")
     before = contents(workdir)

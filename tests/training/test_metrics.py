@@ -116,8 +116,11 @@ def clock(metrics, monkeypatch):
 
 
 def test_time_is_split_and_gives_the_speed(metrics, clock, tmp_path, caplog):
-    """The time of evaluation is not part of any speed."""
+    """The time of evaluation and compilation is not part of any speed."""
     caplog.set_level("INFO")
+    with metrics.clock("compile"):
+        time.sleep(9.0)
+    metrics.begin({}, jax.jit(lambda: 0).lower().compile())
     for name, seconds in {"input": 0.2, "checkpoint": 0.1, "evaluation": 0.4}.items():
         with metrics.clock(name):
             time.sleep(seconds)
@@ -232,6 +235,7 @@ def test_free_places_do_not_count_in_the_load():
     np.testing.assert_array_equal(figures["dead_experts"], [1, 0])
     np.testing.assert_array_equal(figures["live_experts"], [3, 4])
     assert load_spread(load[:1], live[:1]) == 2
+    assert load_spread(load[:1], load[:1]) == 1  # only the experts of loads 1 and 2 are live
     assert load_spread(load[:1, [0, 2]], live[:1, [0, 3]]) == 1
     statistics = load_statistics(evaluation_of().stats._replace(load=load, live=live))
     assert statistics["dead_experts"] == 1 and statistics["live_experts"] == [3, 4]

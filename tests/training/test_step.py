@@ -416,14 +416,15 @@ def test_muon_updates_each_matrix_by_itself():
 
 def test_routers_alone_in_the_first_steps():
     """Other parameters stay bit-identical, and their moments start after these steps."""
-    config, batch = shrunken("moe_aux", train={"router_steps": 2, "steps": 4}), batch_of()
+    train = {"router_steps": 2, "steps": 4}
+    config, batch = shrunken("moe_aux_large_router", train=train), batch_of()
     step, state = jax.jit(make_train_step(config)), new_state(config)
     for number in range(1, 5):
         before, (state, _) = by_path(state.params), step(state, batch)
         ((_, moments),) = optax.tree.get_all_with_path(state.opt_state, "mu")
         new, moments = by_path(state.params), by_path(moments)
         for name, old in before.items():
-            moves = number > 2 or name.endswith("['w_router']")
+            moves = number > 2 or "['w_router" in name
             # The first step has learning rate 0.
             assert np.array_equal(new[name], old) == (not moves or number == 1), (number, name)
             assert np.any(moments[name]) == moves, (number, name)
@@ -435,10 +436,12 @@ def test_routers_alone_in_the_first_steps():
         ("w_gate_down", ExpertsConfig("aoe")),
         ("w_gate", ExpertsConfig("aoe", score_neurons=2)),
         ("w_router", ExpertsConfig("router")),
+        ("w_router_hidden", ExpertsConfig("router", large_router=True)),
     ],
 )
 def test_what_scores_has_a_learning_rate_of_its_own(scored, experts):
     names = ("w_gate_down", "w_gate", "w_router", "w_up")
+    names += ("w_router_hidden",) if experts.large_router else ()
     params = of_experts(**{name: jnp.arange(1.0, 7).reshape(1, 2, 3) for name in names})
     params["dense_layers"] = {"experts": {"w_gate": jnp.ones((1, 2, 3))}}
     config = Config(experts=experts, train=TrainConfig(warmup=0.0, weight_decay=0.5))
@@ -449,7 +452,8 @@ def test_what_scores_has_a_learning_rate_of_its_own(scored, experts):
 
     expected = updates_of(config)
     factor = jnp.array([3, 3, 1 if scored == "w_gate" else 3])
-    expected["layers"]["experts"][scored] *= factor
+    for name in {scored, "w_router"} if experts.large_router else {scored}:
+        expected["layers"]["experts"][name] *= factor
     train = dataclasses.replace(config.train, scoring_rate=3.0)
     got = updates_of(dataclasses.replace(config, train=train))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), got, expected)
