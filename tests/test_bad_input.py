@@ -94,7 +94,7 @@ COMMAND_LINE = (
     }
     | {
         "variant of tiny.py": Mistake(flags(f"{CONFIG}:nope"), ["tiny.py:nope", "aoe, moe, dense"]),
-        "no config": Mistake(flags(), ["--config is missing", "configs/tiny.py"]),
+        "no config": Mistake(flags(), ["--config is missing", "aoe_jax:tiny"]),
         "no workdir": Mistake(["train.py", CONFIG], ["--workdir is missing"]),
         "router of a kind without one": Mistake(
             flags("--config=configs/methods.py:smear", "--config.routing.name=top_k"),

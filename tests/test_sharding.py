@@ -43,7 +43,7 @@ def test_slices_lie_along_data():
     slices = [[device.slice_index for device in row.flat] for row in mesh.devices]
     assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
     with pytest.raises(UserError, match=r"mesh\.data=1: must be a multiple of the 2 slices"):
-        make_mesh(configuration(data=1, fsdp=8), devices)
+        make_mesh(configuration(data=1, fsdp=2, expert=4), devices)
 
 
 @pytest.mark.parametrize("n_rows", [None, 8])

@@ -56,7 +56,7 @@ def shrunken(variant, **changes):
     `d_model`. `changes` are `group={field: value}`.
     """
     config = paper.get_config(variant)
-    d_low = max(4, round(config.experts.d_low * 32 / config.model.d_model))
+    d_low = max(4, round((config.experts.d_low or 0) * 32 / config.model.d_model))
     for group, values in SMALL.items():
         config[group].update(values)
     config.experts.update(d_low=d_low, d_wide=None)
