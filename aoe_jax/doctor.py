@@ -26,10 +26,12 @@ def main():
     distributed.start()
     import jax  # JAX must not be used before `distributed.start`
 
+    from aoe_jax.data.tokenised import with_vocabulary
     from aoe_jax.planning.examination import examine
 
     on_cpu = jax.default_backend() == "cpu"
-    config = cli.parsed_config(_CONFIG, "aoe_jax:tiny" if on_cpu else "aoe_jax:doctor")
+    default = "aoe_jax:tiny" if on_cpu else "aoe_jax:doctor"
+    config = with_vocabulary(cli.parsed_config(_CONFIG, default))
     first = jax.process_index() == 0
 
     def show(line):

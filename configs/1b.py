@@ -47,6 +47,6 @@ def get_config(variant="aoe"):
         )
         config.experts.update(n_experts=4, d_ffn=32, score_neurons=8)
         config.data.seq_len = 128
-        config.train.update(steps=40, batch_size=4, learning_rate=1e-2, eval_every=20)
+        config.train.update(steps=40, batch_size=16, learning_rate=1e-2, eval_every=20)
         config.checkpoint.update(every=20)
     return config

@@ -25,7 +25,6 @@ def commands(folder):
         "/data/": f"{folder}/",
         "/shared/": f"{folder}/shared/",
         "1b.png": f"{folder}/1b.png",
-        "--topology=v5e:4x4 --config.mesh.fsdp=16": "--topology=v5e:2x2 --config.mesh.fsdp=4",
         "python -m aoe_jax.doctor": "python -m aoe_jax.doctor --config=configs/1b.py:mini",
     }
     for line in PYTHON.findall(PAGE):

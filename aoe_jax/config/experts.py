@@ -72,7 +72,10 @@ class ExpertsConfig(Group):
 
     def check(self, config):
         d_model = config.model.d_model
-        if self.score_gradient == "sparse" and not config.routing.choice(self).is_normalised:
+        routing = config.routing
+        if self.score_gradient == "sparse" and (
+            routing.hooks.scores or not routing.choice(self).is_normalised
+        ):
             self.refuse(
                 "score_gradient",
                 "is exact only where weights are the softmax over the chosen scores, as with "
@@ -91,7 +94,7 @@ class ExpertsConfig(Group):
 
     def sparse_scoring(self, routing):
         """Whether AoE computes all scores without a gradient, then chosen ones with a gradient."""
-        if self.kind != "aoe":
+        if self.kind != "aoe" or routing.hooks.scores:
             return False
         default = "sparse" if routing.choice(self).is_normalised else "dense"
         return (self.score_gradient or default) == "sparse"

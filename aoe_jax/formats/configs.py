@@ -13,6 +13,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.config.versions import upgraded
 from aoe_jax.errors import UserError, shown
 from aoe_jax.formats.architectures import ARCHITECTURES, OWN
+from aoe_jax.methods import is_in_file
 from aoe_jax.storage.files import COUNT, NUMBER
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,13 @@ def computed_fields(config: Config):
     return {name: value for name, value in fields.items() if name not in unused}
 
 
+def refuse_code(routing: dict):
+    """Raises `UserError` if a model's group `routing` names a Python file, which would be run."""
+    name = routing.get("name")
+    if is_in_file(name):
+        raise UserError(f"routing.name={shown(name)} is a Python file; a model cannot name one")
+
+
 def from_json(values: dict):
     """Returns the `Config` of a model from the content of its `config.json`.
 
@@ -74,6 +82,7 @@ def from_json(values: dict):
     else:
         for group, own in unflatten_dict(_hub_fields(values), sep=".").items():
             groups[group] |= own
+    refuse_code(groups["routing"])
     groups["model"]["dtype"] = "float32"
     groups["data"]["seq_len"] = groups["model"]["max_len"]
     if groups["routing"].get("name", "top_k") not in _BALANCED:
@@ -197,8 +206,10 @@ def to_json(config: Config, routing_state=()):
     """Returns the `config.json` of a model with `routing_state`, except dtype and special tokens.
 
     The architecture is the first in `ARCHITECTURES` that can express the whole model. If none can,
-    the result is that of `as_own`: only `aoe_jax` can load the model, and the log says why.
+    the result is that of `as_own`: only `aoe_jax` can load the model, and the log says why. Raises
+    `UserError` if the router is in a Python file.
     """
+    refuse_code({"name": config.routing.name})
     has_bias = "selection_bias" in routing_state
     wanted = computed_fields(config) | {"selection_bias": has_bias}
     lacking = []  # (class of transformers, fields that it lacks)

@@ -20,7 +20,7 @@ from aoe_jax.config.training import TrainConfig
 from aoe_jax.data.token_store import saved_tokenizer
 from aoe_jax.errors import UserError, naming, shown
 from aoe_jax.formats.architectures import find_layouts
-from aoe_jax.formats.configs import computed_fields, from_json
+from aoe_jax.formats.configs import computed_fields, from_json, refuse_code
 from aoe_jax.formats.tensor_files import stored_tensors
 from aoe_jax.model.declared import state_shardings
 from aoe_jax.model.decoder import initial_params
@@ -84,6 +84,7 @@ def read_config(directory: Path) -> Config:
 def _config_of_run(path, config):
     groups = read_json(path, _WITHOUT, _RUN)["config"]
     with naming(path):
+        refuse_code(groups.get("routing", {}))
         of_run = Config.from_stored(groups)
     for text in differences(computed_fields(of_run), computed_fields(config)).values():
         raise UserError(f"{path}: config.{text} in config.json; they must agree")

@@ -6,7 +6,7 @@ A method is a frozen dataclass that inherits from `Method` (`moe/routing.py`). A
 """
 
 import sys
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -61,22 +61,25 @@ def is_in_file(name):
 
 def _method_of_file(name):
     path, _, class_name = name.rpartition(":")
-    places = Path(path), Path(__file__).parents[1] / path  # the second is for `configs/compare`
-    file, field = next(filter(Path.is_file, places), places[0]), f"config.routing.name={name!r}"
-    require(file.is_file(), "routing.name", name, f"there is no file {file.absolute()}")
+    file = Path(path).expanduser().absolute()
+    require(file.is_file(), "routing.name", name, f"there is no file {file}")
     # A dataclass looks its module up, so the module needs a name that no other module has.
-    spec = spec_from_file_location(str(file.absolute()), file)
+    spec = spec_from_file_location(str(file), file)
     module = sys.modules[spec.name] = module_from_spec(spec)
-    with running(field, file, path):
+    with running(f"config.routing.name={name!r}", file, path):
         spec.loader.exec_module(module)
-    method = getattr(module, class_name, None)
-    is_router = isinstance(method, type) and issubclass(method, Method) and is_dataclass(method)
+    method = vars(module).get(class_name)
+    is_own = isinstance(method, type) and method.__module__ == spec.name
+    is_router = is_own and issubclass(method, Method) and "__dataclass_fields__" in vars(method)
     wanted = f"{path} has no dataclass {class_name} that inherits from aoe_jax.moe.routing.Method"
     require(is_router, "routing.name", name, wanted)
+    for field in fields(method):
+        has_default = (field.default, field.default_factory) != (MISSING, MISSING)
+        require(has_default, "routing.name", name, f"its field {field.name} needs a default")
     method.name = name
     return method
 
 
 def all_methods():
-    """Returns `{name: class}` of the methods of this package and of the files that were read."""
-    return {name: find_method(name) for name in (*ROUTERS, *LAYERS, *_OF_FILES)}
+    """Returns `{name: class}` of the files that were read and of this package."""
+    return {name: find_method(name) for name in (*_OF_FILES, *ROUTERS, *LAYERS)}

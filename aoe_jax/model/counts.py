@@ -117,8 +117,9 @@ def layer_flops_per_token(config: Config):
     sizes = c.sizes(config.model.d_model)
     of_shared = sum(math.prod(p.shape(sizes)) for p in shared_expert(c).values())
     router = sum(size for p, size in matrices if not p.per_expert) - of_shared
-    training = (config.routing.flops(config) or 6 * router) + 6 * (active + of_shared)
-    if c.kind != "aoe":
+    own = config.routing.flops(config)
+    training = (6 * router if own is None else own) + 6 * (active + of_shared)
+    if c.kind != "aoe" or config.routing.hooks.scores:
         return training
     n_idle = c.n_experts - (experts_per_token(config) or c.top_k)
     idle = 2 * round(n_idle * sizes["r"] * sizes["d"])
@@ -151,6 +152,8 @@ def log_run(config: Config):
         log.warning(
             "JAX_ENABLE_X64 is set: the run draws and computes other numbers than without it"
         )
+    if config.model.dtype == "float32" and jax.default_backend() != "cpu":
+        log.warning("model.dtype=float32: bfloat16 is several times faster on this device")
     log.info("%s", parameter_counts(config))
     log.info("%.1f MFLOPs per token in a training step", training_flops_per_token(config) / 1e6)
     if experts_per_token(config) is None:

@@ -94,7 +94,6 @@ class Hooks(NamedTuple):
     # Maps scores to the logits whose softmax the balance losses use: `[T, n] -> [T, n]`.
     balance_logits: Callable = lambda scores: scores
     # Computes scores in place of a router's or AoE's: `(method, x [T, d], weights, ctx) -> [T, n]`.
-    # AoE's sparse scoring would replace them, so `choice` must not be `is_normalised`.
     scores: Callable | None = None
     # Computes a value per head and query from rotated queries and keys of the layer's attention:
     # `(q [B, H, S, h], k [B, G, c, h], visible) -> [B, H, S]`. `visible` is a bool array that

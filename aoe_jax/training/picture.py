@@ -140,7 +140,8 @@ def _curve(lines, name):
 
 def _loads(lines):
     """Returns `{step: the largest load over the mean of each layer}`."""
-    found = ((line["step"], line.get("layers", {}).get("load_max_over_mean")) for line in lines)
+    logged = [line for line in lines if isinstance(line.get("layers"), dict)]
+    found = ((line["step"], line["layers"].get("load_max_over_mean")) for line in logged)
     return {step: ratios for step, ratios in found if ratios}
 
 

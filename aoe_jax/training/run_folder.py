@@ -139,6 +139,8 @@ def _fixed(config):
     """Returns `{field: value}` of the fields that must not change in a run."""
     groups = config.to_dict()
     groups["data"] |= {"name": config.data.name_without_paths}
+    if not (config.experts.low_rank or config.experts.large_router):
+        del groups["experts"]["d_low"]  # it has no effect
     fields = flatten_dict(groups, sep=".").items()
     return {name: value for name, value in fields if not {name.partition(".")[0], name} & FREE}
 

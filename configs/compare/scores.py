@@ -45,6 +45,9 @@ class MPI(_Scored):
 
     norm: float = setting(2.0, above=0)  # C; the rows of a new router have norms near 1
 
+    def flops(self, config):
+        return 6.0 * config.model.d_model * config.experts.n_experts  # of x . u; u is of no token
+
     def check(self, config):
         experts, mesh = config.experts, config.mesh
         if experts.low_rank or experts.large_router:
@@ -65,6 +68,13 @@ class SelfRouting(_Scored):
     """
 
     hooks = Hooks(scores=_first_coordinates)
+
+    def flops(self, config):
+        return 0.0
+
+    def check(self, config):
+        if config.experts.n_experts > config.model.d_model:
+            self.refuse("name", "needs a coordinate for each expert; raise model.d_model")
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,8 @@ class Centred(FixedK):
 
 def _hashes(method, x, weights, ctx):
     """Uniform random numbers that the token's id and the layer determine."""
+    if ctx.token_ids is None:
+        raise ValueError("routing by hash needs token ids, which only aoe_jax.Decoder passes")
     n_experts = len(weights["w_up"]) * ctx.devices.size("expert")
     of_layer = jax.random.fold_in(jax.random.key(0), ctx.layer_index)
     draw = lambda token: jax.random.uniform(jax.random.fold_in(of_layer, token), (n_experts,))  # noqa: E731
@@ -109,6 +121,9 @@ class Hash(FixedK):
     """
 
     hooks = Hooks(scores=_hashes)
+
+    def flops(self, config):
+        return 0.0
 
     def __call__(self, scores, weights, ctx):
         expert = best_experts(scores, ctx.top_k)

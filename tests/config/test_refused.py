@@ -75,6 +75,9 @@ routing.name=missing.py:Close => there is no file
 routing.name=examples/add_a_method.py:Close => no dataclass Close that inherits from
 routing.name=examples/add_a_method.py:Method => no dataclass Method that inherits from
 routing.name=examples/add_a_method.py:AboveMean; experts.kind=dense => choose one of dense
+routing.name=configs/compare/scores.py:FixedK => no dataclass FixedK that inherits from
+routing.name=configs/compare/scores.py:SelfRouting; experts.kind=router; experts.n_experts=200 \
+=> raise model.d_model
 routing.name=configs/compare/scores.py:MPI; experts.kind=aoe => needs whole gates
 routing.name=configs/compare/scores.py:MPI; experts.kind=router; mesh.fsdp=2 => on meshes that split
 routing.name=top_k; routing.p=0.5 => routing.p is unknown ... norm_topk_prob

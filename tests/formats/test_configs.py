@@ -4,7 +4,9 @@ import dataclasses
 import json
 import logging
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
@@ -13,6 +15,7 @@ from aoe_jax.formats.loading import read_config
 from aoe_jax.moe.routing import TopK, state_shapes
 from tests.runs import tiny_config
 
+METHOD = "examples/add_a_method.py:AboveMean"
 MIXTRAL = to_json(tiny_config(experts__kind="router"))
 
 
@@ -197,6 +200,7 @@ REFUSED = [
     (changed(rope_parameters={"full": {"rope_theta": 5.0}}), "only one setting for all layers"),
     (changed(partial_rotary_factor=0.5), "partial_rotary_factor"),
     ({"model_type": "aoe", "model": {}}, "no group 'experts'"),
+    (own(routing={"name": METHOD}), f"routing.name='{METHOD}' is a Python file; a model cannot"),
     (own(model={"depth": 3}), "config.model.depth is unknown; known are n_layers"),
     (own(model={"rope_factors": ["a"] * 32}), "config.model.rope_factors=('a', "),
 ]
@@ -208,6 +212,18 @@ def test_refused_by_name(values, words, tmp_path):
     with pytest.raises(UserError) as error:
         read_config(tmp_path)
     assert f"{tmp_path}/config.json: " in str(error.value) and words in str(error.value)
+
+
+def test_no_code_in_the_run_of_a_model(tmp_path):
+    """A model can neither name a Python file nor be written with one."""
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    save_file({"x": np.zeros(1)}, tmp_path / "model.safetensors")
+    groups = tiny_config(experts__kind="router").to_stored() | {"routing": {"name": METHOD}}
+    (tmp_path / "aoe_jax.json").write_text(json.dumps({"config": groups, "step": 3}))
+    with pytest.raises(UserError, match=r"aoe_jax\.json: routing\.name=.* is a Python file"):
+        read_config(tmp_path)
+    with pytest.raises(UserError, match="a model cannot name one"):
+        to_json(tiny_config(routing__name=METHOD))
 
 
 WITHOUT_CLASS = {  # the words that the log must have, and the model

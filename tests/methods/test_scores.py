@@ -7,6 +7,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax.methods import find_method
+from aoe_jax.moe.routing import Hooks, TopK
 from tests.arrays import normal
 from tests.methods.method_layers import assert_agree, by_loops, make, scores_of
 from tests.moe.contexts import context
@@ -69,6 +70,16 @@ def test_equal_tokens_have_equal_hashes_and_layers_have_different_ones():
     assert (first != experts(1)).any(axis=1).mean() > 0.9
     assert (first[:, 0] != first[:, 1]).all()
     assert np.bincount(first[:200].flat, minlength=8).min() > 25  # 50 on average
+
+
+def test_scores_of_a_method_have_gradients_in_aoe():
+    """Weights are of the method's scores, also as the softmax over the chosen ones."""
+
+    class Own(TopK):
+        hooks = Hooks(scores=lambda method, x, weights, ctx: x[:, :5])
+
+    layer, params, x = make("aoe", Own())
+    assert_agree(layer, params, x, lambda p, x: by_loops(p, x, top_two(x[:, :5])))
 
 
 def test_default_vectors():

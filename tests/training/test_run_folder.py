@@ -232,6 +232,9 @@ def test_other_configurations_are_refused(workdir, corpus):
 
     RunFolder(workdir).claim(changed(data={"name": "sotu=0.5, text@/here=0.5"}), corpus)
     check_config(workdir, changed(data={"name": "sotu=0.50,text@/elsewhere=1/2"}))
+    RunFolder(workdir).claim(changed(experts={"kind": "router", "d_low": 32}), corpus)
+    check_config(workdir, changed(experts={"kind": "router"}))  # without effect in a router MoE
+    RunFolder(workdir).claim(changed(data={"name": "sotu=0.5, text@/here=0.5"}), corpus)
     words = r"data\.name is 'sotu=0\.5, text=0\.5' there, 'sotu=0\.5, text=0\.6' here"
     with pytest.raises(UserError, match=words):
         check_config(workdir, changed(data={"name": "sotu=0.5, text@/here=0.6"}))
