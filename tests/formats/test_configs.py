@@ -217,7 +217,7 @@ def test_refused_by_name(values, words, tmp_path):
 def test_no_code_in_the_run_of_a_model(tmp_path):
     """A model can neither name a Python file nor be written with one."""
     (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
-    save_file({"x": np.zeros(1)}, tmp_path / "model.safetensors")
+    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
     groups = tiny_config(experts__kind="router").to_stored() | {"routing": {"name": METHOD}}
     (tmp_path / "aoe_jax.json").write_text(json.dumps({"config": groups, "step": 3}))
     with pytest.raises(UserError, match=r"aoe_jax\.json: routing\.name=.* is a Python file"):
