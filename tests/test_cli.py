@@ -24,7 +24,7 @@ from tests.runs import ROOT, corpus_folder
 
 PACKAGE_FILES = {"commands.ini", "py.typed", "h100.txtpb", "report.md.j2", "modeling_aoe.py"}
 SHIPPED = {  # how commands with the configurations and suites of the package end
-    "aoe-train --config=aoe_jax:tinny --workdir=x": "choose one of doctor, finetune, large",
+    "aoe-train --config=aoe_jax:tinny --workdir=x": "choose one of 1b, doctor, finetune",
     "aoe-train --config=aoe_jax:tiny:mo --workdir=x": "configs/tiny.py:mo is no variant; choose",
     "aoe-train --config=aoe_jax:doctor": "--workdir is missing",
     "aoe-compare --suite=aoe_jax:leaderboard --arms=moe_mpi --report --workdir=x": "has no runs to",

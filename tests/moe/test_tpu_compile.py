@@ -81,7 +81,7 @@ def test_work_of_a_layer(kind, generation, shape, score_neurons, traffic):
         kind, n_experts, top_k, d_ffn=d_ffn, d_low=d_low, score_neurons=score_neurons
     )
     config = Config(
-        model=ModelConfig(n_layers=2, n_heads=1, d_model=768),
+        model=ModelConfig(n_layers=2, n_heads=1, d_model=768, dtype="bfloat16"),
         experts=experts,
         balance=BalanceConfig(aux_weight=0.0),
     )
