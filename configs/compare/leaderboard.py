@@ -27,11 +27,10 @@ from aoe_jax.configs.compare.arms import (
 )
 from aoe_jax.configs.compare.small import LARGEST, MIDDLE, base_config, size_of
 
-# (optimiser, family of scores) -> (learning rate, its factor for the parameters that score). The
-# rates of Muon are preliminary: they are from one seed, and the grid is not finished.
+# (optimiser, family of scores) -> (learning rate, its factor for the parameters that score)
 RATES = {
     ("muon", "logits"): (3e-2, 0.3),
-    ("muon", "whole"): (3e-2, 0.3),
+    ("muon", "whole"): (3e-2, 0.1),
     ("muon", "published"): (3e-2, 0.3),
     ("adamw", "logits"): (1.5e-2, 0.3),
     ("adamw", "whole"): (1.5e-2, 0.3),
