@@ -33,9 +33,9 @@ _TEXT_FIELD = flags.DEFINE_string(
     "text_field", Settings.text_field, "the field of JSON or column of Parquet with the text"
 )
 _VALIDATION = flags.DEFINE_float(
-    "validation", Settings.validation, "share of the documents for validation"
+    "validation", None, "share of the documents for validation, by default 0.005 or more"
 )
-_TEST = flags.DEFINE_float("test", Settings.test, "share of the documents for test")
+_TEST = flags.DEFINE_float("test", None, "share of the documents for test, as --validation")
 _PROCESSES = flags.DEFINE_integer("processes", _CORES, "tokenising processes, one per core", 1)
 _CHECK = flags.DEFINE_bool("check", False, "read the whole store, and name damaged shards")
 

@@ -91,7 +91,7 @@ def rates(repeats, vocab_size, count):
         }.items():
             output = Path(root, name.replace(":", "-"))
             (output / "units").mkdir(parents=True)
-            settings = Settings(tokenizer)
+            settings = Settings(tokenizer, validation=0.005, test=0.005)
             plan = make_plan(find_files([str(file)], output), settings.as_planned())
             units = range(len(plan["units"]))
             write_json(output / "plan.json", plan)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import multiprocessing
 import os
@@ -51,7 +52,8 @@ _UNITS = 512  # wanted number of units of work; `_UNIT_BYTES` limits their size
 _UNIT_BYTES = (2**22, 2**29)  # smallest and largest size of a unit, in bytes of the input
 _TRAINING_BYTES = 2**26  # size of the sample that byte-level BPE is trained on, in characters
 _PLAN_BYTES = 2**28  # size limit of plan.json, enough for two million files
-_LARGER_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4)  # of validation and test, for small corpora
+_SHARES = (0.005, 0.05, 0.1, 0.2, 0.3, 0.4)  # default of validation and test, by need
+_MOST_EXAMINED = 100_000  # a corpus of more documents is not small
 _HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+(?<!\.json)(?<!\.model)")  # ORG/NAME or NAME
 _OTHERWISE = "Delete the folder, or use another --output"
 
@@ -82,14 +84,16 @@ class Settings:
     text_field: str = "text"  # the JSON field or Parquet column that contains the text
 
     # Fractions of the documents in validation and test. A hash of a document's text determines
-    # its split, so that all copies of a document are in the same split.
-    validation: float = 0.005
-    test: float = 0.005
+    # its split, so that all copies of a document are in the same split. None: 0.005, or more if
+    # a split of a small corpus would be empty.
+    validation: float | None = None
+    test: float | None = None
 
     def __post_init__(self):
         for name in ("validation", "test"):
             value, wanted = getattr(self, name), "must be a share of the documents"
-            require_flag(0 < value < 0.5, name, value, f"{wanted}, above 0 and below 0.5")
+            is_share = value is None or 0 < value < 0.5
+            require_flag(is_share, name, value, f"{wanted}, above 0 and below 0.5")
         wanted = f"give bpe:N, N from 257 to {MOST_TOKENS} tokens; or a tokenizer's file"
         is_file = not self.tokenizer.startswith("bpe:")
         is_possible = is_file or 257 <= self.bpe_size <= MOST_TOKENS
@@ -138,53 +142,75 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
             tokenizer = patiently(what, lambda: install_tokenizer(output, plan, settings))
             _write_units(output, plan, processes, missing)
             results = [read_json(_note(output, unit), _OTHERWISE, _NOTE) for unit in units]
-            patiently(what, lambda: _finish(output, tokenizer, results))
-        except UserError:
-            if not n_done:  # a first try with a mistake must not prevent the second try
-                written = (*output.glob("*.array_record"), *output.glob("tokenizer.*"))
-                for path in (output / "units", *written, output / token_store.PLAN_FILE):
-                    patiently(what, functools.partial(remove_folder, path))
+            patiently(what, lambda: _finish(output, plan, tokenizer, results))
+        except UserError:  # a first try with a mistake must not prevent the second try
+            patiently(what, lambda: _remove_unless_begun(output, len(units)))
             raise
+
+
+def _remove_unless_begun(output: Path, n_units: int):
+    """Removes what a preparation has written, unless it has finished a unit of work."""
+    names = {path.name for path in output.iterdir()}  # raises if permission is missing
+    with contextlib.suppress(FileNotFoundError):
+        names |= {path.name for path in (output / "units").iterdir()}
+    done = names & {_note(output, unit).name for unit in range(n_units)}
+    if done or "manifest.json" in names:
+        kept = f"{output} keeps {len(done)} of {n_units} units of work; the same command continues"
+        logger.info(f"{kept}. If settings or files change: {_OTHERWISE}")
+        return
+    shards = filter(token_store.SHARD.fullmatch, names)
+    tokenizer = token_store.saved_tokenizer(output).name
+    for name in ("units", *shards, tokenizer, token_store.PLAN_FILE):
+        remove_folder(output / name)
 
 
 def _found(tokenizer: str) -> str:
     """Returns a path or `bpe:N` as it is; downloads `ORG/NAME` from the Hub, and returns a path."""
     if os.path.exists(tokenizer) or not _HUB_NAME.fullmatch(tokenizer):
         return tokenizer
-    try:
+    what = f"--tokenizer={tokenizer!r}: no such file or folder, and the Hugging Face Hub fails"
+    files = [*token_store.TOKENIZER_FILES]
+    # The library has no common type for its exceptions.
+    with retry.refusing(what, "; correct the path or the name", Exception):
         from huggingface_hub import snapshot_download
 
-        return snapshot_download(tokenizer, allow_patterns=[*token_store.TOKENIZER_FILES])
-    except Exception as error:  # the library has no common type for its exceptions
-        what = f"--tokenizer={tokenizer!r}: no such file or folder, and the Hugging Face Hub fails"
-        raise UserError(f"{what} ({retry.reason(error)}); correct the path or the name") from error
+        return patiently(what, lambda: snapshot_download(tokenizer, allow_patterns=files))
 
 
 def _with_all_splits(settings: Settings, files: Mapping) -> Settings:
-    """Increases the shares of held-out documents if a split of a small corpus would be empty."""
+    """Sets the shares that are None: the smallest of `_SHARES` with which no split is empty."""
+    given = {name: getattr(settings, name) for name in ("validation", "test")}
+    whole = (pieces_of(path, size, max(size, 1)) for path, (size, _) in files.items())
+    pieces = (piece for piece, _ in itertools.chain.from_iterable(whole))
+    texts = (text for piece in pieces for text in documents(piece, settings.text_field) if text)
+    shares = {name: share or _SHARES[0] for name, share in given.items()}
     digests, found = set(), set()
-    for path, (size, _) in files.items():
-        for piece, _ in pieces_of(path, size, max(size, 1)):
-            for text in filter(None, documents(piece, settings.text_field)):
-                digests.add(digest := _digest(text))
-                found.add(_split(digest, vars(settings)))
-                if len(found) == len(SPLITS):
-                    return settings
-    for share in _LARGER_SHARES:
-        shares = {name: max(share, getattr(settings, name)) for name in ("validation", "test")}
-        if len({_split(digest, shares) for digest in digests}) == len(SPLITS):
-            logger.info(f"{len(digests)} documents are few; a larger share of them is held out")
+    for count, text in enumerate(texts, 1):
+        digests.add(digest := _digest(text))
+        found.add(_split(digest, shares))
+        if len(found) == len(SPLITS) or count == _MOST_EXAMINED:
             return dataclasses.replace(settings, **shares)
-    wanted = "are too few for the splits train, validation and test; give more"
+    for larger in _SHARES[1:]:
+        shares = {name: share or larger for name, share in given.items()}
+        if len({_split(digest, shares) for digest in digests}) == len(SPLITS):
+            validation, test = (f"{100 * share:g}%" for share in shares.values())
+            held_out = f"{validation} of its documents are held out for validation, {test} for test"
+            logger.info(f"the corpus is small: {held_out}")
+            return dataclasses.replace(settings, **shares)
+    flags = "".join(f", or leave out --{name}={share}" for name, share in given.items() if share)
+    wanted = f"are too few for the splits train, validation and test; give more{flags}"
     raise UserError(f"--input: {len(digests)} different documents with text {wanted}")
 
 
-def _finish(output: Path, tokenizer: Tokenizer, results: list[dict]):
+def _finish(output: Path, shares: Mapping, tokenizer: Tokenizer, results: list[dict]):
     splits = {name: {"tokens": 0, "documents": 0, "bytes": 0, "shards": []} for name in SPLITS}
     for result in results:
         for name, part in result["splits"].items():
             for key, value in part.items():
                 splits[name][key] += value
+    for name in ("validation", "test"):
+        wanted = "no document is in this split; use a larger share and another --output"
+        require_flag(splits[name]["documents"], name, shares[name], wanted)
     hashes = "".join(result["fingerprint"] for result in results)
     fingerprint = hashlib.sha256(hashes.encode()).hexdigest()
     write_manifest(output, output.name, fingerprint, tokenizer, splits)

@@ -26,7 +26,7 @@ FORMAT_VERSION = 2
 PLAN_FILE = "plan.json"  # only stores that `aoe_jax.prepare` makes have this file
 RECORD_TOKENS = 4096
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # Hugging Face, SentencePiece
-_SHARD = re.compile(rf"({'|'.join(SPLITS)})(-[0-9]{{5,9}}){{1,2}}\.array_record", re.ASCII)
+SHARD = re.compile(rf"({'|'.join(SPLITS)})(-[0-9]{{5,9}}){{1,2}}\.array_record", re.ASCII)
 _HASH = re.compile("[0-9a-f]{64}")
 # The schema of one split in a manifest, and in the notes that `preparation.py` writes.
 SPLITS_SCHEMA = {
@@ -35,7 +35,7 @@ SPLITS_SCHEMA = {
     "bytes": COUNT,
     "shards": [
         {
-            "name": matching(_SHARD, "the name of a shard"),
+            "name": matching(SHARD, "the name of a shard"),
             "tokens": COUNT,
             "file_bytes": COUNT,
             "sha256": matching(_HASH, "a hash"),

@@ -175,7 +175,7 @@ def cached_token_stores(
 
         given = load_tokenizer(tokenizer)
         token_store.check_vocab_size(given.token_count, vocab_size)
-        spec = given.identity
+        spec = given.sha256
     elif len(corpora) > 1:
         spec = [spec, [corpus.fingerprint for corpus in corpora]]
     directories = []

@@ -82,23 +82,27 @@ def file_system(path):
 def find(pattern: str) -> dict:
     """Returns `{path: size_and_version, or None for a broken link}` of the files that match a
     pattern of fsspec's `glob`. `**` matches folders of any depth, but does not follow links. Names
-    that begin with a dot match only if the full pattern contains `/.`. Raises `OSError`.
+    that begin with a dot match only if the pattern has `/.` after its folders without wildcards.
+    Raises `OSError`.
     """
-    if not is_remote(pattern):  # the current folder may be below a folder whose name has a dot
+    if not is_remote(pattern):
         pattern = os.path.abspath(os.path.expanduser(pattern))
-    is_hidden_named = "/." in pattern
+    scheme, _, plain = pattern.rpartition("://")
+    known = re.match(r"(([^*?[]|\[[*?[]\])*(?=/))?", plain)[0]  # folders without wildcards
+    start = len(re.sub(r"\[(.)\]", r"\1", known))
+    is_hidden_named = "/." in plain[len(known) :]
     if is_remote(pattern):
-        scheme, found = pattern.partition("://")[0], file_system(pattern).glob(pattern, detail=True)
+        found = file_system(pattern).glob(pattern, detail=True)
         return {
             epath.Path(f"{scheme}://{name}"): _of_store(file)
             for name, file in found.items()
-            if file["type"] == "file" and (is_hidden_named or "/." not in name)
+            if file["type"] == "file" and (is_hidden_named or "/." not in name[start:])
         }
     disk = _Disk()
     names = disk.glob(pattern)
     if disk.errors:
         raise disk.errors[0]
-    shown = [Path(name) for name in names if is_hidden_named or "/." not in name]
+    shown = [Path(name) for name in names if is_hidden_named or "/." not in name[start:]]
     files = [path for path in shown if not path.is_dir()]
     return {path: size_and_version(path) if path.exists() else None for path in files}
 

@@ -99,6 +99,15 @@ def test_files_below_a_hidden_folder(tmp_path, monkeypatch):
     for folder, pattern in ((tmp_path, ".data/*.txt"), (tmp_path / ".data", "*.txt")):
         monkeypatch.chdir(folder)
         assert [*find_files([pattern], tmp_path / "out")] == [tmp_path / ".data" / "a.txt"]
+    copies = tmp_path / ".data" / "[1]" / ".copies" / "a.txt"  # found only if it is named
+    copies.parent.mkdir(parents=True)
+    copies.touch()
+    for pattern in ("**", "*.txt", str(tmp_path / ".data")):
+        assert copies not in find_files([pattern], tmp_path / "out")
+    for pattern in ("[[]1]/.copies/*", "**/.copies/*", copies.parent):
+        assert [*find_files([pattern], tmp_path / "out")] == [copies]
+    (copies.parent / ".more.txt").touch()
+    assert [*find_files([copies.parent], tmp_path / "out")] == [copies]
 
 
 def damaged(content):

@@ -203,7 +203,10 @@ def test_prepared_stores_bring_their_tokenizer(folders):
     same = mine.parent / "same.json"  # the same tokenizer in another form
     same.write_text(json.dumps(json.loads((mine / "tokenizer.json").read_text()), sort_keys=True))
     again = corpus_of(here, "prepared@{mine}, text@{digits}", 512, tokenizer=str(same))
-    assert again.identities == corpus.identities and again.tokenizer == corpus.tokenizer
+    assert again.identities[0] == corpus.identities[0] and again.tokenizer == corpus.tokenizer
+    elsewhere = folders | {"mine": mine, "cache": mine.parent / "elsewhere"}
+    new = corpus_of(elsewhere, "prepared@{mine}, text@{digits}", 512, tokenizer=str(same))
+    assert new.identities == again.identities  # another cache is no other corpus
     alone = open_corpus(DataConfig("prepared", path=str(mine)), 300)
     assert alone.identities == corpus.identities[:1] and list(alone.train) == ["mine"]
 

@@ -5,6 +5,7 @@ import importlib.resources
 import itertools
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import types
@@ -19,6 +20,7 @@ from aoe_jax.data.token_store import TokenStore, saved_tokenizer
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.data.tokenizer import load_tokenizer
 from aoe_jax.errors import MachineFault, Preempted, UserError
+from aoe_jax.storage import retry
 from aoe_jax.storage.files import write_json
 from tests.data.texts import json_lines, stored_documents, texts, write_everything
 from tests.runs import contents, damage
@@ -119,15 +121,16 @@ def interrupted(inputs, output, monkeypatch, when):
         prepared(inputs, output, processes=2)
 
 
-def stop(written):
-    raise Preempted("preempted")
+def stop(error):
+    raise error("stopped")
 
 
-@pytest.mark.parametrize("units", [0, 4])
-def test_stopped_preparation_goes_on(inputs, whole, tmp_path, monkeypatch, caplog, units):
+@pytest.mark.parametrize(("units", "error"), [(0, Preempted), (4, Preempted), (4, UserError)])
+def test_stopped_preparation_goes_on(inputs, whole, tmp_path, monkeypatch, caplog, units, error):
+    """A missing permission, for example, is a `UserError`; it may be given again."""
     output = tmp_path / "store"
-    with pytest.raises(Preempted):
-        interrupted(inputs, output, monkeypatch, lambda n: n >= units and stop(n))
+    with pytest.raises(error):
+        interrupted(inputs, output, monkeypatch, lambda n: n >= units and stop(error))
     for use in (check, lambda store: TokenStore(store, "train")):
         words = r"store': it is not finished; repeat the command `python -m aoe_jax.prepare`"
         with pytest.raises(UserError, match=words):
@@ -144,6 +147,15 @@ def test_stopped_preparation_goes_on(inputs, whole, tmp_path, monkeypatch, caplo
     caplog.set_level("INFO", "aoe_jax")
     assert files_of(prepared(inputs, output)) == files_of(whole)
     assert ("going on: " in caplog.text) == (units > 0)
+
+
+def test_a_mistake_removes_no_file_of_the_user(inputs, tmp_path, monkeypatch):
+    for error in (Preempted, UserError):
+        with pytest.raises(error):
+            interrupted(inputs, tmp_path / "store", monkeypatch, lambda n: stop(error))
+        for name in ("mine.array_record", "tokenizer.md"):
+            (tmp_path / "store" / name).touch()
+    assert {*os.listdir(tmp_path / "store")} == {"mine.array_record", "tokenizer.md"}
 
 
 def test_killed_process_is_a_fault_and_the_preparation_goes_on(
@@ -265,22 +277,38 @@ def test_a_mistake_leaves_nothing_that_prevents_the_second_try(tmp_path):
         with pytest.raises(UserError, match=words):
             prepared((str(folder), None), output, settings)
         assert not output.exists()
+    late = dataclasses.replace(SETTINGS, tokenizer=str(LLAMA))
+    (folder / "z.jsonl").write_text('{"body": "a"}')
+    with pytest.raises(UserError, match="--text_field='text': .*has no such field"):
+        prepared((str(folder), None), output, late)
+    assert [*output.glob("units/*.json")]  # finished units are kept, and the user decides
     (folder / "z.jsonl").unlink()
+    words = r"z\.jsonl is new, gone or changed .*\. Delete the folder, or use another --output"
+    with pytest.raises(UserError, match=words):
+        prepared((str(folder), None), output, late)
+    shutil.rmtree(output)
     prepared((str(folder), None), output, Settings("bpe:290"))
 
 
-def test_every_split_of_a_small_corpus_has_a_document(tmp_path, caplog):
+def test_every_split_of_a_small_corpus_has_a_document(tmp_path, caplog, monkeypatch):
     """Empty documents are left out."""
     caplog.set_level("INFO", "aoe_jax")
     (tmp_path / "a.jsonl").write_bytes(json_lines([*texts(30), "", ""]))
     for _ in range(2):  # the second time the store is complete
         store = prepared((str(tmp_path), None), tmp_path / "store", Settings("bpe:300"))
-        assert "30 documents are few; a larger share of them is held out" in caplog.text
+        assert re.search(r"small: (\d+)% of its .* for validation, \1% for test", caplog.text)
     numbers = [TokenStore(store, split).documents for split in SPLITS]
     assert sum(numbers) == 30 and min(numbers) > 0
     (tmp_path / "a.jsonl").write_bytes(json_lines([*texts(2), ""]))
     with pytest.raises(UserError, match=r"--input: 2 different documents with text are too few"):
         prepared((str(tmp_path / "*.jsonl"), None), tmp_path / "two", SETTINGS)
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts(30)))
+    few, pattern = Settings("bpe:300", validation=1e-9), (str(tmp_path / "*.jsonl"), None)
+    with pytest.raises(UserError, match=r"test; give more, or leave out --validation=1e-09"):
+        prepared(pattern, tmp_path / "three", few)
+    monkeypatch.setattr(preparation, "_MOST_EXAMINED", 20)  # the share is found to be too small
+    with pytest.raises(UserError, match="--validation=1e-09: no document is in this split"):
+        prepared(pattern, tmp_path / "three", few)
 
 
 def test_a_tokenizer_of_the_hub(inputs, whole, tmp_path, monkeypatch):
@@ -289,6 +317,15 @@ def test_a_tokenizer_of_the_hub(inputs, whole, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     settings = dataclasses.replace(SETTINGS, tokenizer="owner/name-1.5")
     assert files_of(prepared(inputs, tmp_path / "store", settings)) == files_of(whole)
+    failures = [ConnectionResetError("reset"), LookupError("no such repository")]
+    monkeypatch.setattr(retry, "_FIRST_PAUSE", 0.01)
+    hub.snapshot_download = lambda name, allow_patterns: stop(lambda _: failures.pop(0))
+    with pytest.raises(UserError, match=r"Hub fails \(no such repository\); correct the path"):
+        prepared(inputs, tmp_path / "other", settings)
+    failures = [ConnectionResetError("reset")]
+    monkeypatch.setattr(retry, "retry_seconds", 0)
+    with pytest.raises(MachineFault, match=r"Hub fails \(reset\); it was tried for 0 s"):
+        prepared(inputs, tmp_path / "other", settings)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     words = "--tokenizer='owner/name-1.5': no such file or folder, and the Hugging Face Hub fails"
     with pytest.raises(UserError, match=words):

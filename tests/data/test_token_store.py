@@ -75,9 +75,14 @@ def test_a_store_is_used_again_for_the_same_text_and_tokenizer(text_folder, tmp_
     assert (directory / "manifest.json").stat().st_mtime_ns == written
     assert "using" in caplog.text and "built" not in caplog.text
     stores = {directory, prepare_text(text_folder, tmp_path, directory / "tokenizer.json")}
+    other = tmp_path / "other.json"  # the same tokenizer, written in another way
+    other.write_text(json.dumps(json.loads((directory / "tokenizer.json").read_text())))
+    stores.add(store := prepare_text(text_folder, tmp_path, other))
+    manifest = json.loads((store / "manifest.json").read_text())
+    assert manifest["tokenizer_sha256"] == load_tokenizer(other).sha256
     (text_folder / "00.txt").write_text("changed")
     stores.add(prepare_text(text_folder, tmp_path))
-    assert len(stores) == 3 and all(store.name.startswith("text-") for store in stores)
+    assert len(stores) == 4 and all(store.name.startswith("text-") for store in stores)
 
 
 def test_large_vocabulary_is_stored_in_32_bits(text_folder, tmp_path):
