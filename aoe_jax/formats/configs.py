@@ -50,9 +50,9 @@ def computed_fields(config: Config):
     return {name: value for name, value in fields.items() if name not in unused}
 
 
-def refuse_code(routing: dict):
+def refuse_code(routing):
     """Raises `UserError` if a model's group `routing` names a Python file, which would be run."""
-    name = routing.get("name")
+    name = routing.get("name") if isinstance(routing, dict) else None  # others are refused later
     if is_in_file(name):
         raise UserError(f"routing.name={shown(name)} is a Python file; a model cannot name one")
 
