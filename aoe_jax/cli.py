@@ -31,6 +31,9 @@ flags.DEFINE_float(
 flags.DEFINE_bool("help", False, "show this help", short_name="h")
 flags.disclaim_key_flags()  # flags that functions below define belong to the calling module
 
+# Package -> extra of `pip install 'aoe_jax[EXTRA]'` that brings it.
+_EXTRAS = {"wandb": "wandb", "gcsfs": "gs", "s3fs": "s3", "ray": "ray"}
+_EXTRAS |= {"lm_eval": "eval", "datasets": "huggingface"}
 _NO_CONFIG = "--config is missing; name a Python file with get_config(), or aoe_jax:tiny"
 _BROKEN_PIPE = 128 + signal.SIGPIPE  # exit status that shells report after a SIGPIPE
 _NOTES_OF_JAX = ("---", "For simplicity")
@@ -63,6 +66,12 @@ def define_config_flag():
         f"are {', '.join(types)}"
     )
     return flags.DEFINE_string("config", None, about)
+
+
+def define_engine_flag():
+    """Defines `--engine` for commands whose work is many independent tasks."""
+    about = "where the work runs: on this machine, or on all nodes of a Ray cluster"
+    return flags.DEFINE_enum("engine", "local", ["local", "ray"], about)
 
 
 def define_mesh_flag():
@@ -219,6 +228,10 @@ def _end_of(error):
         return Interrupted.status, "interrupted", False
     if isinstance(error, BrokenPipeError):
         return _BROKEN_PIPE, "error: nobody reads the output any more", False
+    package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) else None
+    if package in _EXTRAS:
+        wanted = f"pip install 'aoe_jax[{_EXTRAS[package]}]'"
+        return UserError.status, f"error: the package {package} is missing; {wanted}", False
     status, reason = retry.status_of(error), retry.reason(error)
     line = (str(error).strip().splitlines() or [""])[0][:300]
     if isinstance(error, Failure):

@@ -37,6 +37,7 @@ _VALIDATION = flags.DEFINE_float(
 )
 _TEST = flags.DEFINE_float("test", None, "share of the documents for test, as --validation")
 _PROCESSES = flags.DEFINE_integer("processes", _CORES, "tokenising processes, one per core", 1)
+_ENGINE = cli.define_engine_flag()
 _CHECK = flags.DEFINE_bool("check", False, "read the whole store, and name damaged shards")
 
 
@@ -46,7 +47,9 @@ def main():
         cli.required(_INPUT)
         tokenizer = cli.required(_TOKENIZER)
         settings = Settings(tokenizer, _TEXT_FIELD.value, _VALIDATION.value, _TEST.value)
-        prepare(_INPUT.value, settings, output, _PROCESSES.value)
+        if _ENGINE.value == "ray":
+            cli.refuse("leave it out with --engine=ray, which runs what fits", _PROCESSES)
+        prepare(_INPUT.value, settings, output, _PROCESSES.value, _ENGINE.value)
     elif _INPUT.value or _TOKENIZER.value:
         raise UserError("--check takes --output alone; leave out --input and --tokenizer")
     elif damaged := check(output):

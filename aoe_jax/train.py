@@ -7,7 +7,7 @@ The same command continues a run that has stopped for any reason. The command wr
 """
 
 import shlex
-from importlib.util import find_spec
+from importlib import import_module
 
 from absl import flags
 
@@ -49,8 +49,7 @@ def main():
         profile = steps_to_trace(_PROFILE.value, config.train.steps)
     if project is not None:
         require_flag(project, "wandb", project, "name a project")
-        wanted = "the package wandb is missing; pip install 'aoe_jax[wandb]'"
-        require_flag(find_spec("wandb"), "wandb", project, wanted)
+        import_module("wandb")  # a missing package is refused early
     wanted = "give it without --start-over"
     require_flag(not _START_OVER.value or _GO_BACK.value is None, "go-back", _GO_BACK.value, wanted)
     branch = None

@@ -32,6 +32,7 @@ _JOBS = flags.DEFINE_integer(
     "runs at a time; they share the GPUs equally; default: one per core on CPU, else one",
     1,
 )
+_ENGINE = cli.define_engine_flag()
 _REPORT = flags.DEFINE_bool("report", False, "write the report of finished runs, train nothing")
 _SET = flags.DEFINE_multi_string(
     "set", [], "GROUP.FIELD=VALUE for all runs, such as data.path=/data/c4"
@@ -41,11 +42,13 @@ _ARMS = flags.DEFINE_list("arms", [], "names of arms of the suite; without --sui
 
 def main():
     if _ARMS.present and not _SUITE.present:
-        cli.refuse("give it with --suite", _JOBS, _REPORT, _SET)
+        cli.refuse("give it with --suite", _JOBS, _REPORT, _SET, _ENGINE)
         from aoe_jax.compare.pair import pair_table
 
         print(pair_table(cli.path_of(_WORKDIR), _ARMS.value))
         return
+    if _ENGINE.value == "ray":
+        cli.refuse("leave it out with --engine=ray, which runs what fits", _JOBS)
     suite = load_suite(cli.path_of(_SUITE), _SET.value)
     workdir = cli.path_of(_WORKDIR).absolute()
     has_runs = (workdir / "machine.json").exists() or not _REPORT.value
@@ -63,7 +66,7 @@ def main():
     given = [f"--suite={_SUITE.value}", *(f"--set={setting}" for setting in _SET.value)]
     with leased(workdir, "workdir"):
         if not _REPORT.value:
-            machine = Machine.here(workdir, _JOBS.value)
+            machine = Machine.of_engine(_ENGINE.value, workdir, _JOBS.value)
             train_suite(suite, workdir, machine)
             measure_suite(suite, workdir, machine, given)
         given += [f"--arms={','.join(_ARMS.value)}"] if _ARMS.value else []

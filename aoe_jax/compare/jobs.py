@@ -1,14 +1,17 @@
-"""Runs commands in separate processes, and describes the machine that runs them."""
+"""Runs Python programs in separate processes, and describes the machine that runs them."""
 
 import contextlib
 import json
 import logging
 import os
+import queue
 import re
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import aoe_jax
@@ -32,10 +35,10 @@ def beside(path: Path, suffix):
 
 @dataclass(frozen=True)
 class Job:
-    """A command to run."""
+    """A program to run."""
 
     name: str
-    command: tuple[str, ...]
+    arguments: tuple[str, ...]  # of the Python interpreter
     output: Path  # file or folder that it writes; OUTPUT.log and OUTPUT.outcome.json are beside it
 
 
@@ -68,21 +71,31 @@ def read_machines(workdir: Path):
 
 @dataclass(frozen=True)
 class Machine:
-    """This machine, which runs the jobs of a suite."""
+    """This machine or a Ray cluster, which runs the jobs of a suite."""
 
     backend: str
     slots: list[Slot]
     environment: dict[str, str]  # default values of environment variables
+    of_task: dict | None = None  # Ray's options for a job; None: jobs run on this machine
 
     @classmethod
-    def here(cls, workdir: Path, n_jobs: int | None):
-        """Describes this machine, and adds it to `machine.json` in the directory of a suite.
+    def of_engine(cls, engine, workdir: Path, n_jobs: int | None):
+        """Describes a machine, and adds it to `machine.json` in the directory of a suite.
 
-        If package versions or the commit differ, it counts as another machine. `n_jobs` is the
-        number of jobs that run at a time; None means one per core on CPU, else one. Raises
-        `UserError` if JAX does not start, or if this machine cannot run `n_jobs` at a time.
+        `engine` is "local" for this machine, or "ray" for a node of the Ray cluster. If package
+        versions or the commit differ, it counts as another machine. `n_jobs` is the number of jobs
+        that run at a time here; None means one per core on CPU, else one. Raises `UserError` if
+        JAX does not start, this machine cannot run `n_jobs` at a time, or there is no cluster.
         """
-        description = _describe()
+        of_task = None
+        if engine == "local":
+            description = _describe()
+        else:
+            from aoe_jax import cluster
+
+            cluster.connect()
+            of_task = cluster.resources()
+            [(_, description)] = cluster.results(_describe, [()], of_task)
         earlier = read_machines(workdir) if (workdir / "machine.json").exists() else []
         machines = [*(m for m in earlier if m != description), description]
         write_json(workdir / "machine.json", {"machines": machines})
@@ -91,48 +104,90 @@ class Machine:
             "JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"),  # shared by all seeds
             "PYTHONUNBUFFERED": "1",
         }
-        return cls(description["backend"], slots_of(description, n_jobs), environment)
+        if of_task is None:
+            return cls(description["backend"], slots_of(description, n_jobs), environment)
+        one_thread = {"NPROC": "1"} if description["backend"] == "cpu" else {}  # as on one core
+        return cls(description["backend"], [Slot(environment=one_thread)], environment, of_task)
+
+    def one_at_a_time(self):
+        """Returns the machine with which jobs do not slow each other."""
+        if self.of_task is None:
+            return replace(self, slots=self.slots[:1])
+        from aoe_jax import cluster
+
+        return replace(self, of_task=cluster.whole_node())
 
     def run(self, jobs: list[Job]):
-        """Runs jobs in order, one at a time in each slot.
+        """Runs jobs, in order and one at a time in each slot, or as tasks of the cluster.
 
         A failed job does not stop the others. On SIGTERM or Ctrl-C, the call asks the running jobs
         to stop, waits for their end, and raises `Preempted` or `Interrupted`.
         """
-        waiting, free, running = list(jobs), list(self.slots), {}  # running: Job -> (Slot, Popen)
-        n_ended, n_failed = 0, 0
+        n_failed = 0
         advice = "the work so far is saved; the same command goes on from there"
+        results = self._on_this_machine(jobs) if self.of_task is None else self._on_cluster(jobs)
         try:
-            while waiting or running:
-                while free and waiting:
-                    job, slot = waiting.pop(0), free.pop(0)
-                    running[job] = slot, _start(job, slot, self.environment)
-                time.sleep(0.2)
-                ended = [job for job, (_, process) in running.items() if process.poll() is not None]
-                for job in ended:
-                    slot, process = running.pop(job)
-                    free.append(slot)
-                    n_ended += 1
-                    n_failed += not _succeeded(job, process.returncode)
+            with contextlib.closing(results):
+                for n_ended, (job, status) in enumerate(results, 1):
+                    n_failed += not _succeeded(job, status)
                     log.info("%d of %d jobs ended, %d failed", n_ended, len(jobs), n_failed)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted: {advice}") from None
         except Terminated:
             raise Preempted(f"preempted: {advice}") from None
-        finally:
-            for _, process in running.values():
-                process.terminate()
-            for _, process in running.values():
-                process.wait()
+
+    def _on_cluster(self, jobs):
+        from aoe_jax import cluster
+
+        calls = [(job, self.slots[0], self.environment) for job in jobs]
+        with contextlib.closing(cluster.results(run_job, calls, self.of_task)) as results:
+            for (job, *_), status in results:
+                yield job, status
+
+    def _on_this_machine(self, jobs):
+        free, stop = queue.SimpleQueue(), threading.Event()
+        for slot in self.slots:
+            free.put(slot)
+
+        def run(job):
+            slot = free.get()
+            try:
+                return run_job(job, slot, self.environment, stop)
+            finally:
+                free.put(slot)
+
+        with ThreadPoolExecutor(len(self.slots)) as threads:
+            try:
+                running = {threads.submit(run, job): job for job in jobs}
+                for ended in as_completed(running):
+                    yield running[ended], ended.result()
+            finally:
+                stop.set()
+                threads.shutdown(cancel_futures=True)
+
+
+def run_job(job: Job, slot: Slot, environment, stop: threading.Event | None = None):
+    """Runs a job, and returns its exit status. After `stop` or an exception (Ray interrupts a task
+    with `KeyboardInterrupt`) it asks the job to stop, and waits for its end.
+    """
+    process = _start(job, slot, environment)
+    try:
+        while process.poll() is None and not (stop and stop.is_set()):
+            time.sleep(0.2)
+    finally:
+        process.terminate()
+        process.wait()
+    return process.returncode
 
 
 def _start(job, slot, environment):
     beside(job.output, ".outcome.json").unlink(missing_ok=True)
+    command = (sys.executable, *job.arguments)
     with beside(job.output, ".log").open("a") as file:
-        file.write(f"$ {' '.join(job.command)}\n")
+        file.write(f"$ {' '.join(command)}\n")
         file.flush()
         process = subprocess.Popen(
-            job.command,
+            command,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,

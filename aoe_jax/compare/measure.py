@@ -10,9 +10,7 @@ random tokens. It alternates the steps of the arms, and writes `DIR/measured/NAM
 
 import contextlib
 import logging
-import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -84,19 +82,20 @@ def read_point(workdir: Path, point, configs: Mapping[str, Config]):
 def measure_suite(suite: Suite, workdir: Path, machine: Machine, suite_flags):
     """Measures the points that are not measured yet. Raises what `Machine.run` raises.
 
-    One process runs at a time, so that processes do not slow each other. Steps of trained models
-    are timed in turn on CPU only. On other devices the runs' own step times are reliable, and the
-    arms of a size may not fit into memory together. `suite_flags` are `--suite` and `--set`.
+    One process runs at a time on a node, so that processes do not slow each other. Steps of trained
+    models are timed in turn on CPU only. On other devices the runs' own step times are reliable,
+    and the arms of a size may not fit into memory together. `suite_flags` are `--suite` and
+    `--set`.
     """
-    jobs, program = [], (sys.executable, "-m", "aoe_jax.compare.measure", *suite_flags)
+    jobs, program = [], ("-m", "aoe_jax.compare.measure", *suite_flags)
     (workdir / "measured").mkdir(exist_ok=True)
     for point, configs in configs_by_point(suite, workdir).items():
         is_timed = point not in suite.sizes or machine.backend == "cpu"
         costs = read_point(workdir, point, configs)
         if unanalysed(suite, workdir, point) or (is_timed and costs.keys() != configs.keys()):
-            command = (*program, f"--workdir={workdir}", f"--point={point}")
-            jobs.append(Job(f"measuring {point}", command, measured_file(workdir, point)))
-    replace(machine, slots=machine.slots[:1]).run(jobs)
+            arguments = (*program, f"--workdir={workdir}", f"--point={point}")
+            jobs.append(Job(f"measuring {point}", arguments, measured_file(workdir, point)))
+    machine.one_at_a_time().run(jobs)
 
 
 def unanalysed(suite: Suite, workdir: Path, size):

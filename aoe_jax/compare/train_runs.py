@@ -5,7 +5,6 @@ repeated, an interrupted run is continued, and a failed run is tried again after
 """
 
 import logging
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -84,6 +83,6 @@ def train_suite(suite: Suite, workdir: Path, machine: Machine):
         configuration.parent.mkdir(parents=True, exist_ok=True)
         write_json(configuration, run.config.to_stored())
         given = f"--config={configuration}", f"--workdir={folder}"
-        jobs.append(Job(run.name, (sys.executable, "-m", "aoe_jax.train", *given), folder))
-    log.info("%d of %d runs to do, %d at a time", len(jobs), len(folders), len(machine.slots))
+        jobs.append(Job(run.name, ("-m", "aoe_jax.train", *given), folder))
+    log.info("%d of %d runs to do", len(jobs), len(folders))
     machine.run(jobs)

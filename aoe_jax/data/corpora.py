@@ -235,9 +235,9 @@ def _tfds_builder(name: str, data_dir: str, flag: str) -> tfds.core.DatasetBuild
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(_unknown_name(name)) from error
     except ImportError as error:
-        how = "install it, or set data.path to a TFDS data_dir with the prepared array_record files"
         if name.startswith(_HUGGING_FACE):
-            how = "pip install 'aoe_jax[huggingface]'"
+            raise
+        how = "install it, or set data.path to a TFDS data_dir with the prepared array_record files"
         missing = f"needs a package that is not installed ({error}); {how}"
         raise UserError(f"data.name={name!r}: {missing}") from error
     except Exception as error:  # TFDS or the builder failed

@@ -113,14 +113,28 @@ class Settings:
         return planned
 
 
-def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: int):
+def prepare(
+    inputs: Sequence[str],
+    settings: Settings,
+    output: Path,
+    processes: int,
+    engine: str = "local",
+):
     """Makes a token store in `output`, or continues a store that the same call began.
 
     `inputs` are glob patterns for `find_files`. `output` is a new or empty folder, or has a
-    store of the same inputs and settings. The content of the store does not depend on the number of
-    `processes`. Raises `UserError` if an input or the tokenizer cannot be used, `output` has other
-    files, or a split would be empty, and `MachineFault` if the disk fails or is full.
+    store of the same inputs and settings. `engine` is "local" for `processes` on this machine, or
+    "ray" for a Ray cluster; the content of the store does not depend on it.
+
+    Raises:
+      UserError: if an input or the tokenizer cannot be used, `output` has other files, a split
+        would be empty, or there is no cluster.
+      MachineFault: if the disk fails or is full, or a process is killed.
     """
+    if engine == "ray":
+        from aoe_jax import cluster
+
+        cluster.connect()
     output = output if is_remote(output) else Path(os.path.abspath(output))
     settings = dataclasses.replace(settings, tokenizer=_found(settings.tokenizer))
     files = find_files(inputs, output)
@@ -140,7 +154,7 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
             logger.info(f"going on: {n_done} of {len(units)} units of work are done")
         try:
             tokenizer = patiently(what, lambda: install_tokenizer(output, plan, settings))
-            _write_units(output, plan, processes, missing)
+            _write_units(output, plan, missing, processes, engine)
             results = [read_json(_note(output, unit), _OTHERWISE, _NOTE) for unit in units]
             patiently(what, lambda: _finish(output, plan, tokenizer, results))
         except UserError:  # a first try with a mistake must not prevent the second try
@@ -316,7 +330,7 @@ def _sample(plan: dict) -> Iterator[str]:
                 break
 
 
-def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
+def _write_units(output: Path, plan: dict, units: list[int], processes: int, engine: str):
     if not is_remote(output):
         (output / "units").mkdir(exist_ok=True)
         for killed in (output / "units").glob("*.partial-*"):
@@ -326,15 +340,28 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
     sizes = [unit["size"] for unit in plan["units"]]
     done = sum(sizes) - sum(sizes[unit] for unit in units)
     bar = tqdm(desc="preparing", total=sum(sizes), initial=done, unit="B", unit_scale=True)
+    calls = [(output, unit) for unit in units]
+    if engine == "local":
+        written = _in_processes(calls, processes)
+    else:
+        from aoe_jax import cluster
+
+        written = cluster.results(write_unit, calls, {"num_cpus": 1})
+    with bar, logging_redirect_tqdm([logging.getLogger("aoe_jax")]), contextlib.closing(written):
+        for (_, unit), _ in written:
+            bar.update(sizes[unit])
+
+
+def _in_processes(calls, processes: int):
+    """Yields `(call, None)` for each of `calls`, arguments of `write_unit`, as they end."""
     # Forking is unsafe, because a lock of another thread would stay locked in the new process.
     spawning = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, spawning, _begin_process, (retry.retry_seconds,))
-    with bar, logging_redirect_tqdm([logging.getLogger("aoe_jax")]), pool:
+    with pool:
         try:
-            writing = {pool.submit(write_unit, output, unit): unit for unit in units}
+            writing = {pool.submit(write_unit, *call): call for call in calls}
             for written in as_completed(writing):
-                written.result()
-                bar.update(sizes[writing[written]])
+                yield writing[written], written.result()
         except BaseException as error:
             for process in multiprocessing.active_children():
                 process.kill()

@@ -14,19 +14,12 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import jax
+import lm_eval.tasks
+from lm_eval.evaluator import evaluate
 from tabulate import tabulate
 
-from aoe_jax.errors import UserError, shown
-
-try:
-    import lm_eval.tasks
-    from lm_eval.evaluator import evaluate
-except ModuleNotFoundError as e:
-    if e.name.partition(".")[0] not in ("lm_eval", "datasets"):
-        raise
-    raise UserError("--tasks needs the package lm-eval; run `pip install '.[eval]'`") from e
-
 from aoe_jax.config.checks import require_flag
+from aoe_jax.errors import UserError, shown
 from aoe_jax.evaluation.harness import HarnessModel
 from aoe_jax.evaluation.models import Model, load_model
 from aoe_jax.model.decoding import check_decodes

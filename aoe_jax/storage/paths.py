@@ -48,11 +48,7 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False, is_pattern=F
         raise UserError(f"{name}={text}: {wanted}")
     if has_magic(text) and not is_pattern:  # clients of stores would treat it as a pattern
         raise UserError(f"{name}={text}: a path in a store must not have *, ? or [")
-    try:
-        __import__(STORES[scheme[1]])
-    except ImportError as e:
-        wanted = f"the package {STORES[scheme[1]]} is missing; pip install 'aoe_jax[{scheme[1]}]'"
-        raise UserError(f"{name}={text}: {wanted}") from e
+    __import__(STORES[scheme[1]])  # a missing package is refused early
     return epath.Path(text)
 
 

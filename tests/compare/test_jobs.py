@@ -14,7 +14,7 @@ CORES = sorted(os.sched_getaffinity(0))
 
 
 def job(folder, name, program):
-    return Job(name, (sys.executable, "-c", program), folder / name)
+    return Job(name, ("-c", program), folder / name)
 
 
 def test_a_job_that_fails_stops_no_other(tmp_path):

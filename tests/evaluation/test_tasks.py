@@ -188,5 +188,5 @@ def test_a_bad_file_of_results(data, tmp_path):
 def test_without_lm_eval():
     status, _, stderr = evaluate("nowhere", "--tasks=piqa", hidden="lm_eval")
     assert status == 2
-    wanted = "error: --tasks needs the package lm-eval; run `pip install '.[eval]'`"
+    wanted = "error: the package lm_eval is missing; pip install 'aoe_jax[eval]'"
     assert stderr.splitlines()[-1] == wanted
