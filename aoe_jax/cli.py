@@ -32,7 +32,7 @@ flags.DEFINE_bool("help", False, "show this help", short_name="h")
 flags.disclaim_key_flags()  # flags that functions below define belong to the calling module
 
 # Package -> extra of `pip install 'aoe_jax[EXTRA]'` that brings it.
-_EXTRAS = {"wandb": "wandb", "gcsfs": "gs", "s3fs": "s3", "ray": "ray"}
+_EXTRAS = {"wandb": "wandb", "gcsfs": "gs", "s3fs": "s3", "ray": "ray", "sklearn": "prune"}
 _EXTRAS |= {"lm_eval": "eval", "datasets": "huggingface"}
 _NO_CONFIG = "--config is missing; name a Python file with get_config(), or aoe_jax:tiny"
 _BROKEN_PIPE = 128 + signal.SIGPIPE  # exit status that shells report after a SIGPIPE

@@ -37,13 +37,13 @@ CONTRAST = Contrast(beta=0.5)
 
 
 def variants(d_model):
-    """Returns `{name: (variant of configs/tiny.py, changes to its group `experts`)}`."""
+    """Returns `{name: (`experts.kind`, changes to the group `experts`)}`."""
     few = {"n_experts": 8, "top_k": 2, "d_ffn": 2 * d_model}
     many = {"n_experts": 64, "top_k": 8, "d_ffn": d_model // 2}
     return {
-        "router, 2 of 8": ("moe", few),
+        "router, 2 of 8": ("router", few),
         "AoE, 2 of 8, r=d/3": ("aoe", few | {"d_low": d_model // 3}),
-        "router, 8 of 64": ("moe", many),
+        "router, 8 of 64": ("router", many),
         "AoE, 8 of 64, r=d/3": ("aoe", many | {"d_low": d_model // 3}),
         "AoE, 8 of 64, r=d/12": ("aoe", many | {"d_low": d_model // 12}),
         "dense, as wide as all experts": ("dense", {"d_ffn": 16 * d_model}),
@@ -51,10 +51,10 @@ def variants(d_model):
     }
 
 
-def model_of(variant, experts, d_model, n_layers):
+def model_of(kind, experts, d_model, n_layers):
     """Returns `(config, decoder, parameters stacked over layers, parameters for decoding)`."""
     model = {"d_model": d_model, "n_layers": n_layers, "dtype": "float32", "unroll": n_layers}
-    config = configuration(variant, {"model": model, "mesh": {"data": 1}, "experts": experts})
+    config = configuration(kind, {"model": model, "mesh": {"data": 1}, "experts": experts})
     decoder = Decoder.from_config(config)
     params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     return config, decoder, params, unstacked(decoder, params, make_mesh(config, jax.devices()[:1]))

@@ -96,7 +96,7 @@ def products(config):
 
 def main():
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # set before JAX counts cores
-    router = configuration("moe", CHANGES)
+    router = configuration("router", CHANGES)
     low = {"experts": {"d_low": 85}}
     configurations = {
         "router": router,

@@ -1,4 +1,4 @@
-"""Makes the table in docs/plans.md: estimated memory and step time of AoE and of the router MoE.
+"""Computes the figures of docs/plans.md: estimated memory and step time of AoE and the MoE.
 
 `python -m benchmarks.plans [--rows=NAME,...] [--json=FILE]` needs `libtpu` for TPUs and JAX's CUDA
 wheels for GPUs; a row takes minutes on two cores. `python -m aoe_jax.plan --config=CONFIGURATION

@@ -20,7 +20,7 @@ from benchmarks.timing import (
     run_benchmark,
 )
 
-# Changes to configs/tiny.py, except d_low: it is d_model divided by each number in `RANKS`.
+# Changes to configs/tiny.py:published; d_low is d_model divided by each number in `RANKS`.
 MODELS = {
     "tiny": {},
     "deep": {
@@ -50,7 +50,7 @@ FACTORISED = {
 
 def arms_of(name):
     """Returns `{label: Config}` of the arms of a model; the router MoE is the first one."""
-    router = configuration("moe", MODELS[name], {"balance": {"aux_tokens": 1.0}})
+    router = configuration("router", MODELS[name], {"balance": {"aux_tokens": 1.0}})
     arms = {"router": router}
     for arm, changes in WHOLE_GATES.items():
         arms[f"whole gates, {arm}"] = configuration("aoe", MODELS[name], changes)

@@ -50,9 +50,14 @@ def machine_in_words():
     return ", ".join(f"{name} {value}" for name, value in machine().items())
 
 
-def configuration(variant, *changes):
-    """Returns a variant of configs/tiny.py with changes `{group: {field: value}}`."""
-    config = tiny.get_config(variant)
+def configuration(kind, *changes):
+    """Returns configs/tiny.py:published with another `experts.kind`, and with changes `{group:
+    {field: value}}`.
+    """
+    config = tiny.get_config("published")
+    config.experts.kind = kind
+    if kind == "dense":
+        config.balance.aux_weight = 0.0
     for change in changes:
         update_groups(config, change)
     return Config.from_config_dict(config)

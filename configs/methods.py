@@ -70,6 +70,6 @@ def changes(variant):
 def get_config(variant="top_k"):
     if variant not in VARIANTS:
         raise UserError(f"configs/methods.py:{variant} is no variant; {choose(variant, VARIANTS)}")
-    config = tiny.get_config()
+    config = tiny.get_config("published")
     update_groups(config, changes(variant))
     return config

@@ -31,7 +31,7 @@ from aoe_jax.training.step import init_state, make_train_step
 from aoe_jax.training.step_times import random_batch
 
 grouped_matmul._default_backend = lambda device: "ragged"
-for variant in ("aoe", "moe"):
+for variant in ("published", "moe"):
     config = tiny.get_config(variant)
     config.model.update(n_layers=1, d_model=32, n_heads=2, vocab_size=64, unroll=1)
     config.experts.update(d_ffn=32, d_low=8)

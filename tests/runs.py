@@ -105,7 +105,7 @@ def train_command(workdir, **changes):
     """The command line that trains with these settings."""
     given = {name: value for name, value in settings(**changes).items() if value is not None}
     flags = [f"--config.{name}={value}" for name, value in given.items()]
-    return ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *flags]
+    return ["train.py", "--config=configs/tiny.py:published", f"--workdir={workdir}", *flags]
 
 
 def dense_command(workdir, **changes):

@@ -93,7 +93,7 @@ COMMAND_LINE = (
         for text, *words in FILES
     }
     | {
-        "variant of tiny.py": Mistake(flags(f"{CONFIG}:nope"), ["tiny.py:nope", "aoe, moe, dense"]),
+        "variant of tiny.py": Mistake(flags(f"{CONFIG}:nope"), ["tiny.py:nope", "aoe, published"]),
         "no config": Mistake(flags(), ["--config is missing", "aoe_jax:tiny"]),
         "no workdir": Mistake(["train.py", CONFIG], ["--workdir is missing"]),
         "router of a kind without one": Mistake(

@@ -25,7 +25,8 @@ SMALL = {"model.n_layers": 1, "model.unroll": 1, "model.n_heads": 2, "model.d_mo
 SMALL |= {"model.vocab_size": 256, "model.dtype": "float32", "experts.n_experts": 4}
 SMALL |= {"experts.top_k": 2, "experts.d_ffn": 32, "experts.d_low": 8}
 SMALL |= {"data.seq_len": 32, "train.batch_size": 8}
-COMMAND = ["--config=configs/tiny.py", *(f"--config.{name}={v}" for name, v in SMALL.items())]
+FIELDS = [f"--config.{name}={value}" for name, value in SMALL.items()]
+COMMAND = ["--config=configs/tiny.py:published", *FIELDS]
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ class Metrics:
         """`start_step` is the number of updates done, `began` the time of the run's first start."""
         self._config, self._folder, self._start_step = config, folder, start_step
         self._progress, self._began = progress, began
-        self._writers, self._lines, self._board = {}, None, None
+        self._writers, self._lines = {}, None
         self._unreported = None  # `(step, metrics on devices)` until `flush` reports them
         self._program = {}
         self._seconds = Counter()  # clock -> seconds; `compute` counts up to the newest log line
@@ -79,8 +79,7 @@ class Metrics:
         self._lines = JsonLines(self._folder / "metrics.jsonl", self._progress.metrics_bytes)
         writers = [self._lines]
         with Tolerated(TensorBoard.name):
-            self._board = TensorBoard(self._folder / "tensorboard", self._start_step)
-            writers.append(self._board)
+            writers.append(TensorBoard(self._folder / "tensorboard", self._start_step))
         if sys.stderr.isatty():
             writers.append(Bar(self._start_step, self._config.train.steps))
         if wandb is not None:
@@ -224,9 +223,10 @@ class Metrics:
             lines = file.read_text().splitlines(keepends=True) if file.exists() else []
             kept = "".join(line for line in lines if json.loads(line)["step"] < step)
             write_whole(file, f"{kept}{json.dumps({'step': step, 'text': text})}\n".encode())
-        if self._board:
-            with Tolerated(self._board.name):
-                self._board.write_text(step, text)
+        for writer, tolerated in self._writers.items():
+            if hasattr(writer, "write_text"):
+                with tolerated:
+                    writer.write_text(step, text)
 
     def _write(self, *metrics):
         if self._writers:

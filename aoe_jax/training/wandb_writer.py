@@ -1,5 +1,6 @@
 """Sends the metrics of a run to Weights & Biases."""
 
+import html
 import re
 import secrets
 from pathlib import Path
@@ -46,6 +47,10 @@ class Wandb:
 
     def write(self, step, group, scalars, layers, experts):
         self._run.log({"step": step, **tags(group, scalars, layers)})
+
+    def write_text(self, step, text):
+        shown = wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
+        self._run.log({"step": step, "sample": shown})
 
     def close(self):
         self._run.finish()

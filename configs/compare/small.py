@@ -47,7 +47,7 @@ LARGEST = size_of(72, 5, 4, batch_size=8, steps=4100)
 
 def base_config():
     """Returns the configuration that all runs share."""
-    base = tiny.get_config()
+    base = tiny.get_config("published")
     base.model.vocab_size = 1024  # keeps the embeddings small, and splits the text into more tokens
     width = SMALLEST["model"]["d_model"]
     base.train.update(learning_rate=2e-2, final_learning_rate=8e-4, rate_width=width, log_every=10)

@@ -21,7 +21,7 @@ MODEL = {
 def get_suite():
     return Suite(
         name="throughput",
-        base=tiny.get_config(),
+        base=tiny.get_config("published"),
         arms={
             "moe_aux": moe("aux"),
             "aoe_aux": replace(aoe(3, "aux"), label="AoE, L_aux of 1/8"),

@@ -10,7 +10,7 @@ from aoe_jax.configs.compare.arms import DENSE, aoe, moe
 
 
 def get_suite():
-    base = tiny.get_config()
+    base = tiny.get_config("published")
     base.model.update(vocab_size=1024)
     base.data.update(seq_len=128)
     base.train.update(steps=100, warmup=0.1, eval_every=50, log_every=5)

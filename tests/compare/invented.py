@@ -34,7 +34,7 @@ def results(folder, sizes, nll, arms=ARMS, curve=((1, 2), (6.0, 5.0)), seconds=l
     The final `nll` and the `seconds` of a step are functions of a run. `curve` is `(steps, nlls)`
     of both splits.
     """
-    suite = Suite("s", tiny.get_config(), arms, sizes, baseline="moe")
+    suite = Suite("s", tiny.get_config("published"), arms, sizes, baseline="moe")
     for run in suite.runs():
         of_run = folder_of(folder, run)
         of_run.mkdir(parents=True, exist_ok=True)

@@ -20,13 +20,13 @@ TINY = ROOT / "configs/compare/tiny.py"
 
 
 def suite(**changes):
-    values = {"name": "s", "base": tiny.get_config(), "arms": ARMS, "baseline": "moe"}
+    values = {"name": "s", "base": tiny.get_config("published"), "arms": ARMS, "baseline": "moe"}
     return Suite(**values | {"sizes": {"small": SMALL}} | changes)
 
 
 def test_runs_resolve_to_configurations():
     wide = Size({"train": {"rate_width": 64}}, seeds=1, arms=("moe", "aoe"))
-    base = tiny.get_config()
+    base = tiny.get_config("published")
     base.train.seed = 7
     more = dataclasses.replace(SMALL, seeds=1, seeds_of={"aoe": 3, "moe": 9})
     runs = suite(base=base, sizes={"small": more, "wide": wide}).of_arms(["active"]).runs()

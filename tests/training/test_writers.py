@@ -183,7 +183,8 @@ def test_wandb_offline(tmp_path):
     workdir = shutil.copytree(finished_run(), tmp_path / "run")
     logged = len(read_metrics(workdir)[0])
     for steps in (26, 28):
-        command = [*train_command(workdir, train__steps=steps, train__eval_every=0), "--wandb=mine"]
+        changes = {"train__eval_every": 0, "train__sample_every": 2}
+        command = [*train_command(workdir, train__steps=steps, **changes), "--wandb=mine"]
         status, stdout, stderr = finish(start(command, WANDB_MODE="offline"))
         assert status == 0, stderr
         assert stdout.startswith("result ") and len(stdout.splitlines()) == 5
@@ -198,6 +199,8 @@ def test_wandb_offline(tmp_path):
             pattern = rf"{name}.{{1,8}}{re.escape(json.dumps(value))}"
             assert re.search(pattern.encode(), sent, re.DOTALL), name
         assert b"experts/load_entropy/layer_1" in sent and b"validation/nll" in sent
+        (shown,) = file.parent.glob("files/media/html/sample_*.html")
+        assert "<pre>" in shown.read_text()
 
 
 def test_the_bar_is_below_the_log(capsys):
