@@ -228,8 +228,8 @@ def _end_of(error):
         return Interrupted.status, "interrupted", False
     if isinstance(error, BrokenPipeError):
         return _BROKEN_PIPE, "error: nobody reads the output any more", False
-    package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) else None
-    if package in _EXTRAS:
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package in _EXTRAS:
         wanted = f"pip install 'aoe_jax[{_EXTRAS[package]}]'"
         return UserError.status, f"error: the package {package} is missing; {wanted}", False
     status, reason = retry.status_of(error), retry.reason(error)

@@ -48,7 +48,7 @@ def main():
         tokenizer = cli.required(_TOKENIZER)
         settings = Settings(tokenizer, _TEXT_FIELD.value, _VALIDATION.value, _TEST.value)
         if _ENGINE.value == "ray":
-            cli.refuse("leave it out with --engine=ray, which runs what fits", _PROCESSES)
+            cli.refuse("leave it out with --engine=ray, which uses all free cores", _PROCESSES)
         prepare(_INPUT.value, settings, output, _PROCESSES.value, _ENGINE.value)
     elif _INPUT.value or _TOKENIZER.value:
         raise UserError("--check takes --output alone; leave out --input and --tokenizer")

@@ -3,6 +3,7 @@
 import importlib.resources
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,7 +49,7 @@ class Cluster:
         assert self.process.stdout.readline() == "done\n"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster():
     cluster = Cluster()
     yield cluster
@@ -70,7 +71,6 @@ def finish_without_first_node(cluster, command, is_at_work):
     cluster.change("kill")
     cluster.change("add")
     status, _, stderr = finish(process)
-    cluster.change("kill")
     assert status == 0, stderr
     assert "so the task will be retried" in stderr
     return stderr
@@ -113,13 +113,13 @@ def test_a_mistake_in_a_task(cluster, tmp_path):
     here = start([*command, f"--output={tmp_path}/here"])
     there = begin(cluster, [*command, f"--output={tmp_path}/there"])
     (status, _, stderr), (status_there, _, stderr_there) = finish(here), finish(there)
-    cluster.change("kill")
     message = stderr.splitlines()[-1]
     assert (status, status_there) == (2, 2) and "a.jsonl" in message
     assert stderr_there.splitlines()[-1] == message
 
 
-def test_ctrl_c_asks_the_runs_of_a_suite_to_stop(cluster, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_stopped_suite_asks_its_runs_to_stop(cluster, tmp_path, number, status):
     suite = write_suite(tmp_path / "suite.py", train__steps=10_000)
     command = ["-m", "aoe_jax.compare", f"--suite={suite}", f"--workdir={tmp_path}/work"]
     cluster.change("add")
@@ -128,11 +128,10 @@ def test_ctrl_c_asks_the_runs_of_a_suite_to_stop(cluster, tmp_path):
     while not log.exists() or "step 2/" not in log.read_text():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    status, _, stderr = finish(process)
-    cluster.change("kill")
-    assert status == 130, stderr
-    assert stderr.splitlines()[-1].startswith("interrupted: the work so far is saved")
+    process.send_signal(number)
+    ended, _, stderr = finish(process)
+    assert ended == status, stderr
+    assert ": the work so far is saved; the same command" in stderr.splitlines()[-1]
     assert "preempted" in log.read_text().splitlines()[-1]
 
 
@@ -141,9 +140,11 @@ def test_without_a_cluster(tmp_path):
     command = ["-m", "aoe_jax.prepare", f"--input={tmp_path}/a.jsonl", "--tokenizer=bpe:300"]
     command += [f"--output={tmp_path}/store", "--engine=ray"]
     status, _, stderr = execute([*command, "--processes=1"])
-    wanted = "leave it out with --engine=ray, which runs what fits"
+    wanted = "leave it out with --engine=ray, which uses all free cores"
     assert (status, stderr) == (2, f"error: --processes=1: {wanted}\n")
-    process = start(command, forked=False, RAY_ADDRESS=f"127.0.0.1:{os.getpid() % 1000 + 1}")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = server.getsockname()[1]
+    process = start(command, forked=False, RAY_ADDRESS=f"127.0.0.1:{closed}")
     status, _, stderr = finish(process)
     assert status == 2
     assert stderr.splitlines()[-1].startswith("error: --engine=ray: no Ray cluster answers (")

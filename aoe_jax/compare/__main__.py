@@ -48,7 +48,7 @@ def main():
         print(pair_table(cli.path_of(_WORKDIR), _ARMS.value))
         return
     if _ENGINE.value == "ray":
-        cli.refuse("leave it out with --engine=ray, which runs what fits", _JOBS)
+        cli.refuse("leave it out with --engine=ray, which uses all free devices", _JOBS)
     suite = load_suite(cli.path_of(_SUITE), _SET.value)
     workdir = cli.path_of(_WORKDIR).absolute()
     has_runs = (workdir / "machine.json").exists() or not _REPORT.value

@@ -38,7 +38,7 @@ class Job:
     """A program to run."""
 
     name: str
-    arguments: tuple[str, ...]  # of the Python interpreter
+    arguments: tuple[str, ...]  # what follows `python` on its command line
     output: Path  # file or folder that it writes; OUTPUT.log and OUTPUT.outcome.json are beside it
 
 
@@ -106,16 +106,17 @@ class Machine:
         }
         if of_task is None:
             return cls(description["backend"], slots_of(description, n_jobs), environment)
-        one_thread = {"NPROC": "1"} if description["backend"] == "cpu" else {}  # as on one core
-        return cls(description["backend"], [Slot(environment=one_thread)], environment, of_task)
+        if description["backend"] == "cpu":
+            environment["NPROC"] = "1"  # as many threads as on one core
+        return cls(description["backend"], [Slot()], environment, of_task)
 
     def one_at_a_time(self):
-        """Returns the machine with which jobs do not slow each other."""
+        """Returns this machine with one slot, or with a whole node for each job."""
         if self.of_task is None:
             return replace(self, slots=self.slots[:1])
         from aoe_jax import cluster
 
-        return replace(self, of_task=cluster.whole_node())
+        return replace(self, of_task=cluster.resources(whole_node=True))
 
     def run(self, jobs: list[Job]):
         """Runs jobs, in order and one at a time in each slot, or as tasks of the cluster.
@@ -162,8 +163,8 @@ class Machine:
                 for ended in as_completed(running):
                     yield running[ended], ended.result()
             finally:
+                threads.shutdown(wait=False, cancel_futures=True)
                 stop.set()
-                threads.shutdown(cancel_futures=True)
 
 
 def run_job(job: Job, slot: Slot, environment, stop: threading.Event | None = None):

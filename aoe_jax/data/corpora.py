@@ -235,7 +235,7 @@ def _tfds_builder(name: str, data_dir: str, flag: str) -> tfds.core.DatasetBuild
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(_unknown_name(name)) from error
     except ImportError as error:
-        if name.startswith(_HUGGING_FACE):
+        if error.name == "datasets":  # an extra of this package
             raise
         how = "install it, or set data.path to a TFDS data_dir with the prepared array_record files"
         missing = f"needs a package that is not installed ({error}); {how}"
