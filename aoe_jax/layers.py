@@ -84,6 +84,10 @@ class _Experts(nn.Module, kw_only=True):
             experts = self._config(x.shape[-1])
             sizes = dict(zip(MESH_AXES, axes.sizes(mesh), strict=True))
             _check_routing(self.routing, experts, balance, sizes, x.shape[-1])
+            for axis in MESH_AXES if mesh.empty else ():
+                if names := getattr(self, axis):
+                    wanted = "there is no mesh; call the layer within jax.set_mesh(mesh)"
+                    raise ValueError(f"{axis}={names!r}: {wanted}")
             if not mesh.manual_axes:
                 _check_sizes(self, experts, sizes, x.shape)
         training = training and not self.is_initializing()

@@ -27,6 +27,7 @@ class _Experts(nnx.Module):
           ValueError: an argument is invalid, or does not fit the mesh.
         """
         self.layer = self.linen(**arguments)
+        self.d_model = d_model
         # The smallest tokens that the mesh splits evenly; parameters do not depend on them.
         names = (getattr(self.layer, axis) for axis in MESH_AXES)
         data, fsdp, expert, tensor = MeshAxes(*names).sizes(jax.sharding.get_abstract_mesh())
@@ -44,6 +45,8 @@ class _Experts(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> tuple[jax.Array, Aux]:
         """Applies the layer, see `aoe_jax.AoE`. Some routers draw from the stream `experts`."""
+        if x.shape[-1] != self.d_model:
+            raise ValueError(f"x has the shape {x.shape}: its last axis must be {self.d_model}")
         params = nnx.to_pure_dict(nnx.state(self, nnx.Param))
         keys = {"experts": rngs.experts()} if rngs else None
         return self.layer.apply({"params": params}, x, token_weights, training, rngs=keys)

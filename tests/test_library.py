@@ -325,6 +325,16 @@ def test_refused(settings, shape, message):
         jax.eval_shape(AoE(**SIZES | settings).init, jax.random.key(0), jnp.ones((*shape, D)))
 
 
+def test_names_of_axes_need_a_mesh():
+    with pytest.raises(ValueError, match=r"AoE: expert='a': there is no mesh; call the layer with"):
+        jax.eval_shape(AoE(**SIZES, expert="a").init, jax.random.key(0), X)
+
+
+def test_nnx_refuses_tokens_of_another_width():
+    with pytest.raises(ValueError, match=rf"x has the shape .*: its last axis must be {D}"):
+        aoe_nnx.MoE(D, rngs=nnx.Rngs(0), **SIZES)(jnp.ones((4, D + 1)))
+
+
 def test_refused_tokens():
     small = jnp.ones((4, D), jnp.float8_e4m3fn)
     for x in (jnp.ones(D), jnp.ones((4, D), jnp.int32), jnp.ones((0, D)), small):

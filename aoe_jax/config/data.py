@@ -65,6 +65,8 @@ class DataConfig(Group):
         if self.path is not None and (len(sources) > 1 or sources[0].path is not None):
             wanted = f"leave it at None: data.name={self.name!r} names paths itself, as NAME@PATH"
             self.refuse("path", wanted)
+        if self.path is not None and self.name == "sotu":
+            self.refuse("path", "is not for data.name='sotu'; set data.name, such as prepared")
         for source in sources:
             folder = _FOLDERS.get(source.name)
             if folder and not (source.path or self.path):

@@ -236,6 +236,7 @@ def load_tokenizer(
     if path.is_dir():
         path = saved_tokenizer(path)
     wanted = "give the path of a Hugging Face tokenizer.json or a SentencePiece model"
+    wanted += ", or bpe:N" if setting == "--tokenizer" else ""
     what = f"{setting}={str(path)!r}: cannot be read"
     with refusing(what, f"; {wanted}"):
         content = patiently(what, lambda: read_bytes(path, FILE_BYTES))

@@ -46,13 +46,14 @@ class ParameterCounts:
         of_tables = self.n_tables * self.embedding
         tables = "one table for input and output" if self.n_tables == 1 else "two tables"
         return (
-            f"{_millions(self.total)} parameters: {_millions(of_tables)} in embeddings ({tables}), "
-            f"and {_millions(self.total - of_tables)} in layers, of which "
-            f"{_millions(self.active_non_embedding)} are active per token"
+            f"{in_words(self.total)} parameters: {in_words(of_tables)} in embeddings ({tables}), "
+            f"and {in_words(self.total - of_tables)} in layers, of which "
+            f"{in_words(self.active_non_embedding)} are active per token"
         )
 
 
-def _millions(count):
+def in_words(count):
+    """Returns a number of parameters such as 1.05M."""
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
 
 

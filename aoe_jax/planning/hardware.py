@@ -133,7 +133,7 @@ def topology_devices(topology, n_slices=1):
         missing = f"libtpu is missing, the compiler for TPUs; {install}"
         require_flag(importlib.util.find_spec("libtpu"), "topology", topology, missing)
         options = _tpu_options(topology, n_slices)
-        hint = "the compiler has no such slice"
+        hint = "the compiler has no such slice; shapes are AxB, for v4, v5p and tpu7x AxBxC"
     try:
         return generation, topologies.get_topology_desc(**options).devices
     except Exception as e:  # the compilers raise their own types

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from aoe_jax import sharding
 from aoe_jax.config.run import Config
-from aoe_jax.model.counts import parameter_counts, training_flops_per_token
+from aoe_jax.model.counts import in_words, parameter_counts, training_flops_per_token
 from aoe_jax.planning.communication import collectives
 from aoe_jax.planning.costs import KERNEL_COSTS, Program, likely_seconds, scope
 from aoe_jax.planning.hardware import chip_part, compiling_for, slice_shape
@@ -168,17 +168,17 @@ def table(report):
     """Formats the result of `plan` as lines of text."""
 
     def gigabytes(size):
-        return "unknown" if size is None else f"{size / 1e9:.2f} GB"
+        return "unknown" if size is None else f"{size / 1e9:.{2 if size >= 1e7 else 5}f} GB"
 
     flops, likely = report["flops"], report["likely_step_seconds"]
     mesh = ", ".join(f"{name} {value}" for name, value in report["mesh"].items())
     ratio = flops["compiled"] and f"{flops['compiled'] / flops['useful']:.3f} of useful"
     seconds = ", ".join(f"{name} {value:.3f} s" for name, value in report["seconds"].items())
     sizes = {name: gigabytes(size) for name, size in report["memory_bytes"].items()}
-    total, active = report["parameters"] / 1e6, report["active_parameters"] / 1e6
     rows = [
         f"{report['devices']} devices of {report['generation']}: {mesh}",
-        f"parameters      {total:,.0f}M, {active:,.0f}M active; "
+        f"parameters      {in_words(report['parameters'])}, of which "
+        f"{in_words(report['active_parameters'])} are active (embeddings count twice); "
         f"{report['tokens_per_step']:,} tokens a step",
         f"memory          {sizes['total']} of {gigabytes(report['hbm_bytes'])} a device: state "
         f"{sizes['state']}, temporary {sizes['temp']}",

@@ -50,6 +50,7 @@ data.tokenizer='' => is empty
 train.init_from='' => is empty
 data.name=prepared => data.path=None ... name the folder of a token store
 data.path=/a; data.name=sotu, text@/b => leave it at None
+data.path=/a => is not for data.name='sotu'; set data.name
 data.name=sotu, text => as text@FOLDER
 data.name=sotu, prepared => as prepared@FOLDER
 data.name=sotu,,lm1b => sotu=1, c4=3
