@@ -95,6 +95,8 @@ def measure_suite(suite: Suite, workdir: Path, machine: Machine, suite_flags):
         if unanalysed(suite, workdir, point) or (is_timed and costs.keys() != configs.keys()):
             arguments = (*program, f"--workdir={workdir}", f"--point={point}")
             jobs.append(Job(f"measuring {point}", arguments, measured_file(workdir, point)))
+    if jobs:
+        log.info("analysing choices of experts and timing steps, which takes minutes")
     machine.one_at_a_time().run(jobs)
 
 

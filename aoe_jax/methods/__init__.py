@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-from aoe_jax.config.checks import require, require_choice
+from aoe_jax.config.checks import did_you_mean, require, require_choice
 from aoe_jax.errors import running
 from aoe_jax.moe.routing import Method
 
@@ -72,6 +72,7 @@ def _method_of_file(name):
     is_own = isinstance(method, type) and method.__module__ == spec.name
     is_router = is_own and issubclass(method, Method) and "__dataclass_fields__" in vars(method)
     wanted = f"{path} has no dataclass {class_name} that inherits from aoe_jax.moe.routing.Method"
+    wanted += did_you_mean(class_name, vars(module))
     require(is_router, "routing.name", name, wanted)
     for field in fields(method):
         has_default = (field.default, field.default_factory) != (MISSING, MISSING)

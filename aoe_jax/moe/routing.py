@@ -159,7 +159,10 @@ def state_shapes(method, experts, balance, d):
 
 
 def by_token(expert, weight):
-    """A `Routing` of `expert [T, K]` and `weight [T, K]`."""
+    """A `Routing` of `expert [T, K]` and `weight [T, K]`. Raises `ValueError` for other arrays."""
+    if not jnp.issubdtype(expert.dtype, jnp.integer) or expert.shape != weight.shape:
+        found = f"{expert.dtype}{expert.shape}, {weight.dtype}{weight.shape}"
+        raise ValueError(f"by_token needs experts, int [T, K], and weights [T, K]; got {found}")
     n_tokens, k = expert.shape
     token = jnp.repeat(jnp.arange(n_tokens, dtype=jnp.int32), k)
     return Routing(token, expert.reshape(-1), weight.reshape(-1), k)
