@@ -114,7 +114,9 @@ def picture(entries):
     axes.axvline(0, color=COLOURS[0], linewidth=0.8)
     axes.set_yticks(range(len(entries)), entries["label"][::-1], fontsize=7)
     axes.set_ylim(-0.7, len(entries) - 0.3)
-    axes.set_xlabel("nll minus the MoE's, nats a token")
+    reach = entries["difference"].agg(["min", "max"])
+    axes.set_xlim(reach["min"] - 0.03, reach["max"] + 0.03)  # wider intervals are cut
+    axes.set_xlabel("nats a token above the MoE")
     figure.legend(loc="outside lower left")
     return figure
 
