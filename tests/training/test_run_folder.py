@@ -219,7 +219,7 @@ def test_other_configurations_are_refused(workdir, corpus):
     free = {"steps": 2000, "log_every": 3, "eval_every": 7, "max_skipped": 2, "hang_timeout": 9.0}
     free["sample_every"] = 5
     assert {n for n in FREE if n.startswith("train.")} == {f"train.{n}" for n in free}
-    data = {"cache": "/elsewhere", "path": "/elsewhere"}
+    data = {"cache": "/elsewhere"}
     check_config(workdir, changed(train=free, data=data, checkpoint={"every": 9, "keep_every": 18}))
     how = {"model": {"attention": "blocks", "unroll": 1}, "experts": {"grouped_matmul": "blocked"}}
     check_config(workdir, changed(mesh={"fsdp": 2}, **how))
