@@ -86,7 +86,8 @@ class Soak:
 
     def start(self, workdir, *more, supervisor=()):
         """Starts training in a process whose output goes to the file `WORKDIR.log`."""
-        command = ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *self._fields]
+        command = ["train.py", "--config=configs/tiny.py:published", f"--workdir={workdir}"]
+        command += self._fields
         log = workdir.with_name(f"{workdir.name}.log")
         with log.open("a") as output:
             return subprocess.Popen(

@@ -317,6 +317,7 @@ def test_everything_in_a_store(folder, store, tmp_path):
     changes = DENSE | {"data__name": None, "data__path": None, "train__steps": 400}
     fields = settings(data__cache=tmp_path, **changes)
     fields |= {"train.log_every": 20, "train.eval_every": 0, "checkpoint.every": 200}
+    fields |= {"experts.score_neurons": "None", "train.scoring_rate": 1}  # of configs/tiny.py
     changes = [f"--config.{name}={value}" for name, value in fields.items() if value is not None]
     script = subprocess.run(
         ["examples/object_store.sh", str(folder), f"{corpus_folder()}/*.txt", *changes],
