@@ -38,14 +38,17 @@ def connect():
 
 def resources(whole_node=False):
     """Returns Ray's options of a task: all TPU chips of a host, else one GPU, else one CPU core.
-    With `whole_node` the task also has all CPU cores of its node.
+    With `whole_node` the task also has all CPU cores of its node. Raises `UserError` if no node has
+    any of these.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for device in ("TPU", "GPU", "CPU"):
         if has_device := [node for node in nodes if node.get(device)]:
             break
-    largest = max(has_device, key=lambda node: (node[device], node["CPU"]))
-    options = {"num_cpus": largest["CPU"] if whole_node else 1}
+    else:
+        raise UserError("--engine=ray: no node of the cluster has CPU cores; add one")
+    largest = max(has_device, key=lambda node: (node[device], node.get("CPU", 0)))
+    options = {"num_cpus": largest.get("CPU", 0) if whole_node else 1}
     if device == "TPU":
         return options | {"resources": {"TPU": largest["TPU"]}}
     return options | ({"num_gpus": 1} if device == "GPU" else {})
@@ -77,11 +80,11 @@ def results(function: Callable, calls: Sequence[tuple], options: dict) -> Iterat
         what = "--engine=ray: a task was lost too often"
         raise MachineFault(f"{what} ({type(e).__name__}); see the logs of Ray") from e
     finally:
-        signal.signal(signal.SIGTERM, of_command)
         for left in waiting:
             ray.cancel(left)
         for left in waiting:
             ray.wait([left])
+        signal.signal(signal.SIGTERM, of_command)
 
 
 def _exit(number, frame):

@@ -2,8 +2,8 @@
 
 Variants: `tiny.py` is AoE of whole gates with Muon. `tiny.py:published` is the paper's AoE, with
 AdamW. `tiny.py:moe` and `tiny.py:dense` are baselines with the same number of total parameters.
-`tiny.py:dense_active` is a dense model with as many parameters as the MoE has
-active parameters, so it needs about the same FLOPs as the MoE.
+`tiny.py:dense_active` is a dense model with as many parameters as the MoE has active parameters, so
+it needs about the same FLOPs as the MoE.
 """
 
 from aoe_jax.config.checks import choose

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
@@ -15,7 +14,7 @@ from tests.compare.suites import write_suite
 from tests.data.texts import json_lines, texts
 from tests.hasty import xla_flags
 from tests.in_process import execute
-from tests.runs import contents, finish, start, succeed
+from tests.runs import contents, finish, start, succeed, wait_for
 
 LLAMA = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
 pytestmark = pytest.mark.slow
@@ -64,10 +63,8 @@ def begin(cluster, command):
 def finish_without_first_node(cluster, command, is_at_work):
     """Runs a command on one node and, once `is_at_work()`, on another. Returns its stderr."""
     cluster.change("add")
-    process, deadline = begin(cluster, command), time.monotonic() + 200
-    while not is_at_work():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
+    process = begin(cluster, command)
+    wait_for(process, is_at_work)
     cluster.change("kill")
     cluster.change("add")
     status, _, stderr = finish(process)
@@ -123,16 +120,21 @@ def test_a_stopped_suite_asks_its_runs_to_stop(cluster, tmp_path, number, status
     suite = write_suite(tmp_path / "suite.py", train__steps=10_000)
     command = ["-m", "aoe_jax.compare", f"--suite={suite}", f"--workdir={tmp_path}/work"]
     cluster.change("add")
-    process, deadline = begin(cluster, command), time.monotonic() + 200
-    log = tmp_path / "work" / "runs" / "a" / "moe" / "seed_0.log"
-    while not log.exists() or "step 2/" not in log.read_text():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
+    process, log = begin(cluster, command), tmp_path / "work" / "runs" / "a" / "moe" / "seed_0.log"
+    wait_for(process, lambda: log.exists() and "step 2/" in log.read_text())
     process.send_signal(number)
     ended, _, stderr = finish(process)
     assert ended == status, stderr
     assert ": the work so far is saved; the same command" in stderr.splitlines()[-1]
     assert "preempted" in log.read_text().splitlines()[-1]
+
+
+def test_a_cluster_without_cores(cluster, tmp_path):
+    suite = write_suite(tmp_path / "suite.py")
+    command = ["-m", "aoe_jax.compare", f"--suite={suite}", f"--workdir={tmp_path}/work"]
+    status, _, stderr = finish(begin(cluster, command))
+    wanted = "error: --engine=ray: no node of the cluster has CPU cores; add one"
+    assert (status, stderr.splitlines()[-1]) == (2, wanted)
 
 
 def test_without_a_cluster(tmp_path):

@@ -75,7 +75,7 @@ def test_warmup_is_a_share_of_the_steps(steps, warmup, warmup_steps):
 
 
 def test_shipped_configurations_have_their_warmup():
-    configs = [tiny.get_config("published"), paper.get_config("moe"), large.get_config("aoe_64")]
+    configs = [tiny.get_config(), paper.get_config("moe"), large.get_config("aoe_64")]
     configs = [Config.from_config_dict(config) for config in configs]
     assert [config.train.warmup_steps for config in configs] == [50, 4800, 2000]
     small = [size_of(36, 2, 2, 4, steps)["train"] for steps in (840, 1480, 4100, 130)]
