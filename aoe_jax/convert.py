@@ -8,8 +8,7 @@ the router's choices best; they become the expert's first neurons and compute it
 factorises the gates with rank R. `--upcycle` makes experts from the feed-forward layers of a dense
 model; `conversion/upcycling.py` explains `--granularity` and `--noise`. The command reports the nll
 on held-out text before and after the conversion if an MoE is converted with `--score_neurons`, if a
-dense model is from a training run, or if `--data` is given. `train.py
---config=configs/finetune.py:OUTPUT` trains the result.
+dense model is from a training run, or if `--data` is given. `finetune` trains the result.
 """
 
 from absl import flags

@@ -139,8 +139,7 @@ def fine_tuned(directory, workdir, **changes):
     overrides |= {"data.seq_len": 32, "train.steps": 4, "train.warmup": 0.0, "train.log_every": 1}
     overrides |= {"train.batch_size": 4, **changes}
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
-    config = f"--config=configs/finetune.py:{directory}"
-    return ["train.py", config, f"--workdir={workdir}", *flags]
+    return ["-m", "aoe_jax.finetune", f"--model={directory}", f"--workdir={workdir}", *flags]
 
 
 def start(command, **options):

@@ -27,6 +27,8 @@ SHIPPED = {  # how commands with the configurations and suites of the package en
     "aoe-train --config=aoe_jax:tinny --workdir=x": "choose one of 1b, doctor, finetune",
     "aoe-train --config=aoe_jax:tiny:mo --workdir=x": "configs/tiny.py:mo is no variant; choose",
     "aoe-train --config=aoe_jax:doctor": "--workdir is missing",
+    "aoe-finetune --workdir=x": "--model is missing; name the directory of a model",
+    "aoe-finetune --model=x --config=aoe_jax:tiny": "--config=aoe_jax:tiny: name a model with",
     "aoe-compare --suite=aoe_jax:leaderboard --arms=moe_mpi --report --workdir=x": "has no runs to",
 }
 CONFIG = """

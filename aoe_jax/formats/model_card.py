@@ -44,7 +44,7 @@ With `aoe_jax`:
 
     python -m aoe_jax.generate --workdir=DIR --prompt='...'
     python -m aoe_jax.eval --workdir=DIR --tasks=piqa
-    python -m aoe_jax.train --config=aoe_jax:finetune:DIR --workdir=runs/new
+    python -m aoe_jax.finetune --model=DIR --workdir=runs/new
 """
 
 

@@ -1,0 +1,22 @@
+"""Trains a model further.
+
+    python -m aoe_jax.finetune --model=DIR --workdir=DIR [--config.train.steps=N ...]
+
+The configuration is `configs/finetune.py`: architecture and tokenizer are the model's. Set corpus,
+steps and learning rate. The command is `train` otherwise, and has its flags except `--config`.
+"""
+
+from absl import flags
+
+from aoe_jax import cli, train
+
+_MODEL = flags.DEFINE_string("model", None, "the directory of a model as safetensors")
+
+
+def main():
+    cli.refuse("name a model with --model=DIR", flags.FLAGS["config"])
+    flags.FLAGS.config = f"aoe_jax:finetune:{cli.required(_MODEL)}"
+    train.main()
+
+
+command = cli.command(main)
