@@ -226,7 +226,7 @@ class Devices:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _gather_cast(w, dtype, axis, dimension, sum_dtype=None):
-    return jax.lax.all_gather(w.astype(dtype), axis, axis=dimension, tiled=True)
+    return gather_in_stages(w.astype(dtype), axis, dimension)
 
 
 def _gather_cast_backward(dtype, axis, dimension, sum_dtype, like, g):
@@ -239,26 +239,49 @@ _gather_cast.defvjp(
 )
 
 
-def sum_gradients(g, axis, dimension, in_stages=None):
-    """Sums `g` over a mesh axis of several devices and keeps this device's shard of `dimension`.
-
-    The TPU compiler turns a `psum_scatter` over a whole slice of 16 chips or more into an
-    all-reduce, and a `psum_scatter` over a part of a slice into a native reduce-scatter. With two
-    stages over groups of about sqrt(axis size) devices, all but small gradients use native
-    reduce-scatters, which send half the bytes of the all-reduce.
-
-    `in_stages=None` sums in two stages on TPU if the axis is the whole mesh of 16 or more devices.
+def gather_in_stages(x, axis, dimension, groups=None):
+    """Concatenates the shards of `x` over a mesh axis of several devices, in `groups` (None: those
+    of `_stages`).
     """
-    n = jax.lax.axis_size(axis)
-    scatter = partial(jax.lax.psum_scatter, axis_name=axis, scatter_dimension=dimension, tiled=True)
-    size = max(k for k in range(1, math.isqrt(n) + 1) if n % k == 0)
-    if in_stages is None:
-        is_whole = n == jax.sharding.get_abstract_mesh().size
-        in_stages = n >= 16 and is_whole and target_device().platform == "tpu"
-    if size == 1 or not in_stages:
-        return scatter(g)
-    ranks = np.arange(n).reshape(-1, size)  # row-major, the order of the shards
-    return scatter(scatter(g, axis_index_groups=ranks.T.tolist()), axis_index_groups=ranks.tolist())
+    for ranks in groups or _stages(axis, "gather"):
+        x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True, axis_index_groups=ranks)
+    return x
+
+
+def sum_gradients(g, axis, dimension, groups=None):
+    """Sums `g` over a mesh axis of several devices and keeps this device's shard of `dimension`:
+    the transpose of `gather_in_stages`.
+    """
+    how = {"scatter_dimension": dimension, "tiled": True}
+    for ranks in reversed(groups or _stages(axis, "scatter")):
+        g = jax.lax.psum_scatter(g, axis, axis_index_groups=ranks, **how)
+    return g
+
+
+def _stages(axis, kind):
+    """The `axis_index_groups` of each stage of a gather over a mesh axis; `[None]` is one stage.
+
+    The TPU compiler turns a gather, or a sum and scatter, over some whole slices into an all-reduce,
+    which sends twice the bytes, but not over parts of a slice. So there are two stages, over 4
+    devices that are neighbours in the order of the shards, and over every fourth device.
+    """
+    n, device = jax.lax.axis_size(axis), target_device()
+    is_whole = n % 4 == 0 and n == jax.sharding.get_abstract_mesh().size
+    return two_stages(n) if is_whole and _all_reduces(kind, n, device.device_kind) else [None]
+
+
+def two_stages(n):
+    """`axis_index_groups` of two stages over `n` devices."""
+    ranks = np.arange(n).reshape(-1, 4)
+    return [ranks.tolist(), ranks.T.tolist()]
+
+
+def _all_reduces(kind, n, chip):
+    """Whether libtpu 0.0.52 makes an all-reduce of a collective over a whole slice."""
+    if chip in ("TPU v5 lite", "TPU v6 lite"):
+        return kind == "scatter" and n in (16, 64, 256)  # a square
+    from_size = {"TPU v4": (64, 16), "TPU v5": (64, 16), "TPU7x": (128, math.inf)}
+    return n >= from_size.get(chip, (math.inf, math.inf))[kind == "scatter"]
 
 
 def ragged_offsets(rank, n_devices, n_rows):

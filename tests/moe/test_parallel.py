@@ -235,21 +235,22 @@ def test_crowded_experts_need_further_rounds(x64, ragged, first_round_only):
 
 
 @pytest.mark.parametrize("dimension", [0, 1])
-def test_gradients_in_two_stages_are_those_in_one(dimension):
+def test_gathers_and_sums_in_two_stages_are_those_in_one(dimension):
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     g = normal(0, (8, 16, 24))  # of each device, [16, 24]
     pieces = PartitionSpec(*[None] * dimension, "fsdp")
 
-    def summed(in_stages):
+    def summed_and_gathered(groups):
         def function(g):
-            return parallel.sum_gradients(g[0], "fsdp", dimension, in_stages)
+            total = parallel.sum_gradients(g[0], "fsdp", dimension, groups)
+            return total, parallel.gather_in_stages(total, "fsdp", dimension, groups)
 
-        of_devices = PartitionSpec("fsdp")
-        mapped = jax.shard_map(function, mesh=mesh, in_specs=of_devices, out_specs=pieces)
-        return jax.jit(mapped)(g)
+        specs = {"in_specs": PartitionSpec("fsdp"), "out_specs": (pieces, PartitionSpec())}
+        return jax.jit(jax.shard_map(function, mesh=mesh, check_vma=False, **specs))(g)
 
-    assert_allclose(summed(True), g.sum(axis=0), atol=1e-5)
-    assert_allclose(summed(False), g.sum(axis=0), atol=1e-5)
+    for groups in ([None], parallel.two_stages(8)):
+        for total in summed_and_gathered(groups):
+            assert_allclose(total, g.sum(axis=0), atol=1e-5)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.model.counts import layer_flops_per_token
-from aoe_jax.moe.collectives import sum_gradients
+from aoe_jax.moe.collectives import gather_in_stages, sum_gradients
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.planning import costs, hlo
 from aoe_jax.planning.hardware import topology_devices
@@ -128,7 +128,7 @@ def test_the_mesh_chooses_the_backend():
     lowered.compile()
 
 
-# The meshes of docs/plans.md.
+# The meshes of docs/plans.md, and larger ones.
 MESHES = [
     ("v5e:4x4", 16),
     ("v5e:16x16", 16),
@@ -137,30 +137,37 @@ MESHES = [
     ("v5p:8x8x8", 64),
     ("v6e:4x4", 16),
     ("tpu7x:2x2x4", 32),
+    ("v5e:4x8", 32),
+    ("v6e:16x16", 256),
+    ("v5p:4x4x8", 128),
+    ("tpu7x:4x4x4", 128),
 ]
 
 
+@pytest.mark.parametrize("kind", ["all-gather", "reduce-scatter"])
 @pytest.mark.parametrize(("topology", "fsdp"), MESHES)
-def test_gradients_are_summed_by_native_reduce_scatters(topology, fsdp):
-    """In stages a device sends as much as in one reduce-scatter: half of an all-reduce."""
+def test_weights_are_gathered_and_gradients_summed_natively(topology, fsdp, kind):
+    """In stages a device receives as much as in one collective: half of an all-reduce."""
     devices = topology_devices(topology)[1]
     config = paper.get_config("moe_aux")
     config.mesh.fsdp = fsdp
     config = fill_mesh(Config.from_config_dict(config), len(devices))
     mesh = make_mesh(config, devices)
-    sums = jax.shard_map(
-        lambda g: sum_gradients(g, "fsdp", 1),
+    function = {"all-gather": gather_in_stages, "reduce-scatter": sum_gradients}[kind]
+    specs = [PartitionSpec(None, "fsdp"), PartitionSpec()]  # of the weight's shards, of all of it
+    before, after = specs if kind == "all-gather" else specs[::-1]
+    move = jax.shard_map(
+        lambda w: function(w, "fsdp", 1),
         mesh=mesh,
-        in_specs=PartitionSpec(),
-        out_specs=PartitionSpec(None, "fsdp"),
+        in_specs=before,
+        out_specs=after,
         check_vma=False,
     )
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    g = jax.ShapeDtypeStruct((8, 3072, 768), jnp.float32, sharding=everywhere)
+    w = jax.ShapeDtypeStruct((8, 3072, 768), jnp.float32, sharding=NamedSharding(mesh, before))
     with jax.set_mesh(mesh):
-        _, text = hlo.compile_and_read(jax.jit(sums).lower(g))
+        _, text = hlo.compile_and_read(jax.jit(move).lower(w))
     found = [o for o in costs.Program(text).operations if o.collective]
-    assert {o.collective for o in found} == {"reduce-scatter"}
+    assert {o.collective for o in found} == {kind}
     assert math.prod(o.group_size for o in found) == fsdp
-    sent = sum(o.sent_bytes * (1 - 1 / o.group_size) for o in found)
-    assert sent == pytest.approx(4 * g.size * (1 - 1 / fsdp), rel=1e-3)
+    received = sum(o.sent_bytes * (1 - 1 / o.group_size) for o in found)
+    assert received == pytest.approx(4 * w.size * (1 - 1 / fsdp), rel=1e-3)
