@@ -262,8 +262,8 @@ def _stages(axis, kind):
     """The `axis_index_groups` of each stage of a gather over a mesh axis; `[None]` is one stage.
 
     The TPU compiler turns a gather, or a sum and scatter, over some whole slices into an
-    all-reduce, which sends twice the bytes, but not over parts of a slice. So there are two stages, over 4
-    devices that are neighbours in the order of the shards, and over every fourth device.
+    all-reduce, which sends twice the bytes, but not over parts of a slice. So there are two stages,
+    over 4 devices that are neighbours in the order of the shards, and over every fourth device.
     """
     n, device = jax.lax.axis_size(axis), target_device()
     is_whole = n % 4 == 0 and n == jax.sharding.get_abstract_mesh().size
