@@ -222,7 +222,7 @@ def _is_floating(dtype):
 
 def _check_tokens(x, token_weights):
     if x.ndim < 2 or not x.size or not _is_floating(x.dtype):
-        wanted = "must be floating-point of at least 16 bits, [..., d], with one token at least"
+        wanted = "must be floats of 16 bits or more, in two axes [T, d] or more, and not empty"
         raise ValueError(f"x is {x.dtype}{list(x.shape)}: it {wanted}")
     if token_weights is not None and jnp.shape(token_weights) != x.shape[:-1]:
         wanted = f"must be that of the tokens, {x.shape[:-1]}"

@@ -28,7 +28,7 @@ def get_config(variant="aoe"):
     )
     config.experts.update(kind="aoe", n_experts=16, top_k=2, d_ffn=1152, score_neurons=16)
     config.balance.update(aux_weight=0.01, aux_tokens=0.125)
-    config.data.seq_len = 2048
+    config.data.update(name="prepared", path="tokens", seq_len=2048)
     config.train.update(
         steps=40_000,
         batch_size=256,
