@@ -109,8 +109,8 @@ def layer_flops_per_token(config: Config):
     The backward pass needs twice the FLOPs of the forward pass. With `experts.sparse_scoring`,
     AoE's scores of experts that are not chosen have a backward pass only for the fraction
     `balance.aux_tokens` of the tokens, and only if there is a balance loss. Under top-p, `top_k`
-    experts count as chosen. For `kind="capacity"` these are the FLOPs of "router", without
-    `Capacity.wasted_flops`.
+    experts count as chosen. For `kind="capacity"` these are the FLOPs of "router", without those of
+    empty places, dispatch and combine.
     """
     c = config.experts
     declared, active = _layer_parameters(config)
