@@ -149,10 +149,6 @@ def log_run(config: Config):
     if jax.device_count() > 1:
         axes = [f"{axis} {getattr(config.mesh, axis)}" for axis in MESH_AXES]
         log.info("mesh: %s", ", ".join(axes))
-    if jax.config.jax_enable_x64:
-        log.warning(
-            "JAX_ENABLE_X64 is set: the run draws and computes other numbers than without it"
-        )
     if config.model.dtype == "float32" and jax.default_backend() != "cpu":
         log.warning("model.dtype=float32: bfloat16 is several times faster on this device")
     log.info("%s", parameter_counts(config))
