@@ -55,10 +55,7 @@ class MeshConfig(Group):
         if e.low_rank:
             splits.append(("fsdp", "experts.d_low", e.d_low))
         for axis, name, size in splits:
-            to_set = {"experts.d_wide": "experts.round_to", "experts.d_low": "experts.d_low"}.get(
-                name
-            )
-            hint = f"; set {to_set} to a multiple of it" if to_set else ""
+            hint = "; set experts.round_to to a multiple of it" if name == "experts.d_wide" else ""
             if size % getattr(self, axis):
                 self.refuse(axis, f"must divide {name}={size}{hint}")
         rows = config.train.batch_size // config.train.accumulate
