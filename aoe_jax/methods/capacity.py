@@ -121,9 +121,7 @@ class Capacity(FixedK):
         return ROUTER | {name: EXPERTS[name] for name in ("w_up", "w_down", "w_gate")}
 
     def check(self, config):
-        n, mesh = config.experts.n_experts, config.mesh
-        if self.capacity_factor > n:
-            self.refuse("capacity_factor", f"must be at most experts.n_experts={n}")
+        mesh = config.mesh
         if mesh.expert > 1 and mesh.transport != "all_to_all":
             why = "with experts.kind='capacity', mesh.expert sends tokens to their experts' devices"
             mesh.refuse("transport", f"{why}; set 'all_to_all'")
