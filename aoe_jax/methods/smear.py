@@ -96,13 +96,6 @@ def drop_experts(p, kept):
     return p / p.sum(axis=-1, keepdims=True)
 
 
-def merge(p, weights):
-    """Merges experts: `p [..., n]`, matrices `[n, a, b]` by name -> `[..., a, b]` by name."""
-    return {
-        name: jnp.einsum("...n,nab->...ab", p.astype(w.dtype), w) for name, w in weights.items()
-    }
-
-
 def merging_stats(scores, p, counts, total):
     """Returns the statistics of a layer; an expert's load is the mean over tokens of its p.
 
@@ -177,7 +170,9 @@ class Smear(Unchosen):
                 p = jax.nn.softmax(before if self.segment else scores)
                 p = p if kept is None else drop_experts(p, kept)
             with jax.named_scope("experts"):
-                y = single_expert(segments, merge(p, w))
+                p_cast = p.astype(layer.dtype)
+                merged = {name: jnp.einsum("bjn,nac->bjac", p_cast, a) for name, a in w.items()}
+                y = single_expert(segments, merged)
             with jax.named_scope("combine"):
                 y = y.reshape(n_sequences, -1, y.shape[-1])[:, :n_positions]
                 return devices.sum_scatter(y, "tensor", 1).reshape(x.shape), scores, p
