@@ -115,8 +115,6 @@ balance.aux_weight=0.01; routing.name=gshard => is the balance loss of both choi
 experts.kind=uoe; experts.top_k=1 => routing.routing_neurons=None ... comes to 512
 routing.routing_neurons=512; experts.kind=uoe => must be at least 1
 routing.routing_neurons=0; experts.kind=uoe => must be at least 1
-balance.z_weight=0.1; experts.kind=uoe => is not tested with experts.kind='uoe'
-balance.aux_batch=sequence; experts.kind=uoe => is not tested with experts.kind='uoe'
 mesh.tensor=4; experts.kind=uoe; routing.routing_neurons=30 => must divide routing_neurons=30
 routing.name=erc; experts.kind=router; experts.factorised_gate=True => couples the columns of a
 routing.name=erc; experts.kind=router; experts.large_router=True => couples the columns of a plain
