@@ -61,12 +61,8 @@ class MeshConfig(Group):
         rows = config.train.batch_size // config.train.accumulate
         shards = max(self.data, 1) * self.fsdp * self.expert
         if rows % shards:
-            divided = " / train.accumulate" if config.train.accumulate > 1 else ""
-            config.train.refuse(
-                "batch_size",
-                f"train.batch_size{divided}={rows} sequences must be divisible by mesh.data * "
-                f"mesh.fsdp * mesh.expert = {shards}",
-            )
+            wanted = f"mesh.data * mesh.fsdp * mesh.expert = {shards} must divide this number"
+            config.train.refuse("batch_size", f"a micro-batch has {rows} sequences; {wanted}")
         positions = config.data.seq_len // self.tensor
         if shards * self.tensor > 1 and positions % config.balance.aux_stride:
             config.balance.refuse(
