@@ -5,17 +5,13 @@ miniature of the same recipe, for a trial of every step on a laptop. A step has 
 40,000 steps have 20B tokens. docs/start_run.md leads from texts to a published model.
 """
 
-from aoe_jax.errors import UserError
-from aoe_jax.storage.config_files import default_config
+from aoe_jax.storage.config_files import default_config, require_variant
 
 VARIANTS = ("aoe", "moe", "mini")
 
 
 def get_config(variant="aoe"):
-    if variant not in VARIANTS:
-        raise UserError(
-            f"configs/1b.py:{variant} is no variant; choose one of {', '.join(VARIANTS)}"
-        )
+    require_variant("configs/1b.py", variant, VARIANTS)
     config = default_config()
     config.model.update(
         n_layers=16,
