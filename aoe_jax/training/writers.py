@@ -1,4 +1,4 @@
-"""Writers of a run's metrics: `metrics.jsonl`, TensorBoard, a progress bar.
+"""Writers of a run's metrics: `metrics.jsonl`, TensorBoard.
 
 `write(step, group, scalars, layers, experts)` writes the metrics of one step. `group` is `train` or
 `validation`; `scalars` is `{name: number}`, `layers` is `{name: array [L]}`, and `experts` is
@@ -6,7 +6,6 @@
 `close()` writes buffered metrics and closes the files.
 """
 
-import contextlib
 import errno
 import json
 import logging
@@ -16,8 +15,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from aoe_jax.errors import UserError
 from aoe_jax.storage.files import finite, write_whole
@@ -165,24 +162,3 @@ class TensorBoard:
 
     def close(self):
         self._events.close()
-
-
-class Bar:
-    """A progress bar below the log, on a terminal's last line: step, time left, loss, speed."""
-
-    name = "the progress bar"
-
-    def __init__(self, first_step, steps):
-        self._held = contextlib.ExitStack()
-        self._held.enter_context(logging_redirect_tqdm([logging.getLogger("aoe_jax")]))
-        bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
-        self._bar = self._held.enter_context(bar)
-
-    def write(self, step, group, scalars, layers, experts):
-        if group == "train":
-            self._bar.update(step - self._bar.n)
-            speed = f"{scalars['tokens_per_second']:,.0f}"
-            self._bar.set_postfix({"loss": f"{scalars['loss']:.4f}", "tokens/s": speed})
-
-    def close(self):
-        self._held.close()

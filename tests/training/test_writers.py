@@ -1,7 +1,6 @@
 """Reads metrics.jsonl and TensorBoard files without our writers; tests Weights & Biases offline."""
 
 import json
-import logging
 import re
 import shutil
 import sys
@@ -14,7 +13,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.training.checkpoint import Progress
 from aoe_jax.training.metrics import Metrics
 from aoe_jax.training.wandb_writer import Wandb
-from aoe_jax.training.writers import Bar, JsonLines
+from aoe_jax.training.writers import JsonLines
 from tests.in_process import execute
 from tests.runs import finish, finished_run, read_metrics, start, tiny_config, train_command
 
@@ -201,13 +200,3 @@ def test_wandb_offline(tmp_path):
         assert b"experts/load_entropy/layer_1" in sent and b"validation/nll" in sent
         (shown,) = file.parent.glob("files/media/html/sample_*.html")
         assert "<pre>" in shown.read_text()
-
-
-def test_the_bar_is_below_the_log(capsys):
-    bar = Bar(3, 50)
-    bar.write(5, "train", {"loss": 5.4321, "tokens_per_second": 12345.6}, {}, {})
-    bar.write(5, "validation", {"validation_nll": 5.0}, {}, {})
-    logging.getLogger("aoe_jax").info("a line of the log")
-    bar.close()
-    written = capsys.readouterr().err
-    assert re.search(r"5/50 .*loss=5.4321, tokens/s=12,346", written), written
