@@ -132,7 +132,7 @@ def test_stopped_preparation_goes_on(inputs, whole, tmp_path, monkeypatch, caplo
     with pytest.raises(error):
         interrupted(inputs, output, monkeypatch, lambda n: n >= units and stop(error))
     for use in (check, lambda store: TokenStore(store, "train")):
-        words = r"store': it is not finished; repeat the command `python -m aoe_jax.prepare`"
+        words = r"store': it is not finished; repeat the `python -m aoe_jax.prepare` that"
         with pytest.raises(UserError, match=words):
             use(output)
     if units:  # the shards of a unit are on the disk before its note

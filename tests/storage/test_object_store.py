@@ -237,7 +237,7 @@ def test_a_prepared_corpus(folder, tmp_path):
     with pytest.raises(UserError, match=rf"{damaged.name} is missing; prepare it again"):
         open_corpus(data, 300)
     (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match="it is not finished; repeat the command"):
+    with pytest.raises(UserError, match="it is not finished; repeat the "):
         open_corpus(data, 300)
 
 
