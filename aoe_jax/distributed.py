@@ -102,9 +102,13 @@ def _give_up():
     os._exit(MachineFault.status)
 
 
+def _digest(text):
+    return zlib.crc32(text.encode()) % 2**31
+
+
 def agree(what, text):
     """Waits for all processes, and raises `UserError` in all if `text` differs between them."""
-    digests = gathered(zlib.crc32(text.encode()) % 2**31)
+    digests = gathered(_digest(text))
     differing = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
     if differing:
         raise UserError(
@@ -114,14 +118,14 @@ def agree(what, text):
 
 
 def see_the_same(value, read, what):
-    """Checks that `read()` returns the int `value` of process 0 in every process. If it does not
+    """Checks that `read()` returns the text `value` of process 0 in every process. If it does not
     within a minute, raises `UserError` with a message that begins with `what`.
     """
     if jax.process_count() == 1:
         return
-    value, deadline = gathered(value or 0)[0], time.monotonic() + min(_JOIN_TIMEOUT.value, 60)
+    digest, deadline = gathered(_digest(value))[0], time.monotonic() + min(_JOIN_TIMEOUT.value, 60)
     with together():
-        while not (seen := read() == value) and time.monotonic() < deadline:
+        while not (seen := _digest(read()) == digest) and time.monotonic() < deadline:
             time.sleep(0.2)  # a network disk may show new files late
     blind = [str(process) for process, sees in enumerate(gathered(seen)) if not sees]
     if blind:

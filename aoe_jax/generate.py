@@ -26,7 +26,6 @@ _CONTRAST = flags.DEFINE_float("contrast", None, "beta of self-contrast, such as
 _ALPHA = flags.DEFINE_float(
     "alpha", 0.1, "with --contrast: least probability relative to the largest", 0.0, 1.0
 )
-_STRONG_K = flags.DEFINE_integer("strong_k", None, "with --contrast: K of the strong pass", 1)
 _WEAK_RANK = flags.DEFINE_integer("weak_rank", 2, "with --contrast: rank of the weak expert", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the random draws", 0)
 
@@ -45,9 +44,9 @@ def main():
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     contrast, prompts = None, _PROMPT.value
     if _CONTRAST.value is None:
-        cli.refuse("belongs to --contrast; set that too", _ALPHA, _STRONG_K, _WEAK_RANK)
+        cli.refuse("belongs to --contrast; set that too", _ALPHA, _WEAK_RANK)
     else:
-        contrast = Contrast(_CONTRAST.value, _ALPHA.value, _STRONG_K.value, _WEAK_RANK.value)
+        contrast = Contrast(_CONTRAST.value, _ALPHA.value, _WEAK_RANK.value)
     model = load_model(workdir, _STEP.value, _MESH.value)
     write = sys.stdout.write if jax.process_index() == 0 else lambda text: None
     settings = {"contrast": contrast, "sampling": sampling, "seed": _SEED.value, "chunk": 8}

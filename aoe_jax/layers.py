@@ -6,6 +6,7 @@
 import math
 import re
 from contextlib import contextmanager
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -81,7 +82,7 @@ class _Experts(nn.Module, kw_only=True):
                 raise ValueError(f"dtype={self.dtype!r}: {wanted}")
             balance = BalanceConfig(aux_weight=self.aux_weight, z_weight=self.z_weight)
             MeshConfig(expert=2, transport=self.transport)
-            experts = self._config(x.shape[-1])
+            experts = self._config()
             sizes = dict(zip(MESH_AXES, axes.sizes(mesh), strict=True))
             _check_routing(self.routing, experts, balance, sizes, x.shape[-1])
             for axis in MESH_AXES if mesh.empty else ():
@@ -110,9 +111,10 @@ class _Experts(nn.Module, kw_only=True):
             self.sow("losses", "loss", aux.loss)
         return y, aux
 
-    def _config(self, d_model, **more):
-        sizes = {"n_experts": self.n_experts, "top_k": self.top_k, "d_ffn": self.d_ffn}
-        return ExpertsConfig(kind=self.kind, **sizes, **more)
+    def _config(self):
+        names = {field.name for field in fields(ExpertsConfig)}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
+        return ExpertsConfig(kind=self.kind, **given)
 
 
 class AoE(_Experts, kw_only=True):
@@ -158,18 +160,11 @@ class AoE(_Experts, kw_only=True):
     d_wide: int | None = None
     round_to: int = 1
 
-    def _config(self, d_model):
+    def _config(self):
         if None not in (self.d_low, self.score_neurons):
             wanted = f"is for factorised gates; set None with score_neurons={self.score_neurons}"
             raise ValueError(f"d_low={self.d_low}: {wanted}")
-        return super()._config(
-            d_model,
-            d_low=self.d_low,
-            score_neurons=self.score_neurons,
-            score=self.score,
-            d_wide=self.d_wide,
-            round_to=self.round_to,
-        )
+        return super()._config()
 
 
 class MoE(_Experts, kw_only=True):
@@ -222,7 +217,7 @@ def _is_floating(dtype):
 
 def _check_tokens(x, token_weights):
     if x.ndim < 2 or not x.size or not _is_floating(x.dtype):
-        wanted = "must be floating-point of at least 16 bits, [..., d], with one token at least"
+        wanted = "must be floats of 16 bits or more, in two axes [T, d] or more, and not empty"
         raise ValueError(f"x is {x.dtype}{list(x.shape)}: it {wanted}")
     if token_weights is not None and jnp.shape(token_weights) != x.shape[:-1]:
         wanted = f"must be that of the tokens, {x.shape[:-1]}"

@@ -32,7 +32,7 @@ class _Experts(nnx.Module):
         names = (getattr(self.layer, axis) for axis in MESH_AXES)
         data, fsdp, expert, tensor = MeshAxes(*names).sizes(jax.sharding.get_abstract_mesh())
         x = jnp.zeros((data * fsdp * expert, tensor, d_model))
-        for name, value in self.layer.init(rngs.params(), x)["params"].items():
+        for name, value in jax.jit(self.layer.init)(rngs.params(), x)["params"].items():
             is_split = isinstance(value, nn.meta.AxisMetadata)
             of_value = value.to_nnx_metadata() if is_split else {"value": value}
             setattr(self, name, nnx.Param(**of_value))

@@ -17,7 +17,7 @@ from absl import flags
 
 from aoe_jax import Decoder
 from aoe_jax.config.checks import require_flag
-from aoe_jax.evaluation.contrast import Contrast, strong_and_weak
+from aoe_jax.evaluation.contrast import Contrast, weak_pass
 from aoe_jax.evaluation.generation import next_logits
 from aoe_jax.model.counts import parameter_counts
 from aoe_jax.model.decoding import Cache, unstacked
@@ -62,7 +62,8 @@ def model_of(kind, experts, d_model, n_layers):
 
 def decoding(decoder, params, batch, length, contrast=None):
     """Returns a function without arguments that decodes STEPS tokens with a cache."""
-    decoders = (decoder,) if contrast is None else strong_and_weak(decoder, contrast)
+    weak = () if contrast is None else (weak_pass(decoder, contrast.weak_rank),)
+    decoders = (decoder, *weak)
     m = decoder.model
     shape = (batch, m.kv_heads, length + STEPS, m.head_width)
     layers = tuple(

@@ -5,17 +5,13 @@ miniature of the same recipe, for a trial of every step on a laptop. A step has 
 40,000 steps have 20B tokens. docs/start_run.md leads from texts to a published model.
 """
 
-from aoe_jax.errors import UserError
-from aoe_jax.storage.config_files import default_config
+from aoe_jax.storage.config_files import default_config, require_variant
 
 VARIANTS = ("aoe", "moe", "mini")
 
 
 def get_config(variant="aoe"):
-    if variant not in VARIANTS:
-        raise UserError(
-            f"configs/1b.py:{variant} is no variant; choose one of {', '.join(VARIANTS)}"
-        )
+    require_variant("configs/1b.py", variant, VARIANTS)
     config = default_config()
     config.model.update(
         n_layers=16,
@@ -28,7 +24,7 @@ def get_config(variant="aoe"):
     )
     config.experts.update(kind="aoe", n_experts=16, top_k=2, d_ffn=1152, score_neurons=16)
     config.balance.update(aux_weight=0.01, aux_tokens=0.125)
-    config.data.seq_len = 2048
+    config.data.update(name="prepared", path="tokens", seq_len=2048)
     config.train.update(
         steps=40_000,
         batch_size=256,

@@ -8,9 +8,7 @@ use 8 of 256 experts of width 512. AoE and MoE have about the same total paramet
 A bias, not a loss, balances the load. A step has 4.2M tokens. Set corpus and tokenizer by flags.
 """
 
-from aoe_jax.config.checks import choose
-from aoe_jax.errors import UserError
-from aoe_jax.storage.config_files import default_config
+from aoe_jax.storage.config_files import default_config, require_variant
 
 SHAPES = {"64": {"n_experts": 64, "d_ffn": 1024}, "256": {"n_experts": 256, "d_ffn": 512}}
 KINDS = {
@@ -22,9 +20,7 @@ VARIANTS = tuple(f"{kind}_{size}" for size in SHAPES for kind in KINDS)
 
 
 def get_config(variant=None):
-    if variant not in VARIANTS:
-        wanted = choose(variant, VARIANTS)
-        raise UserError(f"configs/large.py:{variant or ''} is no variant; {wanted}")
+    require_variant("configs/large.py", variant, VARIANTS)
     kind, _, size = variant.rpartition("_")
     config = default_config()
     config.model.update(

@@ -4,10 +4,8 @@
 Sizes and data are those of `tiny.py`. docs/methods.md describes each method.
 """
 
-from aoe_jax.config.checks import choose
 from aoe_jax.configs import tiny
-from aoe_jax.errors import UserError
-from aoe_jax.storage.config_files import update_groups
+from aoe_jax.storage.config_files import require_variant, update_groups
 
 AUX = {"aux_weight": 0.01, "aux_tokens": 1.0}  # L_aux of all tokens, as published
 NO_LOSS = {"aux_weight": 0.0, "aux_tokens": 1.0}
@@ -68,8 +66,7 @@ def changes(variant):
 
 
 def get_config(variant="top_k"):
-    if variant not in VARIANTS:
-        raise UserError(f"configs/methods.py:{variant} is no variant; {choose(variant, VARIANTS)}")
+    require_variant("configs/methods.py", variant, VARIANTS)
     config = tiny.get_config("published")
     update_groups(config, changes(variant))
     return config

@@ -11,9 +11,7 @@ paper's corpus, RedPajama, set `--config.data.name`, and a tokenizer of 32,000 t
 (`--config.data.tokenizer`).
 """
 
-from aoe_jax.config.checks import choose
-from aoe_jax.errors import UserError
-from aoe_jax.storage.config_files import default_config, update_groups
+from aoe_jax.storage.config_files import default_config, require_variant, update_groups
 
 RANKS = (64, 128, 256, 512)
 LARGE_RANK = 400  # r of the 4B model
@@ -67,9 +65,7 @@ VARIANTS = {
 
 def get_config(variant=""):
     name = variant.removesuffix("_muon")
-    if name not in VARIANTS:
-        wanted = f"with or without _muon, {choose(name, VARIANTS)}"
-        raise UserError(f"configs/paper.py:{variant} is no variant; {wanted}")
+    require_variant("configs/paper.py", name, VARIANTS, "with or without _muon, ")
     config = default_config()
     config.model.update(
         n_layers=12,

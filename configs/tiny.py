@@ -6,16 +6,13 @@ AdamW. `tiny.py:moe` and `tiny.py:dense` are baselines with the same number of t
 it needs about the same FLOPs as the MoE.
 """
 
-from aoe_jax.config.checks import choose
-from aoe_jax.errors import UserError
-from aoe_jax.storage.config_files import default_config
+from aoe_jax.storage.config_files import default_config, require_variant
 
 VARIANTS = ("aoe", "published", "moe", "dense", "dense_active")
 
 
 def get_config(variant="aoe"):
-    if variant not in VARIANTS:
-        raise UserError(f"configs/tiny.py:{variant} is no variant; {choose(variant, VARIANTS)}")
+    require_variant("configs/tiny.py", variant, VARIANTS)
     config = default_config()
     config.model.update(n_layers=4, n_heads=4, d_model=128, max_len=256, dtype="float32", unroll=4)
     config.experts.update(kind="aoe", n_experts=8, top_k=2, d_ffn=256, score_neurons=16)

@@ -17,8 +17,7 @@ from tests.test_imports import CODE
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("aoe_jax", "configs", "tests", "pyproject.toml")
-# Not removable: shipped configurations use the dense baseline, and self-contrast uses `ranked`.
-NEEDED = ("dense", "ranked")
+NEEDED = ("dense",)  # not removable, because shipped configurations use it
 METHODS = {
     name: method.__module__.rpartition(".")[2]
     for name, method in all_methods().items()

@@ -184,7 +184,7 @@ RUNS = {
     ),
     "no token store": Mistake(
         TRAIN,
-        ["'prepared' names {here}, which is no token store", "python -m aoe_jax.prepare"],
+        ["token store '{here}': manifest.json is missing", "python -m aoe_jax.prepare"],
         changes={"data__name": "prepared", "data__path": "{here}"},
     ),
     "text that is not UTF-8": Mistake(

@@ -78,12 +78,12 @@ def test_all_fail_together(two):
 
 
 def test_what_all_must_see(two, monkeypatch):
-    distributed.see_the_same(7, lambda: 7, "gs://bucket/run")
+    distributed.see_the_same("a", lambda: "a", "gs://bucket/run")
     two[:] = [None, None, 0]
     with pytest.raises(UserError, match="gs://bucket/run: process 1 does not see what process 0"):
-        distributed.see_the_same(7, lambda: 7, "gs://bucket/run")
-    reads = iter([None, None, 7])
-    distributed.see_the_same(7, lambda: next(reads), "/shared/run")
+        distributed.see_the_same("a", lambda: "a", "gs://bucket/run")
+    reads = iter(["", "b", "a"])
+    distributed.see_the_same("a", lambda: next(reads), "/shared/run")
     assert next(reads, None) is None
 
 

@@ -119,7 +119,7 @@ def test_a_wrong_command_does_not_parse():
 @pytest.mark.parametrize("page", PYTHON)
 def test_code_runs(page, ragged):
     """All blocks of a page run one after the other, and all arrays that they make are finite."""
-    names = {"__name__": page}
+    names = {"__name__": "__main__"}
     for block in PYTHON[page]:
         exec(compile(block, page, "exec"), names)
     arrays = [a for a in jax.tree.leaves(list(names.values())) if isinstance(a, jax.Array)]

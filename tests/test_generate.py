@@ -42,7 +42,7 @@ def test_texts_only_grow():
 @pytest.mark.slow
 def test_a_model_against_itself(capsys):
     arguments = ["--prompt=the state of", "--max_tokens=20", "--temperature=0"]
-    contrast = ["--contrast=5", "--alpha=0.001", "--strong_k=3", "--weak_rank=1"]
+    contrast = ["--contrast=5", "--alpha=0.001"]
     texts = []
     for own in ([], contrast):
         generate(*arguments, *own)

@@ -55,21 +55,14 @@ class MeshConfig(Group):
         if e.low_rank:
             splits.append(("fsdp", "experts.d_low", e.d_low))
         for axis, name, size in splits:
-            to_set = {"experts.d_wide": "experts.round_to", "experts.d_low": "experts.d_low"}.get(
-                name
-            )
-            hint = f"; set {to_set} to a multiple of it" if to_set else ""
+            hint = "; set experts.round_to to a multiple of it" if name == "experts.d_wide" else ""
             if size % getattr(self, axis):
                 self.refuse(axis, f"must divide {name}={size}{hint}")
         rows = config.train.batch_size // config.train.accumulate
         shards = max(self.data, 1) * self.fsdp * self.expert
         if rows % shards:
-            divided = " / train.accumulate" if config.train.accumulate > 1 else ""
-            config.train.refuse(
-                "batch_size",
-                f"train.batch_size{divided}={rows} sequences must be divisible by mesh.data * "
-                f"mesh.fsdp * mesh.expert = {shards}",
-            )
+            wanted = f"mesh.data * mesh.fsdp * mesh.expert = {shards} must divide this number"
+            config.train.refuse("batch_size", f"a micro-batch has {rows} sequences; {wanted}")
         positions = config.data.seq_len // self.tensor
         if shards * self.tensor > 1 and positions % config.balance.aux_stride:
             config.balance.refuse(

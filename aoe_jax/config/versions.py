@@ -32,10 +32,6 @@ def upgraded(stored: dict) -> dict:
         raise UserError(f"version={shown(version)}: this program reads 1 to {VERSION}; update it")
     if version == VERSION:
         return groups
-    if "selection" in groups.get("experts", {}):
-        raise UserError(
-            "config.experts.selection is older than 2026-11-27; use the program of that time"
-        )
     for name, only in _GONE.items():
         group, _, field = name.partition(".")
         value = groups.get(group, {}).pop(field, only)

@@ -21,7 +21,7 @@ from aoe_jax.moe.routing import TopK
 
 log = logging.getLogger(__name__)
 
-CONVERTIBLE = ("top_k", "top_p", "expert_choice", "ranked", "sparsemixer", "erc")
+CONVERTIBLE = ("top_k", "top_p", "expert_choice", "sparsemixer", "erc")
 _GATE = "layers/experts/w_gate"
 _FACTORS = ("layers/experts/w_gate_down", "layers/experts/w_gate_up")
 # Matrices of an expert -> the axis of its neurons, counted from the end.

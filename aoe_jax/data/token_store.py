@@ -59,14 +59,13 @@ def read_manifest(directory: Path) -> dict:
     """Reads a manifest. Raises `UserError` if it is missing, damaged or in another format."""
     path = directory / "manifest.json"
     if not path.exists():
-        if not directory.is_dir():
-            raise UserError(f"token store {str(directory)!r}: no such folder; correct the path")
+        wanted = (
+            "manifest.json is missing; correct config.data.path or --output, make a store with "
+            "`python -m aoe_jax.prepare`, or delete this folder if it is in data.cache"
+        )
         if (directory / PLAN_FILE).exists():
-            raise UserError(
-                f"token store {str(directory)!r}: it is not finished; repeat the command `python "
-                "-m aoe_jax.prepare` that began it"
-            )
-        raise _damaged(directory, "manifest.json is missing")
+            wanted = "it is not finished; repeat the `python -m aoe_jax.prepare` that began it"
+        raise UserError(f"token store {str(directory)!r}: {wanted}")
     manifest = read_json(path, _cure(directory), _MANIFEST, _MANIFEST_BYTES)
     if not manifest["end_of_text"] < manifest["vocab_size"] <= 2**31:
         raise _damaged(directory, "manifest.json has an end-of-text token outside its vocabulary")

@@ -44,7 +44,8 @@ def with_vocabulary(config: Config) -> Config:
         size = load_tokenizer(data.tokenizer).token_count
     elif size is None:
         path = _path_of(next(s for s in data.sources if s.name == "prepared"), data)
-        size = patiently(f"{path} cannot be read", partial(_read_prepared, path))["vocab_size"]
+        manifest = patiently(f"{path} cannot be read", partial(token_store.read_manifest, path))
+        size = manifest["vocab_size"]
     return replace(config, model=replace(config.model, vocab_size=size))
 
 
@@ -134,7 +135,7 @@ def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: in
     """
     files = {f"data.tokenizer={given!r}": given} if given else {}
     for directory in directories:
-        manifest = _read_prepared(directory)
+        manifest = token_store.read_manifest(directory)
         files[str(directory)] = token_store.saved_tokenizer(directory)
     if len(files) > 1:
         from aoe_jax.data.tokenizer import load_tokenizer  # slow to import
@@ -146,15 +147,6 @@ def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: in
             raise UserError(f"data.name: {wanted}, but {named}. Prepare them again with one")
     token_store.check_vocab_size(manifest["vocab_size"], vocab_size)
     return given or str(token_store.saved_tokenizer(directories[0]))
-
-
-def _read_prepared(directory) -> dict:
-    if not any((directory / name).exists() for name in ("manifest.json", token_store.PLAN_FILE)):
-        raise UserError(
-            f"data.name: 'prepared' names {directory}, which is no token store; correct the path, "
-            "or make one with `python -m aoe_jax.prepare`"
-        )
-    return token_store.read_manifest(directory)
 
 
 def cached_token_stores(

@@ -32,7 +32,7 @@ MOST_TOKENS = 2**24
 PIECE_CHARACTERS = 2**21  # length limit of a text that is tokenised at once
 TRAINING_CHARACTERS = 2**24  # BPE is trained on at most this many characters of a document
 _TRAINING_PIECE = 2**16
-_AFTER_A_WORD = re.compile(r"(?<=\S)(?=[ \n])")
+_TO_THE_LAST_WORD = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
@@ -46,12 +46,8 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
     """
     start = 0
     while len(text) - start > size:
-        # Searches the last 1000 characters first, because nearly always a cut is possible there.
-        for first in (max(start + size - 1000, start + 1), start + 1):
-            cuts = [m.start() for m in _AFTER_A_WORD.finditer(text, first, start + size)]
-            if cuts:
-                break
-        stop = cuts[-1] if cuts else start + size
+        words = _TO_THE_LAST_WORD.match(text, start, start + size)
+        stop = words.end() if words else start + size
         yield text[start:stop]
         start = stop
     yield text[start:]

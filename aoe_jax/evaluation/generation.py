@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from aoe_jax.data.tokenizer import load_tokenizer
 from aoe_jax.errors import UserError, naming
-from aoe_jax.evaluation.contrast import Contrast, contrasted, strong_and_weak
+from aoe_jax.evaluation.contrast import Contrast, contrasted, weak_pass
 from aoe_jax.evaluation.models import Model, multiple
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.model.decoding import Cache, check_decodes, extend, output_logits, prefill, unstacked
@@ -63,7 +63,7 @@ class Generator:
         self._model = model
         decoders = (model.decoder,)
         if contrast is not None:
-            decoders = strong_and_weak(model.decoder, contrast)
+            decoders += (weak_pass(model.decoder, contrast.weak_rank),)
         self._begin = jax.jit(partial(_begin, decoders, contrast), static_argnames="places")
         self._decode = jax.jit(
             partial(_decode, decoders, contrast, model.ends),
@@ -147,7 +147,7 @@ def _begin(decoders, contrast, params, routing_state, tokens, lengths, rows, key
 
 
 def next_logits(decoders, contrast, params, routing_state, token, caches):
-    """Processes one token of each sequence with one decoder, or with the two of `strong_and_weak`.
+    """Processes one token of each sequence with one decoder, or with the two of self-contrast.
 
     `params` is the result of `decoding.unstacked`, `token` is `[B]` int32. No cache may be full.
     Returns the logits `[B, V]` float32 of the next token, and the caches extended by `token`.

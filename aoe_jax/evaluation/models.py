@@ -172,7 +172,7 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
         read = f"its run read {shown(sources)}" if of_run else "it has no training run"
         raise UserError(
             f"{directory} is a model, which cannot choose what is read here; {read}. Name corpora "
-            "with --data, such as --data=sotu or --data=text@FOLDER"
+            "with --data, such as --data=prepared@FOLDER or --data=sotu"
         )
     corpus = open_corpus(data, vocab_size)
     check_data(directory, corpus)

@@ -19,7 +19,7 @@ from aoe_jax.config.checks import require
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.evaluate import TextTokens, read_text
 from aoe_jax.evaluation.models import Model, corpus_of, first_batches, load_model
-from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
+from aoe_jax.moe.routing import FixedK, best_experts, by_token
 from aoe_jax.parameters import EXPERTS
 from aoe_jax.storage.files import make_folder, write_report
 from aoe_jax.storage.paths import parsed_path
@@ -73,7 +73,7 @@ def by_norm(node, norm):
 
 
 @dataclass(frozen=True)
-class ProbeRouter(Method):
+class ProbeRouter(FixedK):
     """Routes each token to the K experts with the highest scores of `choose`.
 
     The record `agreement []` is the mean share of a token's experts that the router chooses too.
@@ -83,9 +83,6 @@ class ProbeRouter(Method):
 
     choose: Callable = by_router
     equal_weights: bool = False  # True: expert weights 1 / K; False: softmax of the chosen scores
-
-    def choice(self, experts):
-        return Choice(experts.top_k, is_fixed=True)
 
     def __call__(self, scores, weights, ctx):
         k, n_experts = ctx.top_k, scores.shape[1]

@@ -5,7 +5,6 @@ Hugging Face hub or from a folder of JSON lines.
 """
 
 import io
-import json
 import logging
 import math
 import os
@@ -24,7 +23,6 @@ from aoe_jax.evaluation.harness import HarnessModel
 from aoe_jax.evaluation.models import Model, load_model
 from aoe_jax.model.decoding import check_decodes
 from aoe_jax.storage.files import read_json, write_report
-from aoe_jax.storage.retry import refusing
 
 log = logging.getLogger(__name__)
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -105,29 +103,9 @@ def _on_local_data(index, name, data):
     found = {split: str(file) for split, file in files.items() if file.is_file()}
     wanted = f"{files[evaluated]} is missing; write the examples of {name} to it, one per line"
     require_flag(evaluated in found, "tasks-data", data, wanted)
-    for file in found.values():
-        _check_lines(file)
     local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": found}}
     local |= {key: split if split in found else None for key, split in splits.items()}
     return {"group": f"local {name}", "task": [{"task": name, **local}]}
-
-
-def _check_lines(file):
-    """Raises `UserError` for a line that is no object or that changes the type of a field."""
-    kinds = {}
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"line {number} of {file}"
-            with refusing(f"--tasks-data: {where} is no JSON object", kinds=Exception):
-                fields = json.loads(line).items()
-            for name, value in fields:
-                first = value if value is None else kinds.setdefault(name, value)
-                wanted = f"{where}: {name} is {shown(value)}, but {shown(first)} in an earlier line"
-                require_flag(
-                    type(value) is type(first), "tasks-data", Path(file).parents[1], wanted
-                )
 
 
 def _check_answers(name, task, data, shots):

@@ -26,7 +26,7 @@ _AUTO_MAP = {
 }
 _OWN_GROUPS = ("model", "experts", "routing")  # in the config.json that `as_own` returns
 # Routing methods that are usually trained with the balance loss L_aux.
-_BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
+_BALANCED = ("top_k", "top_p", "sparsemixer", "erc", "capacity")
 
 
 def computed_fields(config: Config):

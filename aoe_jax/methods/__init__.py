@@ -19,7 +19,6 @@ ROUTERS = {
     "top_k": "aoe_jax.moe.routing:TopK",
     "top_p": "aoe_jax.methods.top_p:TopP",
     "expert_choice": "aoe_jax.methods.expert_choice:ExpertChoice",
-    "ranked": "aoe_jax.methods.ranked:Ranked",
     "sparsemixer": "aoe_jax.methods.sparsemixer:SparseMixer",
     "sigmoid_top_k": "aoe_jax.methods.sigmoid_top_k:SigmoidTopK",
     "threshold": "aoe_jax.methods.threshold:Threshold",

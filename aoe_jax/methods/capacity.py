@@ -120,22 +120,8 @@ class Capacity(FixedK):
     def parameters(self, experts):
         return ROUTER | {name: EXPERTS[name] for name in ("w_up", "w_down", "w_gate")}
 
-    def wasted_flops(self, config):
-        """Returns the training FLOPs per token and layer in addition to those of K experts.
-
-        Experts also process their empty places. Dispatch and combine are products over all tokens,
-        experts and places of a sequence. The forward pass computes one product for dispatch and one
-        for combine, the backward pass one for dispatch and two for combine.
-        """
-        e, length, d = config.experts, config.data.seq_len, config.model.d_model
-        places = e.n_experts * self.places(length, e)
-        empty = 6 * (places / length - e.top_k) * 3 * d * e.d_ffn
-        return empty + 5 * 2 * places * d
-
     def check(self, config):
-        n, mesh = config.experts.n_experts, config.mesh
-        if self.capacity_factor > n:
-            self.refuse("capacity_factor", f"must be at most experts.n_experts={n}")
+        mesh = config.mesh
         if mesh.expert > 1 and mesh.transport != "all_to_all":
             why = "with experts.kind='capacity', mesh.expert sends tokens to their experts' devices"
             mesh.refuse("transport", f"{why}; set 'all_to_all'")

@@ -95,9 +95,8 @@ def best_where_none(chosen, scores, live):
 
 def diversity(w_router, live):
     """`||W' W - I||_F` over live experts' normalised columns: `[d, n]`, `[n]` bool -> `[]`."""
-    lengths = activation_norms(w_router.T)
-    columns = w_router / jnp.where(lengths > 0, lengths, 1)
-    products = jnp.matmul(columns.T, columns, precision=HIGHEST)
+    columns = _directions(w_router.T)
+    products = jnp.matmul(columns, columns.T, precision=HIGHEST)
     off = jnp.where(live[:, None] & live, products - jnp.eye(live.shape[0]), 0)
     return activation_norms(off.reshape(-1))
 
@@ -124,22 +123,21 @@ def w_score_with_added(w_score, live, added, unclaimed):
     """Puts new experts into `w_score [L, n, d, r]` at `added [L, n]`; `live` excludes them."""
     direction = _directions(unclaimed)
     image = _directions(jnp.einsum("ld,lndr->lnr", direction, w_score))
-    lengths = _lengths(w_score)
-    old = w_score / jnp.where(lengths > 0, lengths, 1)[:, :, None, None]
-    new = direction[:, None, :, None] * image[:, :, None, :] + NOISE * old
-    median = jnp.nanmedian(jnp.where(live, lengths, jnp.nan), axis=1)
-    new_lengths = _lengths(new)
-    scale = median[:, None] / jnp.where(new_lengths > 0, new_lengths, 1)
-    return jnp.where(added[:, :, None, None], new * scale[:, :, None, None], w_score)
+    new = direction[:, None, :, None] * image[:, :, None, :] + NOISE * _directions(w_score, 2)
+    live_lengths = jnp.where(live[:, :, None, None], _lengths(w_score, 2), jnp.nan)
+    median = jnp.nanmedian(live_lengths, axis=1, keepdims=True)
+    return jnp.where(added[:, :, None, None], median * _directions(new, 2), w_score)
 
 
-def _directions(vectors):
-    lengths = activation_norms(vectors)[..., None]
-    return vectors / jnp.where(lengths > 0, lengths, 1)
+def _directions(a, n_axes=1):
+    lengths = _lengths(a, n_axes)
+    return a / jnp.where(lengths > 0, lengths, 1)
 
 
-def _lengths(matrices):
-    return activation_norms(matrices.reshape(*matrices.shape[:-2], -1))
+def _lengths(a, n_axes):
+    """The norms over the last `n_axes` axes, which stay as axes of size 1."""
+    lengths = activation_norms(a.reshape(*a.shape[:-n_axes], -1))
+    return jnp.expand_dims(lengths, tuple(range(-n_axes, 0)))
 
 
 @dataclass(frozen=True)

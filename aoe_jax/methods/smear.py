@@ -90,24 +90,10 @@ def _normalised(a, axis):
     return (a - a.mean(axis, keepdims=True)) * jax.lax.rsqrt(a.var(axis, keepdims=True) + NORM_EPS)
 
 
-def merging_weights(scores, causal):
-    """`scores [B, J, n]` -> `p [B, J, n]`; if `causal`, p uses the previous segment's scores."""
-    if causal:
-        scores = jnp.pad(scores, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-    return jax.nn.softmax(scores)
-
-
 def drop_experts(p, kept):
     """Sets `p [..., n]` to 0 where `kept [..., n]` bool is false, and divides p by its sum."""
     p = p * kept + DROPPED
     return p / p.sum(axis=-1, keepdims=True)
-
-
-def merge(p, weights):
-    """Merges experts: `p [..., n]`, matrices `[n, a, b]` by name -> `[..., a, b]` by name."""
-    return {
-        name: jnp.einsum("...n,nab->...ab", p.astype(w.dtype), w) for name, w in weights.items()
-    }
 
 
 def merging_stats(scores, p, counts, total):
@@ -155,7 +141,7 @@ class Smear(Unchosen):
     own_share: float = setting(0.5, above=0, at_most=1, training_only=True)
 
     def __call__(self, x, weights, layer, ctx):
-        devices, causal = ctx.devices, self.segment > 0
+        devices = ctx.devices
         token_weights = devices.whole_sequences(ctx.token_weights)
         n_sequences, n_positions = token_weights.shape
         size = min(self.segment or n_positions, n_positions)
@@ -180,10 +166,13 @@ class Smear(Unchosen):
                 else:
                     scores = router_scores(v, weights)
                 scores = checkpoint_name(scores, KEPT_EXPERTS)
-                p = merging_weights(scores, causal)
+                before = jnp.pad(scores, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+                p = jax.nn.softmax(before if self.segment else scores)
                 p = p if kept is None else drop_experts(p, kept)
             with jax.named_scope("experts"):
-                y = single_expert(segments, merge(p, w))
+                p_cast = p.astype(layer.dtype)
+                merged = {name: jnp.einsum("bjn,nac->bjac", p_cast, a) for name, a in w.items()}
+                y = single_expert(segments, merged)
             with jax.named_scope("combine"):
                 y = y.reshape(n_sequences, -1, y.shape[-1])[:, :n_positions]
                 return devices.sum_scatter(y, "tensor", 1).reshape(x.shape), scores, p

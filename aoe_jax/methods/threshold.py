@@ -17,7 +17,6 @@ for AoE: the weight is sigmoid(score - threshold), because norms are positive an
 would never be below 1/2. No balance loss is needed. The method needs n slots per token.
 """
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -25,19 +24,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.config.checks import setting
+from aoe_jax.methods.ranks import largest_of_rank
 from aoe_jax.moe.routing import Causality, Choice, Method, by_mask
 from aoe_jax.moe.scoring import KEPT_ROUTING
-
-
-def kth_largest(scores, token_weights, share):
-    """Returns the k-th largest score of each expert over the t tokens with a weight above 0, for
-    `k = ceil(share t)`: `[T, n]`, `[T]` -> `[n]`; -inf if t is 0.
-    """
-    n_tokens = scores.shape[0]
-    real = jnp.where(token_weights[:, None] > 0, scores, -jnp.inf)
-    largest = jax.lax.top_k(real.T, min(n_tokens, math.ceil(share * n_tokens)))[0]
-    k = jnp.ceil(share * (token_weights > 0).sum() - 1e-4).astype(jnp.int32)
-    return largest[:, jnp.clip(k, 1, largest.shape[1]) - 1]
 
 
 @dataclass(frozen=True)
@@ -56,8 +45,10 @@ class Threshold(Method):
         thresholds, constant = ctx.state["threshold"], jax.lax.stop_gradient(scores)
         chosen, records = constant > thresholds, None
         if ctx.training:
-            everywhere = map(ctx.devices.all_tokens, (constant, ctx.token_weights))
-            kth = kth_largest(*everywhere, ctx.top_k / scores.shape[1])
+            counts, total = ctx.token_weights > 0, ctx.devices.total
+            n_taken = total(counts.sum(dtype=jnp.int32)) * ctx.top_k
+            k = jnp.maximum(-(-n_taken // scores.shape[1]), 1)
+            kth = largest_of_rank(constant, counts, k, total)
             records = {"kth_largest": kth}
             in_warmup = ctx.state["updates"] < self.warmup_steps
             chosen = jnp.where(in_warmup, constant >= kth, chosen)

@@ -79,7 +79,7 @@ class UoE(Method):
     # s, the number of routing neurons of an expert; None: round(experts.d_ffn / experts.top_k).
     routing_neurons: int | None = None
     p: float | None = setting(None, above=0, below=1)  # p of top-p routing; None: top-k routing
-    norm_topk_prob: bool = True  # weights are a softmax over the chosen scores; False: over all
+    norm_topk_prob: bool = True  # top-k weights: softmax over the chosen scores; False: over all
 
     @property
     def router(self):
@@ -129,7 +129,7 @@ class UoE(Method):
         return self.router.update(config, state, stats, weights)
 
     def check(self, config):
-        e, balance, s = config.experts, config.balance, self.neurons(config.experts)
+        e, s = config.experts, self.neurons(config.experts)
         if not 0 < s < e.d_ffn:
             wanted = f"must be at least 1 and below experts.d_ffn={e.d_ffn}"
             if self.routing_neurons is None:
@@ -137,10 +137,3 @@ class UoE(Method):
             self.refuse("routing_neurons", wanted)
         if s % config.mesh.tensor:
             config.mesh.refuse("tensor", f"must divide routing_neurons={s}")
-        if self.p is not None and not self.norm_topk_prob:
-            why = f"is a setting of top-k routing, but routing.p={self.p} selects top-p routing"
-            self.refuse("norm_topk_prob", f"{why}; leave it at True")
-        for field in ("z_weight", "aux_batch"):
-            if getattr(balance, field) != getattr(type(balance), field):
-                untested = "is not tested with experts.kind='uoe'; leave it at its default"
-                balance.refuse(field, untested)

@@ -109,8 +109,8 @@ def layer_flops_per_token(config: Config):
     The backward pass needs twice the FLOPs of the forward pass. With `experts.sparse_scoring`,
     AoE's scores of experts that are not chosen have a backward pass only for the fraction
     `balance.aux_tokens` of the tokens, and only if there is a balance loss. Under top-p, `top_k`
-    experts count as chosen. For `kind="capacity"` these are the FLOPs of "router", without
-    `Capacity.wasted_flops`.
+    experts count as chosen. For `kind="capacity"` these are the FLOPs of "router", without those of
+    empty places, dispatch and combine.
     """
     c = config.experts
     declared, active = _layer_parameters(config)
@@ -149,10 +149,6 @@ def log_run(config: Config):
     if jax.device_count() > 1:
         axes = [f"{axis} {getattr(config.mesh, axis)}" for axis in MESH_AXES]
         log.info("mesh: %s", ", ".join(axes))
-    if jax.config.jax_enable_x64:
-        log.warning(
-            "JAX_ENABLE_X64 is set: the run draws and computes other numbers than without it"
-        )
     if config.model.dtype == "float32" and jax.default_backend() != "cpu":
         log.warning("model.dtype=float32: bfloat16 is several times faster on this device")
     log.info("%s", parameter_counts(config))

@@ -26,6 +26,13 @@ def default_config():
     return ConfigDict(groups | {"routing": {}})
 
 
+def require_variant(file, variant, variants, wanted=""):
+    """Raises `UserError` if a file of `configs/` has no such variant."""
+    if variant not in variants:
+        wanted += choose(variant, variants)
+        raise UserError(f"{file}:{variant or ''} is no variant; {wanted}")
+
+
 def update_groups(config, changes):
     """Applies `changes`, `{group: {field: value}}`. A group `routing` replaces the old one."""
     if "routing" in changes:

@@ -151,16 +151,12 @@ def unused(path):
 
 def move(source, target):
     """Moves a file or folder, also to another disk, and makes the parent folders of `target`. In a
-    store, it moves one file after another. Raises `UserError` if one of the parents is a file.
+    store, it moves one file after another.
     """
     if is_remote(source):
         file_system(source).mv(os.fspath(source), os.fspath(target), recursive=True)
         return
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as e:
-        what = "cannot be made: it, or a folder above it, is a file; move that away"
-        raise UserError(f"{target.parent} {what}") from e
+    target.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(source, target)
 
 

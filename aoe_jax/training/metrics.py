@@ -7,7 +7,6 @@ writers of `writers.py`. Below, L is the number of layers.
 import contextlib
 import json
 import logging
-import sys
 import time
 from collections import Counter
 from datetime import timedelta
@@ -73,15 +72,13 @@ class Metrics:
         """Opens the files of the run; only process 0 calls it. Before each line is written,
         `check()` raises if another process owns the files. `wandb` is a project name or None.
         """
-        from aoe_jax.training.writers import Bar, JsonLines, TensorBoard
+        from aoe_jax.training.writers import JsonLines, TensorBoard
 
         self._check = check
         self._lines = JsonLines(self._folder / "metrics.jsonl", self._progress.metrics_bytes)
         writers = [self._lines]
         with Tolerated(TensorBoard.name):
             writers.append(TensorBoard(self._folder / "tensorboard", self._start_step))
-        if sys.stderr.isatty():
-            writers.append(Bar(self._start_step, self._config.train.steps))
         if wandb is not None:
             from aoe_jax.training.wandb_writer import Wandb  # an optional dependency
 

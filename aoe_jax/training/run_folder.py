@@ -4,7 +4,6 @@ import contextlib
 import logging
 import tempfile
 import time
-import zlib
 from pathlib import Path
 
 import jax
@@ -67,10 +66,8 @@ class RunFolder:
                 self._lease = held.enter_context(leased(workdir, "workdir"))
                 for killed in () if is_remote(workdir) else workdir.glob("[chds]*.json*.*.partial"):
                     killed.unlink(missing_ok=True)  # a process was killed while it wrote the file
-        number = self._lease and _number(self._lease.token)
-        see_the_same(
-            number, lambda: _number(owner_of(workdir).get("token")), f"--workdir={workdir}"
-        )
+        token = self._lease.token if is_main else ""
+        see_the_same(token, lambda: owner_of(workdir).get("token", ""), f"--workdir={workdir}")
         with together():
             if is_main and (start_over or go_back is not None):
                 set_aside(workdir, go_back)
@@ -129,10 +126,6 @@ class RunFolder:
         write_json(self.workdir / "data.json", identity)
         write_json(self.workdir / "config.json", config.to_stored())
         (self.workdir / "summary.json").unlink(missing_ok=True)
-
-
-def _number(token):
-    return zlib.crc32((token or "").encode()) % 2**31
 
 
 def _fixed(config):

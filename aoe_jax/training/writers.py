@@ -1,4 +1,4 @@
-"""Writers of a run's metrics: `metrics.jsonl`, TensorBoard, a progress bar.
+"""Writers of a run's metrics: `metrics.jsonl`, TensorBoard.
 
 `write(step, group, scalars, layers, experts)` writes the metrics of one step. `group` is `train` or
 `validation`; `scalars` is `{name: number}`, `layers` is `{name: array [L]}`, and `experts` is
@@ -6,7 +6,6 @@
 `close()` writes buffered metrics and closes the files.
 """
 
-import contextlib
 import errno
 import json
 import logging
@@ -16,12 +15,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from aoe_jax.errors import UserError
-from aoe_jax.storage.files import finite, write_whole
-from aoe_jax.storage.paths import move, unused
+from aoe_jax.storage.files import finite
 
 # tensorboardX must not import PyTorch, which takes seconds and is not needed for these events.
 _has_torch = sys.modules.setdefault("torch", None)
@@ -82,33 +78,15 @@ class JsonLines:
         self._size, self._unwritten, self._failed = self._size + written, b"", False
 
     def sync(self) -> int:
-        """Puts all lines on the disk, even if the file was replaced; returns the file's size."""
+        """Puts all lines on the disk, and returns the file's size. Opens the file anew, because
+        another program may have removed, replaced or shortened it; the lines so far are then lost.
+        """
         self._flush()
-        try:
-            if not self._path.exists() or not self._path.samefile(f"/dev/fd/{self._file.fileno()}"):
-                self._restore()
-        except OSError as e:  # the save of the checkpoint must go on
-            log.warning(f"{self._path} was removed or replaced, and cannot be written again ({e})")
-        size = self._file.seek(0, os.SEEK_END)
-        if size != self._size:
-            log.warning(f"{self._path} was edited: it had {self._size} bytes, now {size}")
-            self._file.seek(max(size - 1, 0))
-            self._size = size + self._file.write(b"" if self._file.read(1) in b"\n" else b"\n")
         os.fsync(self._file.fileno())
-        return self._size
-
-    def _restore(self):
-        target, kept = Path(os.path.realpath(self._path)), ""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            aside = unused(self._path.with_name(f"{self.name}.replaced"))
-            move(target, aside)
-            kept = f"; what was there is now {aside.name}"
-        self._file.seek(0)
-        write_whole(target, self._file.read(self._size))
-        opened, self._file = self._file, open(target, "a+b", buffering=0)  # noqa: SIM115
+        opened, self._file = self._file, open(self._path, "a+b", buffering=0)  # noqa: SIM115
         opened.close()
-        log.warning(f"{self._path} was removed or replaced; wrote its lines again{kept}")
+        self._size = self._file.seek(0, os.SEEK_END)
+        return self._size
 
     def close(self):
         with self._file:
@@ -165,24 +143,3 @@ class TensorBoard:
 
     def close(self):
         self._events.close()
-
-
-class Bar:
-    """A progress bar below the log, on a terminal's last line: step, time left, loss, speed."""
-
-    name = "the progress bar"
-
-    def __init__(self, first_step, steps):
-        self._held = contextlib.ExitStack()
-        self._held.enter_context(logging_redirect_tqdm([logging.getLogger("aoe_jax")]))
-        bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
-        self._bar = self._held.enter_context(bar)
-
-    def write(self, step, group, scalars, layers, experts):
-        if group == "train":
-            self._bar.update(step - self._bar.n)
-            speed = f"{scalars['tokens_per_second']:,.0f}"
-            self._bar.set_postfix({"loss": f"{scalars['loss']:.4f}", "tokens/s": speed})
-
-    def close(self):
-        self._held.close()

@@ -12,6 +12,5 @@ git archive --format=tar.gz --output="$archive" HEAD
 gcloud compute tpus tpu-vm scp "$archive" "$name:aoe_jax.tar.gz" --zone="$zone" --worker=all
 on_all "mkdir -p aoe_jax && tar -xzf aoe_jax.tar.gz -C aoe_jax && \
   cd aoe_jax && $python -m pip install --quiet '.[tpu,gs]'"
-on_all "cd aoe_jax && $python -m aoe_jax.supervise -- train.py --config=configs/1b.py \
-  --workdir=$bucket/runs/1b --distributed --config.data.name=prepared \
-  --config.data.path=$bucket/tokens --config.mesh.fsdp=16 $*"
+on_all "cd aoe_jax && $python -m aoe_jax.supervise -- train.py --config=configs/1b.py --distributed \
+  --workdir=$bucket/runs/1b --config.data.path=$bucket/tokens --config.mesh.fsdp=16 $*"

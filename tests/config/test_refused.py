@@ -71,7 +71,7 @@ train.batch_size=33554432 => raise train.accumulate
 train.router_steps=5 => experts.kind='aoe' has none
 train.final_learning_rate=1.0 => learning_rate
 routing.name=topk => ; did you mean top_k?
-routing.name=top_q => top_k, top_p, expert_choice, ranked
+routing.name=top_q => top_k, top_p, expert_choice, sparsemixer
 routing.name=missing.py:Close => there is no file
 routing.name=examples/add_a_method.py:Close => no dataclass Close that inherits from
 routing.name=examples/add_a_method.py:Method => no dataclass Method that inherits from
@@ -82,9 +82,6 @@ routing.name=configs/compare/scores.py:SelfRouting; experts.kind=router; experts
 routing.name=configs/compare/scores.py:MPI; experts.kind=aoe => needs whole gates
 routing.name=configs/compare/scores.py:MPI; experts.kind=router; mesh.fsdp=2 => on meshes that split
 routing.name=top_k; routing.p=0.5 => routing.p is unknown ... norm_topk_prob
-routing.ranks=(1, 1); routing.name=ranked => top_k=2 different
-routing.ranks=(1, 8); routing.name=ranked => to 7
-routing.ranks=(0, True); routing.name=ranked => whole numbers
 routing.capacity_factor=9.0; routing.name=expert_choice => n_experts=8
 routing.name=expert_choice; experts.kind=capacity => choose one of capacity
 routing.name=thor => choose one of top_k
@@ -118,8 +115,6 @@ balance.aux_weight=0.01; routing.name=gshard => is the balance loss of both choi
 experts.kind=uoe; experts.top_k=1 => routing.routing_neurons=None ... comes to 512
 routing.routing_neurons=512; experts.kind=uoe => must be at least 1
 routing.routing_neurons=0; experts.kind=uoe => must be at least 1
-balance.z_weight=0.1; experts.kind=uoe => is not tested with experts.kind='uoe'
-balance.aux_batch=sequence; experts.kind=uoe => is not tested with experts.kind='uoe'
 mesh.tensor=4; experts.kind=uoe; routing.routing_neurons=30 => must divide routing_neurons=30
 routing.name=erc; experts.kind=router; experts.factorised_gate=True => couples the columns of a
 routing.name=erc; experts.kind=router; experts.large_router=True => couples the columns of a plain

@@ -31,12 +31,12 @@ def test_the_default_rank_follows_the_width():
 
 
 def test_round_trip_through_a_dict():
-    ranked = {"name": "ranked", "ranks": (1, 3)}
+    factors = {"rope_factors": (2.0,) * 16}
     config = Config.from_config_dict(
-        {"experts": {"d_wide": 77}, "routing": ranked, "train": {"learning_rate": 1}}
+        {"model": factors, "experts": {"d_wide": 77}, "train": {"learning_rate": 1}}
     )
     assert config.experts.d_wide == 77 and config.train.learning_rate == 1.0
-    assert config.to_dict()["routing"] == {"name": "ranked", "ranks": [1, 3]}
+    assert config.to_dict()["model"]["rope_factors"] == [2.0] * 16
     assert Config.from_config_dict(config.to_dict()) == config
 
 

@@ -229,7 +229,7 @@ def test_the_vocabulary_is_that_of_a_given_tokenizer(folders):
         ("prepared@{mine}, prepared@{other}", None, 512, TWO),
         ("prepared@{mine}", "other", 512, TWO),
         ("prepared@{mine}, text@{digits}", None, 280, r"vocab_size=280: the tokenizer has 300 tok"),
-        ("prepared@{cache}, text@{digits}", None, 257, r"'prepared' names .*, which is no token"),
+        ("prepared@{cache}, text@{digits}", None, 257, r"store '.*': manifest.json is missing"),
     ],
 )
 def test_prepared_stores_that_do_not_fit(folders, name, tokenizer, vocab_size, words):
@@ -267,7 +267,7 @@ def test_damaged_shard_ends_the_batches_where_they_come_upon_it(folders, corpus)
     [
         ({"name": "text", "path": "/none"}, "data.path='/none': no such folder of .txt files"),
         ({"name": "text@/none"}, "data.path='/none': no such folder of .txt files"),
-        ({"name": "prepared", "path": "/none"}, "'prepared' names /none, which is no token store"),
+        ({"name": "prepared", "path": "/none"}, "token store '/none': manifest.json is missing"),
         ({"name": "text", "path": "/" + "x" * 300}, "config.data.path=/x*: File name too long"),
         ({"name": "text", "path": "gs://b/x"}, "config.data.path=gs://b/x: it must be on a disk"),
         ({"name": "text@gs://b/x"}, "config.data.name=gs://b/x: it must be on a disk"),

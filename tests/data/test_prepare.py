@@ -143,7 +143,10 @@ def test_training_on_a_store_of_a_sentencepiece_model(tmp_path):
         ("--output=x --input=README.md --tokenizer=bpe:300", "README.md is in no known format"),
         ("--output=x --input=README.md --tokenizer=bpe:3", "--tokenizer='bpe:3': give bpe:N"),
         ("--output=x --processes=0", "--processes=0"),
-        ("--output=x --check", "token store 'x': no such folder; correct the path"),
+        (
+            "--output=x --check",
+            "store 'x': manifest.json is missing; correct config.data.path or --out",
+        ),
         ("--output=x --check --input=y", "--check takes --output alone; leave out --input"),
     ],
 )

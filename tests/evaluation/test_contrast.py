@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.contrast import Contrast, contrasted, strong_and_weak
+from aoe_jax.evaluation.contrast import Contrast, OfRank, contrasted, weak_pass
 from aoe_jax.evaluation.generation import Generator, Sampling
-from aoe_jax.methods.ranked import Ranked
 from aoe_jax.model.decoder import Decoder
 from tests.evaluation.models import by_full_passes, make_config, make_model, sharpened, until
+from tests.moe.contexts import context
 
 pytestmark = pytest.mark.usefixtures("ragged")
 
@@ -50,8 +50,8 @@ def expected(kind, contrast):
         apply = jax.jit(Decoder(there.config.model, experts, routing).apply)
         return lambda tokens: np.asarray(apply({"params": params}, tokens, None, None, state)[0])
 
-    strong = full_pass(contrast.strong_k or there.config.experts.top_k, there.config.routing)
-    weak = full_pass(1, Ranked((contrast.weak_rank - 1,)))
+    strong = full_pass(there.config.experts.top_k, there.config.routing)
+    weak = full_pass(1, OfRank(contrast.weak_rank))
 
     def logits(tokens):
         z_strong, z_weak = strong(tokens).astype(float), weak(tokens).astype(float)
@@ -71,7 +71,7 @@ def slow(*case):
     ("kind", "contrast"),
     [
         slow("aoe, 4 devices", Contrast(0.5)),
-        slow("router", Contrast(0.9, alpha=0.01, strong_k=3, weak_rank=4)),
+        slow("router", Contrast(0.9, alpha=0.01, weak_rank=4)),
         slow("aoe top_p", Contrast(0.7, alpha=0.0)),
         slow("aoe", Contrast(0.0)),
         ("router", Contrast(7.0, alpha=1.0)),
@@ -85,6 +85,14 @@ def test_a_batch_is_decoded_as_by_full_passes(kind, contrast):
     is_greedy = contrast.beta == 0 or contrast.alpha == 1
     greedy = expected(kind, dataclasses.replace(contrast, beta=0.0))
     assert (want == greedy) == is_greedy and sum(map(len, want)) > 2 * N_TOKENS
+
+
+def test_ranks_count_from_the_highest_score():
+    """A selection bias moves the ranks and not the weight."""
+    scores, bias = jnp.array([[1.0, 2, 3, 4], [4, 3, 2, 1]]), jnp.array([0.0, 0, -9, 0])
+    for state, want in (({}, [2, 1]), ({"selection_bias": bias}, [1, 1])):
+        routing = OfRank(2)(scores, {}, context(scores, state=state))
+        assert routing.expert.tolist() == want and routing.weight.tolist() == [1, 1]
 
 
 @pytest.mark.smoke
@@ -104,18 +112,14 @@ def test_contrasted_logits():
 
 
 @pytest.mark.parametrize(
-    ("experts", "settings", "message"),
+    ("experts", "rank", "message"),
     [
-        ({}, {"weak_rank": 5}, r"--weak_rank=5: cannot be greater than .*n_experts=4"),
-        ({}, {"strong_k": 5}, r"--strong_k=5: cannot be greater than .*n_experts=4"),
-        ({"routing__name": "top_p"}, {"strong_k": 2}, "--strong_k=2: .*name='top_p' has no K"),
-        ({"routing__name": "threshold"}, {}, "name='threshold': --contrast is not tested"),
-        ({"experts__kind": "dense"}, {}, "kind='dense': --contrast needs ranks of experts"),
-        ({"experts__kind": "capacity"}, {}, "kind='capacity': --contrast needs ranks of experts"),
+        ({}, 5, r"--weak_rank=5: cannot be greater than .*n_experts=4"),
+        ({"routing__name": "threshold"}, 2, "name='threshold': --contrast is not tested"),
+        ({"experts__kind": "dense"}, 2, "kind='dense': --contrast needs ranks of experts"),
+        ({"experts__kind": "capacity"}, 2, "kind='capacity': --contrast needs ranks of experts"),
     ],
 )
-def test_mistakes(experts, settings, message):
+def test_mistakes(experts, rank, message):
     with pytest.raises(UserError, match=message):
-        strong_and_weak(
-            Decoder.from_config(make_config(**experts)), Contrast(**{"beta": 0.5} | settings)
-        )
+        weak_pass(Decoder.from_config(make_config(**experts)), rank)

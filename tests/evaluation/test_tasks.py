@@ -70,7 +70,7 @@ def test_missing_and_bad_data(data):
     (data / "piqa/validation.jsonl").write_text('{"goal": "g", "sol1": "a"}\n')
     is_refused("piqa", r"--tasks=piqa: .*cannot be used \(ValueError: ")
     (data / "qqp/validation.jsonl").write_text("{oh\n")
-    is_refused("qqp", r"--tasks-data: line 1 of .*qqp/validation\.jsonl is no JSON object \(")
+    is_refused("qqp", r"--tasks=qqp: .*cannot be used \(ArrowInvalid: ")
 
 
 WRONG = r"--tasks-data=.*: line 2 of "
@@ -79,12 +79,7 @@ WRONG = r"--tasks-data=.*: line 2 of "
 @pytest.mark.parametrize(
     ("task", "field", "label", "words"),
     [
-        *(
-            ("sst2", "label", wrong, rf".*jsonl: label is {wrong!r}, but 1")
-            for wrong in (1.0, True)
-        ),
         ("sst2", "label", None, r"the evaluated examples of sst2: .* of its choices \(None\)"),
-        ("sst2", "label", "x", ".*jsonl: label is 'x', but 1 in an earlier line"),
         ("sst2", "label", 7, r"the evaluated examples of sst2: its label names none .* \(7\)"),
         ("winogrande", "answer", "x", ".* examples of winogrande: .* none of its choices"),
         ("social_iqa", "label", "x", ".* examples of social_iqa: .* none of its choices"),

@@ -37,7 +37,6 @@ VARIANTS = {
     "router, untied": router("mixtral", model__tie_embeddings=False),
     "router, grouped queries": router("mixtral", model__n_kv_heads=1, model__rope_base=1e6),
     "router, over all": router("aoe", routing__norm_topk_prob=False),
-    "router, ranked": router("aoe", routing__name="ranked", routing__ranks=(1, 3)),
     "router, factorised": router("aoe", experts__factorised_gate=True),
     "router, large": router("aoe", experts__large_router=True),
     "router, da_moe": router(

@@ -9,7 +9,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax.config.run import Config
-from aoe_jax.methods.quantile import Quantile, largest_of_rank
+from aoe_jax.methods.quantile import Quantile
+from aoe_jax.methods.ranks import largest_of_rank
 from tests.arrays import normal
 from tests.moe.contexts import context
 

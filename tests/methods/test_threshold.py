@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.run import Config
-from aoe_jax.methods.threshold import Threshold, kth_largest
+from aoe_jax.methods.threshold import Threshold
 from tests.arrays import normal
 from tests.moe.contexts import context
 
@@ -67,7 +67,7 @@ def test_a_batch_without_tokens_changes_nothing():
     """It does not count as a batch: the first threshold is that of the first batch with tokens."""
     method = Threshold(decay=0.5, warmup_steps=0)
     state = jax.tree.map(lambda a: a[None], first_state(method))
-    for found, threshold, updates in ((-jnp.inf, 0, 0), (2.0, 2, 1), (-jnp.inf, 2, 1), (4.0, 3, 2)):
+    for found, threshold, updates in ((jnp.nan, 0, 0), (2.0, 2, 1), (jnp.nan, 2, 1), (4.0, 3, 2)):
         stats = SimpleNamespace(records={"kth_largest": jnp.full((1, N), found)})
         state, _ = method.update(Config(experts=EXPERTS, routing=method), state, stats, {})
         assert_array_equal(state["threshold"], np.full((1, N), threshold))
@@ -76,9 +76,14 @@ def test_a_batch_without_tokens_changes_nothing():
 
 def test_the_share_is_of_tokens_that_count():
     scores, weights = normal(0, (T, N)), jnp.arange(T) % 4 == 0
-    found = kth_largest(scores, weights.astype(jnp.float32), 1 / N)
-    assert_array_equal(found, np.sort(scores[::4], axis=0)[-T // 4 // N])
-    assert not np.isfinite(kth_largest(scores, jnp.zeros(T), 1 / N)).any()
+    method = Threshold()
+
+    def found(token_weights):
+        given = {"training": True, "state": first_state(method), "token_weights": token_weights}
+        return method(scores, {}, context(scores, top_k=1, **given)).records["kth_largest"]
+
+    assert_array_equal(found(weights * 1.0), np.sort(scores[::4], axis=0)[-T // 4 // N])
+    assert not np.isfinite(found(jnp.zeros(T))).any()
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from aoe_jax import ExpertsLayer
-from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.methods.uoe import UoE
 from aoe_jax.model.counts import parameter_counts, training_flops_per_token
 from aoe_jax.moe import reference
@@ -54,6 +54,7 @@ def by_loops(params, x, method, bias):
 def test_agrees_with_loops(x64, ragged, settings, recompute, bias):
     """A selection bias changes the choice of top-k and not the weights. Some tokens are zero."""
     layer, params, x = make(recompute=recompute, **settings)
+    layer = layer.clone(balance=BalanceConfig(z_weight=0.1, aux_batch="sequence"))
     x = x.at[0, :3].set(0)
     stats = assert_agree(
         layer,
@@ -67,6 +68,9 @@ def test_agrees_with_loops(x64, ragged, settings, recompute, bias):
     assert_allclose(stats.mean_score, scores.mean(axis=0))
     assert_allclose(stats.load, (weights > 0).mean(axis=0))
     assert_allclose(stats.mean_probability, probability.mean(axis=0))
+    assert_allclose(stats.z_loss, jnp.square(jax.nn.logsumexp(scores, axis=1)).mean())
+    load, share = (a.reshape(16, 8, N).mean(axis=1) for a in (weights > 0, probability))
+    assert_allclose(stats.sequence_loss, N * (load * share).sum(axis=1).mean())
 
 
 def test_drawn_like_whole_matrices():

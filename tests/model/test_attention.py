@@ -1,6 +1,7 @@
 """Backends of causal attention against the reference: values, gradients, memory, choice."""
 
 import json
+import re
 from functools import partial
 
 import jax
@@ -228,11 +229,9 @@ def test_shapes_that_do_not_fit():
     (q, k, v), _, _ = arrays(4, jnp.float32)
     no_positions = [a[:, :, :0] for a in (q, k, v)]
     no_heads = q, k[:, :0], v[:, :0]
-    for wrong in ((q, k[:, :2], v[:, :2]), no_heads, no_positions, (q[0], k[0], v[0])):
-        with pytest.raises(ValueError, match="G a divisor of H"):
-            causal_attention(*wrong)
-    with pytest.raises(ValueError, match=r"wants segment_ids \(\d+, \d+\); got \(1,\)"):
-        causal_attention(q, k, v, jnp.zeros(1, jnp.int32))
-    for wrong in ((q, k.astype("bfloat16"), v), [a.astype("int32") for a in (q, k, v)]):
-        with pytest.raises(ValueError, match="one floating-point dtype"):
+    shapes = (q, k[:, :2], v[:, :2]), no_heads, no_positions, (q[0], k[0], v[0])
+    dtypes = (q, k.astype("bfloat16"), v), [a.astype("int32") for a in (q, k, v)]
+    for wrong in (*shapes, *dtypes, (q, k, v, jnp.zeros(1, jnp.int32))):
+        given = ", ".join(f"{a.dtype}{a.shape}" for a in wrong)
+        with pytest.raises(ValueError, match=f"one floating-point .*; got {re.escape(given)}$"):
             causal_attention(*wrong)

@@ -153,7 +153,8 @@ def computed_beyond_useful(config):
     backward pass computes the scores again: 7 products over blocks instead of 6 over half the
     square. The backward pass computes the coupling loss again. Sparse scoring computes the chosen
     activations again; with a balance loss it scores the sampled tokens again, and both gradients
-    include the chosen experts.
+    include the chosen experts. With capacity, experts also process their empty places, and dispatch
+    and combine are 2 and 3 products over all tokens, experts and places of a sequence.
     """
     m, c, length = config.model, config.experts, config.data.seq_len
     size = max(64, -(-length // 8))
@@ -165,7 +166,9 @@ def computed_beyond_useful(config):
         of_loss = 2 * c.n_experts**2 * m.d_model * c.d_ffn / config.tokens_per_step
         return m.n_layers * (attention + of_loss)
     if c.kind == "capacity":
-        return m.n_layers * (attention + config.routing.wasted_flops(config))
+        places = c.n_experts * config.routing.places(length, c)
+        empty = 6 * (places / length - c.top_k) * 3 * m.d_model * c.d_ffn
+        return m.n_layers * (attention + empty + 10 * places * m.d_model)
     if not c.sparse_scoring(config.routing):
         return m.n_layers * attention
     expert = 2 * c.d_low * m.d_model

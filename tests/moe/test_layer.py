@@ -13,7 +13,6 @@ from aoe_jax import AoELayer, DenseLayer, RouterLayer
 from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.methods.dense import Dense
 from aoe_jax.methods.expert_choice import ExpertChoice, expert_capacity
-from aoe_jax.methods.ranked import Ranked
 from aoe_jax.methods.top_p import TopP
 from aoe_jax.moe import reference
 from aoe_jax.moe.layer import ExpertsLayer
@@ -62,10 +61,6 @@ def reference_weights(layer, p):
     router = layer.routing
     if router.name == "top_k":
         return reference.top_k_weights(p, layer.experts.top_k, router.norm_topk_prob)
-    if router.name == "ranked":
-        chosen = jnp.argsort(-p, axis=1, stable=True)[:, jnp.array(router.ranks)]
-        weights = jax.nn.softmax(jnp.take_along_axis(p, chosen, axis=1))
-        return jnp.zeros_like(p).at[jnp.arange(len(p))[:, None], chosen].set(weights)
     if router.name == "top_p":
         return top_p_weights(p, router.p)
     return expert_choice_weights(p, expert_capacity(*p.shape, router.capacity_factor))
@@ -133,7 +128,6 @@ VARIANTS = {
     "over all": {"routing": TopK(norm_topk_prob=False)},
     "top-1": {"top_k": 1},
     "every expert": {"top_k": 5},
-    "second and fourth": {"routing": Ranked((1, 3))},
     "top-p": {"routing": TopP(0.6)},
     "expert choice": {"routing": ExpertChoice(2.0)},
 }

@@ -11,11 +11,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.methods import ROUTERS, find_method
 from aoe_jax.methods.expert_choice import expert_capacity
-from aoe_jax.methods.ranked import ranked
 from aoe_jax.methods.sparsemixer import sparsemixer_weights
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import top_k
-from tests.arrays import assert_equal, normal
+from tests.arrays import normal
 from tests.moe.contexts import top_p
 
 pytestmark = pytest.mark.smoke
@@ -33,24 +32,9 @@ def dense_weights(assignment, n_tokens, n_experts):
     return weights[:, :n_experts]
 
 
-def test_ranks_count_from_the_highest_score():
-    """A single expert has weight 1, several have the softmax over their scores."""
-    scores = jnp.log(jnp.array([[1.0, 2, 3, 4], [4, 4, 1, 1]]))
-    second, last, both = (
-        [[0, 0, 1, 0], [0, 1, 0, 0]],
-        [[1, 0, 0, 0], [0, 0, 0, 1]],
-        [[1 / 4, 0, 3 / 4, 0], [0, 0.8, 0, 0.2]],
-    )
-    for ranks, want in (((1,), second), ((3,), last), ((1, 3), both), ((3, 1), both)):
-        assert_allclose(dense_weights(ranked(scores, ranks), 2, 4), want, atol=1e-6)
-
-
 def test_a_bias_moves_ranks_and_not_weights():
-    """It has no gradient. The first k ranks are top-k, bit for bit."""
+    """It has no gradient."""
     scores, bias = normal(0, (50, 6)).round(1), jnp.array([0.5, 0, 0, -9, 0, 1.0])
-    by_rank, best = ranked(scores, (0, 1, 2), bias), top_k(scores, 3, bias=bias)
-    assert_equal(by_rank, best)
-    assert_array_equal(dense_weights(ranked(scores, (5,), bias), 50, 6)[:, 3], 1)
     for norm_topk_prob in (True, False):
         biased = partial(top_k, scores, 3, norm_topk_prob)
         weights = dense_weights(biased(bias), 50, 6)

@@ -10,7 +10,7 @@
 
 import logging
 import re
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import import_module
 
 import jax
@@ -19,13 +19,7 @@ import jax.numpy as jnp
 from aoe_jax.errors import UserError
 from aoe_jax.sharding import target_device
 
-
-def _import_and_attend(name, *arrays):
-    """Calls the function `NAME_attention` of the module `NAME` in this package."""
-    return getattr(import_module(f"{__name__}.{name}"), f"{name}_attention")(*arrays)
-
-
-BACKENDS = {name: partial(_import_and_attend, name) for name in ("blocks", "splash", "cudnn")}
+BACKENDS = ("blocks", "splash", "cudnn")
 PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}  # "blocks" runs on all platforms
 _WITHOUT_CUDNN = re.compile(r"\b(V100|T4|P100|P40|P4|K80|RTX 20\d0|GTX|TITAN|Quadro)\b")
 
@@ -58,21 +52,17 @@ def causal_attention(
       ValueError: if shapes or dtypes do not fit together.
     """
     n_kv = k.shape[1] if q.ndim == k.ndim == 4 and q.size else 0
-    if not n_kv or not k.shape == v.shape == (q.shape[0], n_kv, *q.shape[2:]) or q.shape[1] % n_kv:
+    fits = n_kv and k.shape == v.shape == (q.shape[0], n_kv, *q.shape[2:]) and not q.shape[1] % n_kv
+    fits = fits and q.dtype == k.dtype == v.dtype and jnp.issubdtype(q.dtype, jnp.floating)
+    if not fits or (segment_ids is not None and segment_ids.shape != (q.shape[0], q.shape[2])):
+        given = [f"{a.dtype}{a.shape}" for a in (q, k, v, segment_ids) if a is not None]
         raise ValueError(
-            "causal_attention wants q [B, H, S, h] and k, v [B, G, S, h], G a divisor of H, and no "
-            f"axis empty; got {q.shape}, {k.shape}, {v.shape}"
-        )
-    b, _, s, h = q.shape
-    if segment_ids is not None and segment_ids.shape != (b, s):
-        raise ValueError(f"causal_attention wants segment_ids {(b, s)}; got {segment_ids.shape}")
-    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(
-            "causal_attention wants one floating-point dtype; got "
-            f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
+            "causal_attention wants q [B, H, S, h] and k, v [B, G, S, h] of one floating-point "
+            "dtype, G a divisor of H, and no axis empty; segment_ids are [B, S] or None; got "
+            f"{', '.join(given)}"
         )
     if backend == "auto":
-        backend = backend_for(target_device(), q.dtype, h)
+        backend = backend_for(target_device(), q.dtype, q.shape[3])
     if backend not in BACKENDS:
         raise UserError(
             f"attention backend={backend!r} is unknown; use auto, {' or '.join(BACKENDS)}"
@@ -82,7 +72,8 @@ def causal_attention(
         raise UserError(
             f"attention backend={backend!r} does not run on platform {platform!r}; use auto"
         )
-    return BACKENDS[backend](q, k, v, segment_ids)
+    module = import_module(f"{__name__}.{backend}")
+    return getattr(module, f"{backend}_attention")(q, k, v, segment_ids)
 
 
 @lru_cache

@@ -34,12 +34,11 @@ def cudnn_attention(q, k, v, segment_ids=None):
     """
     check(q.dtype, q.shape[-1])
     length = q.shape[2]
-    if length % 2:  # the kernel needs an even length; no position attends to padding at the end
-        q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, 1), (0, 0))) for a in (q, k, v))
-    if length % 2 and segment_ids is not None:
-        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, 1)))
+    padding = length % 2  # the kernel needs an even length; no position attends to the padding
+    q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, padding), (0, 0))) for a in (q, k, v))
     mask = None
     if segment_ids is not None:
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
     y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
