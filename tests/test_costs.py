@@ -12,6 +12,7 @@ from aoe_jax.moe.grouped_matmul import grouped_matmul, mosaic_gpu
 from aoe_jax.planning import costs, hlo, kernel_costs
 from aoe_jax.planning.hardware import CHIPS, topology_devices
 from aoe_jax.planning.kernel_checks import with_gradients
+from aoe_jax.planning.step_plan import read_program
 from aoe_jax.sharding import replicated
 
 
@@ -118,7 +119,7 @@ custom_call_target="AsyncCollectiveStart"
   ROOT %cut = f32[1,1024]{1,0} slice(%all-reduce.4), slice={[0:1], [0:1024]}
 }
 
-ENTRY %main (a: f32[1,1024], b: f32[16,1024]) -> f32[1,1024] {
+ENTRY %main (a: f32[1,1024], b: f32[16,1024], n: s32[4]) -> f32[1,1024] {
   %a = f32[1,1024]{1,0} parameter(0)
   %b = f32[16,1024]{1,0} parameter(1)
   %copy-start = (f32[16,1024]{1,0S(1)}, f32[16,1024]{1,0}, u32[]) copy-start(%b)
@@ -130,6 +131,10 @@ ENTRY %main (a: f32[1,1024], b: f32[16,1024]) -> f32[1,1024] {
   %one = (f32[1,1024], f32[16,1024]) all-gather-start(%a), replica_groups={{0,1,2,3}}
   %two = (f32[1,1024], f32[16,1024]) all-gather-start(%a), replica_groups={{0,1,2,3}}
   %work = f32[16,1024]{1,0} negate(%b)
+  %n = s32[4]{0} parameter(2)
+  %rows = f32[64,1024]{1,0} broadcast(%a), dimensions={}
+  %ragged = f32[64,1024]{1,0} ragged-all-to-all(%b, %rows, %n, %n, %n, %n), \
+replica_groups={{0,1,2,3}}
   %first = f32[16,1024]{1,0} all-gather-done(%one)
   %second = f32[16,1024]{1,0} all-gather-done(%two)
   %sum.1 = f32[16,1024]{1,0} all-reduce(%b), \
@@ -154,9 +159,10 @@ def test_collectives_count_once_and_by_their_kind():
         "moved": ("collective-permute", size, np.inf, False),
         "one": ("all-gather", size, 4, True),
         "two": ("all-gather", size, 4, True),
+        "ragged": ("ragged-all-to-all", size, 4, False),
         "all-reduce.4": ("reduce-scatter", size, 16, False),
     }
-    assert [o.name for o in found["one"].beside if not o.collective] == ["work"]
+    assert [o.name for o in found["one"].beside if not o.collective] == ["work", "rows"]
     assert found["two"].beside == ()  # the same work can hide only one collective
     assert found["copy-start"].hbm_bytes == size  # it copies to on-chip memory
     unknown = COLLECTIVES.replace("replica_groups={}", "devices=all")
@@ -276,6 +282,25 @@ def test_work_beside_a_collective_hides_its_time():
     assert costs.likely_seconds(gather, chip) == pytest.approx(network - work)
     # No work hides the reduce-scatter; it sends as many bytes as the gather.
     assert costs.likely_seconds(found["reduce_scatter"], chip) == pytest.approx(network)
+
+
+SPLASH = """HloModule step
+
+ENTRY %main (mask: s32[64], q: bf16[8,512,128], k: bf16[8,512,128]) -> bf16[8,512,128] {
+  %mask = s32[64]{0} parameter(0)
+  %q = bf16[8,512,128]{2,1,0} parameter(1)
+  %k = bf16[8,512,128]{2,1,0} parameter(2)
+  ROOT %splash_mha_fwd.1 = bf16[8,512,128]{2,1,0} custom-call(%mask, %q, %k, %k), \
+custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_an_unknown_kernel_counts_by_its_operands(caplog):
+    """Another program's kernel of the same name has a mask of one axis."""
+    found = read_program(SPLASH, CHIPS["v5e"], ())
+    assert found["hbm_traffic_bytes"] == 4 * 64 + 3 * 2 * 8 * 512 * 128 and found["flops"] == 0
+    assert "only operands and results count: splash_mha_fwd" in caplog.text
 
 
 def test_kernels_count_by_the_blocks_of_their_operands():

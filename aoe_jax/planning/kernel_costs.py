@@ -24,7 +24,10 @@ def splash_cost(name, operands, results):
     kind = name.removeprefix("splash_mha_").split("_")[0]
     if not name.startswith("splash_mha_") or kind not in _PRODUCTS:
         return None
-    q, k, v, *others = (a for a in operands if len(a.dims) >= 3 and a.dtype[0] in "bf")
+    arrays = [a for a in operands if len(a.dims) >= 3 and a.dtype[0] in "bf"]
+    if len(arrays) < 3 or len(operands[0].dims) < 2:
+        return None  # another kernel of this name
+    q, k, v, *others = arrays
     *_, n_heads, length, width = q.dims
     if length < LANES:  # arrays with narrow heads are stored transposed
         length, width = width, length

@@ -143,6 +143,9 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
     from `hardware.slice_shape`. `seconds_at_peaks` ignores the compiler's cycles.
     """
     operations = Program(text, kernel_costs).operations
+    kernels = (o for o in operations if o.opcode == "tpu_custom_call" and not o.flops)
+    if unknown := sorted({re.sub(r"[.\d]+$", "", o.name) for o in kernels}):
+        log.warning("FLOPs are unknown, only operands and results count: %s", ", ".join(unknown))
     seconds, at_peaks, counts, sent = Counter(), 0.0, Counter(), Counter()
     for o in operations:
         if o.collective:
