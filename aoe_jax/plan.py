@@ -3,8 +3,9 @@
     python -m aoe_jax.plan --config=FILE[:VARIANT] --topology=v5p:4x4x4
 
 The command compiles the train step of the configuration for hardware that this machine does not
-have: for TPU slices with `--topology=GENERATION:SHAPE [--slices=N]`, or for the GPUs of one node
-with `--topology=h100:8`. TPUs need the wheel of `libtpu`, and GPUs JAX's CUDA wheels.
+have: for TPU slices with `--topology=GENERATION:SHAPE [--slices=N]`, for the GPUs of a node with
+`--topology=h100:8`, or of four nodes with `h100:8x4`. TPUs need the wheel of `libtpu`, and GPUs
+JAX's CUDA wheels.
 `aoe_jax/planning/step_plan.py` explains the numbers. Exit status 3: the run does not fit in memory.
 """
 

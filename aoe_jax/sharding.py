@@ -124,8 +124,7 @@ def make_mesh(config, devices):
     """
     shape = config.mesh.shape
     n_slices = count_slices(devices)
-    if config.mesh.data % n_slices:
-        config.mesh.refuse("data", f"must be a multiple of the {n_slices} slices, which it spans")
+    config.mesh.check_parts(n_slices)
     split = {"allow_split_physical_axes": True}
     try:
         if n_slices == 1:

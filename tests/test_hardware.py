@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.planning.hardware import CHIPS, slice_shape, topology_devices
+from aoe_jax.planning.hardware import CHIPS, count_parts, slice_shape, topology_devices
 from aoe_jax.training.devices import count_chips, peak_flops_per_device
 from tests.arrays import Device
 
@@ -42,6 +42,20 @@ def test_unknown_devices_have_no_peak():
     assert peak_flops_per_device(jax.devices()) is None
     assert count_chips(jax.devices()) == 8
     assert slice_shape(jax.devices()) == ()
+
+
+def test_parts_of_a_topology():
+    """A node of GPUs is a process; JAX numbers the slices of TPUs."""
+    gpus = [Device(platform="gpu", process_index=n // 8) for n in range(32)]
+    cores = [Device(platform="tpu", process_index=n, slice_index=n // 2) for n in range(4)]
+    assert (count_parts(gpus), count_parts(cores)) == (4, 2)
+    for topology, n_slices, words in [
+        ("h100:8x4x2", 1, "takes GPUs of a node and nodes, as h100:8 or h100:8x4"),
+        ("h100:0", 1, "takes GPUs of a node"),
+        ("h100:8", 4, "--slices=4: is for TPUs"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            topology_devices(topology, n_slices)
 
 
 def test_chips_of_several_slices_have_the_same_coordinates():

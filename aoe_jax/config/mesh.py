@@ -32,6 +32,12 @@ class MeshConfig(Group):
         """The sizes of the mesh axes, in the order of `sharding.MESH_AXES`."""
         return self.data, self.fsdp, self.expert, self.tensor
 
+    def check_parts(self, n_parts):
+        """Raises `UserError` unless `data` spans all TPU slices or GPU nodes."""
+        if self.data % n_parts:
+            wanted = f"must be a multiple of the {n_parts} slices or nodes, which it spans"
+            self.refuse("data", wanted)
+
     def check(self, config):
         m, e, d = config.model, config.experts, config.model.d_model
         if m.unroll > 1 and self.fsdp > 1:

@@ -21,6 +21,7 @@ from unittest import mock
 import jax
 from jax.experimental import topologies
 
+from aoe_jax import sharding
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from aoe_jax.training.devices import PEAK_FLOPS, count_chips
@@ -111,11 +112,19 @@ def machine():
     }
 
 
+def count_parts(devices):
+    """The number of TPU slices or GPU nodes in a topology; a slower network joins them."""
+    if devices[0].platform == "tpu":
+        return sharding.count_slices(devices)
+    return len({device.process_index for device in devices})
+
+
 def topology_devices(topology, n_slices=1):
     """Returns `(generation, devices)` for compilation only; afterwards the process computes on CPU.
 
-    `topology` names a TPU slice, such as "v5e:16x16", or the GPUs of a node, such as "h100:8".
-    Raises `UserError` if the name or the shape is unknown, or the compiler is not installed.
+    `topology` names a TPU slice, such as "v5e:16x16", the GPUs of a node, such as "h100:8", or GPUs
+    and nodes, such as "h100:8x4". Raises `UserError` if the name or the shape is unknown, or the
+    compiler is not installed.
     """
     generation, _, shape = topology.partition(":")
     known = f"{', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 or h100:8"
@@ -124,9 +133,14 @@ def topology_devices(topology, n_slices=1):
     jax.config.update("jax_platforms", "cpu")  # leaves the devices to other processes
     target = Path(__file__).parent / f"{generation}.txtpb"  # description of a GPU for XLA
     if target.exists():
-        count = f"takes the number of GPUs of a node, as {generation}:N"
-        require_flag(shape.isdecimal() and int(shape) > 0, "topology", topology, count)
-        options = _gpu_options(target.read_text(), f"{n_slices}x1x{shape}")
+        counts = [int(n) for n in shape.split("x")]
+        wanted = f"takes GPUs of a node and nodes, as {generation}:8 or {generation}:8x4"
+        require_flag(all(counts) and len(counts) <= 2, "topology", topology, wanted)
+        require_flag(
+            n_slices == 1, "slices", n_slices, f"is for TPUs; --topology={topology} {wanted}"
+        )
+        gpus, nodes = (*counts, 1)[:2]
+        options = _gpu_options(target.read_text(), f"{nodes}x1x{gpus}")
         hint = "the compiler for GPUs is missing; pip install 'jax[cuda13]'"
     else:
         install = "`make .venv/libtpu`, then PYTHONPATH=.venv/libtpu"

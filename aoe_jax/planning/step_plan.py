@@ -29,7 +29,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.model.counts import in_words, parameter_counts, training_flops_per_token
 from aoe_jax.planning.communication import collectives
 from aoe_jax.planning.costs import KERNEL_COSTS, Program, likely_seconds, scope
-from aoe_jax.planning.hardware import chip_part, compiling_for, slice_shape
+from aoe_jax.planning.hardware import chip_part, compiling_for, count_parts, slice_shape
 from aoe_jax.planning.hlo import compile_and_read
 from aoe_jax.training.step import train_step_on
 
@@ -54,7 +54,8 @@ def plan(config: Config, generation, devices):
     FLOPs are per device and step. `likely_mfu` and the keys in `LIKELY` are None without HLO.
     """
     n_devices, chip = len(devices), chip_part(generation, devices)
-    config = sharding.fill_mesh(config, n_devices)
+    config, n_parts = sharding.fill_mesh(config, n_devices), count_parts(devices)
+    config.mesh.check_parts(n_parts)
     mesh = sharding.make_mesh(config, devices)
     with jax.set_mesh(mesh), compiling_for(devices):
         step, state = train_step_on(mesh, config)
@@ -73,8 +74,8 @@ def plan(config: Config, generation, devices):
         if size:
             found.append({"kind": kind, "axes": list(axes), "count": count, "bytes": size})
             received[kind] += size
-    across = 0.0  # bytes between slices, along the mesh axis data
-    if sharding.count_slices(devices) > 1:
+    across = 0.0  # bytes between slices or nodes, along the mesh axis data
+    if n_parts > 1:
         across = sum(entry["bytes"] for entry in found if "data" in entry["axes"])
     within = received.total() - across
     if likely and across:  # `read_program` assumed the bandwidth within a slice
