@@ -241,7 +241,7 @@ def _row(run, folder, lines, seconds_in_turn):
     counts, steps = parameter_counts(config), config.train.steps
     tokens, flops_per_token = steps * config.tokens_per_step, training_flops_per_token(config)
     file = folder / "routing.json"
-    choices = read_choices(file, config) if finished and file.exists() else None
+    choices = read_choices(file) if finished and file.exists() else None
     return {
         "size": run.size,
         "arm": run.arm,
