@@ -138,14 +138,12 @@ class Suite:
     def reference(self, arm):
         return self.arms[arm].reference or self.baseline
 
-    def _groups(self, arm, *changes):
-        groups = _changed(self.base.to_dict(), *changes)
-        return _changed(groups, self.arms[arm].changes_of(ConfigDict(groups)), self.settings)
-
-    def _config(self, size, arm, seed):
-        with naming(f"suite {self.name}, size {size}, arm {arm}"):
-            groups = self._groups(arm, self.sizes[size].changes)
-            groups = _changed(groups, {"train": {"seed": seed}})
+    def _config(self, place, arm, changes, last):
+        """Returns the `Config` of an arm; `last` overrides the arm and the settings."""
+        with naming(f"suite {self.name}, {place}, arm {arm}"):
+            groups = _changed(self.base.to_dict(), changes, last)
+            own = self.arms[arm].changes_of(ConfigDict(groups))
+            groups = _changed(groups, own, self.settings, last)
             return with_vocabulary(Config.for_training(groups))
 
     def runs(self):
@@ -159,9 +157,10 @@ class Suite:
             seeds = {arm: size.seeds_of.get(arm, size.seeds) for arm in self.arms_of(name)}
             for seed in range(first_seed, first_seed + max(seeds.values())):
                 arms = [arm for arm, n in seeds.items() if seed < first_seed + n]
-                configs = {arm: self._config(name, arm, seed) for arm in arms}
+                place, last = f"size {name}", {"train": {"seed": seed}}
+                configs = {arm: self._config(place, arm, size.changes, last) for arm in arms}
                 if seed == first_seed:  # of all arms
-                    self._check_matched(f"size {name}", configs)
+                    self._check_matched(place, configs)
                 runs += [Run(name, arm, seed, config) for arm, config in configs.items()]
         return runs
 
@@ -170,13 +169,9 @@ class Suite:
         sweep, found = self.throughput[name], {}
         group, _, field_name = sweep.setting.partition(".")
         for value in sweep.values:
-            place, found[value] = f"throughput {name}, {sweep.setting}={value}", {}
-            for arm in self._arms(sweep):
-                with naming(f"suite {self.name}, {place}, arm {arm}"):
-                    at_value = {group: {field_name: value}}
-                    groups = self._groups(arm, sweep.changes, at_value)
-                    groups = _changed(groups, at_value)  # overrides the arm and the settings
-                    found[value][arm] = with_vocabulary(Config.for_training(groups))
+            place = f"throughput {name}, {sweep.setting}={value}"
+            last, arms = {group: {field_name: value}}, self._arms(sweep)
+            found[value] = {arm: self._config(place, arm, sweep.changes, last) for arm in arms}
             self._check_matched(place, found[value])
         return found
 
