@@ -49,17 +49,17 @@ def main():
         cli.refuse("belongs to --upcycle", _EXPERTS, _TOP_K, _GRANULARITY, _NOISE)
         if not is_whole and not _DATA.value:
             cli.refuse("belongs to --score_neurons or --data", _TOKENS, _SEED)
-        from aoe_jax.conversion.from_router import convert, convert_summary  # starts JAX
+        from aoe_jax.conversion.from_router import convert  # starts JAX
 
         form = (_D_LOW.value, _NEURONS.value, _SCORE.value)
-        summary = convert_summary(convert(checkpoint, output, *form, seed=_SEED.value, **measured))
+        convert(checkpoint, output, *form, seed=_SEED.value, **measured)
     else:
         cli.refuse("gates stay whole with --upcycle", _D_LOW)
         if _UPCYCLE.value == "moe":
             cli.refuse("belongs to --upcycle=aoe", _NEURONS)
         elif not _NOISE.value:
             cli.refuse("belongs to --noise or --upcycle=moe", _SEED)
-        from aoe_jax.conversion.upcycling import Upcycling, upcycle, upcycle_summary  # starts JAX
+        from aoe_jax.conversion.upcycling import Upcycling, upcycle  # starts JAX
         from aoe_jax.formats.loading import is_of_run
 
         if not _DATA.value and not is_of_run(checkpoint):
@@ -67,8 +67,7 @@ def main():
         sizes = (cli.required(_EXPERTS), cli.required(_TOP_K), _GRANULARITY.value)
         scoring = (_NEURONS.value, _SCORE.value)
         form = Upcycling(_UPCYCLE.value, *sizes, *scoring, _NOISE.value, _SEED.value)
-        summary = upcycle_summary(upcycle(checkpoint, output, form, **measured))
-    print(f"{summary}; wrote {output}")
+        upcycle(checkpoint, output, form, **measured)
 
 
 command = cli.command(main)

@@ -14,10 +14,8 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from aoe_jax.config.run import Config
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.formats.architectures import find_layouts
-from aoe_jax.formats.loading import RUN_FILE, is_of_run
 from aoe_jax.formats.tensor_files import write_tensors
 from aoe_jax.parameters import STACKS
 from aoe_jax.storage.files import sync, write_json
@@ -113,12 +111,3 @@ def parameters_of(params: dict, routing_state=None, dtype: str | None = None):
         return jax.device_get(whole.astype(dtypes.get(path, "float32")))
 
     return arrays, parameter
-
-
-def write_run(directory: Path, source: Path, step: int | None, config: Config):
-    """Writes the step, configuration and `data.json` of a run, if `source` belongs to a run."""
-    if not is_of_run(source):
-        return
-    write_json(directory / RUN_FILE, {"step": step, "config": config.to_stored()})
-    if (source / "data.json").exists():
-        (directory / "data.json").write_bytes((source / "data.json").read_bytes())
