@@ -27,9 +27,7 @@ _UPCYCLE = flags.DEFINE_enum("upcycle", None, ["moe", "aoe"], "what a dense mode
 _EXPERTS = flags.DEFINE_integer("experts", None, "the number of experts of an upcycled layer", 2)
 _TOP_K = flags.DEFINE_integer("top_k", None, "the experts per token of an upcycled model", 1)
 _GRANULARITY = flags.DEFINE_integer("granularity", 1, "number of pieces of each dense layer", 1)
-_NOISE = flags.DEFINE_float(
-    "noise", 0.0, "standard deviation of the noise in experts, relative to that of the matrix", 0.0
-)
+_NOISE = flags.DEFINE_float("noise", 0.0, "deviation of the noise / that of the matrix", 0.0)
 _MESH = cli.define_mesh_flag()
 _DATA = flags.DEFINE_string("data", None, "corpora, written like data.name; default: the run's")
 _TOKENS = flags.DEFINE_integer("tokens", 8192, "tokens from each split, train and validation", 1)

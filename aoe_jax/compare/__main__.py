@@ -21,17 +21,11 @@ from aoe_jax.compare.suite import load_suite
 from aoe_jax.config.checks import require_flag
 from aoe_jax.storage.lease import leased
 
-_SUITE = flags.DEFINE_string(
-    "suite", None, "a suite: FILE.py, or aoe_jax:NAME such as aoe_jax:tiny"
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "directory of runs and report; existing runs are continued"
-)
+_SUITE = flags.DEFINE_string("suite", None, "FILE.py, or aoe_jax:NAME such as aoe_jax:tiny")
+_WORKDIR = flags.DEFINE_string("workdir", None, "the directory of the runs and the report")
 _ENGINE = cli.define_engine_flag()
 _REPORT = flags.DEFINE_bool("report", False, "write the report of finished runs, train nothing")
-_SET = flags.DEFINE_multi_string(
-    "set", [], "GROUP.FIELD=VALUE for all runs, such as data.path=/data/c4"
-)
+_SET = flags.DEFINE_multi_string("set", [], "GROUP.FIELD=VALUE, such as data.path=/data/c4")
 _ARMS = flags.DEFINE_list("arms", [], "names of arms of the suite; without --suite, two")
 
 

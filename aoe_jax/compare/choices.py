@@ -72,8 +72,7 @@ def analyse(folder: Path, n_tokens: int):
             found[step] = mean, chosen[:, is_real]
     final = found[steps[-1]][1]
     checkpoints = [{"step": step} | _summary(*of_step, final) for step, of_step in found.items()]
-    tokens, kind = final.shape[1], config.experts.kind
-    choices = {"tokens": tokens, "kind": kind, "checkpoints": checkpoints}
+    choices = {"tokens": final.shape[1], "kind": config.experts.kind, "checkpoints": checkpoints}
     write_json(folder / "routing.json", choices, indent=None)
 
 

@@ -155,13 +155,12 @@ def main():
     """Takes all measurements of a point, and then returns 1 if some of them failed, else 0."""
     given, failed = flags.FLAGS, []
     suite, workdir = load_suite(Path(given.suite), given.set), Path(given.workdir)
-    point = given.point
-    for folder in unanalysed(suite, workdir, point):
+    for folder in unanalysed(suite, workdir, given.point):
         with _noting(f"choices of {folder}", failed):
             analyse(folder, suite.routing_tokens)
             log.info("analysed the choices of %s", folder)
-    if point not in suite.sizes or jax.default_backend() == "cpu":
-        measure_point(suite, workdir, point, failed)
+    if given.point not in suite.sizes or jax.default_backend() == "cpu":
+        measure_point(suite, workdir, given.point, failed)
     for reason in failed:
         log.error("%s", reason)
     return 1 if failed else 0

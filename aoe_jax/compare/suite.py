@@ -108,17 +108,15 @@ class Suite:
             raise UserError(f"suite {self.name}: {name}={value!r}: {wanted}")
 
     def _check_arms(self, place, of):
-        present = self._arms(of)
+        present = self.arms_of(of)
         for arm in (*(of.arms or ()), self.baseline, *map(self.reference, present)):
             self._require(arm in self.arms, place, arm, choose(arm, self.arms))
             wanted = "is the baseline or a reference of these arms; add it to them"
             self._require(arm in present, place, arm, wanted)
 
-    def _arms(self, of):
+    def arms_of(self, of: Size | Sweep):
+        """Returns the names of the arms of a size or of a sweep."""
         return [arm for arm in self.arms if of.arms is None or arm in of.arms]
-
-    def arms_of(self, size):
-        return self._arms(self.sizes[size])
 
     def of_arms(self, arms):
         """Returns a suite of `arms` and the arms that they are compared with, without sweeps. Sizes
@@ -128,7 +126,7 @@ class Suite:
             require_flag(arm in self.arms, "arms", arm, choose(arm, self.arms))
         wanted, sizes = {self.baseline, *arms, *map(self.reference, arms)}, {}
         for name, size in self.sizes.items():
-            there = tuple(arm for arm in self.arms_of(name) if arm in wanted)
+            there = tuple(arm for arm in self.arms_of(size) if arm in wanted)
             seeds = {arm: size.seeds_of.get(arm, size.seeds) for arm in arms if arm in there}
             if seeds:  # the others need no more seeds than these
                 seeds = dict.fromkeys(there, max(seeds.values())) | seeds
@@ -154,7 +152,7 @@ class Suite:
         """
         runs, first_seed = [], self.base.train.seed
         for name, size in self.sizes.items():
-            seeds = {arm: size.seeds_of.get(arm, size.seeds) for arm in self.arms_of(name)}
+            seeds = {arm: size.seeds_of.get(arm, size.seeds) for arm in self.arms_of(size)}
             for seed in range(first_seed, first_seed + max(seeds.values())):
                 arms = [arm for arm, n in seeds.items() if seed < first_seed + n]
                 place, last = f"size {name}", {"train": {"seed": seed}}
@@ -170,7 +168,7 @@ class Suite:
         group, _, field_name = sweep.setting.partition(".")
         for value in sweep.values:
             place = f"throughput {name}, {sweep.setting}={value}"
-            last, arms = {group: {field_name: value}}, self._arms(sweep)
+            last, arms = {group: {field_name: value}}, self.arms_of(sweep)
             found[value] = {arm: self._config(place, arm, sweep.changes, last) for arm in arms}
             self._check_matched(place, found[value])
         return found
