@@ -26,9 +26,7 @@ _UPCYCLE = flags.DEFINE_enum("upcycle", None, ["moe", "aoe"], "what a dense mode
 _EXPERTS = flags.DEFINE_integer("experts", None, "the number of experts of an upcycled layer", 2)
 _TOP_K = flags.DEFINE_integer("top_k", None, "the experts per token of an upcycled model", 1)
 _GRANULARITY = flags.DEFINE_integer("granularity", 1, "number of pieces of each dense layer", 1)
-_NOISE = flags.DEFINE_float(
-    "noise", 0.0, "standard deviation of the noise in experts, relative to that of the matrix", 0.0
-)
+_NOISE = flags.DEFINE_float("noise", 0.0, "deviation of the noise / that of the matrix", 0.0)
 _MESH = cli.define_mesh_flag()
 _DATA = flags.DEFINE_string("data", None, "corpora, written like data.name; default: the run's")
 _TOKENS = flags.DEFINE_integer("tokens", 8192, "tokens from each split, train and validation", 1)
@@ -48,17 +46,17 @@ def main():
         cli.refuse("belongs to --upcycle", _EXPERTS, _TOP_K, _GRANULARITY, _NOISE)
         if not is_whole and not _DATA.value:
             cli.refuse("belongs to --score_neurons or --data", _TOKENS, _SEED)
-        from aoe_jax.conversion.from_router import convert, convert_summary  # starts JAX
+        from aoe_jax.conversion.from_router import convert  # starts JAX
 
         form = (_D_LOW.value, _NEURONS.value, _SCORE.value)
-        summary = convert_summary(convert(checkpoint, output, *form, seed=_SEED.value, **measured))
+        convert(checkpoint, output, *form, seed=_SEED.value, **measured)
     else:
         cli.refuse("gates stay whole with --upcycle", _D_LOW)
         if _UPCYCLE.value == "moe":
             cli.refuse("belongs to --upcycle=aoe", _NEURONS)
         elif not _NOISE.value:
             cli.refuse("belongs to --noise or --upcycle=moe", _SEED)
-        from aoe_jax.conversion.upcycling import Upcycling, upcycle, upcycle_summary  # starts JAX
+        from aoe_jax.conversion.upcycling import Upcycling, upcycle  # starts JAX
         from aoe_jax.formats.loading import is_of_run
 
         if not _DATA.value and not is_of_run(checkpoint):
@@ -66,8 +64,7 @@ def main():
         sizes = (cli.required(_EXPERTS), cli.required(_TOP_K), _GRANULARITY.value)
         scoring = (_NEURONS.value, _SCORE.value)
         form = Upcycling(_UPCYCLE.value, *sizes, *scoring, _NOISE.value, _SEED.value)
-        summary = upcycle_summary(upcycle(checkpoint, output, form, **measured))
-    print(f"{summary}; wrote {output}")
+        upcycle(checkpoint, output, form, **measured)
 
 
 command = cli.command(main)

@@ -89,7 +89,7 @@ def test_a_suite(cluster, tmp_path):
     suite = write_suite(tmp_path / "suite.py", 'sizes={"a": Size({}, seeds=1)}')
     command = ["-m", "aoe_jax.compare", f"--suite={suite}"]
     one, two = tmp_path / "one", tmp_path / "two"
-    succeed([*command, f"--workdir={one}", "--jobs=1"])
+    succeed([*command, f"--workdir={one}"])
     checkpoints = "runs/a/*/*/checkpoints/*/_CHECKPOINT_METADATA"
     stderr = finish_without_first_node(
         cluster, [*command, f"--workdir={two}"], lambda: [*two.glob(checkpoints)]

@@ -3,10 +3,11 @@
     python -m aoe_jax.compare --suite=configs/compare/NAME.py --workdir=DIR
 
 Trains every arm of the suite at every size with every seed. On CPU, each core trains one run at a
-time. Finished runs are not repeated, so the same command continues a stopped suite. `--report`
-trains nothing and only writes the report: `DIR/report.md`, `DIR/report.html` (one file), CSV files,
-and pictures as PNG and SVG. `--set=GROUP.FIELD=VALUE` changes a setting of all runs.
-`--arms=ARM,ARM` trains these arms only, and the arms that they are compared with.
+time; elsewhere, a run takes all devices. Finished runs are not repeated, so the same command
+continues a stopped suite. `--report` trains nothing and only writes the report: `DIR/report.md`,
+`DIR/report.html` (one file), CSV files, and pictures as PNG and SVG. `--set=GROUP.FIELD=VALUE`
+changes a setting of all runs. `--arms=ARM,ARM` trains these arms only, and the arms that they are
+compared with.
 
     python -m aoe_jax.compare --workdir=DIR --arms=ARM,ARM
 
@@ -20,35 +21,21 @@ from aoe_jax.compare.suite import load_suite
 from aoe_jax.config.checks import require_flag
 from aoe_jax.storage.lease import leased
 
-_SUITE = flags.DEFINE_string(
-    "suite", None, "a suite: FILE.py, or aoe_jax:NAME such as aoe_jax:tiny"
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "directory of runs and report; existing runs are continued"
-)
-_JOBS = flags.DEFINE_integer(
-    "jobs",
-    None,
-    "runs at a time; they share the GPUs equally; default: one per core on CPU, else one",
-    1,
-)
+_SUITE = flags.DEFINE_string("suite", None, "FILE.py, or aoe_jax:NAME such as aoe_jax:tiny")
+_WORKDIR = flags.DEFINE_string("workdir", None, "the directory of the runs and the report")
 _ENGINE = cli.define_engine_flag()
 _REPORT = flags.DEFINE_bool("report", False, "write the report of finished runs, train nothing")
-_SET = flags.DEFINE_multi_string(
-    "set", [], "GROUP.FIELD=VALUE for all runs, such as data.path=/data/c4"
-)
+_SET = flags.DEFINE_multi_string("set", [], "GROUP.FIELD=VALUE, such as data.path=/data/c4")
 _ARMS = flags.DEFINE_list("arms", [], "names of arms of the suite; without --suite, two")
 
 
 def main():
     if _ARMS.present and not _SUITE.present:
-        cli.refuse("give it with --suite", _JOBS, _REPORT, _SET, _ENGINE)
+        cli.refuse("give it with --suite", _REPORT, _SET, _ENGINE)
         from aoe_jax.compare.pair import pair_table
 
         print(pair_table(cli.path_of(_WORKDIR), _ARMS.value))
         return
-    if _ENGINE.value == "ray":
-        cli.refuse("leave it out with --engine=ray, which uses all free devices", _JOBS)
     suite = load_suite(cli.path_of(_SUITE), _SET.value)
     workdir = cli.path_of(_WORKDIR).absolute()
     has_runs = (workdir / "machine.json").exists() or not _REPORT.value
@@ -66,7 +53,7 @@ def main():
     given = [f"--suite={_SUITE.value}", *(f"--set={setting}" for setting in _SET.value)]
     with leased(workdir, "workdir"):
         if not _REPORT.value:
-            machine = Machine.of_engine(_ENGINE.value, workdir, _JOBS.value)
+            machine = Machine.of_engine(_ENGINE.value, workdir)
             train_suite(suite, workdir, machine)
             measure_suite(suite, workdir, machine, given)
         given += [f"--arms={','.join(_ARMS.value)}"] if _ARMS.value else []

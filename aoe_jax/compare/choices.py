@@ -7,8 +7,6 @@ choices of the last checkpoint.
 Shapes have L layers, T tokens and n experts.
 """
 
-import itertools
-import math
 from functools import partial
 from pathlib import Path
 
@@ -16,16 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aoe_jax.config.run import Config
-from aoe_jax.data.pipeline import eval_batches
-from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.errors import UserError
-from aoe_jax.evaluation.models import load_model
+from aoe_jax.evaluation.models import corpus_of, first_batches, load_model
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.load_balance import layer_statistics
-from aoe_jax.storage.files import COUNT, one_of, read_json, write_json
+from aoe_jax.storage.files import COUNT, TEXT, read_json, write_json
 from aoe_jax.training.checkpoint import Checkpoints
-from aoe_jax.training.run_folder import check_data
 from aoe_jax.training.validation import compile_eval_step
 
 LAYER_MEANS = ["load_entropy", "confidence_entropy", "max_violation"]
@@ -55,34 +48,17 @@ def overlap(chosen, final):
     return np.where(n_tokens > 0, shares.sum(axis=-1) / np.maximum(n_tokens, 1), 1)
 
 
-def validation_batches(folder, config, size):
-    """Yields a run's validation split in full batches of `size` sequences, without padding.
-
-    Batches are NumPy arrays. If the split is smaller than a batch, its only batch has padding.
-    Raises `UserError` if the data differ from those of the run.
-    """
-    corpus = open_corpus(config.data, config.model.vocab_size)
-    check_data(folder, corpus)
-    splits = [(store, config.data.seq_len, size) for store in corpus.validation.values()]
-    batches = itertools.chain.from_iterable(eval_batches(*split) for split in splits)
-    whole = (batch for batch in batches if batch["weights"].all())  # without padding
-    first = next(whole, None)
-    yield first or next(eval_batches(*splits[0]))
-    yield from whole
-
-
 def analyse(folder: Path, n_tokens: int):
-    """Writes a run's `routing.json`, from the first `n_tokens` validation tokens, rounded up to
-    full batches. Raises `UserError` if the run cannot be read.
+    """Writes a run's `routing.json`, from the first `n_tokens` validation tokens of each corpus,
+    rounded up to whole batches. Raises `UserError` if the run cannot be read or its data differ.
     """
     steps, model = Checkpoints(folder).steps(), load_model(folder, "newest")
     config = model.config
     decoder = observing(model.decoder)
     eval_step = compile_eval_step(decoder, config.data.document_mask, model.mesh)
-    size = config.train.batch_size // config.train.accumulate
-    n_batches = math.ceil(n_tokens / (size * config.data.seq_len))
-    on_host = list(itertools.islice(validation_batches(folder, config, size), n_batches))
+    on_host = first_batches(model, corpus_of(model, folder).validation.values(), n_tokens)
     is_real = np.concatenate([batch["weights"].reshape(-1) > 0 for batch in on_host])
+    sizes = [batch["weights"].sum() for batch in on_host]
     batches = [model.put(batch) for batch in on_host]
     with jax.set_mesh(model.mesh):
         found = {}
@@ -92,35 +68,21 @@ def analyse(folder: Path, n_tokens: int):
             stats = [jax.device_get(run(batch))[2] for batch in batches]
             chosen = np.concatenate([one.records["observed"] for one in stats], axis=1)
             means = [one._replace(records=None) for one in stats]
-            mean = jax.tree.map(lambda *a: np.mean(a, axis=0), *means)
+            mean = jax.tree.map(lambda *a: np.average(a, axis=0, weights=sizes), *means)
             found[step] = mean, chosen[:, is_real]
     final = found[steps[-1]][1]
     checkpoints = [{"step": step} | _summary(*of_step, final) for step, of_step in found.items()]
-    tokens, kind = final.shape[1], config.experts.kind
-    choices = {"tokens": tokens, "kind": kind, "checkpoints": checkpoints}
+    choices = {"tokens": final.shape[1], "kind": config.experts.kind, "checkpoints": checkpoints}
     write_json(folder / "routing.json", choices, indent=None)
 
 
-def read_choices(file: Path, config: Config):
-    """Returns the content of a `routing.json`; lists become float64 arrays, with NaN for null.
-
-    Raises `UserError` if the file cannot be read or belongs to another configuration.
-    """
-    wanted, n_layers = "remove it, and run the command again", config.model.n_layers
-    shapes = dict.fromkeys(("load", "mean_score"), (n_layers, config.experts.n_experts))
-    shapes |= dict.fromkeys(LAYER_COLUMNS, (n_layers,))
-    kind = one_of(config.experts.kind)
-    schema = {"tokens": COUNT, "kind": kind, "checkpoints": [{"step": COUNT}]}
-    choices = read_json(file, wanted, schema, _MOST_BYTES)
-    if not choices["checkpoints"]:
-        raise UserError(f"{file} cannot be read: it has no checkpoints; {wanted}")
+def read_choices(file: Path):
+    """Returns the content of a `routing.json`; lists become float64 arrays, with NaN for null."""
+    schema = {"tokens": COUNT, "kind": TEXT, "checkpoints": [{"step": COUNT}]}
+    choices = read_json(file, "remove it, and run the command again", schema, _MOST_BYTES)
     for checkpoint in choices["checkpoints"]:
-        for name, shape in shapes.items():
-            try:
-                checkpoint[name] = np.array(checkpoint.get(name), np.float64).reshape(shape)
-            except (TypeError, ValueError) as e:
-                problem = f"{name} is not numbers of shape {[*shape]}"
-                raise UserError(f"{file} cannot be read: {problem}; {wanted}") from e
+        for name in ("load", "mean_score", *LAYER_COLUMNS):
+            checkpoint[name] = np.array(checkpoint[name], np.float64)
     return choices
 
 

@@ -11,11 +11,10 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import aoe_jax
-from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import Interrupted, Preempted, Terminated, UserError
 from aoe_jax.storage.files import NUMBER, TEXT, read_json, write_json
 
@@ -42,14 +41,6 @@ class Job:
     output: Path  # file or folder that it writes; OUTPUT.log and OUTPUT.outcome.json are beside it
 
 
-@dataclass(frozen=True)
-class Slot:
-    """The devices on which one job at a time runs."""
-
-    core: int | None = None  # None: any core
-    environment: dict[str, str] = field(default_factory=dict)  # variables that select the devices
-
-
 def last_line(log_file: Path):
     """Returns the last non-empty line of a log; "" without a log."""
     text = log_file.read_text(errors="replace") if log_file.exists() else ""
@@ -74,18 +65,17 @@ class Machine:
     """This machine or a Ray cluster, which runs the jobs of a suite."""
 
     backend: str
-    slots: list[Slot]
+    cores: list[int | None]  # each runs one job at a time; None: a job uses all devices
     environment: dict[str, str]  # default values of environment variables
     of_task: dict | None = None  # Ray's options for a job; None: jobs run on this machine
 
     @classmethod
-    def of_engine(cls, engine, workdir: Path, n_jobs: int | None):
+    def of_engine(cls, engine, workdir: Path):
         """Describes a machine, and adds it to `machine.json` in the directory of a suite.
 
         `engine` is "local" for this machine, or "ray" for a node of the Ray cluster. If package
-        versions or the commit differ, it counts as another machine. `n_jobs` is the number of jobs
-        that run at a time here; None means one per core on CPU, else one. Raises `UserError` if
-        JAX does not start, this machine cannot run `n_jobs` at a time, or there is no cluster.
+        versions or the commit differ, it counts as another machine. Raises `UserError` if JAX does
+        not start, or if there is no cluster.
         """
         of_task = None
         if engine == "local":
@@ -104,22 +94,23 @@ class Machine:
             "JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"),  # shared by all seeds
             "PYTHONUNBUFFERED": "1",
         }
-        if of_task is None:
-            return cls(description["backend"], slots_of(description, n_jobs), environment)
-        if description["backend"] == "cpu":
+        backend, cores = description["backend"], [None]
+        if backend == "cpu" and of_task is None:
+            cores = sorted(os.sched_getaffinity(0))
+        elif backend == "cpu":
             environment["NPROC"] = "1"  # as many threads as on one core
-        return cls(description["backend"], [Slot()], environment, of_task)
+        return cls(backend, cores, environment, of_task)
 
     def one_at_a_time(self):
-        """Returns this machine with one slot, or with a whole node for each job."""
+        """Returns this machine with one core, or with a whole node for each job."""
         if self.of_task is None:
-            return replace(self, slots=self.slots[:1])
+            return replace(self, cores=self.cores[:1])
         from aoe_jax import cluster
 
         return replace(self, of_task=cluster.resources(whole_node=True))
 
     def run(self, jobs: list[Job]):
-        """Runs jobs, in order and one at a time in each slot, or as tasks of the cluster.
+        """Runs jobs, in order and one at a time on each core, or as tasks of the cluster.
 
         A failed job does not stop the others. On SIGTERM or Ctrl-C, the call asks the running jobs
         to stop, waits for their end, and raises `Preempted` or `Interrupted`.
@@ -140,24 +131,24 @@ class Machine:
     def _on_cluster(self, jobs):
         from aoe_jax import cluster
 
-        calls = [(job, self.slots[0], self.environment) for job in jobs]
+        calls = [(job, None, self.environment) for job in jobs]
         with contextlib.closing(cluster.results(run_job, calls, self.of_task)) as results:
             for (job, *_), status in results:
                 yield job, status
 
     def _on_this_machine(self, jobs):
         free, stop = queue.SimpleQueue(), threading.Event()
-        for slot in self.slots:
-            free.put(slot)
+        for core in self.cores:
+            free.put(core)
 
         def run(job):
-            slot = free.get()
+            core = free.get()
             try:
-                return run_job(job, slot, self.environment, stop)
+                return run_job(job, core, self.environment, stop)
             finally:
-                free.put(slot)
+                free.put(core)
 
-        with ThreadPoolExecutor(len(self.slots)) as threads:
+        with ThreadPoolExecutor(len(self.cores)) as threads:
             try:
                 running = {threads.submit(run, job): job for job in jobs}
                 for ended in as_completed(running):
@@ -167,11 +158,12 @@ class Machine:
                 stop.set()
 
 
-def run_job(job: Job, slot: Slot, environment, stop: threading.Event | None = None):
-    """Runs a job, and returns its exit status. After `stop` or an exception (Ray interrupts a task
-    with `KeyboardInterrupt`) it asks the job to stop, and waits for its end.
+def run_job(job: Job, core: int | None, environment, stop: threading.Event | None = None):
+    """Runs a job on a core (None: on any), and returns its exit status. After `stop` or an
+    exception (Ray interrupts a task with `KeyboardInterrupt`) it asks the job to stop, and waits
+    for its end.
     """
-    process = _start(job, slot, environment)
+    process = _start(job, core, environment)
     try:
         while process.poll() is None and not (stop and stop.is_set()):
             time.sleep(0.2)
@@ -181,7 +173,7 @@ def run_job(job: Job, slot: Slot, environment, stop: threading.Event | None = No
     return process.returncode
 
 
-def _start(job, slot, environment):
+def _start(job, core, environment):
     beside(job.output, ".outcome.json").unlink(missing_ok=True)
     command = (sys.executable, *job.arguments)
     with beside(job.output, ".log").open("a") as file:
@@ -192,11 +184,11 @@ def _start(job, slot, environment):
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env=environment | os.environ | slot.environment,
+            env=environment | os.environ,
             process_group=0,  # so that Ctrl-C reaches the jobs only through `Machine.run`
         )
-    if slot.core is not None:
-        os.sched_setaffinity(process.pid, {slot.core})  # threads of the job inherit the core
+    if core is not None:
+        os.sched_setaffinity(process.pid, {core})  # threads of the job inherit the core
     return process
 
 
@@ -236,24 +228,3 @@ def _describe():
 
 def _output_of(*command):
     return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def slots_of(machine, n_jobs):
-    """Returns `n_jobs` slots, each with a CPU core or with an equal number of the GPUs.
-
-    `machine` is from `_describe`. Raises `UserError` if the machine cannot run `n_jobs` at a time.
-    """
-    if machine["backend"] == "cpu":
-        cores = sorted(os.sched_getaffinity(0))
-        return [Slot(cores[i % len(cores)]) for i in range(n_jobs or len(cores))]
-    if (n_jobs or 1) == 1:
-        return [Slot()]
-    wanted = f"on {machine['backend']} a run takes all devices; leave it at 1"
-    require_flag(machine["backend"] == "gpu", "jobs", n_jobs, wanted)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(i) for i in range(machine["devices"])]
-    wanted = f"must divide the {len(devices)} GPUs"
-    require_flag(len(devices) % n_jobs == 0, "jobs", n_jobs, wanted)
-    share = len(devices) // n_jobs
-    shares = [devices[i : i + share] for i in range(0, len(devices), share)]
-    return [Slot(environment={"CUDA_VISIBLE_DEVICES": ",".join(own)}) for own in shares]

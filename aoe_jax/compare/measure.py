@@ -17,13 +17,16 @@ import jax
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.compare.choices import analyse, read_choices, validation_batches
+from aoe_jax.compare.choices import analyse, read_choices
 from aoe_jax.compare.jobs import Job, Machine
 from aoe_jax.compare.suite import Suite, load_suite
 from aoe_jax.compare.train_runs import folder_of, is_finished
 from aoe_jax.config.run import Config
+from aoe_jax.data.pipeline import eval_batches
+from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.storage.files import NUMBER, read_json, write_json
+from aoe_jax.training.run_folder import check_data
 from aoe_jax.training.step_times import RepeatedStep, seconds_in_turn
 
 log = logging.getLogger("aoe_jax.compare.measure")  # `__name__` is "__main__" in the command
@@ -105,7 +108,7 @@ def unanalysed(suite: Suite, workdir: Path, size):
     found = []
     for folder, run in finished_runs(suite, workdir, size).items():
         file, steps = folder / "routing.json", run.config.train.steps
-        checkpoints = read_choices(file, run.config)["checkpoints"] if file.exists() else []
+        checkpoints = read_choices(file)["checkpoints"] if file.exists() else []
         is_analysed = checkpoints and checkpoints[-1]["step"] == steps
         if run.config.routing.choice(run.config.experts) and not is_analysed:
             found.append(folder)
@@ -122,6 +125,14 @@ def _noting(name, failed):
         failed.append(f"{name}: {type(e).__name__}: {e}")
 
 
+def first_validation_batch(folder: Path, config: Config):
+    """Returns a host batch of a run's validation split. Raises `UserError` if the data differ."""
+    corpus = open_corpus(config.data, config.model.vocab_size)
+    check_data(folder, corpus)
+    store, *_ = corpus.validation.values()
+    return next(eval_batches(store, config.data.seq_len, config.train.batch_size))
+
+
 def measure_point(suite: Suite, workdir: Path, point, failed):
     """Times the steps of all arms at a point, and adds the reasons of failures to `failed`."""
     configs, steps, costs = configs_by_point(suite, workdir)[point], {}, {}
@@ -129,8 +140,8 @@ def measure_point(suite: Suite, workdir: Path, point, failed):
     for arm, config in configs.items():
         with _noting(f"steps of {arm}", failed):
             folder, _ = firsts.get(arm, (None, None))  # None: an untrained model
-            batches = folder and validation_batches(folder, config, config.train.batch_size)
-            steps[arm] = RepeatedStep(config, next(batches) if folder else None, folder)
+            batch = folder and first_validation_batch(folder, config)
+            steps[arm] = RepeatedStep(config, batch, folder)
     seconds = seconds_in_turn(steps)
     for arm, step in steps.items():
         memory = step.memory["state_bytes"] + step.memory["temporary_bytes"]
@@ -144,13 +155,12 @@ def main():
     """Takes all measurements of a point, and then returns 1 if some of them failed, else 0."""
     given, failed = flags.FLAGS, []
     suite, workdir = load_suite(Path(given.suite), given.set), Path(given.workdir)
-    point = given.point
-    for folder in unanalysed(suite, workdir, point):
+    for folder in unanalysed(suite, workdir, given.point):
         with _noting(f"choices of {folder}", failed):
             analyse(folder, suite.routing_tokens)
             log.info("analysed the choices of %s", folder)
-    if point not in suite.sizes or jax.default_backend() == "cpu":
-        measure_point(suite, workdir, point, failed)
+    if given.point not in suite.sizes or jax.default_backend() == "cpu":
+        measure_point(suite, workdir, given.point, failed)
     for reason in failed:
         log.error("%s", reason)
     return 1 if failed else 0

@@ -50,7 +50,8 @@ def write_report(suite: Suite, workdir: Path, command):
     (workdir / "report.md").write_text(markdown)
     frame = paper_table(results)
     (workdir / "table.md").write_text(frame.to_markdown(index=False) + "\n")
-    (workdir / "table.tex").write_text(_to_latex(frame))
+    latex = frame.to_latex(index=False, escape=True)
+    (workdir / "table.tex").write_text(latex.replace("±", r"$\pm$"))
     folder, page = workdir / "figures", workdir / "report.html"
     folder.mkdir(exist_ok=True)
     for name, figure in drawn.items():
@@ -82,10 +83,6 @@ def paper_table(r: Results):
             row[f"{size}: difference"] = found.as_difference()
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _to_latex(frame):
-    return frame.to_latex(index=False, escape=True).replace("±", r"$\pm$")
 
 
 def to_markdown(r: Results, costs, **of_workdir):

@@ -106,7 +106,8 @@ class Results:
 
     def arms(self, size):
         """Returns the arms that have a finished run at a size."""
-        return [arm for arm in self.suite.arms_of(size) if len(self.finished(size, arm))]
+        arms = self.suite.arms_of(self.suite.sizes[size])
+        return [arm for arm in arms if len(self.finished(size, arm))]
 
     @functools.cached_property
     def sizes(self):
@@ -241,7 +242,7 @@ def _row(run, folder, lines, seconds_in_turn):
     counts, steps = parameter_counts(config), config.train.steps
     tokens, flops_per_token = steps * config.tokens_per_step, training_flops_per_token(config)
     file = folder / "routing.json"
-    choices = read_choices(file, config) if finished and file.exists() else None
+    choices = read_choices(file) if finished and file.exists() else None
     return {
         "size": run.size,
         "arm": run.arm,
@@ -306,7 +307,6 @@ def read_costs(suite: Suite, workdir: Path):
         rows = []
         for value, configs in suite.swept(name).items():
             costs = read_point(workdir, sweep_point(name, value), configs)
-            of_baseline = costs.get(suite.baseline, {"seconds": math.nan})
             for arm, cost in costs.items():
                 tokens, seconds = configs[arm].tokens_per_step, cost["seconds"]
                 row = {
@@ -317,8 +317,6 @@ def read_costs(suite: Suite, workdir: Path):
                     "tokens_per_step": tokens,
                     "seconds_per_step": seconds,
                     "tokens_per_second": tokens / seconds,
-                    "speed_to_baseline": of_baseline["seconds"] / seconds,
-                    "flops_per_step": tokens * training_flops_per_token(configs[arm]),
                     "memory_bytes": cost["memory_bytes"],
                     "config": configs[arm],
                 }

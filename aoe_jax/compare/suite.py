@@ -108,17 +108,15 @@ class Suite:
             raise UserError(f"suite {self.name}: {name}={value!r}: {wanted}")
 
     def _check_arms(self, place, of):
-        present = self._arms(of)
+        present = self.arms_of(of)
         for arm in (*(of.arms or ()), self.baseline, *map(self.reference, present)):
             self._require(arm in self.arms, place, arm, choose(arm, self.arms))
             wanted = "is the baseline or a reference of these arms; add it to them"
             self._require(arm in present, place, arm, wanted)
 
-    def _arms(self, of):
+    def arms_of(self, of: Size | Sweep):
+        """Returns the names of the arms of a size or of a sweep."""
         return [arm for arm in self.arms if of.arms is None or arm in of.arms]
-
-    def arms_of(self, size):
-        return self._arms(self.sizes[size])
 
     def of_arms(self, arms):
         """Returns a suite of `arms` and the arms that they are compared with, without sweeps. Sizes
@@ -128,7 +126,7 @@ class Suite:
             require_flag(arm in self.arms, "arms", arm, choose(arm, self.arms))
         wanted, sizes = {self.baseline, *arms, *map(self.reference, arms)}, {}
         for name, size in self.sizes.items():
-            there = tuple(arm for arm in self.arms_of(name) if arm in wanted)
+            there = tuple(arm for arm in self.arms_of(size) if arm in wanted)
             seeds = {arm: size.seeds_of.get(arm, size.seeds) for arm in arms if arm in there}
             if seeds:  # the others need no more seeds than these
                 seeds = dict.fromkeys(there, max(seeds.values())) | seeds
@@ -138,14 +136,12 @@ class Suite:
     def reference(self, arm):
         return self.arms[arm].reference or self.baseline
 
-    def _groups(self, arm, *changes):
-        groups = _changed(self.base.to_dict(), *changes)
-        return _changed(groups, self.arms[arm].changes_of(ConfigDict(groups)), self.settings)
-
-    def _config(self, size, arm, seed):
-        with naming(f"suite {self.name}, size {size}, arm {arm}"):
-            groups = self._groups(arm, self.sizes[size].changes)
-            groups = _changed(groups, {"train": {"seed": seed}})
+    def _config(self, place, arm, changes, last):
+        """Returns the `Config` of an arm; `last` overrides the arm and the settings."""
+        with naming(f"suite {self.name}, {place}, arm {arm}"):
+            groups = _changed(self.base.to_dict(), changes, last)
+            own = self.arms[arm].changes_of(ConfigDict(groups))
+            groups = _changed(groups, own, self.settings, last)
             return with_vocabulary(Config.for_training(groups))
 
     def runs(self):
@@ -156,12 +152,13 @@ class Suite:
         """
         runs, first_seed = [], self.base.train.seed
         for name, size in self.sizes.items():
-            seeds = {arm: size.seeds_of.get(arm, size.seeds) for arm in self.arms_of(name)}
+            seeds = {arm: size.seeds_of.get(arm, size.seeds) for arm in self.arms_of(size)}
             for seed in range(first_seed, first_seed + max(seeds.values())):
                 arms = [arm for arm, n in seeds.items() if seed < first_seed + n]
-                configs = {arm: self._config(name, arm, seed) for arm in arms}
+                place, last = f"size {name}", {"train": {"seed": seed}}
+                configs = {arm: self._config(place, arm, size.changes, last) for arm in arms}
                 if seed == first_seed:  # of all arms
-                    self._check_matched(f"size {name}", configs)
+                    self._check_matched(place, configs)
                 runs += [Run(name, arm, seed, config) for arm, config in configs.items()]
         return runs
 
@@ -170,13 +167,9 @@ class Suite:
         sweep, found = self.throughput[name], {}
         group, _, field_name = sweep.setting.partition(".")
         for value in sweep.values:
-            place, found[value] = f"throughput {name}, {sweep.setting}={value}", {}
-            for arm in self._arms(sweep):
-                with naming(f"suite {self.name}, {place}, arm {arm}"):
-                    at_value = {group: {field_name: value}}
-                    groups = self._groups(arm, sweep.changes, at_value)
-                    groups = _changed(groups, at_value)  # overrides the arm and the settings
-                    found[value][arm] = with_vocabulary(Config.for_training(groups))
+            place = f"throughput {name}, {sweep.setting}={value}"
+            last, arms = {group: {field_name: value}}, self.arms_of(sweep)
+            found[value] = {arm: self._config(place, arm, sweep.changes, last) for arm in arms}
             self._check_matched(place, found[value])
         return found
 

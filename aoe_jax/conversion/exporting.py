@@ -6,10 +6,10 @@ from pathlib import Path
 from aoe_jax.config.run import Config
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats.configs import to_json
-from aoe_jax.formats.loading import parameter_shapes
+from aoe_jax.formats.loading import RUN_FILE, is_of_run, parameter_shapes
 from aoe_jax.formats.model_card import training, write_card
 from aoe_jax.formats.tokenizer_files import write_tokenizer
-from aoe_jax.formats.writing import new_directory, parameters_of, write_model, write_run
+from aoe_jax.formats.writing import new_directory, parameters_of, write_model
 from aoe_jax.storage.config_files import read_run_config
 from aoe_jax.storage.files import write_json
 
@@ -33,15 +33,18 @@ def export(workdir: Path, output: Path, step="newest", dtype="float32"):
 
 
 def write_result(directory: Path, source: Path, step, config: Config, parameter, state=None):
-    """Writes a model that was made from `source`, and copies the tokenizer and the run's settings
-    from `source`. `step` is the training step or None. `parameter(path, layer)` returns a parameter
-    of the model, see `write_model`. `state` is the routing state, an array for each name.
+    """Writes a model that was made from `source`, with the tokenizer of `source` and, for a run,
+    its configuration and `data.json`. `step` is the training step or None.
+    `parameter(path, layer)` returns a parameter, see `write_model`. `state` is the routing state.
     """
     state = state or {}
     values = to_json(config, state) | write_tokenizer(source, directory, config.model.max_len)
     shapes = parameter_shapes(config) | {f"layers/{name}": a for name, a in state.items()}
     write_model(directory, values, shapes, parameter)
-    write_run(directory, source, step, config)
+    if is_of_run(source):
+        write_json(directory / RUN_FILE, {"step": step, "config": config.to_stored()})
+        if (source / "data.json").exists():
+            (directory / "data.json").write_bytes((source / "data.json").read_bytes())
 
 
 def write_figures(directory: Path, source: Path, step, config: Config, command, report, result):

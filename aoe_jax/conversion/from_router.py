@@ -41,8 +41,8 @@ def convert(
 ):
     """Writes the AoE of a router MoE to `output`, which does not exist before it is complete.
 
-    The arguments are the flags of `aoe_jax.convert`. Raises `UserError` if the checkpoint or the
-    corpus cannot be read, or the model cannot be converted.
+    The arguments are the flags of `aoe_jax.convert`. Prints a summary. Raises `UserError` if the
+    checkpoint or the corpus cannot be read, or the model cannot be converted.
 
     Returns the content of `convert.json` in `output`: the settings and, for factorised gates,
     `energy_kept`, the fraction of the sum of squares of W_gate that the factors keep, per expert
@@ -91,6 +91,7 @@ def convert(
             report["nll"] = {"before": before, "after": evaluation_on(model, held_out).nll}
         result = f"the router is gone, and {form}; {convert_summary(report)}"
         write_figures(directory, checkpoint, step, converted, "convert", report, result)
+    print(f"{result}; wrote {output}")
     return report
 
 

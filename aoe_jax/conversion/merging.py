@@ -189,10 +189,9 @@ def pruned_params(model: Model, moments: Moments, n_experts, method, seed=0):
     """
     experts = model.params["layers"]["experts"]
     weights = {name: a for name, a in experts.items() if name in EXPERT_WEIGHTS}
-    second = moments.scatter if model.config.experts.kind == "aoe" else moments.gram
     clusters, layers = [], []
     for layer, load in enumerate(tqdm(moments.load, desc=method, unit="layer")):
-        of_layer = find_clusters(method, similarity(second[layer]), load, n_experts, seed)
+        of_layer = find_clusters(method, similarity(moments.second[layer]), load, n_experts, seed)
         layers.append(merge({n: jax.device_get(a[layer]) for n, a in weights.items()}, of_layer))
         clusters.append(of_layer)
     merged = {name: np.stack([layer.pop(name) for layer in layers]) for name in weights}

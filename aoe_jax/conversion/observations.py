@@ -73,14 +73,9 @@ class Moments(NamedTuple):
     """Moments of scores over tokens, in float64."""
 
     tokens: int
-    mean: np.ndarray  # [L, Z]
-    gram: np.ndarray  # [L, Z, Z], sums over tokens of products of two experts' scores
+    # [L, Z, Z], sums over tokens of products of two experts' scores; AoE's scores are centred.
+    second: np.ndarray
     load: np.ndarray  # [L, Z], the share of the tokens routed to each expert
-
-    @property
-    def scatter(self):
-        """`[L, Z, Z]`, the sums over tokens of products of centred scores."""
-        return self.gram - self.tokens * self.mean[:, :, None] * self.mean[:, None, :]
 
 
 def score_moments(model: Model, batches: Iterable[dict]) -> Moments:
@@ -92,4 +87,6 @@ def score_moments(model: Model, batches: Iterable[dict]) -> Moments:
         total += scores.sum(axis=1)
         gram += scores.mT @ scores
         chosen += is_chosen.sum(axis=1)
-    return Moments(tokens, total / tokens, gram, chosen / tokens)
+    if model.config.experts.kind == "aoe":
+        gram = gram - total[:, :, None] * total[:, None, :] / tokens
+    return Moments(tokens, gram, chosen / tokens)

@@ -48,7 +48,7 @@ def prune(
         train, validation = calibration_batches(model, workdir, data, n_tokens, seed)
         moments = score_moments(model, train)
         wanted = "the scores of its experts are not finite; the model is damaged"
-        require_flag(np.isfinite(moments.gram).all(), "workdir", workdir, wanted)
+        require_flag(np.isfinite(moments.second).all(), "workdir", workdir, wanted)
         before = evaluation_on(model, validation)
         params, clusters = pruned_params(model, moments, n_experts, method, seed)
         decoder = Decoder.from_config(_pruned(model.config, n_experts))

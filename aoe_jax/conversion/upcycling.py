@@ -131,13 +131,16 @@ def upcycle(
     """Writes the upcycled model to `output`, which does not exist before all files are complete.
 
     `checkpoint` is the directory of a model or of a run, whose newest checkpoint is loaded. Dtypes
-    do not change. Returns the content of `convert.json` in `output`: the fields of `form`, and, if
-    `data` is given or the model is from a run, `nll` `before` and `after`, on `n_tokens` validation
-    tokens of each corpus. Raises `UserError` if a file cannot be read or `form` does not fit.
+    do not change. Prints a summary. Returns the content of `convert.json` in `output`: the fields
+    of `form`, and, if `data` is given or the model is from a run, `nll` `before` and `after`, on
+    `n_tokens` validation tokens of each corpus. Raises `UserError` if a file cannot be read or
+    `form` does not fit.
     """
     config = form.config(source_config(checkpoint))
     is_measured = is_of_run(checkpoint) or data is not None
     report = {name: value for name, value in dataclasses.asdict(form).items() if value is not None}
+    experts = f"{form.top_k} of {form.n_experts} experts of granularity {form.granularity}"
+    result = f"dense layers became experts; {form.kind}: {experts}"
     with new_directory(output) as directory:
         model = load_model(checkpoint, mesh=mesh)
         if is_measured:
@@ -150,16 +153,10 @@ def upcycle(
         if is_measured:
             after = evaluation_on(load_model(directory, mesh=mesh), held_out).nll
             report["nll"] = {"before": before, "after": after}
-        result = f"dense layers became experts; {upcycle_summary(report)}"
+            result += f"; {in_words(report['nll'])}"
         write_figures(directory, checkpoint, step, config, "convert", report, result)
+    print(f"{result}; wrote {output}")
     return report
-
-
-def upcycle_summary(report):
-    """Formats the report of `upcycle` as a line of text."""
-    experts = f"{report['top_k']} of {report['n_experts']} experts of granularity"
-    text = f"{report['kind']}: {experts} {report['granularity']}"
-    return f"{text}; {in_words(report['nll'])}" if "nll" in report else text
 
 
 def _upcycled(read, form):

@@ -1,8 +1,6 @@
 """Writes models as safetensors and `config.json`, for `aoe_jax` and other programs."""
 
 import contextlib
-import fcntl
-import glob
 import os
 import shutil
 import tempfile
@@ -16,10 +14,8 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from aoe_jax.config.run import Config
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.formats.architectures import find_layouts
-from aoe_jax.formats.loading import RUN_FILE, is_of_run
 from aoe_jax.formats.tensor_files import write_tensors
 from aoe_jax.parameters import STACKS
 from aoe_jax.storage.files import sync, write_json
@@ -33,10 +29,10 @@ _CLASSES = Path(__file__).with_name("huggingface")  # our classes for transforme
 def new_directory(output: Path) -> Iterator[Path]:
     """Yields a directory that is renamed to `output` at the end, or removed after an exception.
 
-    After SIGKILL, a hidden directory next to `output` remains; the next call with the same `output`
-    removes it. If `output` is in an object store, the directory is a local temporary one; its files
-    are uploaded at the end, `config.json` last. Raises `UserError` if `output` exists or cannot be
-    written, `MachineFault` if its disk fails.
+    After SIGKILL, the hidden directory `.NAME.partial.*` beside `output` remains. If `output` is in
+    an object store, the directory is a local temporary one; its files are uploaded at the end,
+    `config.json` last. Raises `UserError` if `output` exists or cannot be written, `MachineFault`
+    if its disk fails.
     """
     if output.exists() if is_remote(output) else os.path.lexists(output):
         raise UserError(f"--output={output} exists already; name a new directory")
@@ -46,18 +42,10 @@ def new_directory(output: Path) -> Iterator[Path]:
             yield Path(folder)
             patiently(f"--output={output} cannot be written", lambda: mirror.upload("config.json"))
         return
-    folder, prefix = output.absolute().parent, f".{output.name}.partial."
-    partial = folder / f"{prefix}{uuid.uuid4().hex[:8]}"
+    partial = output.absolute().with_name(f".{output.name}.partial.{uuid.uuid4().hex[:8]}")
     try:
-        for left in folder.glob(f"{glob.escape(prefix)}*"):
-            with contextlib.suppress(OSError), _locked(left):  # unlocked: its process was killed
-                shutil.rmtree(left)
         partial.mkdir(parents=True)
-        with contextlib.ExitStack() as held:
-            with contextlib.suppress(OSError):  # some network disks cannot lock a directory
-                held.enter_context(_locked(partial))
-            partial.mkdir(exist_ok=True)  # another call may have removed it before it was locked
-            yield partial
+        yield partial
         for file in partial.iterdir():
             sync(file)
         sync(partial)
@@ -69,17 +57,6 @@ def new_directory(output: Path) -> Iterator[Path]:
         raise kind(f"--output={output} cannot be written: {reason(e)}{where}") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(directory):
-    """A context that locks a directory. Raises `OSError` if another process has locked it."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter: Callable):
@@ -134,12 +111,3 @@ def parameters_of(params: dict, routing_state=None, dtype: str | None = None):
         return jax.device_get(whole.astype(dtypes.get(path, "float32")))
 
     return arrays, parameter
-
-
-def write_run(directory: Path, source: Path, step: int | None, config: Config):
-    """Writes the step, configuration and `data.json` of a run, if `source` belongs to a run."""
-    if not is_of_run(source):
-        return
-    write_json(directory / RUN_FILE, {"step": step, "config": config.to_stored()})
-    if (source / "data.json").exists():
-        (directory / "data.json").write_bytes((source / "data.json").read_bytes())

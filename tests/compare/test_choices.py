@@ -52,17 +52,9 @@ ROUTING = {"tokens": 8, "kind": "aoe", "checkpoints": [CHECKPOINT]}
 
 def test_files_of_choices(tmp_path):
     file = tmp_path / "routing.json"
-    config = tiny_config(experts__n_experts=2, experts__top_k=1)
     write_json(file, ROUTING)
-    (last,) = read_choices(file, config)["checkpoints"]
+    (last,) = read_choices(file)["checkpoints"]
     np.testing.assert_array_equal(last["mean_score"], [[0.1, np.nan], [1, 2]])
-    for change, words in (
-        ({"checkpoints": [CHECKPOINT | {"load": [[1, 1], [2]]}]}, r"load is not numbers of shape"),
-        ({"checkpoints": [CHECKPOINT | {"load": [[1, 1]]}]}, r"not numbers of shape \[2, 2\]"),
-        ({"checkpoints": [{"step": 6}]}, "load is not numbers"),
-        ({"checkpoints": []}, "it has no checkpoints"),
-        ({"kind": "router"}, r"kind is 'router', not one of \['aoe'\]"),
-    ):
-        write_json(file, ROUTING | change)
-        with pytest.raises(UserError, match=f"routing.json cannot be read: .*{words}.*; remove it"):
-            read_choices(file, config)
+    write_json(file, {"machines": []})
+    with pytest.raises(UserError, match="routing.json cannot be read: tokens is None.*; remove it"):
+        read_choices(file)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from aoe_jax.compare.jobs import Job, Machine, Slot, read_machines, read_outcome, slots_of
+from aoe_jax.compare.jobs import Job, Machine, read_machines, read_outcome
 from aoe_jax.errors import UserError
 from tests.runs import ROOT
 
@@ -17,22 +17,22 @@ def job(folder, name, program):
     return Job(name, ("-c", program), folder / name)
 
 
-def test_a_job_that_fails_stops_no_other(tmp_path):
-    """Each runs on its slot's core and devices, whatever the environment of the command says."""
-    slot = Slot(CORES[0], {"PATH": "/nowhere", "CUDA_VISIBLE_DEVICES": "3"})
-    names = ("WORD", "PATH", "CUDA_VISIBLE_DEVICES")
+def test_a_job_that_fails_stops_no_other(tmp_path, monkeypatch):
+    """Each runs on its core, with the environment of the command and the machine's defaults."""
+    monkeypatch.setenv("GIVEN", "3")
+    names = ("WORD", "GIVEN")
     programs = {
         "bad": "import sys; print('why', file=sys.stderr); sys.exit(4)",
         "killed": "import os; print('at work', flush=True); os.kill(os.getpid(), 9)",
         "good": f"import os; print(os.sched_getaffinity(0), *map(os.environ.get, {names}))",
     }
     jobs = [job(tmp_path, *item) for item in programs.items()]
-    Machine("cpu", [slot], {"WORD": "default"}).run(jobs)
+    Machine("cpu", [CORES[0]], {"WORD": "default", "GIVEN": "0"}).run(jobs)
     outcomes = [read_outcome(tmp_path / name) for name in programs]
     assert outcomes == [
         {"status": 4, "last_line": "why"},
         {"status": -9, "last_line": "killed by signal 9, after: at work"},
-        {"status": 0, "last_line": f"{{{CORES[0]}}} default /nowhere 3"},
+        {"status": 0, "last_line": f"{{{CORES[0]}}} default 3"},
     ]
 
 
@@ -46,13 +46,13 @@ time.sleep(600)
 PARENT = """
 import os, pathlib
 from aoe_jax import cli
-from aoe_jax.compare.jobs import Machine, Slot
+from aoe_jax.compare.jobs import Machine
 from tests.compare.test_jobs import SLEEPER, job
 
 def main():
     folder = pathlib.Path(os.environ["FOLDER"])
     jobs = [job(folder, "sleeper", SLEEPER), job(folder, "next", "print(1)")]
-    Machine("cpu", [Slot()], {}).run(jobs)
+    Machine("cpu", [None], {}).run(jobs)
 
 cli.run(main)
 """
@@ -78,22 +78,6 @@ def test_a_stopped_command_stops_its_jobs_and_waits_for_them(tmp_path, number, s
     assert log.read_text().endswith("saved\n")
     assert not (tmp_path / "next.log").exists()
     assert not (tmp_path / "sleeper.outcome.json").exists()  # it is unfinished, not failed
-
-
-def test_gpus_are_divided_among_jobs(monkeypatch):
-    machine = {"backend": "gpu", "devices": 4}
-
-    def shares():
-        return [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots_of(machine, 2)]
-
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert slots_of(machine, None) == [Slot()] and shares() == ["0,1", "2,3"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert shares() == ["5", "7"]
-    with pytest.raises(UserError, match="--jobs=4: must divide the 2 GPUs"):
-        slots_of(machine, 4)
-    with pytest.raises(UserError, match="--jobs=2: on tpu a run takes all devices"):
-        slots_of({"backend": "tpu", "devices": 4}, 2)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"machines": [7]}', '{"status": 0, "last_line": []}'])

@@ -47,14 +47,14 @@ FIRST_STEP = """
 import json, sys
 from pathlib import Path
 import jax
-from aoe_jax.compare.choices import validation_batches
+from aoe_jax.compare.measure import first_validation_batch
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.training.validation import compile_eval_step
 from aoe_jax.training.step_times import RepeatedStep
 for folder in map(Path, sys.argv[1:]):
     model = load_model(folder)
     config = model.config
-    on_host = next(validation_batches(folder, config, config.train.batch_size))
+    on_host = first_validation_batch(folder, config)
     batch = model.put(on_host)
     eval_step = compile_eval_step(model.decoder, config.data.document_mask, model.mesh)
     with jax.set_mesh(model.mesh):

@@ -16,8 +16,6 @@ from tests.compare.suites import write_suite
 class Recorder:
     """A machine that records the names of jobs and runs none."""
 
-    slots = (None,)
-
     def run(self, jobs):
         self.names = [job.name for job in jobs]
 

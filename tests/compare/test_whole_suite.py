@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aoe_jax.compare.jobs import Machine, Slot
+from aoe_jax.compare.jobs import Machine
 from aoe_jax.compare.measure import configs_by_point, measured_file, read_point
 from aoe_jax.compare.report import write_report
 from aoe_jax.compare.suite import load_suite
@@ -123,7 +123,7 @@ def test_a_workdir_of_another_configuration_is_refused():
     other = load_suite(ended()[0] / "suite.py", ["train.weight_decay=0.3"])
     words = r"holds another configuration: train\.weight_decay is 0\.1 there, 0\.3 here"
     with pytest.raises(UserError, match=words):
-        train_suite(other, work, Machine("cpu", [Slot()], {}))
+        train_suite(other, work, Machine("cpu", [None], {}))
     with pytest.raises(UserError, match=words):
         write_report(other, work, "command")
 
@@ -172,7 +172,6 @@ def test_the_sweep_measures_missing_points():
     assert list(of) == [("moe", "2"), ("aoe", "2"), ("moe", "4"), ("aoe", "4")]
     moe, aoe = of["moe", "4"], of["aoe", "4"]
     ratio = float(moe["seconds_per_step"]) / float(aoe["seconds_per_step"])
-    assert float(aoe["speed_to_baseline"]) == pytest.approx(ratio)
     memory = float(aoe["memory_bytes"]) / float(moe["memory_bytes"])
     markdown = (work / "report.md").read_text()
     for words in (

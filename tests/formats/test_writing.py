@@ -198,19 +198,6 @@ def test_a_directory_comes_whole_or_not_at_all(tmp_path):
     assert [path.name for path in output.parent.rglob("*")] == ["model", "whole"]
 
 
-def test_a_directory_that_a_killed_process_left(tmp_path):
-    """The next call removes it, but not the directory of a process that still runs."""
-    for name in (".model.partial.11111111", ".models.partial.22222222"):
-        (tmp_path / name).mkdir()
-    with new_directory(tmp_path / "model") as partial, pytest.raises(UserError, match="exists"):
-        with new_directory(tmp_path / "model") as second:
-            names = {path.name for path in tmp_path.iterdir()}
-            assert names == {partial.name, second.name, ".models.partial.22222222"}
-        with new_directory(tmp_path / "model"):
-            pass
-    assert {path.name for path in tmp_path.iterdir()} == {"model", ".models.partial.22222222"}
-
-
 def test_directories_that_are_not_written(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "gone")
