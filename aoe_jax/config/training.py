@@ -16,6 +16,8 @@ class TrainConfig(Group):
     batch_size: int = setting(16, above=0)
     # adamw: the paper. muon: Muon for the matrices of experts and attention, AdamW for the rest.
     optimizer: str = setting("adamw", choices=("adamw", "muon"))
+    # dtype of the optimiser's first moments; bfloat16 takes half the memory.
+    moments_dtype: str = setting("float32", choices=("float32", "bfloat16"))
     # After the warm-up: cosine decay until the last step; wsd: constant, then linear decay (Hu et
     # al., arXiv 2404.06395) in the last `decay` of the steps; or constant.
     schedule: str = setting("cosine", choices=("cosine", "wsd", "constant"))

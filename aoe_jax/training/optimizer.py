@@ -66,14 +66,16 @@ def update_rule(train, schedule):
     with Nesterov momentum updates the other parameters: embeddings, norms and routers.
     """
     decay = train.weight_decay
+    first = None if train.moments_dtype == "float32" else train.moments_dtype  # None: of parameters
     if train.optimizer == "adamw":
-        return optax.adamw(schedule, B1, B2, weight_decay=decay, mask=decayed)
+        return optax.adamw(schedule, B1, B2, mu_dtype=first, weight_decay=decay, mask=decayed)
     return optax.chain(
         # A root mean square of 0.2 is that of AdamW's updates, so one learning rate serves both.
         optax.contrib.muon(
             1.0,
             adam_b1=B1,
             adam_b2=B2,
+            mu_dtype=first,
             muon_weight_dimension_numbers=orthogonalised,
             consistent_rms=0.2,
         ),

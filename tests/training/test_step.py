@@ -3,6 +3,7 @@ accumulation.
 """
 
 import dataclasses
+from collections import Counter
 from functools import cache, partial
 
 import jax
@@ -412,6 +413,29 @@ def test_muon_updates_each_matrix_by_itself():
             size = 0.2 * max(matrix.shape) ** 0.5
             want = -schedule(1) * (size * update + 0.5 * weight)
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_first_moments_in_bfloat16(optimizer):
+    """They take half the memory, and updates have the error of their rounding."""
+    params = new_state(shrunken("aoe_r64")).params
+    grads = jax.tree.map(lambda a: jax.random.normal(jax.random.key(a.size), a.shape), params)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        train = {"optimizer": optimizer, "moments_dtype": dtype}
+        rule = make_optimizer(shrunken("aoe_r64", train=train))
+        state = rule.init(params)
+        for _ in range(2):
+            updates, state = rule.update(grads, state, params)
+        sizes = Counter()
+        for a in jax.tree.leaves(state):
+            sizes[str(a.dtype)] += a.size
+        found[dtype] = optax.tree.norm(updates), updates, sizes
+    (norm, exact, before), (_, rounded, after) = found.values()
+    n_parameters = sum(a.size for a in jax.tree.leaves(params))
+    assert after["bfloat16"] == before["float32"] - after["float32"] == n_parameters
+    error = optax.tree.norm(jax.tree.map(jnp.subtract, rounded, exact)) / norm
+    assert 1e-5 < error < 5e-3
 
 
 def test_routers_alone_in_the_first_steps():
