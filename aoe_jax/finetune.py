@@ -8,14 +8,16 @@ steps and learning rate. The command is `train` otherwise, and has its flags exc
 
 from absl import flags
 
-from aoe_jax import cli, train
+from aoe_jax import cli, distributed, train
 
+for module in (train, distributed):
+    flags.adopt_module_key_flags(module)
 _MODEL = flags.DEFINE_string("model", None, "the directory of a model as safetensors")
 
 
 def main():
     cli.refuse("name a model with --model=DIR", flags.FLAGS["config"])
-    flags.FLAGS.config = f"aoe_jax:finetune:{cli.required(_MODEL)}"
+    flags.FLAGS.config = f"aoe_jax:finetune:{cli.path_of(_MODEL)}"
     train.main()
 
 
