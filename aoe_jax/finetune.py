@@ -3,15 +3,13 @@
     python -m aoe_jax.finetune --model=DIR --workdir=DIR [--config.train.steps=N ...]
 
 The configuration is `configs/finetune.py`: architecture and tokenizer are the model's. Set corpus,
-steps and learning rate. The command is `train` otherwise, and has its flags except `--config`.
+steps and learning rate. The other flags are those of `python -m aoe_jax.train --help`.
 """
 
 from absl import flags
 
-from aoe_jax import cli, distributed, train
+from aoe_jax import cli, train
 
-for module in (train, distributed):
-    flags.adopt_module_key_flags(module)
 _MODEL = flags.DEFINE_string("model", None, "the directory of a model as safetensors")
 
 
