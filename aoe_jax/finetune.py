@@ -3,7 +3,7 @@
     python -m aoe_jax.finetune --model=DIR --workdir=DIR [--config.train.steps=N ...]
 
 The configuration is `configs/finetune.py`: architecture and tokenizer are the model's. Set corpus,
-steps and learning rate. The command is `train` otherwise, and has its flags except `--config`.
+steps and learning rate. The other flags are those of `python -m aoe_jax.train --help`.
 """
 
 from absl import flags
@@ -15,7 +15,7 @@ _MODEL = flags.DEFINE_string("model", None, "the directory of a model as safeten
 
 def main():
     cli.refuse("name a model with --model=DIR", flags.FLAGS["config"])
-    flags.FLAGS.config = f"aoe_jax:finetune:{cli.required(_MODEL)}"
+    flags.FLAGS.config = f"aoe_jax:finetune:{cli.path_of(_MODEL)}"
     train.main()
 
 

@@ -40,9 +40,9 @@ def test_texts_only_grow():
 
 
 @pytest.mark.slow
-def test_a_model_against_itself(capsys):
+def test_contrast_changes_the_text(capsys):
     arguments = ["--prompt=the state of", "--max_tokens=20", "--temperature=0"]
-    contrast = ["--contrast=5", "--alpha=0.001"]
+    contrast = ["--contrast=5", "--alpha=0.001", "--weak_rank=3"]
     texts = []
     for own in ([], contrast):
         generate(*arguments, *own)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import corpus_of, first_batches, load_model
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.load_balance import layer_statistics
@@ -78,11 +79,16 @@ def analyse(folder: Path, n_tokens: int):
 
 def read_choices(file: Path):
     """Returns the content of a `routing.json`; lists become float64 arrays, with NaN for null."""
+    wanted = "remove it, and run the command again"
     schema = {"tokens": COUNT, "kind": TEXT, "checkpoints": [{"step": COUNT}]}
-    choices = read_json(file, "remove it, and run the command again", schema, _MOST_BYTES)
-    for checkpoint in choices["checkpoints"]:
-        for name in ("load", "mean_score", *LAYER_COLUMNS):
-            checkpoint[name] = np.array(checkpoint[name], np.float64)
+    choices = read_json(file, wanted, schema, _MOST_BYTES)
+    try:
+        choices["checkpoints"][-1]  # there is one
+        for checkpoint in choices["checkpoints"]:
+            for name in ("load", "mean_score", *LAYER_COLUMNS):
+                checkpoint[name] = np.array(checkpoint[name], np.float64)
+    except (LookupError, TypeError, ValueError) as e:
+        raise UserError(f"{file} cannot be read: {type(e).__name__}: {e}; {wanted}") from e
     return choices
 
 

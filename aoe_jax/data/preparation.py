@@ -152,10 +152,30 @@ def prepare(
         missing = [unit for unit in units if not _note(output, unit).exists()]
         if n_done := len(units) - len(missing):
             logger.info(f"going on: {n_done} of {len(units)} units of work are done")
-        tokenizer = patiently(what, lambda: install_tokenizer(output, plan, settings))
-        _write_units(output, plan, missing, processes, engine)
-        results = [read_json(_note(output, unit), _OTHERWISE, _NOTE) for unit in units]
-        patiently(what, lambda: _finish(output, plan, tokenizer, results))
+        try:
+            tokenizer = patiently(what, lambda: install_tokenizer(output, plan, settings))
+            _write_units(output, plan, missing, processes, engine)
+            results = [read_json(_note(output, unit), _OTHERWISE, _NOTE) for unit in units]
+            patiently(what, lambda: _finish(output, plan, tokenizer, results))
+        except UserError:  # a first try with a mistake must not prevent the second try
+            patiently(what, lambda: _remove_unless_begun(output, len(units)))
+            raise
+
+
+def _remove_unless_begun(output: Path, n_units: int):
+    """Removes what a preparation has written, unless it has finished a unit of work."""
+    names = {path.name for path in output.iterdir()}  # raises if permission is missing
+    with contextlib.suppress(FileNotFoundError):
+        names |= {path.name for path in (output / "units").iterdir()}
+    done = names & {_note(output, unit).name for unit in range(n_units)}
+    if done or "manifest.json" in names:
+        kept = f"{output} keeps {len(done)} of {n_units} units of work; the same command continues"
+        logger.info(f"{kept}. If settings or files change: {_OTHERWISE}")
+        return
+    shards = filter(token_store.SHARD.fullmatch, names)
+    tokenizer = token_store.saved_tokenizer(output).name
+    for name in ("units", *shards, tokenizer, token_store.PLAN_FILE):
+        remove_folder(output / name)
 
 
 def _found(tokenizer: str) -> str:
@@ -265,24 +285,14 @@ def _read_plan(output: Path) -> dict:
 
 
 def _claim(files: Mapping, planned: dict, output: Path) -> dict:
-    """Reads the plan of `output`, or makes a new one if no unit of work is finished yet. Raises
-    `UserError` if `output` has other files, or if settings or files have changed since.
-    """
-    names, notes = {path.name for path in output.iterdir()}, ()
-    if token_store.PLAN_FILE in names:
-        plan = _read_plan(output)
-        notes = (_note(output, unit) for unit in range(len(plan["units"])))
-    else:
+    """Reads or makes the plan of `output`. Raises `UserError` if settings or files have changed."""
+    if not (output / token_store.PLAN_FILE).exists():
         left = (NAME, f"{token_store.PLAN_FILE}.")  # a killed process may leave a partial plan
-        is_empty = all(name.startswith(left) for name in names)
+        is_empty = all(path.name.startswith(left) for path in output.iterdir())
         wanted = "is not empty, and holds no preparation; use another --output"
         require_flag(is_empty, "output", output, wanted)
-    if not ("manifest.json" in names or any(note.exists() for note in notes)):
-        for name in filter(token_store.SHARD.fullmatch, names):
-            remove_folder(output / name)
-        remove_folder(token_store.saved_tokenizer(output))
         write_json(output / token_store.PLAN_FILE, make_plan(files, planned), indent=None)
-        plan = _read_plan(output)
+    plan = _read_plan(output)
     for name, here in planned.items():
         other = f"holds a preparation of something else: {name} is {plan[name]!r} there, {here!r}"
         require_flag(plan[name] == here, "output", output, f"{other} here. {_OTHERWISE}")

@@ -59,8 +59,9 @@ def read_manifest(directory: Path) -> dict:
     """Reads a manifest. Raises `UserError` if it is missing, damaged or in another format."""
     path = directory / "manifest.json"
     if not path.exists():
+        missing = "manifest.json is missing" if directory.exists() else "there is no such folder"
         wanted = (
-            "manifest.json is missing; correct config.data.path or --output, make a store with "
+            f"{missing}; correct config.data.path or --output, make a store with "
             "`python -m aoe_jax.prepare`, or delete this folder if it is in data.cache"
         )
         if (directory / PLAN_FILE).exists():

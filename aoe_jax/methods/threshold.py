@@ -51,7 +51,7 @@ class Threshold(Method):
             kth = largest_of_rank(constant, counts, k, total)
             records = {"kth_largest": kth}
             in_warmup = ctx.state["updates"] < self.warmup_steps
-            chosen = jnp.where(in_warmup, constant >= kth, chosen)
+            chosen = jnp.where(in_warmup, constant.astype(jnp.float32) >= kth, chosen)
         chosen = checkpoint_name(chosen & (ctx.token_weights[:, None] > 0), KEPT_ROUTING)
         is_relative = self.weights == "relative"
         weight = jax.nn.sigmoid(scores - thresholds if is_relative else scores)

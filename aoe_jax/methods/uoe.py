@@ -79,7 +79,7 @@ class UoE(Method):
     # s, the number of routing neurons of an expert; None: round(experts.d_ffn / experts.top_k).
     routing_neurons: int | None = None
     p: float | None = setting(None, above=0, below=1)  # p of top-p routing; None: top-k routing
-    norm_topk_prob: bool = True  # top-k weights: softmax over the chosen scores; False: over all
+    norm_topk_prob: bool = True  # weights are a softmax over the chosen scores; False: over all
 
     @property
     def router(self):
@@ -137,3 +137,5 @@ class UoE(Method):
             self.refuse("routing_neurons", wanted)
         if s % config.mesh.tensor:
             config.mesh.refuse("tensor", f"must divide routing_neurons={s}")
+        if self.p is not None and not self.norm_topk_prob:
+            self.refuse("norm_topk_prob", f"routing.p={self.p} is top-p routing; leave it at True")

@@ -151,12 +151,16 @@ def unused(path):
 
 def move(source, target):
     """Moves a file or folder, also to another disk, and makes the parent folders of `target`. In a
-    store, it moves one file after another.
+    store, it moves one file after another. Raises `UserError` if one of the parents is a file.
     """
     if is_remote(source):
         file_system(source).mv(os.fspath(source), os.fspath(target), recursive=True)
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        what = "cannot be made: it, or a folder above it, is a file; move that away"
+        raise UserError(f"{target.parent} {what}") from e
     shutil.move(source, target)
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from aoe_jax.errors import UserError
-from aoe_jax.storage.files import finite
+from aoe_jax.storage.files import finite, write_whole
+from aoe_jax.storage.paths import move, unused
 
 # tensorboardX must not import PyTorch, which takes seconds and is not needed for these events.
 _has_torch = sys.modules.setdefault("torch", None)
@@ -78,15 +79,33 @@ class JsonLines:
         self._size, self._unwritten, self._failed = self._size + written, b"", False
 
     def sync(self) -> int:
-        """Puts all lines on the disk, and returns the file's size. Opens the file anew, because
-        another program may have removed, replaced or shortened it; the lines so far are then lost.
-        """
+        """Puts all lines on the disk, even if the file was replaced; returns the file's size."""
         self._flush()
+        try:
+            if not self._path.exists() or not self._path.samefile(f"/dev/fd/{self._file.fileno()}"):
+                self._restore()
+        except OSError as e:  # the save of the checkpoint must go on
+            log.warning(f"{self._path} was removed or replaced, and cannot be written again ({e})")
+        size = self._file.seek(0, os.SEEK_END)
+        if size != self._size:
+            log.warning(f"{self._path} was edited: it had {self._size} bytes, now {size}")
+            self._file.seek(max(size - 1, 0))
+            self._size = size + self._file.write(b"" if self._file.read(1) in b"\n" else b"\n")
         os.fsync(self._file.fileno())
-        opened, self._file = self._file, open(self._path, "a+b", buffering=0)  # noqa: SIM115
-        opened.close()
-        self._size = self._file.seek(0, os.SEEK_END)
         return self._size
+
+    def _restore(self):
+        target, kept = Path(os.path.realpath(self._path)), ""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            aside = unused(self._path.with_name(f"{self.name}.replaced"))
+            move(target, aside)
+            kept = f"; what was there is now {aside.name}"
+        self._file.seek(0)
+        write_whole(target, self._file.read(self._size))
+        opened, self._file = self._file, open(target, "a+b", buffering=0)  # noqa: SIM115
+        opened.close()
+        log.warning(f"{self._path} was removed or replaced; wrote its lines again{kept}")
 
     def close(self):
         with self._file:

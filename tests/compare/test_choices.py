@@ -55,6 +55,10 @@ def test_files_of_choices(tmp_path):
     write_json(file, ROUTING)
     (last,) = read_choices(file)["checkpoints"]
     np.testing.assert_array_equal(last["mean_score"], [[0.1, np.nan], [1, 2]])
+    for damaged in ([], [CHECKPOINT | {"load": [[1], [2, 0]]}], [{"step": 6}]):
+        write_json(file, ROUTING | {"checkpoints": damaged})
+        with pytest.raises(UserError, match="routing.json cannot be read: .*Error: .*; remove it"):
+            read_choices(file)
     write_json(file, {"machines": []})
     with pytest.raises(UserError, match="routing.json cannot be read: tokens is None.*; remove it"):
         read_choices(file)

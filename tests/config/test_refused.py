@@ -112,6 +112,7 @@ data.document_mask=True; experts.kind=smear; balance.aux_weight=0.0 => is not im
 experts.kind=smear => balance.aux_weight=0.01 ... a smear layer has no load
 mesh.transport=all_to_all; experts.kind=smear; balance.aux_weight=0.0; mesh.expert=2 => is not
 balance.aux_weight=0.01; routing.name=gshard => is the balance loss of both choices, and
+routing.norm_topk_prob=False; experts.kind=uoe; routing.p=0.5 => is top-p routing; leave it at True
 experts.kind=uoe; experts.top_k=1 => routing.routing_neurons=None ... comes to 512
 routing.routing_neurons=512; experts.kind=uoe => must be at least 1
 routing.routing_neurons=0; experts.kind=uoe => must be at least 1

@@ -33,11 +33,11 @@ def test_moments_are_those_of_all_scores(kind):
 def test_the_choice_is_the_models_with_its_selection_bias():
     bias = np.zeros((2, 4), np.float32)
     bias[:, 3] = 100
-    biased = dataclasses.replace(model_of("aoe"), routing_state={"selection_bias": bias})
+    biased = dataclasses.replace(model_of("router"), routing_state={"selection_bias": bias})
     moments = score_moments(biased, batches())
     np.testing.assert_array_equal(moments.load[:, 3], 1)
     # The scores themselves have no bias.
-    np.testing.assert_allclose(moments.second[0], moments_of("aoe").second[0], rtol=1e-5)
+    np.testing.assert_allclose(moments.second[0], moments_of("router").second[0], rtol=1e-5)
 
 
 @pytest.mark.slow

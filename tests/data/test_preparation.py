@@ -149,13 +149,13 @@ def test_stopped_preparation_goes_on(inputs, whole, tmp_path, monkeypatch, caplo
     assert ("going on: " in caplog.text) == (units > 0)
 
 
-def test_a_second_try_removes_no_file_of_the_user(inputs, whole, tmp_path, monkeypatch):
-    output, mine = tmp_path / "store", {"mine.array_record", "tokenizer.md"}
-    with pytest.raises(UserError):
-        interrupted(inputs, output, monkeypatch, lambda n: stop(UserError))
-    for name in (*mine, "train-00099-00000.array_record"):  # the last one is of the first try
-        (output / name).touch()
-    assert {*files_of(prepared(inputs, output))} == files_of(whole).keys() | mine
+def test_a_mistake_removes_no_file_of_the_user(inputs, tmp_path, monkeypatch):
+    for error in (Preempted, UserError):
+        with pytest.raises(error):
+            interrupted(inputs, tmp_path / "store", monkeypatch, lambda n: stop(error))
+        for name in ("mine.array_record", "tokenizer.md"):
+            (tmp_path / "store" / name).touch()
+    assert {*os.listdir(tmp_path / "store")} == {"mine.array_record", "tokenizer.md"}
 
 
 def test_killed_process_is_a_fault_and_the_preparation_goes_on(
@@ -263,7 +263,7 @@ def test_mistakes(inputs, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-def test_a_mistake_does_not_prevent_the_second_try(tmp_path):
+def test_a_mistake_leaves_nothing_that_prevents_the_second_try(tmp_path):
     """The mistake is found at the start, or in the last unit of work."""
     folder, output = tmp_path / "in", tmp_path / "store"
     folder.mkdir()
@@ -276,6 +276,7 @@ def test_a_mistake_does_not_prevent_the_second_try(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             prepared((str(folder), None), output, settings)
+        assert not output.exists()
     late = dataclasses.replace(SETTINGS, tokenizer=str(LLAMA))
     (folder / "z.jsonl").write_text('{"body": "a"}')
     with pytest.raises(UserError, match="--text_field='text': .*has no such field"):

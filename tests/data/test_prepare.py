@@ -145,7 +145,7 @@ def test_training_on_a_store_of_a_sentencepiece_model(tmp_path):
         ("--output=x --processes=0", "--processes=0"),
         (
             "--output=x --check",
-            "store 'x': manifest.json is missing; correct config.data.path or --out",
+            "store 'x': there is no such folder; correct config.data.path or --out",
         ),
         ("--output=x --check --input=y", "--check takes --output alone; leave out --input"),
     ],

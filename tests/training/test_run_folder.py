@@ -181,6 +181,17 @@ def test_a_branch_that_was_interrupted(workdir, tmp_path, monkeypatch):
         begin_branch(branch, Config(), workdir, 3)
 
 
+def test_a_file_in_the_place_of_a_folder(workdir):
+    for name in ("set_aside", "damaged_checkpoints"):
+        (workdir / name).write_text("mine")
+    check_history(workdir, [3])
+    with pytest.raises(UserError, match="/set_aside/.* cannot be made: it, or a folder above it, "):
+        set_aside(workdir)
+    with pytest.raises(UserError, match="/damaged_checkpoints cannot be made: .* is a file; move"):
+        move(workdir / "config.json", workdir / "damaged_checkpoints" / "3")
+    assert (workdir / "config.json").exists()
+
+
 def test_files_set_aside_are_kept_if_the_clock_is_set_back(workdir, monkeypatch):
     monkeypatch.setattr("time.strftime", lambda form: "2026-10-25_02-30-00")
     for number in range(3):

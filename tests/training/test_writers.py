@@ -26,9 +26,8 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path, caplog, monkeypatch):
     writer = JsonLines(path, 0)
     for step in (2, 4):
         writer.write(step, "train", {"loss": step}, {}, {})
-    opened = writer._file.fileno()
     size = writer.sync()
-    assert synced == [opened]
+    assert synced == [writer._file.fileno()]
     writer.write(6, "train", {"loss": 6}, {}, {})
     writer.close()
     with path.open("a") as file:
@@ -72,28 +71,71 @@ def test_a_write_that_is_short_loses_nothing(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
+def replaced(path):
+    """As an editor or `sed -i` does: a new file, made from the lines that were there before."""
+    path.with_name("new").write_text("edited\n")
+    path.with_name("new").replace(path)
+
+
+@pytest.mark.parametrize("through_link", [False, True])
 @pytest.mark.parametrize(
-    ("change", "left"),
+    ("change", "kept"),
     [
-        (lambda path: path.unlink(), ""),
-        (lambda path: path.write_text("edited\n"), "edited\n"),
-        (lambda path: path.with_name("new").replace(path), "of an editor\n"),
+        (lambda path: path.resolve().unlink(), []),
+        (lambda path: path.resolve().rename(path.with_name("metrics.jsonl.1")), []),  # logrotate
+        (lambda path: replaced(path.resolve()), ["edited\n"]),
+        (lambda path: (path.resolve().unlink(), path.resolve().mkdir()), ["a folder"]),
     ],
-    ids=["removed", "edited in place", "replaced"],
+    ids=["removed", "rotated", "replaced", "replaced by a folder"],
 )
-def test_a_file_that_another_program_changes(tmp_path, change, left):
-    """The run goes on with the lines that are left, and so does the next start."""
+def test_a_file_that_another_program_changes(tmp_path, caplog, change, kept, through_link):
+    """No line is lost, and a link to a file on another disk stays a link."""
     path = tmp_path / "metrics.jsonl"
-    path.with_name("new").write_text("of an editor\n")
+    if through_link:
+        (tmp_path / "disk").mkdir()
+        path.symlink_to(tmp_path / "disk" / "lines")
+    writer = JsonLines(path, 0)
+    for step in range(1, 4):
+        writer.write(step, "train", {}, {}, {})
+        if step == 1:
+            change(path)
+        if step == 2:
+            assert writer.sync() == path.stat().st_size == 2 * len('{"step": 1}\n')
+    writer.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert path.is_symlink() == through_link and "was removed or replaced" in caplog.text
+    aside = tmp_path.glob("metrics.jsonl.replaced*")
+    assert ["a folder" if file.is_dir() else file.read_text() for file in aside] == kept
+
+
+@pytest.mark.parametrize("left", ["", '{"step": 1}', "x\n"])
+def test_a_file_that_is_edited_in_place(tmp_path, caplog, left):
+    """The run goes on with the shorter file, and the next start accepts it."""
+    path = tmp_path / "metrics.jsonl"
     writer = JsonLines(path, 0)
     writer.write(1, "train", {}, {}, {})
-    change(path)
+    path.write_text(left)  # as `logrotate` does with copytruncate
     size = writer.sync()
-    assert size == path.stat().st_size == len(left)
+    assert "was edited: it had 12 bytes, now" in caplog.text
     writer.write(2, "train", {}, {}, {})
     writer.close()
-    assert path.read_text() == left + '{"step": 2}\n'
+    assert path.read_text().splitlines() == [*left.splitlines(), '{"step": 2}']
     JsonLines(path, size).close()
+
+
+def test_a_file_that_cannot_be_restored(tmp_path, caplog):
+    """The checkpoint is saved nevertheless, and a later save writes the lines."""
+    (tmp_path / "disk").mkdir()
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to(tmp_path / "disk" / "lines")
+    writer = JsonLines(path, 0)
+    writer.write(1, "train", {}, {}, {})
+    (tmp_path / "disk").rename(tmp_path / "away")
+    (tmp_path / "disk").touch()
+    assert writer.sync() == 12 and "and cannot be written again (" in caplog.text
+    (tmp_path / "disk").unlink()
+    assert writer.sync() == 12 and path.read_text() == '{"step": 1}\n'
+    writer.close()
 
 
 def test_numbers_keep_their_precision(tmp_path):
