@@ -19,9 +19,14 @@ from jax.sharding import PartitionSpec
 
 from aoe_jax.moe.scoring import safe_root
 from aoe_jax.parameters import EXPERTS, Parameter
-from aoe_jax.sharding import AXES, MESH_AXES, RULES, MeshAxes, spec_of, target_device
+from aoe_jax.sharding import AXES, MESH_AXES, RULES, MeshAxes, count_slices, spec_of, target_device
 
 GATHERED_WEIGHT = "gathered_weight"
+# The least devices of a whole slice for which libtpu 0.0.52 compiles a collective to an all-reduce.
+_ALL_REDUCED_FROM = {
+    "gather": {"TPU v4": 64, "TPU v5": 64, "TPU7x": 64},
+    "scatter": {"TPU v4": 8, "TPU v5": 8},  # and on v5e and v6e for square slices
+}
 RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p, v6e; `ragged_all_to_all` fails on v5e and CPU
 
 
@@ -265,23 +270,18 @@ def _stages(axis, kind):
     all-reduce, which sends twice the bytes, but not over parts of a slice. So there are two stages,
     over 4 devices that are neighbours in the order of the shards, and over every fourth device.
     """
-    n, device = jax.lax.axis_size(axis), target_device()
-    is_whole = n % 4 == 0 and n == jax.sharding.get_abstract_mesh().size
-    return two_stages(n) if is_whole and _all_reduces(kind, n, device.device_kind) else [None]
+    n, chip = jax.lax.axis_size(axis), target_device().device_kind
+    of_slice = jax.sharding.get_abstract_mesh().size // count_slices(jax.devices())
+    is_square = chip in ("TPU v5 lite", "TPU v6 lite") and n in (16, 64, 256)
+    all_reduced = n >= _ALL_REDUCED_FROM[kind].get(chip, math.inf)
+    all_reduced |= kind == "scatter" and is_square
+    return two_stages(n) if n == of_slice and n % 4 == 0 and all_reduced else [None]
 
 
 def two_stages(n):
     """`axis_index_groups` of two stages over `n` devices."""
     ranks = np.arange(n).reshape(-1, 4)
     return [ranks.tolist(), ranks.T.tolist()]
-
-
-def _all_reduces(kind, n, chip):
-    """Whether libtpu 0.0.52 makes an all-reduce of a collective over a whole slice."""
-    if chip in ("TPU v5 lite", "TPU v6 lite"):
-        return kind == "scatter" and n in (16, 64, 256)  # a square
-    from_size = {"TPU v4": (64, 16), "TPU v5": (64, 16), "TPU7x": (128, math.inf)}
-    return n >= from_size.get(chip, (math.inf, math.inf))[kind == "scatter"]
 
 
 def ragged_offsets(rank, n_devices, n_rows):

@@ -22,7 +22,7 @@ from aoe_jax.model.counts import layer_flops_per_token
 from aoe_jax.moe.collectives import gather_in_stages, sum_gradients
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.planning import costs, hlo
-from aoe_jax.planning.hardware import topology_devices
+from aoe_jax.planning.hardware import compiling_for, topology_devices
 from aoe_jax.sharding import fill_mesh, make_mesh
 from benchmarks.compiling import (
     TPUS,
@@ -139,8 +139,11 @@ MESHES = [
     ("tpu7x:2x2x4", 32),
     ("v5e:4x8", 32),
     ("v6e:16x16", 256),
+    ("v5p:2x2x2", 8),
     ("v5p:4x4x8", 128),
+    ("tpu7x:2x4x4", 64),
     ("tpu7x:4x4x4", 128),
+    ("2 v5p:4x4x4", 64),  # slices
 ]
 
 
@@ -148,7 +151,8 @@ MESHES = [
 @pytest.mark.parametrize(("topology", "fsdp"), MESHES)
 def test_weights_are_gathered_and_gradients_summed_natively(topology, fsdp, kind):
     """In stages a device receives as much as in one collective: half of an all-reduce."""
-    devices = topology_devices(topology)[1]
+    *n_slices, topology = topology.split()
+    devices = topology_devices(topology, int(*n_slices or [1]))[1]
     config = paper.get_config("moe_aux")
     config.mesh.fsdp = fsdp
     config = fill_mesh(Config.from_config_dict(config), len(devices))
@@ -164,7 +168,7 @@ def test_weights_are_gathered_and_gradients_summed_natively(topology, fsdp, kind
         check_vma=False,
     )
     w = jax.ShapeDtypeStruct((8, 3072, 768), jnp.float32, sharding=NamedSharding(mesh, before))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), compiling_for(devices):
         _, text = hlo.compile_and_read(jax.jit(move).lower(w))
     found = [o for o in costs.Program(text).operations if o.collective]
     assert {o.collective for o in found} == {kind}
