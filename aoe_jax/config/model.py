@@ -24,8 +24,8 @@ class ModelConfig(Group):
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
     # What the backward pass recomputes. experts: everything inside the experts except x W_up and
     # x W_gate (AoE: except x W_up and the low-rank activation). layer: everything except the input
-    # of each layer, the output of its attention, its scores and its routing.
-    remat: str = setting("none", choices=("none", "experts", "layer"))
+    # of each layer, the output of its attention, its scores and its routing. full: that output too.
+    remat: str = setting("none", choices=("none", "experts", "layer", "full"))
     # The backend of `model/attention/`; auto: chosen by platform, dtype and head width.
     attention: str = setting("auto", choices=("auto", "blocks", "splash", "cudnn"))
     # Number of layers in one step of the scan over layers. A scan copies arrays for the backward
@@ -73,9 +73,9 @@ class ModelConfig(Group):
         if (self.d_dense is None) != (self.n_dense_layers == 0):
             wanted = f"is the width of model.n_dense_layers={self.n_dense_layers} layers"
             self.refuse("d_dense", f"{wanted}; set both, or leave them at None and 0")
-        if self.unroll > 1 and self.remat == "layer":
+        if self.unroll > 1 and self.remat in ("layer", "full"):
             wanted = "unrolled layers would not be recomputed; set 1"
-            self.refuse("unroll", f"with remat='layer', {wanted}")
+            self.refuse("unroll", f"with remat={self.remat!r}, {wanted}")
 
     def check(self, config):
         kind = config.experts.kind

@@ -118,10 +118,13 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             self.output = nn.Embed(c.vocab_size, c.d_model, embedding_init=init)
         layer = DecoderLayer
-        if c.remat == "layer":
+        policies = jax.checkpoint_policies
+        if c.remat == "full":
+            policy = policies.save_only_these_names(KEPT_ROUTING)
+            layer = nn.remat(layer, policy=policy, prevent_cse=False)
+        elif c.remat == "layer":
             from aoe_jax.model.attention.cudnn import is_cudnn_forward
 
-            policies = jax.checkpoint_policies
             kept = policies.save_only_these_names(KEPT_ROUTING, KEPT_ATTENTION)
             policy = policies.save_from_both_policies(kept, is_cudnn_forward)
             layer = nn.remat(layer, policy=policy, prevent_cse=False)

@@ -137,11 +137,11 @@ class Devices:
         An inner `jax.checkpoint` would keep what this policy keeps, so parts of `function` that
         recompute arrays use custom derivatives. No barrier (`prevent_cse`) is needed between a
         gather and its repetition, because the backward pass of scanned layers is its own loop. With
-        `model.remat="layer"` the whole layer is recomputed already: the result is `function`.
+        `model.remat="layer"` or "full" the whole layer is recomputed: the result is `function`.
         `gathers_experts` says whether `function` calls `gather_experts`.
         """
         gathers_experts = self.sends_rows or (gathers_experts and self.size("expert") > 1)
-        if self.remat == "layer" or (self.size("fsdp") == 1 and not gathers_experts):
+        if self.remat in ("layer", "full") or (self.size("fsdp") == 1 and not gathers_experts):
             return function
         return jax.checkpoint(function, policy=_all_but_gathered_weights, prevent_cse=False)
 

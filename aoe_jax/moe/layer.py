@@ -241,7 +241,8 @@ class ExpertsLayer(nn.Module):
     routing: Method = TopK()  # for kind "aoe" or "router" the router, else the layer
     balance: BalanceConfig = BalanceConfig()
     dtype: Any = jnp.float32
-    remat: str = "none"  # `model.remat`; for "layer" the caller wraps the layer in `jax.checkpoint`
+    # `model.remat`; for "layer" and "full" the caller wraps the layer in `jax.checkpoint`.
+    remat: str = "none"
     transport: str = "ring"  # `mesh.transport`
     training: bool = False  # whether methods may use random numbers and record losses
     # `(scores [T, n], routing, weights, ctx) -> arrays`; `stats.records["observed"]` stores them.

@@ -108,7 +108,7 @@ def test_document_mask_separates_documents():
 @pytest.mark.parametrize("kind", ["aoe", "router", "dense"])
 def test_remat_changes_memory_but_no_gradient(kind):
     saved, grads, (plain, variables) = {}, {}, build(kind=kind)
-    modes = ("none", "layer") if kind == "dense" else ("none", "experts", "layer")
+    modes = ("none", "layer", "full", *(["experts"] if kind != "dense" else []))
     for remat in modes:
         decoder = plain.clone(model=dataclasses.replace(MODEL, remat=remat))
 
@@ -118,7 +118,7 @@ def test_remat_changes_memory_but_no_gradient(kind):
 
         saved[remat] = sum(a.size for a in kept(loss, variables))
         grads[remat] = jax.jit(jax.grad(loss))(variables)
-    assert saved["layer"] < 0.6 * saved["none"]
+    assert saved["full"] < saved["layer"] < 0.6 * saved["none"]
     assert kind == "dense" or saved["experts"] < 0.95 * saved["none"]
     for remat in modes[1:]:
         assert_close(grads[remat], grads["none"], 1e-6)
@@ -159,7 +159,7 @@ def test_what_recomputing_experts_keeps(kind):
 
 
 @pytest.mark.parametrize("code", ["d_low", "score_neurons"])
-@pytest.mark.parametrize("remat", ["none", "experts", "layer"])
+@pytest.mark.parametrize("remat", ["none", "experts", "layer", "full"])
 def test_scores_are_not_computed_again(remat, code):
     """Only balance losses have products with the w_gate_down of all experts in the backward pass.
     The chosen experts `[L, T, K]` of a recomputed layer are kept: another top-k could break ties
@@ -181,5 +181,5 @@ def test_scores_are_not_computed_again(remat, code):
         )
         tokens.append(sorted(int(cache[1]) for cache in caches if cache))
         indices = [a.shape for a in kept(loss, variables) if a.dtype == jnp.int32]
-        assert remat != "layer" or (2, TOKENS.size, 2) in indices
+        assert remat not in ("layer", "full") or (2, TOKENS.size, 2) in indices
     assert tokens == [[TOKENS.size], [TOKENS.size // 2] * 3 + [TOKENS.size]]
