@@ -10,7 +10,7 @@
 
 import logging
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 
 import jax
@@ -19,7 +19,13 @@ import jax.numpy as jnp
 from aoe_jax.errors import UserError
 from aoe_jax.sharding import target_device
 
-BACKENDS = ("blocks", "splash", "cudnn")
+
+def _import_and_attend(name, *arrays):
+    """Calls the function `NAME_attention` of the module `NAME` in this package."""
+    return getattr(import_module(f"{__name__}.{name}"), f"{name}_attention")(*arrays)
+
+
+BACKENDS = {name: partial(_import_and_attend, name) for name in ("blocks", "splash", "cudnn")}
 PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}  # "blocks" runs on all platforms
 _WITHOUT_CUDNN = re.compile(r"\b(V100|T4|P100|P40|P4|K80|RTX 20\d0|GTX|TITAN|Quadro)\b")
 
@@ -72,8 +78,7 @@ def causal_attention(
         raise UserError(
             f"attention backend={backend!r} does not run on platform {platform!r}; use auto"
         )
-    module = import_module(f"{__name__}.{backend}")
-    return getattr(module, f"{backend}_attention")(q, k, v, segment_ids)
+    return BACKENDS[backend](q, k, v, segment_ids)
 
 
 @lru_cache
