@@ -338,7 +338,7 @@ def test_nnx_refuses_tokens_of_another_width():
 def test_refused_tokens():
     small = jnp.ones((4, D), jnp.float8_e4m3fn)
     for x in (jnp.ones(D), jnp.ones((4, D), jnp.int32), jnp.ones((0, D)), small):
-        with pytest.raises(ValueError, match=r"MoE: x is .* must be floating-point of at least 16"):
+        with pytest.raises(ValueError, match=r"MoE: x is .* must be floats of 16 bits or more"):
             jax.eval_shape(LAYERS["moe"].init, jax.random.key(0), x)
     wanted = r"MoE: token_weights has the shape \(8,\): it must be that of the tokens, \(8, 4\)"
     with pytest.raises(ValueError, match=wanted):
