@@ -79,6 +79,12 @@ def scores(name, label, **settings):
     }
 
 
+def hash_choice(arm, family, name):
+    """Returns an arm whose experts are chosen by a hash, and weighted by their scores."""
+    routing = {"name": "configs/compare/scores.py:HashChoice"}
+    return in_file(arm, family, routing, f"{name}, hash of the token, weights by scores")
+
+
 WITHOUT_ROUTER = {"scoring_rate": 1.0}  # dense models have no parameters that score
 ARMS = {
     "moe": entry(moe("aux"), "logits"),
@@ -113,6 +119,8 @@ ARMS = {
     **scores("DefaultVectors", "default vectors"),
     "self_routing": scores("SelfRouting", "Self-Routing")["moe_selfrouting"],
     "hash": scores("Hash", "hash of the token")["moe_hash"],
+    "moe_hash_choice": hash_choice(moe("none"), "logits", "MoE"),
+    "whole_hash_choice": hash_choice(whole_aoe(16, "none"), "whole", "AoE of whole gates"),
 }
 LEADING = dict.fromkeys(("moe", "whole", "whole_quantile", "published"), 40)
 BOTH = ("moe", "whole", "published", "moe_adamw", "whole_adamw", "published_adamw")

@@ -131,6 +131,17 @@ class Hash(FixedK):
 
 
 @dataclass(frozen=True)
+class HashChoice(FixedK):
+    """The experts of `Hash`, weighted by the softmax of their scores, logits or norms."""
+
+    norm_topk_prob = True
+
+    def __call__(self, scores, weights, ctx):
+        expert = best_experts(_hashes(self, None, weights, ctx), ctx.top_k)
+        return by_token(expert, jax.nn.softmax(jnp.take_along_axis(scores, expert, axis=1)))
+
+
+@dataclass(frozen=True)
 class DefaultVectors(FixedK):
     """Default MoE (arXiv 2504.12463) with learned vectors v_i: an expert that is not chosen adds
     its weight times v_i, so that every score has a gradient. Weights are the softmax over all n.

@@ -58,6 +58,7 @@ def losses_of_training(config, n_devices):
         ("router", f"{SCORES}:SelfRouting"),
         ("aoe", f"{SCORES}:DefaultVectors"),
         ("aoe", f"{SCORES}:Centred"),
+        ("aoe", f"{SCORES}:HashChoice"),
     ],
 )
 def test_in_a_model(ragged, kind, name):

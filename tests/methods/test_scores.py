@@ -72,6 +72,17 @@ def test_equal_tokens_have_equal_hashes_and_layers_have_different_ones():
     assert np.bincount(first[:200].flat, minlength=8).min() > 25  # 50 on average
 
 
+def test_experts_of_a_hash_are_weighted_by_their_scores():
+    ctx = context(jnp.zeros((40, 8)), token_ids=jnp.arange(40), layer_index=1)
+    weights, scores = {"w_up": np.zeros(8)}, normal(0, (40, 8))
+    hashed = method("Hash")
+    want = hashed(hashed.hooks.scores(hashed, ctx.x, weights, ctx), {}, ctx).expert.reshape(40, 2)
+    routing = method("HashChoice")(scores, weights, ctx)
+    assert_array_equal(routing.expert.reshape(40, 2), want)
+    weight = jax.nn.softmax(jnp.take_along_axis(scores, want, 1))
+    assert_allclose(routing.weight.reshape(40, 2), weight, rtol=1e-6)
+
+
 def test_scores_of_a_method_have_gradients_in_aoe():
     """Weights are of the method's scores, also as the softmax over the chosen ones."""
 
