@@ -112,11 +112,12 @@ def picture(entries):
             e.difference, y, xerr=reach, fmt="o", markersize=4, color=FAMILIES[name], label=label
         )
     axes.axvline(0, color=COLOURS[0], linewidth=0.8)
-    axes.set_yticks(range(len(entries)), entries["label"][::-1], fontsize=7)
+    labels = entries["label"].str.removesuffix(", Muon")  # the optimiser unless it is named
+    axes.set_yticks(range(len(entries)), labels[::-1], fontsize=7)
     axes.set_ylim(-0.7, len(entries) - 0.3)
     reach = entries["difference"].agg(["min", "max"])
     axes.set_xlim(reach["min"] - 0.03, reach["max"] + 0.03)  # wider intervals are cut
-    axes.set_xlabel("nats a token above the MoE")
+    axes.set_xlabel("nats above the MoE")
     figure.legend(loc="outside lower left")
     return figure
 

@@ -82,7 +82,7 @@ def scores(name, label, **settings):
 def hash_choice(arm, family, name):
     """Returns an arm whose experts are chosen by a hash, and weighted by their scores."""
     routing = {"name": "configs/compare/scores.py:HashChoice"}
-    return in_file(arm, family, routing, f"{name}, hash of the token, weights by scores")
+    return in_file(arm, family, routing, f"{name}, hash, weights by scores")
 
 
 WITHOUT_ROUTER = {"scoring_rate": 1.0}  # dense models have no parameters that score
