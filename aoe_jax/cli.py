@@ -213,9 +213,10 @@ def _set_up_logging(debug):
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if not debug:  # hides Orbax's tracebacks, because this program reports the same exceptions
+    if not debug:  # hides tracebacks of Orbax: this program reports the same exceptions
         absl_logging.set_verbosity(absl_logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+        sys.unraisablehook = lambda *_: None  # called by tensorstore's threads
 
 
 def _end_of(error):

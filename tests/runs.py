@@ -188,13 +188,6 @@ def last_line(stderr):
     return stderr.strip().splitlines()[-1]
 
 
-def is_unforeseen(stderr):
-    """Whether this program printed a traceback. Orbax and tensorstore may print other tracebacks
-    after a failed save or restore.
-    """
-    return "Traceback" in stderr and "aoe_jax/cli.py" in stderr
-
-
 def heartbeat(workdir):
     """Returns the content of `heartbeat.json`; if it does not exist yet, its fields are None."""
     path = workdir / "heartbeat.json"
