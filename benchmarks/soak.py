@@ -161,7 +161,7 @@ def read_heartbeat(workdir):
 
 
 def read_state(workdir, step):
-    """Restores the checkpoint of a step; returns a hash of its arrays and the position in the data.
+    """Restores the checkpoint of a step; returns a hash of its arrays.
 
     Raises `Failure` if the checkpoint cannot be read.
     """
@@ -170,13 +170,13 @@ def read_state(workdir, step):
     like = jax.eval_shape(lambda: init_state(config, 0))
     like = with_shardings(like, jax.tree.map(lambda a: here, like))
     try:
-        state, _, position = Checkpoints(workdir).restore(step, like)
+        state, _ = Checkpoints(workdir).restore(step, like)
     except Exception as e:
         raise Failure(f"checkpoint of step {step} of {workdir} cannot be read: {e}") from e
     digest = hashlib.sha256()
     for array in jax.tree.leaves(jax.device_get(state)):
         digest.update(array.tobytes())
-    return digest.hexdigest(), position
+    return digest.hexdigest()
 
 
 def check_checkpoints(workdir):

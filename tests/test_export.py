@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from aoe_jax.config.data import DataConfig
 from aoe_jax.config.training import TrainConfig
 from aoe_jax.data.tokenizer import load_tokenizer
 from aoe_jax.errors import DivergedError, UserError
@@ -109,17 +108,10 @@ def test_a_model_does_not_choose_the_size_of_a_batch(tmp_path):
     assert nll == pytest.approx(of_run, rel=1e-4)
 
 
-def test_a_corpus_that_was_tokenised_here_is_found(monkeypatch, tmp_path):
-    """The corpus is found by the identity in data.json, which contains no path."""
-    monkeypatch.setattr(DataConfig, "cache", tiny_config().data.cache)
-    directory = shutil.copytree(exported()["aoe"], tmp_path / "m")
-    model = load_model(directory)
-    found = corpus_of(model, directory)
-    assert found.identities == json.loads((directory / "data.json").read_text())["token_stores"]
-    assert found.tokenizer.parent.parent == corpus_store().parent  # there may be two copies
-    (directory / "data.json").write_text('{"token_stores": ["text-0123456789abcdef"]}')
-    with pytest.raises(UserError, match="which cannot choose what is read here"):
-        corpus_of(model, directory)
+def test_a_model_does_not_choose_its_corpus():
+    directory = exported()["aoe"]
+    with pytest.raises(UserError, match="which cannot choose what is read here; its run read"):
+        corpus_of(load_model(directory), directory)
 
 
 def test_parameters_that_are_not_finite(tmp_path):

@@ -183,7 +183,7 @@ def test_resumed_bit_for_bit(ragged, tmp_path, variant):
     run, _, (half, want), losses = alone(variant)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.open(CheckpointConfig())
-    checkpoints.save(STEPS // 2, half, {"next_index": 0}, Progress(1.0, 2.0))
+    checkpoints.save(STEPS // 2, half, Progress(1.0, 2.0))
     checkpoints.close()
     there = on_a_mesh(variant)
     moved = Checkpoints(tmp_path).restore_newest(there.abstract)[1]

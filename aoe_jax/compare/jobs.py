@@ -117,24 +117,22 @@ class Machine:
         """
         n_failed = 0
         advice = "the work so far is saved; the same command goes on from there"
-        results = self._on_this_machine(jobs) if self.of_task is None else self._on_cluster(jobs)
+        if self.of_task is None:
+            results = self._on_this_machine(jobs)
+        else:
+            from aoe_jax import cluster
+
+            calls = [(job, None, self.environment) for job in jobs]
+            results = cluster.results(run_job, calls, self.of_task)
         try:
             with contextlib.closing(results):
-                for n_ended, (job, status) in enumerate(results, 1):
+                for n_ended, ((job, *_), status) in enumerate(results, 1):
                     n_failed += not _succeeded(job, status)
                     log.info("%d of %d jobs ended, %d failed", n_ended, len(jobs), n_failed)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted: {advice}") from None
         except Terminated:
             raise Preempted(f"preempted: {advice}") from None
-
-    def _on_cluster(self, jobs):
-        from aoe_jax import cluster
-
-        calls = [(job, None, self.environment) for job in jobs]
-        with contextlib.closing(cluster.results(run_job, calls, self.of_task)) as results:
-            for (job, *_), status in results:
-                yield job, status
 
     def _on_this_machine(self, jobs):
         free, stop = queue.SimpleQueue(), threading.Event()
@@ -150,7 +148,7 @@ class Machine:
 
         with ThreadPoolExecutor(len(self.cores)) as threads:
             try:
-                running = {threads.submit(run, job): job for job in jobs}
+                running = {threads.submit(run, job): (job,) for job in jobs}
                 for ended in as_completed(running):
                     yield running[ended], ended.result()
             finally:

@@ -1,7 +1,7 @@
 """Reads batches of packed windows from one corpus or a mixture of several, with Grain."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import SupportsIndex
 
@@ -10,8 +10,6 @@ import numpy as np
 
 from aoe_jax.config.checks import require
 from aoe_jax.data.token_store import TokenStore
-from aoe_jax.errors import UserError, shown
-from aoe_jax.storage.files import COUNT
 
 # Grain's defaults, 16 threads and 500 elements, are too many, because an element is a batch here.
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
@@ -91,34 +89,6 @@ class Mixture:
         return source, before[source]
 
 
-class _TrainIterator(grain.DatasetIterator):
-    """Yields batches. The saved position includes the number of windows read from each source."""
-
-    def __init__(self, batches: grain.DatasetIterator, windows_read: Callable[[int], dict]):
-        super().__init__(batches)
-        self._windows_read = windows_read  # number of batches -> {source: number of windows}
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._parent)
-
-    def get_state(self) -> dict:
-        state = self._parent.get_state()
-        return state | {"sources": self._windows_read(state["next_index"])}
-
-    def set_state(self, state: dict) -> None:
-        n_batches, read = state.get("next_index"), state.get("sources")
-        expected = self._windows_read(n_batches) if COUNT.holds(n_batches) else None
-        # Names of sources may change; `run_folder.check_data` compares their contents.
-        is_same = expected and isinstance(read, dict) and [*read.values()] == [*expected.values()]
-        if not is_same:
-            raise UserError(
-                f"data.name: the checkpoint had read {shown(read)} windows after "
-                f"{shown(n_batches)} batches, but from these corpora it would be {expected}; name "
-                "the corpora and weights that the run began with"
-            )
-        self._parent.set_state({"next_index": n_batches})
-
-
 def train_batches(
     stores: Mapping[str, TokenStore],
     weights: Sequence[Fraction] | None,
@@ -133,11 +103,11 @@ def train_batches(
 
     A batch has the arrays of `PackedWindows`, `[len(rows), seq_len]`; `rows` are the rows of the
     global batch that this process reads, by default all. The global batch of a step does not depend
-    on the number of processes. `get_state` and `set_state` save and restore the position.
+    on the number of processes. `set_state({"next_index": N})` continues after N batches.
 
     `weights` are the relative weights of the sources. If None, they are the numbers of windows, so
     that one pass over the mixture is one pass over every source. Raises `UserError` if a stream is
-    shorter than one window; `set_state` raises it if the position belongs to other sources.
+    shorter than one window.
     """
     rows = range(batch_size) if rows is None else rows
     windows = [PackedWindows(store, seq_len, loss_mask) for store in stores.values()]
@@ -150,12 +120,7 @@ def train_batches(
     # MapDataset.mix rounds weights to about 1%, so one pass over it would not read every window.
     mixture = Mixture(weights or [len(source) for source in windows], batch_size, rows)
     mixed = grain.MapDataset.select_from_datasets(shuffled, mixture)
-    batches = iter(mixed.batch(len(rows)).to_iter_dataset(read_options))
-
-    def windows_read(n_batches: int) -> dict[str, int]:
-        return dict(zip(stores, mixture.counts(n_batches * batch_size), strict=True))
-
-    return _TrainIterator(batches, windows_read)
+    return iter(mixed.batch(len(rows)).to_iter_dataset(read_options))
 
 
 def eval_batches(

@@ -1,8 +1,7 @@
 """Opens the corpora of a run as token stores."""
 
-import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -61,7 +60,7 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
 
 
 def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
-    cache, tokenizer = _cache(data), data.tokenizer
+    cache, tokenizer = parsed_path(data.cache, "config.data.cache").absolute(), data.tokenizer
     paths = {source.label: _path_of(source, data) for source in data.sources}
     directories = {}
     for source in data.sources:
@@ -81,11 +80,12 @@ def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
         corpora = [load_corpus(s.name, where[s.label], cache, data.text_field) for s in texts]
         stores = cached_token_stores(corpora, tokenizer, vocab_size, cache)
         directories |= {s.label: store for s, store in zip(texts, stores, strict=True)}
-    return _opened(data, directories)
-
-
-def _cache(data: DataConfig) -> Path:
-    return parsed_path(data.cache, "config.data.cache").absolute()
+    weights = tuple(source.weight for source in data.sources)
+    splits = {
+        split: {label: TokenStore(directories[label], split) for label in paths} for split in SPLITS
+    }
+    file = token_store.saved_tokenizer(directories[data.sources[0].label])
+    return TokenisedCorpus(**splits, weights=None if None in weights else weights, tokenizer=file)
 
 
 def _path_of(source: SourceConfig, data: DataConfig):
@@ -97,36 +97,10 @@ def _path_of(source: SourceConfig, data: DataConfig):
     return path if is_remote(path) else path.absolute()
 
 
-def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | None:
-    """Opens the corpora with these `identities` from the cache, without access to the paths of the
-    sources. Returns None if the cache lacks a corpus.
-    """
-    found = {}
-    for manifest in _cache(data).glob("tokens/*/manifest.json"):
-        with contextlib.suppress(UserError):
-            found[_identity(token_store.read_manifest(manifest.parent))] = manifest.parent
-    if len(data.sources) != len(identities) or not found.keys() >= {*identities}:
-        return None
-    labels = [source.label for source in data.sources]
-    return _opened(data, dict(zip(labels, map(found.get, identities), strict=True)))
-
-
 def _identity(manifest: dict) -> str:
     tokens = [manifest["splits"][split]["tokens"] for split in SPLITS]
     content = [manifest["corpus_fingerprint"], manifest["tokenizer_sha256"], tokens]
     return token_store.short_hash(content)
-
-
-def _opened(data: DataConfig, directories: Mapping[str, Path]) -> TokenisedCorpus:
-    weights = tuple(source.weight for source in data.sources)
-    labels = [source.label for source in data.sources]
-    stores = {
-        split: {label: TokenStore(directories[label], split) for label in labels}
-        for split in SPLITS
-    }
-    tokenizer = token_store.saved_tokenizer(directories[labels[0]])
-    weights = None if None in weights else weights
-    return TokenisedCorpus(**stores, weights=weights, tokenizer=tokenizer)
 
 
 def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: int) -> str:

@@ -23,7 +23,7 @@ from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.token_store import saved_tokenizer
-from aoe_jax.data.tokenised import open_corpus, opened_before
+from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from aoe_jax.errors import DivergedError, UserError, naming, shown
 from aoe_jax.formats import loading
@@ -33,7 +33,7 @@ from aoe_jax.model.decoding import unstacked
 from aoe_jax.storage.config_files import read_run_config
 from aoe_jax.storage.paths import is_remote, local_copy
 from aoe_jax.training.checkpoint import Checkpoints
-from aoe_jax.training.run_folder import check_data, read_identities
+from aoe_jax.training.run_folder import check_data
 from aoe_jax.training.step import train_step_on
 from aoe_jax.training.validation import compile_eval_step
 
@@ -155,9 +155,8 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
     """Opens the `TokenisedCorpus` for a model: the corpora `named`, else those of its training run.
 
     `named` has the syntax of `data.name`. The files of a model may come from a stranger. So without
-    `named`, they can select only the bundled corpus and corpora that were tokenised on this machine
-    before. Raises `UserError` if a model selects another corpus or has no training run, and if a
-    corpus is unreadable or has changed.
+    `named`, they can select only the bundled corpus. Raises `UserError` if a model selects another
+    corpus or has no training run, and if a corpus is unreadable or has changed.
     """
     data, vocab_size = model.config.data, model.config.model.vocab_size
     if named is not None:
@@ -166,8 +165,6 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
             return open_corpus(dataclasses.replace(data, name=named, **own), vocab_size)
     of_run = loading.is_of_run(directory)
     if loading.is_model(directory) and (not of_run or (data.name, data.path) != ("sotu", None)):
-        if corpus := opened_before(data, read_identities(directory)):
-            return corpus
         sources = ", ".join(f"{s.name}@{s.path}" if s.path else s.name for s in data.sources)
         read = f"its run read {shown(sources)}" if of_run else "it has no training run"
         raise UserError(

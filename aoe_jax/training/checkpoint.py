@@ -1,7 +1,7 @@
 """Saves and restores the checkpoints of a run with Orbax.
 
-A checkpoint has the arrays of the `TrainState`, and a JSON file with the position in the data, the
-`Progress`, and the shapes, dtypes and checksums of the arrays.
+A checkpoint has the arrays of the `TrainState`, and a JSON file with the `Progress` and the shapes,
+dtypes and checksums of the arrays.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _PROGRESS = {
     "compute_seconds": or_none(NUMBER),
     "metrics_bytes": or_none(COUNT),
 }
-_BESIDE = {"data": {}, "progress": _PROGRESS, "arrays": {str: _ARRAY}, "sha256": TEXT}
+_BESIDE = {"progress": _PROGRESS, "arrays": {str: _ARRAY}, "sha256": TEXT}
 _BESIDE_BYTES = 2**28
 
 
@@ -135,7 +135,7 @@ class Checkpoints:
         return sorted((step for step in steps if step in self._nlls), key=self._nlls.get)
 
     def restore(self, step, like):
-        """Returns `(state, progress, position in the data)` of the checkpoint of a step.
+        """Returns `(state, progress)` of the checkpoint of a step.
 
         `like` is a `TrainState` of `ShapeDtypeStruct`s with shardings. The saving run may have had
         another mesh or number of processes. Raises the exceptions of `read_checkpoint`.
@@ -143,10 +143,10 @@ class Checkpoints:
         arrays, beside = read_checkpoint(self._path(step), vars(like))
         progress = Progress(**{name: beside["progress"].get(name) for name in _PROGRESS})
         progress.compute_seconds = progress.compute_seconds or 0.0  # older versions lack it
-        return dataclasses.replace(like, **arrays), progress, beside["data"]
+        return dataclasses.replace(like, **arrays), progress
 
     def restore_newest(self, like):
-        """Returns `(step, state, progress, position)` of the newest undamaged checkpoint, and moves
+        """Returns `(step, state, progress)` of the newest undamaged checkpoint, and moves
         the damaged newer ones to `damaged_checkpoints`. Raises `UserError` if all checkpoints are
         damaged or one is of another model, and `MachineFault` if they cannot be read.
         """
@@ -216,19 +216,18 @@ class Checkpoints:
             kept.update(step for step in steps if step % config.keep_every == 0)
         return [step in kept for step in steps]
 
-    def save(self, step, state, position, progress: Progress, wait=False):
+    def save(self, step, state, progress: Progress, wait=False):
         """Starts to save, in the background, the state after `step` updates. After the call the
         caller may donate the state. With `wait`, or if the previous save failed, the call returns
-        only when the save has succeeded. `position` is the position in the data as JSON, the same
-        in every process. A single process repeats a failed save for `retry_seconds`, then
-        raises `MachineFault`. With several processes, a failed save ends all processes.
+        only when the save has succeeded. A single process repeats a failed save for
+        `retry_seconds`, then raises `MachineFault`. With several processes, a failed save ends all.
         """
         wait = self._finish() is not None or wait
         if step == self.saved:
             return
         self._note(step, progress.validation)
         arrays = vars(state)
-        beside = beside_arrays(arrays, position, dataclasses.asdict(progress))
+        beside = beside_arrays(arrays, dataclasses.asdict(progress))
         parts = {"state": ocp.args.StandardSave(arrays), "run": ocp.args.JsonSave(beside)}
 
         def attempt():
@@ -368,13 +367,13 @@ def _check_model(path, wanted, saved):
             raise UserError(f"checkpoint {path}: {name} {shown or 'is not there'}; {cause}")
 
 
-def beside_arrays(arrays, position, progress: dict) -> dict:
-    """The JSON of a checkpoint: its arrays' shapes, dtypes and checksums, position and progress."""
+def beside_arrays(arrays, progress: dict) -> dict:
+    """The JSON of a checkpoint: its arrays' shapes, dtypes and checksums, and progress."""
     found = checksums(arrays)
     described = {
         name: [list(a.shape), a.dtype.name, found[name]] for name, a in _by_path(arrays).items()
     }
-    beside = {"data": position, "progress": progress, "arrays": described}
+    beside = {"progress": progress, "arrays": described}
     return beside | {"sha256": _sha256(beside)}
 
 

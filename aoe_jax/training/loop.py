@@ -118,8 +118,8 @@ def train(
         data = train_batches(corpus.train, corpus.weights, seq_len, batch_size, seed, rows, mask)
         step_function, like = train_step_on(mesh, config)
         if now.step:
-            now.step, now.state, now.progress, position = checkpoints.restore_newest(like)
-            data.set_state(position)
+            now.step, now.state, now.progress = checkpoints.restore_newest(like)
+            data.set_state({"next_index": now.step})  # a step reads one batch
             log.info(f"going on from step {now.step}")
         elif config.train.init_from:
             from aoe_jax.training.starting import state_from_model  # slow to import
@@ -201,7 +201,7 @@ def train(
                     folder.check_lease()
                     patiently("metrics.jsonl cannot be written", metrics.sync)
                     patiently("the metrics cannot be copied", folder.upload)
-                checkpoints.save(now.step, now.state, data.get_state(), now.progress, wait)
+                checkpoints.save(now.step, now.state, now.progress, wait)
             heartbeat.saved, now.saved_at = checkpoints.saved, time.monotonic()
 
         def save_by_clock():

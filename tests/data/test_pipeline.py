@@ -1,8 +1,7 @@
 import hashlib
+import itertools
 
-import grain
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from aoe_jax.data.building import build_token_store
@@ -40,7 +39,7 @@ def batches_of(store, seq_len, batch_size, seed, rows=None):
 
 
 def take(batches, count):
-    return [batch for batch, _ in zip(batches, range(count), strict=False)]
+    return list(itertools.islice(batches, count))
 
 
 def assert_same(batches, others):
@@ -119,20 +118,14 @@ def test_each_epoch_has_every_window_in_another_order(byte_store):
 
 
 @pytest.mark.parametrize("position", [0, 7, 50])
-def test_resume_from_an_orbax_checkpoint(validation, tmp_path, position):
+def test_resume(validation, position):
     """The positions include one after the first epoch."""
     assert len(PackedWindows(validation, 2000)) < 4 * 50
     iterator = iter(batches_of(validation, 2000, 4, seed=3))
     take(iterator, position)
-    with ocp.CheckpointManager(tmp_path, item_names=("data",)) as manager:
-        saved = ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator))
-        manager.save(position, args=saved)
-        manager.wait_until_finished()
-        expected = take(iterator, 4)
-        resumed = iter(batches_of(validation, 2000, 4, seed=3))
-        restored = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed))
-        manager.restore(position, args=restored)
-    assert_same(take(resumed, 4), expected)
+    resumed = iter(batches_of(validation, 2000, 4, seed=3))
+    resumed.set_state({"next_index": position})
+    assert_same(take(resumed, 4), take(iterator, 4))
 
 
 @pytest.mark.parametrize(("seq_len", "batch_size"), [(128, 8), (1000, 3), (200_000, 2)])

@@ -9,7 +9,6 @@ import math
 import shutil
 from unittest import mock
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,10 +26,6 @@ from tests.runs import contents
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 SIZE = 200_000  # so large that it is still being written when the next step begins
-
-
-def batches():
-    return iter(grain.MapDataset.range(1000).shuffle(0).batch(4).to_iter_dataset())
 
 
 def state_of(value):
@@ -70,7 +65,7 @@ def opened(workdir, **config):
 
 def save(checkpoints, step, nll=None, **options):
     progress = Progress(1.0, 2.0, nll and {"nll": nll})
-    checkpoints.save(step, state_of(step), {"next_index": step}, progress, **options)
+    checkpoints.save(step, state_of(step), progress, **options)
 
 
 def write(workdir, steps, nlls=(), **config):
@@ -94,34 +89,28 @@ def saved(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("saved")
     checkpoints = opened(workdir, every=2, keep=3)
     step = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
-    state, data, following = state_of(0), batches(), {}
-    next(data)
+    state = state_of(0)
     for number in range(1, 6):
         state = step(state)
-        checkpoints.save(number, state, data.get_state(), progress_after(number))
-        following[number] = next(data)
+        checkpoints.save(number, state, progress_after(number))
     checkpoints.close()
-    return workdir, following
+    return workdir
 
 
 @pytest.fixture
 def workdir(saved, tmp_path):
     """A copy of the run with the checkpoints of steps 3, 4 and 5."""
-    return shutil.copytree(saved[0], tmp_path / "run")
+    return shutil.copytree(saved, tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [3, 4, 5])
-def test_state_may_be_donated_while_it_is_saved(saved, workdir, number):
-    """The position in the data and the progress are restored with the state."""
+def test_state_may_be_donated_while_it_is_saved(workdir, number):
+    """The progress is restored with the state."""
     for newer in range(number + 1, 6):
         shutil.rmtree(workdir / "checkpoints" / str(newer))
-    data = batches()
-    step, state, progress, position = Checkpoints(workdir).restore_newest(LIKE)
-    data.set_state(position)
+    step, state, progress = Checkpoints(workdir).restore_newest(LIKE)
     assert (step, progress) == (number, progress_after(number))
     assert_is_of_step(state, number)
-    np.testing.assert_array_equal(next(data), saved[1][number])
-    assert not np.array_equal(saved[1][3], saved[1][5])
     params, routing_state = Checkpoints(workdir).restore_model(number, LIKE)
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
     np.testing.assert_array_equal(routing_state["selection_bias"], np.full((2, 4), number))
@@ -214,16 +203,16 @@ def test_damaged_checkpoint_is_set_aside(saved, tmp_path, damage, caplog):
     """If any single file is damaged, the restored state is the saved state of this checkpoint or of
     the checkpoint before.
     """
-    newest = saved[0] / "checkpoints" / "5"
-    names = [path.relative_to(saved[0]) for path in newest.rglob("*") if path.is_file()]
-    names, aside = [name for name in names if (saved[0] / name).stat().st_size], 0
+    newest = saved / "checkpoints" / "5"
+    names = [path.relative_to(saved) for path in newest.rglob("*") if path.is_file()]
+    names, aside = [name for name in names if (saved / name).stat().st_size], 0
     assert len(names) > 5
     for n, name in enumerate(names):
-        workdir = shutil.copytree(saved[0], tmp_path / str(n))
+        workdir = shutil.copytree(saved, tmp_path / str(n))
         DAMAGE[damage](workdir / name)
         damaged = contents(workdir / "checkpoints" / "5")
         caplog.clear()
-        step, state, progress, _ = Checkpoints(workdir).restore_newest(LIKE)
+        step, state, progress = Checkpoints(workdir).restore_newest(LIKE)
         assert step == progress.loss, name
         assert_is_of_step(state, step)
         if step == 4:
@@ -255,7 +244,7 @@ def of_orbax(change):
 FOREIGN = [
     ("run/metadata", signed(arrays={"params": 7})),
     ("run/metadata", signed(progress={"loss": "low"})),
-    ("run/metadata", signed(data=None)),
+    ("run/metadata", signed(progress=None)),
     *of_orbax(lambda text: "null"),
     *of_orbax(lambda text: '{"tree_metadata": 7, "array_metadatas": 7}'),
 ]
@@ -276,7 +265,7 @@ def test_a_checkpoint_of_an_older_version(workdir):
     arrays, sums = json.loads(file.read_text())["arrays"], checksums(vars(state_of(5)), rounds=1)
     arrays = {name: [*described[:2], sums[name]] for name, described in arrays.items()}
     file.write_text(signed(progress=old, arrays=arrays)(file.read_text()))
-    step, _, progress, _ = Checkpoints(workdir).restore_newest(LIKE)
+    step, _, progress = Checkpoints(workdir).restore_newest(LIKE)
     assert (step, progress) == (5, Progress(1.0, 1.0, metrics_bytes=None))
 
 
