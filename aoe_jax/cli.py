@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 
 from absl import flags
@@ -216,7 +217,12 @@ def _set_up_logging(debug):
     if not debug:  # hides tracebacks of Orbax: this program reports the same exceptions
         absl_logging.set_verbosity(absl_logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
-        sys.unraisablehook = lambda *_: None  # called by tensorstore's threads
+        sys.unraisablehook = _show_unraisable
+
+
+def _show_unraisable(found):
+    if threading.current_thread() is threading.main_thread():  # not a thread of tensorstore
+        sys.__unraisablehook__(found)
 
 
 def _end_of(error):

@@ -7,8 +7,8 @@ The router of an MoE is removed. `--score_neurons=S` finds the S neurons of each
 the router's choices best; they become the expert's first neurons and compute its score. `--d_low=R`
 factorises the gates with rank R. `--upcycle` makes experts from the feed-forward layers of a dense
 model; `conversion/upcycling.py` explains `--granularity` and `--noise`. The command reports the nll
-on held-out text before and after the conversion if an MoE is converted with `--score_neurons`, if a
-dense model is from a training run, or if `--data` is given. `finetune` trains the result.
+on held-out text before and after the conversion if an MoE is converted with `--score_neurons`, if
+the dense model is that of a run's workdir, or if `--data` is given. `finetune` trains the result.
 """
 
 from absl import flags

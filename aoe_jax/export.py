@@ -3,10 +3,10 @@
     python -m aoe_jax.export --workdir=DIR --output=DIR
 
 The directory has `config.json`, safetensors, the tokenizer in the format of `transformers`, a model
-card (`README.md`), and the configuration of the run. `eval.py --workdir=OUTPUT` can evaluate the
-model, and `train.init_from` can start another run from it. The architecture is Mixtral, OLMoE,
-Qwen2-MoE, Qwen3-MoE, dots.llm1 or GLM-4.5 (for dense models Llama or Qwen3) if one of these can
-express the whole model. Otherwise it is an architecture of this project
+card (`README.md`), and the configuration of the run. `eval.py --workdir=OUTPUT --data=CORPORA`
+evaluates the model, and `train.init_from` starts another run from it. The architecture is Mixtral,
+OLMoE, Qwen2-MoE, Qwen3-MoE, dots.llm1 or GLM-4.5 (for dense models Llama or Qwen3) if one of these
+can express the whole model. Otherwise it is an architecture of this project
 (`aoe_jax/formats/architectures.py`), and for an AoE the directory has the classes that
 `transformers` needs to load it.
 """

@@ -11,10 +11,10 @@ under `aoe_jax.supervise`. It sends SIGKILL or SIGTERM to one or all of the proc
 (SIGSTOP) for longer than `train.hang_timeout`. The supervisors must bring the run to its end.
 
 A run that reaches its end is compared with the undisturbed one: the metrics, every line of
-metrics.jsonl except measured times, the position in the data, and the arrays of the last
-checkpoint. In the first form every kept checkpoint is also read after each stop. The program fails
-at the first difference, unreadable checkpoint or wrong exit status, or if a supervisor gives up.
-`--seed` decides the order and the moments of the signals.
+metrics.jsonl except measured times, and the arrays of the last checkpoint. In the first form every
+kept checkpoint is also read after each stop. The program fails at the first difference, unreadable
+checkpoint or wrong exit status, or if a supervisor gives up. `--seed` decides the order and the
+moments of the signals.
 """
 
 import collections

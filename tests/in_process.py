@@ -77,12 +77,14 @@ def logging_restored():
     logger, seconds = logging.getLogger("aoe_jax"), retry.retry_seconds
     before = logger.handlers[:], logger.level, logger.propagate
     verbosity, asynchronous = absl_logging.get_verbosity(), logging.getLogger("asyncio").level
+    hook = sys.unraisablehook
     try:
         yield
     finally:
         logger.handlers[:], logger.level, logger.propagate = before
         logger.setLevel(logger.level)
         absl_logging.set_verbosity(verbosity)
+        sys.unraisablehook = hook
         logging.getLogger("asyncio").setLevel(asynchronous)
         retry.retry_seconds = seconds
 

@@ -78,9 +78,7 @@ def test_killed_run_ends_as_an_uninterrupted_one(tmp_path):
     assert "going on from step" in succeed(command)
     assert runs.same_end(killed, whole)
 
-    (arrays, beside), (killed_arrays, killed_beside) = (
-        runs.raw_checkpoint(workdir, STEPS) for workdir in (whole, killed)
-    )
+    arrays, killed_arrays = (runs.raw_checkpoint(workdir, STEPS)[0] for workdir in (whole, killed))
     assert arrays["['step']"] == STEPS
     assert {path.split("'")[1] for path in arrays} >= {"params", "opt_state"}
     as_bytes = [
@@ -89,8 +87,6 @@ def test_killed_run_ends_as_an_uninterrupted_one(tmp_path):
     ]
     one, other = as_bytes
     assert one.keys() == other.keys() and not [path for path in one if one[path] != other[path]]
-    del beside["progress"], killed_beside["progress"], beside["sha256"], killed_beside["sha256"]
-    assert beside == killed_beside
     assert [line["step"] for line in runs.untimed(killed)[0]] == LOGGED
 
     samples = [*map(json.loads, (killed / "samples.jsonl").read_text().splitlines())]

@@ -36,7 +36,7 @@ from aoe_jax.conversion.exporting import in_words, write_figures, write_result
 from aoe_jax.conversion.observations import evaluation_on
 from aoe_jax.conversion.scoring_neurons import in_front
 from aoe_jax.evaluation.models import corpus_of, first_batches, load_model, source_config
-from aoe_jax.formats.loading import is_of_run
+from aoe_jax.formats.loading import is_model
 from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.moe.routing import TopK
 
@@ -132,12 +132,12 @@ def upcycle(
 
     `checkpoint` is the directory of a model or of a run, whose newest checkpoint is loaded. Dtypes
     do not change. Prints a summary. Returns the content of `convert.json` in `output`: the fields
-    of `form`, and, if `data` is given or the model is from a run, `nll` `before` and `after`, on
+    of `form`, and, if `data` is given or `checkpoint` is a run, `nll` `before` and `after`, on
     `n_tokens` validation tokens of each corpus. Raises `UserError` if a file cannot be read or
     `form` does not fit.
     """
     config = form.config(source_config(checkpoint))
-    is_measured = is_of_run(checkpoint) or data is not None
+    is_measured = data is not None or not is_model(checkpoint)
     report = {name: value for name, value in dataclasses.asdict(form).items() if value is not None}
     experts = f"{form.top_k} of {form.n_experts} experts of granularity {form.granularity}"
     result = f"dense layers became experts; {form.kind}: {experts}"

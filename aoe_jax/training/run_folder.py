@@ -228,8 +228,8 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
 
 def _check_x64(workdir):
     here = jax.config.jax_enable_x64
-    before = read_json(workdir / "data.json").get("x64", here)  # a run of an older version lacks it
-    if before != here:
+    before = read_json(workdir / "data.json").get("x64")  # None: a run of an older version
+    if before not in (None, here):
         wanted = f"workdir {workdir} was trained with JAX_ENABLE_X64={before:d}; set it again"
         raise UserError(f"JAX_ENABLE_X64={here:d}: {wanted}")
 

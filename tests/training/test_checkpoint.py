@@ -264,7 +264,7 @@ def test_a_checkpoint_of_an_older_version(workdir):
     file = workdir / "checkpoints" / "5" / "run" / "metadata"
     arrays, sums = json.loads(file.read_text())["arrays"], checksums(vars(state_of(5)), rounds=1)
     arrays = {name: [*described[:2], sums[name]] for name, described in arrays.items()}
-    file.write_text(signed(progress=old, arrays=arrays)(file.read_text()))
+    file.write_text(signed(progress=old, arrays=arrays, data={"next_index": 5})(file.read_text()))
     step, _, progress = Checkpoints(workdir).restore_newest(LIKE)
     assert (step, progress) == (5, Progress(1.0, 1.0, metrics_bytes=None))
 

@@ -223,11 +223,14 @@ def test_other_configurations_are_refused(workdir, corpus):
     check_config(workdir, changed(train=free, data=data, checkpoint={"every": 9, "keep_every": 18}))
     how = {"model": {"attention": "blocks", "unroll": 1}, "experts": {"grouped_matmul": "blocked"}}
     check_config(workdir, changed(mesh={"fsdp": 2}, **how))
-    other = changed(experts={"top_k": 3}, data={"document_mask": True}, train=free | {"seed": 1})
+    data = {"document_mask": True, "loss_mask": True, "seq_len": 16}
+    other = changed(experts={"top_k": 3}, data=data, train=free | {"seed": 1, "batch_size": 64})
     with pytest.raises(UserError) as error:
         check_config(workdir, other)
-    differing = "data.document_mask is False there, True here; experts.top_k is 2 there, 3 here"
-    assert f": {differing}; train.seed is 0 there, 1 here. Use another" in str(error.value)
+    for name in ("document_mask", "loss_mask", "seq_len"):
+        assert f"data.{name} is " in str(error.value)
+    differing = "experts.top_k is 2 there, 3 here; train.batch_size is 16 there, 64 here"
+    assert f"; {differing}; train.seed is 0 there, 1 here. Use another" in str(error.value)
     assert contents(workdir) == before
 
     RunFolder(workdir).claim(changed(data={"name": "sotu=0.5, text@/here=0.5"}), corpus)
