@@ -279,9 +279,9 @@ def test_work_beside_a_collective_hides_its_time():
     network = gather.sent_bytes * 7 / 8 / chip.link_bandwidth
     work = rows.hbm_bytes / chip.hbm_bandwidth
     assert 0 < work < network
-    assert costs.likely_seconds(gather, chip) == pytest.approx(network - work)
+    assert costs.seconds(gather, chip) == pytest.approx(network - work)
     # No work hides the reduce-scatter; it sends as many bytes as the gather.
-    assert costs.likely_seconds(found["reduce_scatter"], chip) == pytest.approx(network)
+    assert costs.seconds(found["reduce_scatter"], chip) == pytest.approx(network)
 
 
 SPLASH = """HloModule step
@@ -337,12 +337,25 @@ def test_kernels_count_by_the_blocks_of_their_operands():
 def test_likely_seconds():
     chip = CHIPS["v5e"]
 
-    def milliseconds(shape=(), **fields):
-        operation = costs.Operation("a", "fusion", "", **fields)
-        return pytest.approx(1e3 * costs.likely_seconds(operation, chip, shape))
+    def milliseconds(shape=(), estimate="likely", opcode="fusion", **fields):
+        operation = costs.Operation("a", opcode, "", **fields)
+        return pytest.approx(1e3 * costs.seconds(operation, chip, shape, estimate))
 
     work = {"hbm_bytes": 0.82e9, "flops": 1e9, "occupied_flops": 1e9}
-    assert milliseconds(**work) == 1 and milliseconds(cycles=3e6, **work) == 2
+    kernel = {"opcode": "tpu_custom_call", "occupied_flops": chip.flops / 1e3}
+    found = {
+        estimate: [
+            milliseconds(estimate=estimate, **operation)
+            for operation in (
+                work,
+                {"cycles": 3e6, **work},
+                {"opcode": "broadcast", "cycles": 3e6, **work},
+                kernel,
+            )
+        ]
+        for estimate in costs.ESTIMATES
+    }
+    assert found == {"peaks": [1, 1, 1, 1], "likely": [1, 2, 1, 1.25], "cycles": [1, 2, 2, 1]}
     sums = {"collective": "all-reduce", "sent_bytes": 200e6, "group_size": 2}
     assert milliseconds(**sums) == 1 and milliseconds(is_async=True, **sums) == 0
     assert milliseconds((4, 4), **sums) == 4  # it uses one of four links

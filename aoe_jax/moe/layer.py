@@ -165,7 +165,7 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
         transport = make_transport(devices, routing, layer.experts, layer.router, x.shape[0])
         routing = transport.gather_routing(routing)
         schedule = transport.schedule(routing)
-    product = partial(grouped_matmul, backend=layer.experts.grouped_matmul)
+    backend = layer.experts.grouped_matmul
 
     def rows_through_experts(x, slot_weight, weights, code):
         # Weights are gathered inside the rematerialised function, so that the backward pass gathers
@@ -178,22 +178,22 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
             rows, groups = transport.dispatch(x, first)
         with jax.named_scope("experts"):
             row_code = None if code is None else take_code(code, first)
-            gate, row_code = gate_pre_activations(rows, groups, w, row_code, product)
+            gate, row_code = gate_pre_activations(rows, groups, w, row_code, backend)
             if layer.sparse_scoring:
                 # The scores that chose the experts have no gradient; the scores below have one.
                 gate, scores = layer.row_scores(gate, row_code, devices)
                 n_slots, score = routing.expert.shape[0], layer.experts.score
                 scores = transport.slot_values(scores, first, n_slots)
-                further = partial(scores_of_round, transport, product, score, n_slots)
+                further = partial(scores_of_round, transport, backend, score, n_slots)
                 w_score = score_columns(w, layer.experts, devices)
                 scores = transport.further_rounds(scores, further, schedule, (x, w_score))
                 scores = transport.complete(scores).reshape(-1, routing.slots_per_token)
                 slot_weight = jax.nn.softmax(scores).reshape(-1)
             row_weight = transport.row_values(slot_weight, first)
-            y = swiglu(rows, gate, row_weight, groups, w, product)
+            y = swiglu(rows, gate, row_weight, groups, w, backend)
         with jax.named_scope("combine"):
             y = transport.combine(y, first, x.shape[0])
-        further = partial(outputs_of_round, transport, product)
+        further = partial(outputs_of_round, transport, backend)
         y = transport.further_rounds(y, further, schedule, (x, slot_weight, w))
         with jax.named_scope("combine"):
             return transport.scatter(y)
@@ -204,22 +204,23 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
     return rematerialised(rows_through_experts, devices)(x, routing.weight, matrices, code)
 
 
-def scores_of_round(transport, product, score, n_slots, schedule, number, args):
+def scores_of_round(transport, backend, score, n_slots, schedule, number, args):
     """AoE's scores `[P]` of a later round, 0 for other slots; `args` is `(x, w_score)`."""
     x, w_score = args
     round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)
-    scores = SCORE_OF_CODE[score](product(rows, w_score, groups))
+    scores = SCORE_OF_CODE[score](grouped_matmul(rows, w_score, groups, backend=backend))
     return transport.slot_values(scores, round, n_slots)
 
 
-def outputs_of_round(transport, product, schedule, number, args):
+def outputs_of_round(transport, backend, schedule, number, args):
     """The outputs `[T, d]` of a later round; `args` is `(x, slot weights [P], matrices)`."""
     x, slot_weight, w = args
     round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)
-    gate, _ = gate_pre_activations(rows, groups, w, product=product)
-    y = swiglu(rows, gate, transport.row_values(slot_weight, round), groups, w, product)
+    gate, _ = gate_pre_activations(rows, groups, w, backend=backend)
+    row_weight = transport.row_values(slot_weight, round)
+    y = swiglu(rows, gate, row_weight, groups, w, backend)
     return transport.combine(y, round, x.shape[0])
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from aoe_jax.moe.grouped_matmul import grouped_matmul
+from aoe_jax.moe.grouped_matmul import backend_of, grouped_matmul
 from aoe_jax.sharding import target_device
 
 # `model.remat="experts"` keeps arrays of this name for the backward pass: `x W_up`, and `x W_gate`
@@ -19,13 +19,14 @@ from aoe_jax.sharding import target_device
 KEPT_EXPERTS = "experts"
 
 
-def gate_pre_activations(rows, groups, w, code=None, product=grouped_matmul):
+def gate_pre_activations(rows, groups, w, code=None, backend="auto"):
     """The gate projection before SiLU: rows `[R, d]` -> `(gate [R, f], code [R, r])`.
 
     `code` is the low-rank activation of a factorised gate, computed here if the argument is None.
-    For a whole gate None is returned. `groups` is the argument of `grouped_matmul`. `w` contains
-    `w_gate [n, d, f]`, or AoE's `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`.
+    For a whole gate None is returned. `groups` and `backend` are arguments of `grouped_matmul`. `w`
+    contains `w_gate [n, d, f]`, or AoE's `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`.
     """
+    product = partial(grouped_matmul, backend=backend)
     if "w_gate" in w:
         return checkpoint_name(product(rows, w["w_gate"], groups), KEPT_EXPERTS), None
     if code is None:
@@ -45,13 +46,18 @@ first_neurons.defvjp(
 )
 
 
-def swiglu(rows, gate, row_weight, groups, w, product=grouped_matmul):
+def swiglu(rows, gate, row_weight, groups, w, backend="auto"):
     """`(weight SiLU(gate) * (x W_up)) W_down` of each row: `[R, d]`; zero for rows of no expert.
 
     `row_weight [R]`, float32, is the weight of a row's expert in the output of its token. It is
     applied before `W_down`, so that its gradient needs no output of an expert. `rows [R, d]` and
-    `gate [R, f]` are in expert order; `groups` is the argument of `grouped_matmul`.
+    `gate [R, f]` are in expert order; `groups` and `backend` are arguments of `grouped_matmul`.
     """
+    if backend_of(rows, w["w_up"], groups, backend) == "megablox":
+        from aoe_jax.moe.grouped_matmul.megablox_swiglu import megablox_swiglu  # imports Pallas
+
+        return megablox_swiglu(rows, gate, row_weight, w["w_up"], w["w_down"], groups, KEPT_EXPERTS)
+    product = partial(grouped_matmul, backend=backend)
     up = checkpoint_name(product(rows, w["w_up"], groups), KEPT_EXPERTS)
     return product(weighted_product(gate, up, row_weight), w["w_down"], groups)
 

@@ -6,7 +6,9 @@ cycles, collectives and likely time. The cost of a loop's body is multiplied by 
   padding of the layout. Arrays in on-chip memory (`S(1)` on TPU) are not counted. A slice reads
   only the selected elements, and an in-place update writes only the changed elements.
 - FLOPs are those of matrix products and convolutions, two for each multiply-add, and those of
-  kernels. Cycles are the estimate of the TPU compiler. Launching a kernel is assumed to be free.
+  kernels. Cycles are the estimate of the TPU compiler, which is close for fusions, but for other
+  operations, such as sums and broadcasts, up to 24 times what their memory traffic takes. Launching
+  a kernel is assumed to be free.
 - A loop of unknown length is assumed to run zero times. Our programs have such loops only for the
   extra rounds of expert parallelism (`moe/transports.py`), and balanced loads need no
   extra rounds. The cost of a conditional is the cost of its branch with the most FLOPs or, if
@@ -23,6 +25,7 @@ import numpy as np
 from aoe_jax.planning.hlo import parse
 from aoe_jax.planning.kernel_costs import KERNEL_COSTS
 
+ESTIMATES = ("peaks", "likely", "cycles")
 # Named scopes of the train step.
 SCOPES = {"embed", "attention", "score", "route", "balance", "schedule", "dispatch", "experts"}
 SCOPES |= {"combine", "loss", "update"}
@@ -290,31 +293,37 @@ class Program:
         return sum((self._flops(x, inside) for x in inside.values()), 0.0)
 
 
-def likely_seconds(operation, chip, shape=()):
-    """Returns the likely seconds of one execution of an operation.
+def seconds(operation, chip, shape=(), estimate="likely"):
+    """Returns the seconds of one execution of an operation by one of `ESTIMATES`.
 
     A collective takes the time of a ring algorithm over the links of its group, minus the time of
     the operations that overlap with it; if these are unknown, it is assumed to take no time. Other
-    operations take the compiler's cycles or, without cycles, the larger of the times for FLOPs and
-    for memory traffic at the peaks of `chip`. `shape` is the result of `hardware.slice_shape`.
+    operations take the larger of the times for FLOPs and for memory traffic. "peaks": at the peaks
+    of `chip`. "cycles": by the compiler's cycles if it has any, else at the peaks. "likely": a
+    fusion by its cycles; other operations by memory traffic at the peak, and by FLOPs at
+    `chip.kernel_share` of the peak. `shape` is the result of `hardware.slice_shape`.
     """
     if operation.collective:
         if operation.collective == "collective-permute":  # to a neighbour, over one link
-            seconds = operation.sent_bytes * chip.n_links / chip.link_bandwidth
+            network = operation.sent_bytes * chip.n_links / chip.link_bandwidth
         else:
             rounds = 2 if operation.collective == "all-reduce" else 1
             received = rounds * operation.sent_bytes * (1 - 1 / operation.group_size)
-            seconds = received / chip.group_bandwidth(shape, operation.group_size)
+            network = received / chip.group_bandwidth(shape, operation.group_size)
         if not operation.is_async:
-            return seconds
+            return network
         if operation.beside is None:
             return 0.0
         work = [o for o in operation.beside if not o.collective]
-        hidden = sum(o.times * likely_seconds(o, chip, shape) for o in work) / operation.times
-        return max(0.0, seconds - hidden)
-    if operation.cycles is not None and chip.clock:
+        hidden = sum(o.times * seconds(o, chip, shape, estimate) for o in work) / operation.times
+        return max(0.0, network - hidden)
+    has_cycles = operation.cycles is not None and chip.clock
+    if has_cycles and (
+        estimate == "cycles" or (estimate == "likely" and operation.opcode == "fusion")
+    ):
         return operation.cycles / chip.clock
-    return max(operation.occupied_flops / chip.flops, operation.hbm_bytes / chip.hbm_bandwidth)
+    flops = chip.flops * (chip.kernel_share if estimate == "likely" else 1)
+    return max(operation.occupied_flops / flops, operation.hbm_bytes / chip.hbm_bandwidth)
 
 
 def scope(operation):

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from unittest import mock
@@ -40,6 +41,8 @@ class Chip:
     n_links: int = 1  # links of a chip; two in each dimension of a TPU slice
     ring: int = 1  # a dimension is a ring if its number of chips is a multiple of this
     devices: float = 1  # JAX devices per chip
+    # The share of `flops` that kernels are assumed to reach; no kernel of ours was measured yet.
+    kernel_share: float = 0.8
 
     def part(self, share):
         """Returns the peaks of a device that is the fraction `share` of the chip."""
@@ -71,16 +74,17 @@ class Chip:
         return self.link_bandwidth * (n_links / self.n_links if fits and n_links else 1)
 
 
+_Gpu = partial(Chip, kernel_share=0.65)
 CHIPS = {
     "v4": Chip(PEAK_FLOPS["TPU v4"], 32e9, 1.23e12, 300e9, 3.1e9, 1.05e9, n_links=6, ring=4),
     "v5e": Chip(PEAK_FLOPS["TPU v5e"], 16e9, 0.82e12, 200e9, 3.1e9, 1.5e9, n_links=4, ring=16),
     "v5p": Chip(PEAK_FLOPS["TPU v5p"], 95e9, 2.77e12, 600e9, 6.2e9, 1.75e9, n_links=6, ring=4),
     "v6e": Chip(PEAK_FLOPS["TPU v6e"], 32e9, 1.64e12, 400e9, 12.5e9, 1.75e9, n_links=4, ring=16),
     "tpu7x": Chip(PEAK_FLOPS["TPU7x"], 192e9, 7.38e12, 600e9, 12.5e9, n_links=6, ring=4),
-    "a100": Chip(PEAK_FLOPS["NVIDIA A100-SXM4-80GB"], 80e9, 2.04e12, 300e9, 25e9),
-    "l4": Chip(PEAK_FLOPS["NVIDIA L4"], 24e9, 0.3e12, 32e9, 1.6e9),
-    "h100": Chip(PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 80e9, 3.35e12, 450e9, 50e9),
-    "b200": Chip(PEAK_FLOPS["NVIDIA B200"], 180e9, 7.7e12, 900e9, 50e9),
+    "a100": _Gpu(PEAK_FLOPS["NVIDIA A100-SXM4-80GB"], 80e9, 2.04e12, 300e9, 25e9),
+    "l4": _Gpu(PEAK_FLOPS["NVIDIA L4"], 24e9, 0.3e12, 32e9, 1.6e9),
+    "h100": _Gpu(PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 80e9, 3.35e12, 450e9, 50e9),
+    "b200": _Gpu(PEAK_FLOPS["NVIDIA B200"], 180e9, 7.7e12, 900e9, 50e9),
 }
 _PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # versions that `machine` lists

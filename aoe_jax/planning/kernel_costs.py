@@ -7,6 +7,7 @@ occupied FLOPs)`, or to None if it does not know the kernel.
 import math
 
 from aoe_jax.model.attention.splash import LANES
+from aoe_jax.moe.grouped_matmul import megablox_swiglu
 from aoe_jax.moe.grouped_matmul.megablox import tiles
 from aoe_jax.moe.grouped_matmul.mosaic_gpu import blocks_at_once, width_block
 
@@ -80,6 +81,25 @@ def megablox_cost(name, operands, results, tiles=tiles):
     return flops, traffic, flops * n_visits / (n_visits - n_groups + 1)
 
 
+def swiglu_cost(name, operands, results):
+    """Returns the cost of a grouped product that computes SwiGLU or its derivative. It reads and
+    writes tiles of the output once; rows and weights as `gmm` in `megablox_cost`.
+    """
+    if name not in ("swiglu", "swiglu_backward"):
+        return None
+    _, offsets, listed, _, rows, weights, *others = operands
+    (m, k), n = rows.dims, results[0].dims[1]
+    n_blocks = sum(a.dims == (m, n) for a in (*others, *results))
+    n_groups, n_visits = offsets.dims[0] - 1, listed.dims[0]
+    itemsize = 2 if rows.dtype == "bf16" else 4
+    _, tk, tn = megablox_swiglu.tiles(m, k, n, n_groups, itemsize, n_blocks)
+    reads = math.ceil(n / tn) * rows.hbm_bytes
+    reads += weights.hbm_bytes * (n_visits / n_groups if tk < k else 1)
+    flops = 2 * m * k * n
+    traffic = reads + sum(a.hbm_bytes for a in (*others, *results))
+    return flops, traffic, flops * n_visits / (n_visits - n_groups + 1)
+
+
 def mosaic_gpu_cost(name, operands, results):
     """Returns the cost of a grouped product by Mosaic GPU.
 
@@ -98,4 +118,4 @@ def mosaic_gpu_cost(name, operands, results):
     return flops, traffic, flops
 
 
-KERNEL_COSTS = (splash_cost, cudnn_cost, megablox_cost, mosaic_gpu_cost)
+KERNEL_COSTS = (splash_cost, cudnn_cost, megablox_cost, swiglu_cost, mosaic_gpu_cost)

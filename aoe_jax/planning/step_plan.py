@@ -10,11 +10,11 @@ How the figures are computed:
   operand or of the result, whichever are more.
 - The lower bound of the step time is the longest of three times: arithmetic, HBM (the state is read
   and written once) and network, each at its published peak.
-- The likely step time is the sum of `costs.likely_seconds` over all operations. For collectives,
-  this is only the time that does not overlap with other operations.
+- The likely step time is the sum of `costs.seconds` over all operations. For collectives, this is
+  only the time that does not overlap with other operations. Two other estimates are beside it: all
+  operations at the peaks, and by the compiler's cycles.
 """
 
-import dataclasses
 import logging
 import math
 import re
@@ -27,8 +27,9 @@ import jax.numpy as jnp
 from aoe_jax import sharding
 from aoe_jax.config.run import Config
 from aoe_jax.model.counts import in_words, parameter_counts, training_flops_per_token
+from aoe_jax.planning import costs
 from aoe_jax.planning.communication import collectives
-from aoe_jax.planning.costs import KERNEL_COSTS, Program, likely_seconds, scope
+from aoe_jax.planning.costs import ESTIMATES, KERNEL_COSTS, Program, scope
 from aoe_jax.planning.hardware import chip_part, compiling_for, count_parts, slice_shape
 from aoe_jax.planning.hlo import compile_and_read
 from aoe_jax.training.step import train_step_on
@@ -36,7 +37,7 @@ from aoe_jax.training.step import train_step_on
 log = logging.getLogger(__name__)
 
 LIKELY = ("hbm_traffic_bytes", "likely_step_seconds", "seconds_by_scope", "seconds_at_peaks")
-LIKELY += ("compiled_collectives",)
+LIKELY += ("seconds_by_cycles", "compiled_collectives")
 
 
 def abstract_batch(config, n_rows, split=None):
@@ -79,7 +80,8 @@ def plan(config: Config, generation, devices):
         across = sum(entry["bytes"] for entry in found if "data" in entry["axes"])
     within = received.total() - across
     if likely and across:  # `read_program` assumed the bandwidth within a slice
-        likely["likely_step_seconds"] += across / chip.slice_bandwidth
+        for name in ("likely_step_seconds", "seconds_at_peaks", "seconds_by_cycles"):
+            likely[name] += across / chip.slice_bandwidth
         by_scope = likely["seconds_by_scope"]
         by_scope["network"] = by_scope.get("network", 0) + across / chip.slice_bandwidth
     flops = likely and likely.pop("flops")
@@ -141,26 +143,28 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
     """Returns a dict with `flops` and the keys in `LIKELY` for one step.
 
     `text` is from `hlo.compile_and_read`, `chip` is the `hardware.Chip` of a device, and `shape` is
-    from `hardware.slice_shape`. `seconds_at_peaks` ignores the compiler's cycles.
+    from `hardware.slice_shape`.
     """
     operations = Program(text, kernel_costs).operations
     kernels = (o for o in operations if o.opcode == "tpu_custom_call" and not o.flops)
     if unknown := sorted({re.sub(r"[.\d]+$", "", o.name) for o in kernels}):
         log.warning("FLOPs are unknown, only operands and results count: %s", ", ".join(unknown))
-    seconds, at_peaks, counts, sent = Counter(), 0.0, Counter(), Counter()
+    totals, by_scope, counts, sent = Counter(), Counter(), Counter(), Counter()
     for o in operations:
         if o.collective:
             counts[o.collective, o.is_async] += o.times
             sent[o.collective, o.is_async] += o.times * o.sent_bytes
-        seconds[scope(o)] += o.times * likely_seconds(o, chip, shape)
-        without_cycles = dataclasses.replace(o, cycles=None)
-        at_peaks += o.times * likely_seconds(without_cycles, chip, shape)
+        for estimate in ESTIMATES:
+            seconds = o.times * costs.seconds(o, chip, shape, estimate)
+            totals[estimate] += seconds
+            by_scope[scope(o)] += seconds * (estimate == "likely")
     return {
         "flops": sum(o.times * o.flops for o in operations),
         "hbm_traffic_bytes": sum(o.times * o.hbm_bytes for o in operations),
-        "likely_step_seconds": seconds.total(),
-        "seconds_by_scope": dict(seconds.most_common()),
-        "seconds_at_peaks": at_peaks,
+        "likely_step_seconds": totals["likely"],
+        "seconds_by_scope": dict(by_scope.most_common()),
+        "seconds_at_peaks": totals["peaks"],
+        "seconds_by_cycles": totals["cycles"],
         "compiled_collectives": [
             {"kind": kind, "is_async": is_async, "count": count, "bytes": sent[kind, is_async]}
             for (kind, is_async), count in sorted(counts.items())
@@ -196,7 +200,8 @@ def table(report):
         parts = report["seconds_by_scope"].items()
         by_scope = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in parts)
         rows.append(
-            f"likely step     {likely:.3f} s, MFU {report['likely_mfu']:.2f}; "
+            f"likely step     {likely:.3f} s, MFU {report['likely_mfu']:.2f}; at the peaks "
+            f"{report['seconds_at_peaks']:.3f} s, by cycles {report['seconds_by_cycles']:.3f} s; "
             f"{gigabytes(report['hbm_traffic_bytes'])} of HBM traffic; in ms: {by_scope}"
         )
     for entry in report["collectives"]:

@@ -9,6 +9,7 @@ import pytest
 from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.grouped_matmul.megablox import MAX_ROWS, MAX_WIDTH, row_tile, tiles, width_tile
+from aoe_jax.moe.swiglu import swiglu
 from tests.arrays import assert_close
 
 
@@ -82,3 +83,26 @@ def test_unsupported_dtype_is_named():
     with pytest.raises(UserError, match="megablox.*float16: use bfloat16 or float32"):
         ones = jnp.ones((2, 8, 8), "float16")
         grouped_matmul(ones[0], ones, jnp.zeros(2, jnp.int32), backend="megablox")
+
+
+@pytest.mark.parametrize(
+    ("m", "d", "f", "sizes"),
+    [(70, 520, 530, [13, 0, 40]), (600, 64, 1408, [200, 300, 100]), (40, 1408, 96, [0, 40, 0])],
+    ids=["remainders and rows of no expert", "tiles with rows of two experts", "one expert"],
+)
+def test_swiglu_in_two_kernels(m, d, f, sizes):
+    """Values and gradients are those of plain products; no kernel writes rows of no expert."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    shapes = (m, d), (m, f), (3, d, f), (3, f, d), (m, d)
+    rows, gate, w_up, w_down, g = map(jax.random.normal, keys[:5], shapes)
+    weight, groups = jax.random.uniform(keys[5], (m,)), jnp.array(sizes, jnp.int32)
+
+    def value_and_gradients(backend):
+        def run(rows, gate, weight, w_up, w_down):
+            w = {"w_up": w_up / d**0.5, "w_down": w_down / f**0.5}
+            return swiglu(rows, gate, weight, groups, w, backend)
+
+        value, pull_back = jax.vjp(run, rows, gate, weight, w_up, w_down)
+        return value, *pull_back(g)
+
+    assert_close(value_and_gradients("megablox"), value_and_gradients("ragged"), 1e-4)

@@ -1,4 +1,4 @@
-"""Few tokens have codes by another product, and largest activations are hardly ever equal."""
+"""Products of scores: for few tokens, in bfloat16, and ties of the largest activations."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from aoe_jax.moe.scoring import FEW_TOKENS, codes_of_all, largest, safe_root, scores_of_all
+from aoe_jax.moe.scoring import (
+    FEW_TOKENS,
+    codes_of_all,
+    largest,
+    router_logits,
+    safe_root,
+    scores_of_all,
+)
 from tests.arrays import normal
 
 pytestmark = pytest.mark.smoke
@@ -31,3 +38,14 @@ def test_the_largest_activations_of_bfloat16_hardly_ever_tie():
     scores = np.sort(scores_of_all(x, w_score, largest), axis=1)
     assert scores.dtype == np.float32
     assert np.mean(scores[:, -8] == scores[:, -9]) < 0.002
+
+
+def test_router_logits_of_bfloat16_are_summed_in_float32():
+    x, w = normal(0, (64, 512), jnp.bfloat16), normal(1, (512, 8))
+    found, pull_back = jax.vjp(router_logits, x, w)
+    of_x, of_w = (np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (x, w))
+    assert found.dtype == jnp.float32
+    assert_allclose(found, of_x @ of_w, rtol=1e-5, atol=1e-5)
+    g = normal(2, found.shape)
+    for d, want in zip(pull_back(g), (g @ of_w.T, of_x.T @ g), strict=True):
+        assert_allclose(np.asarray(d, np.float32), want, rtol=0.01, atol=0.02)

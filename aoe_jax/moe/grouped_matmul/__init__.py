@@ -78,13 +78,21 @@ def grouped_matmul(
         )
     if not rows.size or not weights.size:
         return jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
-    if backend == "auto":
-        backend = backend_for(target_device(), rows.dtype, rows.shape[0], weights.shape)
+    backend = backend_of(rows, weights, groups, backend)
     if backend not in BACKENDS:
         raise UserError(
             f"grouped_matmul backend={backend!r} is unknown; use auto, {' or '.join(BACKENDS)}"
         )
     return BACKENDS[backend](rows, weights, groups)
+
+
+def backend_of(rows, weights, groups, backend="auto"):
+    """The backend of `grouped_matmul` with these arguments; None if it needs none."""
+    if isinstance(groups, RowLayout) or not rows.size or not weights.size:
+        return None
+    if backend == "auto":
+        return backend_for(target_device(), rows.dtype, rows.shape[0], weights.shape)
+    return backend
 
 
 def backend_for(device, dtype, m, shape):

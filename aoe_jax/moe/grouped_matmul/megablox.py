@@ -54,7 +54,7 @@ def row_tile(m, n_experts):
     work, or more if groups are small. Tiles below 128 rows would leave the matrix unit idle.
     """
     if m < MIN_ROWS:
-        return _round_up(m, SUBLANES)
+        return round_up(m, SUBLANES)
     tile = MAX_ROWS
     while tile > MIN_ROWS and (tile * 16 * n_experts > m or m % tile):
         tile //= 2
@@ -65,7 +65,7 @@ def width_tile(width, limit):
     """The width, at most `limit`; else the multiple of 128 above `limit / 2` with least padding."""
     if width <= limit:
         return width
-    return min(range(limit, limit // 2 - 1, -LANES), key=lambda tile: _round_up(width, tile))
+    return min(range(limit, limit // 2 - 1, -LANES), key=lambda tile: round_up(width, tile))
 
 
 def tiles(m, d, f, n_experts, itemsize):
@@ -96,7 +96,7 @@ def _depth_and_width(m, k, n, n_experts, itemsize):
     # tk is k only if k is a multiple of 128 or at most `limit`, else masked copies need memory.
     counts = range(1, math.ceil(n / LANES) + 1) if k <= limit or k % LANES == 0 else ()
     for count in counts:
-        tn = n if count == 1 else _round_up(math.ceil(n / count), LANES)
+        tn = n if count == 1 else round_up(math.ceil(n / count), LANES)
         # Blocks are double-buffered; the accumulator is float32.
         if 2 * itemsize * (tm * k + k * tn + tm * tn) + 4 * tm * tn <= VMEM_BYTES:
             tiles.append((k, tn))
@@ -104,11 +104,12 @@ def _depth_and_width(m, k, n, n_experts, itemsize):
     return min(tiles, key=lambda tile: reads(*tile))
 
 
-def _round_up(value, multiple):
+def round_up(value, multiple):
+    """The least multiple that is at least `value`."""
     return -(-value // multiple) * multiple
 
 
-def _run_kernel(name, *operands, **settings):
+def run_kernel(name, *operands, **settings):
     """Runs a Megablox kernel, compiled on TPU, interpreted on CPU."""
     # `import_module`, because the function `gmm` of the package hides its module `gmm`.
     kernel = getattr(importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm"), name)
@@ -116,9 +117,10 @@ def _run_kernel(name, *operands, **settings):
     return jax.lax.platform_dependent(*operands, tpu=run, cpu=partial(run, interpret=True))
 
 
-def _padded(rows, tile):
+def padded(rows, tile):
+    """`rows` and zeros up to a multiple of `tile`."""
     m = rows.shape[0]
-    return jnp.pad(rows, ((0, _round_up(m, tile) - m), (0, 0))) if m % tile else rows
+    return jnp.pad(rows, ((0, round_up(m, tile) - m), (0, 0))) if m % tile else rows
 
 
 def _tiles(rows, weights):
@@ -128,8 +130,8 @@ def _tiles(rows, weights):
 @jax.custom_vjp
 def _megablox(rows, weights, groups):
     tiling = _tiles(rows, weights)["forward"]
-    padded, sizes = _padded(rows, tiling[0]), group_sizes_of(groups)
-    out = _run_kernel("gmm", padded, weights, sizes, tiling=tiling)
+    whole, sizes = padded(rows, tiling[0]), group_sizes_of(groups)
+    out = run_kernel("gmm", whole, weights, sizes, tiling=tiling)
     # The kernel leaves rows past the last group unwritten.
     return zero_past_groups(out[: rows.shape[0]], groups)
 
@@ -137,10 +139,20 @@ def _megablox(rows, weights, groups):
 def _backward(residuals, g):
     rows, weights, groups = residuals
     tiling, sizes, m = _tiles(rows, weights), group_sizes_of(groups), rows.shape[0]
-    rows, g = (_padded(a, tiling["forward"][0]) for a in (rows, g))
-    d_rows = _run_kernel("gmm", g, weights, sizes, tiling=tiling["d_rows"], transpose_rhs=True)
-    d_weights = _run_kernel("tgmm", rows.T, g, sizes, tiling=tiling["d_weights"])
-    return zero_past_groups(d_rows[:m], groups), d_weights, None
+    of_g = padded(g, tiling["forward"][0])
+    d_rows = run_kernel("gmm", of_g, weights, sizes, tiling=tiling["d_rows"], transpose_rhs=True)
+    return (
+        zero_past_groups(d_rows[:m], groups),
+        weight_gradients(rows, g, groups, len(weights)),
+        None,
+    )
+
+
+def weight_gradients(rows, g, groups, n_experts):
+    """The gradient of weights, `[E, D, F]`, for `rows [M, D]` and a gradient `g [M, F]`."""
+    tiling = tiles(*rows.shape, g.shape[1], n_experts, rows.dtype.itemsize)
+    rows, g = (padded(a, tiling["forward"][0]) for a in (rows, g))
+    return run_kernel("tgmm", rows.T, g, group_sizes_of(groups), tiling=tiling["d_weights"])
 
 
 _megablox.defvjp(lambda *args: (_megablox(*args), args), _backward)

@@ -1,0 +1,187 @@
+"""SwiGLU experts for TPU: grouped products that compute SwiGLU, or its derivative, of each tile
+before they write it, so that HBM never holds the factors or gradients in between.
+
+    forward    up = rows W_up            reads gate, writes hidden = weight SiLU(gate) * up
+                                         (and `up`, if a derivative needs it)
+    backward   d_hidden = g W_down^T     reads gate and up, writes d_gate, d_up, hidden and sums for
+                                         d_weight, but not d_hidden
+
+The other products are those of `megablox.py`, whose grid these kernels have: tiles of the output
+width, visits of tiles of rows, tiles of the contracted width. A tile with rows of two experts is
+visited once for each. On CPU the kernels run in Pallas's interpreter.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
+
+from aoe_jax.moe.grouped_matmul import megablox
+from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
+from aoe_jax.moe.grouped_matmul.megablox import LANES, MAX_WIDTH, VMEM_BYTES, padded
+
+_MAX_ROWS = 256  # rows of a tile, fewer than in `megablox.py`, because more blocks share the VMEM
+_TEMPORARIES = 4  # float32 tiles that SwiGLU's derivative is assumed to need
+
+
+def tiles(m, k, n, n_experts, itemsize, n_blocks):
+    """`(tm, tk, tn)` of a kernel that loads and stores `n_blocks` blocks `[tm, tn]`."""
+    tm, limit = min(megablox.row_tile(m, n_experts), _MAX_ROWS), MAX_WIDTH[itemsize]
+    depths = [k] if k <= limit or k % LANES == 0 else []
+    for tk in (*depths, megablox.width_tile(k, limit)):
+        for count in range(1, math.ceil(n / LANES) + 1):
+            tn = n if count == 1 else megablox.round_up(math.ceil(n / count), LANES)
+            blocks = tm * tk + tk * tn + n_blocks * tm * tn
+            if 2 * itemsize * blocks + 4 * (1 + _TEMPORARIES) * tm * tn <= VMEM_BYTES:
+                return tm, tk, tn
+    return tm, tk, LANES
+
+
+def _hidden(up, gate, weight):
+    gate = gate.astype(jnp.float32)
+    return gate * jax.nn.sigmoid(gate) * up * weight, up
+
+
+def _derivative(d_hidden, gate, up, weight):
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    of_product = d_hidden * silu
+    d_gate = d_hidden * weight * up * (sigmoid + silu * (1 - sigmoid))
+    return d_gate, of_product * weight, silu * up * weight, of_product * up
+
+
+def _product(name, finish, rows, weights, beside, row_weight, groups, n_out, is_backward=False):
+    """Runs a kernel: `finish` of each tile of the product, and of the blocks of `beside`.
+
+    `rows [M, k]`, `weights [E, k, n]` (backward: `[E, n, k]`), `beside` arrays `[M, n]`,
+    `row_weight [M]`. Returns the first `n_out` results of `finish`, each `[M, n]` in the dtype of
+    `rows`, and, backward, the sums over n of the next one, `[M]` float32. Rows past the last group
+    are not written.
+    """
+    m, k = rows.shape
+    n_experts, n = weights.shape[0], weights.shape[1 if is_backward else 2]
+    tm, tk, tn = tiles(m, k, n, n_experts, rows.dtype.itemsize, len(beside) + n_out)
+    n_k, n_n = math.ceil(k / tk), math.ceil(n / tn)
+
+    def kernel(metadata, lhs, rhs, weight, *refs):
+        (offsets, experts, row_tiles), total = metadata, refs[-1]
+        others, outs = refs[: len(beside)], refs[len(beside) : -1]
+        i, visit, j = (pl.program_id(axis) for axis in range(3))
+
+        @pl.when(j == 0)
+        def _():
+            total[...] = jnp.zeros_like(total)
+
+        a, b = lhs[...], rhs[...]
+        if k % tk:  # the last blocks end after the arrays
+            a = _masked(a, 1, k - j * tk)
+            b = _masked(b, int(is_backward), k - j * tk)
+        contracted = ((1,), (int(is_backward),)), ((), ())
+        total[...] += jax.lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)
+
+        @pl.when(j == n_k - 1)
+        def _():
+            first = row_tiles[visit] * tm
+            row = first + jax.lax.broadcasted_iota(jnp.int32, (tm, 1), 0)
+            expert = experts[visit]
+            own = (row >= offsets[expert]) & (row < offsets[expert + 1])
+            found = finish(total[...], *(other[...] for other in others), weight[...])
+            if is_backward:
+                last = found[n_out] if n % tn == 0 else _masked(found[n_out], 1, n - i * tn)
+                found = *found[:n_out], jnp.broadcast_to(last.sum(1, keepdims=True), (tm, LANES))
+            for out, value in zip(outs, found, strict=False):
+                kept = out[...].astype(jnp.float32)
+                out[...] = jnp.where(own, value, kept).astype(out.dtype)
+
+    rows_of = lambda i, visit, j, metadata: (metadata[2][visit], j)  # noqa: E731
+    tile_of = lambda i, visit, j, metadata: (metadata[2][visit], i)  # noqa: E731
+    weight_of = lambda i, visit, j, metadata: (metadata[2][visit], 0)  # noqa: E731
+    depth = (lambda i, j: (i, j)) if is_backward else (lambda i, j: (j, i))
+    expert_of = lambda i, visit, j, metadata: (metadata[1][visit], *depth(i, j))  # noqa: E731
+    tile = pl.BlockSpec((tm, tn), tile_of)
+    of_sums = [jax.ShapeDtypeStruct((m + -m % tm, n_n * LANES), jnp.float32)] if is_backward else []
+
+    def run(rows, weights, sizes, row_weight, *beside, interpret=False):
+        arrays = [padded(a, tm) for a in (rows, *beside, row_weight[:, None])]
+        rows, *beside, row_weight = arrays
+        metadata, n_visits = make_group_metadata(
+            group_sizes=sizes,
+            m=rows.shape[0],
+            tm=tm,
+            start_group=jnp.zeros((), jnp.int32),
+            num_nonzero_groups=n_experts,
+            visit_empty_groups=False,
+        )
+        shape = jax.ShapeDtypeStruct((rows.shape[0], n), rows.dtype)
+        return pl.pallas_call(
+            kernel,
+            name=name,
+            out_shape=[shape] * n_out + of_sums,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=(n_n, n_visits, n_k),
+                in_specs=[
+                    pl.BlockSpec((tm, tk), rows_of),
+                    pl.BlockSpec((None, *((tn, tk) if is_backward else (tk, tn))), expert_of),
+                    pl.BlockSpec((tm, 1), weight_of),
+                    *[tile] * len(beside),
+                ],
+                out_specs=[tile] * n_out + [pl.BlockSpec((tm, LANES), tile_of)] * is_backward,
+                scratch_shapes=[pltpu.VMEM((tm, tn), jnp.float32)],
+            ),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary", "arbitrary")
+            ),
+            interpret=interpret,
+        )(metadata, rows, weights, row_weight, *beside)
+
+    operands = rows, weights, group_sizes_of(groups), row_weight, *beside
+    outs = jax.lax.platform_dependent(*operands, tpu=run, cpu=partial(run, interpret=True))
+    outs = [out[:m] for out in outs]
+    return [*outs[:-1], outs[-1][:, ::LANES].sum(1)] if is_backward else outs
+
+
+def _masked(block, axis, size):
+    """Sets elements of a block with an index of at least `size` along an axis to zero."""
+    index = jax.lax.broadcasted_iota(jnp.int32, block.shape, axis)
+    return jnp.where(index < size, block.astype(jnp.float32), 0).astype(block.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def megablox_swiglu(rows, gate, row_weight, w_up, w_down, groups, kept):
+    """`(weight SiLU(gate) * (rows W_up)) W_down` of each row: `[M, d]`; zero for rows of no expert.
+
+    `rows [M, d]`, `gate [M, f]`, `w_up [E, d, f]` and `w_down [E, f, d]` have one dtype, bfloat16
+    or float32; `row_weight [M]` is float32. `kept` is the name of `rows W_up` for the policies of
+    `jax.checkpoint`.
+    """
+    arguments = "swiglu", _hidden, rows, w_up, [gate], row_weight, groups
+    (hidden,) = _product(*arguments, n_out=1)
+    return megablox.megablox_matmul(hidden, w_down, groups)
+
+
+def _forward(rows, gate, row_weight, w_up, w_down, groups, kept):
+    arguments = "swiglu", _hidden, rows, w_up, [gate], row_weight, groups
+    hidden, up = _product(*arguments, n_out=2)
+    y = megablox.megablox_matmul(hidden, w_down, groups)
+    return y, (rows, gate, row_weight, checkpoint_name(up, kept), w_up, w_down, groups)
+
+
+def _backward(kept, residuals, g):
+    rows, gate, row_weight, up, w_up, w_down, groups = residuals
+    arguments = "swiglu_backward", _derivative, g, w_down, [gate, up], row_weight, groups
+    d_gate, d_up, hidden, d_weight = _product(*arguments, n_out=3, is_backward=True)
+    _, pull_back = jax.vjp(lambda rows, w: megablox.megablox_matmul(rows, w, groups), rows, w_up)
+    d_rows, d_w_up = pull_back(d_up)
+    d_w_down = megablox.weight_gradients(hidden, g, groups, w_down.shape[0])
+    d_gate, d_weight = (zero_past_groups(a, groups) for a in (d_gate, d_weight[:, None]))
+    return d_rows, d_gate, d_weight[:, 0], d_w_up, d_w_down, None
+
+
+megablox_swiglu.defvjp(_forward, _backward)
