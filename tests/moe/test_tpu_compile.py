@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.model import ModelConfig
@@ -21,6 +21,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.model.counts import layer_flops_per_token
 from aoe_jax.moe.collectives import gather_in_stages, sum_gradients
 from aoe_jax.moe.grouped_matmul import grouped_matmul
+from aoe_jax.moe.swiglu import swiglu
 from aoe_jax.planning import costs, hlo
 from aoe_jax.planning.hardware import compiling_for, topology_devices
 from aoe_jax.sharding import fill_mesh, make_mesh
@@ -61,6 +62,33 @@ def test_every_shape_compiles(shape, generation, dtype, m):
     )
     assert kernels_and_dense_products(lowered) == (3, 0)
     assert lowered.compile().cost_analysis()["flops"] <= 1.10 * 6 * m * shape[0] * shape[1]
+
+
+WIDTHS = [(768, 3072), (1280, 6470), (2048, 768), (4096, 14336)]  # d, f; the last is Mixtral's
+
+
+@pytest.mark.parametrize(("widths", "generation"), list(zip(WIDTHS, TPUS, strict=False)))
+def test_swiglu_compiles(widths, generation):
+    """The kernels of `megablox_swiglu` fit in the VMEM; they and four others are all kernels."""
+    (d, f), m, n_experts = widths, 32768, 8
+    own = SingleDeviceSharding(devices_of(generation)[0])
+
+    def shape(*dims, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=own)
+
+    def value_and_gradients(rows, gate, weight, groups, w, g):
+        def value(rows, gate, weight, w):
+            return swiglu(rows, gate, weight, groups, w, "megablox")
+
+        y, pull_back = jax.vjp(value, rows, gate, weight, w)
+        return y, pull_back(g)
+
+    groups, w = shape(n_experts, dtype="int32"), {"w_up": shape(n_experts, d, f)}
+    w["w_down"] = shape(n_experts, f, d)
+    arguments = shape(m, d), shape(m, f), shape(m, dtype="float32"), groups, w, shape(m, d)
+    lowered = jax.jit(value_and_gradients).lower(*arguments)
+    assert kernels_and_dense_products(lowered) == (6, 0)
+    lowered.compile()
 
 
 EIGHT, SIXTY_FOUR = (8, 2, 3072, 256), (64, 8, 768, 512)  # n_experts, top_k, d_ffn, d_low

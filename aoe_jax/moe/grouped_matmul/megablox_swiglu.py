@@ -138,6 +138,13 @@ def _product(name, finish, rows, weights, beside, row_weight, groups, n_out, is_
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary", "arbitrary")
             ),
+            cost_estimate=pl.CostEstimate(
+                flops=2 * m * k * n,
+                transcendentals=m * n,
+                bytes_accessed=rows.nbytes
+                + weights.nbytes
+                + (len(beside) + n_out) * shape.size * rows.dtype.itemsize,
+            ),
             interpret=interpret,
         )(metadata, rows, weights, row_weight, *beside)
 
