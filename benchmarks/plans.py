@@ -38,7 +38,7 @@ COLUMNS = (
     "machine, mesh",
     "memory per device (temporary)",
     "HBM traffic",
-    "likely step (network)",
+    "likely step (at the peaks, by cycles; network)",
     "likely MFU",
     "step at least",
     "MFU at most",
@@ -74,13 +74,15 @@ def cells(figure, twin=None):
     memory, traffic, step = compared = _compared(figure)
     mesh = (f"{name} {n}" for name, n in figure["mesh"].items() if name != "transport" and n > 1)
     network = figure["seconds_by_scope"].get("network", 0)
+    times = [step, figure["seconds_at_peaks"], figure["seconds_by_cycles"], network]
+    likely, peaks, cycles, network = (f"{1e3 * seconds:.0f}" for seconds in times)
     ratios = twin and (f"{a / b:.2f}" for a, b in zip(compared, _compared(twin), strict=True))
     return (
         f"`{figure['configuration']}`",
         f"{figure['topology']}, {', '.join(mesh)}",
         f"{memory / 1e9:.1f} GB ({figure['memory_bytes']['temp'] / 1e9:.1f})",
         f"{traffic / 1e9:.0f} GB",
-        f"{1e3 * step:.0f} ms ({1e3 * network:.0f})",
+        f"{likely} ms ({peaks}, {cycles}; {network})",
         f"{figure['likely_mfu']:.2f}",
         f"{1e3 * figure['step_seconds']:.0f} ms, {figure['bound_by']}",
         f"{figure['mfu_bound']:.2f}",

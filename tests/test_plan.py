@@ -13,7 +13,7 @@ import pytest
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.model.counts import training_flops_per_token
-from aoe_jax.planning import costs, hlo, step_plan
+from aoe_jax.planning import costs, hlo, layouts, step_plan
 from aoe_jax.planning.communication import collectives, each_collective
 from aoe_jax.planning.hardware import CHIPS, topology_devices
 from aoe_jax.planning.step_plan import abstract_batch, plan, table
@@ -283,6 +283,31 @@ def test_the_arithmetic_of_a_plan(monkeypatch):
     assert report["mfu_bound"] == useful / chip.flops / report["step_seconds"] <= 1
     assert report["likely_step_seconds"] is None
     assert "not counted" in table(report) and "all_gather" in table(report)
+
+
+def test_layouts_are_those_that_the_configuration_allows():
+    """16 experts, 8 heads, d_low 48, which 32 devices cannot split; `data` spans two slices."""
+    one = [c.mesh.shape for c in layouts.layouts(configuration(), 32)]
+    assert one == [
+        *((2, 16, 1, 1), (1, 16, 2, 1), (1, 8, 4, 1), (1, 4, 8, 1), (1, 2, 16, 1)),
+        *((1, 16, 1, 2), (1, 8, 1, 4)),
+    ]
+    two = [c.mesh.shape for c in layouts.layouts(configuration(), 32, n_parts=2)]
+    assert two[0] == (2, 16, 1, 1) and all(data % 2 == 0 for data, *_ in two)
+
+
+@pytest.mark.slow
+def test_layouts_are_planned_and_the_fastest_is_first(tmp_path, capsys):
+    config = configuration(mesh=(-1, 4, 1, 1))
+    file = tmp_path / "config.json"
+    write_json(file, config.to_dict())
+    status, report = planned(tmp_path, f"--config={file}", "--layouts")
+    times = [found["likely_step_seconds"] for found in report["layouts"]]
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0 and len(lines) == len(times) > 3 and times == sorted(times)
+    for line, found in zip(lines, report["layouts"], strict=True):
+        assert f"fsdp {found['mesh']['fsdp']:3}, expert {found['mesh']['expert']:2}" in line
+        assert f"likely {found['likely_step_seconds']:.3f} s" in line
 
 
 @pytest.mark.slow
