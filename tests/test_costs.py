@@ -326,6 +326,14 @@ def test_kernels_count_by_the_blocks_of_their_operands():
     assert flops == 2 * 8192 * 1024 * 512 and occupied == flops * 19 / 16
     assert traffic == rows.bytes + weights.bytes + out.bytes
 
+    # Two tiles of 1,536 columns: rows and their weights are read twice, and no other array.
+    rows, weights, out = product(768, 3072, 4)
+    row_weight = hlo.Array("f32", (8192, 1), "")
+    given = [scalar, offsets, listed, listed, rows, weights, row_weight, out]
+    flops, traffic, _ = kernel_costs.swiglu_cost("swiglu", given, [out])
+    assert flops == 2 * 8192 * 768 * 3072
+    assert traffic == 2 * (rows.bytes + row_weight.bytes) + weights.bytes + 2 * out.bytes
+
     # With wide experts, rows are read once for each pass over 16 of the 112 weight blocks of 1 MiB.
     rows, weights, out = product(4096, 14336, 8)
     flops, traffic, _ = kernel_costs.mosaic_gpu_cost("mosaic_gpu_v2", [rows, weights], [out])

@@ -190,7 +190,8 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
                 scores = transport.complete(scores).reshape(-1, routing.slots_per_token)
                 slot_weight = jax.nn.softmax(scores).reshape(-1)
             row_weight = transport.row_values(slot_weight, first)
-            y = swiglu(rows, gate, row_weight, groups, w, backend)
+            keeps_up = devices.remat in ("none", "experts")
+            y = swiglu(rows, gate, row_weight, groups, w, backend, keeps_up)
         with jax.named_scope("combine"):
             y = transport.combine(y, first, x.shape[0])
         further = partial(outputs_of_round, transport, backend)
@@ -220,7 +221,7 @@ def outputs_of_round(transport, backend, schedule, number, args):
     rows, groups = transport.dispatch(x, round)
     gate, _ = gate_pre_activations(rows, groups, w, backend=backend)
     row_weight = transport.row_values(slot_weight, round)
-    y = swiglu(rows, gate, row_weight, groups, w, backend)
+    y = swiglu(rows, gate, row_weight, groups, w, backend, keeps_up=False)
     return transport.combine(y, round, x.shape[0])
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from aoe_jax.moe.grouped_matmul import backend_of, grouped_matmul
+from aoe_jax.moe.grouped_matmul import grouped_matmul, is_megablox
 from aoe_jax.sharding import target_device
 
 # `model.remat="experts"` keeps arrays of this name for the backward pass: `x W_up`, and `x W_gate`
@@ -46,17 +46,19 @@ first_neurons.defvjp(
 )
 
 
-def swiglu(rows, gate, row_weight, groups, w, backend="auto"):
+def swiglu(rows, gate, row_weight, groups, w, backend="auto", keeps_up=True):
     """`(weight SiLU(gate) * (x W_up)) W_down` of each row: `[R, d]`; zero for rows of no expert.
 
     `row_weight [R]`, float32, is the weight of a row's expert in the output of its token. It is
     applied before `W_down`, so that its gradient needs no output of an expert. `rows [R, d]` and
     `gate [R, f]` are in expert order; `groups` and `backend` are arguments of `grouped_matmul`.
+    `keeps_up` says whether Megablox keeps `x W_up` for the backward pass or computes it again.
     """
-    if backend_of(rows, w["w_up"], groups, backend) == "megablox":
+    if is_megablox(rows, w["w_up"], groups, backend):
         from aoe_jax.moe.grouped_matmul.megablox_swiglu import megablox_swiglu  # imports Pallas
 
-        return megablox_swiglu(rows, gate, row_weight, w["w_up"], w["w_down"], groups, KEPT_EXPERTS)
+        kept = KEPT_EXPERTS if keeps_up else None
+        return megablox_swiglu(rows, gate, row_weight, w["w_up"], w["w_down"], groups, kept)
     product = partial(grouped_matmul, backend=backend)
     up = checkpoint_name(product(rows, w["w_up"], groups), KEPT_EXPERTS)
     return product(weighted_product(gate, up, row_weight), w["w_down"], groups)

@@ -7,8 +7,8 @@ cycles, collectives and likely time. The cost of a loop's body is multiplied by 
   only the selected elements, and an in-place update writes only the changed elements.
 - FLOPs are those of matrix products and convolutions, two for each multiply-add, and those of
   kernels. Cycles are the estimate of the TPU compiler, which is close for fusions, but for other
-  operations, such as sums and broadcasts, up to 24 times what their memory traffic takes. Launching
-  a kernel is assumed to be free.
+  operations, such as sums, copies and broadcasts, up to 24 times what their memory traffic takes.
+  Launching a kernel is assumed to be free.
 - A loop of unknown length is assumed to run zero times. Our programs have such loops only for the
   extra rounds of expert parallelism (`moe/transports.py`), and balanced loads need no
   extra rounds. The cost of a conditional is the cost of its branch with the most FLOPs or, if
@@ -26,6 +26,7 @@ from aoe_jax.planning.hlo import parse
 from aoe_jax.planning.kernel_costs import KERNEL_COSTS
 
 ESTIMATES = ("peaks", "likely", "cycles")
+_BY_CYCLES = {"fusion", "convolution", "dot", "gather", "scatter", "sort"}
 # Named scopes of the train step.
 SCOPES = {"embed", "attention", "score", "route", "balance", "schedule", "dispatch", "experts"}
 SCOPES |= {"combine", "loss", "update"}
@@ -299,9 +300,9 @@ def seconds(operation, chip, shape=(), estimate="likely"):
     A collective takes the time of a ring algorithm over the links of its group, minus the time of
     the operations that overlap with it; if these are unknown, it is assumed to take no time. Other
     operations take the larger of the times for FLOPs and for memory traffic. "peaks": at the peaks
-    of `chip`. "cycles": by the compiler's cycles if it has any, else at the peaks. "likely": a
-    fusion by its cycles; other operations by memory traffic at the peak, and by FLOPs at
-    `chip.kernel_share` of the peak. `shape` is the result of `hardware.slice_shape`.
+    of `chip`. "cycles": by the compiler's cycles if it has any, else at the peaks. "likely": by
+    cycles only if `_BY_CYCLES` has the operation, else by memory traffic at the peak and by FLOPs
+    at `chip.kernel_share` of the peak. `shape` is the result of `hardware.slice_shape`.
     """
     if operation.collective:
         if operation.collective == "collective-permute":  # to a neighbour, over one link
@@ -317,10 +318,8 @@ def seconds(operation, chip, shape=(), estimate="likely"):
         work = [o for o in operation.beside if not o.collective]
         hidden = sum(o.times * seconds(o, chip, shape, estimate) for o in work) / operation.times
         return max(0.0, network - hidden)
-    has_cycles = operation.cycles is not None and chip.clock
-    if has_cycles and (
-        estimate == "cycles" or (estimate == "likely" and operation.opcode == "fusion")
-    ):
+    is_by_cycles = {"peaks": False, "likely": operation.opcode in _BY_CYCLES, "cycles": True}
+    if is_by_cycles[estimate] and operation.cycles is not None and chip.clock:
         return operation.cycles / chip.clock
     flops = chip.flops * (chip.kernel_share if estimate == "likely" else 1)
     return max(operation.occupied_flops / flops, operation.hbm_bytes / chip.hbm_bandwidth)

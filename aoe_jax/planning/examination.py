@@ -185,4 +185,6 @@ def fallback(kernel, config: Config):
         return "--config.experts.grouped_matmul=blocked"
     if config.mesh.transport == "all_to_all":
         return "--config.mesh.transport=ring"
-    return "--config.mesh.expert=1" if config.mesh.expert > 1 else "none"
+    if config.mesh.expert > 1:
+        return "--config.mesh.expert=1"
+    return "--config.experts.grouped_matmul=blocked"  # SwiGLU on TPU has kernels of its own

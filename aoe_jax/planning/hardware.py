@@ -41,7 +41,7 @@ class Chip:
     n_links: int = 1  # links of a chip; two in each dimension of a TPU slice
     ring: int = 1  # a dimension is a ring if its number of chips is a multiple of this
     devices: float = 1  # JAX devices per chip
-    # The share of `flops` that kernels are assumed to reach; no kernel of ours was measured yet.
+    # Share of `flops` that kernels, and products without cycles, likely reach; not measured yet.
     kernel_share: float = 0.8
 
     def part(self, share):

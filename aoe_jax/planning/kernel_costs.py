@@ -89,14 +89,14 @@ def swiglu_cost(name, operands, results):
         return None
     _, offsets, listed, _, rows, weights, *others = operands
     (m, k), n = rows.dims, results[0].dims[1]
-    n_blocks = sum(a.dims == (m, n) for a in (*others, *results))
     n_groups, n_visits = offsets.dims[0] - 1, listed.dims[0]
     itemsize = 2 if rows.dtype == "bf16" else 4
-    _, tk, tn = megablox_swiglu.tiles(m, k, n, n_groups, itemsize, n_blocks)
-    reads = math.ceil(n / tn) * rows.hbm_bytes
+    _, tk, tn = megablox_swiglu.tiles(m, k, n, n_groups, itemsize, len(results) + 1)
+    row_weight, *tiled = others
+    reads = math.ceil(n / tn) * (rows.hbm_bytes + row_weight.hbm_bytes)
     reads += weights.hbm_bytes * (n_visits / n_groups if tk < k else 1)
     flops = 2 * m * k * n
-    traffic = reads + sum(a.hbm_bytes for a in (*others, *results))
+    traffic = reads + sum(a.hbm_bytes for a in (*tiled, *results))
     return flops, traffic, flops * n_visits / (n_visits - n_groups + 1)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 from dataclasses import replace
 
 from aoe_jax.errors import UserError
@@ -50,8 +51,7 @@ def plan_layouts(config, generation, devices):
     for number, candidate in enumerate(candidates, 1):
         log.info(f"layout {number} of {len(candidates)}: {_axes(candidate.mesh.shape)}")
         reports.append(plan(candidate, generation, devices))
-    slowest = float("inf")
-    return sorted(reports, key=lambda r: r["likely_step_seconds"] if r["fits"] else slowest)
+    return sorted(reports, key=lambda r: (r["likely_step_seconds"] or math.inf, not r["fits"]))
 
 
 def table(reports):
@@ -63,8 +63,8 @@ def _line(report):
     mesh = report["mesh"]
     axes = _axes([mesh[name] for name in ("data", "fsdp", "expert", "tensor")])
     memory = f"{report['memory_bytes']['total'] / 1e9:6.2f} GB"
-    if not report["fits"]:
-        return f"{axes}: {memory}, does not fit"
+    if report["likely_step_seconds"] is None:
+        return f"{axes}: {memory}, {'time unknown' if report['fits'] else 'does not fit'}"
     parts = [f"{name} {1e3 * s:.0f}" for name, s in [*report["seconds_by_scope"].items()][:5]]
     times = f"{report['seconds_at_peaks']:.3f} to {report['seconds_by_cycles']:.3f}"
     likely = f"likely {report['likely_step_seconds']:.3f} s (at the peaks, by cycles: {times})"

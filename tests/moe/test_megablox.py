@@ -8,8 +8,10 @@ import pytest
 
 from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul import grouped_matmul
+from aoe_jax.moe.grouped_matmul.groups import WholeGroups
 from aoe_jax.moe.grouped_matmul.megablox import MAX_ROWS, MAX_WIDTH, row_tile, tiles, width_tile
-from aoe_jax.moe.swiglu import swiglu
+from aoe_jax.moe.grouped_matmul.megablox_swiglu import tiles as swiglu_tiles
+from aoe_jax.moe.swiglu import KEPT_EXPERTS, swiglu
 from tests.arrays import assert_close
 
 
@@ -85,24 +87,59 @@ def test_unsupported_dtype_is_named():
         grouped_matmul(ones[0], ones, jnp.zeros(2, jnp.int32), backend="megablox")
 
 
-@pytest.mark.parametrize(
-    ("m", "d", "f", "sizes"),
-    [(70, 520, 530, [13, 0, 40]), (600, 64, 1408, [200, 300, 100]), (40, 1408, 96, [0, 40, 0])],
-    ids=["remainders and rows of no expert", "tiles with rows of two experts", "one expert"],
-)
-def test_swiglu_in_two_kernels(m, d, f, sizes):
-    """Values and gradients are those of plain products; no kernel writes rows of no expert."""
-    keys = jax.random.split(jax.random.key(0), 6)
-    shapes = (m, d), (m, f), (3, d, f), (3, f, d), (m, d)
-    rows, gate, w_up, w_down, g = map(jax.random.normal, keys[:5], shapes)
-    weight, groups = jax.random.uniform(keys[5], (m,)), jnp.array(sizes, jnp.int32)
+# m, d, f, group sizes, dtype, whether d and f have several tiles
+CASES = {
+    "remainders of d, rows of no expert": (70, 520, 530, [13, 0, 40], "float32", True, False),
+    "two tiles of f with a remainder": (300, 64, 2200, [100, 150, 50], "float32", False, True),
+    "one expert": (40, 1408, 96, [0, 40, 0], "float32", True, False),
+    "bfloat16": (600, 1100, 3200, [200, 0, 350], "bfloat16", True, True),
+}
 
-    def value_and_gradients(backend):
+
+@pytest.mark.parametrize("keeps_up", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_swiglu_in_two_kernels(case, keeps_up):
+    """Values and gradients are those of plain products, whatever is in rows of no expert."""
+    m, d, f, sizes, dtype, *several = CASES[case]
+    keys, n_rows = jax.random.split(jax.random.key(0), 6), sum(sizes)
+    shapes = (m, d), (m, f), (3, d, f), (3, f, d), (m, d)
+    arrays = [
+        jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=False)
+    ]
+    weight, groups = jax.random.uniform(keys[5], (m,)), jnp.array(sizes, jnp.int32)
+    if n_rows == m:
+        groups = WholeGroups(groups)
+    *_, tk, tn = swiglu_tiles(m, d, f, 3, arrays[0].dtype.itemsize, 5)
+    assert several == [tk < d, tn < f]
+
+    def value_and_gradients(backend, elsewhere):
+        rows, gate, w_up, w_down, g = arrays
+        rows, gate, g = (a.at[n_rows:].set(elsewhere) for a in (rows, gate, g))
+
         def run(rows, gate, weight, w_up, w_down):
             w = {"w_up": w_up / d**0.5, "w_down": w_down / f**0.5}
-            return swiglu(rows, gate, weight, groups, w, backend)
+            w = {name: a.astype(dtype) for name, a in w.items()}
+            return swiglu(rows, gate, weight, groups, w, backend, keeps_up)
 
         value, pull_back = jax.vjp(run, rows, gate, weight, w_up, w_down)
         return value, *pull_back(g)
 
-    assert_close(value_and_gradients("megablox"), value_and_gradients("ragged"), 1e-4)
+    tolerance = 1e-4 if dtype == "float32" else 0.02
+    found = value_and_gradients("megablox", jnp.nan)
+    assert_close(found, value_and_gradients("ragged", 0), tolerance)
+
+
+@pytest.mark.parametrize("keeps_up", [True, False])
+def test_what_swiglu_keeps_when_experts_are_recomputed(keeps_up):
+    """There are five kernels: `x W_up` once, the derivative, and gradients of rows and weights."""
+    shape = jax.ShapeDtypeStruct
+    w = {"w_up": shape((2, 128, 256), "float32"), "w_down": shape((2, 256, 128), "float32")}
+    arguments = shape((64, 128), "float32"), shape((64, 256), "float32"), shape((64,), "float32")
+
+    def loss(rows, gate, weight, w):
+        return swiglu(rows, gate, weight, jnp.array([32, 32]), w, "megablox", keeps_up).sum()
+
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT_EXPERTS)
+    program = jax.grad(jax.checkpoint(loss, policy=policy), (0, 1, 2, 3))
+    lowered = jax.jit(program).trace(*arguments, w).lower(lowering_platforms=("tpu",)).as_text()
+    assert lowered.count("@tpu_custom_call") == 5  # the output of the experts is not needed

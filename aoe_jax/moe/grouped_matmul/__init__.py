@@ -78,7 +78,8 @@ def grouped_matmul(
         )
     if not rows.size or not weights.size:
         return jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
-    backend = backend_of(rows, weights, groups, backend)
+    if backend == "auto":
+        backend = backend_for(target_device(), rows.dtype, rows.shape[0], weights.shape)
     if backend not in BACKENDS:
         raise UserError(
             f"grouped_matmul backend={backend!r} is unknown; use auto, {' or '.join(BACKENDS)}"
@@ -86,13 +87,13 @@ def grouped_matmul(
     return BACKENDS[backend](rows, weights, groups)
 
 
-def backend_of(rows, weights, groups, backend="auto"):
-    """The backend of `grouped_matmul` with these arguments; None if it needs none."""
-    if isinstance(groups, RowLayout) or not rows.size or not weights.size:
-        return None
+def is_megablox(rows, weights, groups, backend):
+    """Whether `grouped_matmul` uses Megablox for these arguments."""
+    if isinstance(groups, RowLayout) or not rows.size or rows.dtype not in ("bfloat16", "float32"):
+        return False
     if backend == "auto":
-        return backend_for(target_device(), rows.dtype, rows.shape[0], weights.shape)
-    return backend
+        backend = backend_for(target_device(), rows.dtype, rows.shape[0], weights.shape)
+    return backend == "megablox"
 
 
 def backend_for(device, dtype, m, shape):

@@ -82,16 +82,8 @@ def tiles(m, d, f, n_experts, itemsize):
 
 
 def _depth_and_width(m, k, n, n_experts, itemsize):
-    """The `(tk, tn)` with the least memory traffic for rows `[m, k]` times weights `[E, k, n]`.
-
-    If tk is k, weights are loaded once, otherwise once for each tile of rows. Rows are loaded once
-    for each tile of n.
-    """
+    """The `(tk, tn)` with the least memory traffic for rows `[m, k]` times weights `[E, k, n]`."""
     tm, limit = row_tile(m, n_experts), MAX_WIDTH[itemsize]
-
-    def reads(tk, tn):
-        return math.ceil(n / tn) * m * k + k * n * (n_experts if tk == k else m / tm)
-
     tiles = [(width_tile(k, limit), width_tile(n, limit))]
     # tk is k only if k is a multiple of 128 or at most `limit`, else masked copies need memory.
     counts = range(1, math.ceil(n / LANES) + 1) if k <= limit or k % LANES == 0 else ()
@@ -101,7 +93,14 @@ def _depth_and_width(m, k, n, n_experts, itemsize):
         if 2 * itemsize * (tm * k + k * tn + tm * tn) + 4 * tm * tn <= VMEM_BYTES:
             tiles.append((k, tn))
             break
-    return min(tiles, key=lambda tile: reads(*tile))
+    return min(tiles, key=lambda tile: reads(m, k, n, n_experts, tm, *tile))
+
+
+def reads(m, k, n, n_experts, tm, tk, tn):
+    """The number of elements that a product loads: rows once for each tile of n; weights once if tk
+    is k, otherwise once for each tile of rows.
+    """
+    return math.ceil(n / tn) * m * k + k * n * (n_experts if tk == k else m / tm)
 
 
 def round_up(value, multiple):
@@ -136,16 +135,12 @@ def _megablox(rows, weights, groups):
     return zero_past_groups(out[: rows.shape[0]], groups)
 
 
-def _backward(residuals, g):
-    rows, weights, groups = residuals
+def gradients(rows, weights, groups, g):
+    """The gradients of `rows` and `weights`, for the gradient `g [M, F]` of their product."""
     tiling, sizes, m = _tiles(rows, weights), group_sizes_of(groups), rows.shape[0]
     of_g = padded(g, tiling["forward"][0])
     d_rows = run_kernel("gmm", of_g, weights, sizes, tiling=tiling["d_rows"], transpose_rhs=True)
-    return (
-        zero_past_groups(d_rows[:m], groups),
-        weight_gradients(rows, g, groups, len(weights)),
-        None,
-    )
+    return zero_past_groups(d_rows[:m], groups), weight_gradients(rows, g, groups, len(weights))
 
 
 def weight_gradients(rows, g, groups, n_experts):
@@ -155,4 +150,6 @@ def weight_gradients(rows, g, groups, n_experts):
     return run_kernel("tgmm", rows.T, g, group_sizes_of(groups), tiling=tiling["d_weights"])
 
 
-_megablox.defvjp(lambda *args: (_megablox(*args), args), _backward)
+_megablox.defvjp(
+    lambda *args: (_megablox(*args), args), lambda args, g: (*gradients(*args, g), None)
+)

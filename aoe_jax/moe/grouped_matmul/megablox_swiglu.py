@@ -1,8 +1,8 @@
-"""SwiGLU experts for TPU: grouped products that compute SwiGLU, or its derivative, of each tile
-before they write it, so that HBM never holds the factors or gradients in between.
+"""SwiGLU experts for TPU: two grouped products that compute SwiGLU, or its derivative, of each tile
+before they write it, so that no pass over HBM is needed between the products.
 
-    forward    up = rows W_up            reads gate, writes hidden = weight SiLU(gate) * up
-                                         (and `up`, if a derivative needs it)
+    forward    up = rows W_up            reads gate, writes hidden = weight SiLU(gate) * up; and up
+                                         only if it is kept for the backward pass
     backward   d_hidden = g W_down^T     reads gate and up, writes d_gate, d_up, hidden and sums for
                                          d_weight, but not d_hidden
 
@@ -30,16 +30,20 @@ _TEMPORARIES = 4  # float32 tiles that SwiGLU's derivative is assumed to need
 
 
 def tiles(m, k, n, n_experts, itemsize, n_blocks):
-    """`(tm, tk, tn)` of a kernel that loads and stores `n_blocks` blocks `[tm, tn]`."""
+    """`(tm, tk, tn)` with the fewest reads; the kernel has `n_blocks` blocks `[tm, tn]`."""
     tm, limit = min(megablox.row_tile(m, n_experts), _MAX_ROWS), MAX_WIDTH[itemsize]
-    depths = [k] if k <= limit or k % LANES == 0 else []
-    for tk in (*depths, megablox.width_tile(k, limit)):
+    depths, found = {megablox.width_tile(k, limit)} | ({k} if k % LANES == 0 else set()), []
+    for tk in sorted(depths):
         for count in range(1, math.ceil(n / LANES) + 1):
             tn = n if count == 1 else megablox.round_up(math.ceil(n / count), LANES)
-            blocks = tm * tk + tk * tn + n_blocks * tm * tn
-            if 2 * itemsize * blocks + 4 * (1 + _TEMPORARIES) * tm * tn <= VMEM_BYTES:
-                return tm, tk, tn
-    return tm, tk, LANES
+            factors = tm * tk + tk * tn
+            bytes_used = 2 * itemsize * (factors + n_blocks * tm * tn)  # double-buffered
+            bytes_used += 4 * (1 + _TEMPORARIES) * tm * tn
+            bytes_used += 4 * factors if k % tk else 0  # masked copies
+            if bytes_used <= VMEM_BYTES:
+                found.append((tm, tk, tn))
+                break
+    return min(found, key=lambda tile: megablox.reads(m, k, n, n_experts, *tile))
 
 
 def _hidden(up, gate, weight):
@@ -166,7 +170,7 @@ def megablox_swiglu(rows, gate, row_weight, w_up, w_down, groups, kept):
 
     `rows [M, d]`, `gate [M, f]`, `w_up [E, d, f]` and `w_down [E, f, d]` have one dtype, bfloat16
     or float32; `row_weight [M]` is float32. `kept` is the name of `rows W_up` for the policies of
-    `jax.checkpoint`.
+    `jax.checkpoint`; None: the backward pass computes `rows W_up` again.
     """
     arguments = "swiglu", _hidden, rows, w_up, [gate], row_weight, groups
     (hidden,) = _product(*arguments, n_out=1)
@@ -175,20 +179,22 @@ def megablox_swiglu(rows, gate, row_weight, w_up, w_down, groups, kept):
 
 def _forward(rows, gate, row_weight, w_up, w_down, groups, kept):
     arguments = "swiglu", _hidden, rows, w_up, [gate], row_weight, groups
-    hidden, up = _product(*arguments, n_out=2)
+    hidden, *up = _product(*arguments, n_out=2 if kept else 1)
     y = megablox.megablox_matmul(hidden, w_down, groups)
-    return y, (rows, gate, row_weight, checkpoint_name(up, kept), w_up, w_down, groups)
+    up = checkpoint_name(up[0], kept) if kept else None
+    return y, (rows, gate, row_weight, up, w_up, w_down, groups)
 
 
 def _backward(kept, residuals, g):
     rows, gate, row_weight, up, w_up, w_down, groups = residuals
+    if up is None:
+        up = megablox.megablox_matmul(rows, w_up, groups)
     arguments = "swiglu_backward", _derivative, g, w_down, [gate, up], row_weight, groups
     d_gate, d_up, hidden, d_weight = _product(*arguments, n_out=3, is_backward=True)
-    _, pull_back = jax.vjp(lambda rows, w: megablox.megablox_matmul(rows, w, groups), rows, w_up)
-    d_rows, d_w_up = pull_back(d_up)
+    d_rows, d_w_up = megablox.gradients(rows, w_up, groups, d_up)
     d_w_down = megablox.weight_gradients(hidden, g, groups, w_down.shape[0])
     d_gate, d_weight = (zero_past_groups(a, groups) for a in (d_gate, d_weight[:, None]))
-    return d_rows, d_gate, d_weight[:, 0], d_w_up, d_w_down, None
+    return d_rows, d_gate, d_weight[:, 0].astype(row_weight.dtype), d_w_up, d_w_down, None
 
 
 megablox_swiglu.defvjp(_forward, _backward)
