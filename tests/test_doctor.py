@@ -224,9 +224,9 @@ def test_right_kernels_pass_in_bfloat16(kind, layer):
     assert list(found) == ["attention blocks", "grouped products blocked", layer]
 
 
-def test_the_fallback_of_a_layer_is_a_setting_of_the_mesh():
+def test_the_fallback_of_a_layer():
     for mesh, wanted in (
-        ({}, "none"),
+        ({}, "--config.experts.grouped_matmul=blocked"),
         ({"mesh__expert": 2}, "--config.mesh.expert=1"),
         ({"mesh__expert": 2, "mesh__transport": "all_to_all"}, "--config.mesh.transport=ring"),
     ):

@@ -25,6 +25,7 @@ from aoe_jax.methods.thor import Thor
 from aoe_jax.methods.top_p import TopP
 from aoe_jax.methods.uoe import UoE
 from aoe_jax.moe import collectives as parallel
+from aoe_jax.moe import grouped_matmul
 from aoe_jax.moe import layer as moe_layer
 from aoe_jax.moe.grouped_matmul import BACKENDS
 from aoe_jax.moe.layer import ExpertsLayer, make_transport
@@ -223,6 +224,19 @@ def test_all_tokens_choose_the_experts_of_one_device(monkeypatch, kind, shape, t
     buffer = make_transport(devices, routing_of_slots(1), experts, TopK(), B * S // 8)
     assert rows > 1.9 * (buffer.size if transport == "ring" else 8 * buffer.pair_size)
     assert_close(on_mesh(shape, layer, params, x, weights, bias), want, 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("transport", ["ring", "all_to_all"])
+def test_kernels_of_swiglu_in_further_rounds(monkeypatch, transport, recompute):
+    """Megablox in the interpreter, with and without `x W_up` for the backward pass."""
+    settings = KINDS["whole"] | {"top_k": 1}
+    layer, params, x, weights = make(settings, transport, recompute, jnp.float32)
+    bias = {"selection_bias": jnp.zeros(8).at[0].set(100.0)}
+    want = evaluate(layer, params, x, weights, bias)
+    monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "megablox")
+    assert_close(on_mesh((1, 1, 8, 1), layer, params, x, weights, bias), want, 1e-4)
 
 
 def test_crowded_experts_need_further_rounds(x64, ragged, first_round_only):
