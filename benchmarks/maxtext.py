@@ -2,6 +2,7 @@
 or compares the likely step time of a MaxText run with its published step time.
 
     python -m benchmarks.maxtext --python=VENV/bin/python --topology=v5e:4x4 [--json=FILE]
+    python -m benchmarks.maxtext --python=VENV/bin/python --topology=v5e:4x4 --search
     python -m benchmarks.maxtext --python=VENV/bin/python --recipe=mixtral_8x7b_v5p [--json=FILE]
 
 Compiling a program takes minutes. The first form needs `libtpu` (`make .venv/libtpu`,
@@ -15,8 +16,9 @@ project, so it has its own virtual environment VENV:
         sympy tensorboardX tiktoken tokamax tqdm transformers
 
 The first form compares models of equal size: `configs/paper.py:moe_aux` and `aoe_r256_aux` with
-`SETTINGS`, and MaxText with `MODEL` and `BEST`. The second form compiles a MaxText run whose step
-time is published. `planning/costs.py` computes the HBM traffic and the time of all programs.
+`SETTINGS`, and MaxText with `MODEL` and `BEST`. `--search` compiles MaxText alone, with `BEST` and
+with one of `CHANGES` after the other. The last form compiles a MaxText run whose step time is
+published. `planning/costs.py` computes the HBM traffic and the time of all programs.
 """
 
 import importlib.metadata
@@ -88,6 +90,20 @@ BEST = {
     "sa_v_layout": "SEQ_MINOR",
 }
 BEST_XLA_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
+# Changes to `BEST` that `--search` tries.
+_HEAD_MINOR = {f"sa_{name}_layout": "HEAD_DIM_MINOR" for name in "qkv"}
+CHANGES = (
+    {"moe_use_direct_token_gather": False},
+    {"num_vocab_tiling": 1},
+    {"remat_policy": "full"},
+    {"remat_policy": "minimal"},
+    _HEAD_MINOR,
+    {f"sa_block_{name}": 2048 for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "q_dq")},
+    {"use_iota_embed": True},
+    {"scan_layers": False},
+    {"megablox": False},  # `jax.lax.ragged_dot`
+    {"sparse_matmul": False, "megablox": False, "capacity_factor": 1.25},
+)
 
 
 @dataclass(frozen=True)
@@ -318,16 +334,37 @@ def in_words(versions):
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
+def _compile_for(python, topology, n_devices, changes=()):
+    target = {
+        "internal_compile": True,
+        "compile_topology": topology,
+        "internal_compile_num_devices": n_devices,
+    }
+    return compile_maxtext(python, MODEL | BEST | dict(changes) | target, BEST_XLA_FLAGS)
+
+
+def search(python, topology):
+    """Compiles MaxText with each of `CHANGES`; prints and returns the figures, `BEST` first."""
+    generation, devices = topology_devices(topology)
+    chip, figures = chip_part(generation, devices), []
+    for changes in ({}, *CHANGES):
+        name = ", ".join(f"{field}={value}" for field, value in changes.items()) or "BEST"
+        try:
+            compiled, text = _compile_for(python, topology, len(devices), changes)
+        except UserError as e:
+            print(f"{name}: {e}", flush=True)
+            continue
+        found = row(name, compiled["temp_bytes"], _read(text, chip, slice_shape(devices)))
+        figures.append(found)
+        print(table([figures[0], found]).splitlines()[-1], flush=True)
+    return {"topology": topology, "figures": figures}
+
+
 def compare(python, topology):
     """Compiles MaxText's and our step for a topology, prints the table, and returns its figures."""
     generation, devices = topology_devices(topology)
     chip = chip_part(generation, devices)
-    target = {
-        "internal_compile": True,
-        "compile_topology": topology,
-        "internal_compile_num_devices": len(devices),
-    }
-    compiled, text = compile_maxtext(python, MODEL | BEST | target, BEST_XLA_FLAGS)
+    compiled, text = _compile_for(python, topology, len(devices))
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     print(f"{topology}, {SEQUENCES} x {SETTINGS['data.seq_len']:,} tokens per device")
     print(f"{in_words(compiled['versions'])}; ours: {in_words(versions)}", flush=True)
@@ -370,16 +407,19 @@ def main():
     if given.recipe:
         other = "is given by --recipe; leave it out"
         require_flag(not given.topology, "topology", given.topology, other)
+        require_flag(not given.search, "search", True, "is for a --topology; leave it out")
         known = f"is unknown; choose one of {', '.join(RECIPES)}"
         require_flag(given.recipe in RECIPES, "recipe", given.recipe, known)
         report = calibrate(python, given.recipe)
     else:
-        report = compare(python, cli.required(given["topology"]))
+        run = search if given.search else compare
+        report = run(python, cli.required(given["topology"]))
     save(report)
 
 
 if __name__ == "__main__":  # defined here, because tests import this file
     flags.DEFINE_string("python", None, "the Python of an environment with MaxText")
     flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:4x4")
+    flags.DEFINE_bool("search", False, "compile MaxText with one change of `BEST` after the other")
     flags.DEFINE_string("recipe", None, f"one of {', '.join(RECIPES)}")
     run_benchmark(main)
