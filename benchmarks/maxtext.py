@@ -83,24 +83,25 @@ MODEL = {
 BEST = {
     "attention": "flash",
     "moe_use_direct_token_gather": True,
-    "num_vocab_tiling": 16,
+    "num_vocab_tiling": 1,
     "remat_policy": "minimal_with_context",
     "sa_q_layout": "SEQ_MINOR",
     "sa_k_layout": "SEQ_MINOR",
     "sa_v_layout": "SEQ_MINOR",
+    "scan_layers": False,
 }
 BEST_XLA_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 # Changes to `BEST` that `--search` tries.
 _HEAD_MINOR = {f"sa_{name}_layout": "HEAD_DIM_MINOR" for name in "qkv"}
 CHANGES = (
     {"moe_use_direct_token_gather": False},
-    {"num_vocab_tiling": 1},
+    {"num_vocab_tiling": 16},
     {"remat_policy": "full"},
     {"remat_policy": "minimal"},
     _HEAD_MINOR,
     {f"sa_block_{name}": 2048 for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "q_dq")},
     {"use_iota_embed": True},
-    {"scan_layers": False},
+    {"scan_layers": True},
     {"megablox": False},  # `jax.lax.ragged_dot`
     {"sparse_matmul": False, "megablox": False, "capacity_factor": 1.25},
 )

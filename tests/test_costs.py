@@ -271,6 +271,16 @@ def test_programs_for_gpus():
     assert found["scattered"].hbm_bytes == 4 * 8 + 3 * 2 * 8 * 128  # indices; rows read and written
 
 
+def test_cycles_that_the_compiler_does_not_know():
+    """It states 2^64 - 1."""
+    for stated, cycles in ((700, 700), (2**64 - 1, None)):
+        config = f', backend_config={{"estimated_cycles":"{stated}"}}'
+        program = "ENTRY %main (a: f32[8]) -> f32[8] {\n  %a = f32[8]{0} parameter(0)\n"
+        program += f"  ROOT %b = f32[8]{{0}} negate(%a){config}\n}}\n"
+        (operation,) = costs.Program(f"HloModule step\n\n{program}").operations
+        assert operation.cycles == cycles
+
+
 def test_work_beside_a_collective_hides_its_time():
     chip = CHIPS["h100"]
     found = {o.name: o for o in costs.Program(GPU).operations}

@@ -132,7 +132,7 @@ class Program:
         return i.opcode == "custom-call" and any(x.collective for x in inside)
 
     def _operation(self, i, known, times):
-        cycles = i.attribute(r'"estimated_cycles":"?(\d+)')
+        cycles = i.attribute(r'"estimated_cycles":"?(\d{1,18})\b')  # unknown ones are 2^64 - 1
         op_name = i.op_name
         if not op_name and i.opcode == "fusion":
             op_name = _root(self._fused(i)).op_name
