@@ -176,8 +176,8 @@ _sparse_scores.defvjp(_sparse_scores_forward, _sparse_scores_backward)
 def router_logits(x, w_router):
     """Router logits `x W_router`, float32 at least: `x [T, d]`, `w_router [d, n]` -> `[T, n]`.
 
-    The factors have the dtype of `x`: in bfloat16 a TPU needs one pass, in float32 six. The gradient
-    of `w_router` has bfloat16 factors too, as those of all other weights.
+    The factors have the dtype of `x`: in bfloat16 a TPU needs one pass, in float32 six. In bfloat16
+    the gradient of `w_router` has such factors too, as those of all other weights.
     """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     precision = jax.lax.Precision.HIGHEST if x.dtype == dtype else None
