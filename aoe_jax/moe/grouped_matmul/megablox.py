@@ -108,7 +108,7 @@ def round_up(value, multiple):
     return -(-value // multiple) * multiple
 
 
-def run_kernel(name, *operands, **settings):
+def _run_kernel(name, *operands, **settings):
     """Runs a Megablox kernel, compiled on TPU, interpreted on CPU."""
     # `import_module`, because the function `gmm` of the package hides its module `gmm`.
     kernel = getattr(importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm"), name)
@@ -130,7 +130,7 @@ def _tiles(rows, weights):
 def _megablox(rows, weights, groups):
     tiling = _tiles(rows, weights)["forward"]
     whole, sizes = padded(rows, tiling[0]), group_sizes_of(groups)
-    out = run_kernel("gmm", whole, weights, sizes, tiling=tiling)
+    out = _run_kernel("gmm", whole, weights, sizes, tiling=tiling)
     # The kernel leaves rows past the last group unwritten.
     return zero_past_groups(out[: rows.shape[0]], groups)
 
@@ -139,7 +139,7 @@ def gradients(rows, weights, groups, g):
     """The gradients of `rows` and `weights`, for the gradient `g [M, F]` of their product."""
     tiling, sizes, m = _tiles(rows, weights), group_sizes_of(groups), rows.shape[0]
     of_g = padded(g, tiling["forward"][0])
-    d_rows = run_kernel("gmm", of_g, weights, sizes, tiling=tiling["d_rows"], transpose_rhs=True)
+    d_rows = _run_kernel("gmm", of_g, weights, sizes, tiling=tiling["d_rows"], transpose_rhs=True)
     return zero_past_groups(d_rows[:m], groups), weight_gradients(rows, g, groups, len(weights))
 
 
@@ -147,7 +147,7 @@ def weight_gradients(rows, g, groups, n_experts):
     """The gradient of weights, `[E, D, F]`, for `rows [M, D]` and a gradient `g [M, F]`."""
     tiling = tiles(*rows.shape, g.shape[1], n_experts, rows.dtype.itemsize)
     rows, g = (padded(a, tiling["forward"][0]) for a in (rows, g))
-    return run_kernel("tgmm", rows.T, g, group_sizes_of(groups), tiling=tiling["d_weights"])
+    return _run_kernel("tgmm", rows.T, g, group_sizes_of(groups), tiling=tiling["d_weights"])
 
 
 _megablox.defvjp(
