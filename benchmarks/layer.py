@@ -88,7 +88,7 @@ def _phases(config, n_tokens):
     """Returns `{name: function}`; a function runs the forward pass of one phase of an AoE layer."""
     layer, x, params = _inputs(config, n_tokens)
     w, k = {name: a.astype(layer.dtype) for name, a in params.items()}, config.experts.top_k
-    transport = Local(Devices(), config.experts.n_experts, all_used=True)
+    transport = Local(Devices(), config.experts.n_experts, config.experts.top_k, all_used=True)
 
     def score(x, w_gate_down):
         return sparse_scores(x, w_gate_down, activation_norms, 1)[0]

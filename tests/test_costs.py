@@ -335,6 +335,10 @@ def test_kernels_count_by_the_blocks_of_their_operands():
     flops, traffic, occupied = kernel_costs.megablox_cost("gmm", given, [out])
     assert flops == 2 * 8192 * 1024 * 512 and occupied == flops * 19 / 16
     assert traffic == rows.bytes + weights.bytes + out.bytes
+    of_used, *_ = kernel_costs.costs_of_used_rows(0.5)
+    flops, traffic, _ = of_used("gmm", given, [out])
+    assert flops == 8192 * 1024 * 512
+    assert traffic == (rows.bytes + out.bytes) / 2 + weights.bytes
 
     # Two tiles of 1,536 columns: rows and their weights are read twice, and no other array.
     rows, weights, out = product(768, 3072, 4)

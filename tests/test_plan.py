@@ -13,6 +13,7 @@ import pytest
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.model.counts import training_flops_per_token
+from aoe_jax.moe import collectives as of_devices
 from aoe_jax.planning import costs, hlo, layouts, step_plan
 from aoe_jax.planning.communication import collectives, each_collective
 from aoe_jax.planning.hardware import CHIPS, topology_devices
@@ -50,8 +51,8 @@ def traced(config, devices):
 
 # Sizes of arrays, which identify them.
 TOKENS = 32 * 64 * 160
-ROWS = 8 * 120  # rows that a device receives in a round of all_to_all
 SLOTS = 32 * 64 * 3  # (token, expert) pairs of all tokens
+ROWS = SLOTS // 8 * 5 // 4  # rows that a device receives in a round of all_to_all
 SCORES = 32 * 64 * 16 // 8  # scores of all tokens for the experts of one device
 W_DOWN, W_UP = 16 * 160 * 48, 16 * 48 * 232
 W_P, W_G = 16 * 160 * 232, 16 * 160 * 224  # w_down is as large as w_up
@@ -105,15 +106,19 @@ IN_A_LAYER = {
     | {
         ("all_gather", W_DOWN): 1,  # for the scores, because it is smaller than the tokens
         # Rows are sent and returned, sent again in the backward pass, and both have gradients.
-        ("all_to_all", ROWS * 160): 5,
-        # Expert, norm and weight of each row, twice, and the gradients of norm and weight.
-        ("all_to_all", ROWS): 8,
+        ("ragged_all_to_all", ROWS * 160): 5,
+        ("all_gather", 8 * 16): 2,  # each device's number of rows for each expert, twice
+        # The weight of each slot, twice, and the gradient of its norm.
+        ("all_gather", SLOTS): 3,
+        # The norm of each row, twice, and the gradient of its weight.
+        ("all_gather", 8 * ROWS): 3,
     },
     ("router", *ALL_TO_ALL): SUMS
     | {
-        ("all_to_all", ROWS * 160): 5,
-        # Expert and weight of each row, twice, and the gradient of the weight.
-        ("all_to_all", ROWS): 5,
+        ("ragged_all_to_all", ROWS * 160): 5,
+        ("all_gather", 8 * 16): 2,  # each device's number of rows for each expert, twice
+        ("all_gather", SLOTS): 2,  # the weight of each slot, twice
+        ("all_gather", 8 * ROWS): 1,  # the gradient of the weight of each row
         ("psum", ROUTER): 1,
     },
 }
@@ -123,15 +128,18 @@ IN_A_STEP[FSDP] = {("all_gather", TABLE): 1, ("reduce_scatter", TABLE): 2}
 
 
 def larger_side(eqn):
-    return max(sum(v.aval.size for v in side) for side in (eqn.invars, eqn.outvars))
+    # Only the first operand of ragged_all_to_all is data, the others are offsets and sizes.
+    operands = eqn.invars[:1] if eqn.primitive.name == "ragged_all_to_all" else eqn.invars
+    return max(sum(v.aval.size for v in side) for side in (operands, eqn.outvars))
 
 
 @pytest.mark.parametrize("case", IN_A_LAYER, ids=str)
-def test_what_moves(case, ragged):
+def test_what_moves(case, ragged, monkeypatch):
     """Compares all collectives of the program, except for statistics and scalars, which have at
     most n numbers.
     """
     kind, mesh, transport = case
+    monkeypatch.setattr(of_devices, "RAGGED_DEVICES", (jax.devices()[0].device_kind,))
     program, _ = traced(configuration(kind, mesh, transport), jax.devices())
     found, in_further_rounds = Counter(), set()
     for eqn, times in each_collective(program.jaxpr.jaxpr):
@@ -142,14 +150,13 @@ def test_what_moves(case, ragged):
             found[moved] += times
     layers = Counter({moved: 3 * count for moved, count in IN_A_LAYER[case].items()})
     assert found == layers + Counter(IN_A_STEP[mesh, transport])
-    rows = {("all_to_all", size) for size in (8, ROWS, ROWS * 160)}
+    rows = {("ragged_all_to_all", ROWS * 160), ("all_gather", 8 * ROWS), ("all_gather", SLOTS)}
     assert in_further_rounds == (rows if transport == "all_to_all" else set())
 
 
 # Collectives that the TPU compiler merges: equal exchanges, and two sums that are then added.
 MERGED = {
     ("aoe", *RING): {("all_to_all", SCORES): 1, ("psum", TABLE): 1},
-    ("aoe", *ALL_TO_ALL): {("psum", TABLE): 1},
     ("aoe", *FSDP): {("reduce_scatter", TABLE): 2},
 }
 NORMS = {("psum", 160): 3}  # gradients of norm scales: attention, experts, final
@@ -184,6 +191,19 @@ def test_what_moves_on_a_tpu(case, first_round_only):
     assert {moved: n for moved, n in sizes.items() if moved[1] > 16} == {
         (HLO_NAMES[name], size): n for (name, size), n in want.items() if n
     }
+
+
+@pytest.mark.slow
+def test_a_step_sends_rows_to_the_devices_of_their_experts(first_round_only):
+    """On v5p five exchanges of a layer send only the rows of slots, and no buffer is filled."""
+    _, devices = topology_devices("v5p:2x2x2")
+    program, _ = traced(configuration("aoe", *ALL_TO_ALL), devices)
+    operations = costs.Program(hlo.compile_and_read(program.lower())[1]).operations
+    found = Counter(o.sent_bytes for o in operations if o.collective == "ragged-all-to-all")
+    assert set(found) == {SLOTS // 8 * 256 * 2}  # bfloat16; 160 columns are padded to 256
+    assert sum(o.times for o in operations if o.collective == "ragged-all-to-all") == 5 * 3
+    at_ends = [o for o in operations if costs.scope(o) in ("dispatch", "combine")]
+    assert not [o for o in at_ends if o.opcode == "broadcast" and o.hbm_bytes > min(found) / 2]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ gathered over fsdp where they are used.
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from aoe_jax.moe.grouped_matmul.groups import NOWHERE
 from aoe_jax.moe.scoring import safe_root
 from aoe_jax.parameters import EXPERTS, Parameter
 from aoe_jax.sharding import AXES, MESH_AXES, RULES, MeshAxes, count_slices, spec_of, target_device
@@ -27,7 +29,8 @@ _ALL_REDUCED_FROM = {
     "gather": {"TPU v4": 64, "TPU v5": 64, "TPU7x": 64},
     "scatter": {"TPU v4": 8, "TPU v5": 8},  # and on v5e and v6e for square slices
 }
-RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p, v6e; `ragged_all_to_all` fails on v5e and CPU
+# `ragged_all_to_all` fails on CPU, and on slices of v5e with more than 16 chips.
+RAGGED_DEVICES = ("TPU v4", "TPU v5", "TPU v6 lite", "TPU7x")  # and all GPUs
 
 
 @dataclass(frozen=True)
@@ -66,17 +69,19 @@ class Devices:
         name = self.axes.collective(axis)
         return jax.lax.all_to_all(x, name, split_axis=split, concat_axis=concatenate, tiled=True)
 
-    def exchange_rows(self, rows, sent, received):
-        """Sends `sent[e]` rows to device e of the expert axis and returns the rows received.
+    def exchange_rows(self, rows, n_rows, sent, received):
+        """Sends rows along the expert axis: `[M, ...]` -> `[n_rows, ...]`.
 
-        `rows [N R, d]` contains a buffer of R rows for each device; the result contains a buffer
-        from each device. `sent` and `received`, `[N]` int32, are the numbers of used rows, which
-        are first in their buffers: `sent[e]` to device e, and `received[e]` from device e. On
-        `RAGGED_PLATFORMS` only used rows are sent, on other platforms whole buffers.
+        `sent` are the `Segments` that this device sends, and `received` those that it would send to
+        return what it receives. On `RAGGED_DEVICES` rows `[M, d]` are sent only to the device that
+        needs them, and rows that no segment contains are undefined. On other devices, and for
+        numbers `[M]`, each device gathers the rows of all; rows without a segment are zero.
         """
-        if target_device().device_kind in RAGGED_PLATFORMS:
-            return _ragged_exchange(rows, sent, received, self.axes.collective("expert"))
-        return self.exchange(rows, 0, 0)
+        device = target_device()
+        is_ragged = device.platform == "gpu" or device.device_kind in RAGGED_DEVICES
+        is_ragged &= rows.ndim > 1
+        lengths, axis = (rows.shape[0], n_rows), self.axes.collective("expert")
+        return _exchange_rows(rows, (sent, received), lengths, axis, is_ragged)
 
     @property
     def sends_rows(self):
@@ -284,26 +289,44 @@ def two_stages(n):
     return [ranks.tolist(), ranks.T.tolist()]
 
 
-def ragged_offsets(rank, n_devices, n_rows):
-    """`(input offsets, output offsets)` `[N]` of `ragged_all_to_all` between buffers of equal size.
-    Buffers are ordered by receiver before the exchange and by sender after it.
-    """
-    size = n_rows // n_devices
-    starts = jnp.arange(n_devices, dtype=jnp.int32) * size
-    return starts, jnp.full(n_devices, rank * size, jnp.int32)
+class Segments(NamedTuple):
+    """Rows that a device sends, `[N, S]` int32: to each of N devices, S runs of adjacent rows."""
+
+    start: jax.Array  # the first row of a run
+    size: jax.Array  # its number of rows
+    landing: jax.Array  # its first row in the result of the other device
+
+    def positions(self, n_rows, stride=0):
+        """The position of each row `[n_rows]` in the results of all devices, which have `stride`
+        rows each and follow each other; -1 for a row in no segment.
+        """
+        row = jnp.arange(n_rows, dtype=jnp.int32)[:, None]
+        start, size, landing = (a.reshape(-1) for a in self)
+        device = jnp.repeat(jnp.arange(self.start.shape[0], dtype=jnp.int32), self.start.shape[1])
+        inside = (row >= start) & (row < start + size)
+        moved = device * stride + landing - start + row + 1
+        return jnp.where(inside, moved, 0).sum(axis=1) - 1
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _ragged_exchange(rows, sent, received, axis):
-    n_devices = sent.shape[0]
-    start, landing = ragged_offsets(jax.lax.axis_index(axis), n_devices, rows.shape[0])
-    out = jnp.zeros_like(rows)  # rows that no device sends stay zero
-    return jax.lax.ragged_all_to_all(rows, out, start, sent, landing, received, axis_name=axis)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _exchange_rows(rows, segments, lengths, axis, is_ragged):
+    sent, received = segments
+    own, length = lengths
+    if not is_ragged:
+        of_all = jax.lax.all_gather(rows, axis, tiled=True)
+        position = received.positions(length, stride=own)
+        return of_all.at[jnp.where(position < 0, NOWHERE, position)].get(mode="fill", fill_value=0)
+    out = jax.lax.empty((length, *rows.shape[1:]), rows.dtype)
+    where = (a.reshape(-1) for a in (sent.start, sent.size, sent.landing, received.size))
+    return jax.lax.ragged_all_to_all(rows, out, *where, axis_name=axis)
 
 
-_ragged_exchange.defvjp(
-    lambda rows, *sizes_and_axis: (_ragged_exchange(rows, *sizes_and_axis), sizes_and_axis[:2]),
-    lambda axis, sizes, g: (_ragged_exchange(g, sizes[1], sizes[0], axis), None, None),
+_exchange_rows.defvjp(
+    lambda rows, segments, *how: (_exchange_rows(rows, segments, *how), segments),
+    lambda lengths, axis, is_ragged, segments, g: (
+        _exchange_rows(g, segments[::-1], lengths[::-1], axis, is_ragged),
+        None,
+    ),
 )
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.moe.grouped_matmul import row_layout
-from aoe_jax.moe.grouped_matmul.groups import NOWHERE, WholeGroups, permute
+from aoe_jax.moe.grouped_matmul.groups import NOWHERE, PaddedGroups, WholeGroups, permute
 from aoe_jax.moe.routing import Routing
 
 # With more slots per token, one gather loads all rows, because many gathers make a big program.
@@ -69,9 +69,12 @@ class Local:
         scatter                  transpose of `gather`: sends summed outputs to the tokens' devices
     """
 
-    def __init__(self, devices, n_experts, all_used=False, backend="auto"):
-        """`all_used` says that every slot has an expert, because each token has K experts."""
+    def __init__(self, devices, n_experts, slots_per_token, all_used=False, backend="auto"):
+        """`slots_per_token` is that of each `Routing`. `all_used` says that every slot has an
+        expert, because each token has K experts.
+        """
         self.devices, self.n_experts = devices, n_experts
+        self.slots_per_token = slots_per_token
         self.lay_out = partial(lay_out, n_experts=n_experts, all_used=all_used, backend=backend)
 
     def gather(self, x):
@@ -81,7 +84,7 @@ class Local:
         return self.devices.sum_scatter(y, "tensor")
 
     def gather_routing(self, routing):
-        k = routing.slots_per_token
+        k = self.slots_per_token
         if k is None:
             return routing
         expert = self.gather(routing.expert.reshape(-1, k)).reshape(-1)
@@ -96,10 +99,10 @@ class Local:
         return schedule
 
     def dispatch(self, x, round):
-        routing, rows = round
-        if routing.slots_per_token is None:
+        rows = round[1]
+        if self.slots_per_token is None:
             return _take(x, rows.token), rows.groups
-        return _gather_tokens(x, rows, routing.slots_per_token), rows.groups
+        return _gather_tokens(x, rows, self.slots_per_token), rows.groups
 
     def row_values(self, values, round):
         return permute(values, round[1].slot, round[1].row)
@@ -111,11 +114,11 @@ class Local:
         return values
 
     def combine(self, y, round, n_tokens):
-        routing, rows = round
-        if routing.slots_per_token is None:
+        rows = round[1]
+        if self.slots_per_token is None:
             dtype = jnp.promote_types(y.dtype, jnp.float32)
             return jax.ops.segment_sum(y.astype(dtype), rows.token, n_tokens).astype(y.dtype)
-        return _sum_by_token(y, rows, routing.slots_per_token)
+        return _sum_by_token(y, rows, self.slots_per_token)
 
     def further_rounds(self, first, function, schedule, args):
         return first
@@ -139,6 +142,13 @@ def _take_by(values, index, rows):
     return _take(values, index)
 
 
+def _take_tokens(x, rows):
+    """The token of each row; undefined for rows without a slot of `PaddedGroups`."""
+    if isinstance(rows.groups, PaddedGroups):
+        return x.at[rows.token].get(mode="promise_in_bounds")
+    return _take_by(x, rows.token, rows)
+
+
 def _sum_slots(values, rows, slots_per_token):
     dtype = jnp.promote_types(values.dtype, jnp.float32)
     by_token = rows.row.reshape(-1, slots_per_token)
@@ -153,7 +163,7 @@ def _sum_slots(values, rows, slots_per_token):
 # Autodiff would turn the gathers into scatter-adds, which are slow on all platforms.
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _gather_tokens(x, rows, slots_per_token):
-    return _take_by(x, rows.token, rows)
+    return _take_tokens(x, rows)
 
 
 _gather_tokens.defvjp(
@@ -169,5 +179,5 @@ def _sum_by_token(y, rows, slots_per_token):
 
 _sum_by_token.defvjp(
     lambda y, rows, slots_per_token: (_sum_slots(y, rows, slots_per_token), rows),
-    lambda slots_per_token, rows, g: (_take_by(g, rows.token, rows), None),
+    lambda slots_per_token, rows, g: (_take_tokens(g, rows), None),
 )

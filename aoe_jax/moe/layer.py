@@ -145,14 +145,13 @@ def make_transport(devices, routing, experts, method, n_tokens):
     """The transport of a layer for the `Routing` of this device's `n_tokens` tokens."""
     choice = method.choice(experts)
     per_token = (choice.per_token or experts.top_k) if choice else 1
+    arguments = devices, experts.n_experts, routing.slots_per_token
     if is_local(devices, routing.slots_per_token == per_token):
-        all_used = bool(choice and choice.is_fixed)
-        return Local(devices, experts.n_experts, all_used, experts.grouped_matmul)
+        return Local(*arguments, bool(choice and choice.is_fixed), experts.grouped_matmul)
     from aoe_jax.moe.transports import TRANSPORTS  # needed on meshes only
 
     share = n_tokens * devices.size("tensor") * per_token
-    transport = TRANSPORTS[devices.transport]
-    return transport(devices, experts.n_experts, routing.slots_per_token, share)
+    return TRANSPORTS[devices.transport](*arguments, share)
 
 
 def apply_experts(x, routing, weights, layer, ctx, code=None):

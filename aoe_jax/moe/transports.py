@@ -6,6 +6,7 @@
                experts; outputs are summed and scattered back. Whichever experts are chosen, a
                device receives T d numbers from each of N - 1 other devices and sends as many back.
     AllToAll   Each row is sent to the device of its expert and back: about K T d numbers each way.
+               Rows leave in expert order and arrive in expert order, so nothing is sorted twice.
 
 No row is dropped, and memory is bounded: a device computes its rows in rounds of R rows, where R is
 `ROW_BUFFER` times its number of rows under perfect balance. Autodiff applies to the first round. If
@@ -22,14 +23,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.moe.dispatch import Local, sort_slots
-from aoe_jax.moe.grouped_matmul.groups import permute
+from aoe_jax.moe.collectives import Segments
+from aoe_jax.moe.dispatch import Local, Rows, sort_slots
+from aoe_jax.moe.grouped_matmul.groups import NOWHERE, PaddedGroups
 
 ROW_BUFFER = 1.25
-
-
-def _with_buffer(rows):
-    return max(8, math.ceil(ROW_BUFFER * rows / 8) * 8)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -59,6 +57,10 @@ _add_rows.defvjp(
 class _Rounds(Local):
     """The base of transports with rounds. `share` is a device's row count in perfect balance."""
 
+    def __init__(self, devices, n_experts, slots_per_token, share):
+        super().__init__(devices, n_experts // devices.size("expert"), slots_per_token)
+        self.size = max(8, math.ceil(ROW_BUFFER * share / 8) * 8)
+
     def further_rounds(self, first, function, schedule, args):
         """Adds `function(schedule, number, args)` of rounds 1 to `n_rounds - 1` to `first`.
 
@@ -77,10 +79,6 @@ class _RingSchedule(NamedTuple):
 
 class Ring(_Rounds):
     """Gathers tokens over expert and tensor; every device computes the rows of its own experts."""
-
-    def __init__(self, devices, n_experts, slots_per_token, share):
-        super().__init__(devices, n_experts // devices.size("expert"))
-        self.slots_per_token, self.size = slots_per_token, _with_buffer(share)
 
     def gather(self, x):
         return self.devices.gather(self.devices.gather(x, "expert"), "tensor")
@@ -130,69 +128,73 @@ class Ring(_Rounds):
 
 
 class _AllToAllSchedule(NamedTuple):
-    slot: jax.Array  # [P] int32, slots in expert order
-    expert: jax.Array  # [P] int32, their experts
-    start: jax.Array  # [N] int32, the first row for each device
-    count: jax.Array  # [N] int32, the number of rows for each device
-    n_rounds: jax.Array  # [] int32, the maximum over pairs of devices; equal on all devices
+    rows: Rows  # the device's own slots in expert order
+    count: jax.Array  # [N, N, n] int32, rows by sender, receiver and expert of the receiver
+    n_rounds: jax.Array  # [] int32, equal on all devices
 
 
 class _AllToAllRound(NamedTuple):
-    slot: jax.Array  # [R] int32, the slot of each row to send, ordered by receiver; P: no row
-    order: jax.Array  # [R] int32, sorts the received rows by expert
-    inverse: jax.Array  # [R] int32, the inverse of `order`
-    group_sizes: jax.Array  # [n] int32
-    sent: jax.Array  # [N] int32, number of rows sent to each device
-    received: jax.Array  # [N] int32, number of rows received from each device
+    rows: Rows  # `row` of a slot without a row in this round is `NOWHERE`
+    groups: PaddedGroups
+    sent: Segments
+    received: Segments
+
+
+def _in_lanes(rows):
+    """`[M, d]` -> `[M, d / 128, 128]` if 128 divides d: the layout in which TPUs send rows."""
+    return rows if rows.shape[1] % 128 else rows.reshape(rows.shape[0], -1, 128)
 
 
 class AllToAll(_Rounds):
-    """Sends each row to its expert's device, in buffers of equal size for every pair of devices."""
-
-    def __init__(self, devices, n_experts, slots_per_token, share):
-        super().__init__(devices, n_experts // devices.size("expert"))
-        self.slots_per_token = slots_per_token
-        self.n_devices = devices.size("expert")
-        self.pair_size = _with_buffer(share / self.n_devices)
+    """Sends each row to its place in the expert order of its expert's device."""
 
     def schedule(self, routing):
-        order, _, group_sizes = sort_slots(routing.expert, self.n_devices * self.n_experts)
-        count = group_sizes.reshape(self.n_devices, -1).sum(axis=1)
-        start, n_rounds = jnp.cumsum(count) - count, -(-count.max() // self.pair_size)
-        expert, n_rounds = routing.expert[order], self.devices.largest(n_rounds)
-        return _AllToAllSchedule(order, expert, start, count, n_rounds)
+        n_devices = self.devices.size("expert")
+        slot, row, group_sizes = sort_slots(routing.expert, n_devices * self.n_experts)
+        count = self.devices.gather(group_sizes, "expert").reshape(n_devices, n_devices, -1)
+        n_rounds = self.devices.largest(-(-count.sum(axis=(0, 2)).max() // self.size))
+        rows = Rows(slot, row, routing.token[slot], PaddedGroups(group_sizes))
+        return _AllToAllSchedule(rows, count, n_rounds)
 
     def round(self, schedule, number):
-        n_slots = schedule.slot.shape[0]
-        within = number * self.pair_size + jnp.arange(self.pair_size)
-        used = within < schedule.count[:, None]
-        row = jnp.where(used, schedule.start[:, None] + within, n_slots)
-        slot = schedule.slot.at[row].get(mode="fill", fill_value=n_slots)
-        first = jnp.arange(self.n_devices, dtype=jnp.int32)[:, None] * self.n_experts
-        expert = jnp.where(used, schedule.expert.at[row].get(mode="clip") - first, self.n_experts)
-        arrived = self.devices.exchange(expert, 0, 0).reshape(-1)
-        order, inverse, group_sizes = sort_slots(arrived, self.n_experts)
-        sent = jnp.clip(schedule.count - number * self.pair_size, 0, self.pair_size)
-        received = self.devices.exchange(sent, 0, 0)
-        return _AllToAllRound(slot.reshape(-1), order, inverse, group_sizes, sent, received)
+        count, first, rank = schedule.count, number * self.size, self.devices.rank("expert")
+        by_sender = count.reshape(count.shape[0], -1)
+        source = (jnp.cumsum(by_sender, axis=1) - by_sender).reshape(count.shape)
+        by_row = count.transpose(1, 2, 0)  # receivers have rows by expert, then by sender
+        flat = by_row.reshape(count.shape[0], -1)
+        end = jnp.cumsum(flat, axis=1).reshape(by_row.shape).transpose(2, 0, 1)
+        landing = jnp.clip(end - count - first, 0, self.size)
+        size = jnp.clip(end - first, 0, self.size) - landing
+        source += jnp.clip(first - (end - count), 0, count)
+        sent = Segments(source[rank], size[rank], landing[rank])
+        received = Segments(landing[:, rank], size[:, rank], source[:, rank])
+        rows = schedule.rows
+        is_sent = sent.positions(rows.slot.shape[0]) >= 0
+        rows = rows._replace(row=jnp.where(is_sent[rows.row], rows.row, NOWHERE))
+        if self.slots_per_token is None:
+            rows = rows._replace(token=jnp.where(is_sent, rows.token, NOWHERE))
+        return _AllToAllRound(rows, PaddedGroups(received.size.sum(axis=0)), sent, received)
+
+    def _send(self, rows, round):
+        return self.devices.exchange_rows(rows, self.size, round.sent, round.received)
+
+    def _return(self, rows, round):
+        n_rows = round.rows.slot.shape[0]
+        return self.devices.exchange_rows(rows, n_rows, round.received, round.sent)
 
     def dispatch(self, x, round):
-        rows = _take_rows(x, round.slot // self.slots_per_token, x.shape[0])
-        rows = self.devices.exchange_rows(rows, round.sent, round.received)
-        return permute(rows, round.order, round.inverse), round.group_sizes
+        rows, _ = super().dispatch(_in_lanes(x), (None, round.rows))
+        return self._send(rows, round).reshape(self.size, -1), round.groups
 
     def row_values(self, values, round):
-        sent = values.at[round.slot].get(mode="fill", fill_value=0)
-        return permute(self.devices.exchange(sent, 0, 0), round.order, round.inverse)
+        return self._send(super().row_values(values, (None, round.rows)), round)
 
     def slot_values(self, values, round, n_slots):
-        returned = self.devices.exchange(permute(values, round.inverse, round.order), 0, 0)
-        return jnp.zeros(n_slots, values.dtype).at[round.slot].set(returned, mode="drop")
+        return super().slot_values(self._return(values, round), (None, round.rows), n_slots)
 
     def combine(self, rows, round, n_tokens):
-        rows = permute(rows, round.inverse, round.order)
-        rows = self.devices.exchange_rows(rows, round.received, round.sent)
-        return _add_rows(rows, round.slot // self.slots_per_token, n_tokens)
+        rows = self._return(_in_lanes(rows), round)
+        return super().combine(rows, (None, round.rows), n_tokens).reshape(n_tokens, -1)
 
 
 TRANSPORTS = {"ring": Ring, "all_to_all": AllToAll}

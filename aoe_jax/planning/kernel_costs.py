@@ -5,6 +5,7 @@ occupied FLOPs)`, or to None if it does not know the kernel.
 """
 
 import math
+from functools import partial
 
 from aoe_jax.model.attention.splash import LANES
 from aoe_jax.moe.grouped_matmul import megablox_swiglu
@@ -56,8 +57,9 @@ def cudnn_cost(name, operands, results):
     return flops, sum(a.hbm_bytes for a in (*operands, *results)), flops
 
 
-def megablox_cost(name, operands, results, tiles=tiles):
-    """Returns the cost of a grouped product by Megablox with these `tiles`.
+def megablox_cost(name, operands, results, tiles=tiles, used=1.0):
+    """Returns the cost of a grouped product by Megablox with these `tiles`; the fraction `used` of
+    the rows have an expert, and others are not read.
 
     `lhs` is read once for each tile of the output width. `gmm` reads the weights once if a tile has
     the whole contracted width, else once for each tile of rows. `tgmm` computes weight gradients
@@ -76,12 +78,14 @@ def megablox_cost(name, operands, results, tiles=tiles):
     rhs_reads = math.ceil(k / tk)
     if name == "gmm" and tk < k:
         rhs_reads = n_visits / n_groups
-    traffic = math.ceil(n / tn) * lhs.hbm_bytes + rhs_reads * rhs.hbm_bytes + out.hbm_bytes
-    flops = 2 * m * k * n
+    of_rhs, of_out = (used, 1) if name == "tgmm" else (1, used)
+    traffic = math.ceil(n / tn) * used * lhs.hbm_bytes
+    traffic += rhs_reads * of_rhs * rhs.hbm_bytes + of_out * out.hbm_bytes
+    flops = 2 * used * m * k * n
     return flops, traffic, flops * n_visits / (n_visits - n_groups + 1)
 
 
-def swiglu_cost(name, operands, results):
+def swiglu_cost(name, operands, results, used=1.0):
     """Returns the cost of a grouped product that computes SwiGLU or its derivative. It reads and
     writes tiles of the output once; rows and weights as `gmm` in `megablox_cost`.
     """
@@ -93,10 +97,10 @@ def swiglu_cost(name, operands, results):
     itemsize = 2 if rows.dtype == "bf16" else 4
     _, tk, tn = megablox_swiglu.tiles(m, k, n, n_groups, itemsize, len(results) + 1)
     row_weight, *tiled = others
-    reads = math.ceil(n / tn) * (rows.hbm_bytes + row_weight.hbm_bytes)
-    reads += weights.hbm_bytes * (n_visits / n_groups if tk < k else 1)
-    flops = 2 * m * k * n
-    traffic = reads + sum(a.hbm_bytes for a in (*tiled, *results))
+    of_rows = math.ceil(n / tn) * (rows.hbm_bytes + row_weight.hbm_bytes)
+    of_rows += sum(a.hbm_bytes for a in (*tiled, *results))
+    flops = 2 * used * m * k * n
+    traffic = used * of_rows + weights.hbm_bytes * (n_visits / n_groups if tk < k else 1)
     return flops, traffic, flops * n_visits / (n_visits - n_groups + 1)
 
 
@@ -116,6 +120,14 @@ def mosaic_gpu_cost(name, operands, results):
     traffic = n_passes * lhs.hbm_bytes + rhs.hbm_bytes + out.hbm_bytes
     flops = 2 * math.prod(lhs.dims) * width
     return flops, traffic, flops
+
+
+def costs_of_used_rows(used):
+    """Returns `KERNEL_COSTS` for grouped products of which the fraction `used` of the rows have an
+    expert.
+    """
+    grouped = [partial(cost, used=used) for cost in (megablox_cost, swiglu_cost)]
+    return [*grouped, splash_cost, cudnn_cost, mosaic_gpu_cost]
 
 
 KERNEL_COSTS = (splash_cost, cudnn_cost, megablox_cost, swiglu_cost, mosaic_gpu_cost)

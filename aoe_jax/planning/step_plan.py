@@ -27,11 +27,13 @@ import jax.numpy as jnp
 from aoe_jax import sharding
 from aoe_jax.config.run import Config
 from aoe_jax.model.counts import in_words, parameter_counts, training_flops_per_token
+from aoe_jax.moe.transports import ROW_BUFFER
 from aoe_jax.planning import costs
 from aoe_jax.planning.communication import collectives
-from aoe_jax.planning.costs import ESTIMATES, KERNEL_COSTS, Program, scope
+from aoe_jax.planning.costs import ESTIMATES, Program, scope
 from aoe_jax.planning.hardware import chip_part, compiling_for, count_parts, slice_shape
 from aoe_jax.planning.hlo import compile_and_read
+from aoe_jax.planning.kernel_costs import KERNEL_COSTS, costs_of_used_rows
 from aoe_jax.training.step import train_step_on
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,9 @@ def plan(config: Config, generation, devices):
         total, temp, text = _compile(traced)
         compile_seconds = time.perf_counter() - started
     memory = {"state": _bytes_per_device(state), "temp": temp, "total": total}
-    likely = read_program(text, chip, slice_shape(devices)) if text else None
+    # With an expert axis, buffers of rows are larger than balanced loads need.
+    kernels = KERNEL_COSTS if mesh.shape["expert"] == 1 else costs_of_used_rows(1 / ROW_BUFFER)
+    likely = read_program(text, chip, slice_shape(devices), kernels) if text else None
     if temp is not None and not text:
         log.warning("the compiler wrote no program, so FLOPs and likely step time are unknown")
     found, received = [], Counter()

@@ -14,7 +14,6 @@ from aoe_jax.moe.routing import top_k
 from tests.arrays import normal
 from tests.moe.contexts import expert_choice, top_p
 
-LOCAL = Local(Devices(), 5)
 ROUTERS = {
     "top_k": lambda s: top_k(s, 2),
     "top_p": lambda s: top_p(s, 0.5),
@@ -40,10 +39,12 @@ def test_round_trip_and_gradients(routing, rows):
     cotangent = normal(2, (30, 7))
     total = jnp.zeros(30).at[routing.token].add(routing.weight)
 
+    local = Local(Devices(), 5, routing.slots_per_token)
+
     def there_and_back(x, weight):
         round = (routing, rows)
-        weighted = LOCAL.dispatch(x, round)[0] * LOCAL.row_values(weight, round)[:, None]
-        return LOCAL.combine(weighted, round, 30)
+        weighted = local.dispatch(x, round)[0] * local.row_values(weight, round)[:, None]
+        return local.combine(weighted, round, 30)
 
     got, pull_back = jax.vjp(there_and_back, x, routing.weight)
     assert_allclose(got, x * total[:, None], atol=1e-5)

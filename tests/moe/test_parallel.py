@@ -30,7 +30,8 @@ from aoe_jax.moe import layer as moe_layer
 from aoe_jax.moe.grouped_matmul import BACKENDS
 from aoe_jax.moe.layer import ExpertsLayer, make_transport
 from aoe_jax.moe.load_balance import balance_loss
-from aoe_jax.moe.routing import TopK
+from aoe_jax.moe.routing import TopK, by_token
+from aoe_jax.moe.transports import AllToAll
 from tests.arrays import assert_close, mesh_of, normal, operations
 from tests.moe.contexts import parameters_of, routing_of_slots
 
@@ -197,12 +198,6 @@ def test_flat_tokens_of_a_mesh_where_experts_choose(x64, ragged):
         assert_allclose(jax.jit(layer.apply)(*flat)[0], want, atol=1e-10)
 
 
-def exchange_used_rows(devices, rows, sent, received):
-    """`Devices.exchange_rows` of a platform that sends only used rows."""
-    is_used = jnp.arange(rows.shape[0] // sent.shape[0]) < sent[:, None]
-    return devices.exchange(jnp.where(is_used.reshape(-1, 1), rows, 0), 0, 0)
-
-
 CROWDS = [((1, 1, 8, 1), "ring"), ((1, 1, 8, 1), "all_to_all"), ((2, 1, 2, 2), "ring")]
 CROWDED = [(kind, *way) for kind in ("aoe", "router", "whole") for way in CROWDS][:-1]
 
@@ -212,9 +207,8 @@ CROWDED = [(kind, *way) for kind in ("aoe", "router", "whole") for way in CROWDS
     CROWDED[1:2] + [pytest.param(*c, marks=pytest.mark.slow) for c in CROWDED[:1] + CROWDED[2:]],
 )
 @pytest.mark.usefixtures("x64", "ragged")
-def test_all_tokens_choose_the_experts_of_one_device(monkeypatch, kind, shape, transport):
+def test_all_tokens_choose_the_experts_of_one_device(kind, shape, transport):
     """The rows of this device take several rounds, and no row is dropped."""
-    monkeypatch.setattr(parallel.Devices, "exchange_rows", exchange_used_rows)
     layer, params, x, weights = make(KINDS[kind] | {"top_k": 1}, transport)
     bias = {"selection_bias": jnp.zeros(8).at[0].set(100.0)}
     want = evaluate(layer, params, x, weights, bias)
@@ -222,7 +216,7 @@ def test_all_tokens_choose_the_experts_of_one_device(monkeypatch, kind, shape, t
     devices, rows = parallel.Devices(shape, transport), B * S
     experts = ExpertsConfig(n_experts=8, top_k=1)
     buffer = make_transport(devices, routing_of_slots(1), experts, TopK(), B * S // 8)
-    assert rows > 1.9 * (buffer.size if transport == "ring" else 8 * buffer.pair_size)
+    assert rows > 1.9 * buffer.size
     assert_close(on_mesh(shape, layer, params, x, weights, bias), want, 1e-10)
 
 
@@ -284,17 +278,64 @@ def test_gradients_of_experts_summed_in_bfloat16(x64, ragged, kind):
         assert low <= error <= high, name
 
 
-def test_ragged_offsets_land_where_equal_buffers_do():
-    """`ragged_all_to_all` in numpy gives what an `all_to_all` of whole buffers gives."""
-    rng, n, size = np.random.default_rng(0), 4, 5
-    sent = rng.integers(0, size + 1, (n, n))  # from, to
-    buffers = rng.normal(size=(n, n, size)) * (np.arange(size) < sent[..., None])
-    rows, out = buffers.reshape(n, -1), np.zeros((n, n * size))
-    for sender, receiver in np.ndindex(n, n):
-        start, landing = parallel.ragged_offsets(sender, n, n * size)
-        used = np.arange(sent[sender, receiver])
-        out[receiver, landing[receiver] + used] = rows[sender, start[receiver] + used]
-    assert_array_equal(out, buffers.swapaxes(0, 1).reshape(n, -1))
+@pytest.mark.parametrize("number", [0, 1])
+def test_rows_arrive_in_expert_order(number):
+    """`ragged_all_to_all` in numpy, as JAX documents it, with the segments of every device."""
+    n_devices, n_own, n_slots = 4, 3, 40
+    expert = np.random.default_rng(0).integers(0, n_devices * n_own + 1, (n_devices, n_slots))
+    expert[:, :15] = 0  # so the first device needs a second round
+    slots = PartitionSpec("expert")
+    settings = parallel.Devices((1, 1, n_devices, 1)), n_devices * n_own, 1, n_slots
+
+    @partial(jax.shard_map, in_specs=slots, out_specs=slots, check_vma=False)
+    def rounds(expert):
+        transport, weight = AllToAll(*settings), jnp.ones((n_slots, 1))
+        schedule = transport.schedule(by_token(expert[:, None], weight))
+        found = transport.round(schedule, number)
+        rows = transport._send(expert[found.rows.slot], found)
+        return jax.tree.map(lambda a: a[None], (found.sent, found.received, found.groups, rows))
+
+    with jax.set_mesh(jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Auto,))):
+        sent, received, groups, rows = jax.tree.map(np.asarray, rounds(expert.reshape(-1)))
+    by_expert, out = np.sort(expert), np.full_like(rows, 0)
+    assert_array_equal(sent.size, received.size.swapaxes(0, 1))
+    for sender, receiver, own in np.ndindex(sent.size.shape):
+        run = np.arange(sent.size[sender, receiver, own])
+        landing = sent.landing[sender, receiver, own]
+        assert landing == received.start[receiver, sender, own]
+        out[receiver, landing + run] = by_expert[sender, sent.start[sender, receiver, own] + run]
+    assert_array_equal(rows, out)
+    size = AllToAll(*settings).size
+    for device in range(n_devices):
+        own = np.sort(expert[(expert // n_own == device) & (expert < n_devices * n_own)])
+        own = own[number * size : (number + 1) * size]
+        assert_array_equal(rows[device, : len(own)], own)
+        assert groups.sizes[device].sum() == len(own)
+    assert number == 0 or groups.sizes[0].sum() > 0
+
+
+def undefined_rows(devices, rows, n_rows, sent, received):
+    """`Devices.exchange_rows` where rows of no segment are undefined."""
+    out = EXCHANGE_ROWS(devices, rows, n_rows, sent, received)
+    filled = (received.positions(n_rows) >= 0).reshape(-1, *[1] * (rows.ndim - 1))
+    return out if rows.ndim == 1 else jnp.where(filled, out, jnp.nan)
+
+
+EXCHANGE_ROWS = parallel.Devices.exchange_rows
+UNDEFINED = [("aoe", "blocked"), ("whole", "megablox"), ("router, top-p", "ragged")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    UNDEFINED[:1] + [pytest.param(*case, marks=pytest.mark.slow) for case in UNDEFINED[1:]],
+)
+def test_undefined_rows_change_nothing(monkeypatch, kind, backend):
+    """TPUs do not fill the buffer that rows arrive in."""
+    layer, params, x, weights = make(KINDS[kind], "all_to_all", dtype=jnp.float32)
+    want = on_mesh((1, 1, 8, 1), layer, params, x, weights)
+    monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: backend)
+    monkeypatch.setattr(parallel.Devices, "exchange_rows", undefined_rows)
+    assert_close(on_mesh((1, 1, 8, 1), layer, params, x, weights), want, 1e-4)
 
 
 def assert_near(got, want, share):

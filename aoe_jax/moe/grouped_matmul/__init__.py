@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul.blocked import RowLayout, layout_matmul
 from aoe_jax.moe.grouped_matmul.blocked import row_layout as blocked_row_layout
-from aoe_jax.moe.grouped_matmul.groups import WholeGroups, group_sizes_of
+from aoe_jax.moe.grouped_matmul.groups import PaddedGroups, WholeGroups, group_sizes_of
 from aoe_jax.sharding import target_device
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ BACKENDS = {name: partial(_import_and_multiply, name) for name in _NAMES}
 def grouped_matmul(
     rows: jax.Array,
     weights: jax.Array,
-    groups: jax.Array | WholeGroups | RowLayout,
+    groups: jax.Array | WholeGroups | PaddedGroups | RowLayout,
     *,
     backend: str = "auto",
 ) -> jax.Array:
@@ -43,8 +43,9 @@ def grouped_matmul(
       rows: `[M, D]`, floating-point; the first `groups[0]` rows belong to expert 0, and so on.
       weights: `[E, D, F]`, same dtype as `rows`.
       groups: `[E]` int32, the row count of each expert, with a sum of at most M; or `WholeGroups`,
-        whose sum is M; or a `RowLayout` from `row_layout`: then rows and result are in that layout,
-        M is its length, and positions without a row contain zeros.
+        whose sum is M; or `PaddedGroups`: results past the last group are undefined; or a
+        `RowLayout` from `row_layout`: then rows and result are in that layout, M is its length,
+        and positions without a row contain zeros.
       backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"rowwise"` (plain
         JAX, for fewer rows than experts), `"megablox"` (TPU; interpreted on CPU), `"mosaic_gpu"`
         (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense on most platforms: a baseline) or

@@ -14,15 +14,29 @@ class WholeGroups(NamedTuple):
     sizes: jax.Array  # [E] int32
 
 
+class PaddedGroups(NamedTuple):
+    """Group sizes of rows whose caller ignores results and gradients past the last group. Backends
+    may leave them undefined; arguments may be undefined there with all kinds of groups.
+    """
+
+    sizes: jax.Array  # [E] int32
+
+
 def group_sizes_of(groups):
-    """The sizes `[E]` int32 of `groups`, which are `WholeGroups` or the sizes themselves."""
-    return groups.sizes if isinstance(groups, WholeGroups) else groups
+    """The sizes `[E]` int32 of `groups`, which may be the sizes themselves."""
+    return groups.sizes if isinstance(groups, WholeGroups | PaddedGroups) else groups
+
+
+def zero_results(rows, groups):
+    """Sets results past the last group to zero, except for `PaddedGroups`."""
+    return rows if isinstance(groups, PaddedGroups) else zero_past_groups(rows, groups)
 
 
 def zero_past_groups(rows, groups):
-    """Sets rows past the last group to zero: `[M, F]`; `groups` are sizes or `WholeGroups`."""
+    """Sets rows past the last group to zero: `[M, F]`."""
     if isinstance(groups, WholeGroups):
         return rows
+    groups = group_sizes_of(groups)
     # No constant: JAX would move it out of the scan over layers, as an array that each layer loads.
     zero = jnp.minimum(groups[0], 0).astype(rows.dtype)
     return jnp.where((jnp.arange(rows.shape[0]) < groups.sum())[:, None], rows, zero)

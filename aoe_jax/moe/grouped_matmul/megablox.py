@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
-from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
+from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_results
 
 DTYPES = ("bfloat16", "float32")
 LANES = 128  # a tile of a width is the whole width or a multiple of this
@@ -132,7 +132,7 @@ def _megablox(rows, weights, groups):
     whole, sizes = padded(rows, tiling[0]), group_sizes_of(groups)
     out = _run_kernel("gmm", whole, weights, sizes, tiling=tiling)
     # The kernel leaves rows past the last group unwritten.
-    return zero_past_groups(out[: rows.shape[0]], groups)
+    return zero_results(out[: rows.shape[0]], groups)
 
 
 def gradients(rows, weights, groups, g):
@@ -140,7 +140,7 @@ def gradients(rows, weights, groups, g):
     tiling, sizes, m = _tiles(rows, weights), group_sizes_of(groups), rows.shape[0]
     of_g = padded(g, tiling["forward"][0])
     d_rows = _run_kernel("gmm", of_g, weights, sizes, tiling=tiling["d_rows"], transpose_rhs=True)
-    return zero_past_groups(d_rows[:m], groups), weight_gradients(rows, g, groups, len(weights))
+    return zero_results(d_rows[:m], groups), weight_gradients(rows, g, groups, len(weights))
 
 
 def weight_gradients(rows, g, groups, n_experts):

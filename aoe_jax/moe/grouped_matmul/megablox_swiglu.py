@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 
 from aoe_jax.moe.grouped_matmul import megablox
-from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
+from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_results
 from aoe_jax.moe.grouped_matmul.megablox import LANES, MAX_WIDTH, VMEM_BYTES, padded
 
 _MAX_ROWS = 256  # rows of a tile, fewer than in `megablox.py`, because more blocks share the VMEM
@@ -193,7 +193,7 @@ def _backward(kept, residuals, g):
     d_gate, d_up, hidden, d_weight = _product(*arguments, n_out=3, is_backward=True)
     d_rows, d_w_up = megablox.gradients(rows, w_up, groups, d_up)
     d_w_down = megablox.weight_gradients(hidden, g, groups, w_down.shape[0])
-    d_gate, d_weight = (zero_past_groups(a, groups) for a in (d_gate, d_weight[:, None]))
+    d_gate, d_weight = (zero_results(a, groups) for a in (d_gate, d_weight[:, None]))
     return d_rows, d_gate, d_weight[:, 0].astype(row_weight.dtype), d_w_up, d_w_down, None
 
 
