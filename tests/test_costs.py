@@ -335,8 +335,14 @@ def test_kernels_count_by_the_blocks_of_their_operands():
     flops, traffic, occupied = kernel_costs.megablox_cost("gmm", given, [out])
     assert flops == 2 * 8192 * 1024 * 512 and occupied == flops * 19 / 16
     assert traffic == rows.bytes + weights.bytes + out.bytes
-    of_used, *_ = kernel_costs.costs_of_used_rows(0.5)
+    known = kernel_costs.costs_of_used_rows(0.5)
+    of_used = next(c for c in known if getattr(c, "func", c) is kernel_costs.megablox_cost)
     flops, traffic, _ = of_used("gmm", given, [out])
+    assert flops == 8192 * 1024 * 512
+    assert traffic == (rows.bytes + out.bytes) / 2 + weights.bytes
+    *_, occupied = of_used("gmm", given, [out])
+    assert occupied == flops * (8 + 3) / 8
+    flops, traffic, _ = of_used("tgmm", [*given[:-2], rows, out], [weights])
     assert flops == 8192 * 1024 * 512
     assert traffic == (rows.bytes + out.bytes) / 2 + weights.bytes
 
@@ -347,6 +353,9 @@ def test_kernels_count_by_the_blocks_of_their_operands():
     flops, traffic, _ = kernel_costs.swiglu_cost("swiglu", given, [out])
     assert flops == 2 * 8192 * 768 * 3072
     assert traffic == 2 * (rows.bytes + row_weight.bytes) + weights.bytes + 2 * out.bytes
+    flops, traffic, _ = kernel_costs.swiglu_cost("swiglu", given, [out], used=0.5)
+    assert flops == 8192 * 768 * 3072
+    assert traffic == rows.bytes + row_weight.bytes + weights.bytes + out.bytes
 
     # With wide experts, rows are read once for each pass over 16 of the 112 weight blocks of 1 MiB.
     rows, weights, out = product(4096, 14336, 8)

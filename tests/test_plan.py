@@ -108,17 +108,14 @@ IN_A_LAYER = {
         # Rows are sent and returned, sent again in the backward pass, and both have gradients.
         ("ragged_all_to_all", ROWS * 160): 5,
         ("all_gather", 8 * 16): 2,  # each device's number of rows for each expert, twice
-        # The weight of each slot, twice, and the gradient of its norm.
-        ("all_gather", SLOTS): 3,
-        # The norm of each row, twice, and the gradient of its weight.
-        ("all_gather", 8 * ROWS): 3,
+        # The norm and the weight of each row, twice, and their gradients.
+        ("all_to_all", ROWS): 6,
     },
     ("router", *ALL_TO_ALL): SUMS
     | {
         ("ragged_all_to_all", ROWS * 160): 5,
         ("all_gather", 8 * 16): 2,  # each device's number of rows for each expert, twice
-        ("all_gather", SLOTS): 2,  # the weight of each slot, twice
-        ("all_gather", 8 * ROWS): 1,  # the gradient of the weight of each row
+        ("all_to_all", ROWS): 3,  # the weight of each row, twice, and its gradient
         ("psum", ROUTER): 1,
     },
 }
@@ -150,7 +147,7 @@ def test_what_moves(case, ragged, monkeypatch):
             found[moved] += times
     layers = Counter({moved: 3 * count for moved, count in IN_A_LAYER[case].items()})
     assert found == layers + Counter(IN_A_STEP[mesh, transport])
-    rows = {("ragged_all_to_all", ROWS * 160), ("all_gather", 8 * ROWS), ("all_gather", SLOTS)}
+    rows = {("ragged_all_to_all", ROWS * 160), ("all_to_all", ROWS)}
     assert in_further_rounds == (rows if transport == "all_to_all" else set())
 
 
@@ -200,7 +197,7 @@ def test_a_step_sends_rows_to_the_devices_of_their_experts(first_round_only):
     program, _ = traced(configuration("aoe", *ALL_TO_ALL), devices)
     operations = costs.Program(hlo.compile_and_read(program.lower())[1]).operations
     found = Counter(o.sent_bytes for o in operations if o.collective == "ragged-all-to-all")
-    assert set(found) == {SLOTS // 8 * 256 * 2}  # bfloat16; 160 columns are padded to 256
+    assert set(found) == {ROWS * 256 * 2}  # bfloat16; 160 columns are padded to 256
     assert sum(o.times for o in operations if o.collective == "ragged-all-to-all") == 5 * 3
     at_ends = [o for o in operations if costs.scope(o) in ("dispatch", "combine")]
     assert not [o for o in at_ends if o.opcode == "broadcast" and o.hbm_bytes > min(found) / 2]

@@ -29,8 +29,9 @@ _ALL_REDUCED_FROM = {
     "gather": {"TPU v4": 64, "TPU v5": 64, "TPU7x": 64},
     "scatter": {"TPU v4": 8, "TPU v5": 8},  # and on v5e and v6e for square slices
 }
-# `ragged_all_to_all` fails on CPU, and on slices of v5e with more than 16 chips.
-RAGGED_DEVICES = ("TPU v4", "TPU v5", "TPU v6 lite", "TPU7x")  # and all GPUs
+# `ragged_all_to_all` fails on CPU and on most slices of v5e. On GPU it is slow or wrong in some
+# versions of XLA.
+RAGGED_DEVICES = ("TPU v4", "TPU v5", "TPU v6 lite", "TPU7x")
 
 
 @dataclass(frozen=True)
@@ -69,19 +70,16 @@ class Devices:
         name = self.axes.collective(axis)
         return jax.lax.all_to_all(x, name, split_axis=split, concat_axis=concatenate, tiled=True)
 
-    def exchange_rows(self, rows, n_rows, sent, received):
-        """Sends rows along the expert axis: `[M, ...]` -> `[n_rows, ...]`.
+    def exchange_rows(self, rows, sent, received):
+        """Sends rows along the expert axis: `[N C, ...]` -> `[N C, ...]`, at most C to each device.
 
-        `sent` are the `Segments` that this device sends, and `received` those that it would send to
-        return what it receives. On `RAGGED_DEVICES` rows `[M, d]` are sent only to the device that
-        needs them, and rows that no segment contains are undefined. On other devices, and for
-        numbers `[M]`, each device gathers the rows of all; rows without a segment are zero.
+        `sent` are the `Segments` that this device sends, and `received` the segments that return
+        the received rows. On `RAGGED_DEVICES` only these rows are sent, and other rows of the
+        result are undefined. On other devices, and for numbers `[N C]`, each pair of devices
+        exchanges C rows, and other rows of the result are zero.
         """
-        device = target_device()
-        is_ragged = device.platform == "gpu" or device.device_kind in RAGGED_DEVICES
-        is_ragged &= rows.ndim > 1
-        lengths, axis = (rows.shape[0], n_rows), self.axes.collective("expert")
-        return _exchange_rows(rows, (sent, received), lengths, axis, is_ragged)
+        is_ragged = rows.ndim > 1 and target_device().device_kind in RAGGED_DEVICES
+        return _exchange_rows(rows, (sent, received), self.axes.collective("expert"), is_ragged)
 
     @property
     def sends_rows(self):
@@ -296,37 +294,45 @@ class Segments(NamedTuple):
     size: jax.Array  # its number of rows
     landing: jax.Array  # its first row in the result of the other device
 
-    def positions(self, n_rows, stride=0):
-        """The position of each row `[n_rows]` in the results of all devices, which have `stride`
-        rows each and follow each other; -1 for a row in no segment.
-        """
-        row = jnp.arange(n_rows, dtype=jnp.int32)[:, None]
-        start, size, landing = (a.reshape(-1) for a in self)
-        device = jnp.repeat(jnp.arange(self.start.shape[0], dtype=jnp.int32), self.start.shape[1])
-        inside = (row >= start) & (row < start + size)
-        moved = device * stride + landing - start + row + 1
-        return jnp.where(inside, moved, 0).sum(axis=1) - 1
+
+def moved(n_rows, start, size, landing):
+    """Where runs of rows come from: the position of each row `[n_rows]` if runs of `size` rows move
+    from `start` to `landing`; `NOWHERE` for a row that no run reaches.
+    """
+    row = jnp.arange(n_rows, dtype=jnp.int32)[:, None]
+    start, size, landing = (a.reshape(-1) for a in (start, size, landing))
+    inside = (row >= landing) & (row < landing + size)
+    found = jnp.where(inside, start - landing + row + 1, 0).sum(axis=1)
+    return jnp.where(found > 0, found - 1, NOWHERE)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _exchange_rows(rows, segments, lengths, axis, is_ragged):
+def before(sizes, axis=-1):
+    """The sum of the sizes before each one: an exclusive `cumsum`."""
+    return jnp.cumsum(sizes, axis=axis) - sizes
+
+
+def _take(rows, index):
+    return rows.at[index].get(mode="fill", fill_value=0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _exchange_rows(rows, segments, axis, is_ragged):
     sent, received = segments
-    own, length = lengths
-    if not is_ragged:
-        of_all = jax.lax.all_gather(rows, axis, tiled=True)
-        position = received.positions(length, stride=own)
-        return of_all.at[jnp.where(position < 0, NOWHERE, position)].get(mode="fill", fill_value=0)
-    out = jax.lax.empty((length, *rows.shape[1:]), rows.dtype)
-    where = (a.reshape(-1) for a in (sent.start, sent.size, sent.landing, received.size))
-    return jax.lax.ragged_all_to_all(rows, out, *where, axis_name=axis)
+    if is_ragged:
+        where = (a.reshape(-1) for a in (sent.start, sent.size, sent.landing, received.size))
+        out = jax.lax.empty(rows.shape, rows.dtype)
+        return jax.lax.ragged_all_to_all(rows, out, *where, axis_name=axis)
+    n_rows, n_devices = rows.shape[0], sent.size.shape[0]
+    first = jnp.arange(n_devices, dtype=jnp.int32)[:, None] * (n_rows // n_devices)
+    buffers = _take(rows, moved(n_rows, sent.start, sent.size, first + before(sent.size)))
+    buffers = jax.lax.all_to_all(buffers, axis, 0, 0, tiled=True)
+    in_buffers = first + before(received.size)
+    return _take(buffers, moved(n_rows, in_buffers, received.size, received.start))
 
 
 _exchange_rows.defvjp(
     lambda rows, segments, *how: (_exchange_rows(rows, segments, *how), segments),
-    lambda lengths, axis, is_ragged, segments, g: (
-        _exchange_rows(g, segments[::-1], lengths[::-1], axis, is_ragged),
-        None,
-    ),
+    lambda axis, is_ragged, segments, g: (_exchange_rows(g, segments[::-1], axis, is_ragged), None),
 )
 
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.moe.grouped_matmul import row_layout
-from aoe_jax.moe.grouped_matmul.groups import NOWHERE, PaddedGroups, WholeGroups, permute
+from aoe_jax.moe.grouped_matmul import RowLayout, row_layout
+from aoe_jax.moe.grouped_matmul.groups import NOWHERE, WholeGroups, permute
 from aoe_jax.moe.routing import Routing
 
 # With more slots per token, one gather loads all rows, because many gathers make a big program.
@@ -21,8 +21,9 @@ MAX_GATHERS = 16
 class Rows(NamedTuple):
     """Maps slots to rows and rows to slots. Rows are in expert order or in a `RowLayout`.
 
-    With a `RowLayout`, R is its number of positions, and `row` of an unused slot is `NOWHERE`. For
-    a position without a row, `slot` and `token` are `NOWHERE`, and arrays of rows contain zeros.
+    `row` of a slot without a row may be `NOWHERE`. With a `RowLayout`, R is its number of
+    positions; `slot` and `token` of a position without a row are `NOWHERE`, and arrays of rows
+    contain zeros there.
     """
 
     slot: jax.Array  # [R] int32, the slot of each row
@@ -143,10 +144,10 @@ def _take_by(values, index, rows):
 
 
 def _take_tokens(x, rows):
-    """The token of each row; undefined for rows without a slot of `PaddedGroups`."""
-    if isinstance(rows.groups, PaddedGroups):
-        return x.at[rows.token].get(mode="promise_in_bounds")
-    return _take_by(x, rows.token, rows)
+    """The token of each row, `[T, ...] -> [R, ...]`; zeros for positions without a row."""
+    if isinstance(rows.groups, RowLayout):
+        return _take(x, rows.token)
+    return x.at[rows.token].get(mode="promise_in_bounds")
 
 
 def _sum_slots(values, rows, slots_per_token):

@@ -47,7 +47,8 @@ first_neurons.defvjp(
 
 
 def swiglu(rows, gate, row_weight, groups, w, backend="auto", keeps_up=True):
-    """`(weight SiLU(gate) * (x W_up)) W_down` of each row: `[R, d]`; zero for rows of no expert.
+    """`(weight SiLU(gate) * (x W_up)) W_down` of each row: `[R, d]`; zero for rows of no expert,
+    but undefined with `PaddedGroups`.
 
     `row_weight [R]`, float32, is the weight of a row's expert in the output of its token. It is
     applied before `W_down`, so that its gradient needs no output of an expert. `rows [R, d]` and

@@ -6,7 +6,6 @@
                experts; outputs are summed and scattered back. Whichever experts are chosen, a
                device receives T d numbers from each of N - 1 other devices and sends as many back.
     AllToAll   Each row is sent to the device of its expert and back: about K T d numbers each way.
-               Rows leave in expert order and arrive in expert order, so nothing is sorted twice.
 
 No row is dropped, and memory is bounded: a device computes its rows in rounds of R rows, where R is
 `ROW_BUFFER` times its number of rows under perfect balance. Autodiff applies to the first round. If
@@ -23,11 +22,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.moe.collectives import Segments
+from aoe_jax.moe.collectives import Segments, before, moved
 from aoe_jax.moe.dispatch import Local, Rows, sort_slots
-from aoe_jax.moe.grouped_matmul.groups import NOWHERE, PaddedGroups
+from aoe_jax.moe.grouped_matmul.groups import PaddedGroups
 
 ROW_BUFFER = 1.25
+LANES = 128
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -127,60 +127,69 @@ class Ring(_Rounds):
         return _add_rows(rows, round[0] // self.slots_per_token, n_tokens)
 
 
+def _in_lanes(rows):
+    """`[M, d]` -> `[M, d / 128, 128]` if 128 divides d: the layout in which TPUs send rows."""
+    return rows if rows.shape[1] % LANES else rows.reshape(rows.shape[0], -1, LANES)
+
+
 class _AllToAllSchedule(NamedTuple):
     rows: Rows  # the device's own slots in expert order
     count: jax.Array  # [N, N, n] int32, rows by sender, receiver and expert of the receiver
-    n_rounds: jax.Array  # [] int32, equal on all devices
+    n_rounds: jax.Array  # [] int32, the maximum over pairs of devices; equal on all devices
 
 
 class _AllToAllRound(NamedTuple):
-    rows: Rows  # `row` of a slot without a row in this round is `NOWHERE`
+    rows: Rows  # rows to send; a slot without one has the row `NOWHERE`
     groups: PaddedGroups
     sent: Segments
     received: Segments
 
 
-def _in_lanes(rows):
-    """`[M, d]` -> `[M, d / 128, 128]` if 128 divides d: the layout in which TPUs send rows."""
-    return rows if rows.shape[1] % 128 else rows.reshape(rows.shape[0], -1, 128)
-
-
 class AllToAll(_Rounds):
-    """Sends each row to its place in the expert order of its expert's device."""
+    """Sends each row to its place in the expert order of its expert's device.
+
+    In a round, a device sends at most `R / N` rows to each device, one run for each expert.
+    """
+
+    def __init__(self, devices, n_experts, slots_per_token, share):
+        n_devices = devices.size("expert")
+        super().__init__(devices, n_experts, slots_per_token, share / n_devices)
+        self.pair_size, self.size = self.size, n_devices * self.size
 
     def schedule(self, routing):
         n_devices = self.devices.size("expert")
         slot, row, group_sizes = sort_slots(routing.expert, n_devices * self.n_experts)
         count = self.devices.gather(group_sizes, "expert").reshape(n_devices, n_devices, -1)
-        n_rounds = self.devices.largest(-(-count.sum(axis=(0, 2)).max() // self.size))
-        rows = Rows(slot, row, routing.token[slot], PaddedGroups(group_sizes))
-        return _AllToAllSchedule(rows, count, n_rounds)
+        n_rounds = self.devices.largest(-(-count.sum(axis=2).max() // self.pair_size))
+        return _AllToAllSchedule(Rows(slot, row, routing.token[slot], ()), count, n_rounds)
 
     def round(self, schedule, number):
-        count, first, rank = schedule.count, number * self.size, self.devices.rank("expert")
-        by_sender = count.reshape(count.shape[0], -1)
-        source = (jnp.cumsum(by_sender, axis=1) - by_sender).reshape(count.shape)
-        by_row = count.transpose(1, 2, 0)  # receivers have rows by expert, then by sender
-        flat = by_row.reshape(count.shape[0], -1)
-        end = jnp.cumsum(flat, axis=1).reshape(by_row.shape).transpose(2, 0, 1)
-        landing = jnp.clip(end - count - first, 0, self.size)
-        size = jnp.clip(end - first, 0, self.size) - landing
-        source += jnp.clip(first - (end - count), 0, count)
+        count, rank = schedule.count, self.devices.rank("expert")
+        first = number * self.pair_size
+        start = before(count)  # of a run, among the rows of its pair of devices
+        begin, end = (jnp.clip(a - first, 0, self.pair_size) for a in (start, start + count))
+        size = end - begin
+        source = before(size.reshape(size.shape[0], -1)).reshape(size.shape)
+        by_expert = size.transpose(1, 2, 0)  # receivers have rows by expert, then by sender
+        landing = before(by_expert.reshape(size.shape[0], -1)).reshape(by_expert.shape)
+        landing = landing.transpose(2, 0, 1)
         sent = Segments(source[rank], size[rank], landing[rank])
         received = Segments(landing[:, rank], size[:, rank], source[:, rank])
-        rows = schedule.rows
-        is_sent = sent.positions(rows.slot.shape[0]) >= 0
-        rows = rows._replace(row=jnp.where(is_sent[rows.row], rows.row, NOWHERE))
-        if self.slots_per_token is None:
-            rows = rows._replace(token=jnp.where(is_sent, rows.token, NOWHERE))
-        return _AllToAllRound(rows, PaddedGroups(received.size.sum(axis=0)), sent, received)
+        groups = PaddedGroups(received.size.sum(axis=0))
+        slot, row, token, _ = schedule.rows
+        in_order = before(count[rank].reshape(-1)).reshape(sent.size.shape)
+        in_order += jnp.clip(first - start[rank], 0, count[rank])
+        # Any token serves for rows that are not sent.
+        taken = jnp.minimum(moved(self.size, in_order, sent.size, sent.start), slot.shape[0] - 1)
+        row = moved(slot.shape[0], sent.start, sent.size, in_order)[row]
+        rows = Rows(slot[taken], row, token[taken], ())
+        return _AllToAllRound(rows, groups, sent, received)
 
     def _send(self, rows, round):
-        return self.devices.exchange_rows(rows, self.size, round.sent, round.received)
+        return self.devices.exchange_rows(rows, round.sent, round.received)
 
     def _return(self, rows, round):
-        n_rows = round.rows.slot.shape[0]
-        return self.devices.exchange_rows(rows, n_rows, round.received, round.sent)
+        return self.devices.exchange_rows(rows, round.received, round.sent)
 
     def dispatch(self, x, round):
         rows, _ = super().dispatch(_in_lanes(x), (None, round.rows))

@@ -155,9 +155,8 @@ class Program:
         is_async = i.opcode.endswith("-start")
         operand_bytes = sum(a.bytes for name in i.operands for a in known[name].arrays)
         result_bytes = sum(a.bytes for a in i.arrays)
-        if i.collective == "ragged-all-to-all":  # the larger of the two has unused rows
-            buffers = (known[name].arrays[0].bytes for name in i.operands[:2])
-            operand_bytes, result_bytes = min(buffers), 0.0
+        if i.collective == "ragged-all-to-all":  # sends its first operand, at most all rows of it
+            operand_bytes, result_bytes = known[i.operands[0]].arrays[0].bytes, 0.0
         elif is_async and i.is_tuple:  # the result includes the operands
             result_bytes -= operand_bytes
         return replace(

@@ -70,7 +70,9 @@ def megablox_cost(name, operands, results, tiles=tiles, used=1.0):
     (_, offsets, listed, *_, lhs, rhs), (out,) = operands, results
     k, n = out.dims[1:] if name == "tgmm" else (lhs.dims[1], out.dims[1])
     m = math.prod(lhs.dims) // k
-    n_groups, n_visits = offsets.dims[0] - 1, listed.dims[0]
+    n_groups = offsets.dims[0] - 1
+    n_tiles = used * (listed.dims[0] - n_groups + 1)
+    n_visits = n_tiles + n_groups - 1
     # A `gmm` is a forward product or a gradient of rows; both choose tiles by the same rule.
     product = "d_weights" if name == "tgmm" else "forward"
     itemsize = 2 if lhs.dtype == "bf16" else 4
@@ -82,7 +84,7 @@ def megablox_cost(name, operands, results, tiles=tiles, used=1.0):
     traffic = math.ceil(n / tn) * used * lhs.hbm_bytes
     traffic += rhs_reads * of_rhs * rhs.hbm_bytes + of_out * out.hbm_bytes
     flops = 2 * used * m * k * n
-    return flops, traffic, flops * n_visits / (n_visits - n_groups + 1)
+    return flops, traffic, flops * n_visits / n_tiles
 
 
 def swiglu_cost(name, operands, results, used=1.0):
@@ -93,7 +95,9 @@ def swiglu_cost(name, operands, results, used=1.0):
         return None
     _, offsets, listed, _, rows, weights, *others = operands
     (m, k), n = rows.dims, results[0].dims[1]
-    n_groups, n_visits = offsets.dims[0] - 1, listed.dims[0]
+    n_groups = offsets.dims[0] - 1
+    n_tiles = used * (listed.dims[0] - n_groups + 1)
+    n_visits = n_tiles + n_groups - 1
     itemsize = 2 if rows.dtype == "bf16" else 4
     _, tk, tn = megablox_swiglu.tiles(m, k, n, n_groups, itemsize, len(results) + 1)
     row_weight, *tiled = others
@@ -101,10 +105,10 @@ def swiglu_cost(name, operands, results, used=1.0):
     of_rows += sum(a.hbm_bytes for a in (*tiled, *results))
     flops = 2 * used * m * k * n
     traffic = used * of_rows + weights.hbm_bytes * (n_visits / n_groups if tk < k else 1)
-    return flops, traffic, flops * n_visits / (n_visits - n_groups + 1)
+    return flops, traffic, flops * n_visits / n_tiles
 
 
-def mosaic_gpu_cost(name, operands, results):
+def mosaic_gpu_cost(name, operands, results, used=1.0):
     """Returns the cost of a grouped product by Mosaic GPU.
 
     Each pass over the output width reads all rows. Weight gradients need only one pass, because
@@ -122,12 +126,10 @@ def mosaic_gpu_cost(name, operands, results):
     return flops, traffic, flops
 
 
-def costs_of_used_rows(used):
-    """Returns `KERNEL_COSTS` for grouped products of which the fraction `used` of the rows have an
-    expert.
-    """
-    grouped = [partial(cost, used=used) for cost in (megablox_cost, swiglu_cost)]
-    return [*grouped, splash_cost, cudnn_cost, mosaic_gpu_cost]
-
-
 KERNEL_COSTS = (splash_cost, cudnn_cost, megablox_cost, swiglu_cost, mosaic_gpu_cost)
+
+
+def costs_of_used_rows(used):
+    """`KERNEL_COSTS` for grouped products with an expert for the fraction `used` of their rows."""
+    grouped = (megablox_cost, swiglu_cost, mosaic_gpu_cost)
+    return [partial(cost, used=used) if cost in grouped else cost for cost in KERNEL_COSTS]

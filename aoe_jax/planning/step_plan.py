@@ -69,8 +69,10 @@ def plan(config: Config, generation, devices):
         total, temp, text = _compile(traced)
         compile_seconds = time.perf_counter() - started
     memory = {"state": _bytes_per_device(state), "temp": temp, "total": total}
-    # With an expert axis, buffers of rows are larger than balanced loads need.
-    kernels = KERNEL_COSTS if mesh.shape["expert"] == 1 else costs_of_used_rows(1 / ROW_BUFFER)
+    choice = config.routing.choice(config.experts)
+    exact = n_devices == 1 or (mesh.shape["expert"] == 1 and choice and choice.is_fixed)
+    # Buffers of rows that travel are larger than balanced loads need.
+    kernels = KERNEL_COSTS if exact else costs_of_used_rows(1 / ROW_BUFFER)
     likely = read_program(text, chip, slice_shape(devices), kernels) if text else None
     if temp is not None and not text:
         log.warning("the compiler wrote no program, so FLOPs and likely step time are unknown")

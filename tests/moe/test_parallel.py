@@ -25,7 +25,7 @@ from aoe_jax.methods.thor import Thor
 from aoe_jax.methods.top_p import TopP
 from aoe_jax.methods.uoe import UoE
 from aoe_jax.moe import collectives as parallel
-from aoe_jax.moe import grouped_matmul
+from aoe_jax.moe import grouped_matmul, transports
 from aoe_jax.moe import layer as moe_layer
 from aoe_jax.moe.grouped_matmul import BACKENDS
 from aoe_jax.moe.layer import ExpertsLayer, make_transport
@@ -120,7 +120,7 @@ def on_mesh(shape, *args):
         return evaluate(*args)
 
 
-def transports(shape):
+def ways(shape):
     return ["ring", "all_to_all"] if shape[2] > 1 else ["ring"]
 
 
@@ -129,7 +129,7 @@ FAST += [(THREE, "ring", kind) for kind in ("router", "whole", "as published", "
 FAST += [((1, 1, 2, 4), "ring", "smear"), (THREE, "all_to_all", "dynmoe")]
 FAST += [((1, 8, 1, 1), "ring", "aoe"), ((2, 1, 4, 1), "all_to_all", "capacity")]
 WAYS = ("ring", "all_to_all")
-SLOW = [(shape, way, "aoe") for shape in MESHES for way in transports(shape)]
+SLOW = [(shape, way, "aoe") for shape in MESHES for way in ways(shape)]
 SLOW += [(THREE, way, kind) for way in WAYS for kind in ("router", "whole", "uoe")]
 OTHERS = [k for k in KINDS if k not in ("aoe", "router", "dense", "whole", "uoe", "erc", "smear")]
 OTHERS = [kind for kind in OTHERS if not kind.endswith(", aoe")]
@@ -278,64 +278,68 @@ def test_gradients_of_experts_summed_in_bfloat16(x64, ragged, kind):
         assert low <= error <= high, name
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_rows_arrive_in_expert_order(number):
+def test_rows_arrive_in_expert_order():
     """`ragged_all_to_all` in numpy, as JAX documents it, with the segments of every device."""
     n_devices, n_own, n_slots = 4, 3, 40
     expert = np.random.default_rng(0).integers(0, n_devices * n_own + 1, (n_devices, n_slots))
-    expert[:, :15] = 0  # so the first device needs a second round
-    slots = PartitionSpec("expert")
-    settings = parallel.Devices((1, 1, n_devices, 1)), n_devices * n_own, 1, n_slots
+    expert[:, :15] = 1  # so the first device needs a second round
+    slots, settings = PartitionSpec("expert"), (n_devices * n_own, 1, n_slots)
 
     @partial(jax.shard_map, in_specs=slots, out_specs=slots, check_vma=False)
-    def rounds(expert):
-        transport, weight = AllToAll(*settings), jnp.ones((n_slots, 1))
-        schedule = transport.schedule(by_token(expert[:, None], weight))
-        found = transport.round(schedule, number)
-        rows = transport._send(expert[found.rows.slot], found)
-        return jax.tree.map(lambda a: a[None], (found.sent, found.received, found.groups, rows))
+    def two_rounds(expert):
+        transport = AllToAll(parallel.Devices((1, 1, n_devices, 1)), *settings)
+        schedule = transport.schedule(by_token(expert[:, None], jnp.ones((n_slots, 1))))
+        rounds = [transport.round(schedule, number) for number in range(2)]
+        rows = [transport.row_values(expert + 1, round) for round in rounds]
+        own = [jnp.where(r.rows.slot < n_slots, expert[r.rows.slot] + 1, 0) for r in rounds]
+        found = [(*round[1:], *more) for round, *more in zip(rounds, own, rows, strict=True)]
+        return schedule.n_rounds[None], jax.tree.map(lambda *a: jnp.stack(a)[None], *found)
 
     with jax.set_mesh(jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Auto,))):
-        sent, received, groups, rows = jax.tree.map(np.asarray, rounds(expert.reshape(-1)))
-    by_expert, out = np.sort(expert), np.full_like(rows, 0)
-    assert_array_equal(sent.size, received.size.swapaxes(0, 1))
-    for sender, receiver, own in np.ndindex(sent.size.shape):
-        run = np.arange(sent.size[sender, receiver, own])
-        landing = sent.landing[sender, receiver, own]
-        assert landing == received.start[receiver, sender, own]
-        out[receiver, landing + run] = by_expert[sender, sent.start[sender, receiver, own] + run]
+        n_rounds, found = jax.tree.map(np.asarray, two_rounds(expert.reshape(-1)))
+    groups, sent, received, own, rows = found
+    assert_array_equal(n_rounds, [2] * n_devices)
+    out = np.zeros_like(rows)
+    for sender, number, receiver, i in np.ndindex(sent.size.shape):
+        run = np.arange(sent.size[sender, number, receiver, i])
+        assert len(run) == received.size[receiver, number, sender, i]
+        landing = sent.landing[sender, number, receiver, i]
+        assert landing == received.start[receiver, number, sender, i]
+        values = own[sender, number, sent.start[sender, number, receiver, i] + run]
+        out[receiver, number, landing + run] = values
     assert_array_equal(rows, out)
-    size = AllToAll(*settings).size
     for device in range(n_devices):
-        own = np.sort(expert[(expert // n_own == device) & (expert < n_devices * n_own)])
-        own = own[number * size : (number + 1) * size]
-        assert_array_equal(rows[device, : len(own)], own)
-        assert groups.sizes[device].sum() == len(own)
-    assert number == 0 or groups.sizes[0].sum() > 0
+        used = [
+            r[: sizes.sum()] for r, sizes in zip(rows[device], groups.sizes[device], strict=True)
+        ]
+        assert all((np.diff(one) >= 0).all() for one in used)
+        of_device = expert[(expert // n_own == device) & (expert < n_devices * n_own)]
+        assert_array_equal(np.sort(np.concatenate(used)), np.sort(of_device) + 1)
 
 
-def undefined_rows(devices, rows, n_rows, sent, received):
-    """`Devices.exchange_rows` where rows of no segment are undefined."""
-    out = EXCHANGE_ROWS(devices, rows, n_rows, sent, received)
-    filled = (received.positions(n_rows) >= 0).reshape(-1, *[1] * (rows.ndim - 1))
-    return out if rows.ndim == 1 else jnp.where(filled, out, jnp.nan)
-
-
-EXCHANGE_ROWS = parallel.Devices.exchange_rows
 UNDEFINED = [("aoe", "blocked"), ("whole", "megablox"), ("router, top-p", "ragged")]
 
 
+@pytest.mark.parametrize("crowded", [False, True])
 @pytest.mark.parametrize(
     ("kind", "backend"),
     UNDEFINED[:1] + [pytest.param(*case, marks=pytest.mark.slow) for case in UNDEFINED[1:]],
 )
-def test_undefined_rows_change_nothing(monkeypatch, kind, backend):
-    """TPUs do not fill the buffer that rows arrive in."""
-    layer, params, x, weights = make(KINDS[kind], "all_to_all", dtype=jnp.float32)
-    want = on_mesh((1, 1, 8, 1), layer, params, x, weights)
+def test_undefined_rows_change_nothing(monkeypatch, kind, backend, crowded):
+    """TPUs do not fill the buffers that rows and their gradients arrive in."""
+    settings = KINDS[kind] | ({"top_k": 1} if crowded and "top-p" not in kind else {})
+    layer, params, x, weights = make(settings, "all_to_all", dtype=jnp.float32)
+    bias = {"selection_bias": jnp.zeros(8).at[0].set(100.0)} if "top_k" in settings else None
+    want = on_mesh((1, 1, 8, 1), layer, params, x, weights, bias)
+
+    def undefined(rows, index):
+        fill = jnp.nan if rows.ndim > 1 else 0
+        return rows.at[index].get(mode="fill", fill_value=fill)
+
     monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: backend)
-    monkeypatch.setattr(parallel.Devices, "exchange_rows", undefined_rows)
-    assert_close(on_mesh((1, 1, 8, 1), layer, params, x, weights), want, 1e-4)
+    monkeypatch.setattr(parallel, "_take", undefined)
+    monkeypatch.setattr(transports, "LANES", 4)  # rows travel in two lanes
+    assert_close(on_mesh((1, 1, 8, 1), layer, params, x, weights, bias), want, 1e-4)
 
 
 def assert_near(got, want, share):

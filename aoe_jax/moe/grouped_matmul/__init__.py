@@ -43,9 +43,8 @@ def grouped_matmul(
       rows: `[M, D]`, floating-point; the first `groups[0]` rows belong to expert 0, and so on.
       weights: `[E, D, F]`, same dtype as `rows`.
       groups: `[E]` int32, the row count of each expert, with a sum of at most M; or `WholeGroups`,
-        whose sum is M; or `PaddedGroups`: results past the last group are undefined; or a
-        `RowLayout` from `row_layout`: then rows and result are in that layout, M is its length,
-        and positions without a row contain zeros.
+        whose sum is M; or `PaddedGroups`; or a `RowLayout` from `row_layout`: then rows and result
+        are in that layout, M is its length, and positions without a row contain zeros.
       backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"rowwise"` (plain
         JAX, for fewer rows than experts), `"megablox"` (TPU; interpreted on CPU), `"mosaic_gpu"`
         (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense on most platforms: a baseline) or
@@ -54,7 +53,7 @@ def grouped_matmul(
 
     Returns:
       `[M, F]`, dtype of `rows`, accumulated in float32 at least; rows past the last group are
-      zero. Differentiable in `rows` and `weights`.
+      zero, but undefined with `PaddedGroups`. Differentiable in `rows` and `weights`.
 
     Raises:
       UserError: if the backend is unknown or does not support the dtype or a width.

@@ -15,8 +15,8 @@ class WholeGroups(NamedTuple):
 
 
 class PaddedGroups(NamedTuple):
-    """Group sizes of rows whose caller ignores results and gradients past the last group. Backends
-    may leave them undefined; arguments may be undefined there with all kinds of groups.
+    """Group sizes whose sum may be below M. Results and gradients past the last group are
+    undefined, so backends need no mask for them.
     """
 
     sizes: jax.Array  # [E] int32

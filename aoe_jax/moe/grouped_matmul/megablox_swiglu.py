@@ -166,7 +166,8 @@ def _masked(block, axis, size):
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
 def megablox_swiglu(rows, gate, row_weight, w_up, w_down, groups, kept):
-    """`(weight SiLU(gate) * (rows W_up)) W_down` of each row: `[M, d]`; zero for rows of no expert.
+    """`(weight SiLU(gate) * (rows W_up)) W_down` of each row: `[M, d]`; zero for rows of no expert,
+    but undefined with `PaddedGroups`.
 
     `rows [M, d]`, `gate [M, f]`, `w_up [E, d, f]` and `w_down [E, f, d]` have one dtype, bfloat16
     or float32; `row_weight [M]` is float32. `kept` is the name of `rows W_up` for the policies of
