@@ -162,6 +162,8 @@ def test_collectives_count_once_and_by_their_kind():
         "ragged": ("ragged-all-to-all", size, 4, False),
         "all-reduce.4": ("reduce-scatter", size, 16, False),
     }
+    half = {o.name: o for o in costs.Program(COLLECTIVES, used=0.5).operations}
+    assert half["ragged"].sent_bytes == size / 2 and half["sum"] == found["sum"]
     assert [o.name for o in found["one"].beside if not o.collective] == ["work", "rows"]
     assert found["two"].beside == ()  # the same work can hide only one collective
     assert found["copy-start"].hbm_bytes == size  # it copies to on-chip memory
@@ -335,7 +337,7 @@ def test_kernels_count_by_the_blocks_of_their_operands():
     flops, traffic, occupied = kernel_costs.megablox_cost("gmm", given, [out])
     assert flops == 2 * 8192 * 1024 * 512 and occupied == flops * 19 / 16
     assert traffic == rows.bytes + weights.bytes + out.bytes
-    known = kernel_costs.costs_of_used_rows(0.5)
+    known = kernel_costs.costs_of_used_rows(kernel_costs.KERNEL_COSTS, 0.5)
     of_used = next(c for c in known if getattr(c, "func", c) is kernel_costs.megablox_cost)
     flops, traffic, _ = of_used("gmm", given, [out])
     assert flops == 8192 * 1024 * 512

@@ -23,7 +23,7 @@ from functools import cached_property
 import numpy as np
 
 from aoe_jax.planning.hlo import parse
-from aoe_jax.planning.kernel_costs import KERNEL_COSTS
+from aoe_jax.planning.kernel_costs import KERNEL_COSTS, costs_of_used_rows
 
 ESTIMATES = ("peaks", "likely", "cycles")
 _BY_CYCLES = {"fusion", "convolution", "dot", "gather", "scatter", "sort"}
@@ -68,9 +68,9 @@ class Program:
     results are `Array`s; the name is the call's target or, on TPU, the name of the kernel.
     """
 
-    def __init__(self, text, kernel_costs=KERNEL_COSTS):
-        """Parses the text."""
-        self.kernel_costs = kernel_costs
+    def __init__(self, text, kernel_costs=KERNEL_COSTS, used=1.0):
+        """Parses the text. `used` is the fraction of experts' rows that have an expert."""
+        self.kernel_costs, self.used = costs_of_used_rows(kernel_costs, used), used
         header = text.partition("\n")[0]
         counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)
         self.n_devices = math.prod(map(int, counts))
@@ -155,8 +155,8 @@ class Program:
         is_async = i.opcode.endswith("-start")
         operand_bytes = sum(a.bytes for name in i.operands for a in known[name].arrays)
         result_bytes = sum(a.bytes for a in i.arrays)
-        if i.collective == "ragged-all-to-all":  # sends its first operand, at most all rows of it
-            operand_bytes, result_bytes = known[i.operands[0]].arrays[0].bytes, 0.0
+        if i.collective == "ragged-all-to-all":  # sends the used rows of its first operand
+            operand_bytes, result_bytes = self.used * known[i.operands[0]].arrays[0].bytes, 0.0
         elif is_async and i.is_tuple:  # the result includes the operands
             result_bytes -= operand_bytes
         return replace(

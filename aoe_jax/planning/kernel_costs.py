@@ -129,7 +129,7 @@ def mosaic_gpu_cost(name, operands, results, used=1.0):
 KERNEL_COSTS = (splash_cost, cudnn_cost, megablox_cost, swiglu_cost, mosaic_gpu_cost)
 
 
-def costs_of_used_rows(used):
-    """`KERNEL_COSTS` for grouped products with an expert for the fraction `used` of their rows."""
+def costs_of_used_rows(costs, used):
+    """`costs` for grouped products with an expert for the fraction `used` of their rows."""
     grouped = (megablox_cost, swiglu_cost, mosaic_gpu_cost)
-    return [partial(cost, used=used) if cost in grouped else cost for cost in KERNEL_COSTS]
+    return [partial(cost, used=used) if cost in grouped else cost for cost in costs]

@@ -33,7 +33,7 @@ from aoe_jax.planning.communication import collectives
 from aoe_jax.planning.costs import ESTIMATES, Program, scope
 from aoe_jax.planning.hardware import chip_part, compiling_for, count_parts, slice_shape
 from aoe_jax.planning.hlo import compile_and_read
-from aoe_jax.planning.kernel_costs import KERNEL_COSTS, costs_of_used_rows
+from aoe_jax.planning.kernel_costs import KERNEL_COSTS
 from aoe_jax.training.step import train_step_on
 
 log = logging.getLogger(__name__)
@@ -71,9 +71,9 @@ def plan(config: Config, generation, devices):
     memory = {"state": _bytes_per_device(state), "temp": temp, "total": total}
     choice = config.routing.choice(config.experts)
     exact = n_devices == 1 or (mesh.shape["expert"] == 1 and choice and choice.is_fixed)
-    # Buffers of rows that travel are larger than balanced loads need.
-    kernels = KERNEL_COSTS if exact else costs_of_used_rows(1 / ROW_BUFFER)
-    likely = read_program(text, chip, slice_shape(devices), kernels) if text else None
+    # Rows that travel have buffers that are larger than balanced loads need.
+    used = 1 if exact else 1 / ROW_BUFFER
+    likely = read_program(text, chip, slice_shape(devices), used=used) if text else None
     if temp is not None and not text:
         log.warning("the compiler wrote no program, so FLOPs and likely step time are unknown")
     found, received = [], Counter()
@@ -145,13 +145,13 @@ def _compile(traced):
     return used, memory.temp_size_in_bytes, text
 
 
-def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
+def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS, used=1.0):
     """Returns a dict with `flops` and the keys in `LIKELY` for one step.
 
-    `text` is from `hlo.compile_and_read`, `chip` is the `hardware.Chip` of a device, and `shape` is
-    from `hardware.slice_shape`.
+    `text` is from `hlo.compile_and_read`, `chip` is the `hardware.Chip` of a device, `shape` is
+    from `hardware.slice_shape`, and the other arguments are those of `costs.Program`.
     """
-    operations = Program(text, kernel_costs).operations
+    operations = Program(text, kernel_costs, used).operations
     kernels = (o for o in operations if o.opcode == "tpu_custom_call" and not o.flops)
     if unknown := sorted({re.sub(r"[.\d]+$", "", o.name) for o in kernels}):
         log.warning("FLOPs are unknown, only operands and results count: %s", ", ".join(unknown))
