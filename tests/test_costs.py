@@ -365,6 +365,11 @@ def test_kernels_count_by_the_blocks_of_their_operands():
     assert flops == 2 * 8192 * 4096 * 14336
     assert mosaic_gpu.blocks_at_once(4096, 14336) == 16
     assert traffic == 7 * rows.bytes + weights.bytes + out.bytes
+    # Weight gradients leave out rows without an expert.
+    given = [rows, out], [weights]
+    flops, traffic, _ = kernel_costs.mosaic_gpu_cost("mosaic_gpu_v2", *given, used=0.5)
+    assert flops == 8192 * 4096 * 14336
+    assert traffic == (rows.bytes + out.bytes) / 2 + weights.bytes
 
 
 def test_likely_seconds():

@@ -18,7 +18,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from aoe_jax.moe.grouped_matmul.groups import NOWHERE
+from aoe_jax.moe.grouped_matmul.groups import NOWHERE, take
 from aoe_jax.moe.scoring import safe_root
 from aoe_jax.parameters import EXPERTS, Parameter
 from aoe_jax.sharding import AXES, MESH_AXES, RULES, MeshAxes, count_slices, spec_of, target_device
@@ -306,13 +306,9 @@ def moved(n_rows, start, size, landing):
     return jnp.where(found > 0, found - 1, NOWHERE)
 
 
-def before(sizes, axis=-1):
-    """The sum of the sizes before each one: an exclusive `cumsum`."""
-    return jnp.cumsum(sizes, axis=axis) - sizes
-
-
-def _take(rows, index):
-    return rows.at[index].get(mode="fill", fill_value=0)
+def before(sizes):
+    """The sum of the sizes before each one on the last axis: an exclusive `cumsum`."""
+    return jnp.cumsum(sizes, axis=-1) - sizes
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -324,10 +320,10 @@ def _exchange_rows(rows, segments, axis, is_ragged):
         return jax.lax.ragged_all_to_all(rows, out, *where, axis_name=axis)
     n_rows, n_devices = rows.shape[0], sent.size.shape[0]
     first = jnp.arange(n_devices, dtype=jnp.int32)[:, None] * (n_rows // n_devices)
-    buffers = _take(rows, moved(n_rows, sent.start, sent.size, first + before(sent.size)))
+    buffers = take(rows, moved(n_rows, sent.start, sent.size, first + before(sent.size)))
     buffers = jax.lax.all_to_all(buffers, axis, 0, 0, tiled=True)
     in_buffers = first + before(received.size)
-    return _take(buffers, moved(n_rows, in_buffers, received.size, received.start))
+    return take(buffers, moved(n_rows, in_buffers, received.size, received.start))
 
 
 _exchange_rows.defvjp(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.moe.grouped_matmul import RowLayout, row_layout
-from aoe_jax.moe.grouped_matmul.groups import NOWHERE, WholeGroups, permute
+from aoe_jax.moe.grouped_matmul.groups import NOWHERE, WholeGroups, permute, take
 from aoe_jax.moe.routing import Routing
 
 # With more slots per token, one gather loads all rows, because many gathers make a big program.
@@ -50,8 +50,8 @@ def lay_out(routing, n_experts, all_used=False, backend="auto"):
     if layout is None:
         groups = WholeGroups(group_sizes) if all_used else group_sizes
         return Rows(slot, row, routing.token[slot], groups)
-    slot = _take(slot, layout.row, NOWHERE)
-    return Rows(slot, layout.position[row], _take(routing.token, slot, NOWHERE), layout)
+    slot = take(slot, layout.row, NOWHERE)
+    return Rows(slot, layout.position[row], take(routing.token, slot, NOWHERE), layout)
 
 
 class Local:
@@ -102,7 +102,7 @@ class Local:
     def dispatch(self, x, round):
         rows = round[1]
         if self.slots_per_token is None:
-            return _take(x, rows.token), rows.groups
+            return take(x, rows.token), rows.groups
         return _gather_tokens(x, rows, self.slots_per_token), rows.groups
 
     def row_values(self, values, round):
@@ -128,25 +128,21 @@ class Local:
 def take_code(code, round):
     """Selects each row's low-rank activation by token and expert: `code [T, n, r]` -> `[R, r]`."""
     routing, rows = round
-    expert = _take(routing.expert, rows.slot, code.shape[1])
+    expert = take(routing.expert, rows.slot, code.shape[1])
     return code.at[rows.token, expert].get(mode="fill", fill_value=0)
-
-
-def _take(values, index, fill=0):
-    return values.at[index].get(mode="fill", fill_value=fill)
 
 
 def _take_by(values, index, rows):
     """`values[index]` for an index array of `Rows`; zeros where the index is `NOWHERE`."""
     if isinstance(rows.groups, WholeGroups):  # no index is `NOWHERE`
         return values.at[index].get(mode="promise_in_bounds")
-    return _take(values, index)
+    return take(values, index)
 
 
 def _take_tokens(x, rows):
     """The token of each row, `[T, ...] -> [R, ...]`; zeros for positions without a row."""
     if isinstance(rows.groups, RowLayout):
-        return _take(x, rows.token)
+        return take(x, rows.token)
     return x.at[rows.token].get(mode="promise_in_bounds")
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from aoe_jax.moe.collectives import Segments, before, moved
 from aoe_jax.moe.dispatch import Local, Rows, sort_slots
-from aoe_jax.moe.grouped_matmul.groups import PaddedGroups
+from aoe_jax.moe.grouped_matmul.groups import PaddedGroups, take
 
 ROW_BUFFER = 1.25
 LANES = 128
@@ -33,7 +33,7 @@ LANES = 128
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _take_rows(x, token, n_tokens):
     """`x [n_tokens, d]`, `token [R]` -> `[R, d]`; zeros where a token is `n_tokens`."""
-    return x.at[token].get(mode="fill", fill_value=0)
+    return take(x, token)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -114,7 +114,7 @@ class Ring(_Rounds):
         return _take_rows(x, slot // self.slots_per_token, x.shape[0]), group_sizes
 
     def row_values(self, values, round):
-        return values.at[round[0]].get(mode="fill", fill_value=0)
+        return take(values, round[0])
 
     def slot_values(self, values, round, n_slots):
         return jnp.zeros(n_slots, values.dtype).at[round[0]].set(values, mode="drop")

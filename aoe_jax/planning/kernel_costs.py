@@ -57,6 +57,13 @@ def cudnn_cost(name, operands, results):
     return flops, sum(a.hbm_bytes for a in (*operands, *results)), flops
 
 
+def _visits(offsets, listed, used):
+    """The number of groups, of tiles of used rows, and of visits: once for each group in a tile."""
+    n_groups = offsets.dims[0] - 1
+    n_tiles = used * (listed.dims[0] - n_groups + 1)
+    return n_groups, n_tiles, n_tiles + n_groups - 1
+
+
 def megablox_cost(name, operands, results, tiles=tiles, used=1.0):
     """Returns the cost of a grouped product by Megablox with these `tiles`; the fraction `used` of
     the rows have an expert, and others are not read.
@@ -70,9 +77,7 @@ def megablox_cost(name, operands, results, tiles=tiles, used=1.0):
     (_, offsets, listed, *_, lhs, rhs), (out,) = operands, results
     k, n = out.dims[1:] if name == "tgmm" else (lhs.dims[1], out.dims[1])
     m = math.prod(lhs.dims) // k
-    n_groups = offsets.dims[0] - 1
-    n_tiles = used * (listed.dims[0] - n_groups + 1)
-    n_visits = n_tiles + n_groups - 1
+    n_groups, n_tiles, n_visits = _visits(offsets, listed, used)
     # A `gmm` is a forward product or a gradient of rows; both choose tiles by the same rule.
     product = "d_weights" if name == "tgmm" else "forward"
     itemsize = 2 if lhs.dtype == "bf16" else 4
@@ -95,9 +100,7 @@ def swiglu_cost(name, operands, results, used=1.0):
         return None
     _, offsets, listed, _, rows, weights, *others = operands
     (m, k), n = rows.dims, results[0].dims[1]
-    n_groups = offsets.dims[0] - 1
-    n_tiles = used * (listed.dims[0] - n_groups + 1)
-    n_visits = n_tiles + n_groups - 1
+    n_groups, n_tiles, n_visits = _visits(offsets, listed, used)
     itemsize = 2 if rows.dtype == "bf16" else 4
     _, tk, tn = megablox_swiglu.tiles(m, k, n, n_groups, itemsize, len(results) + 1)
     row_weight, *tiled = others
@@ -112,7 +115,8 @@ def mosaic_gpu_cost(name, operands, results, used=1.0):
     """Returns the cost of a grouped product by Mosaic GPU.
 
     Each pass over the output width reads all rows. Weight gradients need only one pass, because
-    all blocks of an expert are computed together, in one loop over the expert's rows.
+    all blocks of an expert are computed together, in one loop over the expert's rows. Only they
+    leave out rows without an expert, so only they depend on `used`.
     """
     matrices = [a for a in operands if len(a.dims) > 1]
     if not name.startswith("mosaic_gpu") or len(matrices) != 2:
@@ -123,6 +127,8 @@ def mosaic_gpu_cost(name, operands, results, used=1.0):
         n_passes = math.ceil(width // width_block(width) / blocks_at_once(depth, width))
     traffic = n_passes * lhs.hbm_bytes + rhs.hbm_bytes + out.hbm_bytes
     flops = 2 * math.prod(lhs.dims) * width
+    if len(out.dims) == 3:
+        traffic, flops = used * (lhs.hbm_bytes + rhs.hbm_bytes) + out.hbm_bytes, used * flops
     return flops, traffic, flops
 
 

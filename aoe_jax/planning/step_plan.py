@@ -70,9 +70,10 @@ def plan(config: Config, generation, devices):
         compile_seconds = time.perf_counter() - started
     memory = {"state": _bytes_per_device(state), "temp": temp, "total": total}
     choice = config.routing.choice(config.experts)
-    exact = n_devices == 1 or (mesh.shape["expert"] == 1 and choice and choice.is_fixed)
-    # Rows that travel have buffers that are larger than balanced loads need.
-    used = 1 if exact else 1 / ROW_BUFFER
+    is_fixed = choice is None or choice.is_fixed
+    # Buffers of `moe.transports` are larger than balanced loads need.
+    is_exact = n_devices == 1 or (mesh.shape["expert"] == 1 and is_fixed)
+    used = 1 if is_exact else 1 / ROW_BUFFER
     likely = read_program(text, chip, slice_shape(devices), used=used) if text else None
     if temp is not None and not text:
         log.warning("the compiler wrote no program, so FLOPs and likely step time are unknown")

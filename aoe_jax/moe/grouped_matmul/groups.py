@@ -48,6 +48,11 @@ def find(ends, index):
     return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
 
 
+def take(values, index, fill=0):
+    """`values[index]` along the first axis; `fill` for an index out of range, such as `NOWHERE`."""
+    return values.at[index].get(mode="fill", fill_value=fill)
+
+
 def dot(a, b, contracted, batch=()):
     """`jax.lax.dot_general` over one axis of each array, accumulated in float32 at least."""
     dimensions = (contracted[:1], contracted[1:]), (batch, batch)
@@ -64,7 +69,7 @@ def permute(values, index, inverse):
     `index [N]` int32 contains each number below M at most once. `inverse [M]` int32 is the index of
     each element of `values` in the result, out of range if the result lacks the element.
     """
-    return values.at[index].get(mode="fill", fill_value=0)
+    return take(values, index)
 
 
 permute.defvjp(
