@@ -152,7 +152,9 @@ def _check_attention(values, model):
     only = f"hidden_size / num_attention_heads = {width:g} is with a norm over all heads"
     _check_implemented(model.qk_norm != "all" or head_dim == width, "head_dim", head_dim, only)
     types, n_layers = values.get("layer_types"), model.n_dense_layers + model.n_layers
-    is_full = types in (None, ["full_attention"] * n_layers)
+    is_full = types is None
+    if isinstance(types, list):
+        is_full = len(types) == n_layers == types.count("full_attention")
     _check_implemented(is_full, "layer_types", types, "'full_attention' in every layer is")
     if "use_sliding_window" not in ARCHITECTURES[values["model_type"]].only:
         window = values.get("sliding_window")

@@ -285,6 +285,7 @@ def test_rows_arrive_in_expert_order():
     expert[:, :15] = 1  # so the first device needs a second round
     slots, settings = PartitionSpec("expert"), (n_devices * n_own, 1, n_slots)
 
+    @jax.jit
     @partial(jax.shard_map, in_specs=slots, out_specs=slots, check_vma=False)
     def two_rounds(expert):
         transport = AllToAll(parallel.Devices((1, 1, n_devices, 1)), *settings)
