@@ -99,9 +99,9 @@ class Run:
         return state, losses
 
 
-# The fast tier tests both forms of AoE, and methods with hooks or records. tests/methods/ tests the
-# layers of all methods.
-FAST = ("muon", "top_k", "whole_gate", "da_moe", "thor", "sigmoid_top_k_router", "routing_free")
+# The fast tier tests both forms of AoE, and methods with hooks. tests/methods/ tests the layers of
+# all methods.
+FAST = ("muon", "top_k", "whole_gate", "da_moe", "thor")
 VARIANTS = [
     name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
     for name in ("muon", *methods.VARIANTS)

@@ -73,7 +73,7 @@ def alone(kind):
 # Every kind is tested with both transports. tests/moe/test_parallel.py tests single layers on more
 # meshes, and tests/test_multiprocess.py trains on meshes (2, 1, 4, 1) and (1, 8, 1, 1).
 CASES = [
-    ("aoe", (8, 1, 1, 1), "ring"),
+    pytest.param("aoe", (8, 1, 1, 1), "ring", marks=pytest.mark.slow),
     ("aoe", (2, 2, 2, 1), "ring"),
     ("aoe", (1, 2, 2, 2), "all_to_all"),
     ("router", (2, 2, 2, 1), "all_to_all"),
