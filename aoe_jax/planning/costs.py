@@ -112,7 +112,7 @@ class Program:
             elif i.opcode == "conditional":
                 branches = [self._walk(self.computations[name], times) for name in _branches(i)]
                 found += max(branches, key=_work)
-            elif i.opcode in ("call", "async-start") or self._wraps_collective(i):
+            elif i.opcode in ("call", "async-start") or self._runs_on_sparse_cores(i):
                 called = self._called(i, "to_apply", "calls", "called_computations")
                 inner = self._walk(called, times)
                 is_async = i.opcode == "async-start"
@@ -126,10 +126,11 @@ class Program:
                 found += self._collectives_of_fusion(i, times)
         return found
 
-    def _wraps_collective(self, i):
-        # On tpu7x a custom call may run a collective on SparseCores.
+    def _runs_on_sparse_cores(self, i):
+        # A custom call may run a collective or a gather on SparseCores.
         inside = self._called(i, "called_computations").values()
-        return i.opcode == "custom-call" and any(x.collective for x in inside)
+        runs_there = any(x.collective or x.opcode == "async-start" for x in inside)
+        return i.opcode == "custom-call" and runs_there
 
     def _operation(self, i, known, times):
         cycles = i.attribute(r'"estimated_cycles":"?(\d{1,18})\b')  # unknown ones are 2^64 - 1
