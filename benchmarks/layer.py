@@ -107,7 +107,7 @@ def _phases(config, n_tokens):
     row_weight = transport.row_values(routing.weight, round)
 
     def experts(rows, row_weight, w):
-        gate, _ = gate_pre_activations(rows, groups, w)
+        gate, _, rows = gate_pre_activations(rows, groups, w)
         return swiglu(rows, gate, row_weight, groups, w)
 
     def combine(rows, layout):

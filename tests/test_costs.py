@@ -273,6 +273,54 @@ def test_programs_for_gpus():
     assert found["scattered"].hbm_bytes == 4 * 8 + 3 * 2 * 8 * 128  # indices; rows read and written
 
 
+# From a program for v5p, shortened: a TensorCore starts a custom call, in which a SparseCore starts
+# the gather.
+SPARSE = """HloModule step
+
+%gather (p: f32[1000,128], i: s32[16]) -> f32[16,128] {
+  %p = f32[1000,128]{1,0} parameter(0)
+  %i = s32[16]{0} parameter(1)
+  ROOT %taken = f32[16,128]{1,0} gather(%p, %i), offset_dims={1}, slice_sizes={1,128}
+}
+
+%inner (p: f32[1000,128], i: s32[16]) -> f32[16,128] {
+  %p.1 = f32[1000,128]{1,0} parameter(0)
+  %i.1 = s32[16]{0} parameter(1)
+  ROOT %fusion.1 = f32[16,128]{1,0} fusion(%p.1, %i.1), kind=kCustom, calls=%gather, \
+metadata={op_name="jit(step)/dispatch/gather"}
+}
+
+%outer (p: f32[1000,128], i: s32[16]) -> f32[16,128] {
+  %p.2 = f32[1000,128]{1,0} parameter(0)
+  %i.2 = s32[16]{0} parameter(1)
+  %start.2 = ((f32[1000,128]{1,0}, s32[16]{0}), f32[16,128]{1,0}, u32[]) \
+async-start(%p.2, %i.2), calls=%inner
+  ROOT %done.2 = f32[16,128]{1,0} async-done(%start.2)
+}
+
+%started (p: f32[1000,128], i: s32[16]) -> f32[16,128] {
+  %p.3 = f32[1000,128]{1,0} parameter(0)
+  %i.3 = s32[16]{0} parameter(1)
+  ROOT %call.3 = f32[16,128]{1,0} custom-call(%p.3, %i.3), custom_call_target="TODO(b/522284627)", \
+called_computations={%outer}
+}
+
+ENTRY %main (p: f32[1000,128], i: s32[16]) -> f32[16,128] {
+  %p.4 = f32[1000,128]{1,0} parameter(0)
+  %i.4 = s32[16]{0} parameter(1)
+  %start.4 = ((f32[1000,128]{1,0}, s32[16]{0}), f32[16,128]{1,0}, u32[]) \
+async-start(%p.4, %i.4), calls=%started
+  ROOT %done.4 = f32[16,128]{1,0} async-done(%start.4)
+}
+"""
+
+
+def test_a_gather_on_a_sparse_core_reads_what_it_takes():
+    (gather,) = costs.Program(SPARSE).operations
+    assert gather.op_name == "jit(step)/dispatch/gather"
+    assert gather.hbm_bytes == 2 * 4 * 16 * 128 + 4 * 16  # rows read and written; indices
+
+
 def test_cycles_that_the_compiler_does_not_know():
     """It states 2^64 - 1."""
     for stated, cycles in ((700, 700), (2**64 - 1, None)):
@@ -348,16 +396,16 @@ def test_kernels_count_by_the_blocks_of_their_operands():
     assert flops == 8192 * 1024 * 512
     assert traffic == (rows.bytes + out.bytes) / 2 + weights.bytes
 
-    # Two tiles of 1,536 columns: rows and their weights are read twice, and no other array.
+    # Two tiles of 1,536 columns: rows are read twice, and no other array.
     rows, weights, out = product(768, 3072, 4)
-    row_weight = hlo.Array("f32", (8192, 1), "")
-    given = [scalar, offsets, listed, listed, rows, weights, row_weight, out]
-    flops, traffic, _ = kernel_costs.swiglu_cost("swiglu", given, [out])
+    row_weight = hlo.Array("f32", (1, 8192), "")
+    given = [scalar, offsets, listed, listed, rows, weights, out]
+    flops, traffic, _ = kernel_costs.swiglu_cost("swiglu", [*given, row_weight], [out])
     assert flops == 2 * 8192 * 768 * 3072
-    assert traffic == 2 * (rows.bytes + row_weight.bytes) + weights.bytes + 2 * out.bytes
-    flops, traffic, _ = kernel_costs.swiglu_cost("swiglu", given, [out], used=0.5)
+    assert traffic == 2 * rows.bytes + row_weight.bytes + weights.bytes + 2 * out.bytes
+    flops, traffic, _ = kernel_costs.swiglu_cost("gmm_add", given, [out], used=0.5)
     assert flops == 8192 * 768 * 3072
-    assert traffic == rows.bytes + row_weight.bytes + weights.bytes + out.bytes
+    assert traffic == rows.bytes + weights.bytes + out.bytes
 
     # With wide experts, rows are read once for each pass over 16 of the 112 weight blocks of 1 MiB.
     rows, weights, out = product(4096, 14336, 8)

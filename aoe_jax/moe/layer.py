@@ -177,7 +177,7 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
             rows, groups = transport.dispatch(x, first)
         with jax.named_scope("experts"):
             row_code = None if code is None else take_code(code, first)
-            gate, row_code = gate_pre_activations(rows, groups, w, row_code, backend)
+            gate, row_code, rows = gate_pre_activations(rows, groups, w, row_code, backend)
             if layer.sparse_scoring:
                 # The scores that chose the experts have no gradient; the scores below have one.
                 gate, scores = layer.row_scores(gate, row_code, devices)
@@ -218,7 +218,7 @@ def outputs_of_round(transport, backend, schedule, number, args):
     x, slot_weight, w = args
     round = transport.round(schedule, number)
     rows, groups = transport.dispatch(x, round)
-    gate, _ = gate_pre_activations(rows, groups, w, backend=backend)
+    gate, _, rows = gate_pre_activations(rows, groups, w, backend=backend)
     row_weight = transport.row_values(slot_weight, round)
     y = swiglu(rows, gate, row_weight, groups, w, backend, keeps_up=False)
     return transport.combine(y, round, x.shape[0])

@@ -20,18 +20,28 @@ KEPT_EXPERTS = "experts"
 
 
 def gate_pre_activations(rows, groups, w, code=None, backend="auto"):
-    """The gate projection before SiLU: rows `[R, d]` -> `(gate [R, f], code [R, r])`.
+    """The gate projection before SiLU: rows `[R, d]` -> `(gate [R, f], code [R, r], rows)`.
 
     `code` is the low-rank activation of a factorised gate, computed here if the argument is None.
     For a whole gate None is returned. `groups` and `backend` are arguments of `grouped_matmul`. `w`
-    contains `w_gate [n, d, f]`, or AoE's `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`.
+    contains `w_gate [n, d, f]`, or AoE's `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`. Use
+    the returned rows in later products with the same `groups`: a kernel may add the gradients.
     """
-    product = partial(grouped_matmul, backend=backend)
     if "w_gate" in w:
-        return checkpoint_name(product(rows, w["w_gate"], groups), KEPT_EXPERTS), None
+        gate, rows = _product_and_rows(rows, w["w_gate"], groups, backend)
+        return checkpoint_name(gate, KEPT_EXPERTS), None, rows
     if code is None:
-        code = checkpoint_name(product(rows, w["w_gate_down"], groups), KEPT_EXPERTS)
-    return product(code, w["w_gate_up"], groups), code
+        code, rows = _product_and_rows(rows, w["w_gate_down"], groups, backend)
+        code = checkpoint_name(code, KEPT_EXPERTS)
+    return grouped_matmul(code, w["w_gate_up"], groups, backend=backend), code, rows
+
+
+def _product_and_rows(rows, weights, groups, backend):
+    if is_megablox(rows, weights, groups, backend):
+        from aoe_jax.moe.grouped_matmul.megablox_swiglu import matmul_and_rows  # imports Pallas
+
+        return matmul_and_rows(rows, weights, groups)
+    return grouped_matmul(rows, weights, groups, backend=backend), rows
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -93,19 +93,17 @@ def megablox_cost(name, operands, results, tiles=tiles, used=1.0):
 
 
 def swiglu_cost(name, operands, results, used=1.0):
-    """Returns the cost of a grouped product that computes SwiGLU or its derivative. It reads and
-    writes tiles of the output once; rows and weights as `gmm` in `megablox_cost`.
+    """Returns the cost of a kernel of `megablox_swiglu`. It reads and writes tiles of the output
+    once; rows and weights as `gmm` in `megablox_cost`. Weights of rows count once.
     """
-    if name not in ("swiglu", "swiglu_backward"):
+    if name not in ("swiglu", "swiglu_backward", "gmm_add"):
         return None
     _, offsets, listed, _, rows, weights, *others = operands
     (m, k), n = rows.dims, results[0].dims[1]
     n_groups, n_tiles, n_visits = _visits(offsets, listed, used)
     itemsize = 2 if rows.dtype == "bf16" else 4
     _, tk, tn = megablox_swiglu.tiles(m, k, n, n_groups, itemsize, len(results) + 1)
-    row_weight, *tiled = others
-    of_rows = math.ceil(n / tn) * (rows.hbm_bytes + row_weight.hbm_bytes)
-    of_rows += sum(a.hbm_bytes for a in (*tiled, *results))
+    of_rows = math.ceil(n / tn) * rows.hbm_bytes + sum(a.hbm_bytes for a in (*others, *results))
     flops = 2 * used * m * k * n
     traffic = used * of_rows + weights.hbm_bytes * (n_visits / n_groups if tk < k else 1)
     return flops, traffic, flops * n_visits / n_tiles

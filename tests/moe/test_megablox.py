@@ -10,7 +10,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul import grouped_matmul, megablox_swiglu
 from aoe_jax.moe.grouped_matmul.groups import WholeGroups
 from aoe_jax.moe.grouped_matmul.megablox import MAX_ROWS, MAX_WIDTH, row_tile, tiles, width_tile
-from aoe_jax.moe.swiglu import KEPT_EXPERTS, swiglu
+from aoe_jax.moe.swiglu import KEPT_EXPERTS, gate_pre_activations, swiglu
 from tests.arrays import assert_close
 
 
@@ -98,13 +98,15 @@ CASES = {
 @pytest.mark.parametrize("keeps_up", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_swiglu_in_two_kernels(case, keeps_up, monkeypatch):
-    """Values and gradients are those of plain products, whatever is in rows of no expert."""
+    """Values and gradients are those of plain products, whatever is in rows of no expert. The
+    gradients of rows from both projections are added in a kernel.
+    """
     if case == "bfloat16":  # smaller tiles
         monkeypatch.setattr(megablox_swiglu, "MAX_WIDTH", {2: 128})
         monkeypatch.setattr(megablox_swiglu, "VMEM_BYTES", 2**20)
     m, d, f, sizes, dtype, *several = CASES[case]
     keys, n_rows = jax.random.split(jax.random.key(0), 6), sum(sizes)
-    shapes = (m, d), (m, f), (3, d, f), (3, f, d), (m, d)
+    shapes = (m, d), (3, d, f), (3, d, f), (3, f, d), (m, d)
     arrays = [
         jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=False)
     ]
@@ -115,15 +117,17 @@ def test_swiglu_in_two_kernels(case, keeps_up, monkeypatch):
     assert several == [tk < d, tn < f]
 
     def value_and_gradients(backend, elsewhere):
-        rows, gate, w_up, w_down, g = arrays
-        rows, gate, g = (a.at[n_rows:].set(elsewhere) for a in (rows, gate, g))
+        rows, w_gate, w_up, w_down, g = arrays
+        rows, g = (a.at[n_rows:].set(elsewhere) for a in (rows, g))
 
-        def run(rows, gate, weight, w_up, w_down):
-            w = {"w_up": w_up / d**0.5, "w_down": w_down / f**0.5}
+        def run(rows, weight, w_gate, w_up, w_down):
+            w = {"w_gate": w_gate / d**0.5, "w_up": w_up / d**0.5, "w_down": w_down / f**0.5}
             w = {name: a.astype(dtype) for name, a in w.items()}
+            gate, _, rows = gate_pre_activations(rows, groups, w, backend=backend)
+            gate = gate.at[n_rows:].set(elsewhere)
             return swiglu(rows, gate, weight, groups, w, backend, keeps_up)
 
-        value, pull_back = jax.vjp(run, rows, gate, weight, w_up, w_down)
+        value, pull_back = jax.vjp(run, rows, weight, w_gate, w_up, w_down)
         return value, *pull_back(g)
 
     tolerance = 1e-4 if dtype == "float32" else 0.02
@@ -145,3 +149,20 @@ def test_what_swiglu_keeps_when_experts_are_recomputed(keeps_up):
     program = jax.grad(jax.checkpoint(loss, policy=policy), (0, 1, 2, 3))
     lowered = jax.jit(program).trace(*arguments, w).lower(lowering_platforms=("tpu",)).as_text()
     assert lowered.count("@tpu_custom_call") == 5  # the output of the experts is not needed
+
+
+@pytest.mark.parametrize("gate", ["w_gate", "w_gate_down"])
+def test_a_kernel_adds_gradients_of_rows(gate):
+    """The rows are kept once."""
+    rows, w = jnp.ones((64, 128)), {gate: jnp.ones((2, 128, 256)), "w_up": jnp.ones((2, 128, 256))}
+    w |= {"w_gate_up": jnp.ones((2, 256, 256)), "w_down": jnp.ones((2, 256, 128))}
+
+    def experts(rows):
+        groups = WholeGroups(jnp.array([32, 32]))
+        gate, _, rows = gate_pre_activations(rows, groups, w, backend="megablox")
+        return swiglu(rows, gate, jnp.ones(64), groups, w, "megablox")
+
+    _, kept = jax.vjp(experts, rows)
+    assert sum(a.shape == rows.shape for a in jax.tree.leaves(kept)) == 1
+    program = jax.make_jaxpr(jax.grad(lambda rows: experts(rows).sum()))(rows)
+    assert str(program).count("name=gmm_add") == 2  # for TPU and for the interpreter

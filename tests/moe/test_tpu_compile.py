@@ -21,7 +21,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.model.counts import layer_flops_per_token
 from aoe_jax.moe.collectives import gather_in_stages, sum_gradients
 from aoe_jax.moe.grouped_matmul import grouped_matmul
-from aoe_jax.moe.swiglu import swiglu
+from aoe_jax.moe.swiglu import gate_pre_activations, swiglu
 from aoe_jax.planning import costs, hlo
 from aoe_jax.planning.hardware import compiling_for, topology_devices
 from aoe_jax.sharding import fill_mesh, make_mesh
@@ -65,27 +65,29 @@ def test_every_shape_compiles(shape, generation, dtype, m):
 
 
 WIDTHS = [(768, 3072), (4096, 14336), (1280, 6470), (2048, 768), (1600, 6400), (2880, 2880)]  # d, f
+SHAPES = [(32768, *widths) for widths in WIDTHS] + [(40, 768, 3072)]
 
 
-@pytest.mark.parametrize(("widths", "generation"), list(zip(WIDTHS, cycle(TPUS), strict=False)))
-def test_swiglu_compiles(widths, generation):
+@pytest.mark.parametrize(("shape", "generation"), list(zip(SHAPES, cycle(TPUS), strict=False)))
+def test_swiglu_compiles(shape, generation):
     """The kernels of `megablox_swiglu` fit in the VMEM, also with a remainder of d."""
-    (d, f), m, n_experts = widths, 32768, 8
+    (m, d, f), n_experts = shape, 8
     own = SingleDeviceSharding(devices_of(generation)[0])
 
     def shape(*dims, dtype="bfloat16"):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=own)
 
-    def value_and_gradients(rows, gate, weight, groups, w, g):
-        def value(rows, gate, weight, w):
+    def value_and_gradients(rows, weight, groups, w, g):
+        def value(rows, weight, w):
+            gate, _, rows = gate_pre_activations(rows, groups, w, backend="megablox")
             return swiglu(rows, gate, weight, groups, w, "megablox")
 
-        y, pull_back = jax.vjp(value, rows, gate, weight, w)
+        y, pull_back = jax.vjp(value, rows, weight, w)
         return y, pull_back(g)
 
-    groups, w = shape(n_experts, dtype="int32"), {"w_up": shape(n_experts, d, f)}
-    w["w_down"] = shape(n_experts, f, d)
-    arguments = shape(m, d), shape(m, f), shape(m, dtype="float32"), groups, w, shape(m, d)
+    groups, w = shape(n_experts, dtype="int32"), {"w_down": shape(n_experts, f, d)}
+    w |= {name: shape(n_experts, d, f) for name in ("w_gate", "w_up")}
+    arguments = shape(m, d), shape(m, dtype="float32"), groups, w, shape(m, d)
     lowered = jax.jit(value_and_gradients).lower(*arguments)
     assert kernels_and_dense_products(lowered)[1] == 0
     lowered.compile()

@@ -1,10 +1,11 @@
-"""SwiGLU experts for TPU: two grouped products that compute SwiGLU, or its derivative, of each tile
-before they write it, so that no pass over HBM is needed between the products.
+"""SwiGLU experts for TPU: grouped products that compute SwiGLU, its derivative, or a sum, of each
+tile before they write it, so that no pass over HBM is needed between the products.
 
-    forward    up = rows W_up            reads gate, writes hidden = weight SiLU(gate) * up; and up
-                                         only if it is kept for the backward pass
-    backward   d_hidden = g W_down^T     reads gate and up, writes d_gate, d_up, hidden and sums for
-                                         d_weight, but not d_hidden
+    swiglu           up = rows W_up          reads gate, writes hidden = weight SiLU(gate) * up; and
+                                             up only if it is kept for the backward pass
+    swiglu_backward  d_hidden = g W_down^T   reads gate and up, writes d_gate, d_up, hidden and sums
+                                             for d_weight, but not d_hidden
+    gmm_add          d_gate W_gate^T         reads and adds the gradient of rows from W_up
 
 The other products are those of `megablox.py`, whose grid these kernels have: tiles of the output
 width, visits of tiles of rows, tiles of the contracted width. A tile with rows of two experts is
@@ -60,22 +61,25 @@ def _derivative(d_hidden, gate, up, weight):
     return d_gate, of_product * weight, silu * up * weight, of_product * up
 
 
-def _product(name, finish, rows, weights, beside, row_weight, groups, n_out, is_backward=False):
-    """Runs a kernel: `finish` of each tile of the product, and of the blocks of `beside`.
+def _product(name, finish, rows, weights, beside, groups, n_out, row_weight=None, transposed=False):
+    """Runs a kernel: `finish` of each tile of the product, of the blocks of `beside`, and of the
+    rows' weights.
 
-    `rows [M, k]`, `weights [E, k, n]` (backward: `[E, n, k]`), `beside` arrays `[M, n]`,
-    `row_weight [M]`. Returns the first `n_out` results of `finish`, each `[M, n]` in the dtype of
-    `rows`, and, backward, the sums over n of the next one, `[M]` float32. Rows past the last group
-    are not written.
+    `rows [M, k]`, `weights [E, k, n]` (`transposed`: `[E, n, k]`), `beside` arrays `[M, n]`,
+    `row_weight [M]` or None. Returns the first `n_out` results of `finish`, each `[M, n]` in the
+    dtype of `rows`, and, if it has one more, its sums over n, `[M]` float32. Only a `transposed`
+    product with weights of rows has sums. Rows past the last group are not written.
     """
     m, k = rows.shape
-    n_experts, n = weights.shape[0], weights.shape[1 if is_backward else 2]
+    n_experts, n = weights.shape[0], weights.shape[1 if transposed else 2]
+    has_sums = transposed and row_weight is not None
     tm, tk, tn = tiles(m, k, n, n_experts, rows.dtype.itemsize, len(beside) + n_out)
     n_k, n_n = math.ceil(k / tk), math.ceil(n / tn)
 
-    def kernel(metadata, lhs, rhs, weight, *refs):
+    def kernel(metadata, lhs, rhs, *refs):
         (offsets, experts, row_tiles), total = metadata, refs[-1]
-        others, outs = refs[: len(beside)], refs[len(beside) : -1]
+        outs = refs[-1 - n_out - has_sums : -1]
+        others = refs[: -1 - len(outs)]
         i, visit, j = (pl.program_id(axis) for axis in range(3))
 
         @pl.when(j == 0)
@@ -85,35 +89,42 @@ def _product(name, finish, rows, weights, beside, row_weight, groups, n_out, is_
         a, b = lhs[...], rhs[...]
         if k % tk:  # the last blocks end after the arrays
             a = _masked(a, 1, k - j * tk)
-            b = _masked(b, int(is_backward), k - j * tk)
-        contracted = ((1,), (int(is_backward),)), ((), ())
+            b = _masked(b, int(transposed), k - j * tk)
+        contracted = ((1,), (int(transposed),)), ((), ())
         total[...] += jax.lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)
 
         @pl.when(j == n_k - 1)
         def _():
-            first = row_tiles[visit] * tm
-            row = first + jax.lax.broadcasted_iota(jnp.int32, (tm, 1), 0)
-            expert = experts[visit]
-            own = (row >= offsets[expert]) & (row < offsets[expert + 1])
-            found = finish(total[...], *(other[...] for other in others), weight[...])
-            if is_backward:
+            def is_own(shape, axis):
+                row = row_tiles[visit] * tm + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+                return (row >= offsets[experts[visit]]) & (row < offsets[experts[visit] + 1])
+
+            blocks = [other[...] for other in others]
+            if row_weight is not None:
+                blocks[-1] = blocks[-1].T
+            found = list(finish(total[...], *blocks))
+            if has_sums:
                 last = found[n_out] if n % tn == 0 else _masked(found[n_out], 1, n - i * tn)
-                found = *found[:n_out], jnp.broadcast_to(last.sum(1, keepdims=True), (tm, LANES))
+                found[n_out] = last.sum(1, keepdims=True).T
             for out, value in zip(outs, found, strict=False):
+                own = is_own((tm, 1), 0) if value.shape[0] == tm else is_own((1, tm), 1)
                 kept = out[...].astype(jnp.float32)
                 out[...] = jnp.where(own, value, kept).astype(out.dtype)
 
     rows_of = lambda i, visit, j, metadata: (metadata[2][visit], j)  # noqa: E731
     tile_of = lambda i, visit, j, metadata: (metadata[2][visit], i)  # noqa: E731
-    weight_of = lambda i, visit, j, metadata: (metadata[2][visit], 0)  # noqa: E731
-    depth = (lambda i, j: (i, j)) if is_backward else (lambda i, j: (j, i))
+    weight_of = lambda i, visit, j, metadata: (0, metadata[2][visit])  # noqa: E731
+    sums_of = lambda i, visit, j, metadata: (i, 0, metadata[2][visit])  # noqa: E731
+    depth = (lambda i, j: (i, j)) if transposed else (lambda i, j: (j, i))
     expert_of = lambda i, visit, j, metadata: (metadata[1][visit], *depth(i, j))  # noqa: E731
     tile = pl.BlockSpec((tm, tn), tile_of)
-    of_sums = [jax.ShapeDtypeStruct((m + -m % tm, n_n * LANES), jnp.float32)] if is_backward else []
+    weight_tiles = [pl.BlockSpec((1, tm), weight_of)] * (row_weight is not None)
+    sums = jax.ShapeDtypeStruct((n_n, 1, m + -m % tm), jnp.float32)
 
     def run(rows, weights, sizes, row_weight, *beside, interpret=False):
-        arrays = [padded(a, tm) for a in (rows, *beside, row_weight[:, None])]
-        rows, *beside, row_weight = arrays
+        rows, *beside = (padded(a, tm) for a in (rows, *beside))
+        if row_weight is not None:
+            beside.append(padded(row_weight[:, None], tm).T)
         metadata, n_visits = make_group_metadata(
             group_sizes=sizes,
             m=rows.shape[0],
@@ -126,17 +137,17 @@ def _product(name, finish, rows, weights, beside, row_weight, groups, n_out, is_
         return pl.pallas_call(
             kernel,
             name=name,
-            out_shape=[shape] * n_out + of_sums,
+            out_shape=[shape] * n_out + [sums] * has_sums,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
                 grid=(n_n, n_visits, n_k),
                 in_specs=[
                     pl.BlockSpec((tm, tk), rows_of),
-                    pl.BlockSpec((None, *((tn, tk) if is_backward else (tk, tn))), expert_of),
-                    pl.BlockSpec((tm, 1), weight_of),
-                    *[tile] * len(beside),
+                    pl.BlockSpec((None, *((tn, tk) if transposed else (tk, tn))), expert_of),
+                    *[tile] * (len(beside) - len(weight_tiles)),
+                    *weight_tiles,
                 ],
-                out_specs=[tile] * n_out + [pl.BlockSpec((tm, LANES), tile_of)] * is_backward,
+                out_specs=[tile] * n_out + [pl.BlockSpec((None, 1, tm), sums_of)] * has_sums,
                 scratch_shapes=[pltpu.VMEM((tm, tn), jnp.float32)],
             ),
             compiler_params=pltpu.CompilerParams(
@@ -144,18 +155,18 @@ def _product(name, finish, rows, weights, beside, row_weight, groups, n_out, is_
             ),
             cost_estimate=pl.CostEstimate(
                 flops=2 * m * k * n,
-                transcendentals=m * n,
+                transcendentals=m * n if weight_tiles else 0,
                 bytes_accessed=rows.nbytes
                 + weights.nbytes
-                + (len(beside) + n_out) * shape.size * rows.dtype.itemsize,
+                + sum(a.nbytes for a in beside)
+                + n_out * shape.size * rows.dtype.itemsize,
             ),
             interpret=interpret,
-        )(metadata, rows, weights, row_weight, *beside)
+        )(metadata, rows, weights, *beside)
 
     operands = rows, weights, group_sizes_of(groups), row_weight, *beside
     outs = jax.lax.platform_dependent(*operands, tpu=run, cpu=partial(run, interpret=True))
-    outs = [out[:m] for out in outs]
-    return [*outs[:-1], outs[-1][:, ::LANES].sum(1)] if is_backward else outs
+    return [*(out[:m] for out in outs[:n_out]), *(out.sum((0, 1))[:m] for out in outs[n_out:])]
 
 
 def _masked(block, axis, size):
@@ -173,14 +184,13 @@ def megablox_swiglu(rows, gate, row_weight, w_up, w_down, groups, kept):
     or float32; `row_weight [M]` is float32. `kept` is the name of `rows W_up` for the policies of
     `jax.checkpoint`; None: the backward pass computes `rows W_up` again.
     """
-    arguments = "swiglu", _hidden, rows, w_up, [gate], row_weight, groups
-    (hidden,) = _product(*arguments, n_out=1)
+    (hidden,) = _product("swiglu", _hidden, rows, w_up, [gate], groups, 1, row_weight)
     return megablox.megablox_matmul(hidden, w_down, groups)
 
 
 def _forward(rows, gate, row_weight, w_up, w_down, groups, kept):
-    arguments = "swiglu", _hidden, rows, w_up, [gate], row_weight, groups
-    hidden, *up = _product(*arguments, n_out=2 if kept else 1)
+    n_out = 2 if kept else 1
+    hidden, *up = _product("swiglu", _hidden, rows, w_up, [gate], groups, n_out, row_weight)
     y = megablox.megablox_matmul(hidden, w_down, groups)
     up = checkpoint_name(up[0], kept) if kept else None
     return y, (rows, gate, row_weight, up, w_up, w_down, groups)
@@ -190,8 +200,8 @@ def _backward(kept, residuals, g):
     rows, gate, row_weight, up, w_up, w_down, groups = residuals
     if up is None:
         up = megablox.megablox_matmul(rows, w_up, groups)
-    arguments = "swiglu_backward", _derivative, g, w_down, [gate, up], row_weight, groups
-    d_gate, d_up, hidden, d_weight = _product(*arguments, n_out=3, is_backward=True)
+    arguments = "swiglu_backward", _derivative, g, w_down, [gate, up], groups
+    d_gate, d_up, hidden, d_weight = _product(*arguments, 3, row_weight, transposed=True)
     d_rows, d_w_up = megablox.gradients(rows, w_up, groups, d_up)
     d_w_down = megablox.weight_gradients(hidden, g, groups, w_down.shape[0])
     d_gate, d_weight = (zero_results(a, groups) for a in (d_gate, d_weight[:, None]))
@@ -199,3 +209,25 @@ def _backward(kept, residuals, g):
 
 
 megablox_swiglu.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def matmul_and_rows(rows, weights, groups):
+    """`(megablox_matmul(rows, weights, groups), rows)`. If later products with the same `groups`
+    use the returned rows, the kernel for the gradient of `rows` adds theirs, which saves a pass.
+    """
+    return megablox.megablox_matmul(rows, weights, groups), rows
+
+
+def _add_gradients(residuals, gradients):
+    (rows, weights, groups), (g, d_rows) = residuals, gradients
+    arguments = "gmm_add", lambda total, other: [total + other], g, weights, [d_rows], groups, 1
+    (d_rows,) = _product(*arguments, transposed=True)
+    d_weights = megablox.weight_gradients(rows, g, groups, len(weights))
+    return zero_results(d_rows, groups), d_weights, None
+
+
+# A call of `matmul_and_rows` in the forward rule would make autodiff keep `rows` twice.
+matmul_and_rows.defvjp(
+    lambda *args: ((megablox.megablox_matmul(*args), args[0]), args), _add_gradients
+)
