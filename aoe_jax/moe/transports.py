@@ -102,16 +102,17 @@ class Ring(_Rounds):
         return _RingSchedule(order, end, -(-end[-1] // self.size))
 
     def round(self, schedule, number):
-        """`(slot [R], group sizes [n])`; rows past the last group have slot P."""
+        """`(slot [R], groups)`; rows past the last group have slot P, which drops their results."""
         start = number * self.size
         within = jnp.clip(schedule.end - start, 0, self.size)
         used = jnp.arange(self.size) < within[-1]
         slot = jax.lax.dynamic_slice_in_dim(schedule.slot, start, self.size)
-        return jnp.where(used, slot, schedule.slot[-1]), jnp.diff(within, prepend=0)
+        groups = PaddedGroups(jnp.diff(within, prepend=0))
+        return jnp.where(used, slot, schedule.slot[-1]), groups
 
     def dispatch(self, x, round):
-        slot, group_sizes = round
-        return _take_rows(x, slot // self.slots_per_token, x.shape[0]), group_sizes
+        slot, groups = round
+        return _take_rows(x, slot // self.slots_per_token, x.shape[0]), groups
 
     def row_values(self, values, round):
         return take(values, round[0])

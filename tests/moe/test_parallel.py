@@ -318,16 +318,17 @@ def test_rows_arrive_in_expert_order():
         assert_array_equal(np.sort(np.concatenate(used)), np.sort(of_device) + 1)
 
 
-UNDEFINED = [("aoe", "blocked", 1), ("whole", "megablox", 1), ("router, top-p", "ragged", 2)]
+UNDEFINED = [("all_to_all", "aoe", "blocked", 1), ("all_to_all", "whole", "megablox", 1)]
+UNDEFINED += [("all_to_all", "router, top-p", "ragged", 2), ("ring", "whole", "megablox", 1)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "backend", "k"),
+    ("transport", "kind", "backend", "k"),
     UNDEFINED[:1] + [pytest.param(*case, marks=pytest.mark.slow) for case in UNDEFINED[1:]],
 )
-def test_undefined_rows_change_nothing(monkeypatch, kind, backend, k):
-    """TPUs do not fill the buffers that rows and their gradients arrive in."""
-    layer, params, x, weights = make(KINDS[kind] | {"top_k": k}, "all_to_all", dtype=jnp.float32)
+def test_undefined_rows_change_nothing(monkeypatch, transport, kind, backend, k):
+    """TPUs do not fill the buffers that rows, results and gradients arrive in."""
+    layer, params, x, weights = make(KINDS[kind] | {"top_k": k}, transport, dtype=jnp.float32)
     # With one expert per token, all choose the first one, which takes several rounds.
     bias = {"selection_bias": jnp.zeros(8).at[0].set(100.0)} if k == 1 else None
     want = on_mesh((1, 1, 8, 1), layer, params, x, weights, bias)
