@@ -97,7 +97,7 @@ CASES = {
 
 @pytest.mark.parametrize("keeps_up", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_swiglu_in_two_kernels(case, keeps_up, monkeypatch):
+def test_swiglu_in_kernels(case, keeps_up, monkeypatch):
     """Values and gradients are those of plain products, whatever is in rows of no expert. The
     gradients of rows from both projections are added in a kernel.
     """
