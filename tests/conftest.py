@@ -1,5 +1,6 @@
 """Every test runs with eight virtual CPU devices, and XLA compiles with few optimisations."""
 
+import gc
 import os
 import shutil
 import signal
@@ -39,7 +40,11 @@ def pytest_deselected(items):
 
 
 def pytest_collection_finish(session):
-    """Tells the controller of pytest-xdist how many tests the other tier has."""
+    """Makes garbage collection rare, because it would take a tenth of the time. The controller of
+    pytest-xdist is told how many tests the other tier has.
+    """
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 100)
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["left"] = session.config.stash.get(_LEFT, 0)
 

@@ -99,9 +99,9 @@ class Run:
         return state, losses
 
 
-# The fast tier tests both forms of AoE, and methods with hooks. tests/methods/ tests the layers of
-# all methods.
-FAST = ("muon", "top_k", "whole_gate", "da_moe", "thor")
+# The fast tier tests AoE with both optimisers, and a method with hooks. tests/methods/ tests the
+# layers of all methods.
+FAST = ("muon", "top_k", "da_moe")
 VARIANTS = [
     name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
     for name in ("muon", *methods.VARIANTS)

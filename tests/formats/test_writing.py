@@ -22,7 +22,7 @@ from aoe_jax.training.step import init_state
 from benchmarks.parity import TOKENS as HUB_TOKENS
 from benchmarks.parity import logits_here, logits_there
 from tests.formats.hub import hub_models
-from tests.formats.test_configs import VARIANTS, router
+from tests.formats.test_configs import VARIANTS
 from tests.runs import tiny_config
 
 EVERYTHING = {  # that a model of the hub may have
@@ -33,16 +33,14 @@ EVERYTHING = {  # that a model of the hub may have
     "model__tie_embeddings": False,
 }
 OF_OTHER_TENSORS = (
-    *("aoe", "aoe, dense layers in front", "aoe, shared expert", "aoe, dynmoe"),
-    *("router", "router, untied", "router, factorised", "router, large", "router, norms of heads"),
+    *("aoe", "aoe, shared expert", "aoe, dynmoe", "router", "router, factorised", "router, large"),
     *("router, shared expert with a gate", "router, dense layers in front", "router, routing-free"),
-    *("router, part of the head", "dense", "dense, norms of heads", "uoe"),
+    *("router, part of the head", "dense", "uoe"),
 )
 THOR = {"experts__kind": "thor", "experts__factorised_gate": True, "routing__inference": "token"}
 WRITTEN = {name: VARIANTS[name] for name in OF_OTHER_TENSORS} | {
     "aoe, everything": ("aoe", EVERYTHING),
     "aoe, biased": ("aoe", {"balance__bias_rate": 0.01, "model__tie_embeddings": False}),
-    "router, biased": router("aoe", balance__bias_rate=0.01),
     "smear": ("aoe", {"experts__kind": "smear", "routing__segment": 8}),
     "thor, as aoe": ("aoe", THOR),
 }

@@ -70,6 +70,8 @@ def shrunken(variant, **changes):
 # Their small versions are those of other variants, except for `d_low`.
 ALIKE = ("aoe_r128", "aoe_r256", "aoe_r512", "moe_4b", "aoe_4b")
 ALIKE += ("aoe_r128_aux", "aoe_r256_aux", "aoe_r512_aux")
+# Their parts are those of other variants.
+ALIKE += ("moe", "moe_top_p", "moe_expert_choice")
 
 
 @pytest.mark.parametrize("variant", [name for name in paper.VARIANTS if name not in ALIKE])
