@@ -115,16 +115,15 @@ def test_a_mistake_in_a_task(cluster, tmp_path):
     assert stderr_there.splitlines()[-1] == message
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_stopped_suite_asks_its_runs_to_stop(cluster, tmp_path, number, status):
+def test_a_stopped_suite_asks_its_runs_to_stop(cluster, tmp_path):
     suite = write_suite(tmp_path / "suite.py", train__steps=10_000)
     command = ["-m", "aoe_jax.compare", f"--suite={suite}", f"--workdir={tmp_path}/work"]
     cluster.change("add")
     process, log = begin(cluster, command), tmp_path / "work" / "runs" / "a" / "moe" / "seed_0.log"
     wait_for(process, lambda: log.exists() and "step 2/" in log.read_text())
-    process.send_signal(number)
-    ended, _, stderr = finish(process)
-    assert ended == status, stderr
+    process.send_signal(signal.SIGTERM)
+    status, _, stderr = finish(process)
+    assert status == 0, stderr
     assert ": the work so far is saved; the same command" in stderr.splitlines()[-1]
     assert "preempted" in log.read_text().splitlines()[-1]
 

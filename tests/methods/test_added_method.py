@@ -53,12 +53,9 @@ def losses_of_training(config, n_devices):
     ("kind", "name"),
     [
         ("aoe", ABOVE_MEAN),
-        ("router", ABOVE_MEAN),
         ("router", f"{SCORES}:Hash"),
-        ("router", f"{SCORES}:SelfRouting"),
         ("aoe", f"{SCORES}:DefaultVectors"),
         ("aoe", f"{SCORES}:Centred"),
-        ("aoe", f"{SCORES}:HashChoice"),
     ],
 )
 def test_in_a_model(ragged, kind, name):

@@ -128,17 +128,15 @@ FAST = [(THREE, "ring", "aoe"), (THREE, "all_to_all", "aoe"), ((2, 1, 1, 4), "ri
 FAST += [(THREE, "ring", "uoe"), (THREE, "all_to_all", "dynmoe"), ((1, 1, 2, 4), "ring", "smear")]
 WAYS = ("ring", "all_to_all")
 SLOW = [(shape, way, "aoe") for shape in MESHES for way in ways(shape)]
-SLOW += [(THREE, way, kind) for way in WAYS for kind in ("router", "whole")]
-SLOW += [(THREE, "all_to_all", "uoe"), ((2, 1, 4, 1), "all_to_all", "capacity")]
+SLOW += [(THREE, "ring", "whole"), ((2, 1, 4, 1), "all_to_all", "capacity")]
+SLOW += [(THREE, "all_to_all", kind) for kind in ("router", "whole", "uoe")]
 OTHERS = [k for k in KINDS if k not in ("aoe", "router", "dense", "whole", "uoe", "erc", "smear")]
-OTHERS = [kind for kind in OTHERS if not kind.endswith(", aoe")]
+OTHERS = [kind for kind in OTHERS if ", aoe" not in kind and "router, " not in kind]
 SLOW += [(THREE, WAYS[i % 2], kind) for i, kind in enumerate(OTHERS)]
 SLOW += [((2, 2, 1, 2), "ring", "dense"), ((2, 2, 2, 1), "ring", "erc")]
-FSDP = ("router", "as published", "top-p", "expert choice", "capacity", "dense", "dynmoe")
-SLOW += [((2, 4, 1, 1), "ring", kind) for kind in FSDP]
+SLOW += [((2, 4, 1, 1), "ring", kind) for kind in ("router", "as published", "capacity", "dense")]
 SLOW += [((1, 1, 2, 4), "ring", kind) for kind in ("smear, aoe", "thor, aoe")]
-SLOW += [(shape, "ring", "whole") for shape in ((2, 1, 1, 4), (1, 8, 1, 1), (1, 1, 8, 1))]
-SLOW += [((2, 1, 1, 4), "ring", "uoe")]
+SLOW += [((1, 1, 8, 1), "ring", "whole"), ((2, 1, 1, 4), "ring", "uoe")]
 CASES = FAST + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in FAST]
 
 
@@ -150,13 +148,10 @@ def test_a_mesh_computes_what_one_device_does(x64, ragged, shape, transport, kin
 
 LAID_OUT = [
     (THREE, "all_to_all", "aoe", False),
-    ((1, 8, 1, 1), "ring", "aoe", False),
-    ((1, 1, 8, 1), "ring", "aoe", False),
     (THREE, "ring", "router", False),
     ((2, 4, 1, 1), "ring", "top-p", False),
     ((1, 2, 4, 1), "all_to_all", "aoe", True),
     ((1, 1, 2, 4), "ring", "smear, aoe", True),
-    ((8, 1, 1, 1), "ring", "thor, aoe", True),
 ]
 LAID_OUT[1:] = [pytest.param(*case, marks=pytest.mark.slow) for case in LAID_OUT[1:]]
 
@@ -220,8 +215,7 @@ def test_all_tokens_choose_the_experts_of_one_device(kind, shape, transport):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("transport", ["ring", "all_to_all"])
+@pytest.mark.parametrize(("transport", "recompute"), [("ring", False), ("all_to_all", True)])
 def test_kernels_of_swiglu_in_further_rounds(monkeypatch, transport, recompute):
     """Megablox in the interpreter, with and without `x W_up` for the backward pass."""
     settings = KINDS["whole"] | {"top_k": 1}
