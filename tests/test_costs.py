@@ -363,6 +363,14 @@ def test_an_unknown_kernel_counts_by_its_operands(caplog):
     assert "only operands and results count: splash_mha_fwd" in caplog.text
 
 
+@pytest.mark.parametrize(("generation", "filled"), [("v5p", 1), ("v6e", 0.5)])
+def test_heads_of_128_fill_half_of_a_matrix_unit_of_256(generation, filled):
+    found = read_program(
+        SPLASH.replace("s32[64]", "s32[1,1]").replace("512", "8192"), CHIPS[generation], ()
+    )
+    assert found["seconds_at_peaks"] == found["flops"] / CHIPS[generation].flops / filled
+
+
 def test_kernels_count_by_the_blocks_of_their_operands():
     """The block sizes differ from our settings: 2 by 4 blocks of scores, tiles of 512 rows."""
     q = hlo.Array("bf16", (1, 2, 2048, 128), "{3,2,1,0}")

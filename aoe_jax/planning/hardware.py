@@ -41,6 +41,7 @@ class Chip:
     n_links: int = 1  # links of a chip; two in each dimension of a TPU slice
     ring: int = 1  # a dimension is a ring if its number of chips is a multiple of this
     devices: float = 1  # JAX devices per chip
+    matrix_unit: int = 128  # rows and columns of a TPU's matrix unit
     # Share of `flops` that kernels, and products without cycles, likely reach; not measured yet.
     kernel_share: float = 0.8
 
@@ -74,13 +75,13 @@ class Chip:
         return self.link_bandwidth * (n_links / self.n_links if fits and n_links else 1)
 
 
-_Gpu = partial(Chip, kernel_share=0.65)
+_Wide, _Gpu = partial(Chip, matrix_unit=256), partial(Chip, kernel_share=0.65)
 CHIPS = {
     "v4": Chip(PEAK_FLOPS["TPU v4"], 32e9, 1.23e12, 300e9, 3.1e9, 1.05e9, n_links=6, ring=4),
     "v5e": Chip(PEAK_FLOPS["TPU v5e"], 16e9, 0.82e12, 200e9, 3.1e9, 1.5e9, n_links=4, ring=16),
     "v5p": Chip(PEAK_FLOPS["TPU v5p"], 95e9, 2.77e12, 600e9, 6.2e9, 1.75e9, n_links=6, ring=4),
-    "v6e": Chip(PEAK_FLOPS["TPU v6e"], 32e9, 1.64e12, 400e9, 12.5e9, 1.75e9, n_links=4, ring=16),
-    "tpu7x": Chip(PEAK_FLOPS["TPU7x"], 192e9, 7.38e12, 600e9, 12.5e9, n_links=6, ring=4),
+    "v6e": _Wide(PEAK_FLOPS["TPU v6e"], 32e9, 1.64e12, 400e9, 12.5e9, 1.75e9, n_links=4, ring=16),
+    "tpu7x": _Wide(PEAK_FLOPS["TPU7x"], 192e9, 7.38e12, 600e9, 12.5e9, n_links=6, ring=4),
     "a100": _Gpu(PEAK_FLOPS["NVIDIA A100-SXM4-80GB"], 80e9, 2.04e12, 300e9, 25e9),
     "l4": _Gpu(PEAK_FLOPS["NVIDIA L4"], 24e9, 0.3e12, 32e9, 1.6e9),
     "h100": _Gpu(PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 80e9, 3.35e12, 450e9, 50e9),

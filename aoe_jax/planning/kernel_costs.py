@@ -16,12 +16,12 @@ from aoe_jax.moe.grouped_matmul.mosaic_gpu import blocks_at_once, width_block
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
-def splash_cost(name, operands, results):
+def splash_cost(name, operands, results, matrix_unit=128):
     """Returns the cost of causal attention by the kernel Splash.
 
     Each block of queries loads the blocks of keys that are not entirely in its future. In `dkv`,
     each block of keys loads the blocks of queries that attend to it. The first operand, the mask,
-    has a number for each pair of blocks. Heads narrower than `LANES` do not fill the matrix unit.
+    has a number for each pair of blocks. Heads narrower than `matrix_unit` do not fill it.
     """
     kind = name.removeprefix("splash_mha_").split("_")[0]
     if not name.startswith("splash_mha_") or kind not in _PRODUCTS:
@@ -42,7 +42,7 @@ def splash_cost(name, operands, results):
         once, again, share = (q, *others), (k, v), share * n_heads / k.dims[-3]
     traffic = sum(a.hbm_bytes for a in (*once, *results)) + share * sum(a.hbm_bytes for a in again)
     pairs = math.prod(q.dims[:-2]) * length**2 * n_met / (n_q * n_kv)
-    occupied = -(-width // LANES) * LANES
+    occupied = -(-width // matrix_unit) * matrix_unit
     return 2 * _PRODUCTS[kind] * pairs * width, traffic, 2 * _PRODUCTS[kind] * pairs * occupied
 
 
