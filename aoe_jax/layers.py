@@ -133,13 +133,11 @@ class AoE(_Experts, kw_only=True):
       top_k: number of experts per token.
       d_ffn: width of the experts if gates are whole; if they are factorised, width of an MoE expert
         with the same number of parameters.
-      d_low: rank of a factorised gate; None: d / 3, where d is the model width, rounded down to a
-        multiple of `round_to`.
+      d_low: rank of a factorised gate; None: `d // 3`, where d is the model width.
       score_neurons: s, how many values of a whole gate give the score; None: factorised gates.
       score: "norm", the L2 norm as in the paper, or "max", the maximum.
       d_wide: width of an expert with a factorised gate; None: Eq. 5 computes it from `d_ffn`.
-      round_to: the width of Eq. 5 is rounded to a multiple of this number; None: 128, which kernels
-        compute without padding, if d is at least 1,024, else 1.
+      round_to: the width of Eq. 5 is rounded to a multiple of this number.
       routing: the routing method. The default routes every token to `top_k` experts, weighted by
         the softmax over their scores. `aoe_jax.methods` has other methods.
       aux_weight: weight of the load balance loss (Eq. 2) in `Aux.loss`.
@@ -160,7 +158,7 @@ class AoE(_Experts, kw_only=True):
     score_neurons: int | None = None
     score: str = "norm"
     d_wide: int | None = None
-    round_to: int | None = None
+    round_to: int = 1
 
     def _config(self):
         if None not in (self.d_low, self.score_neurons):

@@ -12,7 +12,7 @@ from aoe_jax.storage.config_files import default_config, require_variant
 
 SHAPES = {"64": {"n_experts": 64, "d_ffn": 1024}, "256": {"n_experts": 256, "d_ffn": 512}}
 KINDS = {
-    "aoe": {"kind": "aoe", "d_low": 512},
+    "aoe": {"kind": "aoe", "d_low": 512, "round_to": 128},
     "aoe_whole": {"kind": "aoe", "score_neurons": 16},
     "moe": {"kind": "router"},
 }

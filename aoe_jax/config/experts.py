@@ -22,17 +22,14 @@ class ExpertsConfig(Group):
     # Number of experts per token (K). Routers with a varying number document how they use it.
     top_k: int = setting(2, above=0, at_most="n_experts")
     d_ffn: int = setting(512, above=0)  # width of a traditional expert or of the dense layer (f)
-    # Rank of a factorised gate (r); None: d_model / 3, rounded down to a multiple of `round_to`.
-    d_low: int | None = setting(None, above=0)
+    d_low: int | None = setting(None, above=0)  # rank of a factorised gate (r); None: d_model // 3
     # None: gates are factorised, and scores are computed from their low-rank activations (the
     # paper). A number s: gates are whole; scores are computed from their first s pre-activations.
     score_neurons: int | None = setting(None, kinds=("aoe",), above=0, at_most="d_ffn")
     # norm: a score is the L2 norm of an expert's scoring activations; max: the largest of them.
     score: str = setting("norm", choices=("norm", "max"), kinds=("aoe",))
     d_wide: int | None = setting(None, above=0)  # expert width with a factorised gate; None: Eq. 5
-    # The width by Eq. 5 is rounded to a multiple of this. None: 128, which kernels compute without
-    # padding, if model.d_model is at least 1,024, else 1.
-    round_to: int | None = setting(None, above=0)
+    round_to: int = setting(1, above=0)  # the width by Eq. 5 is rounded to a multiple of this
     # sparse: only scores of chosen experts have a gradient, and only their activations are kept.
     # If there is a balance loss, all scores of the tokens that it uses have a gradient from it. The
     # gradient of `sparse` is exact if weights are the softmax over the chosen scores.
@@ -58,9 +55,9 @@ class ExpertsConfig(Group):
             only = "is for experts with a factorised gate; set the width with experts.d_ffn"
             if self.d_wide is not None:
                 self.refuse("d_wide", only)
-            if (self.round_to or 1) > 1:
+            if self.round_to > 1:
                 self.refuse("round_to", only)
-        if (self.round_to or 1) > 1 and self.d_wide is not None:
+        if self.round_to > 1 and self.d_wide is not None:
             self.refuse("round_to", "rounds the width of Eq. 5; leave experts.d_wide at None")
         if self.shared_gate and not self.d_shared:
             self.refuse("shared_gate", "scales a shared expert; set its width, experts.d_shared")
@@ -91,8 +88,8 @@ class ExpertsConfig(Group):
         if self.width(d_model) <= 0:
             self.refuse(
                 "d_ffn",
-                f"Eq. 5 finds no width for d_low={rank} and round_to={self.unit(d_model)}; set a "
-                "larger d_ffn, or experts.d_wide",
+                f"Eq. 5 finds no width for d_low={rank} and round_to={self.round_to}; set a larger "
+                "d_ffn, or experts.d_wide",
             )
 
     def sparse_scoring(self, routing):
@@ -112,22 +109,15 @@ class ExpertsConfig(Group):
         """Whether the gate of each expert is factorised into W_gate_down W_gate_up."""
         return (self.kind == "aoe" and self.score_neurons is None) or self.factorised_gate
 
-    def unit(self, d_model):
-        """The default rank and the width by Eq. 5 are multiples of this."""
-        by_eq_5 = self.low_rank and self.d_wide is None
-        return self.round_to or (128 if by_eq_5 and d_model >= 1024 else 1)
-
     def rank(self, d_model):
         """Rank of a factorised gate (r)."""
-        unit = self.unit(d_model)
-        return self.d_low or max(unit, d_model // (3 * unit) * unit)
+        return self.d_low or max(1, d_model // 3)
 
     def width(self, d_model):
         """Width of an expert: `d_ffn`; with a factorised gate `d_wide` (None: width by Eq. 5)."""
         if not self.low_rank:
             return self.d_ffn
-        rank, unit = self.rank(d_model), self.unit(d_model)
-        return self.d_wide or matched_width(d_model, self.d_ffn, rank, unit)
+        return self.d_wide or matched_width(d_model, self.d_ffn, self.rank(d_model), self.round_to)
 
     def sizes(self, d_model):
         """Returns `{axis letter: size}` for the parameters of a layer."""

@@ -42,9 +42,8 @@ class Config:
         choices, name = (kind,) if kind in LAYERS else tuple(ROUTERS), self.routing.name
         if kind in LAYERS or not is_in_file(name):
             require_choice("routing.name", name, choices)
-        experts, d_model = self.experts, self.model.d_model
-        sizes = {"d_low": experts.rank(d_model), "round_to": experts.unit(d_model)}
-        object.__setattr__(self, "experts", dataclasses.replace(experts, **sizes))
+        rank = self.experts.rank(self.model.d_model)
+        object.__setattr__(self, "experts", dataclasses.replace(self.experts, d_low=rank))
         given = self.data.tokenizer or "prepared" in {source.name for source in self.data.sources}
         if self.model.vocab_size is None and not given:  # training makes the tokenizer
             object.__setattr__(self, "model", dataclasses.replace(self.model, vocab_size=4096))

@@ -31,7 +31,7 @@ experts.round_to=8; experts.d_wide=64 => Eq. 5
 experts.large_router=True; experts.kind=router; experts.factorised_gate=True => an ablation
 mesh.tensor=4; experts.d_ffn=519; experts.d_low=32 => experts.d_wide=678; set experts.round_to
 experts.d_ffn=8 => Eq. 5 finds no width for d_low=42
-experts.d_ffn=16; experts.round_to=64 => Eq. 5 finds no width for d_low=64 and round_to=64
+experts.round_to=4096 => experts.d_ffn=512 ... round_to=4096
 experts.kind=dense => balance.aux_weight=0.01 ... set it to 0
 experts.factorised_gate=True => kind='router'
 experts.d_shared=8; experts.kind=dense => for experts.kind='aoe' or

@@ -56,21 +56,6 @@ def test_matched_width(d_model, d_ffn, d_low, round_to, width):
     assert matched_width(d_model, d_ffn, d_low, round_to) == width
 
 
-@pytest.mark.parametrize(
-    ("d_model", "round_to", "rank", "width"),
-    [
-        (1023, None, 341, 1268),
-        (1024, None, 256, 1408),
-        (2048, None, 640, 1152),
-        (2048, 1, 682, 1122),
-    ],
-)
-def test_widths_that_kernels_take(d_model, round_to, rank, width):
-    """From a model width of 1,024 on, they are multiples of 128."""
-    experts = ExpertsConfig(d_ffn=1100, round_to=round_to)
-    assert (experts.rank(d_model), experts.width(d_model)) == (rank, width)
-
-
 def test_a_name_alone_replaces_the_default_router():
     """On the command line the group of the default router is present, too."""
     config = default_config()
