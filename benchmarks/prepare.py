@@ -28,13 +28,8 @@ from absl import flags
 
 from aoe_jax.data.corpora import speech_files
 from aoe_jax.data.documents import find_files
-from aoe_jax.data.preparation import (
-    Settings,
-    check,
-    install_tokenizer,
-    make_plan,
-    write_unit,
-)
+from aoe_jax.data.plan_file import make_plan
+from aoe_jax.data.preparation import Settings, check, install_tokenizer, write_unit
 from aoe_jax.data.token_store import read_manifest, saved_tokenizer
 from aoe_jax.data.tokenizer import load_tokenizer
 from aoe_jax.errors import UserError

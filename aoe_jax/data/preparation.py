@@ -32,6 +32,7 @@ from aoe_jax.config.checks import require_flag
 from aoe_jax.data import SPLITS, token_store
 from aoe_jax.data.building import write_manifest, write_splits
 from aoe_jax.data.documents import Piece, documents, find_files, pieces_of
+from aoe_jax.data.plan_file import OTHERWISE, claimed_plan, read_plan
 from aoe_jax.data.tokenizer import (
     MOST_TOKENS,
     TRAINING_CHARACTERS,
@@ -41,36 +42,17 @@ from aoe_jax.data.tokenizer import (
 )
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.storage import retry
-from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, read_json, sync, write_json
-from aoe_jax.storage.lease import NAME, leased
+from aoe_jax.storage.files import TEXT, read_json, sync, write_json
+from aoe_jax.storage.lease import leased
 from aoe_jax.storage.paths import is_remote, put, remove_folder, size_and_version
 from aoe_jax.storage.retry import patiently
 
 logger = logging.getLogger(__name__)
 
-_UNITS = 512  # wanted number of units of work; `_UNIT_BYTES` limits their size
-_UNIT_BYTES = (2**22, 2**29)  # smallest and largest size of a unit, in bytes of the input
 _TRAINING_BYTES = 2**26  # size of the sample that byte-level BPE is trained on, in characters
-_PLAN_BYTES = 2**28  # size limit of plan.json, enough for two million files
 _SHARES = (0.005, 0.05, 0.1, 0.2, 0.3, 0.4)  # default of validation and test, by need
 _MOST_EXAMINED = 100_000  # a corpus of more documents is not small
 _HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+(?<!\.json)(?<!\.model)")  # ORG/NAME or NAME
-_OTHERWISE = "Delete the folder, or use another --output"
-
-
-def _is_state(value):
-    is_list = isinstance(value, list) and len(value) == 3 and isinstance(value[0], str)
-    return is_list and all(map(NUMBER.holds, value[1:]))
-
-
-_PLAN = {
-    "tokenizer": TEXT,
-    "text_field": TEXT,
-    "validation": NUMBER,
-    "test": NUMBER,
-    "files": [Kind("a file's path, size and version", _is_state)],
-    "units": [{"size": COUNT, "pieces": [[COUNT]]}],  # piece: index in `files`, start, stop
-}
 _NOTE = {"splits": dict.fromkeys(SPLITS, token_store.SPLITS_SCHEMA), "fingerprint": TEXT}
 
 
@@ -142,7 +124,7 @@ def prepare(
     planned = settings.as_planned()
     with leased(output, "output"):
         what = f"{output} cannot be prepared"
-        plan = patiently(what, lambda: _claim(files, planned, output))
+        plan = patiently(what, lambda: claimed_plan(files, planned, output))
         if (output / "manifest.json").exists():
             token_store.read_manifest(output)  # raises if it is damaged
             remove_folder(output / "units")
@@ -155,7 +137,7 @@ def prepare(
         try:
             tokenizer = patiently(what, lambda: install_tokenizer(output, plan, settings))
             _write_units(output, plan, missing, processes, engine)
-            results = [read_json(_note(output, unit), _OTHERWISE, _NOTE) for unit in units]
+            results = [read_json(_note(output, unit), OTHERWISE, _NOTE) for unit in units]
             patiently(what, lambda: _finish(output, plan, tokenizer, results))
         except UserError:  # a first try with a mistake must not prevent the second try
             patiently(what, lambda: _remove_unless_begun(output, len(units)))
@@ -170,7 +152,7 @@ def _remove_unless_begun(output: Path, n_units: int):
     done = names & {_note(output, unit).name for unit in range(n_units)}
     if done or "manifest.json" in names:
         kept = f"{output} keeps {len(done)} of {n_units} units of work; the same command continues"
-        logger.info(f"{kept}. If settings or files change: {_OTHERWISE}")
+        logger.info(f"{kept}. If settings or files change: {OTHERWISE}")
         return
     shards = filter(token_store.SHARD.fullmatch, names)
     tokenizer = token_store.saved_tokenizer(output).name
@@ -255,54 +237,6 @@ def check(output: Path) -> list[str]:
 def _hash_of(shard: Path) -> str | None:
     with contextlib.suppress(OSError):  # the shard is missing or is not a file
         return patiently(f"{shard} cannot be read", lambda: token_store.file_sha256(shard))
-
-
-def make_plan(files: Mapping, planned: dict) -> dict:
-    """Returns the content of `plan.json`, which determines the store: the fields of `planned`,
-    `files` as `[path, size, version]`, and `units` of work with pieces `[file index, start, stop]`.
-    """
-    states = [[str(path), *state] for path, state in files.items()]
-    smallest, largest = _UNIT_BYTES
-    unit_bytes = min(max(sum(size for _, size, _ in states) // _UNITS, smallest), largest)
-    units = []
-    for number, (path, (n_bytes, _)) in enumerate(files.items()):
-        for piece, size in pieces_of(path, n_bytes, unit_bytes):
-            if not units or units[-1]["size"] >= unit_bytes:
-                units.append({"size": 0, "pieces": []})
-            units[-1]["size"] += size
-            units[-1]["pieces"].append([number, piece.start, piece.stop])
-    return planned | {"files": states, "units": units}
-
-
-def _read_plan(output: Path) -> dict:
-    plan = read_json(output / token_store.PLAN_FILE, _OTHERWISE, _PLAN, _PLAN_BYTES)
-    for unit in plan["units"]:
-        pieces = unit["pieces"]
-        is_whole = pieces and all(len(p) == 3 and p[0] < len(plan["files"]) for p in pieces)
-        wanted = f"its {token_store.PLAN_FILE} is damaged. {_OTHERWISE}"
-        require_flag(is_whole, "output", output, wanted)
-    return plan
-
-
-def _claim(files: Mapping, planned: dict, output: Path) -> dict:
-    """Reads or makes the plan of `output`. Raises `UserError` if settings or files have changed."""
-    if not (output / token_store.PLAN_FILE).exists():
-        left = (NAME, f"{token_store.PLAN_FILE}.")  # a killed process may leave a partial plan
-        is_empty = all(path.name.startswith(left) for path in output.iterdir())
-        wanted = "is not empty, and holds no preparation; use another --output"
-        require_flag(is_empty, "output", output, wanted)
-        write_json(output / token_store.PLAN_FILE, make_plan(files, planned), indent=None)
-    plan = _read_plan(output)
-    for name, here in planned.items():
-        other = f"holds a preparation of something else: {name} is {plan[name]!r} there, {here!r}"
-        require_flag(plan[name] == here, "output", output, f"{other} here. {_OTHERWISE}")
-    before = {path: state for path, *state in plan["files"]}
-    now = {str(path): [*state] for path, state in files.items()}
-    for path in before | now:
-        if before.get(path) != now.get(path):
-            changed = f"{path} is new, gone or changed since the preparation began"
-            raise UserError(f"--input: {changed}. {_OTHERWISE}")
-    return plan
 
 
 def install_tokenizer(output: Path, plan: dict, settings: Settings) -> Tokenizer:
@@ -419,7 +353,7 @@ def _write_at_once(output: Path, plan: dict, unit: int, tokenizer: Tokenizer):
 @functools.cache
 def _opened(output: Path) -> tuple[dict, Tokenizer]:
     """Returns the plan and the tokenizer in `output`. Each process reads them only once."""
-    return _read_plan(output), load_tokenizer(token_store.saved_tokenizer(output), threads=1)
+    return read_plan(output), load_tokenizer(token_store.saved_tokenizer(output), threads=1)
 
 
 def _documents(plan: dict, unit: int, fingerprint) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from concurrent.futures import as_completed
 import pytest
 
 from aoe_jax.config.data import DataConfig
-from aoe_jax.data import SPLITS, preparation
+from aoe_jax.data import SPLITS, plan_file, preparation
 from aoe_jax.data.preparation import Settings, check, prepare
 from aoe_jax.data.token_store import TokenStore, saved_tokenizer
 from aoe_jax.data.tokenised import open_corpus
@@ -32,7 +32,7 @@ LLAMA = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch):
     """Reduces the size of a unit of work, so that these inputs have several units."""
-    monkeypatch.setattr(preparation, "_UNIT_BYTES", (4000, 8000))
+    monkeypatch.setattr(plan_file, "_UNIT_BYTES", (4000, 8000))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def inputs(tmp_path_factory):
 def whole(inputs, tmp_path_factory):
     """A token store that two processes made without an interruption."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "_UNIT_BYTES", (4000, 8000))
+        patch.setattr(plan_file, "_UNIT_BYTES", (4000, 8000))
         return prepared(inputs, tmp_path_factory.mktemp("stores") / "store", processes=2)
 
 
@@ -82,10 +82,10 @@ def test_every_document_is_there_once_and_in_order(inputs, whole, monkeypatch):
         assert numbers["tokens"] == 1 + sum(shard["tokens"] for shard in numbers["shards"])
     assert len(manifest["splits"]["train"]["shards"]) > 5
     assert manifest["tokenizer_sha256"] == load_tokenizer(whole / "tokenizer.json").sha256
-    learnt_from = preparation._sample(preparation._read_plan(whole))
+    learnt_from = preparation._sample(plan_file.read_plan(whole))
     assert set(learnt_from) <= set(found["train"])
     monkeypatch.setattr(preparation, "_TRAINING_BYTES", 1)
-    assert len([*preparation._sample(preparation._read_plan(whole))]) > 5  # one of each unit
+    assert len([*preparation._sample(plan_file.read_plan(whole))]) > 5  # one of each unit
     assert manifest["vocab_size"] == 300 and manifest["corpus"] == "store"
     others = {path.name for path in whole.iterdir() if path.suffix != ".array_record"}
     assert others == {"manifest.json", "plan.json", "tokenizer.json"}
