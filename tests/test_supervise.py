@@ -183,6 +183,7 @@ def test_a_supervisor_under_nohup_ignores_sighup(tmp_path, monkeypatch, of_hangu
     assert sorted(handled) == sorted([signal.SIGTERM, signal.SIGINT, *hangup])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_twice(tmp_path):
     """It is killed as soon as its heartbeat names a checkpoint, which is complete by then."""
     workdir = tmp_path / "run"

@@ -70,13 +70,12 @@ def expected(kind):
     return until(END, by_full_passes(logits, prompts(), 20))
 
 
-ON_A_MESH = ("aoe by attention", "thor, by token", "router, dense layers")
+ON_A_MESH = ("aoe", "aoe by attention", "thor, by token", "router, dense layers")
 SLOW = [("router, grouped queries", "data and fsdp")]
 SLOW += [(kind, "alone") for kind in KINDS if kind != "aoe"]
 SLOW += [(kind, "expert and tensor") for kind in ON_A_MESH]
 CASES = [
     pytest.param("aoe", "alone", marks=pytest.mark.smoke),
-    ("aoe", "expert and tensor"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
 ]
 

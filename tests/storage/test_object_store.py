@@ -241,6 +241,7 @@ def test_a_prepared_corpus(folder, tmp_path):
         open_corpus(data, 300)
 
 
+@pytest.mark.slow
 @s3_slow
 def test_a_corpus_from_texts_in_a_store(folder, tmp_path):
     settings, here = Settings("bpe:300", validation=0.2, test=0.2), tmp_path / "texts"

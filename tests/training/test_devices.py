@@ -74,6 +74,7 @@ print(json.dumps([step.memory["temporary_bytes"], max(taken[1:])]))
 """
 
 
+@pytest.mark.slow
 def test_temporary_memory_is_what_a_step_takes():
     """The temporary memory, about half a gigabyte, is the peak of the process in a step minus its
     memory before. The first step is left out, because it also allocates memory that stays.

@@ -177,6 +177,7 @@ def test_wandb_that_cannot_be_reached(tmp_path, monkeypatch, caplog):
             Wandb(tmp_path, "mine", {})
 
 
+@pytest.mark.slow
 def test_wandb_offline(tmp_path):
     """A continued run is the same run in Weights & Biases, with the numbers of metrics.jsonl."""
     workdir = shutil.copytree(finished_run(), tmp_path / "run")
