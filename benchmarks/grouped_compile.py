@@ -6,7 +6,8 @@ backends compile, and their FLOPs and memory traffic.
 need `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`), and GPUs need the `jax[cuda13]`
 wheels (`pip install '.[cuda]'`). `--shapes=all` means the shapes of configs/tiny.py and paper.py. A
 star marks the backend that "auto" selects for a chip and dtype. If one product of this backend does
-not compile, or needs more than 1.3 (TPU) or 1.1 times (GPU) the useful FLOPs, the exit status is 1.
+not compile, or needs more than 1.3 (TPU) or 1.1 times (GPU, widths padded to multiples of 64) the
+useful FLOPs, the exit status is 1.
 
 Each product is compiled alone; `aoe_jax/planning/costs.py` computes its cost. For TPU, the FLOPs of
 a tile with rows of two experts count twice, and the padding of widths to tiles does not count. The
@@ -27,6 +28,7 @@ from absl import flags
 from jax.extend import backend as jax_backend
 
 from aoe_jax.moe.grouped_matmul import BACKENDS, backend_for
+from aoe_jax.moe.grouped_matmul.mosaic_gpu import WIDTH_BLOCK
 from aoe_jax.planning import costs, hlo
 from aoe_jax.planning.hardware import compiling_for
 from aoe_jax.planning.kernel_costs import mosaic_gpu_cost
@@ -129,7 +131,10 @@ def main():
             found.append(about | {"is_default": backend == default} | figure)
             if backend == default:
                 most = max(figure[name].get("flops", math.inf) for name in PRODUCTS)
-                n_failed += most > _MOST_FLOPS[device.platform]
+                of_gpu = device.platform == "gpu"
+                padded = [math.ceil(n / WIDTH_BLOCK) * WIDTH_BLOCK if of_gpu else n for n in shape]
+                limit = _MOST_FLOPS[device.platform] * math.prod(padded) / math.prod(shape)
+                n_failed += most > limit
             star, (d, f) = "*" if backend == default else "", shape
             cells = [generation, dtype, f"{d}x{f}", backend + star]
             cells += [_in_words(figure[name]) for name in PRODUCTS]

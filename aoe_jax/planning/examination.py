@@ -93,7 +93,7 @@ def choose_backends(config, device):
         weights.setdefault(shape, []).append(weight)
     for shape, names in weights.items():
         name = grouped_backend(device, dtype, kernel_checks.rows_per_device(config), shape)
-        why = _why(device, name == "blocked", partial(check_mosaic_gpu, dtype, *shape[1:]))
+        why = _why(device, name == "blocked", partial(check_mosaic_gpu, dtype))
         if chosen != "auto":
             name, why = chosen, f"set by config.experts.grouped_matmul={chosen}"
         kernel = f"grouped products of {', '.join(names)} {'x'.join(map(str, shape))}"

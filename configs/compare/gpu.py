@@ -3,16 +3,13 @@
 
 Every size is trained on 20 tokens per active parameter (0.4B, 1B and 2.1B tokens). The embedded
 corpus is too small, so STORE is a token store that `python -m aoe_jax.prepare` wrote, with a
-vocabulary of at most 32,000 tokens. The GPU kernel needs widths and ranks that are multiples of 64,
-so the published AoE has a rank near d/3 and experts with up to 3% more parameters.
+vocabulary of at most 32,000 tokens.
 
 For whole gates on one H100, `aoe_jax.plan` estimates 4 minutes per run at 20M (90 ms per step) and
 67 minutes per run at 100M (250 ms per step). You can stop the suite at any time, for example by
 `timeout 600`, and the same command continues it. A run keeps the checkpoints of the middle and the
 end of its training; the checkpoints of all runs need 120 GB.
 """
-
-from dataclasses import replace
 
 from aoe_jax.compare.suite import Size, Suite
 from aoe_jax.configs import paper
@@ -33,18 +30,6 @@ def size_of(d_model, n_layers, active):
     }
 
 
-def published_aoe():
-    """Returns the published AoE of `confirm.py`, in shapes that GPU kernels support."""
-    arm = ARMS["aoe_d3"]
-
-    def changes(config):
-        d_low = 64 * round(config.model.d_model / 3 / 64)
-        found = arm.changes_of(config)
-        return found | {"experts": {"kind": "aoe", "d_low": d_low, "round_to": 64}}
-
-    return replace(arm, label="AoE r near d/3, L_aux", changes=changes, matched=False)
-
-
 def get_suite():
     base = paper.get_config("moe_aux")
     base.balance.aux_tokens = 0.125  # only for AoE, because arms with a router set it to 1
@@ -61,8 +46,7 @@ def get_suite():
     return Suite(
         name="gpu",
         base=base,
-        arms={name: ARMS[name] for name in ("moe", "aoe_whole", "aoe_one")}
-        | {"aoe_d3": published_aoe()},
+        arms={name: ARMS[name] for name in ("moe", "aoe_whole", "aoe_one", "aoe_d3")},
         sizes={name: Size(size_of(*shape), seeds=2) for name, shape in sizes.items()},
         baseline="moe",
     )

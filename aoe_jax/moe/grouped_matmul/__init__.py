@@ -48,7 +48,7 @@ def grouped_matmul(
       backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"rowwise"` (plain
         JAX, for fewer rows than experts), `"megablox"` (TPU; interpreted on CPU), `"mosaic_gpu"`
         (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense on most platforms: a baseline) or
-        `"auto"`, which chooses by M, the dtype, the widths and the devices of the mesh in context
+        `"auto"`, which chooses by M, the dtype and the devices of the mesh in context
         (`jax.set_mesh`, `jax.shard_map`) or, without a mesh, of this process.
 
     Returns:
@@ -56,7 +56,7 @@ def grouped_matmul(
       zero, but undefined with `PaddedGroups`. Differentiable in `rows` and `weights`.
 
     Raises:
-      UserError: if the backend is unknown or does not support the dtype or a width.
+      UserError: if the backend is unknown or does not support the dtype.
       ValueError: if shapes or dtypes do not fit together.
     """
     if rows.ndim != 2 or weights.ndim != 3 or rows.shape[1] != weights.shape[1]:
@@ -98,7 +98,7 @@ def is_megablox(rows, weights, groups, backend):
 
 def backend_for(device, dtype, m, shape):
     """The backend that `"auto"` selects on a device for m rows and weights of shape `[E, D, F]`."""
-    backend = _that_takes(_default_backend(device), dtype, *shape[1:])
+    backend = _that_takes(_default_backend(device), dtype)
     if backend == "blocked" and m < shape[0]:  # rowwise loads no weights of unused experts
         backend = "rowwise"
     return backend
@@ -130,13 +130,13 @@ def _is_hopper(device):
 
 
 @lru_cache
-def _that_takes(backend, dtype, d, f):
-    """`backend`, or "blocked", with a warning, if `backend` does not support dtype or widths."""
+def _that_takes(backend, dtype):
+    """`backend`, or "blocked", with a warning, if `backend` does not support the dtype."""
     if backend == "mosaic_gpu":
         from aoe_jax.moe.grouped_matmul import mosaic_gpu
 
         try:
-            mosaic_gpu.check(dtype, d, f)
+            mosaic_gpu.check(dtype)
         except UserError as error:
             log.warning(f"{error}. This run uses backend 'blocked', which is slower")
             return "blocked"

@@ -18,7 +18,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
 
 DTYPES = ("bfloat16", "float16")
-WIDTH_BLOCK = 64  # D and F must be multiples of 64 elements, a 128-byte row of shared memory
+WIDTH_BLOCK = 64  # D and F are padded to multiples of 64 elements, a 128-byte row of shared memory
 ROW_BLOCKS = (128, 64)
 # Limit in bytes: the weights of one pass over an expert's rows stay in the L2 cache (50 MB).
 CACHED_BYTES = 16 * 2**20
@@ -27,25 +27,21 @@ CONCURRENT_STEPS = 4  # pipeline steps; with blocks of 128 they use 160 of 227 K
 
 def mosaic_gpu_matmul(rows, weights, groups):
     """The backend "mosaic_gpu" of `grouped_matmul`. Raises the `UserError` of `check`."""
-    check(rows.dtype, *weights.shape[1:])
-    m = rows.shape[0]
-    if m % ROW_BLOCKS[0]:
-        rows = jnp.pad(rows, ((0, -m % ROW_BLOCKS[0]), (0, 0)))
-    return _mosaic_gpu(rows, weights, groups)[:m]
+    check(rows.dtype)
+    (m, d), f = rows.shape, weights.shape[2]
+    depth, width = (0, -d % WIDTH_BLOCK), (0, -f % WIDTH_BLOCK)
+    # XLA fuses the padding and the slice with the operations before and after the product.
+    rows = jnp.pad(rows, ((0, -m % ROW_BLOCKS[0]), depth))
+    weights = jnp.pad(weights, ((0, 0), depth, width))
+    return _mosaic_gpu(rows, weights, groups)[:m, :f]
 
 
-def check(dtype, d, f):
-    """Raises `UserError` unless `dtype` is bfloat16 or float16, and `d` and `f` multiples of 64."""
+def check(dtype):
+    """Raises `UserError` unless `dtype` is bfloat16 or float16."""
     if dtype not in DTYPES:
         raise UserError(
             f"grouped_matmul backend='mosaic_gpu' with {dtype}: use {' or '.join(DTYPES)}, "
             "or backend 'blocked'"
-        )
-    if d % WIDTH_BLOCK or f % WIDTH_BLOCK:
-        raise UserError(
-            f"grouped_matmul backend='mosaic_gpu' with expert weights [{d}, {f}]: both must be "
-            f"multiples of {WIDTH_BLOCK}; round the widths "
-            f"(config.experts.round_to={WIDTH_BLOCK}), or use backend 'blocked'"
         )
 
 
