@@ -56,7 +56,7 @@ def _tokamax(implementation, rows, weights, group_sizes):
     return tokamax.ragged_dot(rows, weights, group_sizes, implementation=implementation)
 
 
-def _tokamax_cost(name, operands, results):
+def _tokamax_cost(name, operands, results, **_):
     if name == "__gpu$xla.gpu.triton":
         return mosaic_gpu_cost("mosaic_gpu", operands, results)
     return None

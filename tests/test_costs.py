@@ -269,6 +269,8 @@ def test_programs_for_gpus():
     rows, weights, out = 2 * 1024 * 128, 2 * 2 * 128 * 256, 2 * 1024 * 256
     assert found["out"].flops == found["grads"].flops == 2 * 1024 * 128 * 256
     assert found["out"].hbm_bytes == found["grads"].hbm_bytes == rows + weights + out
+    half = {o.name: o for o in costs.Program(GPU, used=0.5).operations}
+    assert half["grads"].hbm_bytes == (rows + out) / 2 + weights
     assert found["taken"].hbm_bytes == 2 * 2 * 64 * 128 + 4  # a matrix and its index
     assert found["scattered"].hbm_bytes == 4 * 8 + 3 * 2 * 8 * 128  # indices; rows read and written
 
@@ -393,8 +395,7 @@ def test_kernels_count_by_the_blocks_of_their_operands():
     flops, traffic, occupied = kernel_costs.megablox_cost("gmm", given, [out])
     assert flops == 2 * 8192 * 1024 * 512 and occupied == flops * 19 / 16
     assert traffic == rows.bytes + weights.bytes + out.bytes
-    known = kernel_costs.costs_of_used_rows(kernel_costs.KERNEL_COSTS, 0.5)
-    of_used = next(c for c in known if getattr(c, "func", c) is kernel_costs.megablox_cost)
+    of_used = partial(kernel_costs.megablox_cost, used=0.5)
     flops, traffic, _ = of_used("gmm", given, [out])
     assert flops == 8192 * 1024 * 512
     assert traffic == (rows.bytes + out.bytes) / 2 + weights.bytes

@@ -23,7 +23,7 @@ from functools import cached_property
 import numpy as np
 
 from aoe_jax.planning.hlo import parse
-from aoe_jax.planning.kernel_costs import KERNEL_COSTS, costs_of_used_rows
+from aoe_jax.planning.kernel_costs import KERNEL_COSTS
 
 ESTIMATES = ("peaks", "likely", "cycles")
 _BY_CYCLES = {"fusion", "convolution", "dot", "gather", "scatter", "sort"}
@@ -63,14 +63,13 @@ class Operation:
 class Program:
     """A compiled program, parsed from the text that `hlo.compile_and_read` returns.
 
-    Each function in `kernel_costs` maps `(name, operands, results)` of a custom call to `(FLOPs,
-    bytes of traffic, occupied FLOPs)`, or to None if it does not know the kernel. Operands and
+    The functions in `kernel_costs` are like those of the module `kernel_costs`. Operands and
     results are `Array`s; the name is the call's target or, on TPU, the name of the kernel.
     """
 
-    def __init__(self, text, kernel_costs=KERNEL_COSTS, used=1.0):
-        """Parses the text. `used` is the fraction of experts' rows that have an expert."""
-        self.kernel_costs, self.used = costs_of_used_rows(kernel_costs, used), used
+    def __init__(self, text, kernel_costs=KERNEL_COSTS, used=1.0, matrix_unit=128):
+        """Parses the text. The last two arguments are passed to the functions in `kernel_costs`."""
+        self.kernel_costs, self.used, self.matrix_unit = kernel_costs, used, matrix_unit
         header = text.partition("\n")[0]
         counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)
         self.n_devices = math.prod(map(int, counts))
@@ -149,7 +148,8 @@ class Program:
         operands = [a for name in i.operands for a in known[name].arrays]
         is_named = i.target != "tpu_custom_call"  # all kernels for TPU have this target
         name = i.target if is_named else re.sub(r"[.\d]+$", "", i.name)
-        costs = (cost(name, operands, i.arrays) for cost in self.kernel_costs)
+        about = {"used": self.used, "matrix_unit": self.matrix_unit}
+        costs = (cost(name, operands, i.arrays, **about) for cost in self.kernel_costs)
         return next((cost for cost in costs if cost), None)
 
     def _as_collective(self, operation, i, known):

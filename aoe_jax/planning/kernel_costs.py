@@ -1,11 +1,11 @@
 """Computes the costs of kernels whose FLOPs and traffic a compiled program does not state.
 
 Each function maps `(name, operands, results)` of a custom call to `(FLOPs, bytes of HBM traffic,
-occupied FLOPs)`, or to None if it does not know the kernel.
+occupied FLOPs)`, or to None if it does not know the kernel. All take two keywords: the fraction
+`used` of the experts' rows that have an expert, and `matrix_unit`, the size of a TPU's matrix unit.
 """
 
 import math
-from functools import partial
 
 from aoe_jax.model.attention.splash import LANES
 from aoe_jax.moe.grouped_matmul import megablox_swiglu
@@ -16,7 +16,7 @@ from aoe_jax.moe.grouped_matmul.mosaic_gpu import blocks_at_once, width_block
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
-def splash_cost(name, operands, results, matrix_unit=128):
+def splash_cost(name, operands, results, matrix_unit=128, **_):
     """Returns the cost of causal attention by the kernel Splash.
 
     Each block of queries loads the blocks of keys that are not entirely in its future. In `dkv`,
@@ -46,7 +46,7 @@ def splash_cost(name, operands, results, matrix_unit=128):
     return 2 * _PRODUCTS[kind] * pairs * width, traffic, 2 * _PRODUCTS[kind] * pairs * occupied
 
 
-def cudnn_cost(name, operands, results):
+def cudnn_cost(name, operands, results, **_):
     """Returns the cost of causal attention by cuDNN, which reads or writes each array once."""
     if not name.startswith("__cudnn$fmha"):
         return None
@@ -64,13 +64,13 @@ def _visits(offsets, listed, used):
     return n_groups, n_tiles, n_tiles + n_groups - 1
 
 
-def megablox_cost(name, operands, results, tiles=tiles, used=1.0):
-    """Returns the cost of a grouped product by Megablox with these `tiles`; the fraction `used` of
-    the rows have an expert, and others are not read.
+def megablox_cost(name, operands, results, tiles=tiles, used=1.0, **_):
+    """Returns the cost of a grouped product by Megablox with these `tiles`.
 
-    `lhs` is read once for each tile of the output width. `gmm` reads the weights once if a tile has
-    the whole contracted width, else once for each tile of rows. `tgmm` computes weight gradients
-    `[E, k, n]`: it reads `rhs` once for each tile of k. A tile with two groups is computed twice.
+    Rows without an expert are not read. `lhs` is read once for each tile of the output width.
+    `gmm` reads the weights once if a tile has the whole contracted width, else once for each
+    tile of rows. `tgmm` computes weight gradients `[E, k, n]`: it reads `rhs` once for each
+    tile of k. A tile with two groups is computed twice.
     """
     if name not in ("gmm", "tgmm"):
         return None
@@ -92,7 +92,7 @@ def megablox_cost(name, operands, results, tiles=tiles, used=1.0):
     return flops, traffic, flops * n_visits / n_tiles
 
 
-def swiglu_cost(name, operands, results, used=1.0):
+def swiglu_cost(name, operands, results, used=1.0, **_):
     """Returns the cost of a kernel of `megablox_swiglu`. It reads and writes tiles of the output
     once; rows and weights as `gmm` in `megablox_cost`. Weights of rows count once.
     """
@@ -109,7 +109,7 @@ def swiglu_cost(name, operands, results, used=1.0):
     return flops, traffic, flops * n_visits / n_tiles
 
 
-def mosaic_gpu_cost(name, operands, results, used=1.0):
+def mosaic_gpu_cost(name, operands, results, used=1.0, **_):
     """Returns the cost of a grouped product by Mosaic GPU.
 
     Each pass over the output width reads all rows. Weight gradients need only one pass, because
@@ -131,9 +131,3 @@ def mosaic_gpu_cost(name, operands, results, used=1.0):
 
 
 KERNEL_COSTS = (splash_cost, cudnn_cost, megablox_cost, swiglu_cost, mosaic_gpu_cost)
-
-
-def costs_of_used_rows(costs, used):
-    """`costs` for grouped products with an expert for the fraction `used` of their rows."""
-    grouped = (megablox_cost, swiglu_cost, mosaic_gpu_cost)
-    return [partial(cost, used=used) if cost in grouped else cost for cost in costs]

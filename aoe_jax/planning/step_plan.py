@@ -20,7 +20,6 @@ import math
 import re
 import time
 from collections import Counter
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ from aoe_jax.planning.communication import collectives
 from aoe_jax.planning.costs import ESTIMATES, Program, scope
 from aoe_jax.planning.hardware import chip_part, compiling_for, count_parts, slice_shape
 from aoe_jax.planning.hlo import compile_and_read
-from aoe_jax.planning.kernel_costs import KERNEL_COSTS, splash_cost
+from aoe_jax.planning.kernel_costs import KERNEL_COSTS
 from aoe_jax.training.step import train_step_on
 
 log = logging.getLogger(__name__)
@@ -153,9 +152,7 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS, used=1.0):
     `text` is from `hlo.compile_and_read`, `chip` is the `hardware.Chip` of a device, `shape` is
     from `hardware.slice_shape`, and the other arguments are those of `costs.Program`.
     """
-    splash = partial(splash_cost, matrix_unit=chip.matrix_unit)
-    kernel_costs = [splash if cost is splash_cost else cost for cost in kernel_costs]
-    operations = Program(text, kernel_costs, used).operations
+    operations = Program(text, kernel_costs, used, chip.matrix_unit).operations
     kernels = (o for o in operations if o.opcode == "tpu_custom_call" and not o.flops)
     if unknown := sorted({re.sub(r"[.\d]+$", "", o.name) for o in kernels}):
         log.warning("FLOPs are unknown, only operands and results count: %s", ", ".join(unknown))
