@@ -6,8 +6,8 @@ backends compile, and their FLOPs and memory traffic.
 need `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`), and GPUs need the `jax[cuda13]`
 wheels (`pip install '.[cuda]'`). `--shapes=all` means the shapes of configs/tiny.py and paper.py. A
 star marks the backend that "auto" selects for a chip and dtype. If one product of this backend does
-not compile, or needs more than 1.3 (TPU) or 1.1 times (GPU, widths padded to multiples of 64) the
-useful FLOPs, the exit status is 1.
+not compile, or needs more than 1.3 (TPU) or 1.1 times (GPU) the useful FLOPs, the exit status is 1;
+for `mosaic_gpu` the FLOPs of widths padded to multiples of 64 count as useful there.
 
 Each product is compiled alone; `aoe_jax/planning/costs.py` computes its cost. For TPU, the FLOPs of
 a tile with rows of two experts count twice, and the padding of widths to tiles does not count. The
@@ -124,16 +124,17 @@ def main():
     for (generation, device), shape, dtype in cases:
         foreign = {kernel for name, kernel in _KERNELS.items() if name != device.platform}
         of_gpus = TOKAMAX if device.platform == "gpu" else ()
-        default = backend_for(device, dtype, m, (n_experts, *shape))
+        default = backend_for(device, dtype, m, n_experts)
         for backend in [*(b for b in _BACKENDS.value if b not in foreign), *of_gpus]:
             figure = _in_own_process(generation, backend, shape, dtype, m, n_experts)
             about = {"generation": generation, "shape": shape, "dtype": dtype, "backend": backend}
             found.append(about | {"is_default": backend == default} | figure)
             if backend == default:
                 most = max(figure[name].get("flops", math.inf) for name in PRODUCTS)
-                of_gpu = device.platform == "gpu"
-                padded = [math.ceil(n / WIDTH_BLOCK) * WIDTH_BLOCK if of_gpu else n for n in shape]
-                limit = _MOST_FLOPS[device.platform] * math.prod(padded) / math.prod(shape)
+                limit = _MOST_FLOPS[device.platform]
+                if backend == "mosaic_gpu":
+                    padded = (math.ceil(width / WIDTH_BLOCK) * WIDTH_BLOCK for width in shape)
+                    limit *= math.prod(padded) / math.prod(shape)
                 n_failed += most > limit
             star, (d, f) = "*" if backend == default else "", shape
             cells = [generation, dtype, f"{d}x{f}", backend + star]

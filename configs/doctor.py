@@ -1,5 +1,5 @@
 """The default configuration of `python -m aoe_jax.doctor` on accelerators is the paper's small AoE
-with only four layers. It fits in 16 GB, and all kernels support its widths, 256, 768 and 3,840.
+with only four layers. It fits in 16 GB, and no kernel pads its widths, 256, 768 and 3,840.
 """
 
 from aoe_jax.configs import paper

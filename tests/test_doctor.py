@@ -260,6 +260,9 @@ def test_reasons_of_plain_backends():
     h100 = reasons("NVIDIA H100 80GB HBM3", "9.0")
     assert "backend='cudnn' with float32: use bfloat16" in h100["attention"]
     assert "backend='mosaic_gpu' with float32: use bfloat16" in h100["grouped"]
+    config = fitted(small(model__dtype="bfloat16"), 1)
+    _, *grouped = examination.choose_backends(config, Device("NVIDIA H100 80GB HBM3", "9.0"))
+    assert {product["backend"] for product in grouped} == {"mosaic_gpu"}
     h100 = reasons("NVIDIA H100 80GB HBM3", "9.0", experts__grouped_matmul="blocked")
     assert h100["grouped"] == "set by config.experts.grouped_matmul=blocked"
 

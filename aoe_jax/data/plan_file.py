@@ -1,4 +1,4 @@
-"""`plan.json` of a token store: the settings and files of a preparation, and its units of work.
+"""`plan.json` stores the settings and files of a preparation, and its units of work.
 
 The units do not depend on the number of processes. The plan determines the store.
 """
@@ -16,7 +16,7 @@ from aoe_jax.storage.lease import NAME
 _UNITS = 512  # wanted number of units of work; `_UNIT_BYTES` limits their size
 _UNIT_BYTES = (2**22, 2**29)  # smallest and largest size of a unit, in bytes of the input
 _PLAN_BYTES = 2**28  # size limit of plan.json, enough for two million files
-OTHERWISE = "Delete the folder, or use another --output"
+NEW_FOLDER = "Delete the folder, or use another --output"
 
 
 def _is_state(value):
@@ -53,17 +53,19 @@ def make_plan(files: Mapping, planned: dict) -> dict:
 
 def read_plan(output: Path) -> dict:
     """Reads `plan.json` of a store. Raises `UserError` if it is damaged."""
-    plan = read_json(output / PLAN_FILE, OTHERWISE, _PLAN, _PLAN_BYTES)
+    plan = read_json(output / PLAN_FILE, NEW_FOLDER, _PLAN, _PLAN_BYTES)
     for unit in plan["units"]:
         pieces = unit["pieces"]
         is_whole = pieces and all(len(p) == 3 and p[0] < len(plan["files"]) for p in pieces)
-        wanted = f"its {PLAN_FILE} is damaged. {OTHERWISE}"
+        wanted = f"its {PLAN_FILE} is damaged. {NEW_FOLDER}"
         require_flag(is_whole, "output", output, wanted)
     return plan
 
 
 def claimed_plan(files: Mapping, planned: dict, output: Path) -> dict:
-    """Reads or writes the plan of `output`. Raises `UserError` if settings or files changed."""
+    """Returns the plan of `output`, written first if it is missing. Raises `UserError` if settings
+    or files have changed.
+    """
     if not (output / PLAN_FILE).exists():
         left = (NAME, f"{PLAN_FILE}.")  # a killed process may leave a partial plan
         is_empty = all(path.name.startswith(left) for path in output.iterdir())
@@ -73,11 +75,11 @@ def claimed_plan(files: Mapping, planned: dict, output: Path) -> dict:
     plan = read_plan(output)
     for name, here in planned.items():
         other = f"holds a preparation of something else: {name} is {plan[name]!r} there, {here!r}"
-        require_flag(plan[name] == here, "output", output, f"{other} here. {OTHERWISE}")
+        require_flag(plan[name] == here, "output", output, f"{other} here. {NEW_FOLDER}")
     before = {path: state for path, *state in plan["files"]}
     now = {str(path): [*state] for path, state in files.items()}
     for path in before | now:
         if before.get(path) != now.get(path):
             changed = f"{path} is new, gone or changed since the preparation began"
-            raise UserError(f"--input: {changed}. {OTHERWISE}")
+            raise UserError(f"--input: {changed}. {NEW_FOLDER}")
     return plan

@@ -32,7 +32,7 @@ from aoe_jax.config.checks import require_flag
 from aoe_jax.data import SPLITS, token_store
 from aoe_jax.data.building import write_manifest, write_splits
 from aoe_jax.data.documents import Piece, documents, find_files, pieces_of
-from aoe_jax.data.plan_file import OTHERWISE, claimed_plan, read_plan
+from aoe_jax.data.plan_file import NEW_FOLDER, claimed_plan, read_plan
 from aoe_jax.data.tokenizer import (
     MOST_TOKENS,
     TRAINING_CHARACTERS,
@@ -137,7 +137,7 @@ def prepare(
         try:
             tokenizer = patiently(what, lambda: install_tokenizer(output, plan, settings))
             _write_units(output, plan, missing, processes, engine)
-            results = [read_json(_note(output, unit), OTHERWISE, _NOTE) for unit in units]
+            results = [read_json(_note(output, unit), NEW_FOLDER, _NOTE) for unit in units]
             patiently(what, lambda: _finish(output, plan, tokenizer, results))
         except UserError:  # a first try with a mistake must not prevent the second try
             patiently(what, lambda: _remove_unless_begun(output, len(units)))
@@ -152,7 +152,7 @@ def _remove_unless_begun(output: Path, n_units: int):
     done = names & {_note(output, unit).name for unit in range(n_units)}
     if done or "manifest.json" in names:
         kept = f"{output} keeps {len(done)} of {n_units} units of work; the same command continues"
-        logger.info(f"{kept}. If settings or files change: {OTHERWISE}")
+        logger.info(f"{kept}. If settings or files change: {NEW_FOLDER}")
         return
     shards = filter(token_store.SHARD.fullmatch, names)
     tokenizer = token_store.saved_tokenizer(output).name

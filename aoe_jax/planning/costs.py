@@ -63,12 +63,13 @@ class Operation:
 class Program:
     """A compiled program, parsed from the text that `hlo.compile_and_read` returns.
 
-    The functions in `kernel_costs` are like those of the module `kernel_costs`. Operands and
-    results are `Array`s; the name is the call's target or, on TPU, the name of the kernel.
+    `kernel_costs` are functions as `planning/kernel_costs.py` describes them. Their operands and
+    results are `Array`s; their name is the call's target or, on TPU, the name of the kernel. They
+    receive `used` and `matrix_unit`; `used` also scales what a ragged all-to-all sends.
     """
 
     def __init__(self, text, kernel_costs=KERNEL_COSTS, used=1.0, matrix_unit=128):
-        """Parses the text. The last two arguments are passed to the functions in `kernel_costs`."""
+        """Parses the text that `hlo.compile_and_read` returned."""
         self.kernel_costs, self.used, self.matrix_unit = kernel_costs, used, matrix_unit
         header = text.partition("\n")[0]
         counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)

@@ -92,7 +92,7 @@ def choose_backends(config, device):
     for weight, shape in kernel_checks.expert_shapes(config).items():
         weights.setdefault(shape, []).append(weight)
     for shape, names in weights.items():
-        name = grouped_backend(device, dtype, kernel_checks.rows_per_device(config), shape)
+        name = grouped_backend(device, dtype, kernel_checks.rows_per_device(config), shape[0])
         why = _why(device, name == "blocked", partial(check_mosaic_gpu, dtype))
         if chosen != "auto":
             name, why = chosen, f"set by config.experts.grouped_matmul={chosen}"

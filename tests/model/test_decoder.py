@@ -160,7 +160,12 @@ def test_what_recomputing_experts_keeps(kind):
 
 @pytest.mark.parametrize(
     ("remat", "code"),
-    [("none", "d_low"), ("layer", "score_neurons"), ("full", "d_low")],
+    [
+        ("none", "d_low"),
+        pytest.param("experts", "d_low", marks=pytest.mark.slow),
+        ("layer", "score_neurons"),
+        ("full", "d_low"),
+    ],
 )
 def test_scores_are_not_computed_again(remat, code):
     """Only balance losses have products with the w_gate_down of all experts in the backward pass.

@@ -15,6 +15,7 @@ import pytest
 
 from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul import _default_backend, _that_takes, grouped_matmul
+from aoe_jax.moe.grouped_matmul.groups import WholeGroups
 from aoe_jax.moe.grouped_matmul.mosaic_gpu import row_block, width_block
 from tests.arrays import Device, assert_close
 
@@ -25,6 +26,18 @@ def test_what_the_kernels_do_not_take_is_named():
     rows, weights, sizes = jnp.ones((8, 128)), jnp.ones((2, 128, 128)), jnp.zeros(2, int)
     with pytest.raises(UserError, match="float32: use bfloat16 or float16"):
         grouped_matmul(rows, weights, sizes, backend="mosaic_gpu")
+
+
+def test_rows_of_two_products_are_kept_once():
+    def run(rows, up, gate):
+        product = partial(grouped_matmul, groups=groups, backend="mosaic_gpu")
+        return product(rows, up) * product(rows, gate)
+
+    rows, weights = jnp.ones((256, 64), "bfloat16"), jnp.ones((2, 64, 128), "bfloat16")
+    groups = WholeGroups(jnp.array([128, 128]))
+    shapes = jax.eval_shape(lambda *args: jax.vjp(run, *args)[1], rows, weights, weights)
+    kept = [a.shape for a in jax.tree.leaves(shapes)]
+    assert kept.count(rows.shape) == 1
 
 
 def test_blocks():
@@ -94,24 +107,26 @@ if jax.__version_info__ >= (0, 12):
             ([37, 5, 0, 120, 61, 1], 64, 256),
             ([0, 0, 90, 0, 110, 0], 64, 256),
             ([1] * 6, 64, 256),
+            ([60, 4, 0, 100, 50, 10], 50, 64),
             ([10, 50, 3, 0, 7, 40], 50, 135),
             ([0] * 6, 64, 256),
         ],
     )
     def test_values_and_gradients_in_the_interpreter(sizes, d, f, monkeypatch):
-        """Against `ragged` in float32, with NaN past the last group; M and some widths are no
-        whole number of blocks.
+        """Against `ragged` in float32, with NaN past the last group. M and some widths are not
+        multiples of a block; if all rows have an expert, the groups are whole.
         """
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        m, used = 224, sum(sizes)
+        m, used, groups = 224, sum(sizes), jnp.array(sizes, jnp.int32)
+        groups = WholeGroups(groups) if used == m else groups
         keys = jax.random.split(jax.random.key(0), 3)
         shapes = (m, d), (m, f), (6, d, f)
         rows, g, weights = map(partial(jax.random.normal, dtype="bfloat16"), keys, shapes)
 
         def value_and_gradients(backend, rows, weights, g):
             def function(r, w):
-                return grouped_matmul(r, w, jnp.array(sizes, jnp.int32), backend=backend)
+                return grouped_matmul(r, w, groups, backend=backend)
 
             value, pull_back = jax.vjp(function, rows, weights)
             return value, *pull_back(g)

@@ -242,7 +242,7 @@ def test_a_prepared_corpus(folder, tmp_path):
 
 
 @pytest.mark.slow
-@s3_slow
+@in_both
 def test_a_corpus_from_texts_in_a_store(folder, tmp_path):
     settings, here = Settings("bpe:300", validation=0.2, test=0.2), tmp_path / "texts"
     shutil.copytree(corpus_folder(), here / "deep")

@@ -79,7 +79,7 @@ def grouped_matmul(
     if not rows.size or not weights.size:
         return jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
     if backend == "auto":
-        backend = backend_for(target_device(), rows.dtype, rows.shape[0], weights.shape)
+        backend = backend_for(target_device(), rows.dtype, rows.shape[0], weights.shape[0])
     if backend not in BACKENDS:
         raise UserError(
             f"grouped_matmul backend={backend!r} is unknown; use auto, {' or '.join(BACKENDS)}"
@@ -92,14 +92,14 @@ def is_megablox(rows, weights, groups, backend):
     if isinstance(groups, RowLayout) or not rows.size or rows.dtype not in ("bfloat16", "float32"):
         return False
     if backend == "auto":
-        backend = backend_for(target_device(), rows.dtype, rows.shape[0], weights.shape)
+        backend = backend_for(target_device(), rows.dtype, rows.shape[0], weights.shape[0])
     return backend == "megablox"
 
 
-def backend_for(device, dtype, m, shape):
-    """The backend that `"auto"` selects on a device for m rows and weights of shape `[E, D, F]`."""
+def backend_for(device, dtype, m, n_experts):
+    """The backend that `"auto"` selects on a device for m rows."""
     backend = _that_takes(_default_backend(device), dtype)
-    if backend == "blocked" and m < shape[0]:  # rowwise loads no weights of unused experts
+    if backend == "blocked" and m < n_experts:  # rowwise loads no weights of unused experts
         backend = "rowwise"
     return backend
 

@@ -29,11 +29,16 @@ def mosaic_gpu_matmul(rows, weights, groups):
     """The backend "mosaic_gpu" of `grouped_matmul`. Raises the `UserError` of `check`."""
     check(rows.dtype)
     (m, d), f = rows.shape, weights.shape[2]
-    depth, width = (0, -d % WIDTH_BLOCK), (0, -f % WIDTH_BLOCK)
-    # XLA fuses the padding and the slice with the operations before and after the product.
-    rows = jnp.pad(rows, ((0, -m % ROW_BLOCKS[0]), depth))
-    weights = jnp.pad(weights, ((0, 0), depth, width))
+    depth, width = -d % WIDTH_BLOCK, -f % WIDTH_BLOCK
+    rows, weights = _padded(rows, -m % ROW_BLOCKS[0], depth), _padded(weights, 0, depth, width)
     return _mosaic_gpu(rows, weights, groups)[:m, :f]
+
+
+def _padded(a, *after):
+    """Pads the end of each axis. Without padding `a` itself is returned, so that autodiff keeps
+    rows of several products once.
+    """
+    return jnp.pad(a, [(0, n) for n in after]) if any(after) else a
 
 
 def check(dtype):
