@@ -169,10 +169,9 @@ def checked(config, case_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_error_in_a_small_part_of_an_array_fails(monkeypatch, dtype):
+def test_an_error_in_a_small_part_of_an_array_fails(monkeypatch):
     sizes = {"model__n_heads": 24, "model__d_model": 192, "data__seq_len": 512}
-    config = fitted(small(model__dtype=dtype, train__batch_size=1, **sizes), 1)
+    config = fitted(small(model__dtype="bfloat16", train__batch_size=1, **sizes), 1)
     right, product = attention.BACKENDS["blocks"], grouped_matmul.BACKENDS["ragged"]
     for kernel, causal, documents in (
         (right, True, True),

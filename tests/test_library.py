@@ -186,11 +186,18 @@ def test_scan_over_split_layers():
         assert jax.eval_shape(stack.apply, variables, X, None)[1].shape == (3,)
 
 
-@pytest.mark.parametrize(
-    "axes", [{}, pytest.param({"expert": "a", "tensor": "b"}, marks=pytest.mark.slow)], ids=str
+ON_A_MESH = pytest.param(
+    aoe_nnx.MoE, {}, {"expert": "a", "tensor": "b"}, marks=pytest.mark.slow, id="moe, on a mesh"
 )
+
+
 @pytest.mark.parametrize(
-    ("layer", "more"), [(aoe_nnx.AoE, {"round_to": 2}), (aoe_nnx.MoE, {})], ids=["aoe", "moe"]
+    ("layer", "more", "axes"),
+    [
+        pytest.param(aoe_nnx.AoE, {"round_to": 2}, {}, id="aoe"),
+        pytest.param(aoe_nnx.MoE, {}, {}, id="moe"),
+        ON_A_MESH,
+    ],
 )
 def test_nnx(layer, more, axes):
     """Values and gradients are those of the Linen module, and variables have partition specs."""
@@ -228,7 +235,6 @@ AXES = [
     ("aoe", {}),
     ("aoe", {"fsdp": ("b", "a"), "tensor": "c"}),
     ("aoe", {"expert": ("b", "a"), "transport": "all_to_all"}),
-    ("whole gates", {"data": "b", "fsdp": "a", "expert": "c"}),
 ]
 AXES[2:] = [pytest.param(*case, marks=pytest.mark.slow) for case in AXES[2:]]
 

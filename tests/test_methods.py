@@ -1,5 +1,5 @@
-"""Every method of `configs/methods.py`, on norms or on logits, is causal, computes the same results
-on a mesh, and resumes with bit-identical results. So does AoE with Muon and `train.skip_above`.
+"""Methods of `configs/methods.py` are causal, compute the same results on a mesh, and resume with
+bit-identical results. So does AoE with Muon and `train.skip_above`.
 """
 
 import dataclasses
@@ -100,10 +100,14 @@ class Run:
 
 
 # Methods whose layers tests/methods/ tests on norms and on logits are tested here on one of them.
+# The parts of the last ten are tested on meshes by moe/test_parallel.py, in training by
+# training/test_step.py, and for causality by model/test_decoder.py or in decoding.
 LEFT_OUT = (
     *("top_p", "expert_choice_router", "threshold", "quantile", "dynmoe", "routing_free", "switch"),
     *("gshard_router", "z_loss", "sequence_balance_router", "loss_free", "smear_router", "thor"),
     "da_moe_router",
+    *("top_k_router", "whole_gate", "top_p_router", "expert_choice", "erc_router", "uoe"),
+    *("switch_router", "z_loss_router", "sequence_balance", "loss_free_router"),
 )
 # The fast tier tests AoE with both optimisers, and a method with hooks.
 FAST = ("muon", "top_k", "da_moe")

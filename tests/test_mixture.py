@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.processes import train_on
-from tests.runs import DENSE, losses, mixture, succeed, train_command
+from tests.runs import mixture, succeed, train_command
 
 pytestmark = pytest.mark.slow
 
@@ -43,11 +42,3 @@ def test_every_source_has_its_scores(tmp_path):
     for source, result in sources.items():
         scores = rf"{result['tokens']} tokens .*{result['nll']:.4f}.*{result['bits_per_byte']:.4f}"
         assert re.search(f"^{source}: {scores}", stdout, re.MULTILINE)
-
-
-def test_two_processes_train_as_one_does(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    settings = mixture() | DENSE | {"train__steps": 8}
-    succeed(train_command(one, **settings))
-    train_on(two, 2, n_devices=2, **settings)
-    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)

@@ -45,7 +45,7 @@ def traced(config, devices):
     mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh):
         step, state = train_step_on(mesh, config)
-        batch = abstract_batch(config, config.train.batch_size, batch_sharding(mesh))
+        batch = abstract_batch(config, batch_sharding(mesh))
         return step.trace(state, batch), mesh
 
 
@@ -203,18 +203,6 @@ def test_a_step_sends_rows_to_the_devices_of_their_experts(first_round_only):
     assert not [o for o in at_ends if o.opcode == "broadcast" and o.hbm_bytes > min(found) / 2]
 
 
-@pytest.mark.slow
-def test_a_step_reduce_scatters_gradients_of_experts_over_a_whole_slice():
-    """It uses two stages of 4 chips, because one over 16 chips would compile to an all-reduce."""
-    _, devices = topology_devices("v5e:4x4")
-    program, _ = traced(configuration("router", (1, 16, 1, 1)), devices)
-    operations = costs.Program(program.lower().compile().as_text()).operations
-    found = Counter((o.collective, o.group_size, o.sent_bytes) for o in operations if o.collective)
-    size = 4 * 16 * 160 * 256  # bytes of a float32 weight; 224 columns are padded to 256
-    assert found["reduce-scatter", 4, size] == found["reduce-scatter", 4, size / 4] == 3
-    assert all(sent < size / 2 for kind, _, sent in found if kind == "all-reduce")
-
-
 def test_collectives_of_loops_count_as_often_as_they_run():
     def step(x):
         def body(carry, _):
@@ -314,14 +302,16 @@ def test_layouts_are_those_that_the_configuration_allows():
 
 
 @pytest.mark.slow
-def test_layouts_are_planned_and_the_fastest_is_first(tmp_path, capsys):
-    config = configuration(mesh=(-1, 4, 1, 1))
+def test_layouts_are_planned_and_the_fastest_is_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(layouts, "_EXPERT", ())
+    monkeypatch.setattr(layouts, "_TENSOR", (2,))
+    config = configuration("router", mesh=(-1, 4, 1, 1))
     file = tmp_path / "config.json"
     write_json(file, config.to_dict())
     status, report = planned(tmp_path, f"--config={file}", "--layouts")
     times = [found["likely_step_seconds"] for found in report["layouts"]]
     lines = capsys.readouterr().out.splitlines()
-    assert status == 0 and len(lines) == len(times) > 3 and times == sorted(times)
+    assert status == 0 and len(lines) == len(times) > 1 and times == sorted(times)
     for line, found in zip(lines, report["layouts"], strict=True):
         assert f"fsdp {found['mesh']['fsdp']:3}, expert {found['mesh']['expert']:2}" in line
         assert f"likely {found['likely_step_seconds']:.3f} s" in line

@@ -28,17 +28,14 @@ def test_grouped_products_and_layers(benchmark):
     assert result["machine"]["allocator"].startswith("glibc.malloc")
     products = result["figures"]
     assert [figure["backend"] for figure in products] == 2 * ["dense", "auto", "ragged"]
-    assert products[0]["forward_ratio"] == 1 and len(stdout.splitlines()) == 1 + len(products)
+    assert products[0]["ratio"] == 1 and len(stdout.splitlines()) == 1 + len(products)
 
     result, _ = benchmark("layer", "--shapes=24x4x2x16", "--tokens=40", "--repeats=2")
-    *layers, phases = result["figures"]
-    useful = {figure["layer"]: figure["useful_ratio"] for figure in layers}
-    assert list(useful)[:3] == ["dense", "router", "aoe"]
+    useful = {figure["layer"]: figure["useful_ratio"] for figure in result["figures"]}
+    assert list(useful) == ["dense", "router", "aoe"]
     # A score is d = 24 products a token and expert; an expert is 3 d f, two of which are the
     # baseline.
     assert useful["router"] == pytest.approx(1 + 4 * 24 / (2 * 3 * 24 * 16))
-    assert useful["aoe"] < useful["aoe, L_aux of 1/8"] < useful["aoe as published"]
-    assert list(phases["phases_ms"]) == ["score", "route", "dispatch", "experts", "combine"]
 
 
 @pytest.mark.slow
@@ -74,14 +71,10 @@ def test_input(tmp_path, benchmark):
 
 
 @pytest.mark.slow
-def test_prepare(tmp_path, benchmark):
+def test_prepare(benchmark):
     result, _ = benchmark("prepare", "--vocab_size=300", "--repeats=1", "--documents=50")
     for figure in result["figures"]:
         assert figure["prepare_to_library"] > 0 and min(figure["mb_per_second"].values()) > 0
-    large = [f"--workdir={tmp_path / 'large'}", "--size=1.3e7", "--processes=1"]
-    result, stdout = benchmark("prepare", "--vocab_size=300", *large)
-    assert 1.3e7 <= result["figures"][0]["text_bytes"] < 1.4e7
-    assert "Killed 2 times, it ended with the same shards" in stdout
 
 
 @pytest.mark.slow
@@ -104,9 +97,9 @@ def test_two_stage(tmp_path, benchmark):
     ("command", "message"),
     [
         (["grouped_matmul", "--shapes=64x8"], "--shapes=64x8: four numbers MxDxFxE"),
-        (["step", "--models=huge"], "--models=huge is unknown; choose from tiny, deep, sparse"),
+        (["step", "--models=huge"], "--models=huge: choose one of tiny, deep, sparse"),
         (["maxtext", "--python=p"], "--topology is missing"),
-        (["two_stage", "--seeds=1"], "--seeds=1: must be 2 or more"),
+        (["two_stage", "--seeds=1"], "--seeds=1: 1 is not integer >= 2"),
     ],
 )
 def test_mistakes(command, message):

@@ -71,20 +71,16 @@ def slow(*case):
     ("kind", "contrast"),
     [
         slow("aoe, 4 devices", Contrast(0.5)),
-        slow("router", Contrast(0.9, alpha=0.01, weak_rank=4)),
+        ("router", Contrast(0.9, alpha=0.01, weak_rank=4)),
         slow("aoe top_p", Contrast(0.7, alpha=0.0)),
-        slow("aoe", Contrast(0.0)),
-        ("router", Contrast(7.0, alpha=1.0)),
     ],
 )
 def test_a_batch_is_decoded_as_by_full_passes(kind, contrast):
-    """It is greedy decoding without contrast, and where one token alone is valid."""
     want = expected(kind, contrast)
     generator = Generator(model(kind), contrast)
     assert generator.generate(prompts(), N_TOKENS, sampling=Sampling(0.0), chunk=5) == want
-    is_greedy = contrast.beta == 0 or contrast.alpha == 1
     greedy = expected(kind, dataclasses.replace(contrast, beta=0.0))
-    assert (want == greedy) == is_greedy and sum(map(len, want)) > 2 * N_TOKENS
+    assert want != greedy and sum(map(len, want)) > 2 * N_TOKENS
 
 
 def test_ranks_count_from_the_highest_score():

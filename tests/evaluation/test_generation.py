@@ -23,7 +23,6 @@ ONE_LAYER = {"model__n_layers": 1}
 KINDS = {
     "aoe": AOE,
     "aoe top_p": AOE | ONE_LAYER | {"routing__name": "top_p"},
-    "aoe over all": AOE | ONE_LAYER | {"routing__norm_topk_prob": False},
     "aoe by attention": AOE
     | ONE_LAYER
     | {"routing__name": "da_moe", "experts__top_k": 8, "routing__reduce": "max"},
@@ -72,7 +71,7 @@ def expected(kind):
 
 ON_A_MESH = ("aoe", "aoe by attention", "thor, by token", "router, dense layers")
 SLOW = [("router, grouped queries", "data and fsdp")]
-SLOW += [(kind, "alone") for kind in KINDS if kind != "aoe"]
+SLOW += [(kind, "alone") for kind in ("aoe top_p", "uoe", "thor, by sequence", "dense, biases")]
 SLOW += [(kind, "expert and tensor") for kind in ON_A_MESH]
 CASES = [
     pytest.param("aoe", "alone", marks=pytest.mark.smoke),

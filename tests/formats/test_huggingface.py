@@ -29,6 +29,7 @@ GATED = SHARED | {"experts__shared_gate": True, "model__qk_norm": "head"}
 WIDE_HEADS = {"model__head_dim": 12, "model__qk_norm": "head", "model__n_kv_heads": 1}
 IN_FRONT = {"model__n_dense_layers": 2, "model__d_dense": 24, "model__tie_embeddings": False}
 PARTIAL = {"model__rope_share": 0.25, "model__rope_factors": (1.0, 2.0), "model__qk_norm": "head"}
+PARTIAL |= {"model__n_kv_heads": 1}
 FORMS = {
     "factorised": {},
     "factorised, max": {"experts__score": "max"},
@@ -165,13 +166,12 @@ def with_tokenizer(form):
     return directory
 
 
-@pytest.mark.parametrize("form", ["shared expert", "whole", "partial, dense in front"])
-def test_generation(form):
+def test_generation():
     """Greedy tokens with a cache are those without, and those of this project."""
     import torch
     import transformers
 
-    directory = with_tokenizer(form)
+    directory = with_tokenizer("partial, dense in front")
     model = load_there(directory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     texts = ["the state of the union is", "a cat sat"]

@@ -56,8 +56,9 @@ def by_loop(w, x, segment, real):
 
 
 # 5 does not divide the tokens, so the last segment is shorter. 0: whole sequences.
-@pytest.mark.parametrize("segment", [4, 5, 0])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "segment"), [("aoe", 5), ("aoe", 0), ("router", 4), ("router", 5)]
+)
 def test_agrees_with_a_loop(x64, form, segment):
     layer, params, x = make_smear(form, recompute=segment == 5, segment=segment)
     real = np.ones(SHAPE[:2], bool)

@@ -137,11 +137,13 @@ def cases():
     """Yields `(name, kind, settings)`; with "backend" a layer uses the backend of CPUs."""
     for kind in FORMS:
         for name, variant in VARIANTS.items():
-            blocked = {"backend": True} if name in ("chosen", "over all", "top-p") else {}
+            if name in ("top-1", "every expert") and kind != "aoe":
+                continue
+            blocked = {"backend": True} if name in ("chosen", "top-p") else {}
             yield f"{kind}, {name}", kind, variant
             if blocked:
                 yield f"{kind}, {name}, recomputed", kind, {"recompute": True} | variant | blocked
-        for n_tokens in (1, 32, 35):
+        for n_tokens in (35,) if kind == "router" else (1, 32, 35):
             some = {"balance": BalanceConfig(aux_tokens=0.125), "n_tokens": n_tokens}
             yield f"{kind}, {n_tokens} tokens, an eighth in balance losses", kind, some
     for kind in ("aoe", "whole"):

@@ -25,14 +25,7 @@ from aoe_jax.moe.swiglu import gate_pre_activations, swiglu
 from aoe_jax.planning import costs, hlo
 from aoe_jax.planning.hardware import compiling_for, topology_devices
 from aoe_jax.sharding import fill_mesh, make_mesh
-from benchmarks.compiling import (
-    TPUS,
-    devices_of,
-    expert_shapes,
-    lower_for,
-    lower_layers,
-    megablox_tile_flops,
-)
+from benchmarks.compiling import TPUS, devices_of, expert_shapes, lower_for, lower_layers
 from configs import paper
 
 pytestmark = pytest.mark.slow
@@ -44,13 +37,10 @@ def kernels_and_dense_products(lowered):
     return text.count("@tpu_custom_call"), text.count("stablehlo.dot_general")
 
 
-@pytest.mark.parametrize("n_experts", [64, 8])
-def test_tiles_compute_little_more_than_is_useful(n_experts):
-    assert megablox_tile_flops(131072, 768, 3840, n_experts, 2) <= 1.10
-
-
+# The gradient of the rows of (D, F) has the tiles of the product of (F, D).
+EVERY_SHAPE = [(d, f) for d, f in expert_shapes() if d <= f or (f, d) not in expert_shapes()]
 EVERY_SHAPE = list(
-    zip(expert_shapes(), cycle(TPUS), cycle(["float32", "bfloat16"]), cycle([32768, 131072, 96]))
+    zip(EVERY_SHAPE, cycle(TPUS), cycle(["float32", "bfloat16"]), cycle([32768, 131072, 96]))
 )
 
 
@@ -64,7 +54,7 @@ def test_every_shape_compiles(shape, generation, dtype, m):
     assert lowered.compile().cost_analysis()["flops"] <= 1.10 * 6 * m * shape[0] * shape[1]
 
 
-WIDTHS = [(768, 3072), (4096, 14336), (1280, 6470), (2048, 768), (1600, 6400), (2880, 2880)]  # d, f
+WIDTHS = [(1280, 6470), (4096, 14336), (2880, 2880)]  # d, f
 SHAPES = [(32768, *widths) for widths in WIDTHS] + [(40, 768, 3072)]
 
 
@@ -97,7 +87,6 @@ EIGHT, SIXTY_FOUR = (8, 2, 3072, 256), (64, 8, 768, 512)  # n_experts, top_k, d_
 LAYERS = [  # and the GB of traffic that two layers take at most, forward and backward
     ("aoe", "v4", SIXTY_FOUR, None, 13.5),
     ("aoe", "v5p", EIGHT, 16, 7.3),
-    ("router", "v5e", EIGHT, None, 5.5),
 ]
 
 
@@ -172,7 +161,6 @@ MESHES = [
     ("v5p:2x2x2", 8),
     ("v5p:4x4x8", 128),
     ("tpu7x:2x4x4", 64),
-    ("tpu7x:4x4x4", 128),
     ("2 v5p:4x4x4", 64),  # slices
 ]
 
