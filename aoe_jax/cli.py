@@ -299,14 +299,11 @@ def _flag_mistake(error):
     if isinstance(error, flags.UnrecognizedFlagError):
         if error.flagname.startswith("config."):
             if "config" in FLAGS:
-                _refuse_field(*error.flagname.split(".")[1:])
+                from aoe_jax.config.run import Config
+
+                _, group, *fields = error.flagname.split(".")
+                Config.from_config_dict({group: {".".join(fields) or "FIELD": None}})
             return _NO_CONFIG
         wrong, names = f"--{error.flagname}", [f"--{name}" for name in FLAGS]
         return f"{wrong} is no flag; --help lists them{did_you_mean(wrong, names)}"
     return text.removeprefix("flag ")[:400]
-
-
-def _refuse_field(group, *fields):
-    from aoe_jax.config.run import Config
-
-    Config.from_config_dict({group: {".".join(fields) or "FIELD": None}})

@@ -32,7 +32,7 @@ def main():
     where = topology_devices(topology, _SLICES.value)
     if _LAYOUTS.value:
         reports = layouts.plan_layouts(config, *where)
-        print(layouts.table(reports))
+        print(*map(layouts.line, reports), sep="\n")
         report, best = {"layouts": reports}, reports[0]
     else:
         report = best = plan(config, *where)

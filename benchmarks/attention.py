@@ -1,7 +1,7 @@
 """Compiles attention for an absent TPU or GPU, and estimates memory and time of each backend.
 
-`python -m benchmarks.attention [--topology=v5e:2x2] [--shapes=BxHxGxSxh,...] [--block=512]
-[--json=FILE]`. A TPU needs `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`); a GPU, such
+`python -m benchmarks.attention [--topology=v5e:2x2] [--shapes=BxHxGxSxh,...] [--json=FILE]`.
+A TPU needs `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`); a GPU, such
 as `--topology=h100:1`, needs JAX's CUDA wheels. A shape has B sequences, H query heads, G key and
 value heads, S positions and the head width h. The forward and backward pass are compiled in
 bfloat16 for one device. `aoe_jax/planning/costs.py` computes HBM traffic and likely time. The time
@@ -11,19 +11,13 @@ the matrix products.
 
 from absl import flags
 
-from aoe_jax.model.attention import backend_for, splash
+from aoe_jax.model.attention import backend_for
 from aoe_jax.planning.hardware import chip_part, topology_devices
 from aoe_jax.planning.step_plan import read_program
 from benchmarks.compiling import compiled_attention
 from benchmarks.timing import parse_shapes, run_benchmark, save
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "the device, GENERATION:SHAPE")
-_BLOCK = flags.DEFINE_integer(
-    "block",
-    splash.MAX_BLOCK,
-    f"positions in a block of splash; doubled for sequences of {splash.LONG} positions or more",
-    lower_bound=splash.LANES,
-)
 _SHAPES = flags.DEFINE_list("shapes", ["8x12x12x2048x64", "2x12x12x8192x64"], "BxHxGxSxh")
 
 
@@ -41,7 +35,6 @@ def figure(devices, chip, backend, shape):
 
 
 def main():
-    splash.MAX_BLOCK = _BLOCK.value
     generation, devices = topology_devices(_TOPOLOGY.value)
     chip = chip_part(generation, devices)
     figures = []

@@ -15,9 +15,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.model.attention import causal_attention
 from aoe_jax.model.decoder import RMSNorm
 from aoe_jax.moe.grouped_matmul import grouped_matmul
-from aoe_jax.moe.grouped_matmul.megablox import tiles
 from aoe_jax.moe.layer import ExpertsLayer
-from aoe_jax.moe.scoring import KEPT_ROUTING
 from aoe_jax.planning import kernel_checks
 from aoe_jax.planning.hardware import CHIPS, topology_devices
 from aoe_jax.planning.hlo import compile_and_read
@@ -93,17 +91,6 @@ def lower_for(device, backend, m, d, f, n_experts, dtype, product=None):
     )
 
 
-def megablox_tile_flops(m, d, f, n_experts, itemsize):
-    """Returns the ratio of the FLOPs of all computed tiles to the useful `6 M D F`, for the worst
-    group sizes: every group ends within a tile, so this tile is computed twice.
-    """
-    total = 0
-    for name, (tm, tk, tn) in tiles(m, d, f, n_experts, itemsize).items():
-        k, n = (f, d) if name == "d_rows" else (d, f)
-        total += 2 * (-(-m // tm) + n_experts - 1) * tm * (-(-k // tk) * tk) * (-(-n // tn) * tn)
-    return total / (6 * m * d * f)
-
-
 def experts_layer(config: Config):
     """Returns the `ExpertsLayer` of a configuration, in its dtype."""
     return ExpertsLayer(
@@ -115,32 +102,21 @@ def experts_layer(config: Config):
     )
 
 
-def unweighted_aux_loss(stats, balance):
-    """Returns `sum_i f_i P_i` of Eq. 2 (without alpha and n); 0 if there is no balance loss."""
-    return (stats.load * stats.mean_probability).sum() if balance.has_loss else 0.0
-
-
 def lower_layers(device, config: Config, n_tokens):
     """Lowers, for one device of a topology, the gradient of a loss with respect to the parameters
     and tokens of `n_layers` scanned layers of experts.
 
-    A layer is `x + experts(RMSNorm(x))` in `model.dtype` with float32 parameters and `model.remat`.
-    The loss is the mean square of the output plus the balance losses of all layers.
+    A layer is `x + experts(RMSNorm(x))` in `model.dtype` with float32 parameters and no
+    rematerialisation. The loss is the mean square of the output, without balance losses.
     """
     m, dtype, layer = config.model, jnp.dtype(config.model.dtype), experts_layer(config)
     norm = RMSNorm(dtype=dtype, use_scale=False)
 
     def block(x, params):
-        y, stats = layer.apply({"params": params}, norm.apply({}, x))
-        return x + y, unweighted_aux_loss(stats, config.balance)
-
-    if m.remat == "layer":
-        policy = jax.checkpoint_policies.save_only_these_names(KEPT_ROUTING)
-        block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+        return x + layer.apply({"params": params}, norm.apply({}, x))[0], None
 
     def loss(params, x):
-        y, aux_losses = jax.lax.scan(block, x, params)
-        return (y.astype(jnp.float32) ** 2).mean() + jnp.sum(aux_losses)
+        return (jax.lax.scan(block, x, params)[0].astype(jnp.float32) ** 2).mean()
 
     mesh = make_mesh(fill_mesh(config, 1), [device])
     here = replicated(mesh)

@@ -1,5 +1,5 @@
 """Times incremental decoding of AoE and router MoE with few and many experts, and compares it with
-two variants: decoding without a cache, and decoding with self-contrast.
+decoding without a cache.
 
 `python -m benchmarks.decoding [--length=512] [--batches=1,16] [--d_model=256] [--layers=4]
 [--repeats=7] [--json=FILE]`. Models have random weights in float32, a vocabulary of 4096, and top-2
@@ -7,8 +7,8 @@ of 8 or top-8 of 64 experts. AoE has gates of rank r = d/3 or d/12, and as many 
 router MoE. One dense model is as wide as all experts together, another as wide as all experts of
 one token. All models are timed in turn. A step processes one token of each sequence and selects the
 likeliest next token, after `--length` cached positions. In the file of `--json`, `bytes` is the
-size of the weights that a token needs. `recomputing` is the time of a token without a cache, and
-`contrasting` with a cache and self-contrast; both are divided by the time with a cache alone.
+size of the weights that a token needs. `recomputing` is the time of a token without a cache,
+divided by the time with a cache.
 """
 
 import jax
@@ -17,7 +17,6 @@ from absl import flags
 
 from aoe_jax import Decoder
 from aoe_jax.config.checks import require_flag
-from aoe_jax.evaluation.contrast import Contrast, weak_pass
 from aoe_jax.evaluation.generation import next_logits
 from aoe_jax.model.counts import parameter_counts
 from aoe_jax.model.decoding import Cache, unstacked
@@ -33,7 +32,6 @@ _LAYERS = flags.DEFINE_integer("layers", 4, "number of layers", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each function", lower_bound=1)
 
 STEPS = 8  # tokens per timed call
-CONTRAST = Contrast(beta=0.5)
 
 
 def variants(d_model):
@@ -60,10 +58,8 @@ def model_of(kind, experts, d_model, n_layers):
     return config, decoder, params, unstacked(decoder, params, make_mesh(config, jax.devices()[:1]))
 
 
-def decoding(decoder, params, batch, length, contrast=None):
+def decoding(decoder, params, batch, length):
     """Returns a function without arguments that decodes STEPS tokens with a cache."""
-    weak = () if contrast is None else (weak_pass(decoder, contrast.weak_rank),)
-    decoders = (decoder, *weak)
     m = decoder.model
     shape = (batch, m.kv_heads, length + STEPS, m.head_width)
     layers = tuple(
@@ -71,12 +67,12 @@ def decoding(decoder, params, batch, length, contrast=None):
         for _ in range(m.n_layers)
     )
     cache = Cache(layers, jnp.full(batch, length, jnp.int32))
-    state = (jnp.zeros(batch, jnp.int32), (cache,) * len(decoders))
+    state = (jnp.zeros(batch, jnp.int32), (cache,))
 
     @jax.jit
     def run(params, state):
         def one(_, carry):
-            logits, caches = next_logits(decoders, contrast, params, None, *carry)
+            logits, caches = next_logits((decoder,), None, params, None, *carry)
             return jnp.argmax(logits, axis=-1).astype(jnp.int32), caches
 
         return jax.lax.fori_loop(0, STEPS, one, state)[0]
@@ -130,7 +126,6 @@ def main():
             _, decoder, stacked, params = models[name]
             both |= {(name, "cached"): decoding(decoder, params, batch, length)}
             both |= {(name, "recomputing"): recomputing(decoder, stacked, batch, length)}
-            both |= {(name, "contrasting"): decoding(decoder, params, batch, length, CONTRAST)}
         paired = medians(both, _REPEATS.value)
         print(f"batch {batch}, {length} positions")
         for name, (config, *_) in models.items():
@@ -145,7 +140,6 @@ def main():
                 "to_router": router and seconds[name] / router,
                 "bytes": token_bytes(config),
                 "recomputing": cached and paired[name, "recomputing"] / (cached / STEPS),
-                "contrasting": cached and paired[name, "contrasting"] / cached,
             }
             figures.append(figure)
             print(
@@ -153,7 +147,6 @@ def main():
                 f"{figure['to_all']:5.2f}x dense, as wide as all experts"
                 + (f", {figure['to_router']:.2f}x router" if router else "")
                 + (f"; without a cache {figure['recomputing']:.0f}x" if cached else "")
-                + (f"; with self-contrast {figure['contrasting']:.2f}x" if cached else "")
                 + f"; a token needs {figure['bytes'] / 1e6:.1f} MB of weights"
             )
     report(figures)

@@ -3,7 +3,7 @@
 `python -m benchmarks.grouped_matmul [--shapes=4096x512x1024x8,...] [--backends=auto,ragged]
 [--dtype=float32] [--repeats=9] [--json=FILE]`. A shape has M rows, the contracted width D, the
 output width F, and E experts. Each row belongs to a random expert. The dense matmul and the
-backends are timed in turn; `forward+backward` computes the value and both gradients.
+backends are timed in turn. A call computes the value and both gradients.
 """
 
 import jax.numpy as jnp
@@ -36,16 +36,6 @@ def _inputs(m, d, f, n_experts, dtype):
     return *(jnp.asarray(a, dtype) for a in (rows, weights, g)), jnp.asarray(sizes, jnp.int32)
 
 
-def _timed(product, rows, weights, g):
-    """Returns two functions without arguments, and the bytes of temporary memory of the second. The
-    first function computes the product, the second the product and its gradients.
-    """
-
-    _, forward = compiled(product, rows, weights)
-    program, both = compiled(with_gradients(product), (rows, weights), g, ())
-    return forward, both, program.memory_analysis().temp_size_in_bytes
-
-
 def main():
     form = "four numbers MxDxFxE, such as 4096x512x1024x8"
     shapes = parse_shapes(_SHAPES.value, form)
@@ -59,28 +49,25 @@ def main():
                 lambda r, w, name=name, sizes=sizes: grouped_matmul(r, w, sizes, backend=name),
                 weights,
             )
-        timed = {name: _timed(product, rows, w, g) for name, (product, w) in products.items()}
-        forward = medians({name: functions[0] for name, functions in timed.items()}, _REPEATS.value)
-        both = medians({name: functions[1] for name, functions in timed.items()}, _REPEATS.value)
-        for name in products:
+        timed = {
+            name: compiled(with_gradients(product), (rows, w), g, ())
+            for name, (product, w) in products.items()
+        }
+        seconds = medians({name: call for name, (_, call) in timed.items()}, _REPEATS.value)
+        for name, (program, _) in timed.items():
             figure = {
                 "shape": [m, d, f, n_experts],
                 "dtype": _DTYPE.value,
                 "backend": name,
-                "forward_ms": 1e3 * forward[name],
-                "forward_ratio": forward[name] / forward["dense"],
-                "forward_backward_ms": 1e3 * both[name],
-                "forward_backward_ratio": both[name] / both["dense"],
-                "forward_backward_tflops": 6 * m * d * f / both[name] / 1e12,
-                "temp_megabytes": timed[name][2] / 1e6,
+                "ms": 1e3 * seconds[name],
+                "ratio": seconds[name] / seconds["dense"],
+                "tflops": 6 * m * d * f / seconds[name] / 1e12,
+                "temp_megabytes": program.memory_analysis().temp_size_in_bytes / 1e6,
             }
             figures.append(figure)
             print(
-                f"M={m} D={d} F={f} E={n_experts} {name:>8}: "
-                f"forward {figure['forward_ms']:8.2f} ms, {figure['forward_ratio']:6.2f}x dense; "
-                f"forward+backward {figure['forward_backward_ms']:8.2f} ms, "
-                f"{figure['forward_backward_ratio']:6.2f}x; "
-                f"{figure['forward_backward_tflops']:.3f} TFLOP/s; "
+                f"M={m} D={d} F={f} E={n_experts} {name:>8}: {figure['ms']:8.2f} ms, "
+                f"{figure['ratio']:6.2f}x dense; {figure['tflops']:.3f} TFLOP/s; "
                 f"temporary memory {figure['temp_megabytes']:.0f} MB",
                 flush=True,
             )

@@ -16,14 +16,7 @@ from absl import flags
 
 from aoe_jax.model.counts import training_flops_per_token
 from aoe_jax.training.step_times import RepeatedStep
-from benchmarks.timing import (
-    configuration,
-    machine_in_words,
-    medians,
-    report,
-    run_benchmark,
-    torch_packages,
-)
+from benchmarks.timing import configuration, machine_in_words, medians, report, run_benchmark
 
 CHANGES = {
     "model": {"d_model": 256},
@@ -39,7 +32,11 @@ def mixtral_step(config):
     """Returns a function that runs one training step of Mixtral in `transformers` with the shape of
     `config`, and a text with the versions of the packages.
     """
-    torch, transformers, versions = torch_packages()
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
     m, c, t = config.model, config.experts, config.train
     model = transformers.MixtralForCausalLM(
         transformers.MixtralConfig(
@@ -71,7 +68,7 @@ def mixtral_step(config):
         optimizer.step()
         return loss.item()
 
-    return run, versions
+    return run, f"torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def products(config):

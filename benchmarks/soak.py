@@ -36,6 +36,8 @@ import psutil
 from absl import flags
 from tqdm import tqdm
 
+from aoe_jax import cli
+from aoe_jax.config.checks import require_flag
 from aoe_jax.data.corpora import speech_files
 from aoe_jax.errors import Failure, Terminated
 from aoe_jax.sharding import with_shardings
@@ -43,7 +45,7 @@ from aoe_jax.storage.config_files import read_run_config
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.metrics import MEASURED
 from aoe_jax.training.step import init_state
-from benchmarks.timing import new_workdir, report, run_benchmark
+from benchmarks.timing import report, run_benchmark
 
 SETTINGS = {
     "model.n_layers": 2,
@@ -347,7 +349,9 @@ def soak_supervised(root: Path, n_processes, n_events, seed, settings=None):
 
 
 def main():
-    root, given = new_workdir(flags.FLAGS["workdir"]), flags.FLAGS
+    given = flags.FLAGS
+    root = cli.path_of(given["workdir"]).absolute()
+    require_flag(not root.exists(), "workdir", root, "exists already; name a new directory")
     if given.pod_size == 1:
         figures = soak(root, given.kills, given.terms, given.seed)
     else:

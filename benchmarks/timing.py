@@ -11,9 +11,8 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.compare.jobs import ALLOCATOR
-from aoe_jax.config.checks import require_flag
+from aoe_jax.config.checks import choose, require_flag
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError
 from aoe_jax.planning.hardware import machine
 from aoe_jax.storage.config_files import update_groups
 from aoe_jax.storage.files import write_json
@@ -63,34 +62,10 @@ def configuration(kind, *changes):
     return Config.from_config_dict(config)
 
 
-def torch_packages():
-    """Returns the modules torch (set to one thread) and transformers, and a text with the versions.
-    Raises `UserError` if one of them is not installed.
-    """
-    try:
-        import torch
-        import transformers
-    except ImportError as e:
-        raise UserError(f"{e.name} is missing; pip install torch transformers") from e
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return torch, transformers, versions
-
-
-def new_workdir(flag):
-    """Returns the path of `--workdir`; raises `UserError` if it is not given or exists."""
-    root = cli.path_of(flag).absolute()
-    if root.exists():
-        raise UserError(f"--workdir={root} exists already; name a new directory")
-    return root
-
-
 def check_names(flag, names, known):
     """Raises `UserError` if one of `names`, the value of a flag, is not in `known`."""
     for name in names:
-        if name not in known:
-            raise UserError(f"--{flag}={name} is unknown; choose from {', '.join(known)}")
+        require_flag(name in known, flag, name, choose(name, known))
 
 
 def parse_shapes(shapes, form, n_sizes=4):

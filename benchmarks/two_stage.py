@@ -41,12 +41,13 @@ from scipy import stats
 from tabulate import tabulate
 
 from aoe_jax import cli
-from aoe_jax.config.checks import require_flag
+from aoe_jax.compare import pictures
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import TopK
-from aoe_jax.storage.files import make_folder, write_json
-from aoe_jax.training.picture import DPI, WIDTH
+from aoe_jax.storage.files import make_folder
+from aoe_jax.training.picture import COLOURS, WIDTH
+from benchmarks.timing import run_benchmark, save
 
 CLASSES, EXPERTS, STAGES = 3, 2, 2
 MOST = 0.9  # A class is on an expert if at least this share of the class is routed to it.
@@ -63,7 +64,6 @@ ENDINGS = {
     "spread": "class 3 on both experts",
     "other": "class 3 on one expert, 1 and 2 not together on one",
 }
-COLOURS = ("#0072B2", "#E69F00")  # differ for colour-blind readers, and in grey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,7 @@ def draw(figures, setting):
             mean, name = shares.mean(axis=0), f"stage {stage['stage']}"
             first, other = "the expert that serves most of class 1", "the other expert"
             ax.bar(places, mean, 0.8, color=COLOURS[0], label=first)
-            ax.bar(places, 1 - mean, 0.8, bottom=mean, color=COLOURS[1], label=other)
+            ax.bar(places, 1 - mean, 0.8, bottom=mean, color=COLOURS[4], label=other)
             offsets = np.linspace(-0.3, 0.3, len(shares))[:, None]
             ax.scatter(
                 places + offsets, shares, clip_on=False, label="the same in one seed", **dots
@@ -252,11 +252,7 @@ def draw(figures, setting):
 
 
 def main():
-    given = flags.FLAGS
-    for name, least in (("seeds", 2), ("steps", 1), ("d_model", 2)):
-        value = given[name].value
-        require_flag(value >= least, name, value, f"must be {least} or more")
-    file, folder = cli.file_to_write(given["json"]), None
+    given, folder = flags.FLAGS, None
     if given.output:
         folder = cli.path_of(given["output"])
         make_folder(folder, "output")
@@ -265,21 +261,16 @@ def main():
         summary(arm, train_seeds(*layer, setting, given.seeds)) for arm, layer in ARMS.items()
     ]
     print(table(figures))
-    if file:
-        settings = {"seeds": given.seeds, **dataclasses.asdict(setting)}
-        write_json(file, {"setting": settings, "endings": ENDINGS, "figures": figures})
+    settings = {"seeds": given.seeds, **dataclasses.asdict(setting)}
+    save({"setting": settings, "endings": ENDINGS, "figures": figures})
     if folder:
-        picture = draw(figures, setting)
-        for kind in ("png", "svg"):
-            picture.savefig(folder / f"two_stage.{kind}", dpi=DPI)
+        pictures.save(draw(figures, setting), folder / "two_stage.png")
 
 
 if __name__ == "__main__":  # defined here, because tests import this file
-    flags.DEFINE_integer("seeds", 20, "number of trainings of each layer")
-    flags.DEFINE_integer("steps", 1000, "training steps of each stage")
-    flags.DEFINE_integer(
-        "d_model", 32, "width d of the inputs; experts have width 2 d and gates of rank d / 4"
-    )
-    flags.DEFINE_string("json", None, "a file for the figures")
+    flags.DEFINE_integer("seeds", 20, "number of trainings of each layer", lower_bound=2)
+    flags.DEFINE_integer("steps", 1000, "training steps of each stage", lower_bound=1)
+    about = "width d of the inputs; experts have width 2 d and gates of rank d / 4"
+    flags.DEFINE_integer("d_model", 32, about, lower_bound=2)
     flags.DEFINE_string("output", None, "a folder for the picture")
-    cli.run(main)
+    run_benchmark(main)

@@ -37,10 +37,6 @@ def measured_file(workdir: Path, point):
     return workdir / "measured" / f"{point}.json"
 
 
-def sweep_point(name, value):
-    return f"{name}_{value}"
-
-
 def finished_runs(suite: Suite, workdir: Path, size):
     """Returns `{folder: Run}` of the finished runs of a size, ordered by seed."""
     of_size = {folder_of(workdir, run): run for run in suite.runs() if run.size == size}
@@ -55,7 +51,7 @@ def configs_by_point(suite: Suite, workdir: Path):
         found[size] = {arm: run.config for arm, (_, run) in firsts.items()}
     for name in suite.throughput:
         for value, configs in suite.swept(name).items():
-            found[sweep_point(name, value)] = configs
+            found[f"{name}_{value}"] = configs
     return found
 
 

@@ -15,7 +15,14 @@ def pair_table(folder: Path, arms):
     Nll is in nats per token. Means and differences are over the seeds that both arms have finished.
     Raises `UserError` if the file cannot be read, or if the arms have no size and seed in common.
     """
-    runs = _finished_runs(folder)
+    columns = ["size", "arm", "seed", "state", "validation_nll"]
+    try:
+        runs = pd.read_csv(folder / "runs.csv", usecols=columns, dtype={"validation_nll": float})
+    except (OSError, ValueError) as e:  # ValueError: the content is wrong
+        reason = getattr(e, "strerror", None) or f"it has no runs of a suite: {e}"
+        wanted = f"runs.csv cannot be read ({reason}); name the folder of a report"
+        raise UserError(f"--workdir={folder}: {wanted}") from e
+    runs = runs[runs["state"] == "finished"].dropna()
     known = runs["arm"].unique()
     are_two = len({*arms} & {*known}) == len(arms) == 2
     wanted = f"name two of the finished arms: {', '.join(known)}"
@@ -32,14 +39,3 @@ def pair_table(folder: Path, arms):
         row[f"{arms[0]} minus {arms[1]} [95% interval]"] = difference.as_difference()
         rows.append(row | {"seeds": difference.n})
     return markdown_table(rows)
-
-
-def _finished_runs(folder):
-    columns = ["size", "arm", "seed", "state", "validation_nll"]
-    try:
-        runs = pd.read_csv(folder / "runs.csv", usecols=columns, dtype={"validation_nll": float})
-    except (OSError, ValueError) as e:  # ValueError: the content is wrong
-        reason = getattr(e, "strerror", None) or f"it has no runs of a suite: {e}"
-        wanted = f"runs.csv cannot be read ({reason}); name the folder of a report"
-        raise UserError(f"--workdir={folder}: {wanted}") from e
-    return runs[runs["state"] == "finished"].dropna()

@@ -11,7 +11,7 @@ import pandas as pd
 
 from aoe_jax.compare.choices import LAYER_COLUMNS, LAYER_MEANS, read_choices
 from aoe_jax.compare.jobs import beside, last_line, read_outcome
-from aoe_jax.compare.measure import configs_by_point, read_point, sweep_point
+from aoe_jax.compare.measure import configs_by_point, read_point
 from aoe_jax.compare.statistics import at, fit_power_law, holm, mean
 from aoe_jax.compare.suite import Suite
 from aoe_jax.compare.train_runs import folder_of, has_diverged, is_finished, read_summary
@@ -306,7 +306,7 @@ def read_costs(suite: Suite, workdir: Path):
     for name, sweep in suite.throughput.items():
         rows = []
         for value, configs in suite.swept(name).items():
-            costs = read_point(workdir, sweep_point(name, value), configs)
+            costs = read_point(workdir, f"{name}_{value}", configs)
             for arm, cost in costs.items():
                 tokens, seconds = configs[arm].tokens_per_step, cost["seconds"]
                 row = {

@@ -12,7 +12,7 @@ from aoe_jax.config.checks import require
 from aoe_jax.data.token_store import TokenStore
 
 # Grain's defaults, 16 threads and 500 elements, are too many, because an element is a batch here.
-READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
+_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
 
 
 class PackedWindows:
@@ -97,7 +97,6 @@ def train_batches(
     seed: int,
     rows: Sequence[int] | None = None,
     loss_mask: bool = False,
-    read_options: grain.ReadOptions = READ_OPTIONS,
 ) -> grain.DatasetIterator:
     """Yields training batches without end. A source has a new order in every epoch.
 
@@ -120,7 +119,7 @@ def train_batches(
     # MapDataset.mix rounds weights to about 1%, so one pass over it would not read every window.
     mixture = Mixture(weights or [len(source) for source in windows], batch_size, rows)
     mixed = grain.MapDataset.select_from_datasets(shuffled, mixture)
-    return iter(mixed.batch(len(rows)).to_iter_dataset(read_options))
+    return iter(mixed.batch(len(rows)).to_iter_dataset(_READ_OPTIONS))
 
 
 def eval_batches(

@@ -54,12 +54,8 @@ def plan_layouts(config, generation, devices):
     return sorted(reports, key=lambda r: (r["likely_step_seconds"] or math.inf, not r["fits"]))
 
 
-def table(reports):
-    """Formats the result of `plan_layouts` as lines of text."""
-    return "\n".join(map(_line, reports))
-
-
-def _line(report):
+def line(report):
+    """Formats a plan as a line of text."""
     mesh = report["mesh"]
     axes = _axes([mesh[name] for name in ("data", "fsdp", "expert", "tensor")])
     memory = f"{report['memory_bytes']['total'] / 1e9:6.2f} GB"

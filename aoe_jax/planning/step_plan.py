@@ -42,9 +42,9 @@ LIKELY = ("hbm_traffic_bytes", "likely_step_seconds", "seconds_by_scope", "secon
 LIKELY += ("seconds_by_cycles", "compiled_collectives")
 
 
-def abstract_batch(config, n_rows, split=None):
-    """Returns the shapes and dtypes of a batch of `n_rows` sequences."""
-    shape = (n_rows, config.data.seq_len)
+def abstract_batch(config, split=None):
+    """Returns the shapes and dtypes of a batch."""
+    shape = (config.train.batch_size, config.data.seq_len)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
     weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
     return {"inputs": tokens, "targets": tokens, "segment_ids": tokens, "weights": weights}
@@ -62,7 +62,7 @@ def plan(config: Config, generation, devices):
     mesh = sharding.make_mesh(config, devices)
     with jax.set_mesh(mesh), compiling_for(devices):
         step, state = train_step_on(mesh, config)
-        batch = abstract_batch(config, config.train.batch_size, sharding.batch_sharding(mesh))
+        batch = abstract_batch(config, sharding.batch_sharding(mesh))
         traced = step.trace(state, batch)
         log.info("compiling the training step for %d devices", n_devices)
         started = time.perf_counter()
