@@ -126,19 +126,26 @@ def test_two_runs_begin_in_one_workdir(workdir):
     assert steps == [*range(LOG_EVERY, steps[-1] + 1, LOG_EVERY)]
 
 
+SHORT_LEASE = """
+from aoe_jax.storage import lease
+lease.RENEW, lease.STALE = 0.5, 6.0
+"""
+
+
 @pytest.mark.slow
 def test_an_owner_that_is_suspended(workdir):
     """Another process takes over the run, and the suspended process ends when it is resumed, before
     it saves.
     """
     settings = {"train__steps": 10**6, "train__eval_every": 0, "train__log_every": 10**6}
-    first = start([*dense_command(workdir, **settings), "--retry_seconds=1"])
+    first = start([*patched(SHORT_LEASE, workdir, **settings), "--retry_seconds=1"])
     runs.wait_for(first, lambda: runs.heartbeat(workdir)["status"] == "training")
     first.send_signal(signal.SIGSTOP)
     (workdir / "config.json").unlink()
     shutil.rmtree(workdir / "checkpoints")
     (workdir / "heartbeat.json").write_text("{}")
-    assert "was taken over from process" in ends_as_ever(workdir)
+    stderr = runs.succeed(patched(SHORT_LEASE, workdir))
+    assert "was taken over from process" in stderr and runs.same_end(workdir, dense_run())
     whole = {name: text for name, text in runs.contents(workdir).items() if "events" not in name}
     first.send_signal(signal.SIGCONT)
     status, _, stderr = runs.finish(first)
