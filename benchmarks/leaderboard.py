@@ -45,7 +45,7 @@ def share_of_the_way(nlls, arm):
 
 
 def entries_of(runs, labels):
-    """Returns a row for each entry of a size, from the best one to the worst one."""
+    """Returns a row for each entry of a size, ordered by the difference from the MoE."""
     nlls = runs.pivot_table("validation_nll", "seed", "arm")
     means, rows = runs.groupby("arm").mean(numeric_only=True), []
     for arm in nlls:
@@ -72,7 +72,7 @@ def entries_of(runs, labels):
                 "seeds": nlls[arm].count(),
             }
         )
-    found = pd.DataFrame(rows).sort_values("nll", ignore_index=True)
+    found = pd.DataFrame(rows).sort_values("difference", ignore_index=True)
     found.insert(7, "p_holm", holm(found["p"]))
     return found
 
