@@ -125,7 +125,7 @@ COMMAND_LINE = (
         ),
         "unknown backend of a benchmark": Mistake(
             ["-m", "benchmarks.grouped_compile", "--backends=mosaic"],
-            ["--backends=mosaic is unknown", "blocked"],
+            ["--backends=mosaic: choose one of blocked, ", "did you mean mosaic_gpu?"],
         ),
     }
 )

@@ -20,11 +20,8 @@ def test_without_a_device(tmp_path, platform, why):
     assert last.startswith(f"error: JAX finds no device (JAX_PLATFORMS={platform}): {why}")
 
 
-@pytest.mark.parametrize(
-    "numbers",
-    [(0, 2), pytest.param((1,), marks=pytest.mark.slow)],
-    ids=["one is missing", "nobody is there"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", [(0, 2), (1,)], ids=["one is missing", "nobody is there"])
 def test_a_process_that_never_joins(tmp_path, numbers):
     flags = [f"--coordinator=localhost:{free_port()}", "--processes=3", "--join_timeout=8"]
     command = [*train_command(tmp_path / "run"), *flags]

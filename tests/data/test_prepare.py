@@ -58,7 +58,9 @@ def whole(folder, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_killed_or_stopped_it_goes_on_where_it_was(folder, whole, tmp_path, number):
     """The worker processes end with the command, and the same command completes the store."""
     output = tmp_path / "store"

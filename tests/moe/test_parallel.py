@@ -315,10 +315,8 @@ UNDEFINED = [("all_to_all", "aoe", "blocked", 1), ("all_to_all", "whole", "megab
 UNDEFINED += [("all_to_all", "router, top-p", "ragged", 2), ("ring", "whole", "megablox", 1)]
 
 
-@pytest.mark.parametrize(
-    ("transport", "kind", "backend", "k"),
-    UNDEFINED[:1] + [pytest.param(*case, marks=pytest.mark.slow) for case in UNDEFINED[1:]],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("transport", "kind", "backend", "k"), UNDEFINED)
 def test_undefined_rows_change_nothing(monkeypatch, ragged, transport, kind, backend, k):
     """TPUs do not fill the buffers that rows, results and gradients arrive in."""
     layer, params, x, weights = make(KINDS[kind] | {"top_k": k}, transport, dtype=jnp.float32)

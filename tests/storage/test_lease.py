@@ -212,7 +212,9 @@ def test_two_processes_that_want_a_folder(folder, tmp_path):
     assert sorted(outcomes) == ["refused", "trained"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
 def test_an_owner_on_this_host_that_is_killed_or_stopped(tmp_path, monkeypatch, caplog, number):
     """After a kill, the next owner does not wait. A stopped owner notices when it resumes."""
     folder = tmp_path / "run"

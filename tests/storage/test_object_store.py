@@ -154,7 +154,7 @@ def test_objects_whose_copies_would_be_elsewhere(folder, store, tmp_path, name):
             local_copy(path, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("failure", [403, 503])
+@pytest.mark.parametrize("failure", [503, pytest.param(403, marks=pytest.mark.slow)])
 def test_a_store_that_fails_for_a_while(folder, store, tmp_path, monkeypatch, failure):
     monkeypatch.setattr(retry, "retry_seconds", 30)
     monkeypatch.setattr(store, "failure", failure)

@@ -71,7 +71,10 @@ def alone(kind):
 
 
 # tests/moe/test_parallel.py tests single layers on more meshes and with both transports.
-CASES = [("aoe", (2, 2, 2, 1), "all_to_all"), ("router", (1, 2, 2, 2), "ring")]
+CASES = [
+    ("aoe", (2, 2, 2, 1), "all_to_all"),
+    pytest.param("router", (1, 2, 2, 2), "ring", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("kind", "shape", "transport"), CASES, ids=str)
