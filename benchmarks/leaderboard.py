@@ -6,7 +6,7 @@
 
 Differences are paired by seed. `p` is corrected by Holm over the entries of a size. `share` is the
 share of the way from the frozen router (0) to the MoE (1), with the central 95% of 2,000 bootstrap
-resamples of the seeds.
+resamples of the seeds that the entry, the MoE and the frozen router have in common.
 """
 
 import numpy as np

@@ -166,12 +166,13 @@ def with_tokenizer(form):
     return directory
 
 
-def test_generation():
+@pytest.mark.parametrize("form", ["shared expert", "partial, dense in front"])
+def test_generation(form):
     """Greedy tokens with a cache are those without, and those of this project."""
     import torch
     import transformers
 
-    directory = with_tokenizer("partial, dense in front")
+    directory = with_tokenizer(form)
     model = load_there(directory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     texts = ["the state of the union is", "a cat sat"]

@@ -53,7 +53,7 @@ def kept(function, variables):
     ids=str,
 )
 def test_causality(settings, leaks):
-    """By value; `tests/test_methods.py` has the other routers, and gradients."""
+    """By value; `tests/test_methods.py` has other routers, and gradients."""
     decoder, variables = build(**settings)
     other = TOKENS.at[:, 6:].set((TOKENS[:, 6:] + 17) % 50)
     apply = jax.jit(decoder.apply)

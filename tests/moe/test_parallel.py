@@ -132,6 +132,7 @@ SLOW += [(THREE, "ring", "whole"), ((2, 1, 4, 1), "all_to_all", "capacity")]
 SLOW += [(THREE, "all_to_all", kind) for kind in ("router", "whole", "uoe")]
 OTHERS = [k for k in KINDS if k not in ("aoe", "router", "dense", "whole", "uoe", "erc", "smear")]
 OTHERS = [kind for kind in OTHERS if ", aoe" not in kind and "router, " not in kind]
+# Other kinds, test_mesh.py (balance losses) and the fast tier (dynmoe) test their parts on meshes.
 COVERED = ("whole, over all", "whole, dynmoe", "dynmoe", "a quarter in balance losses")
 OTHERS = [kind for kind in OTHERS if kind not in COVERED]
 SLOW += [(THREE, WAYS[i % 2], kind) for i, kind in enumerate(OTHERS)]

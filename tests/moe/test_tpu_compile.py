@@ -2,7 +2,7 @@
 wheel.
 
 `python -m benchmarks.grouped_compile --shapes=all` compiles every shape for every generation; here
-every shape is compiled for one.
+every shape, or the one with D and F exchanged, is compiled for one.
 """
 
 import math
@@ -37,7 +37,7 @@ def kernels_and_dense_products(lowered):
     return text.count("@tpu_custom_call"), text.count("stablehlo.dot_general")
 
 
-# The gradient of the rows of (D, F) has the tiles of the product of (F, D).
+# Products of (F, D) have the tiles of those of (D, F), mirrored, so one of the two is compiled.
 EVERY_SHAPE = [(d, f) for d, f in expert_shapes() if d <= f or (f, d) not in expert_shapes()]
 EVERY_SHAPE = list(
     zip(EVERY_SHAPE, cycle(TPUS), cycle(["float32", "bfloat16"]), cycle([32768, 131072, 96]))
