@@ -45,8 +45,6 @@ KINDS = {
     "over all": {"kind": "aoe", "routing": TopK(norm_topk_prob=False)},
     "as published": {"kind": "aoe", "score_gradient": "dense"},
     "whole": {"kind": "aoe", "score_neurons": 4},
-    "whole, over all": {"kind": "aoe", "score_neurons": 4, "routing": TopK(norm_topk_prob=False)},
-    "whole, dynmoe": {"kind": "aoe", "score_neurons": 4, "routing": DynMoE()},
     "top-p": {"kind": "aoe", "routing": TopP()},
     "expert choice": {"kind": "aoe", "routing": ExpertChoice()},
     "router, top-p": {"kind": "router", "routing": TopP()},
@@ -55,12 +53,9 @@ KINDS = {
     "large router": {"kind": "router", "large_router": True},
     "capacity": {"kind": "capacity", "routing": Capacity(1.25)},  # some choices find no place
     "dense": {"kind": "dense"},
-    "a quarter in balance losses": {"kind": "aoe", "aux_tokens": 0.25},
     "sigmoid": {"kind": "router", "routing": SigmoidTopK(True, 2.5, 4, 2)},
     "dynmoe": {"kind": "aoe", "routing": DynMoE()},
-    "router, dynmoe": {"kind": "router", "routing": DynMoE()},
     "routing-free": {"kind": "aoe", "routing": RoutingFree()},
-    "router, routing-free": {"kind": "router", "routing": RoutingFree()},
     "erc": {"kind": "router", "routing": ERC(alpha=0.5), "aux_batch": "sequence"},
     "uoe": {"kind": "uoe", "routing": UoE(routing_neurons=4)},
     "smear": {"kind": "smear", "routing": Smear(segment=4, expert_dropout=0.3)},
@@ -131,10 +126,8 @@ SLOW = [(shape, way, "aoe") for shape in MESHES for way in ways(shape)]
 SLOW += [(THREE, "ring", "whole"), ((2, 1, 4, 1), "all_to_all", "capacity")]
 SLOW += [(THREE, "all_to_all", kind) for kind in ("router", "whole", "uoe")]
 OTHERS = [k for k in KINDS if k not in ("aoe", "router", "dense", "whole", "uoe", "erc", "smear")]
+OTHERS.remove("dynmoe")  # in the fast tier
 OTHERS = [kind for kind in OTHERS if ", aoe" not in kind and "router, " not in kind]
-# Other kinds, test_mesh.py (balance losses) and the fast tier (dynmoe) test their parts on meshes.
-COVERED = ("whole, over all", "whole, dynmoe", "dynmoe", "a quarter in balance losses")
-OTHERS = [kind for kind in OTHERS if kind not in COVERED]
 SLOW += [(THREE, WAYS[i % 2], kind) for i, kind in enumerate(OTHERS)]
 SLOW += [((2, 2, 1, 2), "ring", "dense"), ((2, 2, 2, 1), "ring", "erc")]
 SLOW += [((2, 4, 1, 1), "ring", kind) for kind in ("router", "as published", "capacity", "dense")]
