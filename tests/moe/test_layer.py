@@ -164,7 +164,7 @@ def cases():
 
 CASES = {name: (kind, settings) for name, kind, settings in cases()}
 # The fast tier has every form with the two usual weights, and the special cases.
-RARE = ("recomputed", "an eighth", "zero tokens", "top-1", "every expert", "second and fourth")
+RARE = ("recomputed", "an eighth", "zero tokens", "top-1", "every expert")
 TIERS = [
     pytest.param(name, marks=pytest.mark.slow) if any(word in name for word in RARE) else name
     for name in CASES

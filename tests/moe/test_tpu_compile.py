@@ -85,19 +85,19 @@ def test_swiglu_compiles(shape, generation):
 
 EIGHT, SIXTY_FOUR = (8, 2, 3072, 256), (64, 8, 768, 512)  # n_experts, top_k, d_ffn, d_low
 LAYERS = [  # and the GB of traffic that two layers take at most, forward and backward
-    ("aoe", "v4", SIXTY_FOUR, None, 13.5),
-    ("aoe", "v5p", EIGHT, 16, 7.3),
+    ("v4", SIXTY_FOUR, None, 13.5),
+    ("v5p", EIGHT, 16, 7.3),
 ]
 
 
-@pytest.mark.parametrize(("kind", "generation", "shape", "score_neurons", "traffic"), LAYERS)
-def test_work_of_a_layer(kind, generation, shape, score_neurons, traffic):
+@pytest.mark.parametrize(("generation", "shape", "score_neurons", "traffic"), LAYERS)
+def test_work_of_a_layer(generation, shape, score_neurons, traffic):
     """Only chosen experts are computed, and their norms twice; no array has the hidden width of all
     experts for all tokens. Reading the scoring neurons of whole gates does not read the gates.
     """
     n_tokens, (n_experts, top_k, d_ffn, d_low) = 4096, shape
     experts = ExpertsConfig(
-        kind, n_experts, top_k, d_ffn=d_ffn, d_low=d_low, score_neurons=score_neurons
+        "aoe", n_experts, top_k, d_ffn=d_ffn, d_low=d_low, score_neurons=score_neurons
     )
     config = Config(
         model=ModelConfig(n_layers=2, n_heads=1, d_model=768, dtype="bfloat16"),
@@ -111,7 +111,7 @@ def test_work_of_a_layer(kind, generation, shape, score_neurons, traffic):
     assert 0.95 < ratio <= 1.10
     program = costs.Program(text)
     sizes, n_layers = config.experts.sizes(config.model.d_model), config.model.n_layers
-    scored = n_tokens * n_experts * sizes["r"] if kind == "aoe" else 0
+    scored = n_tokens * n_experts * sizes["r"]
     instructions = (i for part in program.computations.values() for i in part.values())
     largest = max(math.prod(a.dims) for i in instructions for a in i.arrays)
     kept = n_layers * n_tokens * top_k * sizes["f"]
