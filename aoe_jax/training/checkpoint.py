@@ -238,7 +238,8 @@ class Checkpoints:
                 self._manager.save(step, args=ocp.args.Composite(**parts), force=True)
             except Exception as e:
                 self._give_up()
-                if isinstance(e, FileExistsError):  # by a thread of the save that failed before
+                # A thread of the save that failed before may still make and delete files.
+                if isinstance(e, FileExistsError | FileNotFoundError):
                     raise OSError(errno.EBUSY, str(e)) from e
                 raise
             if wait and (problem := self._finish()):

@@ -383,9 +383,12 @@ def failing_saves(monkeypatch, count, fault=FULL):
     monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
 
 
-@pytest.mark.parametrize("fault", [FULL, FileExistsError(errno.EEXIST, "File exists")])
+RACES = [FileExistsError(errno.EEXIST, "File exists"), FileNotFoundError(errno.ENOENT, "No file")]
+
+
+@pytest.mark.parametrize("fault", [FULL, *RACES], ids=repr)
 def test_a_save_is_repeated(tmp_path, monkeypatch, caplog, fault):
-    """A thread of a failed save may make a folder that the next save makes, too."""
+    """A thread of a failed save may make and delete files that the next save makes, too."""
     failing_saves(monkeypatch, 2, fault)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     write(tmp_path, [3])
