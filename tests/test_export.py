@@ -162,26 +162,24 @@ def test_an_exported_model_takes_the_token_store_of_its_run(tmp_path):
     run_folder, model, store = (tmp_path / name for name in ("run", "model", "store"))
     with_a_first_token(tmp_path)
     texts = [f"--input={corpus_folder()}", f"--tokenizer={tmp_path}", f"--output={store}"]
-    succeed(["-m", "aoe_jax.prepare", *texts])
+    call("aoe_jax.prepare", *texts)
     short = {"train__steps": 4, "train__warmup": 0.25, "experts__kind": "router"}
     data = {"data__name": "prepared", "data__path": store, "model__vocab_size": None}
     succeed(train_command(run_folder, **short, **data))
     vocab_size = load_tokenizer(tmp_path).token_count
     assert json.loads((run_folder / "config.json").read_text())["model"]["vocab_size"] == vocab_size
-    succeed(["-m", "aoe_jax.export", f"--workdir={run_folder}", f"--output={model}"])
+    call("aoe_jax.export", f"--workdir={run_folder}", f"--output={model}")
     assert load_tokenizer(model).prefix == [] != load_tokenizer(store).prefix
     succeed(fine_tuned(model, tmp_path / "tuned", **{"data.name": "prepared", "data.path": store}))
     own, nll = [f"--data=prepared@{store}"], {}
     for folder, given in ((run_folder, []), (model, own)):
-        succeed(["eval.py", f"--workdir={folder}", *given])
+        call("aoe_jax.eval", f"--workdir={folder}", *given)
         nll[folder] = json.loads((folder / "eval.json").read_text())["nll"]
     assert nll[model] == pytest.approx(nll[run_folder], rel=1e-6)
     own += ["--tokens=500"]
-    succeed(
-        ["-m", "aoe_jax.prune", f"--workdir={model}", "--experts=2", f"--output={model}2", *own]
-    )
+    call("aoe_jax.prune", f"--workdir={model}", "--experts=2", f"--output={model}2", *own)
     to_aoe = [f"--checkpoint={model}", "--score_neurons=4", f"--output={model}3"]
-    succeed(["-m", "aoe_jax.convert", *to_aoe, *own])
+    call("aoe_jax.convert", *to_aoe, *own)
 
 
 def test_a_model_without_a_run_has_no_corpus(tmp_path):

@@ -12,8 +12,8 @@ import pytest
 
 from tests import processes, runs
 from tests.hasty import xla_flags
-from tests.processes import DENSE_FSDP, MESH, train_on
-from tests.runs import EVERY, STEPS, finish, finished_run, losses, succeed, train_command, wait_for
+from tests.processes import DENSE_FSDP, train_on
+from tests.runs import EVERY, STEPS, finish, finished_run, losses, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -60,18 +60,16 @@ def test_evaluation_on_other_devices_than_training(tmp_path):
     np.testing.assert_allclose(reports[0]["nll"], reports[1]["nll"], rtol=1e-4)
 
 
-def test_from_four_processes_to_two_to_one(tmp_path):
-    """The mesh changes from (2, 1, 2, 1) to (1, 4, 1, 1) to one device, the loss curve does not."""
-    moved, alone = tmp_path / "moved", tmp_path / "alone"
-    rate = runs.SETTINGS["train.learning_rate"]  # constant, whatever the number of steps
-    constant = {"train__warmup": 0, "train__final_learning_rate": rate, "train__eval_every": 0}
-    succeed(train_command(alone, train__steps=10, **constant))
-    train_on(moved, 4, train__steps=4, **MESH, **constant)
-    (stderr, _) = train_on(moved, 2, mesh__fsdp=4, train__steps=8, **constant)
-    assert "going on from step 4" in stderr
-    stderr = succeed(train_command(moved, train__steps=10, **constant))
-    assert "going on from step 8" in stderr
-    np.testing.assert_allclose(losses(moved), losses(alone), rtol=1e-5)
+@pytest.mark.parametrize(("n_processes", "n_devices"), [(1, 1), (2, 4)])
+def test_a_run_goes_on_with_other_processes_and_meshes(tmp_path, n_processes, n_devices):
+    """From two processes and the mesh (2, 1, 2, 1) to one device, or to the mesh (1, 4, 1, 1)."""
+    workdir = shutil.copytree(processes.two_processes()[0], tmp_path / "run")
+    for name in ("summary.json", "heartbeat.json"):  # as if it had ended before its last checkpoint
+        (workdir / name).unlink()
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    stderr, *_ = train_on(workdir, n_processes, n_devices, mesh__fsdp=n_devices)
+    assert f"going on from step {STEPS - EVERY}" in stderr
+    np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)
 
 
 def newest(workdir):

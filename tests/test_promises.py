@@ -248,6 +248,7 @@ Heartbeat.beat = told
 """
 
 
+@pytest.mark.slow
 def test_a_hang(workdir):
     """The run hangs in its first validation, after the checkpoint of step 9."""
     status, _, stderr = run(patched(HANG, workdir, train__hang_timeout=3))

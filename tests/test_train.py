@@ -64,6 +64,7 @@ def test_what_a_run_leaves_behind():
     assert memory["state_bytes"] == pytest.approx(3 * 4 * parameters, rel=0.02)
 
 
+@pytest.mark.slow
 def test_killed_run_ends_as_an_uninterrupted_one(tmp_path):
     """It is killed before its first step, so that the seed may still change. Later it is killed
     again after a checkpoint. Samples of text change nothing, and none is lost or written twice.
@@ -133,6 +134,7 @@ def test_finished_run_goes_on_with_more_steps(tmp_path):
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == steps
 
 
+@pytest.mark.slow
 def test_a_branch_ends_as_a_run_with_its_number_of_steps(tmp_path):
     """A run with the schedule wsd has constant rates until 6 of 12 steps, a branch until 3 of 6."""
     wsd = {"train__schedule": "wsd", "train__warmup": 0.0, "train__decay": 0.5}

@@ -116,28 +116,20 @@ def few_probes(monkeypatch, request):
     monkeypatch.setattr(probing, "PROBES", dict([*probing.PROBES.items()][: request.param]))
 
 
-@pytest.mark.parametrize("few_probes", [2], indirect=True)
-def test_the_command(tmp_path, few_probes):
+@pytest.mark.slow
+@pytest.mark.parametrize("few_probes", [3], indirect=True)
+def test_the_table_of_a_run(tmp_path, few_probes, capsys):
     """The router alone scores as in training; a random choice has equal weights only."""
     workdir = kind_run("router")[0]
     flags = [f"--output={tmp_path}", "--tokens=1000000000"]
     call("aoe_jax.probe", f"--checkpoint={workdir}", *flags)
-    router, chance = json.loads((tmp_path / "probe.json").read_text())["probes"]
-    of_run = json.loads((workdir / "summary.json").read_text())["metrics"]["validation_nll"]
-    assert router["nll"]["softmax"] == pytest.approx(of_run, rel=1e-5)
-    assert (router["agreement"], router["time"]) == (1.0, 1.0)
-    assert 0.3 < chance["agreement"] < 0.9 and chance["nll"].keys() == {"equal"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("few_probes", [3], indirect=True)
-def test_the_table_of_a_run(tmp_path, few_probes, capsys):
-    workdir = kind_run("router")[0]
-    report = probing.probe_checkpoint(workdir, tmp_path, n_tokens=10**9)
-    assert report == json.loads((tmp_path / "probe.json").read_text())
+    report = json.loads((tmp_path / "probe.json").read_text())
     whole = evaluate_workdir(workdir, "validation")
     assert (report["tokens"], report["step"]) == (whole["tokens"], whole["step"])
-    _, chance, norm = report["probes"]
+    router, chance, norm = report["probes"]
+    assert router["nll"]["softmax"] == pytest.approx(whole["nll"], rel=1e-5)
+    assert (router["agreement"], router["time"]) == (1.0, 1.0)
+    assert chance["nll"].keys() == {"equal"}
     assert (norm["node"], norm["norm"]) == ("x Wg", "L1")
     assert all(0.3 < probe["agreement"] < 0.9 and probe["time"] > 0 for probe in (chance, norm))
     nll = [value for probe in report["probes"] for value in probe["nll"].values()]

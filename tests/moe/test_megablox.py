@@ -95,9 +95,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("case", "keeps_up"), [*((case, True) for case in CASES), ("bfloat16", False)]
-)
+SWIGLU = [("bfloat16", True), ("bfloat16", False)]
+SWIGLU += [pytest.param(case, True, marks=pytest.mark.slow) for case in CASES if case != "bfloat16"]
+
+
+@pytest.mark.parametrize(("case", "keeps_up"), SWIGLU)
 def test_swiglu_in_kernels(case, keeps_up, monkeypatch):
     """Values and gradients are those of plain products, whatever is in rows of no expert. The
     gradients of rows from both projections are added in a kernel.

@@ -147,9 +147,9 @@ LAID_OUT = [
     (THREE, "ring", "router", False),
     ((1, 1, 2, 4), "ring", "smear, aoe", True),
 ]
-LAID_OUT[1:] = [pytest.param(*case, marks=pytest.mark.slow) for case in LAID_OUT[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "transport", "kind", "recompute"), LAID_OUT)
 def test_a_mesh_with_the_backend_of_cpus(x64, shape, transport, kind, recompute):
     """The backend `blocked` has a row layout of its own."""

@@ -13,6 +13,7 @@ from aoe_jax.sharding import batch_sharding, make_mesh, put_batch
 from aoe_jax.training.step import init_state, train_step_on
 from tests.settings import config_of
 
+pytestmark = pytest.mark.slow
 STEPS = 20
 SETTINGS = {"model.n_layers": 2, "model.n_heads": 8, "model.d_model": 32, "model.vocab_size": 64}
 SETTINGS |= {"model.max_len": 32, "model.dtype": "float32", "data.seq_len": 16}
@@ -71,10 +72,7 @@ def alone(kind):
 
 
 # tests/moe/test_parallel.py tests single layers on more meshes and with both transports.
-CASES = [
-    ("aoe", (2, 2, 2, 1), "all_to_all"),
-    pytest.param("router", (1, 2, 2, 2), "ring", marks=pytest.mark.slow),
-]
+CASES = [("aoe", (2, 2, 2, 1), "all_to_all"), ("router", (1, 2, 2, 2), "ring")]
 
 
 @pytest.mark.parametrize(("kind", "shape", "transport"), CASES, ids=str)

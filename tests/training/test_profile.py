@@ -29,6 +29,7 @@ def test_run_that_goes_on_behind_its_window(caplog):
     assert "--profile: the run is past step 6; nothing is traced" in caplog.text
 
 
+@pytest.mark.slow
 def test_trace_of_a_run(tmp_path):
     """It has two of four steps; its program names the parts of a model, forward and backward."""
     workdir, kind = tmp_path / "run", KINDS["aoe, over all"]  # its scores have a gradient
