@@ -9,7 +9,6 @@ random tokens. It alternates the steps of the arms, and writes `DIR/measured/NAM
 """
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,17 +122,11 @@ def _noting(name, failed):
 
 
 def first_validation_batch(folder: Path, config: Config):
-    """Returns a host batch of a run's validation splits, without padding if there is one. Raises
-    `UserError` if the data differ.
-    """
+    """Returns a host batch of a run's validation split. Raises `UserError` if the data differ."""
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(folder, corpus)
-    of_batch = config.data.seq_len, config.train.batch_size
-    stores = corpus.validation.values()
-    batches = [eval_batches(store, *of_batch) for store in stores]
-    first = next(batches[0])
-    rest = itertools.chain([first], *batches)
-    return next((batch for batch in rest if batch["weights"].all()), first)
+    store = next(iter(corpus.validation.values()))
+    return next(eval_batches(store, config.data.seq_len, config.train.batch_size))
 
 
 def measure_point(suite: Suite, workdir: Path, point, failed):

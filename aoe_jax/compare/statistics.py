@@ -8,7 +8,6 @@ import pandas as pd
 from scipy import stats
 
 CONFIDENCE = 0.95
-N_RESAMPLES = 500  # bootstrap resamples
 
 
 @dataclass(frozen=True)
@@ -81,23 +80,13 @@ class PowerLaw:
 
     factor: float
     exponent: float
-    resampled: np.ndarray  # [N_RESAMPLES], the exponent of each bootstrap resample
 
     def __call__(self, x):
         return self.factor * np.asarray(x, float) ** -self.exponent
 
-    def interval(self):
-        """Returns the interval `(low, high)` of the exponent; NaN if all sizes have one seed."""
-        if np.ptp(self.resampled) <= 1e-9 * np.abs(self.resampled).max():  # equal up to rounding
-            return math.nan, math.nan
-        return tuple(np.quantile(self.resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
-
 
 def fit_power_law(groups):
     """Fits a `PowerLaw` to `{x: [loss of each seed]}` by least squares in log x and log loss."""
-    rng, x = np.random.default_rng(0), np.log(list(groups))
-    losses = [np.asarray(of_size, float) for of_size in groups.values()]
-    draws = [rng.choice(of_size, (N_RESAMPLES, of_size.size)).mean(axis=1) for of_size in losses]
-    means = [of_size.mean() for of_size in losses]
-    slopes, intercepts = np.polyfit(x, np.log(np.column_stack([means, *np.transpose(draws)])), 1)
-    return PowerLaw(float(np.exp(intercepts[0])), -float(slopes[0]), -slopes[1:])
+    means = [np.mean(of_size) for of_size in groups.values()]
+    slope, intercept = np.polyfit(np.log(list(groups)), np.log(means), 1)
+    return PowerLaw(float(np.exp(intercept)), -float(slope))

@@ -122,7 +122,7 @@ ARMS = {
     "moe_hash_choice": hash_choice(moe("none"), "logits", "MoE"),
     "whole_hash_choice": hash_choice(whole_aoe(16, "none"), "whole", "AoE of whole gates"),
 }
-LEADING = dict.fromkeys(("moe", "whole", "whole_quantile", "published"), 40)
+LEADING = dict.fromkeys(("moe", "whole", "whole_quantile", "published", "frozen"), 40)
 BOTH = ("moe", "whole", "published", "moe_adamw", "whole_adamw", "published_adamw")
 
 

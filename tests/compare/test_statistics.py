@@ -49,21 +49,9 @@ def test_a_power_law_is_a_line_in_logarithms():
     exact = fit_power_law({x: [3 * x**-0.1, 3 * x**-0.1] for x in (1e5, 3e5, 1e6)})
     assert (exact.factor, exact.exponent) == pytest.approx((3.0, 0.1))
     assert exact(2e5) == pytest.approx(3 * 2e5**-0.1)
-    assert np.isnan(exact.interval()).all()  # equal seeds
     rng, x = np.random.default_rng(0), np.geomspace(1e4, 1e8, 6)
     groups = {size: 4 * size**-0.05 + rng.normal(0, 1e-2, 3) for size in x}
     fit = fit_power_law(groups)
     line = stats.linregress(np.log(x), np.log([losses.mean() for losses in groups.values()]))
     assert fit.exponent == pytest.approx(-line.slope)
     assert fit.factor == pytest.approx(np.exp(line.intercept))
-    low, high = fit.interval()
-    assert low <= fit.exponent <= high and high - low < 0.01
-
-
-def test_intervals_widen_with_the_spread_of_seeds():
-    widths = []
-    for spread in (0.01, 0.1):
-        groups = {x: 3 * x**-0.1 + spread * np.array([-1, 0, 1]) for x in (1e5, 3e5, 1e6)}
-        low, high = fit_power_law(groups).interval()
-        widths.append(high - low)
-    assert widths[1] == pytest.approx(10 * widths[0], rel=0.2)
