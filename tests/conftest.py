@@ -75,6 +75,15 @@ def x64():
 
 
 @pytest.fixture
+def one_device(monkeypatch):
+    """Makes JAX report a single device, for which programs compile faster."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr("jax.device_count", lambda: 1)
+    monkeypatch.setattr("jax.devices", lambda *_: devices)
+    monkeypatch.setattr("jax.local_devices", lambda *_, **__: devices)
+
+
+@pytest.fixture
 def ragged(monkeypatch):
     """Computes grouped products with `jax.lax.ragged_dot`, which compiles in less than half the
     time. It is for tests that do not depend on the backend.

@@ -2,12 +2,10 @@
 touched.
 """
 
-import contextlib
 import json
 import shutil
 from dataclasses import dataclass, field
 
-import jax
 import pytest
 
 from tests.in_process import execute
@@ -280,21 +278,10 @@ MISTAKES = COMMAND_LINE | RUNS
 
 
 AS_A_USER = {"--distributed", "unknown data set"}  # these run in a new process
-DEVICES = jax.devices()
-
-
-@contextlib.contextmanager
-def one_device():
-    """Makes JAX report a single device."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jax.device_count", lambda: 1)
-        patch.setattr("jax.devices", lambda *_: DEVICES[:1])
-        patch.setattr("jax.local_devices", lambda *_, **__: DEVICES[:1])
-        yield
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake(name, tmp_path):
+def test_mistake(name, tmp_path, one_device):
     mistake, workdir = MISTAKES[name], tmp_path / "run"
     mistake.prepare(workdir, tmp_path)
     before, folders = contents(tmp_path), {"here": tmp_path, "workdir": workdir}
@@ -311,8 +298,7 @@ def test_mistake(name, tmp_path):
     if name in AS_A_USER:
         status, stdout, stderr = finish(start(command, forked=False))
     else:
-        with one_device():
-            status, stdout, stderr = execute(command)
+        status, stdout, stderr = execute(command)
     assert (status, stdout) == (2, ""), stderr
     progress, error, message = stderr.rpartition("error: ")
     assert error and len(message.splitlines()) <= 2

@@ -23,11 +23,11 @@ def test_without_a_device(tmp_path, platform, why):
 @pytest.mark.slow
 @pytest.mark.parametrize("numbers", [(0, 2), (1,)], ids=["one is missing", "nobody is there"])
 def test_a_process_that_never_joins(tmp_path, numbers):
-    flags = [f"--coordinator=localhost:{free_port()}", "--processes=3", "--join_timeout=8"]
+    flags = [f"--coordinator=localhost:{free_port()}", "--processes=3", "--join_timeout=4"]
     command = [*train_command(tmp_path / "run"), *flags]
     for process in [start([*command, f"--process={number}"]) for number in numbers]:
         status, _, stderr = finish(process)
-        last = "error: not all processes joined within --join_timeout=8 s; start them all, with"
+        last = "error: not all processes joined within --join_timeout=4 s; start them all, with"
         assert status == 5 and stderr.splitlines()[-1].startswith(last), stderr
     assert not (tmp_path / "run").exists()
 

@@ -155,6 +155,7 @@ def test_mistakes(tmp_path, command, words):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_an_exported_model_takes_the_token_store_of_its_run(tmp_path):
     """The tokenizer adds tokens to texts, as that of Llama 3 does, and its exported copy does not.
     The vocabulary is that of the store.

@@ -308,7 +308,7 @@ def test_two_processes_of_which_one_cannot_write(tmp_path):
 def test_two_processes_of_which_one_hangs(tmp_path):
     """One of two processes hangs without data, and the other waits for it in a collective."""
     two_dense_processes()
-    command = dense_command(tmp_path / "run", train__hang_timeout=10, **DENSE_FSDP)
+    command = dense_command(tmp_path / "run", train__hang_timeout=5, **DENSE_FSDP)
     fault = Fault(tmp_path, "HANG", "r", "/train" + SHARD)
     statuses, stderr = on_two_processes(command, fault, 1)
     # JAX may end one process as soon as the other has ended, before its report.

@@ -30,6 +30,7 @@ def test_texts_are_continued():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_texts_only_grow():
     """Each text continues the text before, and the last texts are those of one large chunk."""
     model = load_model(finished_run())
@@ -40,6 +41,7 @@ def test_texts_only_grow():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_contrast_changes_the_text(capsys):
     arguments = ["--prompt=the state of", "--max_tokens=20", "--temperature=0"]
     contrast = ["--contrast=5", "--alpha=0.001", "--weak_rank=3"]
@@ -50,6 +52,7 @@ def test_contrast_changes_the_text(capsys):
     assert texts[1].startswith("the state of") and texts[0] != texts[1]
 
 
+@pytest.mark.usefixtures("one_device")
 def test_samples_in_training():
     """A sample continues 16 tokens of the validation split, with the weights that it is given."""
     model, change = load_model(finished_run()), lambda a: 1.5 * a

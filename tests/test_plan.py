@@ -305,10 +305,9 @@ def test_layouts_are_those_that_the_configuration_allows():
 def test_layouts_are_planned_and_the_fastest_is_first(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(layouts, "_EXPERT", ())
     monkeypatch.setattr(layouts, "_TENSOR", (2,))
-    file = tmp_path / "config.json"
-    write_json(file, configuration("router", mesh=(-1, 4, 1, 1)).to_dict())
-    given = [f"--config={file}", "--config.model.n_layers=1", "--layouts"]
-    status, report = planned(tmp_path, *given)
+    model = {"n_layers": 1, "unroll": 1, "dtype": "bfloat16"}
+    given = [f"--config.model.{name}={value}" for name, value in model.items()]
+    status, report = planned(tmp_path, "--config=configs/tiny.py:dense", *given, "--layouts")
     times = [found["likely_step_seconds"] for found in report["layouts"]]
     lines = capsys.readouterr().out.splitlines()
     assert status == 0 and len(lines) == len(times) > 1 and times == sorted(times)

@@ -93,6 +93,7 @@ def test_a_router_is_trained_alone(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_a_pruned_model_is_pruned_again(tmp_path):
     data, again = f"text@{tiny_config().data.path}", tmp_path / "model"
     report = prune(pruned()[0], again, 2, "greedy", data=data, n_tokens=2000)

@@ -58,8 +58,7 @@ cli.run(main)
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_stopped_command_stops_its_jobs_and_waits_for_them(tmp_path, number, status):
+def test_a_stopped_command_stops_its_jobs_and_waits_for_them(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", PARENT],
         cwd=ROOT,
@@ -71,9 +70,9 @@ def test_a_stopped_command_stops_its_jobs_and_waits_for_them(tmp_path, number, s
     while not log.exists() or "\nready\n" not in log.read_text():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == status, stderr
+    assert process.returncode == 0, stderr
     assert "the work so far is saved; the same command goes on" in stderr
     assert log.read_text().endswith("saved\n")
     assert not (tmp_path / "next.log").exists()

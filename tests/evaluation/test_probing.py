@@ -118,6 +118,7 @@ def few_probes(monkeypatch, request):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("few_probes", [3], indirect=True)
+@pytest.mark.usefixtures("one_device")
 def test_the_table_of_a_run(tmp_path, few_probes, capsys):
     """The router alone scores as in training; a random choice has equal weights only."""
     workdir = kind_run("router")[0]

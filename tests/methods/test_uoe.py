@@ -45,10 +45,14 @@ def by_loops(params, x, method, bias):
     return y.reshape(shape), scores, weights
 
 
-@pytest.mark.parametrize("bias", [0 * BIAS, BIAS], ids=["", "biased"])
 @pytest.mark.parametrize(
-    ("settings", "recompute"),
-    [({}, True), ({"norm_topk_prob": False}, False), ({"p": 0.6}, True)],
+    ("settings", "recompute", "bias"),
+    [
+        ({}, True, 0 * BIAS),
+        ({}, True, BIAS),
+        ({"norm_topk_prob": False}, False, BIAS),
+        ({"p": 0.6}, True, BIAS),  # a choice by p ignores the bias
+    ],
     ids=str,
 )
 def test_agrees_with_loops(x64, ragged, settings, recompute, bias):

@@ -1,6 +1,7 @@
 """How the parameters of a model are split over devices."""
 
 import dataclasses
+import math
 
 import jax
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.model.declared import declared, state_shardings
-from aoe_jax.sharding import make_mesh
+from aoe_jax.sharding import make_mesh, with_shardings
 from aoe_jax.storage.config_files import default_config
 from aoe_jax.training.step import init_state
 
@@ -36,10 +37,10 @@ def test_each_device_has_its_share_from_the_start(kind):
     config = configuration(kind, data=1, fsdp=fsdp, expert=expert, tensor=tensor)
     mesh = make_mesh(config, jax.devices())
     with jax.set_mesh(mesh):
-        shardings = state_shardings(mesh, jax.eval_shape(lambda: init_state(config, 0)))
-        state = jax.jit(lambda: init_state(config, 0), out_shardings=shardings)()
+        first = jax.eval_shape(lambda: init_state(config, 0))
+        state = with_shardings(first, state_shardings(mesh, first))
     layers = state.params["layers"]
-    shares = jax.tree.map(lambda a: a.size / a.addressable_shards[0].data.size, layers)
+    shares = jax.tree.map(lambda a: a.size / math.prod(a.sharding.shard_shape(a.shape)), layers)
     assert shares["experts"] == wanted
     moments = state.opt_state[1][0].mu["layers"]
     assert jax.tree.map(lambda a: a.sharding, moments) == jax.tree.map(lambda a: a.sharding, layers)

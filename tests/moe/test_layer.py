@@ -141,15 +141,16 @@ def cases():
                 continue
             blocked = {"backend": True} if name in ("chosen", "top-p") else {}
             yield f"{kind}, {name}", kind, variant
-            if blocked:
+            if blocked and (name == "chosen" or kind == "aoe"):
                 yield f"{kind}, {name}, recomputed", kind, {"recompute": True} | variant | blocked
-        for n_tokens in (35,) if kind == "router" else (1, 32, 35):
+        for n_tokens in (1, 32, 35) if kind == "aoe" else (35,):
             some = {"balance": BalanceConfig(aux_tokens=0.125), "n_tokens": n_tokens}
             yield f"{kind}, {n_tokens} tokens, an eighth in balance losses", kind, some
     for kind in ("aoe", "whole"):
         yield f"{kind}, scoring as published", kind, {"score_gradient": "dense", "backend": True}
         yield f"{kind}, largest activation", kind, {"score": "max"}
-        for name in ("chosen", "over all", "top-p", "expert choice"):
+        names = ("chosen", "over all", "top-p", "expert choice")
+        for name in names if kind == "aoe" else names[:1]:
             yield f"{kind}, {name}, zero tokens", kind, VARIANTS[name] | {"zero_tokens": True}
     published = {"score_gradient": "dense", "balance": BalanceConfig(aux_tokens=0.125)}
     yield "aoe, as published, an eighth in balance losses", "aoe", published | {"n_tokens": 35}

@@ -122,8 +122,9 @@ def test_an_owner_on_another_host_that_is_silent(folder, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "{", "\0" * 99])
-def test_a_file_that_is_no_lease(tmp_path, content):
+def test_a_file_that_is_no_lease(tmp_path, content, monkeypatch):
     """Nothing in the file is executed, and its owner is treated as dead."""
+    monkeypatch.setattr(lease, "STALE", 0.3)
     (tmp_path / NAME).write_text(content)
     with leased(tmp_path, "workdir") as owner:
         owner.check()

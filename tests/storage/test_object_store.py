@@ -40,6 +40,8 @@ from tests.runs import (
     ROOT,
     contents,
     corpus_folder,
+    dense_command,
+    dense_run,
     finish,
     finished_run,
     same_end,
@@ -290,7 +292,7 @@ def test_a_model_in_s3(s3):
 @pytest.mark.slow
 def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
     """The run continues, although the store answers 503 for a while."""
-    command = train_command(folder)
+    command = dense_command(folder)
     process = start(command, forked=False, **store.variables)
     prefix = f"{folder}".removeprefix("gs://bucket/")
     saved = f"{prefix}/checkpoints/{2 * EVERY}/_CHECKPOINT_METADATA"
@@ -309,7 +311,7 @@ def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
     status, _, stderr = finish(process)
     assert store.failed > failed  # clients retry
     assert status == 0 and "going on from step" in stderr, stderr
-    assert same_end(fetched(folder, tmp_path / "run"), finished_run())
+    assert same_end(fetched(folder, tmp_path / "run"), dense_run())
     assert NAME not in names(folder)
 
 

@@ -17,11 +17,11 @@ from tests.hasty import HASTY
 from tests.runs import ROOT, tiny_config
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
-def test_memory_of_a_device(fsdp, ragged):
+def test_memory_of_a_device(ragged):
     """The state is little more than the parameters and two moments, four bytes each, split over
-    `fsdp`. The arguments include the batch too.
+    four devices. The arguments include the batch too.
     """
+    fsdp = 4
     config = tiny_config(mesh__fsdp=fsdp, train__batch_size=8, data__document_mask=True)
     step = RepeatedStep(config)
     counted = 3 * 4 * parameter_counts(config).total / fsdp
