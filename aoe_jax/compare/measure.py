@@ -55,10 +55,12 @@ def configs_by_point(suite: Suite, workdir: Path):
 
 
 def _first_seeds(suite, workdir, size):
-    """Returns `{arm: (folder, Run)}` of the first finished seed of each arm."""
-    first = {}
-    for folder, run in finished_runs(suite, workdir, size).items():
-        first.setdefault(run.arm, (folder, run))
+    """Returns `{arm: (folder, Run)}` of the first finished seed of each arm that has a checkpoint,
+    or of its first finished seed if none has one.
+    """
+    first, finished = {}, finished_runs(suite, workdir, size)
+    for folder in sorted(finished, key=lambda f: not any(f.glob("checkpoints/[0-9]*"))):
+        first.setdefault(finished[folder].arm, (folder, finished[folder]))
     return first
 
 

@@ -122,7 +122,7 @@ ARMS = {
     "moe_hash_choice": hash_choice(moe("none"), "logits", "MoE"),
     "whole_hash_choice": hash_choice(whole_aoe(16, "none"), "whole", "AoE of whole gates"),
 }
-LEADING = dict.fromkeys(("moe", "whole", "whole_quantile", "published", "frozen"), 40)
+SEEDS_OF = dict.fromkeys(("moe", "whole", "whole_quantile", "published", "frozen"), 40)
 BOTH = ("moe", "whole", "published", "moe_adamw", "whole_adamw", "published_adamw")
 
 
@@ -138,7 +138,7 @@ def get_suite():
         base=base,
         arms=ARMS,
         sizes={
-            "149k": Size(small, seeds=12, seeds_of=LEADING),
+            "149k": Size(small, seeds=12, seeds_of=SEEDS_OF),
             "419k": Size(large, seeds=8, arms=BOTH),
             "1M": Size(largest, seeds=4, arms=BOTH[:3]),
         },

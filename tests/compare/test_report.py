@@ -24,7 +24,7 @@ def test_scaling_is_fitted_over_sizes_that_differ_in_flops_only(tmp_path):
     assert set(fitted) == set(ARMS)
     assert fit.exponent == pytest.approx(-math.log(0.9) / math.log(x[1] / x[0]))
     text = markdown(found)
-    assert "scaling_flops.png" in text and f"{fit.exponent:.4f}" in text
+    assert "scaling_flops.png" in text and f"| {fit.exponent:.4f} |" in text
 
     corpora = {
         name: replace(size, changes=size.changes | {"data": {"name": "text", "path": name}})

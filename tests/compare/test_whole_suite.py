@@ -118,6 +118,13 @@ def test_finished_it_only_repeats_the_failed_arm():
     assert set(read_point(folder / "work", "a", configs)) == {"moe", "aoe"}
 
 
+def test_steps_of_a_seed_with_a_checkpoint_are_timed(tmp_path):
+    work = shutil.copytree(ended()[0] / "work", tmp_path / "work")
+    shutil.rmtree(work / "runs/a/moe/seed_0/checkpoints")
+    configs = configs_by_point(load_suite(ended()[0] / "suite.py"), work)["a"]
+    assert [configs[arm].train.seed for arm in ("moe", "aoe")] == [1, 0]
+
+
 def test_a_workdir_of_another_configuration_is_refused():
     work = ended()[0] / "work"
     other = load_suite(ended()[0] / "suite.py", ["train.weight_decay=0.3"])

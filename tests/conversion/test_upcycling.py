@@ -107,8 +107,7 @@ def test_noise(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ragged")
-@pytest.mark.usefixtures("one_device")
+@pytest.mark.usefixtures("ragged", "one_device")
 def test_a_run_by_the_command_line(tmp_path, capsys):
     """The nll of the run is that of the upcycled model."""
     workdir, aoe = kind_run("dense")[0], tmp_path / "aoe"
