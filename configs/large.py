@@ -1,38 +1,46 @@
-"""Models with more experts than the paper's, for meshes with an expert axis:
-`--config=configs/large.py:VARIANT`.
+"""Models of published shapes, for meshes: `--config=configs/large.py:VARIANT`.
 
-`aoe_64`, `aoe_whole_64`, `moe_64` have the shape of OLMoE (Muennighoff et al. 2024, arXiv
-2409.02060): 16 layers, d=2048, 8 of 64 experts of width 1024. `aoe_256`, `aoe_whole_256`, `moe_256`
-use 8 of 256 experts of width 512. AoE and MoE have about the same total parameters. The gates of
+`aoe_SHAPE`, `aoe_whole_SHAPE` and `moe_SHAPE` have about the same total parameters. The gates of
 `aoe` have rank d / 4; those of `aoe_whole` are whole, and their first 16 neurons compute the score.
-A bias, not a loss, balances the load. A step has 4.2M tokens. Set corpus and tokenizer by flags.
+Shape `64` is that of OLMoE (Muennighoff et al. 2024, arXiv 2409.02060), `256` has more and narrower
+experts, and `mixtral_8x7b` and `qwen3_30b` (30B-A3B) are named after their models. A bias, not a
+loss, balances the load. A step has 4.2M tokens. Set corpus and tokenizer by flags.
 """
 
 from aoe_jax.storage.config_files import default_config, require_variant
 
-SHAPES = {"64": {"n_experts": 64, "d_ffn": 1024}, "256": {"n_experts": 256, "d_ffn": 512}}
+OLMOE = {"n_layers": 16, "n_heads": 16, "d_model": 2048, "vocab_size": 50_304}
+MIXTRAL = {"n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "d_model": 4096, "vocab_size": 32_000}
+QWEN3 = {"n_layers": 48, "n_heads": 32, "n_kv_heads": 4, "d_model": 2048, "vocab_size": 151_936}
+SHAPES = {
+    "64": (OLMOE, {"n_experts": 64, "top_k": 8, "d_ffn": 1024}),
+    "256": (OLMOE, {"n_experts": 256, "top_k": 8, "d_ffn": 512}),
+    "mixtral_8x7b": (
+        MIXTRAL | {"tie_embeddings": False},
+        {"n_experts": 8, "top_k": 2, "d_ffn": 14_336},
+    ),
+    "qwen3_30b": (
+        QWEN3 | {"head_dim": 128, "qk_norm": "head", "tie_embeddings": False},
+        {"n_experts": 128, "top_k": 8, "d_ffn": 768},
+    ),
+}
 KINDS = {
-    "aoe": {"kind": "aoe", "d_low": 512, "round_to": 128},
+    "aoe": {"kind": "aoe", "round_to": 128},
     "aoe_whole": {"kind": "aoe", "score_neurons": 16},
     "moe": {"kind": "router"},
 }
-VARIANTS = tuple(f"{kind}_{size}" for size in SHAPES for kind in KINDS)
+VARIANTS = {f"{kind}_{shape}": (kind, shape) for shape in SHAPES for kind in KINDS}
 
 
 def get_config(variant=None):
     require_variant("configs/large.py", variant, VARIANTS)
-    kind, _, size = variant.rpartition("_")
+    kind, shape = VARIANTS[variant]
+    model, experts = SHAPES[shape]
     config = default_config()
-    config.model.update(
-        n_layers=16,
-        n_heads=16,
-        d_model=2048,
-        vocab_size=50_304,
-        max_len=4096,
-        dtype="bfloat16",
-        remat="layer",
-    )
-    config.experts.update(top_k=8, **SHAPES[size], **KINDS[kind])
+    config.model.update(model, max_len=4096, dtype="bfloat16", remat="layer")
+    config.experts.update(experts, **KINDS[kind])
+    if kind == "aoe":
+        config.experts.d_low = config.model.d_model // 4
     config.balance.update(aux_weight=0.0, bias_rate=0.01)
     config.data.seq_len = 4096
     config.train.update(

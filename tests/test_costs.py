@@ -360,8 +360,10 @@ custom_call_target="tpu_custom_call"
 
 def test_an_unknown_kernel_counts_by_its_operands(caplog):
     """Another program's kernel of the same name has a mask of one axis."""
-    found = read_program(SPLASH, CHIPS["v5e"], ())
-    assert found["hbm_traffic_bytes"] == 4 * 64 + 3 * 2 * 8 * 512 * 128 and found["flops"] == 0
+    found, size = read_program(SPLASH, CHIPS["v5e"], ()), 4 * 64 + 3 * 2 * 8 * 512 * 128
+    assert found["hbm_traffic_bytes"] == size and found["flops"] == 0
+    alone = {"operations": 1, "seconds_at_peaks": size / CHIPS["v5e"].hbm_bandwidth}
+    assert found["operations"] == 1 and found["without_products"] == alone
     assert "only operands and results count: splash_mha_fwd" in caplog.text
 
 
@@ -371,6 +373,7 @@ def test_heads_of_128_fill_half_of_a_matrix_unit_of_256(generation, filled):
         SPLASH.replace("s32[64]", "s32[1,1]").replace("512", "8192"), CHIPS[generation], ()
     )
     assert found["seconds_at_peaks"] == found["flops"] / CHIPS[generation].flops / filled
+    assert found["operations"] == 1 and found["without_products"]["operations"] == 0
 
 
 def test_kernels_count_by_the_blocks_of_their_operands():

@@ -39,7 +39,7 @@ from aoe_jax.training.step import train_step_on
 log = logging.getLogger(__name__)
 
 LIKELY = ("hbm_traffic_bytes", "likely_step_seconds", "seconds_by_scope", "seconds_at_peaks")
-LIKELY += ("seconds_by_cycles", "compiled_collectives")
+LIKELY += ("seconds_by_cycles", "operations", "without_products", "compiled_collectives")
 
 
 def abstract_batch(config, split=None):
@@ -157,6 +157,7 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS, used=1.0):
     if unknown := sorted({re.sub(r"[.\d]+$", "", o.name) for o in kernels}):
         log.warning("FLOPs are unknown, only operands and results count: %s", ", ".join(unknown))
     totals, by_scope, counts, sent = Counter(), Counter(), Counter(), Counter()
+    simple = [o for o in operations if not (o.collective or o.flops)]
     for o in operations:
         if o.collective:
             counts[o.collective, o.is_async] += o.times
@@ -165,6 +166,7 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS, used=1.0):
             seconds = o.times * costs.seconds(o, chip, shape, estimate)
             totals[estimate] += seconds
             by_scope[scope(o)] += seconds * (estimate == "likely")
+    at_peaks = sum(o.times * costs.seconds(o, chip, shape, "peaks") for o in simple)
     return {
         "flops": sum(o.times * o.flops for o in operations),
         "hbm_traffic_bytes": sum(o.times * o.hbm_bytes for o in operations),
@@ -172,6 +174,11 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS, used=1.0):
         "seconds_by_scope": dict(by_scope.most_common()),
         "seconds_at_peaks": totals["peaks"],
         "seconds_by_cycles": totals["cycles"],
+        "operations": sum(o.times for o in operations if not o.collective),
+        "without_products": {
+            "operations": sum(o.times for o in simple),
+            "seconds_at_peaks": at_peaks,
+        },
         "compiled_collectives": [
             {"kind": kind, "is_async": is_async, "count": count, "bytes": sent[kind, is_async]}
             for (kind, is_async), count in sorted(counts.items())
@@ -204,12 +211,16 @@ def table(report):
         f"compiled in     {report['compile_seconds']:.0f} s",
     ]
     if likely:
-        parts = report["seconds_by_scope"].items()
+        parts, simple = report["seconds_by_scope"].items(), report["without_products"]
         by_scope = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in parts)
         rows.append(
             f"likely step     {likely:.3f} s, MFU {report['likely_mfu']:.2f}; at the peaks "
             f"{report['seconds_at_peaks']:.3f} s, by cycles {report['seconds_by_cycles']:.3f} s; "
             f"{gigabytes(report['hbm_traffic_bytes'])} of HBM traffic; in ms: {by_scope}"
+        )
+        rows.append(
+            f"operations      {report['operations']:,.0f}; those without products are "
+            f"{simple['operations']:,.0f} and take {simple['seconds_at_peaks']:.3f} s at HBM's peak"
         )
     for entry in report["collectives"]:
         what = f"{entry['count']:6} over {'+'.join(entry['axes'])}"

@@ -122,7 +122,9 @@ ARMS = {
     "moe_hash_choice": hash_choice(moe("none"), "logits", "MoE"),
     "whole_hash_choice": hash_choice(whole_aoe(16, "none"), "whole", "AoE of whole gates"),
 }
-SEEDS_OF = dict.fromkeys(("moe", "whole", "whole_quantile", "published", "frozen"), 40)
+SEEDS_OF = dict.fromkeys(
+    ("moe", "frozen", "whole_sequence_balance", "whole_quantile", "published"), 40
+)
 BOTH = ("moe", "whole", "published", "moe_adamw", "whole_adamw", "published_adamw")
 
 
