@@ -4,7 +4,6 @@ import importlib.resources
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -58,10 +57,8 @@ def whole(folder, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
-def test_killed_or_stopped_it_goes_on_where_it_was(folder, whole, tmp_path, number):
+@pytest.mark.slow
+def test_killed_it_goes_on_where_it_was(folder, whole, tmp_path):
     """The worker processes end with the command, and the same command completes the store."""
     output = tmp_path / "store"
     process = start(*flags_of(folder, output))
@@ -69,11 +66,8 @@ def test_killed_or_stopped_it_goes_on_where_it_was(folder, whole, tmp_path, numb
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number]
-    if number == signal.SIGTERM:
-        assert stderr.strip().splitlines()[-1] == "terminated"
+    process.kill()
+    process.communicate(timeout=60)
     deadline = time.monotonic() + 60
     while any(os.path.exists(f"/proc/{pid}") for pid in children):
         assert time.monotonic() < deadline

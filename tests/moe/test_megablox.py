@@ -95,8 +95,8 @@ CASES = {
 }
 
 
-SWIGLU = [("bfloat16", True), ("bfloat16", False)]
-SWIGLU += [pytest.param(case, True, marks=pytest.mark.slow) for case in CASES if case != "bfloat16"]
+SWIGLU = [pytest.param(case, True, marks=pytest.mark.slow) for case in CASES]
+SWIGLU += [("bfloat16", False)]
 
 
 @pytest.mark.parametrize(("case", "keeps_up"), SWIGLU)
