@@ -8,7 +8,7 @@ tuned for each arm: an arm takes the rates of its family of scores and its optim
 `rates.py` and `screen.py`. A gain that is found for AoE is offered to the MoE too.
 
 A new method enters as a class in a file, as those of `scores.py` do, and as one line of `ARMS`.
-`--arms=NAME` trains it with 12 seeds, and the MoE with as many: an hour each on two cores.
+`--arms=NAME` trains it with 12 seeds, and the MoE with as many: an hour on two cores.
 """
 
 from dataclasses import replace
