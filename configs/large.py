@@ -1,8 +1,9 @@
 """Models of published shapes, for meshes: `--config=configs/large.py:VARIANT`.
 
-`aoe_SHAPE`, `aoe_whole_SHAPE` and `moe_SHAPE` have about the same total parameters. The gates of
-`aoe` have rank d / 4; those of `aoe_whole` are whole, and their first 16 neurons compute the score.
-Shape `64` is that of OLMoE (Muennighoff et al. 2024, arXiv 2409.02060), `256` has more and narrower
+`moe_SHAPE` and `aoe_whole_SHAPE` have about the same total parameters; the gates of `aoe_whole` are
+whole, and their first 16 neurons compute the score. The gates of `aoe_SHAPE` have rank d / 4; its
+widths are rounded, so its parameters are between 3% fewer and 8% more. Shape `64` has the layers,
+widths and experts of OLMoE (Muennighoff et al. 2024, arXiv 2409.02060), `256` has more and narrower
 experts, and `mixtral_8x7b` and `qwen3_30b` (30B-A3B) are named after their models. A bias, not a
 loss, balances the load. A step has 4.2M tokens. Set corpus and tokenizer by flags.
 """
@@ -10,19 +11,29 @@ loss, balances the load. A step has 4.2M tokens. Set corpus and tokenizer by fla
 from aoe_jax.storage.config_files import default_config, require_variant
 
 OLMOE = {"n_layers": 16, "n_heads": 16, "d_model": 2048, "vocab_size": 50_304}
-MIXTRAL = {"n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "d_model": 4096, "vocab_size": 32_000}
-QWEN3 = {"n_layers": 48, "n_heads": 32, "n_kv_heads": 4, "d_model": 2048, "vocab_size": 151_936}
+MIXTRAL = {
+    "n_layers": 32,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "d_model": 4096,
+    "vocab_size": 32_000,
+    "tie_embeddings": False,
+}
+QWEN3 = {
+    "n_layers": 48,
+    "n_heads": 32,
+    "n_kv_heads": 4,
+    "head_dim": 128,
+    "qk_norm": "head",
+    "d_model": 2048,
+    "vocab_size": 151_936,
+    "tie_embeddings": False,
+}
 SHAPES = {
     "64": (OLMOE, {"n_experts": 64, "top_k": 8, "d_ffn": 1024}),
     "256": (OLMOE, {"n_experts": 256, "top_k": 8, "d_ffn": 512}),
-    "mixtral_8x7b": (
-        MIXTRAL | {"tie_embeddings": False},
-        {"n_experts": 8, "top_k": 2, "d_ffn": 14_336},
-    ),
-    "qwen3_30b": (
-        QWEN3 | {"head_dim": 128, "qk_norm": "head", "tie_embeddings": False},
-        {"n_experts": 128, "top_k": 8, "d_ffn": 768},
-    ),
+    "mixtral_8x7b": (MIXTRAL, {"n_experts": 8, "top_k": 2, "d_ffn": 14_336}),
+    "qwen3_30b": (QWEN3, {"n_experts": 128, "top_k": 8, "d_ffn": 768}),
 }
 KINDS = {
     "aoe": {"kind": "aoe", "round_to": 128},

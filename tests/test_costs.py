@@ -360,7 +360,8 @@ custom_call_target="tpu_custom_call"
 
 def test_an_unknown_kernel_counts_by_its_operands(caplog):
     """Another program's kernel of the same name has a mask of one axis."""
-    found, size = read_program(SPLASH, CHIPS["v5e"], ()), 4 * 64 + 3 * 2 * 8 * 512 * 128
+    found = read_program(SPLASH, CHIPS["v5e"], ())
+    size = 4 * 64 + 3 * 2 * 8 * 512 * 128
     assert found["hbm_traffic_bytes"] == size and found["flops"] == 0
     alone = {"operations": 1, "seconds_at_peaks": size / CHIPS["v5e"].hbm_bandwidth}
     assert found["operations"] == 1 and found["without_products"] == alone

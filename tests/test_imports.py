@@ -125,9 +125,9 @@ for package in (aoe_jax, configs):
             importlib.import_module(module.name)
 
 from aoe_jax.config.run import Config
-from configs import methods, paper, tiny
+from configs import large, methods, paper, tiny
 
-for module in (methods, paper, tiny):
+for module in (large, methods, paper, tiny):
     for variant in module.VARIANTS:
         Config.from_config_dict(module.get_config(variant))
 """

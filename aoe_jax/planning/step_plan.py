@@ -13,6 +13,8 @@ How the figures are computed:
 - The likely step time is the sum of `costs.seconds` over all operations. For collectives, this is
   only the time that does not overlap with other operations. Two other estimates are beside it: all
   operations at the peaks, and by the compiler's cycles.
+- Operations are counted without collectives. Those without products have no counted FLOPs; kernels
+  of unknown cost are among them.
 """
 
 import logging

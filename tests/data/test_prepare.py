@@ -4,6 +4,7 @@ import importlib.resources
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -68,6 +69,7 @@ def test_killed_it_goes_on_where_it_was(folder, whole, tmp_path):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 60
     while any(os.path.exists(f"/proc/{pid}") for pid in children):
         assert time.monotonic() < deadline
