@@ -11,10 +11,12 @@ import pytest
 import scipy.special
 
 from aoe_jax.config.run import Config
+from aoe_jax.conversion.observations import observations
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.evaluation.evaluate import evaluate_workdir
-from aoe_jax.evaluation.models import load_model
+from aoe_jax.evaluation.models import corpus_of, first_batches, load_model
 from aoe_jax.model.decoder import Decoder
+from benchmarks.precision import chosen
 from tests.runs import STEPS, contents, finished_run, kind_run, run, scratch, shared
 
 
@@ -116,3 +118,23 @@ def test_compression_benchmark(tmp_path):
     assert figures["model_bits_per_byte"] == bits and 0 < figures["xz_bits_per_byte"] < 8
     assert figures["ratio"] * figures["xz_bits_per_byte"] == pytest.approx(bits)
     assert f"ratio {figures['ratio']:.3f}" in stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_precision_benchmark(kind, tmp_path):
+    """In float32 the benchmark chooses as the model does; in bfloat16 it nearly does."""
+    workdir = finished_run() if kind == "aoe" else kind_run(kind)[0]
+    flags = [f"--workdir={workdir}", "--tokens=512", f"--json={tmp_path}/figures.json"]
+    status, stdout, stderr = run(["-m", "benchmarks.precision", *flags])
+    assert status == 0, stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert 0.95 < min(figures["layers"]) <= figures["mean"] <= 1
+    assert f"{figures['mean']:.4%} of {figures['tokens']} tokens' choices are equal" in stdout
+
+    model = load_model(workdir)
+    batches = first_batches(model, corpus_of(model, workdir).validation.values(), 512)
+    for _, expected, x in observations(model, batches, with_inputs=True):
+        for layer, own in enumerate(expected):
+            weights = {k: a[layer] for k, a in model.params["layers"]["experts"].items()}
+            assert np.array_equal(chosen(x[layer], weights, model.config.experts), own)
