@@ -24,7 +24,7 @@ _TOKENS = flags.DEFINE_integer("tokens", 16384, "validation tokens", lower_bound
 
 
 def chosen(x, weights, experts):
-    """The K best experts of tokens `x [T, d]`: `[T, n]` bool. Scores have the dtype of `x`."""
+    """The K best experts of tokens `x [T, d]`: `[T, n]` bool."""
     if experts.has_router:
         scores = router_scores(x, weights, stride=1).values
     else:
@@ -38,8 +38,9 @@ def chosen(x, weights, experts):
 def main():
     folder = cli.path_of(_WORKDIR)
     model = load_model(folder)
-    experts, by_layer = model.config.experts, model.params["layers"]["experts"]
+    experts = model.config.experts
     require_flag(experts.kind != "dense", "workdir", folder, "is dense; name a model with experts")
+    by_layer = model.params["layers"]["experts"]
     batches = first_batches(model, corpus_of(model, folder).validation.values(), _TOKENS.value)
     inputs = np.concatenate([x for *_, x in observations(model, batches, True)], axis=1)
     low, full = [], []
