@@ -135,9 +135,9 @@ SCORE_OF_CODE = {"norm": activation_norms, "max": largest}
 
 def scores_of_all(x, w_score, score=activation_norms):
     """The scores of all experts: `x [T, d]`, `w_score [n, d, r]` of any dtype -> `[T, n]`."""
-    # `largest` needs float32: in bfloat16 the largest activations of two experts are often equal,
-    # and ties would favour the lower expert. Norms are hardly ever equal.
-    dtype = jnp.promote_types(x.dtype, jnp.float32) if score is largest else None
+    # In bfloat16 the largest activations of two experts are often equal, and ties favour the lower
+    # expert. Norms of rounded codes choose other experts more often than norms of float32 codes.
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
     return score(codes_of_all(x, w_score.astype(x.dtype), dtype))
 
 
