@@ -57,10 +57,10 @@ def main():
         elif not _NOISE.value:
             cli.refuse("belongs to --noise or --upcycle=moe", _SEED)
         from aoe_jax.conversion.upcycling import Upcycling, upcycle  # starts JAX
-        from aoe_jax.formats.loading import is_of_run
+        from aoe_jax.formats.loading import is_model
 
-        if not _DATA.value and not is_of_run(checkpoint):
-            cli.refuse("belongs to --data or the model of a run", _TOKENS)
+        if not _DATA.value and is_model(checkpoint):
+            cli.refuse("belongs to --data or the workdir of a run", _TOKENS)
         sizes = (cli.required(_EXPERTS), cli.required(_TOP_K), _GRANULARITY.value)
         scoring = (_NEURONS.value, _SCORE.value)
         form = Upcycling(_UPCYCLE.value, *sizes, *scoring, _NOISE.value, _SEED.value)

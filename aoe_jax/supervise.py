@@ -14,7 +14,6 @@ After forwarding SIGTERM, SIGINT or SIGHUP (as SIGTERM) to the command, it ends 
 finished, else that of the last attempt.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -55,12 +54,15 @@ class Supervisor:
 
     def __init__(self, command: list[str]):
         """`command` are arguments of Python. Raises `UserError` if they have no `--workdir`."""
-        self._flags, self._rest = _split(command)
-        if not self._flags.workdir:
+        given, rest = _split(command)
+        if not given["workdir"].value:
             raise UserError("the command after -- has no --workdir; name the directory of the run")
-        self._workdir = parsed_path(self._flags.workdir, "--workdir", in_store=True)
+        self._workdir = parsed_path(given["workdir"].value, "--workdir", in_store=True)
+        self._arguments = [*rest, f"--workdir={given['workdir'].value}"]
+        self._moving = ["--start-over"] if given["start-over"].value else []
+        self._moving += [f"--go-back={given['go-back'].value}"] if given["go-back"].value else []
         self._process, self._asked_to_stop = None, threading.Event()
-        self._files = self._files_of_run()
+        self._files = self._moving and self._files_of_run()
         for number in _PASSED_ON:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup`
                 signal.signal(number, self._pass_on)
@@ -102,10 +104,9 @@ class Supervisor:
                 return status
 
     def _attempt(self):
-        arguments = [*self._rest, f"--workdir={self._flags.workdir}"]
-        if self._files_of_run() == self._files:  # no earlier attempt has moved the old files
-            arguments += ["--start-over"] if self._flags.start_over else []
-            arguments += [f"--go-back={self._flags.go_back}"] if self._flags.go_back else []
+        arguments = self._arguments
+        if self._moving and self._files_of_run() == self._files:
+            arguments = arguments + self._moving  # no earlier attempt has moved the old files
         # Uses a new session, so that the command receives a Ctrl-C only from this process.
         self._process = subprocess.Popen([sys.executable, *arguments], start_new_session=True)
         if self._asked_to_stop.is_set():  # a signal arrived before `_process` was set
@@ -136,11 +137,15 @@ class Supervisor:
 
 def _split(command):
     """Returns `(flags of `train` that a supervisor handles, all other arguments)`."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--workdir", "-workdir")
-    parser.add_argument("--go-back", "--go_back")
-    parser.add_argument("--start-over", "--start_over", action="store_true")
-    return parser.parse_known_args(command)
+    given = flags.FlagValues()
+    given.set_gnu_getopt()
+    flags.DEFINE_string("workdir", None, "", flag_values=given)
+    flags.DEFINE_string("go-back", None, "", flag_values=given)
+    flags.DEFINE_bool("start-over", False, "", flag_values=given)
+    try:
+        return given, given(["python", *command], known_only=True)[1:]
+    except flags.Error as e:
+        raise UserError(f"the command after --: {e}") from e
 
 
 def main(command):

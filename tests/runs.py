@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from aoe_jax.config.data import DataConfig
-from aoe_jax.config.training import TrainConfig
+from aoe_jax.config.training import CheckpointConfig, TrainConfig
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.storage.files import exclusive
 from aoe_jax.training.metrics import MEASURED
@@ -212,7 +212,7 @@ def as_read_from(directory, config):
     own = {"cache": DataConfig.cache, "tokenizer": str(directory / "tokenizer.json")}
     data = dataclasses.replace(config.data, **own)
     train = TrainConfig(batch_size=config.train.batch_size)
-    return dataclasses.replace(config, data=data, train=train)
+    return dataclasses.replace(config, data=data, train=train, checkpoint=CheckpointConfig())
 
 
 @shared

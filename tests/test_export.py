@@ -101,6 +101,7 @@ def test_a_model_does_not_choose_the_size_of_a_batch(tmp_path):
     values = json.loads((directory / "aoe_jax.json").read_text())
     values["config"]["train"] |= {"batch_size": 2**25, "accumulate": 1}
     values["config"]["mesh"] |= {"data": 4, "fsdp": 2}
+    values["config"]["train"]["eval_every"] = values["config"]["checkpoint"]["keep_best"] = 1
     write_json(directory / "aoe_jax.json", values)
     assert read_config(directory).train == TrainConfig()
     nll = evaluate_workdir(directory, "validation", data=f"prepared@{corpus_store()}")["nll"]
@@ -141,6 +142,7 @@ MISTAKES = [
     ([*UPCYCLE, "--score_neurons=4"], "--score_neurons=4: belongs to --upcycle=aoe"),
     ([*UPCYCLE, "--upcycle=aoe", "--seed=1"], "--seed=1: belongs to --noise or --upcycle=moe"),
     ([*UPCYCLE, "--d_low=4"], "--d_low=4: gates stay whole with --upcycle"),
+    ([*UPCYCLE, "--tokens=9"], "--tokens=9: belongs to --data or the workdir of a run"),
     (UPCYCLE, r"experts\.kind='router': only a dense model can be upcycled"),
 ]
 

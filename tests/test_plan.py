@@ -12,6 +12,7 @@ import pytest
 
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
+from aoe_jax.errors import UserError
 from aoe_jax.model.counts import training_flops_per_token
 from aoe_jax.moe import collectives as of_devices
 from aoe_jax.planning import costs, hlo, layouts, step_plan
@@ -299,6 +300,24 @@ def test_layouts_are_those_that_the_configuration_allows():
     ]
     two = [c.mesh.shape for c in layouts.layouts(configuration(), 32, n_parts=2)]
     assert two[0] == (2, 16, 1, 1) and all(data % 2 == 0 for data, *_ in two)
+
+
+def test_layouts_that_do_not_fit_are_last(monkeypatch):
+    def plan(config, generation, devices):
+        if config.mesh.tensor > 1:
+            raise UserError("config.mesh: does not fit these devices")
+        expert, times = config.mesh.expert, ("seconds_at_peaks", "seconds_by_cycles")
+        report = dict.fromkeys(times, 0.0) | {"mesh": vars(config.mesh), "fits": expert == 2}
+        report |= {"likely_step_seconds": None if expert == 8 else 1 / expert}
+        return report | {"memory_bytes": {"total": 1e9}, "seconds_by_scope": {}}
+
+    monkeypatch.setattr(layouts, "plan", plan)
+    monkeypatch.setattr(layouts, "count_parts", lambda devices: 1)
+    reports = layouts.plan_layouts(configuration(), "", range(32))
+    lines = [layouts.line(report) for report in reports]
+    assert "expert  2" in lines[0]
+    assert [line.count("does not fit") for line in lines] == [0, 1, 1, 1, 1]
+    assert "time unknown" in lines[-1] and "expert  8" in lines[-1] and "likely 0.062" in lines[1]
 
 
 @pytest.mark.slow

@@ -116,6 +116,7 @@ REFUSED = [
     (LARGE, 2, "because its width depends on the experts"),
     ({}, 1, "--experts=1: must be at least experts.top_k=2 and fewer than the 4"),
     ({}, 4, "--experts=4: must be at least experts.top_k=2 and fewer than the 4"),
+    ({"mesh__expert": 2}, 3, "--experts=3: must be a multiple of mesh.expert=2; --mesh changes"),
 ]
 
 

@@ -91,7 +91,8 @@ def test_what_is_started_again(tmp_path, plan, status, count, caplog):
 
 
 @pytest.mark.parametrize(
-    ("flags", "given"), [(["--go-back", "2"], "--go-back=2"), (["--start_over"], "--start-over")]
+    ("flags", "given"),
+    [(["--go-back", "2"], "--go-back=2"), (["-start-over=true"], "--start-over")],
 )
 def test_files_are_moved_once(tmp_path, flags, given):
     """Restarts repeat the flag until files are moved, also if an older process saves meanwhile."""

@@ -13,7 +13,7 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from aoe_jax.compare import pictures
-from aoe_jax.compare.jobs import read_machines
+from aoe_jax.compare.jobs import read_machines, read_outcome
 from aoe_jax.compare.results import (
     ROUTING_DIGITS,
     RUN_COLUMNS,
@@ -25,7 +25,6 @@ from aoe_jax.compare.results import (
 from aoe_jax.compare.statistics import markdown_table, mean, number
 from aoe_jax.compare.suite import Suite
 from aoe_jax.compare.train_runs import check_runs, folder_of
-from aoe_jax.storage.files import read_json
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("aoe_jax.compare"), trim_blocks=True, lstrip_blocks=True
@@ -160,7 +159,8 @@ def failed(r: Results, workdir: Path):
         name = f"{run.size}: {r.labels[run.arm]}, seed {run.seed}"
         rows.append({"run": name, "last line": _as_code(run.last_line), "log": log})
     for file in sorted(workdir.glob("measured/*.json.outcome.json")):
-        ended, name = read_json(file), file.name.removesuffix(".json.outcome.json")
+        name = file.name.removesuffix(".json.outcome.json")
+        ended = read_outcome(workdir / "measured" / f"{name}.json")
         if ended["status"]:
             row = {"run": f"measuring {name}", "last line": _as_code(ended["last_line"])}
             rows.append(row | {"log": f"measured/{name}.json.log"})

@@ -66,8 +66,7 @@ def prune(
         nll = {"before": before.nll, "after": after.nll}
         report = {"method": method, "step": model.step, "tokens": moments.tokens}
         report |= {"nll": nll, "layers": layers}
-        # The mesh is reset, because its expert axis must divide the number of experts.
-        config = dataclasses.replace(_pruned(source_config(workdir), n_experts), mesh=MeshConfig())
+        config = _pruned(source_config(workdir), n_experts)
         write_result(directory, workdir, model.step, config, parameters_of(params)[1])
         counts = f"{model.config.experts.n_experts} experts of a layer became {n_experts}"
         result = f"{counts} by `{method}`; validation {in_words(nll)}"
@@ -102,12 +101,16 @@ def check_prunes(model: Model, n_experts, workdir):
         f"{workdir}"
     )
     require_flag(e.top_k <= n_experts < e.n_experts, "experts", n_experts, wanted)
+    n_devices = model.config.mesh.expert
+    wanted = f"must be a multiple of mesh.expert={n_devices}; --mesh changes the mesh"
+    require_flag(n_experts % n_devices == 0, "experts", n_experts, wanted)
 
 
 def _pruned(config, n_experts):
     experts = dataclasses.replace(config.experts, n_experts=n_experts)
     balance = dataclasses.replace(config.balance, bias_rate=0.0)
-    return dataclasses.replace(config, experts=experts, balance=balance)
+    # The mesh is reset, because its expert axis must divide the number of experts.
+    return dataclasses.replace(config, experts=experts, balance=balance, mesh=MeshConfig())
 
 
 def prune_table(report):

@@ -193,6 +193,8 @@ def on_devices_here(config, axes=None):
     Raises `UserError` if `axes` do not fit.
     """
     n = jax.device_count()
+    balance = dataclasses.replace(config.balance, aux_tokens=1.0)  # allows all numbers of devices
+    config = dataclasses.replace(config, balance=balance)
     if axes is None:
         with contextlib.suppress(UserError):
             return sharding.fill_mesh(config, n)

@@ -16,7 +16,7 @@ from aoe_jax.config.data import DataConfig
 from aoe_jax.config.experts import BalanceConfig
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.config.training import TrainConfig
+from aoe_jax.config.training import CheckpointConfig, TrainConfig
 from aoe_jax.data.token_store import saved_tokenizer
 from aoe_jax.errors import UserError, naming, shown
 from aoe_jax.formats.architectures import find_layouts
@@ -78,7 +78,8 @@ def read_config(directory: Path) -> Config:
     # The batch size is at most the default, because that of the run may need many devices.
     rows = config.train.batch_size // config.train.accumulate
     train = TrainConfig(batch_size=min(rows, TrainConfig.batch_size))
-    return dataclasses.replace(config, data=data, train=train, mesh=MeshConfig())
+    groups = {"mesh": MeshConfig(), "checkpoint": CheckpointConfig()}
+    return dataclasses.replace(config, data=data, train=train, **groups)
 
 
 def _config_of_run(path, config):

@@ -119,9 +119,3 @@ class Capacity(FixedK):
 
     def parameters(self, experts):
         return ROUTER | {name: EXPERTS[name] for name in ("w_up", "w_down", "w_gate")}
-
-    def check(self, config):
-        mesh = config.mesh
-        if mesh.expert > 1 and mesh.transport != "all_to_all":
-            why = "with experts.kind='capacity', mesh.expert sends tokens to their experts' devices"
-            mesh.refuse("transport", f"{why}; set 'all_to_all'")

@@ -54,10 +54,14 @@ def aoe_scores(x, w, layer, devices, keeps_code):
         return Scores.of(values, stride)
 
     def codes(x, w):
-        return codes_of_all(x, devices.gather_weight(EXPERTS["w_gate_down"], w, x.dtype))
+        w = devices.gather_weight(EXPERTS["w_gate_down"], w, x.dtype)
+        exact = codes_of_all(x, w, jnp.promote_types(x.dtype, jnp.float32))
+        return exact.astype(x.dtype), jax.lax.stop_gradient(score(exact))
 
-    code = devices.without_whole_weights(codes)(x, w)
-    return Scores.of(score(code), stride, code)
+    # The values are those of float32 codes; the gradient keeps only the rounded codes.
+    code, exact = devices.without_whole_weights(codes)(x, w)
+    rounded = score(code)
+    return Scores.of(rounded + jax.lax.stop_gradient(exact - rounded), stride, code)
 
 
 def score_columns(weights, experts, devices):
@@ -135,8 +139,8 @@ SCORE_OF_CODE = {"norm": activation_norms, "max": largest}
 
 def scores_of_all(x, w_score, score=activation_norms):
     """The scores of all experts: `x [T, d]`, `w_score [n, d, r]` of any dtype -> `[T, n]`."""
-    # In bfloat16 the largest activations of two experts are often equal, and ties favour the lower
-    # expert. Norms of rounded codes choose other experts more often than norms of float32 codes.
+    # With codes in bfloat16, norms choose other experts than in float32 more often, and the largest
+    # activations of two experts are often equal; ties favour the lower expert.
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     return score(codes_of_all(x, w_score.astype(x.dtype), dtype))
 

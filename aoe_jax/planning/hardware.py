@@ -105,7 +105,8 @@ def slice_shape(devices):
 
 def machine():
     """Returns a dict that describes this machine: devices, cores, versions, allocator settings."""
-    installed = {package.name: package.version for package in metadata.distributions()}
+    # Of two copies, Python imports the first on its path.
+    installed = {p.name: p.version for p in reversed([*metadata.distributions()])}
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),

@@ -44,28 +44,29 @@ def plan_layouts(config, generation, devices):
     """Returns the plans of `layouts`, fastest first; those that do not fit are last. Raises
     `UserError` if there is no layout.
     """
-    candidates = layouts(config, len(devices), count_parts(devices))
-    if not candidates:
-        raise UserError("--layouts: the configuration allows none of the meshes; see above")
-    reports = []
+    candidates, reports = layouts(config, len(devices), count_parts(devices)), []
     for number, candidate in enumerate(candidates, 1):
-        log.info(f"layout {number} of {len(candidates)}: {_axes(candidate.mesh.shape)}")
-        reports.append(plan(candidate, generation, devices))
-    return sorted(reports, key=lambda r: (r["likely_step_seconds"] or math.inf, not r["fits"]))
+        log.info(f"layout {number} of {len(candidates)}: {_axes(vars(candidate.mesh))}")
+        try:
+            reports.append(plan(candidate, generation, devices))
+        except UserError as e:
+            log.info(f"left out: {e}")
+    if not reports:
+        raise UserError("--layouts: the configuration allows none of the meshes; see above")
+    return sorted(reports, key=lambda r: (not r["fits"], r["likely_step_seconds"] or math.inf))
 
 
 def line(report):
     """Formats a plan as a line of text."""
-    mesh = report["mesh"]
-    axes = _axes([mesh[name] for name in ("data", "fsdp", "expert", "tensor")])
     memory = f"{report['memory_bytes']['total'] / 1e9:6.2f} GB"
+    start = f"{_axes(report['mesh'])}: {memory}{'' if report['fits'] else ', does not fit'}"
     if report["likely_step_seconds"] is None:
-        return f"{axes}: {memory}, {'time unknown' if report['fits'] else 'does not fit'}"
+        return f"{start}, time unknown"
     parts = [f"{name} {1e3 * s:.0f}" for name, s in [*report["seconds_by_scope"].items()][:5]]
     times = f"{report['seconds_at_peaks']:.3f} to {report['seconds_by_cycles']:.3f}"
     likely = f"likely {report['likely_step_seconds']:.3f} s (at the peaks, by cycles: {times})"
-    return f"{axes}: {memory}, {likely}; in ms: {', '.join(parts)}"
+    return f"{start}, {likely}; in ms: {', '.join(parts)}"
 
 
-def _axes(shape):
-    return "data {:3}, fsdp {:3}, expert {:2}, tensor {}".format(*shape)
+def _axes(mesh):
+    return "data {data:3}, fsdp {fsdp:3}, expert {expert:2}, tensor {tensor}".format(**mesh)

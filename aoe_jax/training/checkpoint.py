@@ -125,9 +125,10 @@ class Checkpoints:
             with contextlib.suppress(Damaged):
                 path = self._path(step)
                 beside = retry.patiently(f"{path} cannot be read", partial(read_beside, path))
-                self._note(step, beside["progress"]["validation"])
+                self.note(step, beside["progress"]["validation"])
 
-    def _note(self, step, validation):
+    def note(self, step, validation):
+        """Notes the validation of a step, or None, for `keep_best`; `save` does so by itself."""
         if validation and math.isfinite(validation["nll"]):
             self._nlls[step] = validation["nll"]
 
@@ -225,7 +226,7 @@ class Checkpoints:
         wait = self._finish() is not None or wait
         if step == self.saved:
             return
-        self._note(step, progress.validation)
+        self.note(step, progress.validation)
         arrays = vars(state)
         beside = beside_arrays(arrays, dataclasses.asdict(progress))
         parts = {"state": ocp.args.StandardSave(arrays), "run": ocp.args.JsonSave(beside)}

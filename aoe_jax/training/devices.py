@@ -54,7 +54,7 @@ def process_memory():
     if _STATUS.exists():
         kib = dict(re.findall(r"(\w+):\s+(\d+) kB", _STATUS.read_text()))
         names = {"host_memory_bytes": "VmRSS", "host_memory_peak_bytes": "VmHWM"}
-        found = {name: 1024 * int(kib[field]) for name, field in names.items()}
+        found = {name: 1024 * int(kib[field]) for name, field in names.items() if field in kib}
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
         found["device_memory_bytes"] = max(s["bytes_in_use"] for s in stats)

@@ -223,6 +223,7 @@ def train(
                 is_due = now.step == steps and not now.progress.validation
                 if is_due or not now.progress.validated:
                     validate()
+                    checkpoints.note(now.step, now.progress.validation)
                 while now.step < steps:
                     now.step += 1
                     now.progress.validation = None

@@ -33,6 +33,7 @@ def test_step_times_are_valid_for_equal_configurations(tmp_path):
     file.parent.mkdir()
     write_json(file, point)
     assert read_point(tmp_path, "a", configs) == costs
+    assert read_point(tmp_path, "a", {"moe": configs["moe"]}) == {"moe": costs["moe"]}
     assert read_point(tmp_path, "a", configs | {"moe": configs["aoe"]}) == {}
     for groups in point["configs"].values():
         del groups["experts"]["round_to"]

@@ -38,6 +38,8 @@ def test_batches_are_what_the_devices_divide():
     assert (elsewhere.mesh.data, elsewhere.train.batch_size) == (8, 16)
     split = on_devices_here(tiny_config(model__unroll=2), {"fsdp": 2, "expert": 2})
     assert (split.mesh.data, split.train.batch_size, split.model.unroll) == (2, 8, 1)
+    of_one_device = tiny_config(experts__kind="capacity", balance__aux_tokens=1 / 5)
+    assert on_devices_here(of_one_device, {"expert": 2}).mesh.data == 4
 
 
 MANY = "9" * 5000  # digits, more than Python takes as a number

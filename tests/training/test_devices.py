@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from aoe_jax.model.counts import parameter_counts
+from aoe_jax.training import devices
 from aoe_jax.training.devices import process_memory
 from aoe_jax.training.step_times import RepeatedStep
 from tests.arrays import Device
@@ -34,7 +35,7 @@ def test_memory_of_a_device(ragged):
     assert step.memory["temporary_bytes"] == temporary > 0
 
 
-def test_process_memory(monkeypatch):
+def test_process_memory(tmp_path, monkeypatch):
     """The two functions measure one after the other, so their results differ a little."""
     grown = np.ones(10**8 // 8)
     memory, process = process_memory(), psutil.Process().memory_info()
@@ -45,13 +46,16 @@ def test_process_memory(monkeypatch):
     assert peak >= memory["host_memory_bytes"] > grown.nbytes
     del grown
     assert process_memory()["host_memory_peak_bytes"] == pytest.approx(peak, rel=0.02)
+    monkeypatch.setattr(devices, "_STATUS", tmp_path / "status")
+    (tmp_path / "status").write_text("VmRSS:\t     7 kB\n")  # gVisor has no VmHWM
+    assert process_memory() == {"host_memory_bytes": 7 * 1024}
     # The two values may be of different devices.
     stats = [
         {"bytes_in_use": 5, "peak_bytes_in_use": 9},
         {"bytes_in_use": 7, "peak_bytes_in_use": 8},
     ]
-    devices = [Device(memory_stats=lambda found=found: found) for found in stats]
-    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    found = [Device(memory_stats=lambda found=found: found) for found in stats]
+    monkeypatch.setattr(jax, "local_devices", lambda: found)
     memory = process_memory()
     assert (memory["device_memory_bytes"], memory["device_memory_peak_bytes"]) == (7, 9)
 
