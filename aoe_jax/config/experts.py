@@ -41,7 +41,7 @@ class ExpertsConfig(Group):
     factorised_gate: bool = setting(False, kinds=("router", "smear", "thor"))
     # dtype in which gradients of experts are summed over fsdp; bfloat16 sends half the bytes.
     gradient_sums: str = setting("float32", choices=("float32", "bfloat16"), kinds=_USUAL)
-    # The backend of `moe/grouped_matmul/`; auto: chosen by platform, dtype and widths.
+    # The backend of `moe/grouped_matmul/`; auto: by device, dtype and number of rows.
     grouped_matmul: str = setting("auto", choices=("auto", "blocked"))
     # Width of a shared expert, which every token uses in addition to the chosen ones; 0: none.
     d_shared: int = setting(0, kinds=_USUAL, at_least=0)

@@ -32,6 +32,11 @@ class MeshConfig(Group):
         """The sizes of the mesh axes, in the order of `sharding.MESH_AXES`."""
         return self.data, self.fsdp, self.expert, self.tensor
 
+    @property
+    def batch_shards(self):
+        """The number of parts of a batch; `data=-1` counts as one device."""
+        return max(self.data, 1) * self.fsdp * self.expert
+
     def check_parts(self, n_parts):
         """Raises `UserError` unless `data` spans all TPU slices or GPU nodes."""
         if self.data % n_parts:
@@ -65,12 +70,13 @@ class MeshConfig(Group):
             if size % getattr(self, axis):
                 self.refuse(axis, f"must divide {name}={size}{hint}")
         rows = config.train.batch_size // config.train.accumulate
-        shards = max(self.data, 1) * self.fsdp * self.expert
-        if rows % shards:
-            wanted = f"mesh.data * mesh.fsdp * mesh.expert = {shards} must divide this number"
+        if rows % self.batch_shards:
+            wanted = (
+                f"mesh.data * mesh.fsdp * mesh.expert = {self.batch_shards} must divide this number"
+            )
             config.train.refuse("batch_size", f"a micro-batch has {rows} sequences; {wanted}")
         positions = config.data.seq_len // self.tensor
-        if shards * self.tensor > 1 and positions % config.balance.aux_stride:
+        if self.batch_shards * self.tensor > 1 and positions % config.balance.aux_stride:
             config.balance.refuse(
                 "aux_tokens",
                 f"on this mesh a device has {positions} positions of a sequence; the denominator "

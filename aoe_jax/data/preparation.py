@@ -49,7 +49,7 @@ from aoe_jax.storage.retry import patiently
 
 logger = logging.getLogger(__name__)
 
-_TRAINING_BYTES = 2**26  # size of the sample that byte-level BPE is trained on, in characters
+_SAMPLE_CHARACTERS = 2**26  # of the sample that byte-level BPE is trained on
 _SHARES = (0.005, 0.05, 0.1, 0.2, 0.3, 0.4)  # default of validation and test, by need
 _MOST_EXAMINED = 100_000  # a corpus of more documents is not small
 _HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+(?<!\.json)(?<!\.model)")  # ORG/NAME or NAME
@@ -255,7 +255,7 @@ def install_tokenizer(output: Path, plan: dict, settings: Settings) -> Tokenizer
 def _sample(plan: dict) -> Iterator[str]:
     """Yields documents of the train split, from the beginning of each unit of work."""
     for unit in range(len(plan["units"])):
-        left = _TRAINING_BYTES // len(plan["units"])
+        left = _SAMPLE_CHARACTERS // len(plan["units"])
         for split, text in _documents(plan, unit, hashlib.sha256()):
             if split == "train":
                 yield text

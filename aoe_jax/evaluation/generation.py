@@ -109,7 +109,7 @@ class Generator:
                 raise UserError(f"prompt {number} is empty; {wanted}")
         # Padding rows keep the number of compiled shapes small, and let the mesh split the batch.
         n_rows = 2 ** math.ceil(math.log2(len(prompts)))
-        n_rows = multiple(n_rows, self._model.batch_shards)
+        n_rows = multiple(n_rows, self._model.config.mesh.batch_shards)
         lengths, left = np.ones(n_rows, np.int32), np.zeros(n_rows, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
         left[: len(prompts)] = max_tokens

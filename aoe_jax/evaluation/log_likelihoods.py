@@ -97,7 +97,7 @@ class Scorer:
             padded = self._rounded(groups[0][0])
             rows = max(1, self._batch_tokens // (n * (padded + end)))
             rows = min(rows, 2 ** math.ceil(math.log2(len(groups))))  # fewer rows at the end
-            rows = multiple(rows, self._model.batch_shards)
+            rows = multiple(rows, self._model.config.mesh.batch_shards)
             yield [number for _, numbers in groups[:rows] for number in numbers], padded, rows
             groups = groups[rows:]
 

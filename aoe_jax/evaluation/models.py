@@ -56,11 +56,6 @@ class Model:
     step: int | None  # training step; None: unknown
 
     @property
-    def batch_shards(self):
-        """The number of parts into which the mesh splits a batch."""
-        return math.prod(self.mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
-
-    @property
     def batch_size(self):
         """Sequences per batch: the size of a micro-batch of `config`."""
         return self.config.train.batch_size // self.config.train.accumulate

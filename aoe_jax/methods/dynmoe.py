@@ -120,7 +120,10 @@ def updated_pool(live, fired, unclaimed):
 
 
 def w_score_with_added(w_score, live, added, unclaimed):
-    """Puts new experts into `w_score [L, n, d, r]` at `added [L, n]`; `live` excludes them."""
+    """Puts new experts into `w_score [L, n, d, r]` at `added [L, n]`.
+
+    `live [L, n]` is before the update, so it may include removed experts.
+    """
     direction = _directions(unclaimed)
     image = _directions(jnp.einsum("ld,lndr->lnr", direction, w_score))
     new = direction[:, None, :, None] * image[:, :, None, :] + NOISE * _directions(w_score, 2)

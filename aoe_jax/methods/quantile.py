@@ -29,6 +29,7 @@ class Quantile(FixedK):
     """The router. Its state is `selection_bias [n]`."""
 
     name = "quantile"
+    always_biased = True
 
     norm_topk_prob: bool = True  # weights are the softmax over the chosen scores; False: over all
     # b is a moving average with this decay; 0: the solution of the last batch alone.
@@ -46,9 +47,6 @@ class Quantile(FixedK):
         rank = whole * ctx.top_k + rest * ctx.top_k // n_experts + 1
         solution = -largest_of_rank(constant - next_best, counts, rank, total)
         return routing._replace(records={"solution": solution})
-
-    def state(self, experts, balance, d):
-        return {"selection_bias": jnp.zeros(experts.n_experts)}
 
     def update(self, config, state, stats, weights):
         bias, found = state["selection_bias"], stats.records["solution"]

@@ -35,6 +35,7 @@ class SigmoidTopK(FixedK):
     """Top-k by sigmoid scores, within the best groups. The state is `selection_bias [n]`."""
 
     name = "sigmoid_top_k"
+    always_biased = True
     hooks = Hooks(balance_logits=jax.nn.log_sigmoid)
 
     norm_topk_prob: bool = True  # True: the weights of a token sum to `scale`
@@ -56,9 +57,6 @@ class SigmoidTopK(FixedK):
 
     def choice(self, experts):
         return Choice(experts.top_k, is_fixed=True)
-
-    def state(self, experts, balance, d):
-        return {"selection_bias": jnp.zeros(experts.n_experts)}
 
     def update(self, config, state, stats, weights):
         unit = jnp.ones(stats.load.shape[0])

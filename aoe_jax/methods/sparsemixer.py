@@ -41,7 +41,7 @@ class SparseMixer(FixedK):
     def __call__(self, scores, weights, ctx):
         if ctx.training:
             self.check_training()
-        expert = best_experts(scores, ctx.top_k, ctx.state.get("selection_bias"))
+        expert = best_experts(scores, ctx.top_k)
         return by_token(expert, sparsemixer_weights(scores, expert, self.jitter))
 
     def check_training(self):

@@ -247,21 +247,19 @@ _gather_cast.defvjp(
 )
 
 
-def gather_in_stages(x, axis, dimension, groups=None):
-    """Concatenates the shards of `x` over a mesh axis of several devices, in `groups` (None: those
-    of `_stages`).
-    """
-    for ranks in groups or _stages(axis, "gather"):
+def gather_in_stages(x, axis, dimension):
+    """Concatenates the shards of `x` over a mesh axis of several devices."""
+    for ranks in _stages(axis, "gather"):
         x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True, axis_index_groups=ranks)
     return x
 
 
-def sum_gradients(g, axis, dimension, groups=None):
+def sum_gradients(g, axis, dimension):
     """Sums `g` over a mesh axis of several devices and keeps this device's shard of `dimension`:
     the transpose of `gather_in_stages`.
     """
     how = {"scatter_dimension": dimension, "tiled": True}
-    for ranks in reversed(groups or _stages(axis, "scatter")):
+    for ranks in reversed(_stages(axis, "scatter")):
         g = jax.lax.psum_scatter(g, axis, axis_index_groups=ranks, **how)
     return g
 

@@ -200,12 +200,14 @@ class FixedK(Method):
     """
 
     norm_topk_prob = False  # whether weights are the softmax over the chosen scores
+    always_biased = False  # whether there is a bias without `balance.bias_rate`, too
 
     def choice(self, experts):
         return Choice(experts.top_k, is_fixed=True, is_normalised=self.norm_topk_prob)
 
     def state(self, experts, balance, d):
-        return {"selection_bias": jnp.zeros(experts.n_experts)} if balance.bias_rate else {}
+        is_biased = self.always_biased or balance.bias_rate
+        return {"selection_bias": jnp.zeros(experts.n_experts)} if is_biased else {}
 
     def update(self, config, state, stats, weights):
         rate = config.balance.bias_rate

@@ -6,9 +6,9 @@ cycles, collectives and likely time. The cost of a loop's body is multiplied by 
   padding of the layout. Arrays in on-chip memory (`S(1)` on TPU) are not counted. A slice reads
   only the selected elements, and an in-place update writes only the changed elements.
 - FLOPs are those of matrix products and convolutions, two for each multiply-add, and those of
-  kernels. Cycles are the estimate of the TPU compiler, which is close for fusions, but for other
-  operations, such as sums, copies and broadcasts, up to 24 times what their memory traffic takes.
-  Launching a kernel is assumed to be free.
+  kernels. Cycles are the estimate of the TPU compiler. For fusions it is close; for other
+  operations, such as sums, copies and broadcasts, it is up to 24 times what their memory traffic
+  takes. Launching a kernel is assumed to be free.
 - A loop of unknown length is assumed to run zero times. Our programs have such loops only for the
   extra rounds of expert parallelism (`moe/transports.py`), and balanced loads need no
   extra rounds. The cost of a conditional is the cost of its branch with the most FLOPs or, if

@@ -4,7 +4,6 @@ The command is `python -m aoe_jax.doctor`.
 """
 
 import dataclasses
-import math
 import statistics
 import time
 from functools import partial
@@ -62,7 +61,7 @@ def _add(report, verdict, show):
 def fitted(config: Config, n_devices):
     """Returns `config` with short steps: at most `MAX_TOKENS` per device or one longer sequence."""
     config = fill_mesh(config, n_devices)
-    shards, train = math.prod(config.mesh.shape[:3]), config.train
+    shards, train = config.mesh.batch_shards, config.train
     sequences = train.batch_size // train.accumulate // shards
     sequences = min(sequences, max(1, MAX_TOKENS // config.data.seq_len))
     train = dataclasses.replace(train, batch_size=sequences * shards, accumulate=1)

@@ -141,7 +141,7 @@ def _relative_error(got, want):
 
 def sequences_per_device(config: Config):
     """Returns the sequences per device; devices along the tensor axis have the same sequences."""
-    return config.train.batch_size // math.prod(config.mesh.shape[:3])
+    return config.train.batch_size // config.mesh.batch_shards
 
 
 def attention_cases(config: Config, backend):
@@ -257,7 +257,7 @@ def layer_case(config: Config):
     settings = {"dtype": config.model.dtype, "remat": config.model.remat, "training": True}
     layer = ExpertsLayer(experts, **settings, transport=c.transport)
     positions = min(config.data.seq_len // c.tensor, max(LAYER_TOKENS // math.prod(axes), 8))
-    x_shape = (math.prod(axes[:3]), positions * c.tensor, d)
+    x_shape = (c.batch_shards, positions * c.tensor, d)
     sizes, router = experts.sizes(d), ["w_router"] if experts.kind == "router" else []
     gate = ["w_gate_down", "w_gate_up"] if experts.low_rank else ["w_gate"]
     names = [*router, *gate, "w_up", "w_down"]

@@ -13,8 +13,8 @@ How the figures are computed:
 - The likely step time is the sum of `costs.seconds` over all operations. For collectives, this is
   only the time that does not overlap with other operations. Two other estimates are beside it: all
   operations at the peaks, and by the compiler's cycles.
-- Operations are counted without collectives. Those without products have no counted FLOPs; kernels
-  of unknown cost are among them.
+- The count of operations leaves out collectives. Those without products are those without FLOPs,
+  so kernels of unknown cost are among them.
 """
 
 import logging
@@ -32,7 +32,6 @@ from aoe_jax.model.counts import in_words, parameter_counts, training_flops_per_
 from aoe_jax.moe.transports import ROW_BUFFER
 from aoe_jax.planning import costs
 from aoe_jax.planning.communication import collectives
-from aoe_jax.planning.costs import ESTIMATES, Program, scope
 from aoe_jax.planning.hardware import chip_part, compiling_for, count_parts, slice_shape
 from aoe_jax.planning.hlo import compile_and_read
 from aoe_jax.planning.kernel_costs import KERNEL_COSTS
@@ -154,7 +153,7 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS, used=1.0):
     `text` is from `hlo.compile_and_read`, `chip` is the `hardware.Chip` of a device, `shape` is
     from `hardware.slice_shape`, and the other arguments are those of `costs.Program`.
     """
-    operations = Program(text, kernel_costs, used, chip.matrix_unit).operations
+    operations = costs.Program(text, kernel_costs, used, chip.matrix_unit).operations
     kernels = (o for o in operations if o.opcode == "tpu_custom_call" and not o.flops)
     if unknown := sorted({re.sub(r"[.\d]+$", "", o.name) for o in kernels}):
         log.warning("FLOPs are unknown, only operands and results count: %s", ", ".join(unknown))
@@ -164,10 +163,10 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS, used=1.0):
         if o.collective:
             counts[o.collective, o.is_async] += o.times
             sent[o.collective, o.is_async] += o.times * o.sent_bytes
-        for estimate in ESTIMATES:
+        for estimate in costs.ESTIMATES:
             seconds = o.times * costs.seconds(o, chip, shape, estimate)
             totals[estimate] += seconds
-            by_scope[scope(o)] += seconds * (estimate == "likely")
+            by_scope[costs.scope(o)] += seconds * (estimate == "likely")
     at_peaks = sum(o.times * costs.seconds(o, chip, shape, "peaks") for o in simple)
     return {
         "flops": sum(o.times * o.flops for o in operations),

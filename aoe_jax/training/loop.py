@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,11 @@ def every(n, call, last=None):
 def train(
     config: Config,
     workdir: Path,
-    stop: StopRequests | None = None,
-    profile=range(0),
-    wandb=None,
-    branch=None,
-    text_sampler=None,
+    stop: StopRequests,
+    profile: range,
+    wandb: str | None,
+    branch: tuple[Path, int] | None,
+    text_sampler: Callable,
     **start,
 ):
     """Starts or continues a run in `workdir`; returns the content of its `summary.json`.
@@ -78,7 +79,6 @@ def train(
     `Stopped` after a request to stop, once the state is saved.
     """
     started, is_main = time.perf_counter(), jax.process_index() == 0
-    stop = stop or StopRequests()
     with together():
         given = config = with_vocabulary(config)
     checkpoints, folder = Checkpoints(workdir), RunFolder(workdir)

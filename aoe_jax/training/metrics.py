@@ -51,8 +51,9 @@ class Metrics:
     """Measures a run and, in the first process, writes its metrics.
 
     The training time after `begin` is split into `input` (the loop waits for the next batch),
-    `checkpoint` (the loop waits for a save) and `compute` (the rest). The time of evaluations is
-    excluded. MFU is relative to the chip's bfloat16 peak, even if the run computes in float32.
+    `checkpoint` (the loop waits for a save) and `compute` (the rest). The time of evaluations,
+    samples and compilation is excluded. MFU is relative to the chip's bfloat16 peak, even if the
+    run computes in float32.
     """
 
     def __init__(self, folder: Path, config: Config, start_step, progress: Progress, began):
@@ -90,7 +91,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def clock(self, name):
-        """A context whose time counts as `input`, `checkpoint`, `evaluation` or `compile`."""
+        """A context that times `input`, `checkpoint`, `evaluation`, `sample` or `compile`."""
         started = time.perf_counter()
         try:
             with jax.profiler.TraceAnnotation(name):
@@ -174,7 +175,7 @@ class Metrics:
         )
 
     def _end_interval(self, step):
-        """Returns `(steps, {clock: seconds})` since the last log line, without evaluations."""
+        """Returns `(steps, {clock: seconds})` since the last log line, for the speed."""
         now, clocks = time.perf_counter(), self._seconds - self._line_seconds
         seconds = {name: clocks[name] for name in _IN_SPEED}
         seconds["compute"] = max(now - self._line_time - clocks.total(), 1e-9)

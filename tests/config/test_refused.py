@@ -104,7 +104,6 @@ balance.bias_rate=0.01; routing.name=top_p => biases the choice
 balance.aux_tokens=0.125; balance.aux_batch=sequence; data.seq_len=100 => divide data.seq_len=100
 model.remat=experts; experts.kind=dense; balance.aux_weight=0.0 => is for layers of experts
 model.unroll=2; model.remat=layer => with remat='layer', unrolled
-experts.kind=capacity; mesh.expert=4 => mesh.transport='ring' ... with experts.kind='capacity'
 model.unroll=2; mesh.fsdp=4 => with mesh.fsdp=4, unrolled
 routing.segment=0; experts.kind=smear; balance.aux_weight=0.0 => at least 2 in a decoder
 routing.segment=256; experts.kind=smear; balance.aux_weight=0.0 => below data.seq_len=256

@@ -84,7 +84,7 @@ def test_every_document_is_there_once_and_in_order(inputs, whole, monkeypatch):
     assert manifest["tokenizer_sha256"] == load_tokenizer(whole / "tokenizer.json").sha256
     learnt_from = preparation._sample(plan_file.read_plan(whole))
     assert set(learnt_from) <= set(found["train"])
-    monkeypatch.setattr(preparation, "_TRAINING_BYTES", 1)
+    monkeypatch.setattr(preparation, "_SAMPLE_CHARACTERS", 1)
     assert len([*preparation._sample(plan_file.read_plan(whole))]) > 5  # one of each unit
     assert manifest["vocab_size"] == 300 and manifest["corpus"] == "store"
     others = {path.name for path in whole.iterdir() if path.suffix != ".array_record"}
