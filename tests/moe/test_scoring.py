@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
+from aoe_jax.moe.collectives import Devices
+from aoe_jax.moe.layer import Layer
+from aoe_jax.moe.routing import TopK
 from aoe_jax.moe.scoring import (
     FEW_TOKENS,
+    activation_norms,
+    aoe_scores,
     codes_of_all,
     largest,
     router_logits,
@@ -49,3 +55,21 @@ def test_router_logits_of_bfloat16_are_summed_in_float32():
     g = normal(2, found.shape)
     for d, want in zip(pull_back(g), (g @ of_w.T, of_x.T @ g), strict=True):
         assert_allclose(np.asarray(d, np.float32), want, rtol=0.01, atol=0.02)
+
+
+def test_kept_codes_of_bfloat16_give_the_scores_of_float32_codes():
+    """The gradients are those of norms of the kept codes."""
+    experts = ExpertsConfig(n_experts=4, top_k=2, d_ffn=8, d_low=16, score_gradient="dense")
+    layer = Layer(experts, TopK(), BalanceConfig(), jnp.bfloat16, None)
+    x, w = normal(0, (64, 32), jnp.bfloat16), normal(1, (4, 32, 16), jnp.bfloat16)
+
+    def scores(w, keeps_code):
+        return aoe_scores(x, w, layer, Devices(), keeps_code)
+
+    kept = scores(w, True)
+    assert kept.code.dtype == jnp.bfloat16
+    assert_allclose(kept.values, scores_of_all(x, w), rtol=1e-6)
+    assert np.abs(kept.values - activation_norms(kept.code)).max() > 1e-4
+    got = jax.grad(lambda w: scores(w, True).values.sum())(w)
+    want = jax.grad(lambda w: activation_norms(codes_of_all(x, w)).sum())(w)
+    assert_allclose(got, want)
