@@ -16,7 +16,6 @@ from tests.hasty import HASTY, xla_flags
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}
 assert len(jax.devices()) == 8
-_LEFT = pytest.StashKey[int]()  # number of tests that only the other tier runs
 # On several CPU devices, programs from the cache deadlock.
 jax.config.update("jax_enable_compilation_cache", False)
 os.environ["XLA_FLAGS"] = xla_flags(8, HASTY)  # the TPU compiler accepts only these flags
@@ -33,33 +32,10 @@ def pytest_configure(config):
         os.environ["HF_MODULES_CACHE"] = str(config.cache.mkdir("transformers"))
 
 
-def pytest_deselected(items):
-    """Counts the tests of the other tier."""
-    stash = items[0].config.stash
-    stash[_LEFT] = stash.get(_LEFT, 0) + len(items)
-
-
-def pytest_collection_finish(session):
-    """Makes garbage collection rare, because it would take a tenth of the time. The controller of
-    pytest-xdist is told how many tests the other tier has.
-    """
+def pytest_collection_finish():
+    """Makes garbage collection rare, because it would take a tenth of the time."""
     gc.freeze()
     gc.set_threshold(200_000, 50, 100)
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left"] = session.config.stash.get(_LEFT, 0)
-
-
-def pytest_testnodedown(node):
-    """Stores the number of tests that a worker has sent; all workers send the same number."""
-    node.config.stash[_LEFT] = getattr(node, "workeroutput", {}).get("left", 0)
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    """Prints the command that runs the tests of the other tier."""
-    others = {"slow": "make test", "not slow": "make test-slow"}
-    other, left = others.get(config.getoption("markexpr")), config.stash.get(_LEFT, 0)
-    if other and left:
-        terminalreporter.write_line(f"`{other}` runs {left} further tests")
 
 
 def pytest_unconfigure(config):
