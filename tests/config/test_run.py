@@ -8,15 +8,12 @@ from fractions import Fraction
 import pytest
 
 from aoe_jax.config.data import DataConfig, SourceConfig
-from aoe_jax.config.experts import ExpertsConfig, matched_width
+from aoe_jax.config.experts import matched_width
 from aoe_jax.config.run import Config
 from aoe_jax.config.training import TrainConfig
 from aoe_jax.methods.smear import Smear
 from aoe_jax.methods.top_p import TopP
-from aoe_jax.moe.routing import TopK
 from aoe_jax.storage.config_files import default_config
-from configs import large, paper, tiny
-from configs.compare.small import size_of
 
 
 def test_defaults_are_the_dataclass_defaults():
@@ -74,15 +71,6 @@ def test_warmup_is_a_share_of_the_steps(steps, warmup, warmup_steps):
     assert TrainConfig(steps=steps, warmup=warmup).warmup_steps == warmup_steps
 
 
-def test_shipped_configurations_have_their_warmup():
-    configs = [tiny.get_config(), paper.get_config("moe"), large.get_config("aoe_64")]
-    configs = [Config.from_config_dict(config) for config in configs]
-    assert [config.train.warmup_steps for config in configs] == [50, 4800, 2000]
-    small = [size_of(36, 2, 2, 4, steps)["train"] for steps in (840, 1480, 4100, 130)]
-    steps = [TrainConfig(steps=t["steps"], warmup=t["warmup"]).warmup_steps for t in small]
-    assert steps == [42, 74, 205, 6]
-
-
 MIXTURES = {
     "sotu": [("sotu", "sotu", None, None)],
     "sotu=3": [("sotu", "sotu", None, "3")],
@@ -121,17 +109,3 @@ def test_paths_of_data():
     assert DataConfig(tokenizer="gs://a/b.json").tokenizer == "gs://a/b.json"
     assert DataConfig("text", path="/a/b").sources == DataConfig("text@/a/b").sources
     assert DataConfig("text@/a/b=1").name_without_paths == "text=1"
-
-
-@pytest.mark.parametrize(
-    ("settings", "routing", "is_sparse"),
-    [
-        ({}, TopK(), True),
-        ({}, TopK(norm_topk_prob=False), False),
-        ({}, TopP(), False),
-        ({"kind": "router"}, TopK(), False),
-        ({"score_gradient": "dense"}, TopK(), False),
-    ],
-)
-def test_scoring_is_sparse_where_that_is_exact(settings, routing, is_sparse):
-    assert ExpertsConfig(**settings).sparse_scoring(routing) == is_sparse

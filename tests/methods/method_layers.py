@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from aoe_jax import ExpertsLayer
 from aoe_jax.config.experts import ExpertsConfig
@@ -22,16 +21,6 @@ def small_config(**changes):
     """The configuration of a small model, with changes `group={field: value}`."""
     groups = {name: SMALL.get(name, {}) | changes.get(name, {}) for name in SMALL | changes}
     return Config.from_config_dict(groups)
-
-
-def random_batch(config):
-    """A batch of training, without padding."""
-    n_sequences, length = config.train.batch_size, config.data.seq_len
-    draw = np.random.default_rng(0).integers
-    tokens = draw(0, config.model.vocab_size, (n_sequences, length + 1), np.int32)
-    ones = np.ones((n_sequences, length), np.int32)
-    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ones}
-    return batch | {"weights": ones.astype(np.float32)}
 
 
 def make(kind, routing, shape=(TOKENS, D), recompute=False, training=True, **experts):

@@ -10,8 +10,9 @@ from aoe_jax.evaluation.generation import Generator, Sampling
 from aoe_jax.methods import find_method
 from aoe_jax.sharding import batch_sharding, make_mesh, put_batch
 from aoe_jax.training.step import init_state, make_train_step
-from tests.evaluation.models import make_config, make_model
-from tests.methods.method_layers import assert_agree, by_loops, make, random_batch, scores_of
+from aoe_jax.training.step_times import random_batch
+from tests.evaluation.models import by_full_passes, make_config, make_model
+from tests.methods.method_layers import assert_agree, by_loops, make, scores_of
 from tests.moe.contexts import context
 
 ABOVE_MEAN = "examples/add_a_method.py:AboveMean"
@@ -60,15 +61,6 @@ def test_in_a_model(ragged, kind, name):
     assert_allclose(found, losses_of_training(alone, 1), rtol=2e-5)
     assert found[-1] < found[0]
     model, prompts = make_model(alone), [[5, 6, 7], [9]]
-    apply, want = jax.jit(model.decoder.apply), []
-    for prompt in prompts:
-        row = list(prompt)
-        for _ in range(6):
-            logits = apply(
-                {"params": model.params}, np.array([row + [0] * (16 - len(row))], np.int32)
-            )[0]
-            row.append(int(logits[0, len(row) - 1].argmax()))
-        want.append(row[len(prompt) :])
-    assert (
-        Generator(model).generate(prompts, 6, sampling=Sampling(temperature=0.0), chunk=3) == want
-    )
+    logits = jax.jit(lambda tokens: model.decoder.apply({"params": model.params}, tokens)[0])
+    found = Generator(model).generate(prompts, 6, sampling=Sampling(temperature=0.0), chunk=3)
+    assert found == by_full_passes(logits, prompts, 6, length=16)

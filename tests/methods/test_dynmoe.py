@@ -13,6 +13,7 @@ from aoe_jax.model.decoder import initial_routing_state
 from aoe_jax.moe import scoring
 from aoe_jax.moe.reference import l2_norm
 from aoe_jax.training.step import init_state, make_train_step
+from aoe_jax.training.step_times import random_batch
 from tests.arrays import assert_finite, normal
 from tests.methods.method_layers import (
     EXPERTS,
@@ -21,7 +22,6 @@ from tests.methods.method_layers import (
     assert_agree,
     by_loops,
     make,
-    random_batch,
     scores_of,
     small_config,
 )

@@ -13,8 +13,9 @@ from aoe_jax.methods.erc import ERC, coupling_loss
 from aoe_jax.moe.collectives import Devices
 from aoe_jax.moe.routing import TopK
 from aoe_jax.training.step import init_state, training_loss
+from aoe_jax.training.step_times import random_batch
 from tests.arrays import assert_close, assert_finite, normal
-from tests.methods.method_layers import make, random_batch, small_config
+from tests.methods.method_layers import make, small_config
 
 N, D, WIDTH = 6, 8, 5
 KEY = jax.random.key(3)

@@ -10,7 +10,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from aoe_jax.config.run import Config
 from aoe_jax.methods.quantile import Quantile
-from aoe_jax.methods.ranks import largest_of_rank
 from tests.arrays import normal
 from tests.moe.contexts import context
 
@@ -67,14 +66,6 @@ def test_updates_balance_scores_with_different_means(decay):
         assert changed == {}
         bias = state["selection_bias"][0]
     assert loads.max() < 1.1 and loads.min() > 0.9
-
-
-def test_rows_that_do_not_count():
-    values = jnp.array([[3.0, -1.0], [9.0, 9.0], [-2.5, 0.0], [0.5, -7.0]])
-    counts = jnp.array([True, False, True, True])
-    for rank, want in ((1, [3.0, 0.0]), (2, [0.5, -1.0]), (3, [-2.5, -7.0])):
-        assert_array_equal(largest_of_rank(values, counts, rank, lambda a: a), want)
-    assert np.isnan(largest_of_rank(values, counts, 4, lambda a: a)).all()
 
 
 def test_a_batch_without_tokens_changes_nothing():

@@ -14,11 +14,11 @@ from aoe_jax.methods.thor import (
     layer_key,
 )
 from aoe_jax.training.step import init_state, training_loss
+from aoe_jax.training.step_times import random_batch
 from tests.arrays import normal
 from tests.methods.method_layers import (
     by_loops,
     make,
-    random_batch,
     small_config,
     with_gradients,
 )

@@ -9,7 +9,6 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from aoe_jax import Decoder
-from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.model.counts import (
     log_run,
@@ -109,19 +108,6 @@ def test_parts_and_totals():
     assert abs(large - counts.experts + 12 * 8 * 768 - wanted) < 0.001 * wanted
     totals = [parameter_counts(config_of(f"tiny:{name}")).total for name in ("aoe", "moe", "dense")]
     assert max(totals) / min(totals) < 1.002
-
-
-@pytest.mark.parametrize(
-    ("balance", "backward"),
-    [({"aux_weight": 0.0}, 0.0), ({}, 2.0), ({"aux_tokens": 0.125}, 0.25)],
-)
-def test_sparse_scoring_of_idle_experts(balance, backward):
-    """It costs one forward pass, and a backward pass of the tokens in balance losses."""
-    dense = Config(experts=ExpertsConfig(score_gradient="dense"))
-    sparse = Config(balance=BalanceConfig(**balance))
-    idle = 2 * 4 * (8 - 2) * 128 * 42  # 2 FLOPs, layers, idle experts, d, r
-    saved = training_flops_per_token(dense) - training_flops_per_token(sparse)
-    assert saved == (2 - backward) * idle
 
 
 def matmul_flops(jaxpr):

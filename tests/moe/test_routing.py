@@ -1,7 +1,5 @@
 """Routers on scores whose outcome is known."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,6 @@ from aoe_jax.methods import ROUTERS, find_method
 from aoe_jax.methods.expert_choice import expert_capacity
 from aoe_jax.methods.sparsemixer import sparsemixer_weights
 from aoe_jax.moe.layer import ExpertsLayer
-from aoe_jax.moe.routing import top_k
 from tests.arrays import normal
 from tests.moe.contexts import top_p
 
@@ -30,17 +27,6 @@ def dense_weights(assignment, n_tokens, n_experts):
     )
     assert_array_equal(weights[:, n_experts], 0)
     return weights[:, :n_experts]
-
-
-def test_a_bias_moves_ranks_and_not_weights():
-    """It has no gradient."""
-    scores, bias = normal(0, (50, 6)).round(1), jnp.array([0.5, 0, 0, -9, 0, 1.0])
-    for norm_topk_prob in (True, False):
-        biased = partial(top_k, scores, 3, norm_topk_prob)
-        weights = dense_weights(biased(bias), 50, 6)
-        kept = np.where(weights > 0, scores, -np.inf) if norm_topk_prob else scores
-        assert_allclose(weights, jax.nn.softmax(kept) * (weights > 0), rtol=1e-5)
-        assert not jax.grad(lambda bias: (biased(bias).weight ** 2).sum())(bias).any()
 
 
 @pytest.mark.parametrize(("threshold", "experts"), [(0.4, 7), (0.5, 9), (0.01, 1)])
