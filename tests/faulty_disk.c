@@ -1,7 +1,6 @@
 // A disk that fails, for programs that are started with LD_PRELOAD=faulty_disk.so and
 // FAULT=ERRNO:OPERATIONS:PART:FILE. While FILE exists, each of the operations (letters below) on a
-// path that contains PART fails with the error; with ERRNO 0 a read is short, as if the file ended,
-// and with -1 the operation never returns.
+// path that contains PART fails with the error; with ERRNO -1 the operation never returns.
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
@@ -71,7 +70,7 @@ OPENAT(openat64)
 
 // r: read
 #define READ(name, ...)                                                       \
-  if (fails_fd('r', fd)) return errno ? -1 : 0;                               \
+  if (fails_fd('r', fd)) return -1;                                           \
   return NEXT(ssize_t, name, __VA_ARGS__)
 ssize_t read(int fd, void *to, size_t n) { READ("read", int, void *, size_t)(fd, to, n); }
 ssize_t pread(int fd, void *to, size_t n, off_t at) {
@@ -118,10 +117,4 @@ STAT(lstat64)
 DIR *opendir(const char *path) {
   if (fails('d', path)) return NULL;
   return NEXT(DIR *, "opendir", const char *)(path);
-}
-
-// f: flush to the disk
-int fsync(int fd) {
-  if (fails_fd('f', fd)) return -1;
-  return NEXT(int, "fsync", int)(fd);
 }
