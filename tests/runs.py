@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import random
-import shutil
 import signal
 import struct
 import time
@@ -167,10 +166,10 @@ def succeed(command):
 
 
 def wait_for(process, condition):
-    """Waits until `condition()` is true; fails if the process ends before."""
-    deadline = time.monotonic() + 120
+    """Waits until `condition()` is true; fails if the process, which may be None, ends before."""
+    deadline = time.monotonic() + 240
     while not condition():
-        assert process.poll() is None, process.communicate()[1]
+        assert process is None or process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -213,17 +212,6 @@ def as_read_from(directory, config):
     data = dataclasses.replace(config.data, **own)
     train = TrainConfig(batch_size=config.train.batch_size)
     return dataclasses.replace(config, data=data, train=train, checkpoint=CheckpointConfig())
-
-
-@shared
-def mixture():
-    """Settings of a run on two corpora, with document mask and loss mask. One corpus is a prepared
-    token store of the texts, and the other is a folder of other texts.
-    """
-    other = write_texts(scratch("others"), count=20, seed=1)
-    store = shutil.copytree(corpus_store(), scratch("stores") / "mine")
-    masks = {"data__document_mask": True, "data__loss_mask": True}
-    return {"data__name": f"prepared@{store}=0.75, text@{other}=0.25", "data__path": None, **masks}
 
 
 def damage(shard):

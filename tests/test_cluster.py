@@ -1,6 +1,5 @@
 """Work on a Ray cluster of which a node is killed: the files are those of one machine."""
 
-import importlib.resources
 import os
 import signal
 import socket
@@ -12,12 +11,11 @@ import pytest
 
 from tests.compare.suites import write_suite
 from tests.compare.test_whole_suite import ended
-from tests.data.texts import json_lines, texts
+from tests.data.texts import LLAMA, json_lines, texts
 from tests.hasty import xla_flags
 from tests.in_process import execute
 from tests.runs import contents, finish, start, succeed, wait_for
 
-LLAMA = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
 pytestmark = pytest.mark.slow
 
 # The first node has no cores, so tasks run on nodes that a test adds.

@@ -1,7 +1,4 @@
-"""Names in the documentation exist, its commands can be parsed, and its Python code runs.
-
-`python -m tests.run_commands` runs the commands that need little time.
-"""
+"""Names in the documentation exist, its commands can be parsed, and its Python code runs."""
 
 import importlib.util
 import re

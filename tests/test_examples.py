@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import nbformat
 import numpy as np
 import pytest
@@ -33,8 +32,6 @@ def test_nnx_model(layer):
     text = np.frombuffer(nnx_model.TEXT.read_bytes(), np.uint8)
     losses = nnx_model.train(model, text, steps=40)
     assert losses[-1] < losses[0] - 2
-    n_parameters = sum(a.size for a in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    assert n_parameters > 256 * 32
 
 
 def test_vision():

@@ -15,7 +15,6 @@ from aoe_jax.evaluation.models import corpus_of, load_model
 from aoe_jax.formats.loading import read_config, read_step
 from aoe_jax.formats.model_card import training
 from aoe_jax.storage.files import write_json
-from configs import finetune
 from tests.formats.test_loading import edit
 from tests.formats.test_tokenizer_files import with_a_first_token
 from tests.in_process import call
@@ -132,7 +131,6 @@ MISTAKES = [
     ([*EXPORT, "--workdir={here}"], r"config\.json cannot be read"),
     ([*EXPORT, "--workdir={aoe}"], "belongs to a model, not to a training"),
     (["aoe_jax.eval", "--workdir={aoe}", "--step=7"], f"--step=7.*single model, of step {STEPS}"),
-    ([*CONVERT, "--d_low=99"], "--d_low=99.*below d_model=32"),
     (CONVERT, ONE_OF),
     ([*CONVERT, "--score_neurons=4", "--d_low=8"], ONE_OF),
     ([*CONVERT, "--d_low=8", "--score=max"], "--score=max.*--score_neurons"),
@@ -191,8 +189,3 @@ def test_a_model_without_a_run_has_no_corpus(tmp_path):
     (directory / "data.json").unlink()
     with pytest.raises(UserError, match="it has no training run. Name corpora with --data"):
         evaluate_workdir(directory)
-
-
-def test_models_that_a_run_cannot_start_from(tmp_path):
-    with pytest.raises(UserError, match=r"none/config\.json cannot be read"):
-        finetune.get_config(str(tmp_path / "none"))

@@ -1,13 +1,14 @@
-"""Whole runs on two corpora: the results of each, evaluation, and two processes."""
+"""A whole run on two corpora: the results of each, and its evaluation."""
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
 from tests import runs
-from tests.runs import mixture, succeed, train_command
+from tests.runs import corpus_store, succeed, train_command, write_texts
 
 pytestmark = pytest.mark.slow
 
@@ -15,8 +16,14 @@ FIGURES, SOURCES = ("nll", "bits_per_byte"), ("mine", "others")
 
 
 def test_every_source_has_its_scores(tmp_path):
+    """The run has a document mask and a loss mask."""
     workdir = tmp_path / "run"
-    succeed(train_command(workdir, **mixture()))
+    store = shutil.copytree(corpus_store(), tmp_path / "mine")
+    (tmp_path / "others").mkdir()
+    other = write_texts(tmp_path / "others", count=20, seed=1)
+    settings = {"data__name": f"prepared@{store}=0.75, text@{other}=0.25", "data__path": None}
+    settings |= {"data__document_mask": True, "data__loss_mask": True}
+    succeed(train_command(workdir, **settings))
     lines, validations = runs.read_metrics(workdir)
     assert lines[-1]["nll"] < lines[0]["nll"] - 1
     for line in validations:

@@ -10,6 +10,7 @@ import signal
 import numpy as np
 import pytest
 
+from aoe_jax.training.checkpoint import Checkpoints
 from tests import processes, runs
 from tests.hasty import xla_flags
 from tests.processes import DENSE_FSDP, train_on
@@ -72,11 +73,6 @@ def test_a_run_goes_on_with_other_processes_and_meshes(tmp_path, n_processes, n_
     np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)
 
 
-def newest(workdir):
-    names = [path.name for path in (workdir / "checkpoints").iterdir()]
-    return max(int(name) for name in names if name.isdecimal())
-
-
 def stop_one(workdir, number, after):
     """Signals process 1 of two when a checkpoint is saved; returns `(statuses, stderr)`."""
     pair = processes.start_on(workdir, 2, 2, program=("-c", NOTICES_SOON), **DENSE_FSDP)
@@ -95,7 +91,7 @@ def test_one_process_of_two_is_stopped(tmp_path):
     for number, expected, word in stops:
         statuses, stderr = stop_one(tmp_path, number, after)
         assert statuses == expected, stderr
-        step = newest(tmp_path)
+        step = Checkpoints(tmp_path).steps()[-1]
         for text, said in zip(stderr, ("preempted", word), strict=True):
             assert f"{said}: saved at step {step} of {STEPS}; the same" in text
         after = step // EVERY * EVERY + EVERY

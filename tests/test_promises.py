@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import socket
-import time
 
 import pytest
 
@@ -110,8 +109,7 @@ def test_two_runs_begin_in_one_workdir(workdir):
     endless, rates = {"train__steps": 10**6, "train__eval_every": 0}, (0.003, 0.01)
     commands = [dense_command(workdir, train__learning_rate=rate, **endless) for rate in rates]
     processes = [start(command) for command in commands]
-    while all(process.poll() is None for process in processes):
-        time.sleep(0.05)
+    runs.wait_for(None, lambda: any(process.poll() is not None for process in processes))
     winner = 0 if processes[0].poll() is None else 1
     runs.wait_for(processes[winner], lambda: (runs.heartbeat(workdir)["step"] or 0) > LOG_EVERY)
     processes[winner].send_signal(signal.SIGTERM)

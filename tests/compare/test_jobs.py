@@ -2,13 +2,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from aoe_jax.compare.jobs import Job, Machine, read_machines, read_outcome
 from aoe_jax.errors import UserError
-from tests.runs import ROOT
+from tests.runs import ROOT, wait_for
 
 CORES = sorted(os.sched_getaffinity(0))
 
@@ -66,10 +65,8 @@ def test_a_stopped_command_stops_its_jobs_and_waits_for_them(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    log, deadline = tmp_path / "sleeper.log", time.monotonic() + 60
-    while not log.exists() or "\nready\n" not in log.read_text():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
+    log = tmp_path / "sleeper.log"
+    wait_for(process, lambda: log.exists() and "\nready\n" in log.read_text())
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr

@@ -4,7 +4,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from xml.etree import ElementTree
 
 import numpy as np
@@ -23,7 +22,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.storage.files import read_json, write_json
 from tests.compare.suites import write_suite
 from tests.hasty import xla_flags
-from tests.runs import ROOT, finish, scratch, shared, start
+from tests.runs import ROOT, finish, scratch, shared, start, wait_for
 
 pytestmark = pytest.mark.slow  # they share two runs of the command
 SWEEP = 'throughput={"tokens": Sweep("train.batch_size", (2, 4), {}, arms=("moe", "aoe"))},'
@@ -50,10 +49,8 @@ def ended():
     write_json(work / "machine.json", {"machines": [EARLIER | PACKAGES]})
     configs = {arm: config.to_dict() for arm, config in suite.swept("tokens")[2].items()}
     write_json(measured_file(work, "tokens_2"), {"configs": configs, "costs": COSTS})
-    process, deadline = command(folder), time.monotonic() + 200
-    while not any(path.name.isdecimal() for path in work.glob("runs/*/*/*/checkpoints/*")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
+    process, saved = command(folder), "runs/*/*/*/checkpoints/*"
+    wait_for(process, lambda: any(path.name.isdecimal() for path in work.glob(saved)))
     process.send_signal(signal.SIGINT)
     first, _, stderr_of_first = finish(process)
     second, _, stderr = finish(command(folder))

@@ -244,14 +244,12 @@ def test_damaged_shard_ends_the_batches_where_they_come_upon_it(folders, corpus)
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"name": "text", "path": "/none"}, "data.path='/none': no such folder of .txt files"),
         ({"name": "text@/none"}, "data.path='/none': no such folder of .txt files"),
         ({"name": "prepared", "path": "/none"}, "token store '/none': there is no such folder"),
         ({"name": "text", "path": "/" + "x" * 300}, "config.data.path=/x*: File name too long"),
         ({"name": "text", "path": "gs://b/x"}, "config.data.path=gs://b/x: it must be on a disk"),
         ({"name": "text@gs://b/x"}, "config.data.name=gs://b/x: it must be on a disk"),
         ({"cache": "gs://b/x"}, "config.data.cache=gs://b/x: it must be on a disk"),
-        ({"tokenizer": "/none"}, "data.tokenizer='/none': cannot be read"),
     ],
 )
 def test_paths_that_cannot_be_opened(tmp_path, settings, words):

@@ -1,7 +1,6 @@
 """Token stores made from files: their content is the same after any interruption."""
 
 import dataclasses
-import importlib.resources
 import itertools
 import multiprocessing
 import os
@@ -22,11 +21,10 @@ from aoe_jax.data.tokenizer import load_tokenizer
 from aoe_jax.errors import MachineFault, Preempted, UserError
 from aoe_jax.storage import retry
 from aoe_jax.storage.files import write_json
-from tests.data.texts import json_lines, stored_documents, texts, write_everything
+from tests.data.texts import LLAMA, json_lines, stored_documents, texts, write_everything
 from tests.runs import contents, damage
 
 SETTINGS = Settings("bpe:300", validation=0.1, test=0.05)
-LLAMA = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
 
 
 @pytest.fixture(autouse=True)

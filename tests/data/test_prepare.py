@@ -1,23 +1,20 @@
 """The command that makes token stores, run as a user runs it."""
 
-import importlib.resources
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.data.texts import json_lines, texts
+from tests.data.texts import LLAMA, json_lines, texts
 from tests.in_process import execute
-from tests.runs import ROOT, contents, run, train_command
+from tests.runs import ROOT, contents, run, start, train_command, wait_for
 
 FLAGS = ["--tokenizer=bpe:300", "--validation=0.05", "--test=0.05"]
-LLAMA = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +24,6 @@ def folder(tmp_path_factory):
     for i in range(2):
         (folder / f"{i}.jsonl").write_bytes(json_lines(texts(8600, i, longest=140)))
     return folder
-
-
-def start(*flags):
-    """A process of its own, for signals."""
-    command = [sys.executable, "-m", "aoe_jax.prepare", *map(str, flags)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def finish(*flags):
@@ -62,18 +53,13 @@ def whole(folder, tmp_path_factory):
 def test_killed_it_goes_on_where_it_was(folder, whole, tmp_path):
     """The worker processes end with the command, and the same command completes the store."""
     output = tmp_path / "store"
-    process = start(*flags_of(folder, output))
-    while not list((output / "units").glob("*.json")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
+    process = start(["-m", "aoe_jax.prepare", *flags_of(folder, output)], forked=False)
+    wait_for(process, lambda: list((output / "units").glob("*.json")))
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    deadline = time.monotonic() + 60
-    while any(os.path.exists(f"/proc/{pid}") for pid in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(None, lambda: not any(os.path.exists(f"/proc/{pid}") for pid in children))
     status, stderr = finish(*flags_of(folder, output))
     assert children and status == 0 and "of 3 units of work are done" in stderr, stderr
     assert contents(output) == contents(whole)

@@ -1,4 +1,3 @@
-import importlib.resources
 import itertools
 import json
 import random
@@ -21,7 +20,7 @@ from aoe_jax.data.tokenizer import (
     train_tokenizer,
 )
 from aoe_jax.errors import Interrupted, UserError
-from tests.data.texts import texts
+from tests.data.texts import LLAMA, texts
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log"]
 STRANGE = "\x00 \t\r\n Ünï©ødé 你好 🚀 don't 1790's  two\n\n three\u2003wide \u0301 end "
@@ -140,22 +139,16 @@ def test_any_hugging_face_tokenizer(tmp_path):
     assert (tmp_path / "tokenizer.json").read_bytes() == (tmp_path / "any.json").read_bytes()
 
 
-@pytest.fixture(scope="session")
-def llama_model():
-    """The file in mistral-common with the 32,000 pieces of the Llama family."""
-    return importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
-
-
 @pytest.mark.parametrize("threads", [1, 2])
-def test_sentencepiece(tmp_path, llama_model, threads):
-    tokenizer = load_tokenizer(llama_model, threads)
+def test_sentencepiece(tmp_path, threads):
+    tokenizer = load_tokenizer(LLAMA, threads)
     assert (tokenizer.token_count, tokenizer.end_of_text) == (32000, 2)
     documents = [STRANGE.replace("\x00", ""), "", "a </s> <s> b", *texts(50)]
     documents.append(speech_files()[0].read_text())
     encoded = tokenizer.encode(documents)
     assert list(map(tokenizer.decode, encoded)) == documents
     assert not np.isin([1, 2], np.concatenate(encoded)).any()
-    library = sentencepiece.SentencePieceProcessor(model_file=str(llama_model))
+    library = sentencepiece.SentencePieceProcessor(model_file=str(LLAMA))
     assert [ids.tolist() for ids in encoded] == library.encode(documents)
     tokenizer.save(tmp_path)
     assert saved_tokenizer(tmp_path) == tmp_path / "tokenizer.model"

@@ -1,6 +1,7 @@
 """Writes documents to files of every format, and reads documents from token stores."""
 
 import gzip
+import importlib.resources
 import itertools
 import json
 import random
@@ -12,6 +13,8 @@ import pyarrow.parquet
 from aoe_jax.data.corpora import Corpus
 from aoe_jax.data.token_store import TokenStore
 
+# The file with the 32,000 pieces of the Llama family.
+LLAMA = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
 WORDS = ["the", "state", "of", "the", "Union", "größe", "你好", "🚀", "naïve", "1790"]
 SPACED = ["war\n", "peace\t", "  law", "\r\n"]
 

@@ -17,7 +17,7 @@ from aoe_jax.model.decoder import Decoder
 from benchmarks.parity import load_there, logits_here, logits_there
 from tests.evaluation.models import make_config, make_model
 from tests.formats.test_writing import EVERYTHING, written
-from tests.runs import scratch, shared, tiny_config
+from tests.runs import tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ragged")]
 
@@ -151,33 +151,23 @@ def test_a_model_from_a_configuration(tmp_path):
     assert scores.mean().item() == pytest.approx(8**0.5, rel=0.1)
 
 
-@shared
-def with_tokenizer(form):
-    """The directory of a model with a tokenizer, whose logits differ clearly."""
-    folder = scratch("huggingface") / form
-    folder.mkdir()
-    model = make_model(make_config(**FORMS[form]))
-    params = jax.tree.map(lambda a: 2 * a if a.ndim > 2 else a, model.params)
-    model.tokenizer.save(folder)
-    directory = folder / "model"
-    directory.mkdir()
-    values = to_json(model.config) | write_tokenizer(folder, directory, 64)
-    write_model(directory, values, *parameters_of(params, {}, "float32"))
-    return directory
-
-
-def test_generation():
+def test_generation(tmp_path):
     """Greedy tokens with a cache are those without, and those of this project."""
     import torch
     import transformers
 
-    directory = with_tokenizer("partial, dense in front")
+    here = make_model(make_config(**FORMS["partial, dense in front"]))
+    params = jax.tree.map(lambda a: 2 * a if a.ndim > 2 else a, here.params)  # clear choices
+    here.tokenizer.save(tmp_path)
+    directory = tmp_path / "model"
+    directory.mkdir()
+    values = to_json(here.config) | write_tokenizer(tmp_path, directory, 64)
+    write_model(directory, values, *parameters_of(params, {}, "float32"))
     model = load_there(directory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     texts = ["the state of the union is", "a cat sat"]
     rows = [tokenizer(text)["input_ids"] for text in texts]
-    here = load_model(directory)
-    ours = Generator(here).generate(rows, 24)
+    ours = Generator(load_model(directory)).generate(rows, 24)
     for row, expected in zip(rows, ours, strict=True):
         settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
         for use_cache in (True, False):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import threading
-import time
 
 import pytest
 from etils import epath
@@ -11,6 +10,7 @@ from etils import epath
 from aoe_jax.errors import Hang, MachineFault
 from aoe_jax.training import heartbeat as heartbeat_module
 from aoe_jax.training.heartbeat import Heartbeat
+from tests.runs import wait_for
 
 
 def content(workdir):
@@ -83,13 +83,6 @@ def ended(monkeypatch):
     return statuses
 
 
-def until(holds):
-    deadline = time.monotonic() + 30
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return holds()
-
-
 @pytest.mark.parametrize("can_report", [True, False])
 def test_a_hang_ends_the_process(tmp_path, ended, capsys, can_report):
     """The process writes where it hangs, if it can. Preparing data and compiling have no limit."""
@@ -101,9 +94,10 @@ def test_a_hang_ends_the_process(tmp_path, ended, capsys, can_report):
         for unlimited in ("preparing", "compiling"):
             looks.clear()
             heartbeat.beat(unlimited, 3)
-            assert until(lambda: len(looks) > 5) and not ended
+            wait_for(None, lambda: len(looks) > 5)
+            assert not ended
         heartbeat.beat("training", 4)
-        assert until(lambda: ended == [Hang.status])
+        wait_for(None, lambda: ended == [Hang.status])
     words = "error: process 0 (training, after step 4) made no progress for "
     assert words in capsys.readouterr().err
     if can_report:
@@ -117,8 +111,9 @@ def test_a_process_that_was_suspended_does_not_hang(tmp_path, ended, monkeypatch
     with Heartbeat(tmp_path, 20.0) as heartbeat:
         wait = heartbeat._ended.wait
         heartbeat._ended.wait = lambda seconds: looks.append(1) or wait(seconds)
-        assert until(lambda: looks)
+        wait_for(None, lambda: looks)
         now[0] += 3600
         looks.clear()
-        assert until(lambda: ended or len(looks) > 3) and not ended
+        wait_for(None, lambda: len(looks) > 3)
+        assert not ended
     assert heartbeat._ended.is_set()  # after the run, nothing ends the process
