@@ -23,10 +23,6 @@ _TOP_P = flags.DEFINE_float(
     "top_p", None, "draw among the likeliest tokens of this total probability", 0.0, 1.0
 )
 _CONTRAST = flags.DEFINE_float("contrast", None, "beta of self-contrast, such as 0.5", 0.0)
-_ALPHA = flags.DEFINE_float(
-    "alpha", 0.1, "with --contrast: least probability relative to the largest", 0.0, 1.0
-)
-_WEAK_RANK = flags.DEFINE_integer("weak_rank", 2, "with --contrast: rank of the weak expert", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the random draws", 0)
 
 
@@ -37,21 +33,16 @@ def main():
     distributed.start()
     import jax
 
-    from aoe_jax.evaluation.contrast import Contrast
     from aoe_jax.evaluation.generation import Sampling, continuations
     from aoe_jax.evaluation.models import load_model
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-    contrast, prompts = None, _PROMPT.value
-    if _CONTRAST.value is None:
-        cli.refuse("belongs to --contrast; set that too", _ALPHA, _WEAK_RANK)
-    else:
-        contrast = Contrast(_CONTRAST.value, _ALPHA.value, _WEAK_RANK.value)
+    prompts = _PROMPT.value
     model = load_model(workdir, _STEP.value, _MESH.value)
     write = sys.stdout.write if jax.process_index() == 0 else lambda text: None
-    settings = {"contrast": contrast, "sampling": sampling, "seed": _SEED.value, "chunk": 8}
+    settings = {"sampling": sampling, "seed": _SEED.value, "chunk": 8}
     shown = 0
-    for texts in continuations(model, prompts, _MAX_TOKENS.value, **settings):
+    for texts in continuations(model, prompts, _MAX_TOKENS.value, _CONTRAST.value, **settings):
         first = prompts[0] + texts[0]  # printed only now, so that log lines come before the prompt
         write(first[shown:])
         sys.stdout.flush()

@@ -14,6 +14,8 @@ compared with.
 Compares any two arms from the `runs.csv` of a report, for example with `DIR=results/small`.
 """
 
+import shlex
+
 from absl import flags
 
 from aoe_jax import cli
@@ -58,7 +60,7 @@ def main():
             measure_suite(suite, workdir, machine, given)
         given += [f"--arms={','.join(_ARMS.value)}"] if _ARMS.value else []
         command = ["python -m aoe_jax.compare", *given, "--workdir=DIR"]
-        print(write_report(suite, workdir, " ".join(command)))
+        print(write_report(suite, workdir, shlex.join(command)))
 
 
 command = cli.command(main)

@@ -74,19 +74,10 @@ def markdown_table(rows):
     return frame.to_markdown(index=False, disable_numparse=True, colalign=alignment)
 
 
-@dataclass(frozen=True)
-class PowerLaw:
-    """`loss = factor * x^-exponent`, fitted to the mean losses of several sizes."""
-
-    factor: float
-    exponent: float
-
-    def __call__(self, x):
-        return self.factor * np.asarray(x, float) ** -self.exponent
-
-
 def fit_power_law(groups):
-    """Fits a `PowerLaw` to `{x: [loss of each seed]}` by least squares in log x and log loss."""
+    """Fits `loss = factor * x^-exponent` to the means of `{x: [loss of each seed]}`, by least
+    squares in log x and log loss. Returns `(factor, exponent)`.
+    """
     means = [np.mean(of_size) for of_size in groups.values()]
     slope, intercept = np.polyfit(np.log(list(groups)), np.log(means), 1)
-    return PowerLaw(float(np.exp(intercept)), -float(slope))
+    return float(np.exp(intercept)), -float(slope)

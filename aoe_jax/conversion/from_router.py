@@ -173,10 +173,15 @@ def _converted(config: Config, d_low, score_neurons, score):
         is_within = score_neurons <= experts.d_ffn
         require_flag(is_within, "score_neurons", score_neurons, f"must be {width}")
         changes = {"score_neurons": score_neurons, "score": score}
+    routing = config.routing
+    if router == "sparsemixer":
+        routing = TopK()
+    elif router == "erc":
+        routing = TopK(routing.norm_topk_prob)
     return dataclasses.replace(
         config,
         experts=dataclasses.replace(experts, kind="aoe", large_router=False, **changes),
-        routing=TopK() if router in ("sparsemixer", "erc") else config.routing,
+        routing=routing,
         balance=dataclasses.replace(config.balance, bias_rate=0.0),  # the router's bias is dropped
         train=dataclasses.replace(config.train, router_steps=0, scoring_rate=1.0),
         mesh=MeshConfig(),

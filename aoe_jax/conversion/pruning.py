@@ -13,9 +13,11 @@ from aoe_jax.conversion.exporting import in_words, write_figures, write_result
 from aoe_jax.conversion.merging import pruned_params
 from aoe_jax.conversion.observations import calibration_batches, evaluation_on, score_moments
 from aoe_jax.evaluation.models import Model, load_model, source_config
+from aoe_jax.formats.loading import is_model
 from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.load_balance import load_entropy
+from aoe_jax.storage.paths import local_copy
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +44,9 @@ def prune(
     (`load_entropy`) and after pruning (`load_entropy_after`), and the `clusters` of experts. Raises
     `UserError` if the model, data or number of experts is not supported.
     """
+    source = local_copy(workdir) if is_model(workdir) else workdir
     with new_directory(output) as directory:
-        model = load_model(workdir, step, mesh)
+        model = load_model(source, step, mesh)
         check_prunes(model, n_experts, workdir)
         train, validation = calibration_batches(model, workdir, data, n_tokens, seed)
         moments = score_moments(model, train)
@@ -66,8 +69,8 @@ def prune(
         nll = {"before": before.nll, "after": after.nll}
         report = {"method": method, "step": model.step, "tokens": moments.tokens}
         report |= {"nll": nll, "layers": layers}
-        config = _pruned(source_config(workdir), n_experts)
-        write_result(directory, workdir, model.step, config, parameters_of(params)[1])
+        config = _pruned(source_config(source), n_experts)
+        write_result(directory, source, model.step, config, parameters_of(params)[1])
         counts = f"{model.config.experts.n_experts} experts of a layer became {n_experts}"
         result = f"{counts} by `{method}`; validation {in_words(nll)}"
         write_figures(directory, workdir, model.step, config, "prune", report, result)

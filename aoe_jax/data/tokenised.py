@@ -60,7 +60,7 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
 
 
 def _open_at_once(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
-    cache, tokenizer = parsed_path(data.cache, "config.data.cache").absolute(), data.tokenizer
+    cache, tokenizer = parsed_path(data.cache, "config.data.cache"), data.tokenizer
     paths = {source.label: _path_of(source, data) for source in data.sources}
     directories = {}
     for source in data.sources:
@@ -93,8 +93,7 @@ def _path_of(source: SourceConfig, data: DataConfig):
     if source.path is None:
         return None
     field = "name" if data.path is None else "path"
-    path = parsed_path(source.path, f"config.data.{field}", in_store=source.name == "prepared")
-    return path if is_remote(path) else path.absolute()
+    return parsed_path(source.path, f"config.data.{field}", in_store=source.name == "prepared")
 
 
 def _identity(manifest: dict) -> str:

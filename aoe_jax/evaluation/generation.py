@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from aoe_jax.data.tokenizer import load_tokenizer
 from aoe_jax.errors import UserError, naming
-from aoe_jax.evaluation.contrast import Contrast, contrasted, weak_pass
+from aoe_jax.evaluation.contrast import contrasted, weak_pass
 from aoe_jax.evaluation.models import Model, multiple
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.model.decoding import Cache, check_decodes, extend, output_logits, prefill, unstacked
@@ -57,13 +57,13 @@ class _State(NamedTuple):
 class Generator:
     """Continues prompts with tokens that a model generates."""
 
-    def __init__(self, model: Model, contrast: Contrast | None = None):
+    def __init__(self, model: Model, contrast: float | None = None):
         """Raises `UserError` if the model does not support incremental decoding or `contrast`."""
         check_decodes(model.decoder)
         self._model = model
         decoders = (model.decoder,)
         if contrast is not None:
-            decoders += (weak_pass(model.decoder, contrast.weak_rank),)
+            decoders += (weak_pass(model.decoder),)
         self._begin = jax.jit(partial(_begin, decoders, contrast), static_argnames="places")
         self._decode = jax.jit(
             partial(_decode, decoders, contrast, model.ends),

@@ -31,7 +31,7 @@ from aoe_jax.formats.tokenizer_files import read_prefix
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.model.decoding import unstacked
 from aoe_jax.storage.config_files import read_run_config
-from aoe_jax.storage.paths import is_remote, local_copy
+from aoe_jax.storage.paths import local_copy
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.run_folder import check_data
 from aoe_jax.training.step import train_step_on
@@ -102,7 +102,7 @@ def load_model(directory: Path, step="newest", mesh=None):
     the model or the step does not exist or cannot be read, or if `mesh` does not fit, and
     `DivergedError` if a parameter is not finite.
     """
-    if is_remote(directory) and loading.is_model(directory):
+    if loading.is_model(directory):
         directory = local_copy(directory)
     config = on_devices_here(source_config(directory), mesh_axes(mesh))
     devices, has_run = sharding.make_mesh(config, jax.devices()), not loading.is_model(directory)

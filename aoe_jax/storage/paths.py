@@ -23,7 +23,7 @@ STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme of a path -> package for this k
 FILE_BYTES = 2**27  # size limit of a tokenizer's file; the largest on the hub have 35 MB
 
 # Commands write these reports into a model's directory. New reports cause no new local copy.
-_REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "probe.json"}
+REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "probe.json"}
 
 for _scheme in STORES:  # fsspec's cached listings would miss new files of other hosts
     fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
@@ -182,7 +182,7 @@ def remove_folder(folder):
 
 def local_copy(folder, cache="~/.cache/aoe_jax"):
     """Returns `folder` if it is on a disk, else a copy of it in `cache`. A new copy is made if a
-    file of the folder, other than `_REPORTS`, has changed since the last copy.
+    file of the folder, other than `REPORTS`, has changed since the last copy.
     """
     if not is_remote(folder):
         return folder
@@ -196,7 +196,7 @@ def local_copy(folder, cache="~/.cache/aoe_jax"):
     for name, part in parts.items():
         if part.startswith("/") or ".." in part.split("/"):
             raise UserError(f"{folder} has an object {name!r}, whose copy would be elsewhere")
-    state = [(name, _of_store(file)) for name, file in files if Path(name).name not in _REPORTS]
+    state = [(name, _of_store(file)) for name, file in files if Path(name).name not in REPORTS]
     key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     target = Path(cache).expanduser() / "copies" / f"{folder.name}-{key}"
     target.parent.mkdir(parents=True, exist_ok=True)

