@@ -24,7 +24,7 @@ $(INSTALLED): $(PACKAGE)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-$(LIBTPU): $(INSTALLED)
+$(LIBTPU): $(PACKAGE)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ 'libtpu>=0.0.42,<0.0.53'
 	touch $@
 

@@ -32,7 +32,7 @@ flags.DEFINE_float(
 flags.DEFINE_bool("help", False, "show this help", short_name="h")
 flags.disclaim_key_flags()  # flags that functions below define belong to the calling module
 
-# Package -> extra of `pip install 'aoe_jax[EXTRA]'` that brings it.
+# Package -> extra of `pip install '.[EXTRA]'` that brings it.
 _EXTRAS = {"wandb": "wandb", "gcsfs": "gs", "s3fs": "s3", "ray": "ray", "sklearn": "prune"}
 _EXTRAS |= {"lm_eval": "eval", "datasets": "huggingface"}
 _NO_CONFIG = "--config is missing; name a Python file with get_config(), or aoe_jax:tiny"
@@ -237,7 +237,7 @@ def _end_of(error):
         return _BROKEN_PIPE, "error: nobody reads the output any more", False
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and package in _EXTRAS:
-        wanted = f"pip install 'aoe_jax[{_EXTRAS[package]}]'"
+        wanted = f"pip install '.[{_EXTRAS[package]}]'"
         return UserError.status, f"error: the package {package} is missing; {wanted}", False
     status, reason = retry.status_of(error), retry.reason(error)
     line = (str(error).strip().splitlines() or [""])[0][:300]

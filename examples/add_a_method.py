@@ -2,7 +2,7 @@
 
     python examples/add_a_method.py
 
-docs/start_method.md explains this example, and how `train.py` can use the method.
+docs/start_method.md explains such a class, and how `train.py` can use it.
 """
 
 from dataclasses import dataclass

@@ -76,7 +76,7 @@ ENDS = {  # name -> exception, exit status, last line on stderr, has a traceback
     ),
     "an extra that is not installed": (
         ModuleNotFoundError("No module named 's3fs.core'", name="s3fs.core"),
-        *(2, "error: the package s3fs is missing; pip install 'aoe_jax[s3]'", False, False),
+        *(2, "error: the package s3fs is missing; pip install '.[s3]'", False, False),
     ),
     "a pipe": (BrokenPipeError(), 141, "error: nobody reads the output", False, False),
     "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted", False, False),

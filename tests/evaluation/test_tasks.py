@@ -183,5 +183,5 @@ def test_a_bad_file_of_results(data, tmp_path):
 def test_without_lm_eval():
     status, _, stderr = evaluate("nowhere", "--tasks=piqa", hidden="lm_eval")
     assert status == 2
-    wanted = "error: the package lm_eval is missing; pip install 'aoe_jax[eval]'"
+    wanted = "error: the package lm_eval is missing; pip install '.[eval]'"
     assert stderr.splitlines()[-1] == wanted

@@ -155,7 +155,7 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     status, _, stderr = execute([*train_command(tmp_path / "run"), "--wandb=mine"])
     assert status == 2
-    assert stderr == "error: the package wandb is missing; pip install 'aoe_jax[wandb]'\n"
+    assert stderr == "error: the package wandb is missing; pip install '.[wandb]'\n"
     assert not (tmp_path / "run").exists()
 
 
