@@ -46,7 +46,7 @@ def _value(text, kinds):
         return None
     if str in kinds:
         return text
-    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+    with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
     return text
 

@@ -48,7 +48,8 @@ class _Experts(nnx.Module):
         if x.shape[-1] != self.d_model:
             raise ValueError(f"x has the shape {x.shape}: its last axis must be {self.d_model}")
         params = nnx.to_pure_dict(nnx.state(self, nnx.Param))
-        keys = {"experts": rngs.experts()} if rngs else None
+        has_stream = rngs is not None and ("experts" in rngs or "default" in rngs)
+        keys = {"experts": rngs.experts()} if has_stream else None
         return self.layer.apply({"params": params}, x, token_weights, training, rngs=keys)
 
 

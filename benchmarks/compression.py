@@ -30,6 +30,8 @@ def main():
     workdir = cli.path_of(_WORKDIR)
     data = read_run_config(workdir / "config.json").data
     evaluation = read_json(workdir / "eval.json")
+    wanted = "was evaluated with --data last; run eval.py without it"
+    require_flag(evaluation["data"] is None, "workdir", workdir, wanted)
     source = data.sources[0]
     is_text = len(data.sources) == 1 and source.name != "prepared"
     wanted = f"was trained on data.name={data.name!r}; name a run trained on the text of one corpus"

@@ -128,6 +128,8 @@ def main():
     runs = runs[runs["state"] == "finished"]
     page = (folder / "README.md").read_text()
     for size, of_size in runs.groupby("size", sort=False):
+        if of_size["arm"].value_counts().max() < 2:  # no entry has an interval
+            continue
         entries = entries_of(of_size, labels)
         entries.to_csv(folder / f"entries_{size}.csv", index=False)
         save(picture(entries), folder / f"figures/entries_{size}.png")

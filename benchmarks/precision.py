@@ -39,7 +39,8 @@ def main():
     folder = cli.path_of(_WORKDIR)
     model = load_model(folder)
     experts = model.config.experts
-    require_flag(experts.kind != "dense", "workdir", folder, "is dense; name a model with experts")
+    wanted = f"has experts.kind={experts.kind!r}; name an AoE or an MoE with a router"
+    require_flag(experts.kind == "aoe" or experts.has_router, "workdir", folder, wanted)
     by_layer = model.params["layers"]["experts"]
     batches = first_batches(model, corpus_of(model, folder).validation.values(), _TOKENS.value)
     inputs = np.concatenate([x for *_, x in observations(model, batches, True)], axis=1)

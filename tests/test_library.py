@@ -223,6 +223,7 @@ def test_nnx_draws_random_numbers():
     rngs = nnx.Rngs(1)
     first, second = (layer(X, None, True, rngs=rngs)[0] for _ in range(2))
     assert (first != second).any()
+    aoe_nnx.MoE(D, rngs=nnx.Rngs(0), **SIZES)(X, rngs=nnx.Rngs(dropout=1))  # draws nothing
 
 
 def mesh_of(shape, types=AxisType.Auto):

@@ -89,7 +89,8 @@ class DataConfig(Group):
         if self.path is not None:
             sources = [dataclasses.replace(sources[0], path=self.path)]
         labels = [
-            os.path.basename(s.path) if s.name in _FOLDERS and s.path else s.name for s in sources
+            os.path.basename(s.path.rstrip("/")) if s.name in _FOLDERS and s.path else s.name
+            for s in sources
         ]
         if len(set(labels)) < len(labels):
             labels = [f"{number}-{label}" for number, label in enumerate(labels, 1)]

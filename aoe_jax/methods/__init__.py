@@ -5,13 +5,14 @@ A method is a frozen dataclass that inherits from `Method` (`moe/routing.py`). A
 (y, LayerStats)`. A run uses one method, `config.routing`. `find_method` imports its class.
 """
 
+import os
 import sys
 from dataclasses import MISSING, fields
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-from aoe_jax.config.checks import did_you_mean, require, require_choice
+from aoe_jax.config.checks import absolute_path, did_you_mean, require, require_choice
 from aoe_jax.errors import running
 from aoe_jax.moe.routing import Method
 
@@ -36,6 +37,7 @@ LAYERS = {
     "smear": "aoe_jax.methods.smear:Smear",
     "thor": "aoe_jax.methods.thor:Thor",
 }
+_PACKAGE = Path(__file__).parents[1]
 _OF_FILES = {}  # the classes that were read from files, by name
 
 
@@ -60,8 +62,10 @@ def is_in_file(name):
 
 def _method_of_file(name):
     path, _, class_name = name.rpartition(":")
-    file = Path(path).expanduser().absolute()
-    require(file.is_file(), "routing.name", name, f"there is no file {file}")
+    file = absolute_path(path)
+    if not os.path.isfile(file) and os.path.isfile(of_package := _PACKAGE / path):
+        file = of_package  # such as configs/compare/scores.py outside the repository
+    require(os.path.isfile(file), "routing.name", name, f"there is no file {file}")
     # A dataclass looks its module up, so the module needs a name that no other module has.
     spec = spec_from_file_location(str(file), file)
     module = sys.modules[spec.name] = module_from_spec(spec)

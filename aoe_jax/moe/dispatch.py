@@ -43,10 +43,12 @@ def sort_slots(expert, n_experts):
     return slot, row, jnp.sum(expert[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
 
 
-def lay_out(routing, n_experts, all_used=False, backend="auto"):
-    """Computes the `Rows` of a `Routing` for a backend; `all_used`: every slot has an expert."""
+def lay_out(routing, n_experts, all_used=False, backend="auto", dtype="float32"):
+    """Computes the `Rows` of a `Routing` for a backend and the dtype of the rows; `all_used`: every
+    slot has an expert.
+    """
     slot, row, group_sizes = sort_slots(routing.expert, n_experts)
-    layout = row_layout(group_sizes, slot.shape[0], backend)
+    layout = row_layout(group_sizes, slot.shape[0], backend, dtype)
     if layout is None:
         groups = WholeGroups(group_sizes) if all_used else group_sizes
         return Rows(slot, row, routing.token[slot], groups)
@@ -70,13 +72,11 @@ class Local:
         scatter                  transpose of `gather`: sends summed outputs to the tokens' devices
     """
 
-    def __init__(self, devices, n_experts, slots_per_token, all_used=False, backend="auto"):
-        """`slots_per_token` is that of each `Routing`. `all_used` says that every slot has an
-        expert, because each token has K experts.
-        """
+    def __init__(self, devices, n_experts, slots_per_token, **laid_out):
+        """`slots_per_token` is that of each `Routing`; `laid_out` are arguments of `lay_out`."""
         self.devices, self.n_experts = devices, n_experts
         self.slots_per_token = slots_per_token
-        self.lay_out = partial(lay_out, n_experts=n_experts, all_used=all_used, backend=backend)
+        self.lay_out = partial(lay_out, n_experts=n_experts, **laid_out)
 
     def gather(self, x):
         return self.devices.gather(x, "tensor")

@@ -141,16 +141,17 @@ def is_local(devices, fixed_k):
     return devices.total_size == 1 or (devices.size("expert") == 1 and fixed_k)
 
 
-def make_transport(devices, routing, experts, method, n_tokens):
-    """The transport of a layer for the `Routing` of this device's `n_tokens` tokens."""
+def make_transport(devices, routing, experts, method, x):
+    """The transport of a layer for the `Routing` of this device's tokens `x [T, d]`."""
     choice = method.choice(experts)
     per_token = (choice.per_token or experts.top_k) if choice else 1
     arguments = devices, experts.n_experts, routing.slots_per_token
     if is_local(devices, routing.slots_per_token == per_token):
-        return Local(*arguments, bool(choice and choice.is_fixed), experts.grouped_matmul)
+        all_used, backend = bool(choice and choice.is_fixed), experts.grouped_matmul
+        return Local(*arguments, all_used=all_used, backend=backend, dtype=x.dtype)
     from aoe_jax.moe.transports import TRANSPORTS  # needed on meshes only
 
-    share = n_tokens * devices.size("tensor") * per_token
+    share = x.shape[0] * devices.size("tensor") * per_token
     return TRANSPORTS[devices.transport](*arguments, share)
 
 
@@ -161,7 +162,7 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
     """
     devices, declared = ctx.devices, layer.parameters
     with jax.named_scope("schedule"):
-        transport = make_transport(devices, routing, layer.experts, layer.router, x.shape[0])
+        transport = make_transport(devices, routing, layer.experts, layer.router, x)
         routing = transport.gather_routing(routing)
         schedule = transport.schedule(routing)
     backend = layer.experts.grouped_matmul

@@ -126,7 +126,7 @@ class Hash(FixedK):
         return 0.0
 
     def __call__(self, scores, weights, ctx):
-        expert = best_experts(scores, ctx.top_k)
+        expert = best_experts(scores, ctx.top_k, ctx.state.get("selection_bias"))
         return by_token(expert, jnp.full(expert.shape, 1 / ctx.top_k, scores.dtype))
 
 
@@ -137,7 +137,8 @@ class HashChoice(FixedK):
     norm_topk_prob = True
 
     def __call__(self, scores, weights, ctx):
-        expert = best_experts(_hashes(self, None, weights, ctx), ctx.top_k)
+        hashes = _hashes(self, None, weights, ctx)
+        expert = best_experts(hashes, ctx.top_k, ctx.state.get("selection_bias"))
         return by_token(expert, jax.nn.softmax(jnp.take_along_axis(scores, expert, axis=1)))
 
 

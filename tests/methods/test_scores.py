@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from aoe_jax import methods
 from aoe_jax.methods import find_method
 from aoe_jax.moe.routing import Hooks, TopK
 from tests.arrays import normal
@@ -17,6 +18,12 @@ pytestmark = pytest.mark.usefixtures("x64", "ragged")
 
 def method(name, **settings):
     return find_method(f"configs/compare/scores.py:{name}")(**settings)
+
+
+def test_the_file_is_found_outside_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(methods, "_OF_FILES", {})
+    assert method("Centred").decay == 0.99
 
 
 def top_two(scores):

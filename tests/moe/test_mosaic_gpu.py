@@ -96,6 +96,7 @@ def test_hopper_says_when_it_is_slower(caplog):
     assert _that_takes("mosaic_gpu", "float32") == "blocked"
     assert "float32: use bfloat16" in caplog.text
     assert "backend 'blocked', which is slower" in caplog.text
+    assert _that_takes("megablox", "float16") == "blocked"
 
 
 # Older versions of JAX have no public interpreter.

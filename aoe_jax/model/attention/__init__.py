@@ -3,7 +3,7 @@
     blocks     plain JAX, for all platforms
     splash     JAX's Pallas kernels for TPU; interpreted on CPU
     cudnn      cuDNN, for NVIDIA GPUs from Ampere on
-    reference  computes the whole matrix of scores; for tests
+    reference  computes the whole matrix of scores; for tests and the doctor
 
 `aoe_jax/moe/__init__.py` lists the letters in shapes.
 """

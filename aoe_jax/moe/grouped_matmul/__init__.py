@@ -104,12 +104,12 @@ def backend_for(device, dtype, m, n_experts):
     return backend
 
 
-def row_layout(group_sizes, m, backend):
+def row_layout(group_sizes, m, backend, dtype):
     """The `RowLayout` that a backend or `"auto"` needs for m rows; None: rows in expert order."""
     if m < group_sizes.shape[0]:  # "auto" selects rowwise
         return None
     if backend == "auto":
-        backend = _default_backend(target_device())
+        backend = _that_takes(_default_backend(target_device()), dtype)
     return blocked_row_layout(group_sizes, m) if backend == "blocked" else None
 
 
@@ -132,11 +132,9 @@ def _is_hopper(device):
 @lru_cache
 def _that_takes(backend, dtype):
     """`backend`, or "blocked", with a warning, if `backend` does not support the dtype."""
-    if backend == "mosaic_gpu":
-        from aoe_jax.moe.grouped_matmul import mosaic_gpu
-
+    if backend in ("megablox", "mosaic_gpu"):
         try:
-            mosaic_gpu.check(dtype)
+            import_module(f"{__name__}.{backend}").check(dtype)
         except UserError as error:
             log.warning(f"{error}. This run uses backend 'blocked', which is slower")
             return "blocked"

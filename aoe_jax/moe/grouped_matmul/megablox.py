@@ -39,11 +39,16 @@ def megablox_matmul(rows, weights, groups):
     M, D, F and E are arbitrary. Rows are padded to whole tiles if no tile of at least `MIN_ROWS`
     divides M. Raises `UserError` for a dtype other than bfloat16 and float32.
     """
-    if rows.dtype not in DTYPES:
-        raise UserError(
-            f"grouped_matmul backend='megablox' with {rows.dtype}: use {' or '.join(DTYPES)}"
-        )
+    check(rows.dtype)
     return _megablox(rows, weights, groups)
+
+
+def check(dtype):
+    """Raises `UserError` unless `dtype` is bfloat16 or float32."""
+    if dtype not in DTYPES:
+        raise UserError(
+            f"grouped_matmul backend='megablox' with {dtype}: use {' or '.join(DTYPES)}"
+        )
 
 
 def row_tile(m, n_experts):
