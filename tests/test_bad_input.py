@@ -45,6 +45,7 @@ def with_file(name, text):
 GIVEN = [
     ("--config.routing.name=top_p --config.routing.q=1", "routing.q is unknown", "known are p"),
     ("--config.model.n_kv_heads=half", "must be of type int or None"),
+    ("--config.model.n_kv_heads={{[]:1}}", "must be of type int or None"),
     ("--config.train.stepz=3", "train.stepz is unknown", "batch_size", "; did you mean steps?"),
     ("--config.routing.name=sparsemixer", "name='sparsemixer': can be used but not trained"),
     ("--config.routing.name=top_p --config.routing.p=high", "routing.p='high'", "of type float"),

@@ -59,7 +59,7 @@ def main():
             train_suite(suite, workdir, machine)
             measure_suite(suite, workdir, machine, given)
         given += [f"--arms={','.join(_ARMS.value)}"] if _ARMS.value else []
-        command = ["python -m aoe_jax.compare", *given, "--workdir=DIR"]
+        command = ["python", "-m", "aoe_jax.compare", *given, "--workdir=DIR"]
         print(write_report(suite, workdir, shlex.join(command)))
 
 

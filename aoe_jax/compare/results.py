@@ -187,7 +187,8 @@ class Results:
         return found
 
     def scaling(self, scale):
-        """Fits a power law over sizes for each arm: `{arm: ({x: [nll of each seed]}, fit)}`.
+        """Fits a power law over sizes for each arm: `{arm: ({x: [nll of each seed]},
+        (factor, exponent))}`.
 
         x is the column `scale`, a key of SCALES. An arm needs two or more sizes, all with different
         x. The result is empty if sizes differ in data, n_experts or top_k, or have equal FLOPs.

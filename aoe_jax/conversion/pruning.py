@@ -44,8 +44,8 @@ def prune(
     (`load_entropy`) and after pruning (`load_entropy_after`), and the `clusters` of experts. Raises
     `UserError` if the model, data or number of experts is not supported.
     """
-    source = local_copy(workdir) if is_model(workdir) else workdir
     with new_directory(output) as directory:
+        source = local_copy(workdir) if is_model(workdir) else workdir
         model = load_model(source, step, mesh)
         check_prunes(model, n_experts, workdir)
         train, validation = calibration_batches(model, workdir, data, n_tokens, seed)

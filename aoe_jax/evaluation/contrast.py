@@ -9,7 +9,7 @@ with its own key-value cache:
     z = (1 + beta) z_strong - beta z_weak   where z_strong >= log(0.1) + max z_strong, else -inf
 
 The next token has the largest z, or is drawn from softmax(z). The paper takes beta from 0.1, 0.3,
-0.5, 0.7 and 0.9, the best value for each task; the two constants are the paper's.
+0.5, 0.7 and 0.9, the best value for each task; rank 2 and the factor 0.1 are the paper's.
 
 This implementation ranks experts by the model's own scores (router logits or AoE's norms, plus the
 bias of loss-free balancing), and applies temperature, top-k and top-p to z. Ranks start at 1, as in

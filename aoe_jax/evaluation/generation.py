@@ -58,7 +58,9 @@ class Generator:
     """Continues prompts with tokens that a model generates."""
 
     def __init__(self, model: Model, contrast: float | None = None):
-        """Raises `UserError` if the model does not support incremental decoding or `contrast`."""
+        """`contrast` is beta of self-contrast; None turns it off. Raises `UserError` if the model
+        does not support incremental decoding or self-contrast.
+        """
         check_decodes(model.decoder)
         self._model = model
         decoders = (model.decoder,)

@@ -43,7 +43,8 @@ _OF_FILES = {}  # the classes that were read from files, by name
 
 def find_method(name: str):
     """Returns the class of a router or layer. `name` is a key of `ROUTERS` or `LAYERS`, or
-    `FILE.py:CLASS` for a router in the user's own file. Raises `UserError`.
+    `FILE.py:CLASS` for a router in a Python file. A relative path that does not exist here is one
+    in the package. Raises `UserError`.
     """
     known = ROUTERS | LAYERS
     if is_in_file(name):
@@ -56,7 +57,7 @@ def find_method(name: str):
 
 
 def is_in_file(name):
-    """Whether a name means a class in the user's own file."""
+    """Whether a name means a class in a Python file."""
     return isinstance(name, str) and ".py:" in name
 
 

@@ -45,7 +45,7 @@ def sort_slots(expert, n_experts):
 
 def lay_out(routing, n_experts, all_used=False, backend="auto", dtype="float32"):
     """Computes the `Rows` of a `Routing` for a backend and the dtype of the rows; `all_used`: every
-    slot has an expert.
+    slot has an expert, because each token has K.
     """
     slot, row, group_sizes = sort_slots(routing.expert, n_experts)
     layout = row_layout(group_sizes, slot.shape[0], backend, dtype)
@@ -72,11 +72,11 @@ class Local:
         scatter                  transpose of `gather`: sends summed outputs to the tokens' devices
     """
 
-    def __init__(self, devices, n_experts, slots_per_token, **laid_out):
-        """`slots_per_token` is that of each `Routing`; `laid_out` are arguments of `lay_out`."""
+    def __init__(self, devices, n_experts, slots_per_token, **layout):
+        """`slots_per_token` is that of each `Routing`; `layout` has arguments of `lay_out`."""
         self.devices, self.n_experts = devices, n_experts
         self.slots_per_token = slots_per_token
-        self.lay_out = partial(lay_out, n_experts=n_experts, **laid_out)
+        self.lay_out = partial(lay_out, n_experts=n_experts, **layout)
 
     def gather(self, x):
         return self.devices.gather(x, "tensor")

@@ -117,12 +117,20 @@ ARMS = {
     **scores("MPI", "MPI"),
     **scores("Centred", "centred scores"),
     **scores("DefaultVectors", "default vectors"),
+    **scores("Tempered", "temperature 0.5"),
     "self_routing": scores("SelfRouting", "Self-Routing")["moe_selfrouting"],
     "hash": scores("Hash", "hash of the token")["moe_hash"],
     "moe_hash_choice": hash_choice(moe("none"), "logits", "MoE"),
     "whole_hash_choice": hash_choice(whole_aoe(16, "none"), "whole", "AoE of whole gates"),
 }
-LEADING = ("moe", "frozen", "whole_sequence_balance", "whole_quantile", "whole_one")
+LEADING = (
+    "moe",
+    "frozen",
+    "whole_sequence_balance",
+    "whole_quantile",
+    "whole_one",
+    "whole_tempered",
+)
 # Their first seeds are about 0.1 or more behind, so a few seeds are enough.
 FAR_BEHIND = (
     "published_adamw",

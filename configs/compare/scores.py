@@ -104,6 +104,20 @@ class Centred(FixedK):
         return {"mean": mean}, {}
 
 
+@dataclass(frozen=True)
+class Tempered(FixedK):
+    """Weights are the softmax of `s / temperature` over the chosen experts; balance losses use the
+    scores `s`. Norms differ less than a router's logits, and a temperature below 1 makes up for it.
+    """
+
+    temperature: float = setting(0.5, above=0)
+
+    def __call__(self, scores, weights, ctx):
+        expert = best_experts(scores, ctx.top_k, ctx.state.get("selection_bias"))
+        chosen = jnp.take_along_axis(scores, expert, axis=1)
+        return by_token(expert, jax.nn.softmax(chosen / self.temperature))
+
+
 def _hashes(method, x, weights, ctx):
     """Uniform random numbers that the token's id and the layer determine."""
     if ctx.token_ids is None:
@@ -117,7 +131,7 @@ def _hashes(method, x, weights, ctx):
 @dataclass(frozen=True)
 class Hash(FixedK):
     """Hash layers (arXiv 2106.04426): each token of the vocabulary has K fixed random experts in
-    each layer, all with weight 1 / K. The router is never used.
+    each layer, all with weight 1 / K; only a loss-free bias changes them. The router is never used.
     """
 
     hooks = Hooks(scores=_hashes)

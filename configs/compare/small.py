@@ -1,10 +1,10 @@
 """Compares AoE, MoE and dense at three sizes, in 8 core-hours: `--suite=configs/compare/small.py`.
 
-The MoE and AoE arms have 42k, 149k and 418k active parameters without embeddings. Every size is
-trained on 20 tokens per active parameter: 0.22, 0.8 and 2.2 epochs of the embedded corpus. The
-dense arm has the same total parameters (3.2 times as many active ones) and the same tokens. Each
-arm has its best learning rate (`rates.py`) at the smallest size; at larger sizes this rate is
-scaled by 1 / d_model. Only the smallest size has the two arms without balancing.
+The MoE and AoE arms have 42k, 149k and 418k active parameters without embeddings; the last size is
+called "419k". Every size is trained on 20 tokens per active parameter: 0.22, 0.8 and 2.2 epochs of
+the embedded corpus. The dense arm has the same total parameters (3.2 times as many active ones) and
+the same tokens. Each arm has its best learning rate (`rates.py`) at the smallest size; at larger
+sizes this rate is scaled by 1 / d_model. Only the smallest size has the two arms without balancing.
 """
 
 from aoe_jax.compare.suite import Size, Suite

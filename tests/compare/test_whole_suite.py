@@ -185,6 +185,7 @@ def test_the_sweep_measures_missing_points():
         "## Throughput against settings",
         f"{ratio:.2f} / {memory:.2f} |",
         "figures/throughput_tokens.png",
+        "\npython -m aoe_jax.compare --suite=",
     ):
         assert words in markdown
 

@@ -109,3 +109,4 @@ def test_paths_of_data():
     assert DataConfig(tokenizer="gs://a/b.json").tokenizer == "gs://a/b.json"
     assert DataConfig("text", path="/a/b").sources == DataConfig("text@/a/b").sources
     assert DataConfig("text@/a/b=1").name_without_paths == "text=1"
+    assert DataConfig("prepared@gs://b/c4/").sources[0].label == "c4"

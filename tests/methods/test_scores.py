@@ -100,6 +100,11 @@ def test_scores_of_a_method_have_gradients_in_aoe():
     assert_agree(layer, params, x, lambda p, x: by_loops(p, x, top_two(x[:, :5])))
 
 
+def test_a_temperature_divides_the_scores_in_the_weights():
+    layer, params, x = make("aoe", method("Tempered", temperature=0.5))
+    assert_agree(layer, params, x, lambda p, x: by_loops(p, x, top_two(2 * scores_of(p, x))))
+
+
 def test_default_vectors():
     layer, params, x = make("aoe", method("DefaultVectors"))
 

@@ -8,8 +8,10 @@ import pytest
 from numpy.testing import assert_allclose
 
 from aoe_jax.moe import dispatch as module
+from aoe_jax.moe import grouped_matmul
 from aoe_jax.moe.collectives import Devices
 from aoe_jax.moe.dispatch import Local, lay_out
+from aoe_jax.moe.grouped_matmul import RowLayout
 from aoe_jax.moe.routing import top_k
 from tests.arrays import normal
 from tests.moe.contexts import expert_choice, top_p
@@ -31,6 +33,13 @@ def rows(request, routing, monkeypatch):
     if request.param == "in expert order":
         monkeypatch.setattr(module, "row_layout", lambda *args: None)
     return lay_out(routing, 5, all_used=bool((routing.expert < 5).all()))
+
+
+def test_the_layout_is_that_of_the_backend_for_the_dtype(monkeypatch):
+    monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "mosaic_gpu")
+    routing = ROUTERS["top_k"](normal(0, (30, 5)))
+    of_dtype = {dtype: lay_out(routing, 5, dtype=dtype).groups for dtype in ("bfloat16", "float32")}
+    assert [isinstance(g, RowLayout) for g in of_dtype.values()] == [False, True]
 
 
 def test_round_trip_and_gradients(routing, rows):

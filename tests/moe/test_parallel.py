@@ -205,7 +205,9 @@ def test_all_tokens_choose_the_experts_of_one_device(kind, shape, transport):
     assert float(want[1][1].load[0]) == 1
     devices, rows = parallel.Devices(shape, transport), B * S
     experts = ExpertsConfig(n_experts=8, top_k=1)
-    buffer = make_transport(devices, routing_of_slots(1), experts, TopK(), B * S // 8)
+    buffer = make_transport(
+        devices, routing_of_slots(1), experts, TopK(), jnp.zeros((B * S // 8, D))
+    )
     assert rows > 1.9 * buffer.size
     assert_close(on_mesh(shape, layer, params, x, weights, bias), want, 1e-10)
 

@@ -53,6 +53,8 @@ def record(workdir, step):
     (workdir / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": 1.0}) + "\n")
     (workdir / "heartbeat.json").write_text(json.dumps({"saved": step, "status": "finished"}))
     (workdir / "summary.json").write_text(json.dumps({"metrics": {"step": step}}))
+    for name in ("tasks.json", "text.png", "probe.json", "routing.json"):
+        (workdir / name).touch()
 
 
 def make_checkpoints(workdir, *steps):
