@@ -107,7 +107,7 @@ class Centred(FixedK):
 @dataclass(frozen=True)
 class Tempered(FixedK):
     """Weights are the softmax of `s / temperature` over the chosen experts; balance losses use the
-    scores `s`. Norms differ less than a router's logits, and a temperature below 1 makes up for it.
+    scores `s`. The method is this project's.
     """
 
     temperature: float = setting(0.5, above=0)

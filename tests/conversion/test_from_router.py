@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from aoe_jax.conversion.from_router import convert, convert_summary
+from aoe_jax.conversion.from_router import _converted, convert, convert_summary
 from aoe_jax.conversion.scoring_neurons import agreement, telling_neurons
 from aoe_jax.errors import UserError
 from aoe_jax.formats.loading import read_config
@@ -109,6 +109,12 @@ def test_the_neuron_of_the_router_is_found(tmp_path):
         found, w_gate = (p["layers"]["experts"]["w_gate"][layer, expert] for p in (after, before))
         np.testing.assert_array_equal(found[:, 0], w_gate[:, FINDABLE[expert]])
     assert (report["score_neurons"], report["score"]) == (1, "max")
+
+
+def test_weights_stay_those_of_the_router():
+    """ERC's weights are those of top-k, also over all scores."""
+    changes = {"experts__kind": "router", "routing__name": "erc", "routing__norm_topk_prob": False}
+    assert _converted(tiny_config(**changes), 8, None, None).routing == TopK(False)
 
 
 @pytest.mark.slow
