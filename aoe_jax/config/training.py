@@ -28,7 +28,8 @@ class TrainConfig(Group):
     # Linear warm-up of the learning rate, as a fraction of the steps.
     warmup: float = setting(0.1, at_least=0, below=1)
     decay: float = setting(0.2, above=0, below=1)  # of "wsd", as a fraction of the steps
-    final_learning_rate: float = setting(3e-4, at_least=0, at_most="learning_rate")
+    # Of "cosine" and "wsd"; at most `learning_rate`.
+    final_learning_rate: float = setting(3e-4, at_least=0)
     # Factor of the learning rate, and so of the weight decay, for the matrices that compute scores:
     # a router, AoE's W_gate_down, or the scoring columns of whole gates.
     scoring_rate: float = setting(1.0, at_least=0)
@@ -73,6 +74,9 @@ class TrainConfig(Group):
 
     def check(self, config):
         kind, has_router = config.experts.kind, config.experts.has_router
+        if self.schedule != "constant" and self.final_learning_rate > self.learning_rate:
+            wanted = f"must be at most train.learning_rate={self.learning_rate}"
+            self.refuse("final_learning_rate", wanted)
         tokens = self.batch_size // self.accumulate * config.data.seq_len
         if tokens >= 2**31:
             why = f"makes micro-batches of {tokens} tokens; they must be fewer than 2**31"

@@ -148,7 +148,7 @@ def _text_folder(path: str | None) -> Corpus:
             text = read_text(root / name, f"data.path={path!r}: {root / name}", DOCUMENT_BYTES)
             is_same = hashlib.sha256(text.encode()).hexdigest() == hashes[name]
             require(is_same, "data.path", path, f"{root / name} has just changed; start again")
-            yield text
+            yield text.removeprefix("\ufeff")  # a byte order mark
 
     return Corpus("text", digest.hexdigest(), documents)
 

@@ -52,14 +52,16 @@ def read_config(name: str) -> dict:
         file = Path(fsspec.open_local(f"simplecache::{file}", simplecache={"same_names": True}))
     if file.suffix == ".json" and not variant:
         return read_run_config(file).to_dict()
-    config = call_in_file(f"--config={name}", file, "get_config", *filter(None, [variant]))
+    flag = f"--config={name}"
+    config = call_in_file(flag, file, "get_config", *filter(None, [variant]))
     wanted = "start from default_config()"
     if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={name}: get_config() must return a ConfigDict; {wanted}")
+        raise UserError(f"{flag}: get_config() must return a ConfigDict; {wanted}")
     for group, values in config.items():
         is_group = isinstance(values, ConfigDict)
         require(is_group, group, values, f"must be a group of fields; {wanted}")
-    return config.to_dict()
+    with running(flag, file, "get_config()"):
+        return config.to_dict()
 
 
 def shipped(flag, name, folder=""):

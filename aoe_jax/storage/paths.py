@@ -7,7 +7,6 @@ import itertools
 import os
 import re
 import shutil
-import tempfile
 from glob import has_magic
 from pathlib import Path
 
@@ -202,13 +201,14 @@ def local_copy(folder, cache="~/.cache/aoe_jax"):
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.with_name(f".{target.name}.lock")):
         if not target.exists():
-            with tempfile.TemporaryDirectory(dir=target.parent) as new:
-                for name, part in parts.items():
-                    if not name.endswith("/"):
-                        copy = Path(new, "whole", part)
-                        copy.parent.mkdir(parents=True, exist_ok=True)
-                        patiently(what, functools.partial(store.get_file, name, str(copy)))
-                os.replace(f"{new}/whole", target)
+            new = target.with_name(f".{target.name}.partial")
+            remove_folder(new)  # of a copy that was killed
+            for name, part in parts.items():
+                if not name.endswith("/"):
+                    copy = new / part
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    patiently(what, functools.partial(store.get_file, name, str(copy)))
+            os.replace(new, target)
     return target
 
 

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from aoe_jax.config.training import CheckpointConfig
-from aoe_jax.distributed import all_agree, gathered, together
+from aoe_jax.distributed import all_agree, gathered, see_the_same, together
 from aoe_jax.errors import Failure, UserError
 from aoe_jax.storage import retry
 from aoe_jax.storage.files import COUNT, NUMBER, TEXT, Kind, misfit, or_none, read_bytes
@@ -87,6 +87,13 @@ class Checkpoints:
     def steps(self):
         """Sorted steps of complete checkpoints. Raises `UserError` if `directory` is a file."""
         return sorted(retry.patiently(f"{self.directory} cannot be read", self._complete_steps))
+
+    def agreed_steps(self):
+        """`steps`, once all processes see the same: a network disk shows moved folders late."""
+        with together():
+            steps = self.steps()
+        see_the_same(str(steps), lambda: str(self.steps()), str(self.directory))
+        return self.steps()
 
     def _complete_steps(self):
         if not self.directory.exists():
@@ -184,7 +191,7 @@ class Checkpoints:
     def open(self, config: CheckpointConfig):
         """Prepares for saving. All processes call it, after process 0 has acquired the lease."""
         self._config = config
-        steps = self.steps()
+        steps = self.agreed_steps()
         self.saved = max(steps, default=0)
         self._read_nlls(steps if config.keep_best else [])
         self._open()

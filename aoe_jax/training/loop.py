@@ -71,7 +71,7 @@ def train(
     `checkpoints/`, the tokenizer and, at the end, `summary.json` and `training.png`. It also writes
     a trace of the steps `profile` to `profile/`, and `wandb/` if `wandb` is a project of Weights &
     Biases. `text_sampler` is the function of this name in `evaluation`, for `train.sample_every`.
-    `start` has arguments of `RunFolder.open`. If `branch` is `(DIR, STEP)`, a new run begins with
+    `start` has arguments of `RunFolder.begin`. If `branch` is `(DIR, STEP)`, a new run begins with
     that checkpoint of the run in DIR. A run that is stopped at any moment and started again ends in
     the same state as a run without a stop, on CPU bit for bit.
 
@@ -91,23 +91,24 @@ def train(
         heartbeat = held.enter_context(Heartbeat(workdir, config.train.hang_timeout))
 
         # Opens the folder and the data. The run writes its files only after all checks.
-        folder.open(held, **start)
+        folder.open(held)
         held.push(heartbeat.end)
+        with together():
+            log_run(config)
+            if any(s.name != "prepared" or "://" in str(s.path) for s in config.data.sources):
+                heartbeat.beat("preparing")
+            corpus = open_corpus(config.data, config.model.vocab_size)
+            if config.train.sample_every:
+                sample = text_sampler(config, mesh, corpus)
         with together():
             if is_main and branch:
                 from aoe_jax.training.starting import begin_branch  # slow to import
 
                 heartbeat.beat("preparing")
                 begin_branch(workdir, config, *branch)
-        with together():
-            log_run(config)
-            if any(s.name != "prepared" or "://" in str(s.path) for s in config.data.sources):
-                heartbeat.beat("preparing")
-            corpus = open_corpus(config.data, config.model.vocab_size)
-            saved_steps = checkpoints.steps()
-            if config.train.sample_every:
-                sample = text_sampler(config, mesh, corpus)
         heartbeat.beat("restoring")
+        folder.begin(held, config, corpus, **start)
+        saved_steps = checkpoints.agreed_steps()
         folder.check(config, corpus, saved_steps)
         now = Now(gathered(max(saved_steps, default=0))[0], progress=Progress())
 
@@ -124,6 +125,7 @@ def train(
         elif config.train.init_from:
             from aoe_jax.training.starting import state_from_model  # slow to import
 
+            heartbeat.beat("preparing")
             now.state = state_from_model(config, mesh, like, corpus.tokenizer)
         else:
             heartbeat.beat("compiling")
@@ -142,8 +144,8 @@ def train(
             if is_main:
                 folder.check_lease()
                 cannot = f"--workdir={workdir} cannot be written"
-                patiently(cannot, lambda: folder.claim(given, corpus))
                 patiently(cannot, lambda: metrics.open(folder.check_lease, wandb))
+                patiently(cannot, lambda: folder.claim(given, corpus))
                 heartbeat.begin(now.step, began, folder.is_owner)
         checkpoints.open(config.checkpoint)
 
@@ -235,6 +237,7 @@ def train(
                     stop_if_asked()
                     if checkpoints.has_failed():
                         save(wait=True)
+                    heartbeat.saved = checkpoints.saved
                     if now.step < steps:
                         with metrics.clock("input"):
                             now.batch = sharding.put_batch(split, next(data), batch_size)
@@ -244,6 +247,9 @@ def train(
             raise
         except DivergedError:  # saves nothing, so the next start begins before the skipped steps
             checkpoints.close()
+            with Tolerated("the metrics"):
+                metrics.sync()
+                folder.upload()
             raise
 
         # Writes the last checkpoint and the summary.

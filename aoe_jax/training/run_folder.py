@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 from flax.traverse_util import flatten_dict
 
-from aoe_jax.config.checks import differences
+from aoe_jax.config.checks import differences, require
 from aoe_jax.config.run import Config
+from aoe_jax.data.token_store import TOKENIZER_FILES
 from aoe_jax.data.tokenised import TokenisedCorpus
 from aoe_jax.distributed import agree, see_the_same, together
 from aoe_jax.errors import UserError
@@ -55,10 +56,9 @@ class RunFolder:
         self.workdir, self.on_disk = workdir, workdir
         self._lease = self._mirror = None
 
-    def open(self, held: contextlib.ExitStack, start_over=False, go_back=None):
-        """Acquires the lease until `held` is closed. `start_over` moves the files of the old run to
-        `set_aside/`; `go_back=STEP` moves only files newer than that checkpoint. Raises `InUse`, or
-        `UserError` if a process sees no lease.
+    def open(self, held: contextlib.ExitStack):
+        """Acquires the lease until `held` is closed. Raises `InUse`, or `UserError` if a process
+        sees no lease.
         """
         workdir, is_main = self.workdir, jax.process_index() == 0
         with together():
@@ -68,8 +68,20 @@ class RunFolder:
                     killed.unlink(missing_ok=True)  # a process was killed while it wrote the file
         token = self._lease.token if is_main else ""
         see_the_same(token, lambda: owner_of(workdir).get("token", ""), f"--workdir={workdir}")
+
+    def begin(self, held, config: Config, corpus, start_over=False, go_back=None):
+        """Fetches what `on_disk` needs. `start_over` moves the files of the old run to
+        `set_aside/`, `go_back=STEP` only files newer than that checkpoint. Raises `UserError`
+        before that if the run in the workdir could not continue from there with `config`.
+        """
+        workdir, is_main = self.workdir, jax.process_index() == 0
         with together():
             if is_main and (start_over or go_back is not None):
+                check_config(workdir, config, has_begun=not start_over)
+                if not start_over:
+                    check_data(workdir, corpus)
+                    last, wanted = config.train.steps, f"must be at least --go-back={go_back}"
+                    require(go_back <= last, "train.steps", last, wanted)
                 set_aside(workdir, go_back)
             if is_main and is_remote(workdir):
                 self.on_disk = Path(held.enter_context(tempfile.TemporaryDirectory()))
@@ -97,9 +109,11 @@ class RunFolder:
             if steps:
                 _check_x64(self.workdir)
                 check_data(self.workdir, corpus)
-        agree(
-            "the configuration or data", f"{config} {corpus.identities} {jax.config.jax_enable_x64}"
-        )
+        fields = flatten_dict(config.to_dict(), sep=".")
+        for name in ("data.cache", "data.path", "data.tokenizer"):  # the identities check content
+            del fields[name]
+        text = f"{fields} {corpus.identities} {jax.config.jax_enable_x64}"
+        agree("the configuration or data", text)
 
     def check_lease(self):
         """Raises `UserError` if another process has taken over the lease. Only process 0 checks."""
@@ -117,15 +131,16 @@ class RunFolder:
             self._mirror.upload()
 
     def claim(self, config: Config, corpus: TokenisedCorpus):
-        """Writes `config.json`, `data.json` and a copy of the tokenizer, and removes
-        `summary.json`; process 0 calls it after all checks.
+        """Writes `config.json`, `data.json` and a copy of the tokenizer, and removes another one
+        and `summary.json`; process 0 calls it after all checks.
         """
         tokenizer = corpus.tokenizer
         files.write_whole(self.workdir / tokenizer.name, tokenizer.read_bytes())
         identity = {"token_stores": corpus.identities, "x64": jax.config.jax_enable_x64}
         write_json(self.workdir / "data.json", identity)
         write_json(self.workdir / "config.json", config.to_stored())
-        (self.workdir / "summary.json").unlink(missing_ok=True)
+        for other in (*({*TOKENIZER_FILES} - {tokenizer.name}), "summary.json"):
+            (self.workdir / other).unlink(missing_ok=True)
 
 
 def _fixed(config):
@@ -202,11 +217,15 @@ def set_aside(workdir: Path, go_back: int | None = None):
         if metrics.exists():
             metrics.with_name("metrics.jsonl.whole").write_bytes(metrics.read_bytes())
         names = [f"checkpoints/{step}" for step in reversed(steps) if step > go_back]
-        names += ["metrics.jsonl.whole", "summary.json", "training.png"]
+        names += ["metrics.jsonl.whole", "summary.json", "training.png", *sorted(REPORTS)]
     folder = unused(workdir / "set_aside" / time.strftime("%Y-%m-%d_%H-%M-%S"))
     moved = [name for name in names if (workdir / name).exists()]
     for name in moved:
         move(workdir / name, folder / name)
+    if go_back is None and moved:
+        for tokenizer in (workdir / name for name in TOKENIZER_FILES):
+            if tokenizer.exists():  # copied, because `data.tokenizer` may name this file
+                (folder / tokenizer.name).write_bytes(tokenizer.read_bytes())
     if go_back is not None:  # written last, so that no run continues after an interrupted move
         found = read_heartbeat(workdir) | {"saved": go_back, "status": None}
         write_json(workdir / "heartbeat.json", found)

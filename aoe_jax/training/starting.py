@@ -69,9 +69,12 @@ def begin_branch(workdir: Path, config: Config, source: Path, step: int):
     if set(Checkpoints(workdir).steps()) - {step}:
         raise UserError(f"--workdir={workdir} has other checkpoints; use another --workdir")
     check_config(source, config)
+    files = source / "metrics.jsonl", source / "data.json"
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"--branch={source}@{step}: {file} is missing; bring it back")
 
     def copy():
-        files = source / "metrics.jsonl", source / "data.json"
         for path in (checkpoint, *checkpoint.rglob("*"), *files):  # without the source's modes
             target = workdir / path.relative_to(source)
             if path.is_dir():

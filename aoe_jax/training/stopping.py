@@ -32,6 +32,7 @@ class StopRequests:
             print("stopped at once by a second signal", file=sys.stderr, flush=True)
             os._exit(Interrupted.status if number == signal.SIGINT else Terminated.status)
         self._signal = number
+        os.write(sys.stderr.fileno(), b"stopping; a second signal ends the process at once\n")
 
     def asked(self):
         """Whether to stop now. All processes must call it equally often, after the same steps."""

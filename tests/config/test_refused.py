@@ -69,7 +69,7 @@ data.seq_len=4096 => max_len=2048
 train.accumulate=3 => batch_size=16
 train.batch_size=33554432 => raise train.accumulate
 train.router_steps=5 => experts.kind='aoe' has none
-train.final_learning_rate=1.0 => learning_rate
+train.final_learning_rate=1.0 => must be at most train.learning_rate=0.003
 routing.name=topk => ; did you mean top_k?
 routing.name=top_q => top_k, top_p, expert_choice, sparsemixer
 routing.name=missing.py:Close => there is no file

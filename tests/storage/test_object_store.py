@@ -19,6 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from aoe_jax.config.data import DataConfig
+from aoe_jax.config.run import Config
 from aoe_jax.conversion.exporting import export
 from aoe_jax.conversion.pruning import prune
 from aoe_jax.data.preparation import Settings, check, prepare
@@ -174,6 +175,7 @@ def test_a_former_owner_uploads_nothing(folder, monkeypatch):
     with contextlib.ExitStack() as held:
         run = RunFolder(folder)
         run.open(held)
+        run.begin(held, Config(), None)
         (run.on_disk / "metrics.jsonl").write_text("1")
         run.upload()
         with monkeypatch.context() as patch:  # a renewal that fails does not end the renewals

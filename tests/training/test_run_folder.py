@@ -72,6 +72,7 @@ def changed(**groups):
 
 def test_claimed_workdir(workdir, corpus, tmp_path):
     (workdir / "summary.json").write_text("{}")  # of the run before it got more steps
+    (workdir / "tokenizer.model").touch()  # of another start, which saved no checkpoint
     RunFolder(workdir).claim(Config(), corpus)
     assert json.loads((workdir / "config.json").read_text()) == Config().to_stored()
     (workdir / "heartbeat.json.0a1b2c3d.partial").touch()  # of a process that was killed
@@ -157,6 +158,25 @@ def test_going_back_that_was_interrupted(workdir, interrupted):
     assert (found["saved"], found["status"]) == (3, None)  # a supervisor must not see its old end
 
 
+def test_nothing_moves_if_the_run_could_not_go_on(workdir, corpus, tmp_path):
+    make_checkpoints(workdir, 3, 6)
+    record(workdir, 6)
+    (workdir / "checkpoints/3/model").mkdir()
+    before, none = contents(workdir), contextlib.ExitStack()
+    for config, of_run, words in (
+        (changed(train={"learning_rate": 1e-2}), corpus, "holds another configuration"),
+        (Config(), corpus_of(tmp_path, "other text"), "was trained on token store"),
+        (changed(train={"steps": 2}), corpus, "train.steps=2: must be at least --go-back=3"),
+    ):
+        with pytest.raises(UserError, match=words):
+            RunFolder(workdir).begin(none, config, of_run, go_back=3)
+    assert contents(workdir) == before
+    (workdir / "config.json").write_text('{"model_type": "aoe"}')
+    with pytest.raises(UserError, match="belongs to a model, not to a training run"):
+        RunFolder(workdir).begin(none, Config(), corpus, start_over=True)
+    assert not (workdir / "set_aside").exists()
+
+
 def test_a_branch_that_was_interrupted(workdir, tmp_path, monkeypatch):
     """It has no config.json, so that the repeated command begins the branch again. The source may
     be read-only, and its path relative.
@@ -179,6 +199,10 @@ def test_a_branch_that_was_interrupted(workdir, tmp_path, monkeypatch):
     (branch / "config.json").unlink()
     begin_branch(branch, Config(), source, 3)
     (branch / "config.json").unlink()
+    metrics = (workdir / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match="--branch=run@3: run/metrics.jsonl is missing; bring it"):
+        begin_branch(branch, Config(), source, 3)
+    metrics.rename(workdir / "metrics.jsonl")
     make_checkpoints(branch, 6)
     with pytest.raises(UserError, match="has other checkpoints; use another --workdir"):
         begin_branch(branch, Config(), source, 3)
@@ -200,8 +224,9 @@ def test_files_set_aside_are_kept_if_the_clock_is_set_back(workdir, monkeypatch)
     for number in range(3):
         (workdir / "metrics.jsonl").write_text(str(number))
         set_aside(workdir)
-    found = [path.read_text() for path in (workdir / "set_aside").rglob("metrics.jsonl")]
-    assert sorted(found) == ["0", "1", "2"]
+    folders = [*(workdir / "set_aside").iterdir()]
+    assert sorted((folder / "metrics.jsonl").read_text() for folder in folders) == ["0", "1", "2"]
+    assert all((folder / "tokenizer.json").exists() for folder in [*folders, workdir])
 
 
 def test_a_tokenizer_that_is_half_written_leaves_the_old_one(workdir, corpus):
