@@ -15,7 +15,6 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.errors import UserError
-from aoe_jax.storage.paths import local_copy
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "the directory of a model or a training run")
 _OUTPUT = flags.DEFINE_string("output", None, "the directory to write, which must not exist yet")
@@ -34,7 +33,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "seed of tokens, of noise and of a drawn
 
 
 def main():
-    checkpoint = local_copy(cli.path_of(_CHECKPOINT, in_store=True))
+    checkpoint = cli.path_of(_CHECKPOINT, in_store=True)
     output = cli.path_of(_OUTPUT, in_store=True)
     measured = {"data": _DATA.value, "n_tokens": _TOKENS.value, "mesh": _MESH.value}
     is_whole = _NEURONS.value is not None

@@ -25,7 +25,7 @@ _DATA = flags.DEFINE_string("tasks-data", None, "a folder of TASK/SPLIT.jsonl; d
 
 def main():
     workdir, text = cli.path_of(_WORKDIR, in_store=True), _TEXT.value or ""
-    cli.refuse_empty(_TASKS, _TEXT)
+    cli.refuse_empty(_TASKS, _TEXT, _DATA)
     require_flag(not (_TASKS.value and text), "text", text, "give it without --tasks")
     if not _TASKS.value and not text.startswith("task:"):
         cli.refuse("belongs to --tasks or --text=task:NAME", _FEWSHOT, _LIMIT, _DATA)
@@ -37,7 +37,7 @@ def main():
     settings = {
         "limit": _LIMIT.value,
         "fewshot": _FEWSHOT.value,
-        "data": _DATA.value and cli.path_of(_DATA),
+        "data": cli.path_of(_DATA) if _DATA.value else None,
     }
     if _TASKS.value:
         from aoe_jax.evaluation.tasks import evaluate_tasks

@@ -18,6 +18,7 @@ from aoe_jax import cli
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a training run")
 _OUTPUT = flags.DEFINE_string("output", None, "the directory to write, which must not exist yet")
 _STEP = flags.DEFINE_string("step", "newest", "checkpoint: newest, best (nll) or a number of steps")
+_MESH = cli.define_mesh_flag()
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of the tensors")
 
 
@@ -25,7 +26,7 @@ def main():
     workdir, output = cli.path_of(_WORKDIR, in_store=True), cli.path_of(_OUTPUT, in_store=True)
     from aoe_jax.conversion.exporting import export  # imported late, because it starts JAX
 
-    export(workdir, output, _STEP.value, _DTYPE.value)
+    export(workdir, output, _STEP.value, _DTYPE.value, _MESH.value)
 
 
 command = cli.command(main)

@@ -28,7 +28,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "where probe.json goes; default: -
 
 def main():
     checkpoint = cli.path_of(_CHECKPOINT)
-    cli.refuse_empty(_TASKS, _TEXT)
+    cli.refuse_empty(_TASKS, _TEXT, _DATA, _OUTPUT)
     distributed.start()
     from aoe_jax.evaluation.probing import probe_checkpoint
 

@@ -16,15 +16,16 @@ from aoe_jax.storage.files import write_json
 log = logging.getLogger(__name__)
 
 
-def export(workdir: Path, output: Path, step="newest", dtype="float32"):
+def export(workdir: Path, output: Path, step="newest", dtype="float32", mesh=None):
     """Writes the model of a checkpoint to `output`, which does not exist before it is complete.
 
-    `step` is "newest", "best" or a number; parameters are saved in `dtype`. Raises `UserError` if
-    the run cannot be read, has no such step, or `output` exists already or cannot be written.
+    `step` is "newest", "best" or a number; parameters are saved in `dtype`. `mesh` is an argument
+    of `load_model`. Raises `UserError` if the run cannot be read, has no such step, or `output`
+    exists already or cannot be written.
     """
     config = read_run_config(workdir / "config.json")
     with new_directory(output) as directory:
-        model = load_model(workdir, step)
+        model = load_model(workdir, step, mesh)
         state = model.routing_state
         _, parameter = parameters_of(model.params, state, dtype)
         write_result(directory, workdir, model.step, config, parameter, state)

@@ -15,7 +15,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.conversion.exporting import in_words, write_figures, write_result
 from aoe_jax.conversion.observations import calibration_batches, evaluation_on, observations
 from aoe_jax.conversion.scoring_neurons import agreement, in_front, telling_neurons
-from aoe_jax.evaluation.models import load_model, source_config
+from aoe_jax.evaluation.models import load_model, local_model, mesh_for, source_config
 from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.moe.routing import TopK
 
@@ -50,6 +50,7 @@ def convert(
     and `after`, and `agreement`, the fraction of the router's choices that the scores make too: its
     `mean`, its values in the `layers`, and the value that random choices would have (`chance`).
     """
+    checkpoint = local_model(checkpoint)
     config = source_config(checkpoint)
     converted = _converted(config, d_low, score_neurons, score)
     with new_directory(output) as directory:
@@ -66,6 +67,7 @@ def convert(
             )
         is_measured = score_neurons is not None or data is not None
         if is_measured:
+            mesh = mesh_for(converted, model)
             calibration, held_out = calibration_batches(model, checkpoint, data, n_tokens, seed)
         if score_neurons is None:
             report = {"d_low": d_low, "d_wide": converted.experts.d_wide}

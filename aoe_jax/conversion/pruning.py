@@ -12,12 +12,10 @@ from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.conversion.exporting import in_words, write_figures, write_result
 from aoe_jax.conversion.merging import pruned_params
 from aoe_jax.conversion.observations import calibration_batches, evaluation_on, score_moments
-from aoe_jax.evaluation.models import Model, load_model, source_config
-from aoe_jax.formats.loading import is_model
+from aoe_jax.evaluation.models import Model, load_model, local_model, source_config
 from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.load_balance import load_entropy
-from aoe_jax.storage.paths import local_copy
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ def prune(
     `UserError` if the model, data or number of experts is not supported.
     """
     with new_directory(output) as directory:
-        source = local_copy(workdir) if is_model(workdir) else workdir
+        source = local_model(workdir)
         model = load_model(source, step, mesh)
         check_prunes(model, n_experts, workdir)
         train, validation = calibration_batches(model, workdir, data, n_tokens, seed)

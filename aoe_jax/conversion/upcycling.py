@@ -35,7 +35,14 @@ from aoe_jax.config.run import Config
 from aoe_jax.conversion.exporting import in_words, write_figures, write_result
 from aoe_jax.conversion.observations import evaluation_on
 from aoe_jax.conversion.scoring_neurons import in_front
-from aoe_jax.evaluation.models import corpus_of, first_batches, load_model, source_config
+from aoe_jax.evaluation.models import (
+    corpus_of,
+    first_batches,
+    load_model,
+    local_model,
+    mesh_for,
+    source_config,
+)
 from aoe_jax.formats.loading import is_model
 from aoe_jax.formats.writing import new_directory, parameters_of
 from aoe_jax.moe.routing import TopK
@@ -136,6 +143,7 @@ def upcycle(
     `n_tokens` validation tokens of each corpus. Raises `UserError` if a file cannot be read or
     `form` does not fit.
     """
+    checkpoint = local_model(checkpoint)
     config = form.config(source_config(checkpoint))
     is_measured = data is not None or not is_model(checkpoint)
     report = {name: value for name, value in dataclasses.asdict(form).items() if value is not None}
@@ -144,6 +152,7 @@ def upcycle(
     with new_directory(output) as directory:
         model = load_model(checkpoint, mesh=mesh)
         if is_measured:
+            mesh = mesh_for(config, model)
             corpus = corpus_of(model, checkpoint, data)
             held_out = first_batches(model, corpus.validation.values(), n_tokens)
             before = evaluation_on(model, held_out).nll

@@ -9,7 +9,7 @@ import numpy as np
 
 from aoe_jax.data import DOCUMENT_BYTES
 from aoe_jax.data.tokenizer import pieces
-from aoe_jax.errors import DivergedError, UserError
+from aoe_jax.errors import DivergedError, UserError, naming
 from aoe_jax.evaluation.loads import draw_loads, load_statistics, load_table
 from aoe_jax.evaluation.models import corpus_of, load_model
 from aoe_jax.model.counts import log_run
@@ -48,7 +48,8 @@ def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **s
     if text.startswith("task:"):
         from aoe_jax.evaluation.tasks import load_tasks, prompts
 
-        texts = prompts(load_tasks([text.removeprefix("task:")], **settings), limit)
+        with naming(f"--text={text}"):
+            texts = prompts(load_tasks([text.removeprefix("task:")], **settings), limit)
     else:
         texts = [read_text(parsed_path(text, "--text"))]
     model = load_model(workdir, step, mesh)

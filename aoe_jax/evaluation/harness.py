@@ -46,6 +46,7 @@ class HarnessModel(TemplateLM):
 
     def _encode_pair(self, context, continuation):
         context_tokens, tokens = super()._encode_pair(context, continuation)
+        context_tokens = context_tokens or [self.prefix_token_id]  # the text has only spaces
         if tokens or not continuation:
             return context_tokens, tokens
         # The continuation adds no token to the context's tokens, so it is encoded alone.

@@ -25,6 +25,7 @@ from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.token_store import saved_tokenizer
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer
+from aoe_jax.distributed import gathered, together
 from aoe_jax.errors import DivergedError, UserError, naming, shown
 from aoe_jax.formats import loading
 from aoe_jax.formats.tokenizer_files import read_prefix
@@ -94,6 +95,11 @@ def source_config(directory: Path) -> Config:
     return read_run_config(path)
 
 
+def local_model(directory: Path):
+    """Returns a copy on a disk of a model that is in a store; all other directories unchanged."""
+    return local_copy(directory) if loading.is_model(directory) else directory
+
+
 def load_model(directory: Path, step="newest", mesh=None):
     """Loads a `Model` from the workdir of a run or from the directory of a model.
 
@@ -102,8 +108,7 @@ def load_model(directory: Path, step="newest", mesh=None):
     the model or the step does not exist or cannot be read, or if `mesh` does not fit, and
     `DivergedError` if a parameter is not finite.
     """
-    if loading.is_model(directory):
-        directory = local_copy(directory)
+    directory = local_model(directory)
     config = on_devices_here(source_config(directory), mesh_axes(mesh))
     devices, has_run = sharding.make_mesh(config, jax.devices()), not loading.is_model(directory)
     setting = f"the tokenizer of the {'run' if has_run else 'model'}"
@@ -117,7 +122,9 @@ def load_model(directory: Path, step="newest", mesh=None):
     start, ends, prefix = tokenizer.end_of_text, [tokenizer.end_of_text], []
     if has_run:
         checkpoints = Checkpoints(directory)
-        step = checkpoints.find(step)
+        with together():
+            step = checkpoints.find(step)
+        step = gathered(step)[0]  # of a run that still trains, others may see another list
         with jax.set_mesh(devices):
             _, state = train_step_on(devices, config)
             params, routing_state = checkpoints.restore_model(step, state)
@@ -210,6 +217,15 @@ def on_devices_here(config, axes=None):
         train=dataclasses.replace(config.train, batch_size=batch_size, accumulate=1),
     )
     return sharding.fill_mesh(config, n)
+
+
+def mesh_for(config, model):
+    """Returns the mesh of `model` as a text for `load_model`, which loads with it a model that was
+    made from this one. Raises `UserError` if the mesh does not fit the new model's `config`.
+    """
+    text = ",".join(f"{name}={size}" for name, size in model.mesh.shape.items())
+    on_devices_here(config, mesh_axes(text))
+    return text
 
 
 def mesh_axes(text):

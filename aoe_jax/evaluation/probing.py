@@ -16,9 +16,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from aoe_jax.config.checks import require
+from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.evaluate import TextTokens, read_text
-from aoe_jax.evaluation.models import Model, corpus_of, first_batches, load_model
+from aoe_jax.evaluation.models import Model, corpus_of, first_batches, load_model, source_config
 from aoe_jax.moe.routing import FixedK, best_experts, by_token
 from aoe_jax.parameters import EXPERTS
 from aoe_jax.storage.files import make_folder, write_report
@@ -109,12 +110,19 @@ PROBES |= {(node, norm): by_norm(node, norm) for node in NODES for norm in NORMS
 WEIGHTS = ("softmax", "equal")
 
 
-def check_probes(model: Model):
-    """Raises `UserError` if the model's router cannot be replaced, or `mesh.tensor` is not 1."""
-    config, e = model.config, model.config.experts
-    settings = (e.kind, config.routing.name, e.factorised_gate, e.large_router)
+def check_config(config: Config):
+    """Raises `UserError` if the router of a model cannot be replaced."""
     wanted = "a probe drops a router; use a plain router MoE with routing.name='top_k'"
-    require(settings == ("router", "top_k", False, False), "experts.kind", e.kind, wanted)
+    require(config.routing.name == "top_k", "routing.name", config.routing.name, wanted)
+    plain = {"kind": "router", "factorised_gate": False, "large_router": False}
+    for name, value in plain.items():
+        found = getattr(config.experts, name)
+        require(found == value, f"experts.{name}", found, wanted)
+
+
+def check_probes(model: Model):
+    """Raises `UserError` if a bias chooses the experts too, or `mesh.tensor` is not 1."""
+    config = model.config
     if "selection_bias" in model.routing_state:
         wanted = "experts are chosen by a selection bias too; probe a model without one"
         raise UserError(f"config.balance.bias_rate: {wanted}")
@@ -142,7 +150,9 @@ def probe_checkpoint(
     (the share of the chosen experts that the router chooses too), `seconds_per_token`, `time`
     (relative to the router's time), and the dicts `nll` and `tasks`, with keys of `WEIGHTS`.
     """
-    make_folder(output, "output")
+    check_config(source_config(checkpoint))
+    if output != checkpoint:
+        make_folder(output, "output")
     score_tasks = None
     if tasks:  # loaded before the model, so that a wrong name fails early
         from aoe_jax.evaluation import tasks as of_lm_eval  # needs lm-eval

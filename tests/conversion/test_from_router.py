@@ -193,3 +193,10 @@ def test_refused_by_name(tmp_path, changes, form, words):
     with pytest.raises(UserError, match=words):
         convert(directory, tmp_path / "aoe", **form)
     assert not (tmp_path / "aoe").exists()
+
+
+def test_a_mesh_that_does_not_fit_the_result(tmp_path):
+    directory, corpus = source(tmp_path, **ROUTER), f"text@{corpus_folder()}"
+    with pytest.raises(UserError, match=r"mesh\.fsdp=4: must divide experts\.d_low=30"):
+        convert(directory, tmp_path / "aoe", d_low=30, mesh="fsdp=4", data=corpus)
+    assert not (tmp_path / "aoe").exists()

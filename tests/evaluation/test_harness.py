@@ -111,6 +111,13 @@ def test_a_continuation_that_merges_into_the_context_is_scored_by_itself():
     assert score == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_context_of_spaces_is_an_empty_one():
+    lm, model = adapter(), router_model()
+    ((score, _),) = ask(lm, "loglikelihood", (" ", "the"))
+    expected = plain_scores(model, [model.start], lm.tok_encode(" the"))[0]
+    assert score == pytest.approx(expected, abs=1e-4)
+
+
 def test_special_tokens_of_the_tokenizer_come_first():
     model, encode = router_model(), adapter().tok_encode
     lm = HarnessModel(dataclasses.replace(model, start=299, prefix=[299]))

@@ -164,5 +164,12 @@ def test_mistakes(tmp_path):
         probing.check_probes(biased)
     with pytest.raises(UserError, match=r"experts\.kind='aoe': a probe drops a router"):
         probing.probe_checkpoint(finished_run(), tmp_path)
-    with pytest.raises(UserError, match="--tasks= names nothing; see --help"):
-        call("aoe_jax.probe", "--checkpoint=x", "--tasks=")
+    factorised = dataclasses.replace(model.config.experts, factorised_gate=True)
+    with pytest.raises(UserError, match=r"experts\.factorised_gate=True: a probe drops a router"):
+        probing.check_config(dataclasses.replace(model.config, experts=factorised))
+    with pytest.raises(UserError, match="/none/config.json cannot be read"):
+        probing.probe_checkpoint(tmp_path / "none", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    for flag in ("tasks", "tasks-data", "output"):
+        with pytest.raises(UserError, match=f"--{flag}= names nothing; see --help"):
+            call("aoe_jax.probe", "--checkpoint=x", f"--{flag}=")
