@@ -73,6 +73,7 @@ class _Experts(nn.Module, kw_only=True):
           ValueError: an argument is invalid, or does not fit the shape of x or the mesh.
         """
         x = jnp.asarray(x)
+        token_weights = None if token_weights is None else jnp.asarray(token_weights)
         axes = MeshAxes(*(getattr(self, axis) for axis in MESH_AXES))
         mesh = jax.sharding.get_abstract_mesh()
         with _naming_arguments(self):
@@ -219,9 +220,9 @@ def _check_tokens(x, token_weights):
     if x.ndim < 2 or not x.size or not _is_floating(x.dtype):
         wanted = "must be floats of 16 bits or more, in two axes [T, d] or more, and not empty"
         raise ValueError(f"x is {x.dtype}{list(x.shape)}: it {wanted}")
-    if token_weights is not None and jnp.shape(token_weights) != x.shape[:-1]:
+    if token_weights is not None and token_weights.shape != x.shape[:-1]:
         wanted = f"must be that of the tokens, {x.shape[:-1]}"
-        raise ValueError(f"token_weights has the shape {jnp.shape(token_weights)}: it {wanted}")
+        raise ValueError(f"token_weights has the shape {token_weights.shape}: it {wanted}")
     varies = getattr(jax.typeof(x), "manual_axis_type", None)
     if varies is not None and varies.varying:  # grouped_matmul does not support check_vma
         raise ValueError("the jax.shard_map around the layer needs check_vma=False")

@@ -19,10 +19,12 @@ import aoe_jax
 from aoe_jax import AoE, AoELayer, DenseLayer, ExpertsLayer, MoE, RouterLayer
 from aoe_jax import nnx as aoe_nnx
 from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.errors import UserError
 from aoe_jax.methods import find_method
 from aoe_jax.methods.dense import Dense
 from aoe_jax.methods.erc import ERC
 from aoe_jax.methods.sparsemixer import SparseMixer
+from aoe_jax.methods.top_p import TopP
 from aoe_jax.moe import reference
 from aoe_jax.moe.routing import TopK
 from tests.arrays import assert_close, normal
@@ -300,6 +302,8 @@ def test_inside_shard_map():
 REFUSED = [
     ({"top_k": 5}, "top_k=5: must be greater than 0 and at most n_experts=4"),
     ({"d_low": 4, "score_neurons": 2}, "d_low=4: .* set None with score_neurons=2"),
+    ({"top_k": 2.0}, r"top_k=2\.0: must be a whole number"),
+    ({"aux_weight": "a"}, "aux_weight='a': must be a number"),
     ({"d_wide": 4, "score_neurons": 2}, "d_wide=4: .* set the width with d_ffn"),
     ({"score": "min"}, "score='min': choose one of norm, max"),
     ({"d_low": D}, f"d_low={D}: must be smaller than d_model={D}"),
@@ -375,6 +379,29 @@ def test_routers_in_training():
     assert layer.apply(variables, X)[0].shape == X.shape
     with pytest.raises(ValueError, match="MoE: routing='sparsemixer': can be used but not trained"):
         layer.apply(variables, X, training=True)
+
+
+@dataclass(frozen=True)
+class Doubled(TopK):
+    """Weights of the experts are twice the softmax."""
+
+    def __call__(self, scores, weights, ctx):
+        routing = super().__call__(scores, weights, ctx)
+        return routing._replace(weight=2 * routing.weight)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_router_that_inherits_from_top_k_decides_its_weights(kind):
+    layer = LAYERS[kind]
+    variables = drawn(layer)
+    want = 2 * layer.apply(variables, X)[0]
+    assert_close(layer.clone(routing=Doubled()).apply(variables, X)[0], want, 2e-5)
+
+
+def test_score_gradients_that_would_be_wrong():
+    experts = ExpertsConfig(n_experts=4, top_k=2, d_ffn=8, d_low=4, score_gradient="sparse")
+    with pytest.raises(UserError, match="score_gradient='sparse': is exact only where weights"):
+        jax.eval_shape(AoELayer(experts, routing=TopP()).init, jax.random.key(0), X)
 
 
 def test_remat():

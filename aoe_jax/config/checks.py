@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import numbers
 import operator
 import os
 from typing import ClassVar
@@ -47,6 +48,9 @@ class Group:
             bounds = field.metadata.get("bounds")
             if not bounds or (value is None and field.default is None):
                 continue
+            is_whole = field.type in (int, int | None)
+            if not isinstance(value, numbers.Integral if is_whole else numbers.Real):
+                self.refuse(field.name, f"must be a {'whole ' * is_whole}number")
             holds, wanted = math.isfinite(value), []
             for kind, bound in bounds.items():
                 phrase, compare = _BOUNDS[kind]

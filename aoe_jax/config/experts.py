@@ -72,15 +72,7 @@ class ExpertsConfig(Group):
 
     def check(self, config):
         d_model = config.model.d_model
-        routing = config.routing
-        if self.score_gradient == "sparse" and (
-            routing.hooks.scores or not routing.choice(self).is_normalised
-        ):
-            self.refuse(
-                "score_gradient",
-                "is exact only where weights are the softmax over the chosen scores, as with "
-                "routing.name='top_k' and norm_topk_prob=True; use 'dense'",
-            )
+        self.sparse_scoring(config.routing)  # refuses a score_gradient that does not fit
         rank = self.rank(d_model)
         if self.low_rank and rank >= d_model:
             wanted = f"must be smaller than model.d_model={d_model}"
@@ -93,11 +85,18 @@ class ExpertsConfig(Group):
             )
 
     def sparse_scoring(self, routing):
-        """Whether AoE computes all scores without a gradient, then chosen ones with a gradient."""
-        if self.kind != "aoe" or routing.hooks.scores:
-            return False
-        default = "sparse" if routing.choice(self).is_normalised else "dense"
-        return (self.score_gradient or default) == "sparse"
+        """Whether AoE computes all scores without a gradient, then chosen ones with a gradient.
+        Raises `UserError` if `score_gradient` is "sparse" for a router that needs all gradients.
+        """
+        choice = routing.choice(self) if self.kind == "aoe" and not routing.hooks.scores else None
+        is_exact = choice is not None and choice.is_normalised
+        if self.score_gradient == "sparse" and not is_exact:
+            self.refuse(
+                "score_gradient",
+                "is exact only where weights are the softmax over the chosen scores, as with "
+                "routing.name='top_k' and norm_topk_prob=True; use 'dense'",
+            )
+        return is_exact and self.score_gradient != "dense"
 
     @property
     def has_router(self):

@@ -113,6 +113,8 @@ class Decoder(nn.Module):
     def setup(self):
         """Makes the modules; parameters are stacked over layers, `[L, ...]`."""
         c = self.model
+        if c.vocab_size is None:
+            raise ValueError("ModelConfig(vocab_size=None): give the decoder's number of tokens")
         init = nn.initializers.normal(c.d_model**-0.5)
         self.embed = nn.Embed(c.vocab_size, c.d_model, embedding_init=init)
         if not c.tie_embeddings:

@@ -161,7 +161,9 @@ class Devices:
             if self.size("fsdp") > 1:
                 w = self.gather_weight(EXPERTS["w_gate_down"], w, x.dtype)
             if self.sends_rows and w.shape[0] * w.shape[2] <= x.shape[0]:
-                of_all = _gather_cast(w, x.dtype, self.axes.collective("expert"), 0)
+                name = self.axes.collective("expert")
+                wide = jnp.promote_types(x.dtype, jnp.float32)
+                of_all = _gather_cast(w, x.dtype, name, 0, wide)
                 return function(x, checkpoint_name(of_all, GATHERED_WEIGHT))
             by_own_experts = function(self.gather(x, "expert"), w)
             return tuple(self.exchange(a, split=0, concatenate=1) for a in by_own_experts)

@@ -149,6 +149,8 @@ def make_transport(devices, routing, experts, method, x):
     if is_local(devices, routing.slots_per_token == per_token):
         all_used, backend = bool(choice and choice.is_fixed), experts.grouped_matmul
         return Local(*arguments, all_used=all_used, backend=backend, dtype=x.dtype)
+    if routing.slots_per_token is None:
+        raise ValueError("on a mesh a router needs slots in the order of tokens; use by_mask")
     from aoe_jax.moe.transports import TRANSPORTS  # needed on meshes only
 
     share = x.shape[0] * devices.size("tensor") * per_token

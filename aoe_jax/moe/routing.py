@@ -37,7 +37,8 @@ class Context:
     def key(self):
         """The random key of this layer and step. Raises ValueError if `rng` is None."""
         if self.rng is None:
-            raise ValueError("this layer needs a key in training: pass rngs={'experts': key}")
+            wanted = "pass rngs={'experts': key}, in NNX rngs=nnx.Rngs(experts=0)"
+            raise ValueError(f"this layer needs a key in training: {wanted}")
         return self.rng
 
 
@@ -111,7 +112,7 @@ class Method(Group):
     """The base class of routers and layers. By default: causal, no parameters, state or losses."""
 
     group = "routing"
-    name: ClassVar[str]
+    name: ClassVar[str] = ""
     hooks: ClassVar[Hooks] = Hooks()
 
     def causality(self, experts) -> Causality:
@@ -160,7 +161,8 @@ def state_shapes(method, experts, balance, d):
 
 def by_token(expert, weight):
     """A `Routing` of `expert [T, K]` and `weight [T, K]`. Raises `ValueError` for other arrays."""
-    if not jnp.issubdtype(expert.dtype, jnp.integer) or expert.shape != weight.shape:
+    is_int, shape = jnp.issubdtype(expert.dtype, jnp.integer), expert.shape
+    if not is_int or len(shape) != 2 or shape != weight.shape:
         found = f"{expert.dtype}{expert.shape}, {weight.dtype}{weight.shape}"
         raise ValueError(f"by_token needs experts, int [T, K], and weights [T, K]; got {found}")
     n_tokens, k = expert.shape
@@ -199,11 +201,16 @@ class FixedK(Method):
     With `balance.bias_rate`, a bias (state `selection_bias [n]`) balances the load.
     """
 
-    norm_topk_prob = False  # whether weights are the softmax over the chosen scores
+    # Whether weights are the softmax over the chosen scores, which AoE then computes itself; counts
+    # only in the class that defines `__call__`.
+    norm_topk_prob = False
     always_biased = False  # whether there is a bias without `balance.bias_rate`, too
 
     def choice(self, experts):
-        return Choice(experts.top_k, is_fixed=True, is_normalised=self.norm_topk_prob)
+        # A subclass that overrides `__call__` alone may compute other weights.
+        owner = next(of for of in type(self).__mro__ if "__call__" in vars(of))
+        is_normalised = self.norm_topk_prob and "norm_topk_prob" in vars(owner)
+        return Choice(experts.top_k, is_fixed=True, is_normalised=is_normalised)
 
     def state(self, experts, balance, d):
         is_biased = self.always_biased or balance.bias_rate
