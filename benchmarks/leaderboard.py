@@ -6,7 +6,7 @@
 
 Differences are paired by seed. `p` is corrected by Holm over the entries of a size. `share` is the
 share of the way from the frozen router (0) to the MoE (1), with the central 95% of 2,000 bootstrap
-resamples of the seeds that the entry, the MoE and the frozen router have in common.
+resamples of the seeds that the entry, the MoE and the frozen router have in common, if at least 8.
 """
 
 import numpy as np
@@ -16,6 +16,7 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.compare.pictures import save
 from aoe_jax.compare.statistics import holm, markdown_table, mean
+from aoe_jax.config.checks import require_flag
 from aoe_jax.training.picture import COLOURS, drawn, new_figure
 from benchmarks.timing import run_benchmark
 from configs.compare.leaderboard import get_suite
@@ -36,7 +37,7 @@ def share_of_the_way(nlls, arm):
     if FROZEN not in nlls or MOE not in nlls:
         return (np.nan,) * 3
     found = nlls[[FROZEN, MOE, arm]].dropna().to_numpy()
-    if len(found) < 2:
+    if len(found) < 8:  # too few for a bootstrap
         return (np.nan,) * 3
     draws = np.random.default_rng(0).integers(0, len(found), (2000, len(found)))
     frozen, moe, own = np.concatenate([found.mean(axis=0)[None], found[draws].mean(axis=1)]).T
@@ -124,9 +125,12 @@ def picture(entries):
 
 def main():
     folder, labels = cli.path_of(_FOLDER), {a: arm.label for a, arm in get_suite().arms.items()}
-    runs = pd.read_csv(folder / "runs.csv")
+    file = folder / "runs.csv"
+    require_flag(file.is_file(), "folder", folder, "has no runs.csv; name the folder of a report")
+    runs = pd.read_csv(file)
     runs = runs[runs["state"] == "finished"]
-    page = (folder / "README.md").read_text()
+    readme = folder / "README.md"
+    page = readme.read_text() if readme.exists() else ""
     for size, of_size in runs.groupby("size", sort=False):
         if of_size["arm"].value_counts().max() < 2:  # no entry has an interval
             continue
@@ -139,7 +143,8 @@ def main():
             before, _, rest = page.partition(begin)
             _, _, after = rest.partition(end)
             page = f"{before}{begin}{table(entries)}\n{end}{after}"
-    (folder / "README.md").write_text(page)
+    if page:
+        readme.write_text(page)
 
 
 if __name__ == "__main__":

@@ -289,6 +289,15 @@ def test_the_arithmetic_of_a_plan(monkeypatch):
     assert report["mfu_bound"] == useful / chip.flops / report["step_seconds"] <= 1
     assert report["likely_step_seconds"] is None
     assert "not counted" in table(report) and "all_gather" in table(report)
+    # Two slices of four: three of four devices along `data` send, one of them to the other slice.
+    monkeypatch.setattr(step_plan, "count_parts", lambda devices: 2)
+    of_two, across = plan(config, "v5e", jax.devices()), 0
+    for entry in of_two["collectives"]:
+        if "data" in entry["axes"]:
+            across += entry["bytes"] / (7 if "fsdp" in entry["axes"] else 3)
+    within = sum(of_two["collective_bytes"].values()) - across
+    seconds = within / chip.link_bandwidth + across / chip.slice_bandwidth
+    assert of_two["seconds"]["network"] == pytest.approx(seconds) and across > 0
 
 
 def test_layouts_are_those_that_the_configuration_allows():

@@ -32,6 +32,7 @@ _ARMS = flags.DEFINE_list("arms", [], "names of arms of the suite; without --sui
 
 
 def main():
+    cli.refuse_empty(_ARMS)
     if _ARMS.present and not _SUITE.present:
         cli.refuse("give it with --suite", _REPORT, _SET, _ENGINE)
         from aoe_jax.compare.pair import pair_table

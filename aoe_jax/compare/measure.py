@@ -65,8 +65,8 @@ def _first_seeds(suite, workdir, size):
 
 
 def read_point(workdir: Path, point, configs: Mapping[str, Config]):
-    """Returns `{arm: {"seconds", "memory_bytes"}}` of a step, without arms that failed. It is {}
-    if the point was not measured with all of these configurations, among others or not.
+    """Returns `{arm: {"seconds", "memory_bytes"}}` of a step, for the arms that were measured with
+    these configurations.
     """
     file = measured_file(workdir, point)
     if not file.exists():
@@ -77,9 +77,8 @@ def read_point(workdir: Path, point, configs: Mapping[str, Config]):
         measured = {arm: Config.from_config_dict(c) for arm, c in found["configs"].items()}
     except UserError:  # written by a version with other fields
         return {}
-    if any(measured.get(arm) != config for arm, config in configs.items()):
-        return {}
-    return {arm: cost for arm, cost in found["costs"].items() if arm in configs}
+    same = {arm for arm, config in configs.items() if measured.get(arm) == config}
+    return {arm: cost for arm, cost in found["costs"].items() if arm in same}
 
 
 def measure_suite(suite: Suite, workdir: Path, machine: Machine, suite_flags):
@@ -134,8 +133,11 @@ def first_validation_batch(folder: Path, config: Config):
 
 
 def measure_point(suite: Suite, workdir: Path, point, failed):
-    """Times the steps of all arms at a point, and adds the reasons of failures to `failed`."""
-    configs, steps, costs = configs_by_point(suite, workdir)[point], {}, {}
+    """Times the steps of all arms at a point, and adds the reasons of failures to `failed`. An arm
+    that fails, as without a checkpoint, keeps its earlier time.
+    """
+    configs, steps = configs_by_point(suite, workdir)[point], {}
+    costs = read_point(workdir, point, configs)
     firsts = _first_seeds(suite, workdir, point)
     for arm, config in configs.items():
         with _noting(f"steps of {arm}", failed):

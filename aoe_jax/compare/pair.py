@@ -12,7 +12,8 @@ from aoe_jax.errors import UserError
 def pair_table(folder: Path, arms):
     """Formats a Markdown table of the final validation nll of two arms at every size.
 
-    Nll is in nats per token. Means and differences are over the seeds that both arms have finished.
+    Nll is in nats per token. Means and differences are over the seeds that both arms have finished;
+    `p` is of the paired t-test, without correction.
     Raises `UserError` if the file cannot be read, or if the arms have no size and seed in common.
     """
     columns = ["size", "arm", "seed", "state", "validation_nll"]
@@ -37,5 +38,5 @@ def pair_table(folder: Path, arms):
         row = {"size": size, arms[0]: mean(first).text(), arms[1]: mean(second).text()}
         difference = mean(first - second)
         row[f"{arms[0]} minus {arms[1]} [95% interval]"] = difference.as_difference()
-        rows.append(row | {"seeds": difference.n})
+        rows.append(row | {"p": f"{difference.p:.2g}", "seeds": difference.n})
     return markdown_table(rows)

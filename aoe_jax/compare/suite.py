@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from aoe_jax.config.checks import choose, require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import with_vocabulary
-from aoe_jax.errors import UserError, naming
+from aoe_jax.errors import UserError, naming, running
 from aoe_jax.model.counts import parameter_counts
 from aoe_jax.storage.config_files import call_in_file, shipped
 
@@ -96,11 +96,14 @@ class Suite:
         for name, size in self.sizes.items():
             place = f"sizes[{name!r}].seeds"
             for seeds in (size.seeds, *size.seeds_of.values()):
-                self._require(seeds > 0, place, seeds, "must be greater than 0")
+                is_count = type(seeds) is int and seeds > 0
+                self._require(is_count, place, seeds, "must be a whole number above 0")
             for arm in size.seeds_of:
                 self._require(arm in self.arms, f"{place}_of", arm, choose(arm, self.arms))
             self._check_arms(f"sizes[{name!r}].arms", size)
         for name, sweep in self.throughput.items():
+            is_list = isinstance(sweep.values, tuple | list)
+            self._require(is_list, f"throughput[{name!r}].values", sweep.values, "must be a tuple")
             self._check_arms(f"throughput[{name!r}].arms", sweep)
 
     def _require(self, condition, name, value, wanted):
@@ -139,9 +142,10 @@ class Suite:
     def _config(self, place, arm, changes, last):
         """Returns the `Config` of an arm; `last` overrides the arm and the settings."""
         with naming(f"suite {self.name}, {place}, arm {arm}"):
-            groups = _changed(self.base.to_dict(), changes, last)
-            own = self.arms[arm].changes_of(ConfigDict(groups))
-            groups = _changed(groups, own, self.settings, last)
+            with running("its changes", None, "changes"):
+                groups = _changed(self.base.to_dict(), changes, last)
+                own = self.arms[arm].changes_of(ConfigDict(groups))
+                groups = _changed(groups, own, self.settings, last)
             return with_vocabulary(Config.for_training(groups))
 
     def runs(self):
@@ -232,7 +236,8 @@ def load_suite(path: Path, settings=()) -> Suite:
         group, _, field_name = name.partition(".")
         wanted = "write it as GROUP.FIELD=VALUE, such as data.path=/data/c4"
         require_flag(equals and field_name, "set", setting, wanted)
-        changes = [arm.changes_of(suite.base).get(group, {}) for arm in suite.arms.values()]
+        with running(f"--suite={path}", file, "changes"):
+            changes = [arm.changes_of(suite.base).get(group, {}) for arm in suite.arms.values()]
         is_set = name == "train.seed" or any(field_name in change for change in changes)
         wanted = "the suite sets it for its runs or arms; change the suite"
         require_flag(not is_set, "set", setting, wanted)

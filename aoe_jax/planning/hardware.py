@@ -134,14 +134,14 @@ def topology_devices(topology, n_slices=1):
     """
     generation, _, shape = topology.partition(":")
     known = f"{', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 or h100:8"
-    is_known = generation in CHIPS and re.fullmatch(r"[0-9]{1,6}(x[0-9]{1,6})*", shape)
+    is_known = generation in CHIPS and re.fullmatch(r"[1-9][0-9]{0,5}(x[1-9][0-9]{0,5})*", shape)
     require_flag(is_known, "topology", topology, f"is unknown; name one of {known}")
     jax.config.update("jax_platforms", "cpu")  # leaves the devices to other processes
     target = Path(__file__).parent / f"{generation}.txtpb"  # description of a GPU for XLA
     if target.exists():
         counts = [int(n) for n in shape.split("x")]
         wanted = f"takes GPUs of a node and nodes, as {generation}:8 or {generation}:8x4"
-        require_flag(all(counts) and len(counts) <= 2, "topology", topology, wanted)
+        require_flag(len(counts) <= 2, "topology", topology, wanted)
         require_flag(
             n_slices == 1, "slices", n_slices, f"is for TPUs; --topology={topology} {wanted}"
         )

@@ -83,9 +83,13 @@ def plan(config: Config, generation, devices):
         if size:
             found.append({"kind": kind, "axes": list(axes), "count": count, "bytes": size})
             received[kind] += size
-    across = 0.0  # bytes between slices or nodes, along the mesh axis data
-    if n_parts > 1:
-        across = sum(entry["bytes"] for entry in found if "data" in entry["axes"])
+    # Bytes between slices or nodes, along the mesh axis data. Of a group of n devices, those of a
+    # part reduce or gather first, so (parts - 1) / (n - 1) of the bytes come from other parts.
+    across = 0.0
+    for entry in found if n_parts > 1 else ():
+        if "data" in entry["axes"]:
+            n = math.prod(mesh.shape[axis] for axis in entry["axes"])
+            across += entry["bytes"] * (n_parts - 1) / (n - 1)
     within = received.total() - across
     if likely and across:  # `read_program` assumed the bandwidth within a slice
         for name in ("likely_step_seconds", "seconds_at_peaks", "seconds_by_cycles"):

@@ -28,7 +28,7 @@ def test_differences_are_paired_by_seed(tmp_path):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     # By Student's t with one degree of freedom the interval is 12.706 standard errors wide.
     difference = "+0.1500 ± 0.0500 [-0.4853, +0.7853]"
-    assert cells == ["s", "3.1000 ± 0.1000", "2.9500 ± 0.1500", difference, "2"]
+    assert cells == ["s", "3.1000 ± 0.1000", "2.9500 ± 0.1500", difference, "0.2", "2"]
 
 
 def test_the_command_prints_the_differences_of_the_committed_results(capsys):

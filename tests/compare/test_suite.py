@@ -79,7 +79,9 @@ TWIN = {"twin": dataclasses.replace(ARMS["aoe"], reference="nobody")}
             {"sizes": {"small": Size({}, 1, seeds_of={"a": 1})}},
             "seeds_of='a': choose one of moe",
         ),
-        ({"sizes": {"small": Size({}, 1, seeds_of={"aoe": 0})}}, "seeds=0: must be greater"),
+        ({"sizes": {"small": Size({}, 1, seeds_of={"aoe": 0})}}, "seeds=0: must be a whole number"),
+        ({"sizes": {"small": Size({}, 2.0)}}, r"seeds=2\.0: must be a whole number above 0"),
+        (arm("typo", experts=3), "arm typo: its changes: TypeError"),
     ],
 )
 def test_impossible_suites(changes, words):
