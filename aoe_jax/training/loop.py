@@ -125,7 +125,8 @@ def train(
         elif config.train.init_from:
             from aoe_jax.training.starting import state_from_model  # slow to import
 
-            heartbeat.beat("preparing")
+            if "://" in config.train.init_from:  # it is copied
+                heartbeat.beat("preparing")
             now.state = state_from_model(config, mesh, like, corpus.tokenizer)
         else:
             heartbeat.beat("compiling")
