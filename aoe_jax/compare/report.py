@@ -78,7 +78,8 @@ def paper_table(r: Results):
         row = {"method": r.labels[arm]}
         for size in r.sizes:
             row[f"{size}: nll"] = r.mean(size, arm, "validation_nll").text(3)
-            found = r.difference(size, arm) if arm != r.suite.baseline else mean([])
+            is_compared = arm != r.suite.baseline and arm in r.arms(size)
+            found = r.difference(size, arm) if is_compared else mean([])
             row[f"{size}: difference"] = found.as_difference()
         rows.append(row)
     return pd.DataFrame(rows)

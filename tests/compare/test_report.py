@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from aoe_jax.compare.report import failed
+from aoe_jax.compare.report import failed, paper_table
 from aoe_jax.compare.statistics import holm
 from configs.compare.arms import aoe, other_router
 from tests.compare.invented import ARMS, markdown, results, size_at, table
@@ -80,3 +80,11 @@ def test_an_arm_may_be_compared_to_another_than_the_baseline(tmp_path):
     found.runs.loc[0, ["state", "last_line"]] = "failed", "x['a'][1] | `y`"
     (row,) = failed(found, tmp_path)
     assert row["last line"] == "`x['a'][1] ¦ 'y'`"
+
+
+def test_the_table_for_a_paper_has_arms_of_one_size_only(tmp_path):
+    sizes = LARGER | {"b": replace(LARGER["b"], arms=("moe", "aoe"))}
+    found = results(tmp_path, sizes, lambda run: 3.0 + 0.1 * run.seed + 0.2 * (run.arm == "dense"))
+    dense = paper_table(found).set_index("method").loc[ARMS["dense"].label]
+    assert dense["a: difference"].startswith("+0.2000")
+    assert (dense["b: nll"], dense["b: difference"]) == ("-", "-")
