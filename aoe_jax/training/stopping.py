@@ -1,5 +1,6 @@
 """Requests to stop a training run: SIGTERM (preemption), SIGHUP (a closed terminal) and Ctrl-C."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -32,7 +33,8 @@ class StopRequests:
             print("stopped at once by a second signal", file=sys.stderr, flush=True)
             os._exit(Interrupted.status if number == signal.SIGINT else Terminated.status)
         self._signal = number
-        os.write(sys.stderr.fileno(), b"stopping; a second signal ends the process at once\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"stopping; a second signal ends the process at once\n")
 
     def asked(self):
         """Whether to stop now. All processes must call it equally often, after the same steps."""
