@@ -134,16 +134,19 @@ def first_validation_batch(folder: Path, config: Config):
 
 def measure_point(suite: Suite, workdir: Path, point, failed):
     """Times the steps of all arms at a point, and adds the reasons of failures to `failed`. An arm
-    that fails, as without a checkpoint, keeps its earlier time.
+    that cannot be timed now, for example because its checkpoint is gone, has no time; but if it
+    has an earlier one, all earlier times stay, because times of different sessions do not compare.
     """
-    configs, steps = configs_by_point(suite, workdir)[point], {}
-    costs = read_point(workdir, point, configs)
+    configs, steps, costs = configs_by_point(suite, workdir)[point], {}, {}
     firsts = _first_seeds(suite, workdir, point)
     for arm, config in configs.items():
         with _noting(f"steps of {arm}", failed):
             folder, _ = firsts.get(arm, (None, None))  # None: an untrained model
             batch = folder and first_validation_batch(folder, config)
             steps[arm] = RepeatedStep(config, batch, folder)
+    if read_point(workdir, point, configs).keys() - steps.keys():
+        log.warning("the earlier times of the steps stay")
+        return
     seconds = seconds_in_turn(steps)
     for arm, step in steps.items():
         memory = step.memory["state_bytes"] + step.memory["temporary_bytes"]

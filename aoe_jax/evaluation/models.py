@@ -220,8 +220,8 @@ def on_devices_here(config, axes=None):
 
 
 def mesh_for(config, model):
-    """Returns the mesh of `model` as a text for `load_model`, which loads with it a model that was
-    made from this one. Raises `UserError` if the mesh does not fit the new model's `config`.
+    """Returns the mesh of `model` as a text for `load_model`, to load a model that was made from
+    `model` on the same mesh. Raises `UserError` if the mesh does not fit the new model's `config`.
     """
     text = ",".join(f"{name}={size}" for name, size in model.mesh.shape.items())
     on_devices_here(config, mesh_axes(text))

@@ -78,6 +78,8 @@ def _method_of_file(name):
     wanted = f"{path} has no dataclass {class_name} that inherits from aoe_jax.moe.routing.Method"
     wanted += did_you_mean(class_name, vars(module))
     require(is_router, "routing.name", name, wanted)
+    is_called = any("__call__" in vars(of) for of in method.__mro__)
+    require(is_called, "routing.name", name, f"{class_name} needs `__call__(scores, weights, ctx)`")
     for field in fields(method):
         has_default = (field.default, field.default_factory) != (MISSING, MISSING)
         require(has_default, "routing.name", name, f"its field {field.name} needs a default")

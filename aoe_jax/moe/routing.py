@@ -201,14 +201,14 @@ class FixedK(Method):
     With `balance.bias_rate`, a bias (state `selection_bias [n]`) balances the load.
     """
 
-    # Whether weights are the softmax over the chosen scores, which AoE then computes itself; counts
-    # only in the class that defines `__call__`.
+    # Whether weights are the softmax over the chosen scores, which AoE then computes itself. A
+    # subclass that defines `__call__` must set it again.
     norm_topk_prob = False
     always_biased = False  # whether there is a bias without `balance.bias_rate`, too
 
     def choice(self, experts):
         # A subclass that overrides `__call__` alone may compute other weights.
-        owner = next(of for of in type(self).__mro__ if "__call__" in vars(of))
+        owner = next((of for of in type(self).__mro__ if "__call__" in vars(of)), FixedK)
         is_normalised = self.norm_topk_prob and "norm_topk_prob" in vars(owner)
         return Choice(experts.top_k, is_fixed=True, is_normalised=is_normalised)
 

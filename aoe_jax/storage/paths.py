@@ -203,12 +203,15 @@ def local_copy(folder, cache="~/.cache/aoe_jax"):
         if not target.exists():
             new = target.with_name(f".{target.name}.partial")
             remove_folder(new)  # of a copy that was killed
-            for name, part in parts.items():
-                if not name.endswith("/"):
-                    copy = new / part
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    patiently(what, functools.partial(store.get_file, name, str(copy)))
-            os.replace(new, target)
+            try:
+                for name, part in parts.items():
+                    if not name.endswith("/"):
+                        copy = new / part
+                        copy.parent.mkdir(parents=True, exist_ok=True)
+                        patiently(what, functools.partial(store.get_file, name, str(copy)))
+                os.replace(new, target)
+            finally:
+                remove_folder(new)
     return target
 
 

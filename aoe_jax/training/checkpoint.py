@@ -93,7 +93,8 @@ class Checkpoints:
         with together():
             steps = self.steps()
         see_the_same(str(steps), lambda: str(self.steps()), str(self.directory))
-        return self.steps()
+        with together():
+            return self.steps()
 
     def _complete_steps(self):
         if not self.directory.exists():

@@ -94,18 +94,18 @@ def train(
         folder.open(held)
         held.push(heartbeat.end)
         with together():
+            if is_main and branch:
+                from aoe_jax.training.starting import begin_branch  # slow to import
+
+                heartbeat.beat("preparing")
+                begin_branch(workdir, config, *branch)
+        with together():
             log_run(config)
             if any(s.name != "prepared" or "://" in str(s.path) for s in config.data.sources):
                 heartbeat.beat("preparing")
             corpus = open_corpus(config.data, config.model.vocab_size)
             if config.train.sample_every:
                 sample = text_sampler(config, mesh, corpus)
-        with together():
-            if is_main and branch:
-                from aoe_jax.training.starting import begin_branch  # slow to import
-
-                heartbeat.beat("preparing")
-                begin_branch(workdir, config, *branch)
         heartbeat.beat("restoring")
         folder.begin(held, config, corpus, **start)
         saved_steps = checkpoints.agreed_steps()
@@ -248,9 +248,11 @@ def train(
             raise
         except DivergedError:  # saves nothing, so the next start begins before the skipped steps
             checkpoints.close()
-            with Tolerated("the metrics"):
+            try:
                 metrics.sync()
                 folder.upload()
+            except Exception as e:  # the divergence is what the user must see
+                log.warning(f"the last metrics cannot be copied ({e})")
             raise
 
         # Writes the last checkpoint and the summary.

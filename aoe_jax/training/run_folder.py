@@ -72,16 +72,27 @@ class RunFolder:
     def begin(self, held, config: Config, corpus, start_over=False, go_back=None):
         """Fetches what `on_disk` needs. `start_over` moves the files of the old run to
         `set_aside/`, `go_back=STEP` only files newer than that checkpoint. Raises `UserError`
-        before that if the run in the workdir could not continue from there with `config`.
+        before that if the run in the workdir could not continue from there with `config`, and in
+        every process if their configurations or data differ.
         """
         workdir, is_main = self.workdir, jax.process_index() == 0
+        fields = flatten_dict(config.to_dict(), sep=".")
+        for name in ("data.cache", "data.path", "data.tokenizer"):  # the identities check content
+            del fields[name]
+        fields["data.name"] = config.data.name_without_paths
+        text = f"{fields} {corpus.identities} {jax.config.jax_enable_x64}"
+        agree("the configuration or data", text)
         with together():
+            if is_main and go_back is not None:
+                last, wanted = config.train.steps, f"must be at least --go-back={go_back}"
+                require(go_back <= last, "train.steps", last, wanted)
+                _check_identity(workdir)
+                check_config(workdir, config)
+                _check_x64(workdir)
+                check_data(workdir, corpus)
+            elif is_main and start_over and _is_model(workdir):
+                check_config(workdir, config)  # refuses it
             if is_main and (start_over or go_back is not None):
-                check_config(workdir, config, has_begun=not start_over)
-                if not start_over:
-                    check_data(workdir, corpus)
-                    last, wanted = config.train.steps, f"must be at least --go-back={go_back}"
-                    require(go_back <= last, "train.steps", last, wanted)
                 set_aside(workdir, go_back)
             if is_main and is_remote(workdir):
                 self.on_disk = Path(held.enter_context(tempfile.TemporaryDirectory()))
@@ -109,11 +120,6 @@ class RunFolder:
             if steps:
                 _check_x64(self.workdir)
                 check_data(self.workdir, corpus)
-        fields = flatten_dict(config.to_dict(), sep=".")
-        for name in ("data.cache", "data.path", "data.tokenizer"):  # the identities check content
-            del fields[name]
-        text = f"{fields} {corpus.identities} {jax.config.jax_enable_x64}"
-        agree("the configuration or data", text)
 
     def check_lease(self):
         """Raises `UserError` if another process has taken over the lease. Only process 0 checks."""
@@ -170,11 +176,8 @@ def check_history(workdir: Path, steps):
     """Raises `UserError` if checkpoints, `config.json` or `data.json` are missing. `steps` are
     the steps of complete checkpoints. A checkpoint in `damaged_checkpoints` is not missing.
     """
-    if steps and (missing := [n for n in _IDENTITY if not (workdir / n).exists()]):
-        raise UserError(
-            f"--workdir={workdir} has checkpoints but no {missing[0]}, so they may be of another "
-            "run. Bring it back; or --start-over begins anew"
-        )
+    if steps:
+        _check_identity(workdir)
     metrics = workdir / "metrics.jsonl"
     lacks_all = not steps and not (workdir / "heartbeat.json").exists()
     if lacks_all and metrics.exists() and size_and_version(metrics)[0]:
@@ -193,6 +196,21 @@ def check_history(workdir: Path, steps):
             f"complete, but {there}. Bring the missing ones back; or {goes_back}--start-over "
             "begins anew. Newer files are then moved to set_aside/"
         )
+
+
+def _check_identity(workdir):
+    if missing := [name for name in _IDENTITY if not (workdir / name).exists()]:
+        raise UserError(
+            f"--workdir={workdir} has checkpoints but no {missing[0]}, so they may be of another "
+            "run. Bring it back; or --start-over begins anew"
+        )
+
+
+def _is_model(workdir):
+    try:
+        return "model_type" in read_json(workdir / "config.json")
+    except UserError:  # a damaged file is set aside
+        return False
 
 
 def read_heartbeat(workdir: Path):

@@ -3,12 +3,16 @@
 import contextlib
 import os
 import signal
-import sys
 
 import jax
 from jax.experimental import multihost_utils
 
 from aoe_jax.errors import Interrupted, Preempted, Terminated
+
+
+def _tell(message):
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, message)
 
 
 class StopRequests:
@@ -30,11 +34,10 @@ class StopRequests:
 
     def _take(self, number, frame):
         if self._signal is not None:
-            print("stopped at once by a second signal", file=sys.stderr, flush=True)
+            _tell(b"stopped at once by a second signal\n")
             os._exit(Interrupted.status if number == signal.SIGINT else Terminated.status)
         self._signal = number
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"stopping; a second signal ends the process at once\n")
+        _tell(b"stopping; a second signal ends the process at once\n")
 
     def asked(self):
         """Whether to stop now. All processes must call it equally often, after the same steps."""

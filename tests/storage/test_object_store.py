@@ -175,7 +175,7 @@ def test_a_former_owner_uploads_nothing(folder, monkeypatch):
     with contextlib.ExitStack() as held:
         run = RunFolder(folder)
         run.open(held)
-        run.begin(held, Config(), None)
+        run.begin(held, Config(), SimpleNamespace(identities=[]))
         (run.on_disk / "metrics.jsonl").write_text("1")
         run.upload()
         with monkeypatch.context() as patch:  # a renewal that fails does not end the renewals

@@ -171,10 +171,20 @@ def test_nothing_moves_if_the_run_could_not_go_on(workdir, corpus, tmp_path):
         with pytest.raises(UserError, match=words):
             RunFolder(workdir).begin(none, config, of_run, go_back=3)
     assert contents(workdir) == before
+    data = (workdir / "data.json").read_text()
+    (workdir / "data.json").write_text(data.replace('"x64": false', '"x64": true'))
+    with pytest.raises(UserError, match="was trained with JAX_ENABLE_X64=1; set it again"):
+        RunFolder(workdir).begin(none, Config(), corpus, go_back=3)
+    (workdir / "data.json").unlink()
+    with pytest.raises(UserError, match="has checkpoints but no data.json"):
+        RunFolder(workdir).begin(none, Config(), corpus, go_back=3)
     (workdir / "config.json").write_text('{"model_type": "aoe"}')
     with pytest.raises(UserError, match="belongs to a model, not to a training run"):
         RunFolder(workdir).begin(none, Config(), corpus, start_over=True)
     assert not (workdir / "set_aside").exists()
+    (workdir / "config.json").write_text("{")  # damaged
+    RunFolder(workdir).begin(none, Config(), corpus, start_over=True)
+    assert not (workdir / "config.json").exists() and (workdir / "set_aside").exists()
 
 
 def test_a_branch_that_was_interrupted(workdir, tmp_path, monkeypatch):
