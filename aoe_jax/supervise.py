@@ -28,8 +28,8 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.errors import DivergedError, Failure, Interrupted, MachineFault, UserError
-from aoe_jax.storage.files import COUNT, TEXT, host_name, or_none, read_json
-from aoe_jax.storage.paths import is_remote, parsed_path
+from aoe_jax.storage.files import COUNT, TEXT, or_none, read_json
+from aoe_jax.storage.paths import host_name, is_remote, parsed_path
 
 log = logging.getLogger("aoe_jax.supervise")  # `__name__` is `__main__` with `python -m`
 

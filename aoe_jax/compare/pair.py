@@ -13,8 +13,8 @@ def pair_table(folder: Path, arms):
     """Formats a Markdown table of the final validation nll of two arms at every size.
 
     Nll is in nats per token. Means and differences are over the seeds that both arms have finished;
-    `p` is the uncorrected p-value of the paired t-test.
-    Raises `UserError` if the file cannot be read, or if the arms have no size and seed in common.
+    `p` is the uncorrected p-value of the paired t-test. Raises `UserError` if the file cannot be
+    read, or if the arms have no size and seed in common.
     """
     columns = ["size", "arm", "seed", "state", "validation_nll"]
     try:

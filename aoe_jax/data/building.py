@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ from tqdm import tqdm
 from aoe_jax.data import SPLITS, token_store
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, pieces, train_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.storage.files import exclusive, host_name, sync, write_json
+from aoe_jax.storage.files import exclusive, sync, write_json
+from aoe_jax.storage.paths import new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -130,22 +130,6 @@ def write_manifest(
 
 def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.token_count <= 2**16 else np.uint32)
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path):
-    """Yields an empty temporary folder, and renames it to `folder` at the end, unless another host
-    has made `folder` meanwhile. After an exception the temporary folder is removed.
-    """
-    partial = folder.with_name(f"{folder.name}.partial-{host_name()}")
-    shutil.rmtree(partial, ignore_errors=True)  # exists if a process of this host was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if not folder.exists():
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def build_token_stores(stores: Mapping, tokenizer: Tokenizer | None, vocab_size: int):

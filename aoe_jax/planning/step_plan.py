@@ -83,9 +83,9 @@ def plan(config: Config, generation, devices):
         if size:
             found.append({"kind": kind, "axes": list(axes), "count": count, "bytes": size})
             received[kind] += size
-    # Bytes between slices or nodes, along the mesh axis data. Each part first
-    # reduces or gathers among its own devices. So a device of a group of n receives
-    # (parts - 1) / (n - 1) of its bytes from other parts.
+    # Bytes between slices or nodes, along the mesh axis data. Each part first reduces
+    # or gathers among its own devices. So a device of a group of n receives (parts - 1) / (n - 1)
+    # of its bytes from other parts.
     across = 0.0
     for entry in found if n_parts > 1 else ():
         if "data" in entry["axes"]:

@@ -8,8 +8,6 @@ import io
 import json
 import logging
 import os
-import re
-import socket
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -171,11 +169,6 @@ def sync(path: Path):
             raise
     finally:
         os.close(descriptor)
-
-
-def host_name() -> str:
-    """The name of this host, in characters that are safe in names of files."""
-    return re.sub("[^a-zA-Z0-9.-]", "-", socket.gethostname())[:64] or "unnamed"
 
 
 def make_folder(folder: Path, flag: str):

@@ -17,8 +17,8 @@ from pathlib import Path
 import filelock
 
 from aoe_jax.errors import InUse, UserError
-from aoe_jax.storage.files import host_name, make_folder, read_bytes, write_or_refuse
-from aoe_jax.storage.paths import create, is_remote
+from aoe_jax.storage.files import make_folder, read_bytes, write_or_refuse
+from aoe_jax.storage.paths import create, host_name, is_remote
 from aoe_jax.storage.retry import patiently
 
 log = logging.getLogger(__name__)

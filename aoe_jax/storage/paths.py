@@ -1,5 +1,6 @@
 """Handles paths on a disk, as `pathlib.Path`, and in an object store, as `epath.Path`."""
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -7,6 +8,7 @@ import itertools
 import os
 import re
 import shutil
+import socket
 from glob import has_magic
 from pathlib import Path
 
@@ -179,6 +181,27 @@ def remove_folder(folder):
         store.rm(name, recursive=True)
 
 
+def host_name() -> str:
+    """The name of this host, in characters that are safe in names of files."""
+    return re.sub("[^a-zA-Z0-9.-]", "-", socket.gethostname())[:64] or "unnamed"
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path):
+    """Yields an empty temporary folder, and renames it to `folder` at the end, unless another host
+    has made `folder` meanwhile. After an exception the temporary folder is removed.
+    """
+    partial = folder.with_name(f"{folder.name}.partial-{host_name()}")
+    shutil.rmtree(partial, ignore_errors=True)  # exists if a process of this host was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if not folder.exists():
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def local_copy(folder, cache="~/.cache/aoe_jax"):
     """Returns `folder` if it is on a disk, else a copy of it in `cache`. A new copy is made if a
     file of the folder, other than `REPORTS`, has changed since the last copy.
@@ -201,17 +224,12 @@ def local_copy(folder, cache="~/.cache/aoe_jax"):
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.with_name(f".{target.name}.lock")):
         if not target.exists():
-            new = target.with_name(f".{target.name}.partial")
-            remove_folder(new)  # of a copy that was killed
-            try:
+            with new_folder(target) as new:
                 for name, part in parts.items():
                     if not name.endswith("/"):
                         copy = new / part
                         copy.parent.mkdir(parents=True, exist_ok=True)
                         patiently(what, functools.partial(store.get_file, name, str(copy)))
-                os.replace(new, target)
-            finally:
-                remove_folder(new)
     return target
 
 

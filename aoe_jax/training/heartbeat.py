@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 
 from aoe_jax.errors import DivergedError, Hang, Interrupted, MachineFault, Preempted, UserError
-from aoe_jax.storage.files import host_name, write_json
-from aoe_jax.storage.paths import is_remote
+from aoe_jax.storage.files import write_json
+from aoe_jax.storage.paths import host_name, is_remote
 from aoe_jax.storage.retry import Tolerated
 
 _UNLIMITED = ("preparing", "compiling")  # statuses that may last longer than `train.hang_timeout`

@@ -4,13 +4,11 @@ import os
 
 import pytest
 
-from aoe_jax.data.building import new_folder
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.storage import retry
 from aoe_jax.storage.files import (
     COUNT,
     TEXT,
-    host_name,
     or_none,
     read_json,
     read_metrics,
@@ -19,6 +17,7 @@ from aoe_jax.storage.files import (
     write_json,
     write_report,
 )
+from aoe_jax.storage.paths import host_name, new_folder
 
 
 def test_json_is_replaced_whole(tmp_path, monkeypatch):

@@ -12,12 +12,11 @@ import time
 
 import pytest
 
-from aoe_jax.data.building import new_folder
 from aoe_jax.errors import InUse, MachineFault, UserError
 from aoe_jax.storage import lease, retry
 from aoe_jax.storage.files import write_json
 from aoe_jax.storage.lease import NAME, leased, owner_of
-from aoe_jax.storage.paths import is_remote
+from aoe_jax.storage.paths import is_remote, new_folder
 from tests.runs import ROOT, wait_for
 
 MARK = "filelock/2\npid=11\nhost={host}\nmode=lease\ntoken={token}\nduration={duration}\n"
