@@ -11,7 +11,6 @@ import itertools
 import json
 import re
 import threading
-import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -28,7 +27,7 @@ class Store(ThreadingHTTPServer):
         super().__init__(("localhost", 0), _Handler)
         self.objects, self.lock = {}, threading.Lock()
         self.generations, self.uploads = itertools.count(1_000_000), {}
-        self.fails_until = 0.0  # time of the monotonic clock; before it, all requests fail
+        self.fails_next = 0  # the number of next requests that fail
         self.failure = 503  # HTTP status of requests that fail
         self.failed = 0  # number of requests that have failed
 
@@ -71,8 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = dict(parse_qsl(parts.query, keep_blank_values=True))
         self.content = self._read()
         try:
-            if time.monotonic() < self.server.fails_until:
-                self.server.failed += 1
+            if self._fails():
                 raise _Refused(self.server.failure)
             with self.server.lock:
                 status, answer, headers = self._answer(parts.path)
@@ -85,6 +83,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body if self.command != "HEAD" else b"")
+
+    def _fails(self):
+        with self.server.lock:
+            fails = self.server.fails_next > 0
+            self.server.fails_next -= fails
+            self.server.failed += fails
+        return fails
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_PATCH = _do
 

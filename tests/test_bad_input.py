@@ -122,14 +122,6 @@ def finished(workdir, here):
     shutil.copytree(finished_run(), workdir)
 
 
-def finished_with(name, text):
-    def prepare(workdir, here):
-        finished(workdir, here)
-        (workdir / name).write_text(text)
-
-    return prepare
-
-
 def finished_and_truncated(workdir, here):
     """Leaves only the truncated checkpoint, because training continues from any other one."""
     finished(workdir, here)
@@ -163,9 +155,6 @@ RUNS = {
         TRAIN,
         ["token store '{here}': manifest.json is missing", "python -m aoe_jax.prepare"],
         changes={"data__name": "prepared", "data__path": "{here}"},
-    ),
-    "vocabulary of the model": Mistake(
-        TRAIN, ["config.model.vocab_size=200"], changes={"model__vocab_size": 200}
     ),
     "length of a sequence": Mistake(
         TRAIN,
@@ -205,18 +194,6 @@ RUNS = {
         TRAIN,
         [f"{{workdir}}/checkpoints/{STEPS}", "is damaged", "there is no other"],
         finished_and_truncated,
-        {"train__steps": STEPS + 1},
-    ),
-    "data.json of another kind": Mistake(
-        TRAIN,
-        ["{workdir}/data.json", "token_stores[0] is 7, not a text"],
-        finished_with("data.json", '{"token_stores": [7]}'),
-        {"train__steps": STEPS + 1},
-    ),
-    "JAX_ENABLE_X64 has changed": Mistake(
-        TRAIN,
-        ["JAX_ENABLE_X64=0: workdir {workdir} was trained with JAX_ENABLE_X64=1"],
-        finished_with("data.json", '{"x64": true}'),
         {"train__steps": STEPS + 1},
     ),
     "workdir is a file": Mistake(

@@ -116,12 +116,12 @@ PROGRAM = """
 import os, signal, sys, threading, time
 from pathlib import Path
 from aoe_jax import cli
-from aoe_jax.formats.writing import new_directory
 what, output = sys.argv.pop(), sys.argv.pop()
 def main():
     if what == "print":
         print("r\\u00e9sum\\u00e9 \\U0001F680")
         return 3
+    from aoe_jax.formats.writing import new_directory
     with new_directory(Path(output)) as partial:
         (partial / "weights").write_text("half")
         try:

@@ -1,6 +1,5 @@
 """The examination of a machine: all checks on a mesh, and the detection of wrong kernels."""
 
-import dataclasses
 import json
 import math
 
@@ -16,6 +15,7 @@ from aoe_jax.planning import examination, kernel_checks
 from aoe_jax.planning.examination import fitted
 from aoe_jax.sharding import make_mesh
 from configs import doctor as accelerators
+from tests.arrays import Device
 from tests.hasty import xla_flags
 from tests.in_process import call
 from tests.runs import finish, start
@@ -240,17 +240,14 @@ def test_steps_that_are_not_finite_fail():
     assert verdict["text"].startswith("loss nan, not finite in some steps; ")
 
 
-@dataclasses.dataclass(frozen=True)
-class Device:
-    device_kind: str
-    compute_capability: str
-    platform: str = "gpu"
+def gpu(kind, capability):
+    return Device(platform="gpu", device_kind=kind, compute_capability=capability)
 
 
 def test_reasons_of_plain_backends():
     def reasons(kind, capability, **changes):
         config = fitted(small(**changes), 1)
-        found = examination.choose_backends(config, Device(kind, capability))
+        found = examination.choose_backends(config, gpu(kind, capability))
         assert {backend["backend"] for backend in found} <= {"blocks", "blocked", "cudnn"}
         return {backend["kernel"].split()[0]: backend["why"] for backend in found}
 
@@ -260,7 +257,7 @@ def test_reasons_of_plain_backends():
     assert "backend='cudnn' with float32: use bfloat16" in h100["attention"]
     assert "backend='mosaic_gpu' with float32: use bfloat16" in h100["grouped"]
     config = fitted(small(model__dtype="bfloat16"), 1)
-    _, *grouped = examination.choose_backends(config, Device("NVIDIA H100 80GB HBM3", "9.0"))
+    _, *grouped = examination.choose_backends(config, gpu("NVIDIA H100 80GB HBM3", "9.0"))
     assert {product["backend"] for product in grouped} == {"mosaic_gpu"}
     h100 = reasons("NVIDIA H100 80GB HBM3", "9.0", experts__grouped_matmul="blocked")
     assert h100["grouped"] == "set by config.experts.grouped_matmul=blocked"

@@ -8,7 +8,6 @@ import pytest
 from flax import nnx
 from nbclient import NotebookClient
 
-from aoe_jax.nnx import MoE
 from examples import add_a_method, nnx_model, train_loop, vision
 from tests.forking import ENVIRONMENT
 from tests.hasty import xla_flags
@@ -22,11 +21,7 @@ def test_train_loop():
     assert lines[-1]["nll"] < lines[0]["nll"] - 2
 
 
-def moe(d_model, rngs):
-    return MoE(d_model, n_experts=8, top_k=2, d_ffn=d_model, rngs=rngs)
-
-
-@pytest.mark.parametrize("layer", [nnx_model.aoe, moe, None])
+@pytest.mark.parametrize("layer", [nnx_model.aoe, None])
 def test_nnx_model(layer):
     model = nnx_model.GPT(layer, d_model=32, n_layers=1, rngs=nnx.Rngs(0))
     text = np.frombuffer(nnx_model.TEXT.read_bytes(), np.uint8)

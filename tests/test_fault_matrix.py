@@ -151,7 +151,7 @@ def exporting(folder):
         (evaluation, ("EIO", "o", STATE)),
         (evaluation, ("EIO", "r", SHARD)),
         (evaluation_of_a_model, ("EIO", "o", "model.safetensors")),
-        *((exporting, (code, "w", "model")) for code in ("ENOSPC", "EDQUOT", "EIO")),
+        (exporting, ("EDQUOT", "w", "model")),
     ],
 )
 def test_other_commands_that_fail(tmp_path, command, case):
@@ -234,15 +234,14 @@ def test_texts_that_cannot_be_tokenised(tmp_path, command, case):
     ("operation", "file", "when"),
     [
         ("c", "run/owner.lease", "restoring"),
-        ("r", "/validation-0", "validating, after step 10"),
         ("r", STATE + "state", "restoring"),
         ("o", "/manifest.json", "restoring"),
         ("o", "model/config.json", "restoring"),
     ],
 )
 def test_a_disk_that_hangs(tmp_path, operation, file, when):
-    """The disk hangs when the lease is acquired, the first validation or a checkpoint is read, or
-    prepared data or a model to train further is opened.
+    """The disk hangs when the lease is acquired, a checkpoint is read, or prepared data or a model
+    to train further is opened.
     """
     workdir, settings = tmp_path / "run", {"train__hang_timeout": 5}
     if "state" in file:

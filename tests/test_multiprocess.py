@@ -29,7 +29,7 @@ from aoe_jax.training.stopping import StopRequests
 
 initialize, asked = jax.distributed.initialize, StopRequests.asked
 jax.distributed.initialize = functools.partial(initialize, heartbeat_timeout_seconds=20)
-StopRequests.asked = lambda stop: (time.sleep(0.1), asked(stop))[1]
+StopRequests.asked = lambda stop: (time.sleep(0.25), asked(stop))[1]
 cli.run(train.main)
 """
 

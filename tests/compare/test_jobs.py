@@ -1,13 +1,11 @@
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from aoe_jax.compare.jobs import Job, Machine, read_machines, read_outcome
 from aoe_jax.errors import UserError
-from tests.runs import ROOT, wait_for
+from tests.runs import start, wait_for
 
 CORES = sorted(os.sched_getaffinity(0))
 
@@ -43,13 +41,14 @@ os.write(1, b'ready\\n')
 time.sleep(600)
 """
 PARENT = """
-import os, pathlib
+import pathlib, sys
 from aoe_jax import cli
 from aoe_jax.compare.jobs import Machine
 from tests.compare.test_jobs import SLEEPER, job
 
+folder = pathlib.Path(sys.argv.pop())
+
 def main():
-    folder = pathlib.Path(os.environ["FOLDER"])
     jobs = [job(folder, "sleeper", SLEEPER), job(folder, "next", "print(1)")]
     Machine("cpu", [None], {}).run(jobs)
 
@@ -58,13 +57,7 @@ cli.run(main)
 
 
 def test_a_stopped_command_stops_its_jobs_and_waits_for_them(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", PARENT],
-        cwd=ROOT,
-        env=os.environ | {"FOLDER": str(tmp_path)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start(["-c", PARENT, str(tmp_path)])
     log = tmp_path / "sleeper.log"
     wait_for(process, lambda: log.exists() and "\nready\n" in log.read_text())
     process.send_signal(signal.SIGTERM)

@@ -40,7 +40,6 @@ def test_a_configuration_of_each_version(name):
 
 def test_the_number_of_this_version():
     assert json.loads(STORED[f"version_{VERSION}"].read_text())["version"] == VERSION
-    assert Config().to_stored()["version"] == VERSION
 
 
 def test_a_model_of_the_first_version():

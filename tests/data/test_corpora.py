@@ -207,15 +207,14 @@ def test_tfds_mistakes(tmp_path, monkeypatch, name, text_field, failure, message
         load_corpus(name, str(tmp_path), "unused", text_field)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ESTALE])
-def test_tfds_waits_for_a_fault(tmp_path, monkeypatch, code):
+def test_tfds_waits_for_a_fault(tmp_path, monkeypatch):
     monkeypatch.setattr(retry, "_FIRST_PAUSE", 0.01)
-    fault = OSError(code, os.strerror(code))
+    fault = OSError(errno.ESTALE, "Stale file handle")
     monkeypatch.setattr(OnlyTrain, "failures", [fault] * 2)
     assert documents(load_corpus("only_train", str(tmp_path / "a"), "unused", "body"))["test"]
     monkeypatch.setattr(OnlyTrain, "failures", [fault] * 99)
     monkeypatch.setattr(retry, "retry_seconds", 0.1)
-    wanted = rf"name='only_train': TFDS cannot prepare it \({os.strerror(code)}\); it was tried"
+    wanted = r"name='only_train': TFDS cannot prepare it \(Stale file handle\); it was tried"
     with pytest.raises(MachineFault, match=wanted):
         load_corpus("only_train", str(tmp_path / "b"), "unused", "body")
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.data.texts import LLAMA, json_lines, texts
 from tests.in_process import execute
-from tests.runs import ROOT, contents, run, start, train_command, wait_for
+from tests.runs import ROOT, contents, corpus_store, run, start, train_command, wait_for
 
 FLAGS = ["--tokenizer=bpe:300", "--validation=0.05", "--test=0.05"]
 
@@ -81,13 +81,15 @@ def test_long_document_takes_bounded_memory(tmp_path):
     assert status == 0 and kilobytes < 700_000, (done.stdout, done.stderr)
 
 
-def test_check(whole, tmp_path):
-    status, stderr = finish("--check", f"--output={whole}")
+def test_check(tmp_path):
+    store = shutil.copytree(corpus_store(), tmp_path / "store")
+    command = ["-m", "aoe_jax.prepare", "--check", f"--output={store}"]
+    status, _, stderr = execute(command)
     assert status == 0 and stderr.endswith("all shards are as they were written\n")
-    damaged = shutil.copytree(whole, tmp_path / "damaged")
-    (damaged / "train-00001-00000.array_record").unlink()
-    status, stderr = finish("--check", f"--output={damaged}")
-    wanted = "damaged shards: train-00001-00000.array_record; prepare the input again, into a new"
+    shard = next(store.glob("train*"))
+    shard.unlink()
+    status, _, stderr = execute(command)
+    wanted = f"damaged shards: {shard.name}; prepare the input again, into a new"
     assert status == 2 and wanted in stderr
 
 

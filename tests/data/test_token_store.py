@@ -1,8 +1,6 @@
 import json
 import logging
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,8 +13,8 @@ from aoe_jax.data.token_store import RECORD_TOKENS, TokenStore
 from aoe_jax.data.tokenised import cached_token_stores
 from aoe_jax.data.tokenizer import HuggingFaceTokenizer, load_tokenizer, train_tokenizer
 from aoe_jax.errors import UserError
+from tests import runs
 from tests.data.texts import stored_documents
-from tests.runs import ROOT
 
 VOCAB_SIZE = 300
 
@@ -101,7 +99,7 @@ PREPARE = """
 import logging, sys
 from aoe_jax.data import building, corpora, tokenised
 {before}
-logging.basicConfig(level=logging.INFO)
+logging.basicConfig(level=logging.INFO, force=True)
 corpus = corpora.load_corpus("text", sys.argv[1], sys.argv[2])
 print(*tokenised.cached_token_stores([corpus], None, 300, sys.argv[2]))
 """
@@ -123,8 +121,7 @@ corpora.load_corpus = load_one_that_dies
 
 
 def start_prepare(folder, cache, before=""):
-    command = [sys.executable, "-c", PREPARE.format(before=before), str(folder), str(cache)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return runs.start(["-c", PREPARE.format(before=before), str(folder), str(cache)])
 
 
 def test_killed_build_leaves_no_store_and_is_cleaned_up(text_folder, tmp_path):
@@ -217,8 +214,7 @@ for _ in range(2):
     for start in range(0, len(store) - 10, 4096):
         store.read(start, start + 10)
 """
-    command = [sys.executable, "-c", code, str(tmp_path / "store")]
-    subprocess.run(command, check=True, cwd=ROOT)
+    runs.succeed(["-c", code, str(tmp_path / "store")])
 
 
 def test_setting_mistakes(text_folder, tmp_path):

@@ -2,9 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_allclose
 
 from aoe_jax.evaluation.generation import Generator, Sampling
 from aoe_jax.methods import find_method
@@ -13,18 +12,9 @@ from aoe_jax.training.step import init_state, make_train_step
 from aoe_jax.training.step_times import random_batch
 from tests.evaluation.models import by_full_passes, make_config, make_model
 from tests.methods.method_layers import assert_agree, by_loops, make, scores_of
-from tests.moe.contexts import context
 
 ABOVE_MEAN = "examples/add_a_method.py:AboveMean"
 SCORES = "configs/compare/scores.py"
-
-
-def test_by_hand():
-    scores = jnp.array([[1.0, 2.0, 6.0, 4.0], [5.0, 1.0, 1.0, 1.0]])
-    routing = find_method(ABOVE_MEAN)()(scores, {}, context(scores))
-    assert_array_equal(routing.expert.reshape(2, 4), [[4, 4, 2, 3], [0, 4, 4, 4]])
-    weight = np.exp([6.0, 4.0]) / np.exp([6.0, 4.0]).sum()
-    assert_allclose(routing.weight.reshape(2, 4), [[0, 0, *weight], [1, 0, 0, 0]], rtol=1e-6)
 
 
 def test_in_a_layer(x64, ragged):

@@ -33,10 +33,9 @@ def placed_by_loop(ranked, top_k, capacity, real):
     return placed
 
 
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
-    ("capacity_factor", "top_k", "norm_topk_prob"),
-    [(1.0, 1, False), (1.25, 2, True), (2.0, 3, False)],
+    ("capacity_factor", "top_k", "norm_topk_prob", "padded"),
+    [(1.0, 1, False, False), (1.25, 2, True, True), (2.0, 3, False, True)],
 )
 def test_agrees_with_a_loop(x64, capacity_factor, top_k, norm_topk_prob, padded):
     """Padding takes no place. Load and balance losses count choices before any is dropped."""

@@ -87,7 +87,7 @@ def test_groups_of_all_rows(backend):
 
 
 @pytest.mark.parametrize("n_experts", [1, 3, 64])
-@pytest.mark.parametrize("m", [0, 1, 7, 500, 2000])
+@pytest.mark.parametrize("m", [1, 7, 500, 2000])
 def test_random_group_sizes(n_experts, m):
     rng = np.random.default_rng(n_experts * m)
     sizes = rng.multinomial(rng.integers(m + 1), rng.dirichlet(np.full(n_experts, 0.3)))

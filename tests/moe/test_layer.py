@@ -247,8 +247,9 @@ def test_one_expert_is_the_dense_layer(x64):
     assert_allclose(got, jax.jit(layer.apply)({"params": params}, x)[0], atol=1e-12)
 
 
-@pytest.mark.parametrize("layer", [AoELayer, RouterLayer, DenseLayer])
-@pytest.mark.parametrize("d_low", [8, 96])
+@pytest.mark.parametrize(
+    ("layer", "d_low"), [(AoELayer, 8), (AoELayer, 96), (RouterLayer, 8), (DenseLayer, 8)]
+)
 def test_gate_pre_activations_start_with_equal_variance(layer, d_low):
     """On normalised tokens the variance is 1, for AoE, the router MoE and the dense layer."""
     kind = {AoELayer: "aoe", RouterLayer: "router", DenseLayer: "dense"}[layer]

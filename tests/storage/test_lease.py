@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -167,8 +168,12 @@ def test_a_disk_that_is_no_longer_there(tmp_path, monkeypatch):
     folder, aside = tmp_path / "disk" / "run", tmp_path / "aside"
     with leased(folder, "workdir") as owner:
         folder.parent.rename(aside)
-        threading.Timer(0.7, lambda: aside.rename(folder.parent)).start()
-        owner.check()
+        with monkeypatch.context() as patch:
+            brings_back = SimpleNamespace(
+                monotonic=time.monotonic, sleep=lambda seconds: aside.rename(folder.parent)
+            )
+            patch.setattr(retry, "time", brings_back)
+            owner.check()
         folder.parent.rename(aside)
         folder.mkdir(parents=True)
         monkeypatch.setattr(retry, "retry_seconds", 0.2)

@@ -1,8 +1,4 @@
-"""Compares reported memory with the sizes of arrays and parameters, psutil, and the system."""
-
-import json
-import subprocess
-import sys
+"""Compares reported memory with the sizes of arrays and parameters, and with psutil."""
 
 import jax
 import numpy as np
@@ -14,8 +10,7 @@ from aoe_jax.training import devices
 from aoe_jax.training.devices import process_memory
 from aoe_jax.training.step_times import RepeatedStep
 from tests.arrays import Device
-from tests.hasty import HASTY
-from tests.runs import ROOT, tiny_config
+from tests.runs import tiny_config
 
 
 def test_memory_of_a_device(ragged):
@@ -58,37 +53,3 @@ def test_process_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: found)
     memory = process_memory()
     assert (memory["device_memory_bytes"], memory["device_memory_peak_bytes"]) == (7, 9)
-
-
-STEP_TAKES = """
-import json, jax, pathlib, time
-from aoe_jax.training.devices import process_memory
-from aoe_jax.training.step_times import RepeatedStep
-from benchmarks.timing import configuration
-model = {"n_layers": 1, "d_model": 64, "n_heads": 1, "vocab_size": 512, "unroll": 1}
-changes = {"model": model, "experts": {"d_ffn": 2048}, "train": {"batch_size": 64}}
-step, taken, deadline = RepeatedStep(configuration("dense", changes)), [], time.monotonic() + 240
-temporary, peak = step.memory["temporary_bytes"], float("inf")
-for _ in range(5):
-    while (before := process_memory()["host_memory_bytes"]) > peak - 0.99 * temporary:
-        assert time.monotonic() < deadline  # the step before gives its memory back a moment later
-        time.sleep(0.01)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    jax.block_until_ready(step())
-    peak = process_memory()["host_memory_peak_bytes"]
-    taken.append(peak - before)
-print(json.dumps([temporary, max(taken[1:])]))
-"""
-
-
-@pytest.mark.slow
-def test_temporary_memory_is_what_a_step_takes():
-    """The temporary memory, about half a gigabyte, is the peak of the process in a step minus its
-    memory before. The first step is left out, because it also allocates memory that stays.
-    """
-    variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": HASTY, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", STEP_TAKES]
-    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    temporary, taken = json.loads(done.stdout)
-    assert temporary > 4e8 and taken == pytest.approx(temporary, rel=0.02)

@@ -1,7 +1,6 @@
 """The heartbeat, and when it ends a process. `tests/test_fault_matrix.py` tests real hangs."""
 
 import contextlib
-import json
 import threading
 
 import pytest
@@ -10,11 +9,8 @@ from etils import epath
 from aoe_jax.errors import Hang, MachineFault
 from aoe_jax.training import heartbeat as heartbeat_module
 from aoe_jax.training.heartbeat import Heartbeat
+from tests.runs import heartbeat as content
 from tests.runs import wait_for
-
-
-def content(workdir):
-    return json.loads((workdir / "heartbeat.json").read_text())
 
 
 def test_heartbeat(tmp_path):
@@ -80,6 +76,7 @@ def ended(monkeypatch):
         threading.Event().wait()  # for ever
 
     monkeypatch.setattr(heartbeat_module.os, "_exit", end)
+    monkeypatch.setattr(heartbeat_module, "_LOOK", 0.02)
     return statuses
 
 

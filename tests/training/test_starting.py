@@ -54,13 +54,10 @@ def test_parameters_of_the_model_and_the_rest_anew(tmp_path, tokenizer, mesh):
     assert int(state.step) == 0 and all(not np.any(a) for a in jax.tree.leaves(state.opt_state))
 
 
-HUB = ("olmoe", "qwen2_moe", "dots1", "llama")  # formats/test_hub.py has the other ones
-
-
-@pytest.mark.parametrize("architecture", HUB)
-def test_models_of_the_hub_train_on(architecture, tokenizer):
+@pytest.mark.slow
+def test_a_model_of_the_hub_trains_on(tokenizer):
     """The first loss is that of the hub's model, and a step lowers the loss of the same batch."""
-    folders, logits = hub_models()[architecture]
+    folders, logits = hub_models()["dots1"]
     config = finetune.get_config(str(folders["fused"]))
     config.model.dtype = "float32"
     config.data.seq_len = TOKENS.shape[1]

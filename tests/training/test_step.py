@@ -72,7 +72,7 @@ def shrunken(variant, **changes):
 ALIKE = ("aoe_r128", "aoe_r256", "aoe_r512", "moe_4b", "aoe_4b")
 ALIKE += ("aoe_r128_aux", "aoe_r256_aux", "aoe_r512_aux")
 # Their parts are those of other variants.
-ALIKE += ("moe", "moe_top_p", "moe_expert_choice")
+ALIKE += ("moe", "moe_top_p", "moe_expert_choice", "moe_aux", "aoe_r64", "moe_aux_large_router")
 
 
 @pytest.mark.parametrize("variant", [name for name in paper.VARIANTS if name not in ALIKE])
@@ -98,11 +98,11 @@ def test_every_program_of_the_paper_trains(variant):
     assert int(state.step) == 3
 
 
-TRACED = [name for name in paper.VARIANTS if name not in ALIKE]
+TRACED = ("aoe_r64", "moe_aux_factorised", "aoe_whole_aux", "aoe_expert_choice", "aoe_4b")
 
 
-@pytest.mark.parametrize("variant", [*TRACED, "aoe_4b", "aoe_r64_muon", "moe_4b_muon"])
-def test_every_configuration_of_the_paper_is_traced(variant):
+@pytest.mark.parametrize("variant", [*TRACED, "moe_4b_muon"])
+def test_configurations_of_the_paper_are_traced(variant):
     """At full size, the state after a step has the shapes and dtypes of the state before."""
     config = Config.from_config_dict(paper.get_config(variant))
     state = jax.eval_shape(lambda: init_state(config, 0))

@@ -3,6 +3,8 @@
 import os
 import signal
 
+import pytest
+
 from aoe_jax.errors import Interrupted, Preempted
 from aoe_jax.training import stopping
 from aoe_jax.training.stopping import StopRequests
@@ -24,10 +26,12 @@ def test_several_processes_stop_at_the_same_step(monkeypatch):
     assert sent == [signal.SIGTERM]
 
 
-def test_nohup_is_respected(monkeypatch):
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_nohup_is_respected(monkeypatch, before):
     """Shells start background jobs with SIGINT ignored; it stops them nevertheless."""
     handlers = {}
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    monkeypatch.setattr(signal, "getsignal", lambda number: before)
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     StopRequests().listen()
-    assert handlers.keys() == {signal.SIGTERM, signal.SIGINT}
+    hangup = {signal.SIGHUP} if before == signal.SIG_DFL else set()
+    assert handlers.keys() == {signal.SIGTERM, signal.SIGINT} | hangup
