@@ -131,6 +131,7 @@ OTHERS.remove("dynmoe")  # in the fast tier
 OTHERS = [kind for kind in OTHERS if ", aoe" not in kind and "router, " not in kind]
 SLOW += [(THREE, WAYS[i % 2], kind) for i, kind in enumerate(OTHERS)]
 SLOW += [((2, 2, 1, 2), "ring", "dense"), ((2, 2, 2, 1), "ring", "erc")]
+SLOW += [((2, 4, 1, 1), "ring", kind) for kind in ("router", "as published")]
 SLOW += [((1, 1, 2, 4), "ring", kind) for kind in ("smear, aoe", "thor, aoe")]
 SLOW += [((2, 1, 1, 4), "ring", "uoe")]
 CASES = FAST + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in FAST]

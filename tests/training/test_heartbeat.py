@@ -76,7 +76,6 @@ def ended(monkeypatch):
         threading.Event().wait()  # for ever
 
     monkeypatch.setattr(heartbeat_module.os, "_exit", end)
-    monkeypatch.setattr(heartbeat_module, "_LOOK", 0.02)
     return statuses
 
 

@@ -26,12 +26,22 @@ def test_several_processes_stop_at_the_same_step(monkeypatch):
     assert sent == [signal.SIGTERM]
 
 
-@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
-def test_nohup_is_respected(monkeypatch, before):
+@pytest.mark.parametrize(
+    ("before", "numbers"),
+    [
+        (signal.SIG_DFL, {signal.SIGTERM: Preempted, signal.SIGHUP: Preempted}),
+        (signal.SIG_IGN, {signal.SIGTERM: Preempted}),
+    ],
+    ids=["terminal", "nohup"],
+)
+def test_signals(monkeypatch, before, numbers):
     """Shells start background jobs with SIGINT ignored; it stops them nevertheless."""
     handlers = {}
     monkeypatch.setattr(signal, "getsignal", lambda number: before)
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    StopRequests().listen()
-    hangup = {signal.SIGHUP} if before == signal.SIG_DFL else set()
-    assert handlers.keys() == {signal.SIGTERM, signal.SIGINT} | hangup
+    for number, kind in (numbers | {signal.SIGINT: Interrupted}).items():
+        stop = StopRequests()
+        stop.listen()
+        assert handlers.keys() == numbers.keys() | {signal.SIGINT} and not stop.asked()
+        handlers[number](number, None)
+        assert stop.asked() and type(stop.end("saved")) is kind
