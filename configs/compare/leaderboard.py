@@ -1,12 +1,14 @@
-"""The leaderboard of routing methods, in 50 core-hours: `--suite=configs/compare/leaderboard.py`.
+"""The leaderboard of routing methods, in 60 core-hours: `--suite=configs/compare/leaderboard.py`.
 
-Rules. At 149k active parameters (without embeddings) all arms, except the two dense ones, have the
-same total parameters within 1%, and active ones within 1.1%; all have 3.03M tokens in the same
-order and the same schedule. An arm may change scores, routing, balancing and the optimiser.
-Learning rates are not tuned for each arm: an arm takes the rates of its family of scores and its
-optimiser. For Muon, `leaderboard_rates.py` tunes them with the same grid for all families. For
-AdamW they are from `rates.py` and `screen.py`. A gain that is found for AoE is offered to the MoE
-too.
+Rules. At 149k active parameters (without embeddings) all arms but `dense_active` have the same total
+parameters within 1%. Active ones are the same within 1.1%, except for `dense`, UoE (8% more) and
+DA-MoE (at most 37% more). All have 3.03M tokens in the same order and the same schedule. An arm may
+change scores, routing, balancing and the optimiser. Learning rates are not tuned for each arm: an
+arm takes the rates of its family of scores and its optimiser. For Muon, `leaderboard_rates.py`
+tunes them with the same grid for all families. For AdamW they are from `rates.py` and `screen.py`.
+A gain that is found for AoE is offered to the MoE too. Methods that use one expert per token
+(Switch, SMEAR, THOR) or look at later tokens (expert choice, capacity) are in `methods.py` and
+`variants.py`.
 
 A new method enters as a class in a file, as those of `scores.py` do, and as one line of `ARMS`.
 `--arms=NAME` trains it with 12 seeds, and the MoE with as many: an hour on two cores.
@@ -26,6 +28,7 @@ from aoe_jax.configs.compare.arms import (
     varied,
     whole_aoe,
 )
+from aoe_jax.configs.compare.screen import routing_neurons
 from aoe_jax.configs.compare.small import LARGEST, MIDDLE, base_config, size_of
 
 # (optimiser, family of scores) -> (learning rate, its factor for the parameters that score)
@@ -86,7 +89,7 @@ def hash_choice(arm, family, name):
     return in_file(arm, family, routing, f"{name}, hash, weights by scores")
 
 
-WITHOUT_ROUTER = {"scoring_rate": 1.0}  # dense models have no parameters that score
+ONE_RATE = {"scoring_rate": 1.0}  # dense models do not score, UoE has no matrices only for scores
 ARMS = {
     "moe": entry(moe("aux"), "logits"),
     "whole": entry(whole_aoe(16, "aux"), "whole"),
@@ -102,8 +105,8 @@ ARMS = {
     "frozen": replace(
         entry(moe("aux"), "logits", scoring_rate=0.0), label="MoE, frozen random router, Muon"
     ),
-    "dense": entry(DENSE, "logits", **WITHOUT_ROUTER),
-    "dense_active": entry(DENSE_ACTIVE, "logits", **WITHOUT_ROUTER),
+    "dense": entry(DENSE, "logits", **ONE_RATE),
+    "dense_active": entry(DENSE_ACTIVE, "logits", **ONE_RATE),
     "whole_one": entry(whole_aoe(1, "aux", "max"), "whole"),
     "whole4_max": entry(whole_aoe(4, "aux", "max"), "whole"),
     "moe_factorised": entry(low_rank_moe(3, "factorised_gate"), "logits"),
@@ -113,6 +116,9 @@ ARMS = {
     **on_both("routing_free"),
     **on_both("z_loss"),
     **on_both("sequence_balance"),
+    **on_both("gshard"),
+    **on_both("da_moe"),
+    "uoe": entry(routing_neurons(4), "whole", **ONE_RATE),
     "moe_erc": method("erc_router", "logits"),
     "moe_sigmoid_top_k": method("sigmoid_top_k_router", "logits"),
     **scores("MPI", "MPI"),
@@ -132,6 +138,7 @@ LEADING = (
     "whole_quantile",
     "whole_one",
     "whole_tempered",
+    "whole_defaultvectors",
 )
 # Their first seeds are about 0.1 or more behind, so a few seeds are enough.
 FAR_BEHIND = (
