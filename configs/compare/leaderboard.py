@@ -1,14 +1,14 @@
 """The leaderboard of routing methods, in 60 core-hours: `--suite=configs/compare/leaderboard.py`.
 
-Rules. At 149k active parameters (without embeddings) all arms but `dense_active` have the same total
-parameters within 1%. Active ones are the same within 1.1%, except for `dense`, UoE (8% more) and
-DA-MoE (at most 37% more). All have 3.03M tokens in the same order and the same schedule. An arm may
-change scores, routing, balancing and the optimiser. Learning rates are not tuned for each arm: an
-arm takes the rates of its family of scores and its optimiser. For Muon, `leaderboard_rates.py`
-tunes them with the same grid for all families. For AdamW they are from `rates.py` and `screen.py`.
-A gain that is found for AoE is offered to the MoE too. Methods that use one expert per token
-(Switch, SMEAR, THOR) or look at later tokens (expert choice, capacity) are in `methods.py` and
-`variants.py`.
+Rules. At 149k active parameters (without embeddings) all arms but `dense_active` have the same
+total parameters within 1%. Active ones are the same within 1.1%, except for `dense`, UoE (8% more)
+and DA-MoE (at most 37% more). All have 3.03M tokens in the same order and the same schedule. An
+arm may change scores, routing, balancing and the optimiser. Learning rates are not tuned for each
+arm: an arm takes the rates of its family of scores and its optimiser. For Muon,
+`leaderboard_rates.py` tunes them with the same grid for all families. For AdamW they are from
+`rates.py` and `screen.py`. A gain that is found for AoE is offered to the MoE too. Methods that use
+one expert per token (Switch, SMEAR, THOR) or look at later tokens (expert choice, capacity) are in
+`methods.py` and `variants.py`.
 
 A new method enters as a class in a file, as those of `scores.py` do, and as one line of `ARMS`.
 `--arms=NAME` trains it with 12 seeds, and the MoE with as many: an hour on two cores.
