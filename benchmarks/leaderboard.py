@@ -72,6 +72,7 @@ def entries_of(runs, labels):
                 "share_high": share_high,
                 "bits_per_byte": of_arm["validation_bits_per_byte"],
                 "load_violation": of_arm["max_violation"],
+                "experts": of_arm["experts_per_token"],
                 "time": of_arm["seconds_per_step"] / means.loc[MOE, "seconds_per_step"],
                 "flops": of_arm["flops_per_token"] / means.loc[MOE, "flops_per_token"],
                 "seeds": nlls[arm].count(),
@@ -99,6 +100,7 @@ def table(entries):
                 "p": f"{e.p_holm:.2g}" if e.arm != MOE else "",
                 "bits/byte": f"{e.bits_per_byte:.3f}",
                 "load": "" if np.isnan(e.load_violation) else f"{e.load_violation:.2f}",
+                "experts": "" if np.isnan(e.experts) else f"{e.experts:.2f}",
                 "time": f"{e.time:.2f}",
                 "FLOPs": f"{e.flops:.2f}",
                 "seeds": e.seeds,
@@ -109,7 +111,8 @@ def table(entries):
 
 @drawn
 def picture(entries):
-    """Draws the differences with their intervals, the best entry at the top."""
+    """Draws the differences up to 0.15 with their intervals, the best entry at the top."""
+    entries = entries[entries["difference"] < 0.15]  # so that small differences are seen
     (figure, (axes,)), seen = new_figure(1.3 + 0.19 * len(entries)), set()
     for y, e in enumerate(entries[::-1].itertuples()):
         aoe, moe, floor = FAMILIES

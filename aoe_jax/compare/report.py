@@ -57,7 +57,7 @@ def write_report(suite: Suite, workdir: Path, command):
         pictures.save(figure, folder / f"{name}.png")
     page.write_text(to_html(markdown, workdir, f"Comparison: {suite.name}"))
     tables = {
-        "runs": results.runs[[*RUN_COLUMNS, "max_violation"]],
+        "runs": results.runs[[*RUN_COLUMNS, "max_violation", "experts_per_token"]],
         "curves": results.curves,
         "routing": results.routing,
         "differences": results.differences(),

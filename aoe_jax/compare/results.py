@@ -25,7 +25,7 @@ RUN_COLUMNS = [  # columns of runs.csv
     "parameters",
     "active_parameters",
     "active_non_embedding",
-    "flops_per_token",  # useful FLOPs of training per token
+    "flops_per_token",  # useful FLOPs of training, with the experts that tokens take at the end
     "learning_rate",
     "steps",
     "tokens",
@@ -241,9 +241,11 @@ def _row(run, folder, lines, seconds_in_turn):
     speed = lines["tokens_per_second"][lines["loss"].notna()].median()
     seconds, shares = seconds_in_turn or config.tokens_per_step / speed, lines["dropped_share"]
     counts, steps = parameter_counts(config), config.train.steps
-    tokens, flops_per_token = steps * config.tokens_per_step, training_flops_per_token(config)
     file = folder / "routing.json"
     choices = read_choices(file) if finished and file.exists() else None
+    at_the_end = _at_the_end(choices)
+    flops_per_token = training_flops_per_token(config, at_the_end.get("experts_per_token"))
+    tokens = steps * config.tokens_per_step
     return {
         "size": run.size,
         "arm": run.arm,
@@ -268,7 +270,7 @@ def _row(run, folder, lines, seconds_in_turn):
         "dropped_share": shares.dropna().tail(math.ceil(shares.count() / 10)).mean(),
         "memory_bytes": memory.reindex(["state_bytes", "temporary_bytes"]).sum(skipna=False),
         "choices": choices,
-        **_at_the_end(choices),
+        **at_the_end,
     }
 
 

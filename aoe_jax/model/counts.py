@@ -63,7 +63,7 @@ def experts_per_token(config: Config):
     return choice.per_token if choice else 1
 
 
-def _layer_parameters(config):
+def _layer_parameters(config, n_active):
     """`([(Parameter, its size)], size of the experts that a token uses)`, for one layer. AoE's
     W_gate_down belongs to the expert, so AoE and traditional experts have equal size (Eq. 5).
     """
@@ -73,13 +73,13 @@ def _layer_parameters(config):
     declared = [(parameter, math.prod(parameter.shape(sizes))) for parameter in declared]
     n_experts = 1 if c.kind == "dense" else c.n_experts
     expert = sum(size for parameter, size in declared if parameter.per_expert) // n_experts
-    return declared, round((experts_per_token(config) or c.top_k) * expert)
+    return declared, round(n_active * expert)
 
 
 def parameter_counts(config: Config):
     """Counts the decoder's parameters; if the number of experts varies, `top_k` count as active."""
     m = config.model
-    declared, active = _layer_parameters(config)
+    declared, active = _layer_parameters(config, experts_per_token(config) or config.experts.top_k)
     shared = sum(size for parameter, size in declared if not parameter.per_expert)
     of_queries, of_keys = m.n_heads * m.head_width, m.kv_heads * m.head_width
     features = of_queries + of_keys  # the width of q plus k, and of o plus v
@@ -103,17 +103,20 @@ def _dense_layers(model):
     return model.n_dense_layers * 3 * model.d_model * (model.d_dense or 0)
 
 
-def layer_flops_per_token(config: Config):
+def layer_flops_per_token(config: Config, n_active=None):
     """Useful matmul FLOPs per token of one layer of experts, for one forward and one backward pass.
 
     The backward pass needs twice the FLOPs of the forward pass. With `experts.sparse_scoring`,
     AoE's scores of experts that are not chosen have a backward pass only for the fraction
-    `balance.aux_tokens` of the tokens, and only if there is a balance loss. Under top-p, `top_k`
-    experts count as chosen. For `kind="capacity"` these are the FLOPs of "router", without those of
-    empty places, dispatch and combine.
+    `balance.aux_tokens` of the tokens, and only if there is a balance loss. `n_active` is the mean
+    number of experts of a token, by default `experts_per_token`, or `top_k` where that is None. For
+    `kind="capacity"` these are the FLOPs of "router", without those of empty places, dispatch and
+    combine.
     """
     c = config.experts
-    declared, active = _layer_parameters(config)
+    if n_active is None:
+        n_active = experts_per_token(config) or c.top_k
+    declared, active = _layer_parameters(config, n_active)
     matrices = [(p, size) for p, size in declared if len(p.axes.split()) > 1]
     sizes = c.sizes(config.model.d_model)
     of_shared = sum(math.prod(p.shape(sizes)) for p in shared_expert(c).values())
@@ -122,25 +125,26 @@ def layer_flops_per_token(config: Config):
     training = (6 * router if own is None else own) + 6 * (active + of_shared)
     if c.kind != "aoe" or config.routing.hooks.scores:
         return training
-    n_idle = c.n_experts - (experts_per_token(config) or c.top_k)
-    idle = 2 * round(n_idle * sizes["r"] * sizes["d"])
+    idle = 2 * round((c.n_experts - n_active) * sizes["r"] * sizes["d"])
     with_gradient = config.balance.aux_tokens if config.balance.has_loss else 0.0
     if not c.sparse_scoring(config.routing):
         with_gradient = 1.0
     return training + round((1 + 2 * with_gradient) * idle)
 
 
-def training_flops_per_token(config: Config):
+def training_flops_per_token(config: Config, n_active=None):
     """Useful matmul FLOPs per token of a training step.
 
-    `layer_flops_per_token` counts the layers of experts. Of attention scores only the lower
-    triangle is counted; norms, softmax and the embedding look-up are not counted.
+    `layer_flops_per_token` counts the layers of experts, with `n_active` experts per token. Of
+    attention scores only the lower triangle is counted; norms, softmax and the embedding look-up
+    are not counted.
     """
     m, counts = config.model, parameter_counts(config)
     # Each query attends to half the positions on average.
     of_scores = (m.n_layers + m.n_dense_layers) * m.n_heads * m.head_width * config.data.seq_len
     others = 6 * (counts.attention + counts.embedding + of_scores + _dense_layers(m))
-    return config.routing.hooks.passes * (others + m.n_layers * layer_flops_per_token(config))
+    of_experts = m.n_layers * layer_flops_per_token(config, n_active)
+    return config.routing.hooks.passes * (others + of_experts)
 
 
 def log_run(config: Config):

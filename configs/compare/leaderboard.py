@@ -42,6 +42,9 @@ RATES = {
 }
 
 
+NAMES = {"da moe": "DA-MoE", "dynmoe": "DynMoE", "erc": "ERC", "gshard": "GShard"}
+
+
 def entry(arm, family, optimizer="muon", **train):
     """Returns an arm with its optimiser and the rates of its family."""
     rate, scoring_rate = RATES[optimizer, family]
@@ -55,6 +58,7 @@ def method(variant, family):
     experts, routing, balance = methods.VARIANTS[variant]
     experts = experts | ({"score_neurons": 16} if family == "whole" else {})
     name = variant.removesuffix("_router").replace("_", " ")
+    name = NAMES.get(name, name)
     label = f"{'AoE of whole gates' if family == 'whole' else 'MoE'}, {name}"
     changes = {"experts": experts, "routing": routing, "balance": balance}
     return entry(replace(moe("none"), label=label, changes=changes), family)
@@ -89,6 +93,12 @@ def hash_choice(arm, family, name):
     return in_file(arm, family, routing, f"{name}, hash, weights by scores")
 
 
+def narrow(variant, family, p):
+    """Returns top p with a `p` at which trained models take about 2 experts per token."""
+    arm = method(variant, family)
+    return replace(varied(arm, routing={"p": p}), label=arm.label.replace("p, ", f"p {p}, "))
+
+
 ONE_RATE = {"scoring_rate": 1.0}  # dense models do not score, UoE has no matrices only for scores
 ARMS = {
     "moe": entry(moe("aux"), "logits"),
@@ -112,6 +122,8 @@ ARMS = {
     "moe_factorised": entry(low_rank_moe(3, "factorised_gate"), "logits"),
     **on_both("threshold"),
     **on_both("top_p"),
+    "moe_top_p_of_2": narrow("top_p_router", "logits", 0.5),
+    "whole_top_p_of_2": narrow("top_p", "whole", 0.46),
     **on_both("dynmoe"),
     **on_both("routing_free"),
     **on_both("z_loss"),

@@ -76,6 +76,15 @@ def test_what_every_token_uses_is_active(added):
     assert flops == 6 * (matrices + of_scores)
 
 
+@pytest.mark.parametrize("name", ["methods:top_p", "methods:top_p_router"])
+def test_flops_count_the_experts_that_tokens_took(name):
+    config = config_of(name)
+    more = dataclasses.replace(config, experts=dataclasses.replace(config.experts, top_k=3))
+    two, between, three = (training_flops_per_token(config, taken) for taken in (2.0, 2.5, 3.0))
+    assert two == training_flops_per_token(config) < three == training_flops_per_token(more)
+    assert between == (two + three) / 2
+
+
 @pytest.mark.parametrize(
     ("name", "total", "active"),
     [
