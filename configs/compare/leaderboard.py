@@ -163,7 +163,8 @@ FAR_BEHIND = (
     "whole_routing_free",
 )
 SEEDS_OF = dict.fromkeys(LEADING, 40) | dict.fromkeys(FAR_BEHIND, 5)
-AT_LARGER_SIZES = ("moe", "whole_tempered", "published", "whole", "moe_adamw", "whole_adamw")
+AT_LARGER_SIZES = ("moe", "whole_tempered", "published", "whole", "hash")
+AT_LARGER_SIZES += ("moe_adamw", "whole_adamw")
 
 
 def get_suite():
