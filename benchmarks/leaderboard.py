@@ -129,7 +129,7 @@ def picture(entries):
     axes.set_ylim(-0.7, len(entries) - 0.3)
     reach = entries["difference"].agg(["min", "max"])
     axes.set_xlim(reach["min"] - 0.03, reach["max"] + 0.03)  # wider intervals are cut
-    axes.locator_params(axis="x", nbins=5)
+    axes.tick_params(axis="x", labelsize=7)
     axes.set_xlabel("nats above the MoE")
     figure.legend(loc="outside lower left")
     return figure
