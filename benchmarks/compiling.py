@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, make_single_device_sharding
 
 from aoe_jax.config.run import Config
 from aoe_jax.model.attention import causal_attention
@@ -71,7 +71,7 @@ def lower_for(device, backend, m, d, f, n_experts, dtype, product=None):
     """Lowers the grouped product `[M, D] x [E, D, F]` and its two gradients for a device of a
     topology. With `product`, a name in `PRODUCTS`, it lowers only this one of the three.
     """
-    here = SingleDeviceSharding(device)
+    here = make_single_device_sharding(device)
 
     def value_and_gradients(rows, weights, group_sizes, g):
         forward = partial(grouped_matmul, backend=backend)

@@ -168,7 +168,7 @@ def read_state(workdir, step):
     Raises `Failure` if the checkpoint cannot be read.
     """
     config = read_run_config(workdir / "config.json")
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.make_single_device_sharding(jax.devices()[0])
     like = jax.eval_shape(lambda: init_state(config, 0))
     like = with_shardings(like, jax.tree.map(lambda a: here, like))
     try:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, make_single_device_sharding
 
 from aoe_jax.config.experts import BalanceConfig, ExpertsConfig
 from aoe_jax.config.model import ModelConfig
@@ -62,7 +62,7 @@ SHAPES = [(32768, *widths) for widths in WIDTHS] + [(40, 768, 3072)]
 def test_swiglu_compiles(shape, generation):
     """The kernels of `megablox_swiglu` fit in the VMEM, also with a remainder of d."""
     (m, d, f), n_experts = shape, 8
-    own = SingleDeviceSharding(devices_of(generation)[0])
+    own = make_single_device_sharding(devices_of(generation)[0])
 
     def shape(*dims, dtype="bfloat16"):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=own)

@@ -24,7 +24,7 @@ from aoe_jax.training.checkpoint import Checkpoints, Progress, checksums
 from aoe_jax.training.step import TrainState
 from tests.runs import contents
 
-SHARDING = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+SHARDING = jax.sharding.make_single_device_sharding(jax.devices("cpu")[0])
 SIZE = 200_000  # so large that it is still being written when the next step begins
 
 
