@@ -7,7 +7,7 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
-from aoe_jax.errors import Interrupted, Preempted, Terminated
+from aoe_jax.errors import Interrupted, Preempted
 
 
 def _tell(message):
@@ -16,8 +16,9 @@ def _tell(message):
 
 
 class StopRequests:
-    """Records the first SIGTERM, SIGHUP or SIGINT; the run calls `asked` between steps. A second
-    signal ends the process at once, with exit status 130 (SIGINT) or 143 (the others).
+    """Records the first SIGTERM, SIGHUP or SIGINT; the run calls `asked` between steps. A further
+    SIGINT ends the process at once, with exit status 130. Other signals then have no effect:
+    schedulers signal a whole group of processes, whose parent asks its children again.
 
     Once `jax.distributed` has started, JAX handles a SIGTERM to any process: all processes stop at
     the same step, and further SIGTERMs have no effect.
@@ -33,11 +34,12 @@ class StopRequests:
                 signal.signal(number, self._take)
 
     def _take(self, number, frame):
-        if self._signal is not None:
-            _tell(b"stopped at once by a second signal\n")
-            os._exit(Interrupted.status if number == signal.SIGINT else Terminated.status)
-        self._signal = number
-        _tell(b"stopping; a second signal ends the process at once\n")
+        if self._signal is None:
+            self._signal = number
+            _tell(b"stopping; Ctrl-C ends the process at once\n")
+        elif number == signal.SIGINT:
+            _tell(b"stopped at once\n")
+            os._exit(Interrupted.status)
 
     def asked(self):
         """Whether to stop now. All processes must call it equally often, after the same steps."""

@@ -35,8 +35,11 @@ def test_several_processes_stop_at_the_same_step(monkeypatch):
     ids=["terminal", "nohup"],
 )
 def test_signals(monkeypatch, before, numbers):
-    """Shells start background jobs with SIGINT ignored; it stops them nevertheless."""
-    handlers = {}
+    """Shells start background jobs with SIGINT ignored; it stops them nevertheless. A scheduler's
+    SIGTERM can come twice: to the whole group, and again from a parent.
+    """
+    handlers, exits = {}, []
+    monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.setattr(signal, "getsignal", lambda number: before)
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     for number, kind in (numbers | {signal.SIGINT: Interrupted}).items():
@@ -44,4 +47,7 @@ def test_signals(monkeypatch, before, numbers):
         stop.listen()
         assert handlers.keys() == numbers.keys() | {signal.SIGINT} and not stop.asked()
         handlers[number](number, None)
-        assert stop.asked() and type(stop.end("saved")) is kind
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+        assert stop.asked() and type(stop.end("saved")) is kind and not exits
+    handlers[signal.SIGINT](signal.SIGINT, None)
+    assert exits == [Interrupted.status]
