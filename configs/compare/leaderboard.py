@@ -181,7 +181,7 @@ def get_suite():
         sizes={
             "149k": Size(small, seeds=12, seeds_of=SEEDS_OF),
             "419k": Size(large, seeds=8, arms=AT_LARGER_SIZES),
-            "1M": Size(largest, seeds=4, arms=AT_LARGER_SIZES[:3]),
+            "1M": Size(largest, seeds=4, arms=AT_LARGER_SIZES[:2]),
         },
         baseline="moe",
     )
